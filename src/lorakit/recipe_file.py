@@ -1,0 +1,222 @@
+"""A YAML file, `--set` pairs and flags enter; a Recipe with the origin of each value leaves.
+
+Every mistake of one recipe is found before any is reported: unknown keys with a suggestion,
+values out of range, wrong types, each with the line it stands on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from lorakit.errors import RecipeError
+from lorakit.recipe import METHOD_DEFAULTS, SYNONYMS, Recipe
+
+SCHEMA_URL = "recipe.schema.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRecipe:
+    """A checked recipe, where each value came from, and the folder its paths may be relative to."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    folder: Path | None = None
+
+    def derive(self, reason: str, **values: Any) -> ResolvedRecipe:
+        """The same recipe with `values` filled in and their origin set to `derived: reason`."""
+        changed = Recipe.model_validate({**_explicit(self), **values})
+        origins = {**self.origins, **{key: f"derived: {reason}" for key in values}}
+        return replace(self, recipe=changed, origins=origins)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, one line a key, its origin as a comment."""
+        lines = ["# Resolved by lorakit: every value, and where it came from."]
+        for key, value in self.recipe.model_dump(mode="json").items():
+            lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[key]}")
+        return "\n".join(lines) + "\n"
+
+
+def load_recipe(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ResolvedRecipe:
+    """Read, merge and check a recipe: method defaults < file < `--set` < flags.
+
+    Args:
+        path: a YAML file, or None when flags say everything.
+        overrides: `key=value` strings; the value is read as YAML, `a.b=c` sets a key of a mapping.
+        flags: values of the common flags; None means not given.
+
+    Raises:
+        RecipeError: with every fault found, one a line.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    faults: list[str] = []
+    if path is not None:
+        _read_file(Path(path), values, origins)
+    for pair in overrides:
+        _apply_override(pair, values, origins, faults)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            values[key] = value
+            origins[key] = f"flag --{key.replace('_dir', '')}"
+    recipe = _validate(values, origins, faults, str(path) if path else "command line")
+    method_keys = METHOD_DEFAULTS[recipe.method]
+    for key in Recipe.model_fields:
+        if key not in origins:
+            origins[key] = f"default for {recipe.method}" if key in method_keys else "default"
+    return ResolvedRecipe(recipe, origins, Path(path).parent if path else None)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors; `model` and `data` are the only required keys."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["required"] = ["model", "data"]
+    for key in METHOD_DEFAULTS["lora"]:
+        texts = [f"{method} {values[key]}" for method, values in METHOD_DEFAULTS.items()]
+        schema["properties"][key]["description"] += f" Default: {', '.join(texts)}."
+    return schema
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or an empty string."""
+    names = list(known)
+    target = SYNONYMS.get(word.lower().replace("-", "_"))
+    if target is None or target not in names:
+        near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+        target = near[0] if near else None
+    return f"; did you mean {target}?" if target else ""
+
+
+def _explicit(resolved: ResolvedRecipe) -> dict[str, Any]:
+    dumped = resolved.recipe.model_dump()
+    return {key: dumped[key] for key in resolved.recipe.model_fields_set}
+
+
+def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{path}: no such recipe", hint="`lorakit train --help` shows how to do without one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    yaml = YAML(typ="rt", pure=True)
+    try:
+        loaded = yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"{path}: {line}not valid YAML: {error.problem}") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(loaded, CommentedMap):
+        kind = "empty" if loaded is None else type(loaded).__name__
+        raise RecipeError(
+            f"{path}: a recipe is a list of `key: value` lines, found {kind}",
+            hint="begin with: model: demo",
+        )
+    for key, value in loaded.items():
+        values[str(key)] = _plain(value)
+        origins[str(key)] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
+
+
+def _plain(value: Any) -> Any:
+    """Round-trip YAML nodes as the plain Python values that strict validation expects."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _apply_override(
+    pair: str, values: dict[str, Any], origins: dict[str, str], faults: list[str]
+) -> None:
+    key, equals, text = pair.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        faults.append(f"--set {pair}: expected key=value")
+        return
+    try:
+        value = _plain(YAML(typ="rt", pure=True).load(text))
+    except YAMLError:
+        value = text
+    head, dot, tail = key.partition(".")
+    if dot:
+        current = values.get(head)
+        values[head] = {**(current if isinstance(current, dict) else {}), tail: value}
+    else:
+        values[head] = value
+    origins[head] = "--set"
+
+
+def _validate(
+    values: dict[str, Any], origins: dict[str, str], faults: list[str], source: str
+) -> Recipe:
+    known = list(Recipe.model_fields)
+    for key in [k for k in values if k not in known]:
+        where, found = _where(origins[key]), _show(values.pop(key))
+        faults.append(f"{where}{key}: unknown key (found: {found}){suggest(key, known)}")
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        faults.extend(_fault_lines(error, origins))
+    if recipe is None or faults:
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise RecipeError(
+            f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults),
+            hint="`lorakit schema` lists every key with its type, bound and default",
+        )
+    return recipe
+
+
+def _fault_lines(error: ValidationError, origins: dict[str, str]) -> list[str]:
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        key = str(item["loc"][0]) if item["loc"] else ""
+        where = _where(origins.get(key, ""))
+        if item["type"] == "missing":
+            lines[key] = f"{key}: missing; {Recipe.model_fields[key].description}"
+            continue
+        text = item["msg"].removeprefix("Value error, ")
+        found = f" (found: {_show(item['input'])})" if key else ""
+        # A union reports one fault per member: one line a key, the alternatives joined.
+        if key in lines:
+            lines[key] = lines[key].replace(found, f", or {_lower(text)}{found}")
+        else:
+            lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{found}"
+    return list(lines.values())
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _where(origin: str) -> str:
+    if origin.startswith(("--set", "flag ")):
+        return f"{origin}: "
+    return f"line {origin.rpartition(':')[2]}: " if ":" in origin else ""
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

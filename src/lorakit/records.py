@@ -1,0 +1,179 @@
+"""The frozen records that stages hand to one another: no behavior beyond counting and printing.
+
+Shapes: B batch, T tokens. Token ids are plain ints; a label of `IGNORE` (-100) is not trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+IGNORE = -100
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from, for every message about it: `train.jsonl:17` (rows count from 1)."""
+
+    source: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw record as read from a source, before its format is known."""
+
+    values: dict[str, Any]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The `{"role", "content"}` form that chat templates take."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns in order: an optional system turn, then user and assistant turns."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, trained in full as a completion."""
+
+    text: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenized training example: `input_ids` [T], `labels` [T], IGNORE where not trained.
+
+    `labels[i]` is the id at position i itself (the shift by one happens in the loss), and
+    `labels[0]` is always IGNORE because nothing predicts the first token.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    origin: Origin
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many positions carry a label."""
+        return sum(label != IGNORE for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One kind of trouble found in the data: what, how often, where first, and what was done."""
+
+    kind: str
+    count: int
+    first_rows: tuple[str, ...]
+    action: str
+    spoils: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What was read, what will be trained, and what was left out and why."""
+
+    sources: tuple[dict[str, Any], ...]
+    rows_read: int
+    examples_train: int
+    examples_val: int
+    tokens_train: int
+    trained_tokens_train: int
+    tokens_val: int
+    trained_tokens_val: int
+    longest_example: int
+    cutoff_len: int
+    template: str
+    faults: tuple[Fault, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as in `data_report.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The machine a run will use, and the reason for each automatic choice.
+
+    `memory_bytes` is the card's memory, or the host's for a CPU. `dtype` is the storage and
+    compute type of the frozen base: "bfloat16", "float16" or "float32".
+    """
+
+    kind: Literal["cuda", "mps", "cpu"]
+    name: str
+    memory_bytes: int
+    dtype: str
+    attention: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Predicted bytes per part of a training run, and whether they fit."""
+
+    parts: dict[str, int]
+    available_bytes: int
+    fits: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum over the parts."""
+        return sum(self.parts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as in `plan.json`."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalScore:
+    """Held-out score over trained tokens only: mean negative log-likelihood in nats, exp of it."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out question with the reference and the two models' answers."""
+
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Base against tuned on the same held-out tokens, as in `eval.json`."""
+
+    base: EvalScore
+    tuned: EvalScore
+    data: str
+    samples: tuple[Sample, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form; the same object that `lorakit eval --json` prints."""
+        return asdict(self)

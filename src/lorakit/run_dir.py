@@ -1,0 +1,163 @@
+"""A folder enters; the path of every artifact of one run leaves. Also appends and reads metrics.
+
+    runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · metrics.jsonl
+                 checkpoints/step_000100/ · adapter/ · eval.json · export/
+
+This layout is the contract between commands: eval, chat and export need this folder only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import RunError, WorkError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_STEP = re.compile(r"^step_(\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run. Creating the object touches no disk."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def data_report(self) -> Path:
+        return self.path / "data_report.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def validation(self) -> Path:
+        """The held-out conversations of this run, so that `eval` needs no other file."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.json"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint taken after `step` optimizer steps."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first; half-written ones carry another name."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
+        return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+
+    def has_run(self) -> bool:
+        """True when the folder already belongs to a run (a recipe was written into it)."""
+        return self.recipe.exists()
+
+    def has_adapter(self) -> bool:
+        """True when training has saved its result."""
+        return (self.adapter / ADAPTER_WEIGHTS).exists()
+
+
+def open_run(path: str | Path) -> RunDir:
+    """The run directory at `path`, ready for eval, chat or export.
+
+    Raises:
+        RunError: the folder is missing, is no run, or holds no adapter yet.
+    """
+    run = RunDir(Path(path))
+    if not run.path.is_dir():
+        raise RunError(
+            f"{path}: no such run directory",
+            hint="give the folder that `lorakit train` printed, such as runs/demo-lora",
+        )
+    if not run.has_run():
+        found = ", ".join(sorted(p.name for p in run.path.iterdir())[:8]) or "nothing"
+        raise RunError(
+            f"{path}: not a lorakit run (no recipe.yaml in it; found: {found})",
+            hint="give the folder that `lorakit train` printed",
+        )
+    if not run.has_adapter():
+        raise RunError(
+            f"{path}: this run has no adapter yet (adapter/{ADAPTER_WEIGHTS} is missing)",
+            hint=f"finish it with: lorakit train {run.recipe} --resume",
+        )
+    return run
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that `path` is either the old file or the whole new one.
+
+    Raises:
+        WorkError: the disk is full or the folder cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` aside, flush it to the disk and rename it into place.
+
+    Raises:
+        WorkError: the disk is full or the folder cannot be written.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise WorkError(
+            f"cannot write {path}: {error.strerror or error}",
+            hint="free some space or choose another place with --output",
+        ) from error
+
+
+def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with run.metrics.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """All whole lines of metrics.jsonl, in order; a torn last line is left out."""
+    if not run.metrics.exists():
+        return []
+    rows = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -1,0 +1,96 @@
+"""The rules that keep the code livable: import order, sizes, first lines, one test file a module."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "lorakit"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import from its own layer and from those above it in this list.
+LAYERS = [
+    {"errors", "records"},
+    {"recipe", "recipe_file", "run_dir", "hardware"},
+    {"data", "ops"},
+    {"model"},
+    {"memory", "train", "generate"},
+    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench"},
+    {"finetune"},
+    {"cli", "__main__"},
+]
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+UNTESTED = {"__init__", "__main__"}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path):
+    """Every lorakit module that `path` imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{a.name}" for a in node.names} | {node.module}
+    return {name for name in found if name.split(".")[0] == "lorakit" and "." in name}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    own = LAYER_OF[parts[0]]
+    for name in imports_of(path):
+        part = name.split(".")[1]
+        if part in LAYER_OF:
+            assert LAYER_OF[part] <= own, f"{module_name(path)} imports {name} from a later layer"
+
+
+def test_no_import_rings():
+    names = {module_name(p) for p in FILES}
+    graph = {module_name(p): imports_of(p) & names for p in FILES}
+    state = {}
+
+    def visit(name, trail):
+        assert state.get(name) != "open", f"ring: {' -> '.join([*trail, name])}"
+        if state.get(name) == "done":
+            return
+        state[name] = "open"
+        for other in graph[name]:
+            visit(other, [*trail, name])
+        state[name] = "done"
+
+    for name in graph:
+        visit(name, [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_short_and_introduced(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert text.count("\n") <= 400, f"{path.name} has {text.count(chr(10))} lines"
+    if text.strip():
+        assert ast.get_docstring(tree), f"{path.name} does not say what enters and what leaves"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = node.end_lineno - node.lineno + 1
+            assert size <= 60, f"{path.name}: {node.name} has {size} lines"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.stem not in UNTESTED], ids=module_name
+)
+def test_each_module_has_its_test_file(path):
+    relative = path.relative_to(PACKAGE)
+    mirror = ROOT / "tests" / relative.parent / f"test_{relative.name}"
+    assert mirror.exists(), f"no {mirror.relative_to(ROOT)}"
+
+
+def test_no_catch_all_modules():
+    assert not [p for p in FILES if p.stem in {"utils", "helpers", "common", "misc"}]
