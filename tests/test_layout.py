@@ -17,7 +17,8 @@ LAYERS = [
     {"model"},
     {"memory", "train", "generate"},
     {"evaluate", "chat", "serve", "export", "report", "doctor", "bench"},
-    {"finetune"},
+    {"finetune", "demo"},
+    {"preview"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,5 @@
+"""`python -m lorakit` is the command line."""
+
+from lorakit.cli import main
+
+main()

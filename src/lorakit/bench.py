@@ -1,0 +1,236 @@
+"""A shape and a method enter; what this card does with the recipe leaves: tokens/s and peak memory.
+
+The model has random weights (speed and memory do not depend on their values) and goes through the
+same trainer as a real run. The median leaves out the first steps: kernels are chosen there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from lorakit.hardware import detect_device
+from lorakit.memory import plan_memory
+from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
+from lorakit.model.random_weights import random_model, shape_config
+from lorakit.recipe_file import ResolvedRecipe, load_recipe
+from lorakit.records import IGNORE, Device, Example, Origin
+from lorakit.run_dir import RunDir
+from lorakit.train.progress import TrainingProgress
+from lorakit.train.resume import environment
+from lorakit.train.signals import StopRequest
+from lorakit.train.trainer import LoraTrainer
+
+GIB = 2**30
+SAMPLE_SECONDS = 0.01
+
+
+def run_bench(
+    shape: str,
+    method: str,
+    seq: int,
+    micro_batch: int | None,
+    accumulation: int | None,
+    steps: int,
+    overrides: Sequence[str],
+    label: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure one row. Every example is exactly `seq` tokens, all of them trained.
+
+    Returns:
+        JSON-ready result: tokens_per_second (median over the timed steps), peak_allocated_gib
+        (torch's allocator), peak_process_gib (the driver's figure for the card, this process'
+        share), and everything needed to repeat it.
+    """
+    flags = {
+        "model": shape,
+        "data": "random tokens",
+        "method": method,
+        "cutoff_len": seq,
+        "micro_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+    }
+    resolved = load_recipe(None, overrides, flags)
+    device = detect_device(resolved.recipe.dtype)
+    config = shape_config(shape)
+    resolved = resolve_targets(resolved, config)
+    resolved = _resolve_checkpointing(resolved, config, device)
+    recipe = resolved.recipe
+    meter = _Meter(device)
+    began = time.perf_counter()
+    base = random_model(config, device, recipe.method == "qlora")
+    if recipe.gradient_checkpointing is True:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = add_adapter(base, recipe)
+    trainable, total = count_parameters(model)
+    console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
+    load_seconds = time.perf_counter() - began
+    clock = _Clock(device)
+    examples = _random_examples(steps * recipe.examples_per_step, seq, config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder, meter:
+        run = RunDir(Path(folder))
+        progress = TrainingProgress(console, run, device.kind)
+        trainer = LoraTrainer(
+            model, _word_tokenizer(), recipe, device, run, examples, [], progress, StopRequest()
+        )
+        trainer.add_callback(clock)
+        trainer.args.save_strategy = "no"
+        trainer.train()
+    timed = clock.seconds[min(3, len(clock.seconds) // 2) :]
+    tokens = recipe.examples_per_step * seq
+    plan = plan_memory(recipe, config, device)
+    return {
+        "id": label,
+        "gpu": device.name,
+        "shape": shape,
+        "method": method,
+        "tokens_per_second": round(tokens / statistics.median(timed), 1),
+        "peak_allocated_gib": round(meter.allocated / GIB, 3),
+        "peak_process_gib": round(meter.process / GIB, 3),
+        "planned_gib": round(plan.total_bytes / GIB, 3),
+        "step_seconds": [round(s, 4) for s in clock.seconds],
+        "load_seconds": round(load_seconds, 1),
+        "tokens_per_step": tokens,
+        "seq": seq,
+        "trainable_parameters": trainable,
+        "loss_path": trainer.loss_path,
+        "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
+        "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "lorakit " + " ".join(sys.argv[1:]),
+    }
+
+
+def _resolve_checkpointing(resolved: ResolvedRecipe, config: Any, device: Device) -> ResolvedRecipe:
+    if resolved.recipe.gradient_checkpointing != "auto":
+        return resolved
+    fits = plan_memory(resolved.recipe, config, device).fits
+    return resolved.derive("memory plan", gradient_checkpointing=not fits)
+
+
+def _random_examples(count: int, seq: int, vocabulary: int) -> list[Example]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(10, vocabulary - 10, (count, seq), generator=generator).tolist()
+    return [
+        Example(row, [IGNORE, *row[1:]], Origin("random", i)) for i, row in enumerate(rows, start=1)
+    ]
+
+
+def _word_tokenizer() -> Any:
+    """The trainer wants a tokenizer of transformers' kind; random ids need only its pad id."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+
+
+class _Clock(TrainerCallback):
+    """Wall-clock seconds of each optimizer step, device work included."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.seconds = device, []
+        self.start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._wait()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._wait()
+        self.seconds.append(time.perf_counter() - self.start)
+
+    def _wait(self) -> None:
+        if self.device.kind == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+
+class _Meter:
+    """Peak memory while open: torch's allocator, and the process as the driver (or the OS) sees it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.allocated = self.process = 0
+        self.stop = threading.Event()
+        self.before = self._used()
+
+    def __enter__(self) -> _Meter:
+        if self.device.kind == "cuda":
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        if self.device.kind == "cuda":
+            import torch
+
+            self.allocated = torch.cuda.max_memory_allocated()
+        else:
+            self.allocated = self.process
+
+    def _sample(self) -> None:
+        while not self.stop.is_set():
+            self.process = max(self.process, self._used() - self.before)
+            self.stop.wait(SAMPLE_SECONDS)
+
+    def _used(self) -> int:
+        """Bytes in use: of the whole card by NVML (context included), or of this process' RAM."""
+        if self.device.kind != "cuda":
+            import psutil
+
+            # A CPU run's own figure is the whole process; nothing is subtracted twice.
+            return psutil.Process().memory_info().rss if hasattr(self, "before") else 0
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        except Exception:  # no NVML here: the runtime's figure, which needs a context first
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, with `+` when it has changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,125 @@
+"""A tuned model and held-out conversations enter; base against tuned leaves: loss and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorakit.data.prepare import prepare, read_validation
+from lorakit.data.template import encode
+from lorakit.errors import DataError
+from lorakit.generate import GenerationSettings, base_answers, replies
+from lorakit.model.load import LoadedRun
+from lorakit.recipe import Recipe
+from lorakit.records import Conversation, EvalResult, Example, Message, Sample
+from lorakit.run_dir import write_json
+from lorakit.train.score import score
+from lorakit.train.trainer import pad_token_id
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    conversations: Sequence[Conversation],
+    label: str,
+    samples: int = 4,
+    max_new_tokens: int = 96,
+) -> EvalResult:
+    """Held-out loss and perplexity of base and tuned, and greedy answers of both side by side.
+
+    Args:
+        model: PEFT model; the base is the same model with its adapter switched off.
+        examples: what is scored, with the training mask.
+        conversations: the first `samples` of them give the questions (their last answer is the
+            reference).
+        label: name of the data in the result.
+    """
+    if not examples:
+        raise DataError(
+            "there are no held-out examples to evaluate on",
+            hint="give some with --data, or train with val_size above 0",
+        )
+    pad_id = pad_token_id(tokenizer)
+    tuned = score(model, examples, pad_id)
+    with base_answers(model):
+        base = score(model, examples, pad_id)
+    return EvalResult(
+        base=base,
+        tuned=tuned,
+        data=label,
+        samples=_answer(model, tokenizer, conversations[:samples], max_new_tokens),
+    )
+
+
+def _answer(
+    model: Any, tokenizer: Any, conversations: Sequence[Conversation], max_new_tokens: int
+) -> tuple[Sample, ...]:
+    """Greedy answers, so that the same run always shows the same ones."""
+    asked = [c for c in conversations if c.messages[-1].role == "assistant"]
+    prompts: list[Sequence[Message]] = [c.messages[:-1] for c in asked]
+    if not prompts:
+        return ()
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    tuned = replies(model, tokenizer, prompts, settings)
+    with base_answers(model):
+        base = replies(model, tokenizer, prompts, settings)
+    return tuple(
+        Sample(c.messages[-2].content, c.messages[-1].content, b, t)
+        for c, b, t in zip(asked, base, tuned, strict=True)
+    )
+
+
+def encode_held_out(
+    tokenizer: Any, conversations: Sequence[Conversation], recipe: Recipe
+) -> list[Example]:
+    """Held-out conversations as examples, masked as in training."""
+    found: list[Example] = []
+    for conversation in conversations:
+        found += encode(
+            tokenizer, conversation, recipe.train_on, recipe.cutoff_len, recipe.too_long
+        )
+    return found
+
+
+def show(result: EvalResult, console: Console) -> None:
+    """Print the scores and the answers side by side."""
+    scores = Table(title=f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)")
+    for column in ("", "loss", "perplexity"):
+        scores.add_column(column, justify="right" if column else "left")
+    for name, value in (("base", result.base), ("tuned", result.tuned)):
+        scores.add_row(name, f"{value.loss:.4f}", f"{value.perplexity:,.2f}")
+    change = result.tuned.perplexity / result.base.perplexity - 1
+    scores.add_row("change", f"{result.tuned.loss - result.base.loss:+.4f}", f"{change:+.1%}")
+    console.print(scores)
+    for sample in result.samples:
+        table = Table(title=sample.prompt, title_justify="left", show_header=True, expand=True)
+        for column in ("base", "tuned", "reference"):
+            table.add_column(column, ratio=1)
+        table.add_row(sample.base, sample.tuned, sample.reference)
+        console.print(table)
+
+
+def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalResult:
+    """Evaluate a finished run on its own held-out rows, or on `data`; writes eval.json for its own.
+
+    Raises:
+        DataError: the run kept no held-out rows and no data was given, or `data` cannot be used.
+    """
+    recipe, run = loaded.recipe, loaded.run
+    if data is None:
+        conversations = read_validation(run.validation) if run.validation.exists() else []
+        examples = encode_held_out(loaded.tokenizer, conversations, recipe)
+    else:
+        held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
+        prepared = prepare(held_out, loaded.tokenizer, [Path()])
+        conversations, examples = prepared.train_conversations, prepared.train
+    label = data or "the run's held-out rows"
+    result = evaluate(loaded.model, loaded.tokenizer, examples, conversations, label, samples)
+    if data is None:
+        write_json(run.eval, result.as_dict())
+    return result

@@ -1,0 +1,142 @@
+"""One run, told from top to bottom: a resolved recipe enters, a run directory leaves.
+
+    machine -> tokenizer and data -> plan -> base -> adapter -> train -> save -> evaluate
+
+Every stage takes and gives records (`records.py`) or files of the run directory (`run_dir.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.data.prepare import Prepared, prepare, read_validation, write_validation
+from lorakit.errors import WorkError
+from lorakit.evaluate import evaluate
+from lorakit.hardware import detect_device
+from lorakit.memory import plan_memory
+from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
+from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
+from lorakit.recipe_file import ResolvedRecipe
+from lorakit.records import Device, EvalResult, MemoryPlan
+from lorakit.run_dir import RunDir, read_metrics, write_json
+from lorakit.train.checkpoint import save_adapter
+from lorakit.train.progress import TrainingProgress
+from lorakit.train.resume import claim_run, prepare_resume, write_run_files
+from lorakit.train.signals import catch_signals
+from lorakit.train.trainer import LoraTrainer, saves_embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class Prologue:
+    """All that is known before a weight is loaded; what `--dry-run` shows."""
+
+    resolved: ResolvedRecipe
+    location: str
+    device: Device
+    tokenizer: Any
+    prepared: Prepared
+    plan: MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `exit_code` is 0, or 128 + signal when it was stopped and can be resumed."""
+
+    run: RunDir
+    steps: int
+    train_seconds: float
+    final_loss: float | None
+    evaluation: EvalResult | None
+    exit_code: int = 0
+
+
+def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
+    """Machine, tokenizer, data and plan; checks everything that can be checked without weights."""
+    recipe = resolved.recipe
+    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    device = detect_device(recipe.dtype)
+    console.print(f"device   {device.name} ({device.reasons['kind']})")
+    console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
+    location = locate_model(recipe, folders)
+    config = load_config(recipe, location)
+    resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)
+    console.print(f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}")
+    tokenizer = load_tokenizer(recipe, location)
+    prepared = prepare(resolved.recipe, tokenizer, folders)
+    resolved, plan = _choose_checkpointing(resolved, config, device)
+    return Prologue(resolved, location, device, tokenizer, prepared, plan)
+
+
+def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Outcome:
+    """Train, save and evaluate one run.
+
+    Raises:
+        LorakitError: any mistake of the recipe, data or model, before training starts; or a full
+            disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
+    """
+    run, resolved = claim_run(resolved, resume)
+    start = prepare_run(resolved, console)
+    recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
+    checkpoint = prepare_resume(run, start.resolved, console) if resume else None
+    write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
+    write_validation(run.validation, prepared.val_conversations)
+
+    seed_everything(recipe.seed)
+    base = load_base(recipe, start.location, device)
+    if recipe.gradient_checkpointing is True:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = add_adapter(base, recipe)
+    trainable, total = count_parameters(model)
+    console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+
+    progress = TrainingProgress(console, run, device.kind)
+    began = time.perf_counter()
+    with catch_signals() as stop:
+        trainer = LoraTrainer(
+            model, start.tokenizer, recipe, device, run, prepared.train, prepared.val, progress, stop
+        )
+        console.print(f"loss     {trainer.loss_path}")
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.stop()
+    seconds = time.perf_counter() - began
+    model = trainer.close()
+    losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
+    final_loss = losses[-1] if losses else None
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        return Outcome(run, trainer.state.global_step, seconds, final_loss, None, stop.exit_code)
+    if final_loss is not None and final_loss != final_loss:
+        raise WorkError(
+            "the loss became NaN; the adapter was not saved",
+            hint="lower learning_rate, then resume from the last checkpoint or start anew",
+        )
+    save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    evaluation = _evaluate(run, model, start) if prepared.val else None
+    return Outcome(run, trainer.state.global_step, seconds, final_loss, evaluation)
+
+
+def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
+    conversations = read_validation(run.validation)
+    label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
+    result = evaluate(model, start.tokenizer, start.prepared.val, conversations, label)
+    write_json(run.eval, result.as_dict())
+    return result
+
+
+def _choose_checkpointing(
+    resolved: ResolvedRecipe, config: Any, device: Device
+) -> tuple[ResolvedRecipe, MemoryPlan]:
+    """`auto` becomes off where the plan fits without it: recomputing costs about a third."""
+    plan = plan_memory(resolved.recipe, config, device)
+    if resolved.recipe.gradient_checkpointing != "auto":
+        return resolved, plan
+    share = plan.total_bytes / device.memory_bytes
+    reason = f"the plan needs {share:.0%} of this device's memory without it"
+    resolved = resolved.derive(reason, gradient_checkpointing=not plan.fits)
+    return resolved, plan_memory(resolved.recipe, config, device)

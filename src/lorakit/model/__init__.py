@@ -1,0 +1,1 @@
+"""A recipe enters; a base model with adapters on its device leaves."""

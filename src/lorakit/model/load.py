@@ -1,0 +1,285 @@
+"""A recipe or a run directory enters; a loaded base model, its tokenizer, or a tuned model leaves."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import DependencyError, ModelError
+from lorakit.hardware import detect_device
+from lorakit.model.embedded import HUB_ID, demo_model_dir
+from lorakit.records import Device
+from lorakit.recipe import Recipe
+from lorakit.recipe_file import load_recipe
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
+
+BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2,<0.51'"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRun:
+    """A tuned model as every command after training needs it."""
+
+    run: RunDir
+    recipe: Recipe
+    device: Device
+    model: Any
+    tokenizer: Any
+
+
+def public_name(reference: str) -> str:
+    """The name of a base model that may be written into files: a hub id or a folder's own name."""
+    if reference == "demo":
+        return HUB_ID
+    is_path = Path(reference).is_absolute() or reference.startswith((".", "~")) or Path(reference).is_dir()
+    return Path(reference).name if is_path else reference
+
+
+def locate_model(recipe: Recipe, folders: Sequence[Path] = (Path(),)) -> str:
+    """A local folder or a hub id for `recipe.model`; a relative path is tried under each of `folders`.
+
+    Raises:
+        ModelError: it looks like a path and no such folder exists.
+    """
+    reference = recipe.model
+    if reference == "demo":
+        return str(demo_model_dir(offline=recipe.offline))
+    path = Path(reference).expanduser()
+    for folder in folders:
+        if (folder / path).is_dir():
+            return str((folder / path).resolve())
+    if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") != 1:
+        parent = path.parent if path.parent.is_dir() else Path()
+        names = [p.name for p in parent.iterdir() if p.is_dir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        raise ModelError(
+            f"model: {reference}: no such folder" + (f"; did you mean {parent / near[0]}?" if near else ""),
+            hint="give a folder with config.json, a hub id such as meta-llama/Llama-2-7b-chat-hf, "
+            "or `demo`",
+        )
+    return reference
+
+
+def load_config(recipe: Recipe, location: str) -> Any:
+    """The model's config, checked to be that of a causal language model.
+
+    Raises:
+        ModelError: no config.json, gated, unreachable, or another kind of model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _refuse_code_in_config(recipe, location)
+    try:
+        config = AutoConfig.from_pretrained(location, **_hub_arguments(recipe))
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(recipe.model, location, error) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
+        names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+        raise ModelError(
+            f"model: {recipe.model}: not a causal language model (config.json says {names})",
+            hint="lorakit trains decoder-only chat models such as Llama, Mistral, Qwen or Gemma",
+        )
+    return config
+
+
+def load_tokenizer(recipe: Recipe, location: str) -> Any:
+    """The model's own tokenizer.
+
+    Raises:
+        ModelError: the folder or repository has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location, **_hub_arguments(recipe))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model: {recipe.model}: its tokenizer cannot be loaded: {_first_line(error)}",
+            hint="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+
+
+def load_base(recipe: Recipe, location: str, device: Device) -> Any:
+    """The frozen base on its device: 16- or 32-bit for LoRA, NF4 with double quantization for QLoRA.
+
+    Raises:
+        ModelError: weights missing or unreadable.
+        DependencyError: `method: qlora` without a working bitsandbytes.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(recipe, location)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}
+    quantized = getattr(config, "quantization_config", None)
+    if recipe.method == "qlora" and quantized is None:
+        arguments["quantization_config"] = nf4_config(device)
+    elif quantized is not None and recipe.method == "lora":
+        raise ModelError(
+            f"model: {recipe.model}: its weights are quantized already",
+            hint="set method: qlora, or name the 16-bit original of this model",
+        )
+    if device.kind != "cpu":
+        arguments["device_map"] = {"": device.kind}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, attn_implementation=device.attention, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(recipe.model, location, error) from error
+    guard_quantized_cpu_weights(model)
+    return model
+
+
+def nf4_config(device: Device) -> Any:
+    """4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314, section 3).
+
+    Raises:
+        DependencyError: bitsandbytes is absent or does not work on this device.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    # Without the optional `kernels` package bitsandbytes warns on each import on AVX512_BF16 CPUs.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    try:
+        import bitsandbytes as bnb
+
+        probe = torch.zeros(64, 64, device=device.kind)
+        bnb.functional.quantize_4bit(probe, quant_type="nf4")
+    except Exception as error:  # bitsandbytes raises many kinds, RuntimeError and OSError among them
+        raise DependencyError(
+            f"method: qlora needs bitsandbytes, which does not work here: {_first_line(error)}",
+            hint=f"{BITSANDBYTES_INSTALL}, or set method: lora",
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, device.dtype),
+    )
+
+
+def guard_quantized_cpu_weights(model: Any) -> None:
+    """Keep bitsandbytes from repacking NF4 weights in place on CPUs with AVX512_BF16.
+
+    bitsandbytes 0.50.2 repacks at the first forward in eval mode; afterwards dequantization gives
+    garbage (relative error 1.44) and no gradient passes the base layers (gradient norm 2.3 -> 0.3),
+    so one evaluation during training would spoil the rest of the run.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
+    """Base plus adapter of a finished run, in evaluation mode, with the run's own tokenizer.
+
+    Raises:
+        ModelError: the base is gone or the adapter does not belong to it.
+    """
+    from peft import PeftModel
+
+    recipe = load_recipe(run.recipe).recipe
+    device = detect_device(recipe.dtype, prefer="cpu" if prefer_cpu else "auto")
+    location = locate_model(recipe, [run.path, Path()])
+    base = load_base(recipe, location, device)
+    tokenizer = load_tokenizer(recipe, str(run.adapter))
+    try:
+        model = PeftModel.from_pretrained(base, str(run.adapter))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"{run.adapter}: the adapter does not fit {recipe.model}: {_first_line(error)}",
+            hint="was the base model changed since training?",
+        ) from error
+    _check_all_tensors_used(model, run)
+    model.eval()
+    return LoadedRun(run, recipe, device, model, tokenizer)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, so that adapters start alike and rows come in the same order."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _check_all_tensors_used(model: Any, run: RunDir) -> None:
+    """peft only warns when a saved tensor matches nothing; the result is then the base model."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(str(run.adapter / ADAPTER_WEIGHTS), framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(model))
+    if saved != expected:
+        lost = sorted(saved ^ expected)
+        raise ModelError(
+            f"{run.adapter}: {len(saved & expected)} of {len(saved)} adapter tensors match the model "
+            f"(first that does not: {lost[0]})",
+            hint="the adapter belongs to another model or was damaged",
+        )
+
+
+def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "revision": recipe.revision or "main",
+        "trust_remote_code": recipe.trust_remote_code,
+        "local_files_only": recipe.offline,
+    }
+
+
+def _refuse_code_in_config(recipe: Recipe, location: str) -> None:
+    """A local config.json that wants to run Python is refused unless the recipe allows it."""
+    path = Path(location) / "config.json"
+    if not Path(location).is_dir():
+        return
+    if not path.exists():
+        found = ", ".join(sorted(p.name for p in Path(location).iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"model: {recipe.model}: no config.json in this folder (found: {found})",
+            hint="a model folder holds config.json, tokenizer.json and *.safetensors",
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+    if "auto_map" in values and not recipe.trust_remote_code:
+        raise ModelError(
+            f"model: {recipe.model}: its config.json asks to run Python code of its own",
+            hint="read that code first; then set trust_remote_code: true",
+        )
+
+
+def _load_error(reference: str, location: str, error: Exception) -> ModelError:
+    """The cause behind what transformers raises, in one line, with the way out."""
+    text = f"{error} {error.__cause__ or ''}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return ModelError(
+            f"model: {reference}: this repository is gated and this machine has no access to it",
+            hint=f"ask for access on the model's page, then log in with: hf auth login",
+        )
+    if Path(location).is_dir():
+        return ModelError(
+            f"model: {reference}: cannot be loaded: {_first_line(error)}",
+            hint="a model folder holds config.json, tokenizer.json and whole *.safetensors files",
+        )
+    if "not a valid model identifier" in text or "404" in text:
+        return ModelError(
+            f"model: {reference}: no such model on the hub, and no such local folder",
+            hint="check the spelling; a private model needs: hf auth login",
+        )
+    return ModelError(
+        f"model: {reference}: the hub cannot be reached and the model is not in the local cache",
+        hint="connect, give a local folder, or try `--model demo`",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

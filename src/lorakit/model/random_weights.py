@@ -1,0 +1,170 @@
+"""A shape's name enters; a base model with random weights on its device leaves, no download.
+
+Layers are made and (for QLoRA) quantized one at a time, so a card needs room for the finished model
+and one 16-bit layer, not for two models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.errors import RecipeError
+from lorakit.recipe_file import suggest
+from lorakit.records import Device
+
+# Published config values of each model.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+    "mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def shape_config(name: str) -> Any:
+    """The transformers config of a named shape.
+
+    Raises:
+        RecipeError: no such shape.
+    """
+    from transformers import AutoConfig
+
+    if name not in SHAPES:
+        raise RecipeError(
+            f"--shape {name}: unknown{suggest(name, SHAPES)}", hint=f"shapes: {', '.join(SHAPES)}"
+        )
+    return AutoConfig.for_model(**SHAPES[name])
+
+
+def random_model(config: Any, device: Device, four_bit: bool) -> Any:
+    """A causal LM of this config with random weights, in the device's dtype, NF4 if `four_bit`."""
+    import copy
+
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, device.dtype)
+    first = copy.deepcopy(config)
+    first.num_hidden_layers = 1
+    with torch.device(device.kind):
+        model = AutoModelForCausalLM.from_config(
+            first, dtype=dtype, attn_implementation=device.attention
+        )
+    layers = model.model.layers
+    layer_type = type(layers[0])
+    model.model.layers = nn.ModuleList()
+    for index in range(config.num_hidden_layers):
+        with torch.device(device.kind):
+            layer = layer_type(model.config, index) if index else layers[0]
+        _randomize(layer.to(dtype))
+        model.model.layers.append(_quantize(layer, device) if four_bit else layer)
+    model.config.num_hidden_layers = config.num_hidden_layers
+    model.is_loaded_in_4bit = four_bit
+    return model
+
+
+def _randomize(layer: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+
+
+def _quantize(layer: Any, device: Device) -> Any:
+    """Replace each linear of `layer` by an NF4 one with double quantization."""
+    import bitsandbytes as bnb
+    import torch
+
+    from lorakit.model.load import guard_quantized_cpu_weights
+
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, torch.nn.Linear):
+                continue
+            replaced = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=child.weight.dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
+            weight = bnb.nn.Params4bit(
+                child.weight.data,
+                requires_grad=False,
+                compress_statistics=True,
+                quant_type="nf4",
+                module=replaced,
+            )
+            replaced.weight = weight.to(device.kind)
+            replaced.bias = child.bias
+            setattr(parent, name, replaced)
+    guard_quantized_cpu_weights(layer)
+    return layer

@@ -1,0 +1,98 @@
+"""What a run is about to do, or has done, enters; tables and the next commands to type leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorakit.data.show import render_example
+from lorakit.evaluate import show
+from lorakit.finetune import Outcome, Prologue
+from lorakit.records import DataReport, MemoryPlan
+
+SHOWN_EXAMPLES = 3
+
+
+def show_prologue(start: Prologue, console: Console, as_json: bool) -> None:
+    """The resolved recipe with origins, the data, the plan and rendered examples."""
+    if as_json:
+        value = {
+            "recipe": start.resolved.recipe.model_dump(mode="json"),
+            "origins": start.resolved.origins,
+            "data": start.prepared.report.as_dict(),
+            "plan": start.plan.as_dict(),
+        }
+        console.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        return
+    table = Table(title="recipe")
+    for column in ("key", "value", "origin"):
+        table.add_column(column, overflow="fold")
+    for key, value in start.resolved.recipe.model_dump(mode="json").items():
+        table.add_row(key, json.dumps(value, ensure_ascii=False), start.resolved.origins[key])
+    console.print(table)
+    show_data(start.prepared.report, console)
+    show_plan(start.plan, console)
+    show_examples(start.tokenizer, start.prepared.train[:SHOWN_EXAMPLES], console)
+    console.print("dry run: nothing was trained")
+
+
+def show_data(report: DataReport, console: Console) -> None:
+    """One line a source, the counts, and every fault with its first rows."""
+    for source in report.sources:
+        console.print("data     " + ", ".join(f"{k} {v}" for k, v in source.items()), markup=False)
+    share = report.trained_tokens_train / max(report.tokens_train, 1)
+    console.print(
+        f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
+        f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained ({share:.0%}); "
+        f"longest {report.longest_example} of {report.cutoff_len}"
+    )
+    console.print(f"template {report.template}", markup=False)
+    for fault in report.faults:
+        rows = ", ".join(fault.first_rows)
+        console.print(f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False)
+
+
+def show_plan(plan: MemoryPlan, console: Console) -> None:
+    """Bytes per part and the verdict."""
+    table = Table(title="memory plan")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for part, size in plan.parts.items():
+        table.add_row(part, f"{size / 2**30:.2f}")
+    table.add_row("sum", f"{plan.total_bytes / 2**30:.2f}")
+    table.add_row("this device has", f"{plan.available_bytes / 2**30:.2f}")
+    console.print(table)
+    console.print("it fits" if plan.fits else "it does not fit as it stands")
+
+
+def show_examples(tokenizer: Any, examples: Sequence[Any], console: Console) -> None:
+    """Rendered examples; what lies between the brackets is trained."""
+    console.print("examples as the model sees them; ⟦trained⟧")
+    for example in examples:
+        console.rule(str(example.origin))
+        console.print(render_example(tokenizer, example))
+
+
+def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
+    """How it went, where everything lies, and what to type next."""
+    run = outcome.run.path
+    if outcome.exit_code:
+        console.print(f"stopped after step {outcome.steps}; a checkpoint was saved")
+        console.print(f"go on with: lorakit train {outcome.run.recipe} --resume")
+        return
+    if outcome.evaluation:
+        show(outcome.evaluation, console)
+    else:
+        console.print("no held-out rows: nothing was evaluated (val_size is 0)")
+    console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")
+    console.print(f"adapter  {outcome.run.adapter}  (PEFT format)")
+    console.print(f"metrics  {outcome.run.metrics}")
+    if next_steps:
+        console.print("next:")
+        console.print(f"  lorakit chat {run}                    talk to it; /base asks the base")
+        console.print(f"  lorakit eval {run} --data FILE        score it on other rows")
+        console.print(f"  lorakit export {run} --to merged      one folder without adapter")

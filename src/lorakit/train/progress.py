@@ -1,0 +1,77 @@
+"""Steps enter; a live line on the terminal and rows of metrics.jsonl leave."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorakit.run_dir import RunDir, append_metrics
+
+# Without a terminal (a log file, CI, a notebook's pipe) a line is printed at most this often.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class TrainingProgress:
+    """Shows step, loss, tokens/s, time left and memory while a run trains."""
+
+    def __init__(self, console: Console, run: RunDir, device: str) -> None:
+        self.console = console
+        self.run = run
+        self.device = device
+        self.last_line = 0.0
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def start(self, done: int, total: int) -> None:
+        """Open the live bar (on a terminal) for steps `done` to `total`."""
+        self.total = total
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                transient=False,
+            )
+            self.task = self.bar.add_task("", total=total, completed=done, shown="")
+            self.bar.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Record one logged step and refresh the display."""
+        row["memory_gb"] = round(process_memory_bytes(self.device) / 1e9, 2)
+        append_metrics(self.run, row)
+        shown = (
+            f"loss {row['loss']:.3f} · {row['tokens_per_second']:,.0f} tok/s"
+            f" · {row['memory_gb']:.1f} GB"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row["step"], shown=shown)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or row["step"] == self.total:
+            self.last_line = time.monotonic()
+            left = (self.total - row["step"]) * row["seconds"]
+            self.console.print(f"step {row['step']}/{self.total} · {shown} · {left:.0f} s left")
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        (self.bar.console if self.bar else self.console).print(text)
+
+    def stop(self) -> None:
+        """Close the bar; safe to call twice."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def process_memory_bytes(device: str) -> int:
+    """Peak bytes on the GPU since the run began, or this process's resident memory on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    return int(psutil.Process().memory_info().rss)

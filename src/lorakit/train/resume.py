@@ -1,0 +1,174 @@
+"""A resolved recipe enters; the run directory it may write into, and where to go on, leave."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.errors import RunError, WorkError
+from lorakit.model.load import public_name
+from lorakit.recipe_file import ResolvedRecipe, load_recipe
+from lorakit.records import Device
+from lorakit.run_dir import RunDir, read_metrics, write_json, write_text
+from lorakit.train.checkpoint import checkpoint_step, require_checkpoint
+
+# Settings that do not alter the steps already taken.
+SAFE_TO_CHANGE = {
+    "output_dir",
+    "save_every",
+    "keep_checkpoints",
+    "eval_every",
+    "log_every",
+    "report_to",
+    "offline",
+    "epochs",
+    "max_steps",
+    "trust_remote_code",
+}
+VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
+
+
+def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedRecipe]:
+    """The run directory: the named one, or a new one under runs/; never another run's.
+
+    Raises:
+        RunError: the folder holds a run already (without --resume), or none (with it).
+    """
+    recipe = resolved.recipe
+    if resume and resolved.folder and RunDir(resolved.folder).checkpoints.exists():
+        return RunDir(resolved.folder), resolved  # `train runs/x/recipe.yaml --resume`
+    if recipe.output_dir is not None:
+        run = RunDir(Path(recipe.output_dir))
+        if run.has_run() and not resume:
+            raise RunError(
+                f"{run.path}: holds another run already; it is never overwritten",
+                hint="go on with --resume, or give a new name with --output",
+            )
+    else:
+        stem = f"{public_name(recipe.model).split('/')[-1].lower()}-{recipe.method}"
+        run = _newest(stem) if resume else _free(stem)
+        resolved = resolved.derive("model and method", output_dir=str(run.path))
+    if resume and not run.has_run():
+        raise RunError(
+            f"{run.path}: nothing to resume here (no recipe.yaml)",
+            hint="name the run's folder with --output, or start without --resume",
+        )
+    _check_writable(run)
+    return run, resolved
+
+
+def prepare_resume(run: RunDir, resolved: ResolvedRecipe, console: Console) -> Path:
+    """The checkpoint to go on from; rows of metrics.jsonl after it are dropped.
+
+    Raises:
+        RunError: no whole checkpoint, or a setting changed that would alter the past.
+    """
+    _refuse_changed_past(run, resolved)
+    folder, notes = require_checkpoint(run)
+    for note in notes:
+        console.print(f"note: {note}")
+    step = checkpoint_step(folder)
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    console.print(f"resuming {run.path} from step {step}")
+    return folder
+
+
+def write_run_files(
+    run: RunDir, resolved: ResolvedRecipe, report: dict[str, Any], plan: dict[str, Any], device: Device
+) -> None:
+    """recipe.yaml, data_report.json, plan.json and environment.json; no path of this machine."""
+    portable = {
+        "model": _portable(resolved.recipe.model, resolved, run),
+        "data": [_portable(s, resolved, run) for s in resolved.recipe.sources],
+        "output_dir": run.path.name,
+    }
+    if resolved.recipe.val_data:
+        portable["val_data"] = _portable(resolved.recipe.val_data, resolved, run)
+    origins = dict(resolved.origins)
+    saved = resolved.derive("", **portable)
+    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
+    write_json(run.data_report, report)
+    write_json(run.plan, plan)
+    write_json(run.environment, environment(device))
+
+
+def environment(device: Device) -> dict[str, Any]:
+    """Versions and hardware of this machine, free of names and paths."""
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": versions,
+        "device": device.name,
+        "kind": device.kind,
+        "memory_bytes": device.memory_bytes,
+        "dtype": device.dtype,
+        "reasons": device.reasons,
+    }
+
+
+def _free(stem: str) -> RunDir:
+    for number in range(1, 10_000):
+        run = RunDir(Path("runs") / (stem if number == 1 else f"{stem}-{number}"))
+        if not run.path.exists():
+            return run
+    raise RunError(f"runs/{stem}: 9,999 runs of this name exist", hint="name one with --output")
+
+
+def _newest(stem: str) -> RunDir:
+    found = [p for p in Path("runs").glob(f"{stem}*") if RunDir(p).has_run()]
+    if not found:
+        raise RunError(
+            f"runs/{stem}: nothing to resume here", hint="name the run's folder with --output"
+        )
+    return RunDir(max(found, key=lambda p: RunDir(p).recipe.stat().st_mtime))
+
+
+def _check_writable(run: RunDir) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkError(
+            f"{run.path}: cannot be created: {error.strerror}", hint="choose another --output"
+        ) from error
+    if not os.access(run.path, os.W_OK):
+        raise WorkError(f"{run.path}: cannot be written", hint="choose another --output")
+
+
+def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
+    """A local path as seen from the run directory; names of hub repositories stay as they are."""
+    if text.split(":")[0] == "demo":
+        return text
+    for folder in (Path(), *([resolved.folder] if resolved.folder else [])):
+        path = folder / Path(text).expanduser()
+        if path.exists():
+            return os.path.relpath(path.resolve(), run.path.resolve())
+    return text
+
+
+def _refuse_changed_past(run: RunDir, resolved: ResolvedRecipe) -> None:
+    before = load_recipe(run.recipe).recipe.model_dump()
+    now = resolved.recipe.model_dump()
+    skip = SAFE_TO_CHANGE | {"model", "data", "val_data", "gradient_checkpointing"}
+    changed = [
+        f"  {key}: was {before[key]!r}, is now {now[key]!r}"
+        for key in before
+        if key not in skip and before[key] != now[key]
+    ]
+    if changed:
+        raise RunError(
+            f"{run.path}: these settings would alter steps already taken:\n" + "\n".join(changed),
+            hint="undo the change, or start a new run with --output",
+        )

@@ -1,0 +1,53 @@
+"""A model and held-out examples enter; the mean loss per trained token leaves.
+
+The mask is the training mask, and every token weighs the same whatever batch it falls into.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lorakit.data.batch import collate
+from lorakit.records import EvalScore, Example
+from lorakit.train.loss import attach_loss, base_of, detach_loss
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int = 8,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> EvalScore:
+    """Token-weighted negative log-likelihood of `examples` under `model`, in nats.
+
+    Examples are scored longest first in batches of equal lengths, so that memory peaks at the start
+    and little is spent on padding. The model's mode is restored.
+    """
+    attached = "forward" in base_of(model).__dict__
+    if not attached:
+        attach_loss(model)
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    loss, tokens = 0.0, 0
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = [examples[i] for i in order[start : start + batch_size]]
+            batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
+            out = model(**batch, use_cache=False)
+            loss += float(out.loss_sum)
+            tokens += int(out.tokens)
+            if on_batch:
+                on_batch(start + len(rows), len(order))
+    finally:
+        model.train(was_training)
+        if not attached:
+            detach_loss(model)
+    mean = loss / max(tokens, 1)
+    return EvalScore(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)

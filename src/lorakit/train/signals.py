@@ -1,0 +1,46 @@
+"""Ctrl-C or SIGTERM enters; a flag that the training loop reads leaves. The second one ends at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Set once by a signal; the trainer finishes its step, saves and stops."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells expect: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 0 if self.signal is None else 128 + int(self.signal)
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; outside the main thread nothing changes."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if request.asked:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,239 @@
+"""A PEFT model and examples enter; trained adapter weights, checkpoints and metrics leave.
+
+TRL's SFTTrainer, with four things of our own: rows arrive tokenized and masked and are touched by
+nothing after, the loss covers supervised tokens and weighs tokens (not micro-batches), adapters
+stay float32, and checkpoints are whole or absent.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from trl import SFTConfig, SFTTrainer
+
+from lorakit.data.batch import collate
+from lorakit.errors import RecipeError
+from lorakit.recipe import Recipe
+from lorakit.records import Device, Example
+from lorakit.run_dir import RunDir
+from lorakit.train.checkpoint import rotate, save_training_state, staged
+from lorakit.train.loss import attach_loss, detach_loss
+from lorakit.train.progress import TrainingProgress
+from lorakit.train.score import score
+from lorakit.train.signals import StopRequest
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+
+
+class LoraTrainer(SFTTrainer):
+    """SFTTrainer on examples that are ready: `train[i]` goes to the model as it is."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        recipe: Recipe,
+        device: Device,
+        run: RunDir,
+        train: Sequence[Example],
+        val: Sequence[Example],
+        progress: TrainingProgress,
+        stop: StopRequest,
+    ) -> None:
+        self.run, self.recipe, self.val = run, recipe, val
+        self.pad_id = pad_token_id(tokenizer)
+        # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
+        masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
+        super().__init__(
+            model=model,
+            args=training_arguments(recipe, device, run, total_steps(recipe, len(train))),
+            processing_class=tokenizer,
+            # The data set holds row numbers; examples are looked up when a batch is made.
+            train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
+            data_collator=lambda rows: collate([train[r["index"]] for r in rows], self.pad_id),
+            callbacks=[_Reporter(self, progress), _Stopper(stop)],
+        )
+        for name, parameter in self.model.named_parameters():
+            if name in masters:
+                parameter.data = masters[name]
+        self.loss_path = attach_loss(self.model)
+        # The loss is divided by the step's token count, so gradients of micro-batches just add up.
+        self.model_accepts_loss_kwargs = True
+        self.step_tokens = torch.zeros((), dtype=torch.long)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Summed loss of this micro-batch over the supervised tokens of the whole step."""
+        outputs = model(**inputs, use_cache=False)
+        tokens = outputs.tokens if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.loss_sum / torch.as_tensor(tokens, device=outputs.loss_sum.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count spans all ranks and DDP averages gradients over them.
+            loss = loss * self.accelerator.num_processes
+        self.step_tokens = self.step_tokens.to(loss.device) + inputs["attention_mask"].sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Token-weighted held-out loss, by the same code as `lorakit eval`."""
+        result = score(self.model, self.val, self.pad_id)
+        metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with staged(self.run.checkpoint(self.state.global_step)) as folder:
+            save_training_state(
+                self.accelerator.unwrap_model(self.model), folder, saves_embeddings(self.recipe)
+            )
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            for part in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(part, ExportableState):
+                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        rotate(self.run, self.recipe.keep_checkpoints)
+
+    def close(self) -> Any:
+        """The trained model with its own forward back, free of the trainer's wrapping."""
+        detach_loss(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+
+class _Reporter(TrainerCallback):
+    """Turns the trainer's logs into rows of metrics.jsonl and the live line."""
+
+    def __init__(self, trainer: LoraTrainer, progress: TrainingProgress) -> None:
+        self.trainer, self.progress = trainer, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.start(state.global_step, state.max_steps)
+        self.clock, self.step = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or not ({"loss", "eval_loss"} & set(logs)):
+            return
+        if "eval_loss" in logs:
+            self.progress.note(
+                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
+                f"perplexity {logs['eval_perplexity']:.2f}"
+            )
+            return
+        tokens = int(self.trainer.step_tokens)
+        self.trainer.step_tokens.zero_()
+        now = time.perf_counter()
+        seconds, steps = now - self.clock, max(1, state.global_step - self.step)
+        self.clock, self.step = now, state.global_step
+        self.progress.step(
+            {
+                "step": state.global_step,
+                "epoch": round(state.epoch or 0.0, 4),
+                "loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                "learning_rate": logs.get("learning_rate"),
+                "tokens": tokens,
+                "seconds": round(seconds / steps, 4),
+                "tokens_per_second": round(tokens / seconds, 1),
+            }
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.stop()
+
+
+class _Stopper(TrainerCallback):
+    """After a signal: finish the step, save a checkpoint, stop."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.stop.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def total_steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of a run over `examples` examples; the last step of an epoch may be short."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    micro_batches = math.ceil(examples / recipe.micro_batch_size)
+    per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
+    return max(1, math.ceil(per_epoch * recipe.epochs))
+
+
+def training_arguments(recipe: Recipe, device: Device, run: RunDir, steps: int) -> SFTConfig:
+    """The recipe in TRL's words; every TRL default that would change data or rate is overridden."""
+    if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
+        raise RecipeError(
+            f"optimizer: {recipe.optimizer} needs a CUDA card, this run is on {device.kind}",
+            hint="set optimizer: adamw",
+        )
+    return SFTConfig(
+        output_dir=str(run.path),
+        per_device_train_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        max_steps=steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler,
+        warmup_steps=round(recipe.warmup_ratio * steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=OPTIMIZERS[recipe.optimizer],
+        bf16=device.kind == "cuda" and device.dtype == "bfloat16",
+        fp16=device.kind == "cuda" and device.dtype == "float16",
+        use_cpu=device.kind == "cpu",
+        gradient_checkpointing=False,  # switched on by finetune, without TRL's conversions
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        eval_strategy="no" if recipe.eval_every is None else "steps",
+        eval_steps=recipe.eval_every,
+        report_to=list(recipe.report_to),
+        run_name=run.path.name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.kind == "cuda",
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """An id to pad with. Labels are masked by position, so it may even be the end-of-turn token."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
+        if candidate is not None:
+            return int(candidate)
+    raise AssertionError("unreachable: 0 is not None")
+
+
+def saves_embeddings(recipe: Recipe) -> bool:
+    """True when an embedding or head trains, so that its weights must travel with the adapter."""
+    names = [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
