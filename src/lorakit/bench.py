@@ -112,7 +112,7 @@ def run_bench(
         "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "lorakit " + " ".join(sys.argv[1:]),
+        "command": _command(),
     }
 
 
@@ -218,6 +218,15 @@ class _Meter:
 
             free, total = torch.cuda.mem_get_info()
             return total - free
+
+
+def _command() -> str:
+    """What to type to repeat this row, without the place the result was written to."""
+    words = sys.argv[1:]
+    if "--output" in words:
+        at = words.index("--output")
+        words = words[:at] + words[at + 2 :]
+    return " ".join(["lorakit", *words])
 
 
 def _commit() -> str | None:
