@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.prepare import Prepared, prepare, read_validation, write_validation
+from lorakit.data.prepare import Prepared, prepare, write_validation
 from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
@@ -84,7 +84,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     checkpoint = prepare_resume(run, start.resolved, console) if resume else None
     write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
-    write_validation(run.validation, prepared.val_conversations)
+    write_validation(run.validation, prepared.val_records)
 
     seed_everything(recipe.seed)
     base = load_base(recipe, start.location, device)
@@ -122,9 +122,8 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
 
 def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
-    conversations = read_validation(run.validation)
     label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
-    result = evaluate(model, start.tokenizer, start.prepared.val, conversations, label)
+    result = evaluate(model, start.tokenizer, start.prepared.val, start.prepared.val_records, label)
     write_json(run.eval, result.as_dict())
     return result
 
