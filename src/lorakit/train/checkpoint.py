@@ -189,7 +189,9 @@ def _is_disk_trouble(error: BaseException, target: Path) -> bool:
     if isinstance(error, OSError):
         return True
     text = str(error).lower()
-    wrote = any(word in text for word in ("no space", "writ", "i/o", "os error", "file too large"))
+    # What torch's zip writer and safetensors say when the system refuses bytes.
+    words = ("no space", "writ", "i/o", "os error", "file too large", "iostream", "unexpected pos")
+    wrote = any(word in text for word in words)
     return wrote or shutil.disk_usage(_existing(target)).free < 1_000_000
 
 
