@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorakit.data.prepare import Record, encode_record, prepare, read_validation
+from lorakit.data.prepare import Item, prepare, read_validation
+from lorakit.data.template import encode
 from lorakit.errors import DataError
 from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
@@ -24,7 +25,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
-    records: Sequence[Record],
+    records: Sequence[Item],
     label: str,
     samples: int = 4,
     max_new_tokens: int = 96,
@@ -56,7 +57,7 @@ def evaluate(
 
 
 def _answer(
-    model: Any, tokenizer: Any, records: Sequence[Record], samples: int, max_new_tokens: int
+    model: Any, tokenizer: Any, records: Sequence[Item], samples: int, max_new_tokens: int
 ) -> tuple[Sample, ...]:
     """Greedy answers, so that the same run always shows the same ones."""
     conversations = [r for r in records if isinstance(r, Conversation)]
@@ -74,9 +75,10 @@ def _answer(
     )
 
 
-def encode_held_out(tokenizer: Any, records: Sequence[Record], recipe: Recipe) -> list[Example]:
+def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
     """Held-out records as examples, masked as in training."""
-    return [e for record in records for e in encode_record(tokenizer, record, recipe)]
+    rules = (recipe.train_on, recipe.cutoff_len, recipe.too_long)
+    return [e for record in records for e in encode(tokenizer, record, *rules)]
 
 
 def show(result: EvalResult, console: Console) -> None:
@@ -110,7 +112,7 @@ def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalRe
     else:
         held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
         prepared = prepare(held_out, loaded.tokenizer, [Path()])
-        records, examples = list(prepared.train_records), list(prepared.train)
+        records, examples = list(prepared.train_conversations), list(prepared.train)
     label = data or "the run's held-out rows"
     result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
     if data is None:

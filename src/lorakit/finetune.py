@@ -84,7 +84,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     checkpoint = prepare_resume(run, start.resolved, console) if resume else None
     write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
-    write_validation(run.validation, prepared.val_records)
+    write_validation(run.validation, prepared.val_conversations)
 
     seed_everything(recipe.seed)
     base = load_base(recipe, start.location, device)
@@ -123,7 +123,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
 def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
     label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
-    result = evaluate(model, start.tokenizer, start.prepared.val, start.prepared.val_records, label)
+    result = evaluate(model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label)
     write_json(run.eval, result.as_dict())
     return result
 

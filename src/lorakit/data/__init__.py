@@ -1,7 +1,17 @@
-"""Files enter; tokenized examples with the right labels and a report leave.
+"""A recipe's sources enter; token ids with a mask leave, and a report of all that was left out.
 
-Order: read (source -> Row) -> formats (Row -> Conversation or Document) -> check (faults counted)
--> template (Conversation -> Example, the one place where tokens and mask are made) and chunk
-(Document -> Examples) -> split (held-out part) -> batch (Examples -> padded tensors).
-`prepare` runs them; `show` prints an example with its trained tokens marked.
+The stages in order, one module each; `prepare.py` runs them:
+
+    locate    a source string -> files, a packaged file or a hub dataset id
+    read      files -> rows, numbered as in the file
+    formats   rows -> conversations or documents; the format is found by its columns
+    check     what is wrong with a row, counted; duplicates and overlap
+    chunk     long documents -> windows at paragraph and sentence borders
+    resolve   the tokenizer's chat template, or one supplied and said so
+    render    turns -> text -> ids, and the template's habits
+    template  conversations -> token ids and mask: the only place where a mask is made
+    split     the seeded held-out part
+    batch     examples -> padded tensors
+
+`show.py` prints an example with its trained tokens marked.
 """

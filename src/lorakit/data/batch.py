@@ -1,4 +1,4 @@
-"""Examples enter; padded tensors leave."""
+"""Examples enter; padded tensors leave. Shapes: B batch, T tokens of the longest example."""
 
 from __future__ import annotations
 
@@ -10,14 +10,26 @@ from torch import Tensor
 from lorakit.records import IGNORE, Example
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    width = max(len(e.input_ids) for e in examples)
-    ids = torch.full((len(examples), width), pad_id)
-    labels = torch.full((len(examples), width), IGNORE)
-    mask = torch.zeros((len(examples), width), dtype=torch.long)
-    for i, e in enumerate(examples):
-        n = len(e.input_ids)
-        ids[i, :n] = torch.tensor(e.input_ids)
-        labels[i, :n] = torch.tensor(e.labels)
-        mask[i, :n] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+def collate(
+    examples: Sequence[Example], pad_id: int, pad_to_multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """`input_ids`, `labels` and `attention_mask`, each int64 [B, T], padded on the right.
+
+    Padding is masked by position: a pad id that is also the end-of-turn id (SmolLM2 and Llama-2 are
+    often set up so) stays trained where it ends an answer.
+
+    Args:
+        pad_to_multiple_of: round T up to a multiple, for kernels that like 8 or 64.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (len(examples), width)
+    input_ids = torch.full(shape, pad_id)
+    labels = torch.full(shape, IGNORE)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, example in enumerate(examples):
+        size = len(example.input_ids)
+        input_ids[row, :size] = torch.tensor(example.input_ids)
+        labels[row, :size] = torch.tensor(example.labels)
+        mask[row, :size] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}

@@ -1,48 +1,144 @@
-"""Troubles of single rows enter, one by one; counted faults with their first rows leave."""
+"""Conversations and faults of single rows enter; usable conversations and counted Faults leave.
+
+Damage to a file's structure (a broken line) stops the run. A row that is whole but cannot be used
+(no answer, roles out of order) is left out, and counted here with its place: never silently.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterable
 
+from lorakit.errors import DataError
 from lorakit.records import Conversation, Document, Fault, Origin
 
 SHOWN_ROWS = 5
 LEFT_OUT = "left out"
 
 
-@dataclass(slots=True)
-class _Entry:
-    action: str
-    count: int = 0
-    rows: list[str] = field(default_factory=list)
+class RowFault(DataError):
+    """One row that cannot be used: it is left out and counted under `kind`, and the run goes on."""
+
+    def __init__(self, kind: str, origin: Origin, detail: str, hint: str | None = None) -> None:
+        super().__init__(f"{origin}: {detail}", hint)
+        self.kind = kind
+        self.origin = origin
 
 
 class FaultLog:
-    """Counts faults by kind and keeps the first rows of each; nothing is dropped without one."""
+    """Counts faults by kind and action while rows stream by; keeps the first rows of each."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, _Entry] = {}
+        self._seen: dict[tuple[str, str], tuple[int, list[str]]] = {}
+        self.rows_left_out = 0
+        self.first_left_out: RowFault | None = None
 
-    def add(self, kind: str, origin: Origin, action: str = LEFT_OUT) -> None:
-        """Record one row; `action` says what was done with it."""
-        entry = self.entries.setdefault(kind, _Entry(action))
-        entry.count += 1
-        if len(entry.rows) < SHOWN_ROWS:
-            entry.rows.append(str(origin))
+    def add(self, kind: str, origin: Origin | str, action: str) -> None:
+        """One more case of `kind`, at `origin`, and what was done about it."""
+        count, rows = self._seen.get((kind, action), (0, []))
+        if len(rows) < SHOWN_ROWS and str(origin) not in rows:
+            rows.append(str(origin))
+        self._seen[kind, action] = (count + 1, rows)
 
-    @property
-    def left_out(self) -> int:
-        """Rows that will not be trained."""
-        return sum(e.count for e in self.entries.values() if e.action == LEFT_OUT)
+    def leave_out(self, fault: RowFault) -> None:
+        """The row of `fault` is not used."""
+        self.rows_left_out += 1
+        self.first_left_out = self.first_left_out or fault
+        self.add(fault.kind, fault.origin, LEFT_OUT)
+
+    def absorb(self, other: FaultLog) -> None:
+        """Add all that `other` counted."""
+        for (kind, action), (count, rows) in other._seen.items():
+            had, own = self._seen.get((kind, action), (0, []))
+            self._seen[kind, action] = (had + count, (own + rows)[:SHOWN_ROWS])
+        self.rows_left_out += other.rows_left_out
+        self.first_left_out = self.first_left_out or other.first_left_out
 
     def faults(self) -> tuple[Fault, ...]:
-        """Most frequent first."""
-        ordered = sorted(self.entries.items(), key=lambda item: -item[1].count)
-        return tuple(Fault(kind, e.count, tuple(e.rows), e.action) for kind, e in ordered)
+        """All kinds seen, most frequent first."""
+        found = [
+            Fault(kind, count, tuple(rows), action)
+            for (kind, action), (count, rows) in self._seen.items()
+        ]
+        return tuple(sorted(found, key=lambda fault: -fault.count))
 
 
-def content_key(record: Conversation | Document) -> int:
-    """Equal for records with the same text, whatever row they stand in."""
-    if isinstance(record, Document):
-        return hash(record.text)
-    return hash(tuple((m.role, m.content) for m in record.messages))
+def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
+    """The conversation, fit to be trained on: [system] (user assistant)+.
+
+    A last user turn without answer is taken off and reported.
+
+    Raises:
+        RowFault: no answer at all, or turns out of order.
+    """
+    origin, messages = conversation.origin, conversation.messages
+    if not any(m.role == "assistant" for m in messages):
+        raise RowFault("no answer", origin, "there is no assistant turn to learn from")
+    turns = messages[1:] if messages[0].role == "system" else messages
+    for number, turn in enumerate(turns):
+        expected = "assistant" if number % 2 else "user"
+        if turn.role == expected:
+            continue
+        place = f"turn {number + 1} is of {turn.role}, expected {expected}"
+        if number and turn.role == turns[number - 1].role:
+            kind = f"two {turn.role} turns in a row"
+        elif turn.role == "system":
+            kind = "system turn that is not the first"
+        else:
+            kind = "roles out of order"
+        raise RowFault(kind, origin, f"{kind}: {place}")
+    if turns[-1].role == "user":
+        log.add("last question without answer", origin, "the question was taken off")
+        return Conversation(messages[:-1], origin)
+    return conversation
+
+
+def fingerprint(item: Conversation | Document) -> str:
+    """Content hash, the same for equal content wherever it stands."""
+    digest = hashlib.sha256()
+    if isinstance(item, Document):
+        digest.update(item.text.encode())
+    else:
+        for message in item.messages:
+            # Lengths keep "a"+"bc" apart from "ab"+"c".
+            content = message.content.encode()
+            digest.update(f"{message.role} {len(content)} ".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def report_duplicates(prints: Iterable[tuple[str, Origin]], log: FaultLog) -> None:
+    """Count rows whose content stood before; they are kept (repeating rows can be meant)."""
+    seen: set[str] = set()
+    for mark, origin in prints:
+        if mark in seen:
+            log.add("exact duplicate", origin, "kept")
+        seen.add(mark)
+
+
+def report_overlap(
+    train: Iterable[tuple[str, Origin]], held_out: Iterable[tuple[str, Origin]], log: FaultLog
+) -> None:
+    """Count held-out rows that are also trained on: their loss says nothing about new questions."""
+    trained = {mark for mark, _ in train}
+    for mark, origin in held_out:
+        if mark in trained:
+            log.add("held-out row is also in the training data", origin, "kept")
+
+
+def refuse_if_empty(kept: int, read: int, source: str, log: FaultLog) -> None:
+    """Stop when no row of `source` can be used.
+
+    Raises:
+        DataError: names the commonest faults and the first row of each.
+    """
+    if kept:
+        return
+    if not read:
+        raise DataError(f"{source}: there are no rows in it", hint="is it the right file?")
+    reasons = "; ".join(
+        f"{f.count} x {f.kind} ({', '.join(f.first_rows[:2])})" for f in log.faults()[:3]
+    )
+    first = f"; first: {log.first_left_out.message}" if log.first_left_out else ""
+    hint = log.first_left_out.hint if log.first_left_out else None
+    raise DataError(f"{source}: none of its {read} rows can be used: {reasons}{first}", hint)

@@ -1,48 +1,54 @@
-"""A long document enters; examples of at most `cutoff_len` tokens leave, every token trained once.
+"""A document's text and where its tokens begin enter; windows of tokens leave, cut at good places.
 
-A window ends at a paragraph where one is near its end, else at a sentence, else at the last token
-that fits. The end-of-text token follows the document's last token.
+A window ends at the last paragraph border of its second half, else at the last sentence border
+there, else where it is full. Windows follow one another without gap or overlap.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from lorakit.records import IGNORE, Document, Example
-
-# A border counts when it lies in the last part of a window; earlier ones would waste the rest.
-NEAR_END = 0.5
-BORDERS = (re.compile(r"\n\s*\n"), re.compile(r"(?<=[.!?])\s"))
-
-
-def encode_document(tokenizer: Any, document: Document, cutoff_len: int) -> list[Example]:
-    """Windows of a document as completion examples: all tokens trained but the first of each."""
-    encoded = tokenizer(document.text, add_special_tokens=True, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-        offsets.append((len(document.text), len(document.text)))
-    examples, start = [], 0
-    while start < len(ids):
-        end = _window_end(document.text, offsets, start, cutoff_len)
-        part = ids[start:end]
-        if len(part) > 1:
-            examples.append(Example(part, [IGNORE, *part[1:]], document.origin))
-        # One token is shared, so that the first token of a window is trained in the one before.
-        start = end if end == len(ids) else end - 1
-    return examples
+_PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*\Z")
+_SENTENCE = re.compile(r"""(?:[.!?]["')\]»”’]*\s+|[。！？]["'」』”’]*\s*|\n\s*)\Z""")
+# How far back from a cut the text is looked at: a sentence end with its quotes and white space.
+_LOOK_BACK = 16
 
 
-def _window_end(text: str, offsets: list[tuple[int, int]], start: int, size: int) -> int:
-    if len(offsets) - start <= size:
-        return len(offsets)
-    limit = start + size
-    low, high = offsets[start + int(size * NEAR_END)][0], offsets[limit - 1][1]
-    for border in BORDERS:
-        found = [m.end() for m in border.finditer(text, low, high)]
-        if found:
-            for i in range(limit - 1, start + 1, -1):
-                if offsets[i - 1][1] <= found[-1]:
-                    return i
-    return limit
+def windows(
+    text: str, starts: Sequence[int] | None, count: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """Pairs (begin, end) of token indices that cover 0..count once, each at most `limit` long.
+
+    Args:
+        starts: character at which each token begins; None where a tokenizer cannot say, then
+            windows are simply full.
+        count: number of tokens.
+        limit: longest window in tokens.
+    """
+    begin = 0
+    while begin < count:
+        end = min(begin + limit, count)
+        if end < count and starts is not None:
+            end = _good_end(text, starts, begin, end)
+        yield begin, end
+        begin = end
+
+
+def _good_end(text: str, starts: Sequence[int], begin: int, full: int) -> int:
+    halfway = begin + (full - begin) // 2
+    sentence = 0
+    for end in range(full, halfway, -1):
+        before = _text_before(text, starts[end])
+        if _PARAGRAPH.search(before):
+            return end
+        if not sentence and _SENTENCE.search(before):
+            sentence = end
+    return sentence or full
+
+
+def _text_before(text: str, at: int) -> str:
+    """The text before a cut; a space that the next token carries (Ġword, ▁word) counts to it."""
+    while at < len(text) and text[at] in " \n\t":
+        at += 1
+    return text[max(0, at - _LOOK_BACK) : at]

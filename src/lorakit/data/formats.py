@@ -1,258 +1,384 @@
-"""Raw rows enter; their format is found by their columns, and conversations or documents leave.
+"""Rows enter; conversations or documents leave, their format found by the names of the columns.
 
-A format is one row of FORMATS: its name, the columns it needs, and the function that reads a row.
-The first whose columns are all present wins; the order is from the most to the least specific.
+To add a format: one function and one row in FORMATS. The first format whose `needs` are all there
+in most of the first rows is taken, so the more telling ones stand first.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.check import RowFault
 from lorakit.errors import DataError
-from lorakit.records import Conversation, Document, Message, Role, Row
+from lorakit.records import Conversation, Document, Message, Origin, Role, Row
+
+GUESS_ROWS = 100
 
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
-    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
 }
-
-Read = Callable[[Row], tuple[list[Message], str | None]]
-
-
-class UnusableRow(Exception):
-    """One row cannot be used; `kind` groups such rows in the report."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
-        self.kind = kind
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How one format is recognized (`needs`) and read; `about` is the reason shown to the user."""
-
-    name: str
-    needs: tuple[str, ...]
-    read: Read
-    about: str
+# Column names seen in the wild, by the part they play: used for suggestions only.
+SYNONYMS: dict[str, str] = {
+    "instruction": "question query prompt input task request user human source inputs ask",
+    "response": "answer output completion reply target label assistant gpt chosen targets result",
+    "messages": "conversation conversations chat dialog dialogue turns",
+    "text": "content document body passage article",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class FormatGuess:
-    """The format chosen for a source, and why; `columns` maps parts to the user's own columns."""
+    """The format of a source, why, and how its columns are renamed first."""
 
-    format: Format
-    columns: Mapping[str, str]
+    name: str
     reason: str
+    columns: Mapping[str, str]
+    unused: tuple[str, ...] = ()
 
 
-def guess_format(rows: Sequence[Row], columns: Mapping[str, str]) -> FormatGuess:
-    """Choose the format from the columns of the first rows.
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The cells of one row under their final names; each getter names the row and the column."""
+
+    values: Mapping[str, Any]
+    origin: Origin
+    columns: Mapping[str, str]
+
+    def fault(self, kind: str, detail: str) -> RowFault:
+        return RowFault(kind, self.origin, detail)
+
+    def text(self, name: str) -> str:
+        """The text of a column that must hold some."""
+        value = self.optional(name)
+        if not value.strip():
+            state = "empty" if name in self.values else "missing"
+            if name in self.values and self.values[name] is None:
+                state = "null"
+            raise self.fault(f"no {name}", f"column {self._shown(name)} is {state}")
+        return value
+
+    def optional(self, name: str) -> str:
+        """The text of a column that may be missing, null or empty (then "")."""
+        value = self.values.get(name)
+        return "" if value is None else self.as_text(value, f"column {self._shown(name)}")
+
+    def as_text(self, value: Any, place: str) -> str:
+        if not isinstance(value, str):
+            raise self.fault(
+                "wrong type", f"{place} holds {_shown_value(value)} where a text is expected"
+            )
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise self.fault("broken characters", f"{place} holds half a surrogate pair")
+        return value
+
+    def _shown(self, name: str) -> str:
+        column = self.columns.get(name, name)
+        return name if column == name else f"{column} ({name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A row format: the columns it needs and may have, and how a row becomes turns or a text."""
+
+    name: str
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    convert: Callable[[Cells], list[Message] | str]
+
+
+# -- one function a format ------------------------------------------------------------------------
+
+
+def _messages(cells: Cells) -> list[Message]:
+    return _turns(cells, "messages")
+
+
+def _sharegpt(cells: Cells) -> list[Message]:
+    return _turns(cells, "conversations")
+
+
+def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], list[Message]]:
+    """A converter for one question and one answer; `context` is a column put below the question."""
+
+    def convert(cells: Cells) -> list[Message]:
+        asked = cells.optional(question)
+        added = cells.optional(context) if context else ""
+        asked = "\n\n".join(part for part in (asked, added) if part.strip())
+        if not asked:
+            asked = cells.text(question)
+        turns = _history(cells)
+        turns += [Message("user", asked), Message("assistant", cells.text(answer))]
+        return _with_system(turns, cells.optional("system"))
+
+    return convert
+
+
+def _prompt_completion(cells: Cells) -> list[Message]:
+    prompt, completion = cells.values.get("prompt"), cells.values.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked = _turns(cells, "prompt") if isinstance(prompt, list) else None
+        answer = _turns(cells, "completion") if isinstance(completion, list) else None
+        return (asked or [Message("user", cells.text("prompt"))]) + (
+            answer or [Message("assistant", cells.text("completion"))]
+        )
+    return _pair("prompt", "completion")(cells)
+
+
+def _text(cells: Cells) -> str:
+    return cells.text("text")
+
+
+_OPTIONAL = ("system", "history")
+FORMATS: tuple[Format, ...] = (
+    Format("messages", ("messages",), ("tools",), _messages),
+    Format("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
+    Format(
+        "dolly",
+        ("instruction", "context", "response"),
+        _OPTIONAL,
+        _pair("instruction", "response", "context"),
+    ),
+    Format(
+        "instruction/response",
+        ("instruction", "response"),
+        ("input", *_OPTIONAL),
+        _pair("instruction", "response", "input"),
+    ),
+    Format(
+        "alpaca",
+        ("instruction", "output"),
+        ("input", *_OPTIONAL),
+        _pair("instruction", "output", "input"),
+    ),
+    Format("prompt/completion", ("prompt", "completion"), _OPTIONAL, _prompt_completion),
+    Format("prompt/response", ("prompt", "response"), _OPTIONAL, _pair("prompt", "response")),
+    Format(
+        "question/answer",
+        ("question", "answer"),
+        ("context", *_OPTIONAL),
+        _pair("question", "answer", "context"),
+    ),
+    Format("query/response", ("query", "response"), _OPTIONAL, _pair("query", "response")),
+    Format("input/output", ("input", "output"), _OPTIONAL, _pair("input", "output")),
+    Format("text", ("text",), (), _text),
+)
+_BY_NAME = {f.name: f for f in FORMATS}
+PARTS = tuple(dict.fromkeys(part for f in FORMATS for part in (*f.needs, *f.may)))
+
+
+# -- finding the format ---------------------------------------------------------------------------
+
+
+def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> FormatGuess:
+    """The format of the source these first rows come from.
 
     Args:
-        rows: some rows of one source, at least one.
-        columns: part -> column name, from the recipe.
+        rows: the first rows (up to GUESS_ROWS are worth giving).
+        columns: part -> column name, applied before looking.
 
     Raises:
-        DataError: no format fits (lists the columns found and suggests `columns:`), a column that
-            `columns` names is absent, or the rows are preference data.
+        DataError: no format fits (lists the columns found and a `columns:` line to try), a name in
+            `columns` is wrong, or the rows are preference pairs.
     """
+    columns = dict(columns or {})
     source = rows[0].origin.source
-    found = list(dict.fromkeys(key for row in rows for key in row.values))
-    for part, column in columns.items():
-        if column not in found:
-            raise DataError(
-                f"{source}: columns: {part}: there is no column {column!r} "
-                f"(found: {', '.join(found) or 'none'})"
-            )
-    names = (set(found) - set(columns.values())) | set(columns)
-    if {"chosen", "rejected"} <= names:
+    found = list(dict.fromkeys(str(key) for row in rows for key in row.values))
+    _check_columns(columns, found, source)
+    renamed = [set(_rename(row.values, columns)) for row in rows]
+    scores = {
+        f.name: sum(set(f.needs) <= keys for keys in renamed)
+        for f in FORMATS
+        if set(columns) <= {*f.needs, *f.may}
+    }
+    name = max(scores, key=lambda n: scores[n], default="")
+    pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
+    if 2 * pairs > len(rows) and name != "messages":
         raise DataError(
-            f"{source}: this is preference data (columns chosen and rejected)",
-            hint="supervised fine-tuning needs one answer a row; for example "
-            "columns: {prompt: prompt, completion: chosen} trains on the preferred ones",
+            f"{source}: this is preference data (columns chosen and rejected): it ranks two "
+            "answers, while fine-tuning here learns from one",
+            hint="train on the better one with columns: {instruction: prompt, response: chosen}",
         )
-    for candidate in FORMATS:
-        if set(candidate.needs) <= names:
-            reason = f"columns {', '.join(candidate.needs)}"
-            return FormatGuess(candidate, columns, reason)
-    raise _unrecognized(source, found)
+    if not scores.get(name):
+        raise _no_format(rows, found, columns, source)
+    fmt, share = _BY_NAME[name], scores[name]
+    rest = f"all of the first {len(rows)} rows"
+    if share < len(rows):
+        rest = f"{share} of the first {len(rows)} rows"
+    parts = ", ".join(columns.get(n, n) for n in fmt.needs)
+    used = {columns.get(n, n) for n in (*fmt.needs, *fmt.may)}
+    unused = tuple(column for column in found if column not in used)
+    return FormatGuess(name, f"columns {parts} in {rest}", columns, unused)
 
 
-def to_record(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
-    """One row in lorakit's own form.
+def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
+    """One row in its final form; `system` is used where the row brings none of its own.
 
     Raises:
-        UnusableRow: an empty or missing part, an unknown role, turns out of order.
+        RowFault: a column is missing, null, empty or of a wrong type; names row and column.
     """
-    values = dict(row.values)
-    for part, column in guess.columns.items():
-        values[part] = values.pop(column, None)
-    messages, text = guess.format.read(Row(values, row.origin))
-    if text is not None:
-        return Document(text, row.origin)
-    if system and (not messages or messages[0].role != "system"):
-        messages = [Message("system", system), *messages]
-    _check_turns(messages)
-    return Conversation(tuple(messages), row.origin)
+    cells = Cells(_rename(row.values, guess.columns), row.origin, guess.columns)
+    made = _BY_NAME[guess.name].convert(cells)
+    if isinstance(made, str):
+        return Document(made, row.origin)
+    if system and made[0].role != "system":
+        made = [Message("system", system), *made]
+    return Conversation(tuple(made), row.origin)
 
 
-def _check_turns(messages: Sequence[Message]) -> None:
-    turns = [m for m in messages if m.role != "system"]
-    if any(m.role == "system" for m in messages[1:]):
-        raise UnusableRow("a system turn that is not the first")
-    if not turns or all(m.role != "assistant" for m in turns):
-        raise UnusableRow("no answer in the row")
-    if turns[0].role != "user":
-        raise UnusableRow("the first turn is not the user's")
-    for before, after in zip(turns, turns[1:], strict=False):
-        if before.role == after.role:
-            raise UnusableRow(f"two {after.role} turns in a row")
+def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    taken = set(columns.values())
+    kept = {str(k): v for k, v in values.items() if str(k) not in taken}
+    return kept | {part: values[column] for part, column in columns.items() if column in values}
 
 
-def _string(row: Row, column: str, part: str) -> str:
-    """A non-empty string of one column."""
-    value = row.values.get(column)
-    if value is None:
-        raise UnusableRow(f"{part} is missing")
-    if isinstance(value, (bool, int, float)):
-        value = str(value)
-    if not isinstance(value, str):
-        raise UnusableRow(f"{part} is a {type(value).__name__}, not text")
-    if not value.strip():
-        raise UnusableRow(f"{part} is empty")
-    return value
+def _check_columns(columns: Mapping[str, str], found: Sequence[str], source: str) -> None:
+    for part, column in columns.items():
+        if part not in PARTS:
+            swapped = f"; did you mean {{{column}: {part}}}?" if column in PARTS else ""
+            raise DataError(
+                f"columns: {part!r} is no part of a row{swapped}",
+                hint=f"parts: {', '.join(PARTS)}",
+            )
+        if column not in found:
+            near = difflib.get_close_matches(column, found, n=1)
+            raise DataError(
+                f"{source}: columns: there is no column {column!r} for {part} "
+                f"(found: {', '.join(found) or 'none'})",
+                hint=f"did you mean {{{part}: {near[0]}}}?" if near else None,
+            )
 
 
-def _pair(question: str, answer: str) -> Read:
-    def read(row: Row) -> tuple[list[Message], None]:
-        messages = _optional_system(row)
-        messages.append(Message("user", _string(row, question, question)))
-        messages.append(Message("assistant", _string(row, answer, answer)))
-        return messages, None
-
-    return read
-
-
-def _optional_system(row: Row) -> list[Message]:
-    value = row.values.get("system")
-    return [Message("system", value)] if isinstance(value, str) and value.strip() else []
-
-
-def _instruction(answer: str) -> Read:
-    def read(row: Row) -> tuple[list[Message], None]:
-        question = _string(row, "instruction", "instruction")
-        for extra in ("input", "context"):
-            value = row.values.get(extra)
-            if isinstance(value, str) and value.strip():
-                question = f"{question}\n\n{value}"
-        messages = _optional_system(row)
-        messages.append(Message("user", question))
-        messages.append(Message("assistant", _string(row, answer, answer)))
-        return messages, None
-
-    return read
-
-
-def _prompt_completion(answer: str) -> Read:
-    def read(row: Row) -> tuple[list[Message], None]:
-        prompt, completion = row.values.get("prompt"), row.values.get(answer)
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return _turns([*prompt, *completion], "role", "content"), None
-        return _pair("prompt", answer)(row)
-
-    return read
-
-
-def _query_response(row: Row) -> tuple[list[Message], None]:
-    messages = _optional_system(row)
-    history = row.values.get("history") or []
-    if not isinstance(history, list):
-        raise UnusableRow("history is not a list of [query, response] pairs")
-    for pair in history:
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2):
-            raise UnusableRow("history is not a list of [query, response] pairs")
-        messages += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
-    messages.append(Message("user", _string(row, "query", "query")))
-    messages.append(Message("assistant", _string(row, "response", "response")))
-    return messages, None
-
-
-def _messages(row: Row) -> tuple[list[Message], None]:
-    return _turns(row.values["messages"], "role", "content"), None
-
-
-def _sharegpt(row: Row) -> tuple[list[Message], None]:
-    turns = row.values["conversations"]
-    first = turns[0] if isinstance(turns, list) and turns else {}
-    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-    return _optional_system(row) + _turns(turns, *keys), None
-
-
-def _turns(turns: Any, role_key: str, text_key: str) -> list[Message]:
-    if not isinstance(turns, list) or not turns:
-        raise UnusableRow("no turns in the row")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise UnusableRow(f"a turn is a {type(turn).__name__}, not an object")
-        role = ROLES.get(str(turn.get(role_key)).lower())
-        if role is None:
-            raise UnusableRow(f"unknown role {str(turn.get(role_key))[:20]!r}")
-        messages.append(Message(role, _content(turn.get(text_key), role)))
-    return messages
-
-
-def _content(value: Any, role: Role) -> str:
-    if isinstance(value, list):  # OpenAI content parts
-        parts = [p.get("text") for p in value if isinstance(p, dict) and p.get("type") == "text"]
-        if len(parts) != len(value) or not all(isinstance(p, str) for p in parts):
-            raise UnusableRow("a content part that is not text")
-        value = "".join(p for p in parts if isinstance(p, str))
-    if not isinstance(value, str):
-        raise UnusableRow(f"a {role} turn without text")
-    if not value.strip():
-        raise UnusableRow(f"an empty {role} turn")
-    return value
-
-
-def _text(row: Row) -> tuple[list[Message], str]:
-    return [], _string(row, "text", "text")
-
-
-FORMATS: tuple[Format, ...] = (
-    Format("openai messages", ("messages",), _messages, "role and content"),
-    Format("sharegpt", ("conversations",), _sharegpt, "from and value"),
-    Format("instruction/response", ("instruction", "response"), _instruction("response"), ""),
-    Format("alpaca", ("instruction", "output"), _instruction("output"), "with optional input"),
-    Format("prompt/completion", ("prompt", "completion"), _prompt_completion("completion"), ""),
-    Format("prompt/response", ("prompt", "response"), _prompt_completion("response"), ""),
-    Format("question/answer", ("question", "answer"), _pair("question", "answer"), ""),
-    Format("query/response", ("query", "response"), _query_response, "with optional history"),
-    Format("input/output", ("input", "output"), _pair("input", "output"), ""),
-    Format("plain text", ("text",), _text, "documents, all tokens trained"),
-)
-
-
-def _unrecognized(source: str, found: Sequence[str]) -> DataError:
-    texts = [c for c in found if c][:2]
-    example = (
-        f"columns: {{instruction: {texts[0]}, response: {texts[1]}}}"
-        if len(texts) == 2
-        else "columns: {instruction: MY_QUESTION, response: MY_ANSWER}"
-    )
-    known = "; ".join(" + ".join(f.needs) for f in FORMATS)
+def _no_format(
+    rows: Sequence[Row], found: Sequence[str], columns: Mapping[str, str], source: str
+) -> DataError:
+    have = set(_rename(dict.fromkeys(found), columns))
+    nearest = min(FORMATS, key=lambda f: (len(set(f.needs) - have) / len(f.needs), len(f.needs)))
+    missing = ", ".join(n for n in nearest.needs if n not in have)
+    close = f"; nearest format: {nearest.name}, missing {missing}"
+    texts = [c for c in found if any(isinstance(row.values.get(c), str) for row in rows)]
+    lists = [c for c in found if any(isinstance(row.values.get(c), list) for row in rows)]
     return DataError(
-        f"{source}: no known format in its columns (found: {', '.join(found) or 'none'})\n"
-        f"  known: {known}",
-        hint=f"say which column is which in the recipe, for example {example}",
+        f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}",
+        hint=f"say which column plays which part, for example  columns: {_suggest(texts, lists)}",
     )
+
+
+def _suggest(texts: Sequence[str], lists: Sequence[str]) -> str:
+    """A concrete `columns:` value from the likeliest of the columns there are."""
+    if len(texts) < 2:
+        if lists:
+            return f"{{messages: {lists[0]}}}"
+        return f"{{text: {texts[0] if texts else 'my_text'}}}"
+    answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))
+    others = [c for c in texts if c != answer]
+    question = max(others, key=lambda c: _likeness(c, "instruction"))
+    return f"{{instruction: {question}, response: {answer}}}"
+
+
+def _likeness(column: str, part: str) -> float:
+    words = [part, *SYNONYMS[part].split()]
+    name = column.lower()
+    inside = max((len(w) / max(len(name), 1) for w in words if w in name), default=0.0)
+    return (
+        1 + inside if inside else max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in words)
+    )
+
+
+# -- turns ----------------------------------------------------------------------------------------
+
+
+def _turns(cells: Cells, column: str) -> list[Message]:
+    """The turns of a list column, in role/content or from/value spelling."""
+    value = cells.values.get(column)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # CSV and some Parquet files carry the list as JSON text.
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise cells.fault("broken turns", f"column {column} is not JSON: {error}") from error
+    if not isinstance(value, list):
+        state = "missing" if column not in cells.values else _shown_value(value)
+        raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
+    if not value:
+        raise cells.fault("no turns", f"column {column} is an empty list")
+    if cells.values.get("tools"):
+        raise cells.fault("tool calls", "column tools: tool calls cannot be trained yet")
+    made = [_turn(cells, turn, f"{column}[{number}]") for number, turn in enumerate(value)]
+    return _with_system(made, cells.optional("system") if column == "conversations" else "")
+
+
+def _turn(cells: Cells, turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise cells.fault("wrong type", f"{place} is {_shown_value(turn)}, expected an object")
+    name = turn.get("role", turn.get("from"))
+    if any(turn.get(k) for k in ("tool_calls", "function_call")) or name in ("tool", "function"):
+        raise cells.fault("tool calls", f"{place}: tool calls cannot be trained yet")
+    if turn.get("train") is False or turn.get("weight") == 0:
+        raise cells.fault("untrained turns", f"{place}: single turns cannot be left untrained yet")
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise cells.fault(
+            "unknown role", f"{place} has the role {_shown_value(name)}; known: {', '.join(ROLES)}"
+        )
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if isinstance(content, list):
+        content = "".join(_part(cells, part, place) for part in content)
+    if content is None:
+        raise cells.fault(f"empty {role} turn", f"{place} ({role}) has no content")
+    content = cells.as_text(content, f"{place} ({role})")
+    if not content.strip():
+        raise cells.fault(f"empty {role} turn", f"{place} ({role}) is empty")
+    return Message(role, content)
+
+
+def _part(cells: Cells, part: Any, place: str) -> str:
+    """The text of one content part of the OpenAI form: {"type": "text", "text": ...}."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text":
+        return cells.as_text(part.get("text"), f"{place}.text")
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise cells.fault("not text", f"{place} holds a part of kind {_shown_value(kind)}, not text")
+
+
+def _history(cells: Cells) -> list[Message]:
+    """Earlier turns of query/response rows: [[question, answer], ...]."""
+    value = cells.values.get("history")
+    if not value:
+        return []
+    turns: list[Message] = []
+    for number, pair in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise cells.fault(
+                "wrong type", f"history[{number}] is no [question, answer]: {_shown_value(pair)}"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            made = cells.as_text(text, f"history[{number}]")
+            if not made.strip():
+                raise cells.fault(f"empty {role} turn", f"history[{number}]: {role} is empty")
+            turns.append(Message(ROLES[role], made))
+    return turns
+
+
+def _with_system(turns: list[Message], system: str) -> list[Message]:
+    own = bool(turns) and turns[0].role == "system"
+    return [Message("system", system), *turns] if system.strip() and not own else turns
+
+
+def _shown_value(value: Any) -> str:
+    if value is None:
+        return "null"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,194 +1,245 @@
-"""A recipe and a tokenizer enter; training and held-out examples and the data report leave."""
+"""A recipe and a tokenizer enter; examples to train on, held-out ones and a report leave."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.check import FaultLog, content_key
-from lorakit.data.chunk import encode_document
-from lorakit.data.formats import UnusableRow, guess_format, to_record
+from lorakit.data.check import (
+    FaultLog,
+    RowFault,
+    check_turns,
+    fingerprint,
+    refuse_if_empty,
+    report_duplicates,
+    report_overlap,
+)
+from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.read import read_rows
 from lorakit.data.split import split
 from lorakit.data.template import encode, resolve_template
 from lorakit.errors import DataError
 from lorakit.recipe import Recipe
-from lorakit.records import Conversation, DataReport, Document, Example, Message, Origin
+from lorakit.records import Conversation, DataReport, Document, Example, Message, Origin, Row
 from lorakit.run_dir import write_text
 
-# Rows looked at to find a source's format.
-GUESS_ROWS = 20
-
-Record = Conversation | Document
+Item = Conversation | Document
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What training and evaluation need of the data."""
+    """What a run trains on and is scored on: examples, and the items they were made from."""
 
     train: Sequence[Example]
     val: Sequence[Example]
-    train_records: Sequence[Record]
-    val_records: Sequence[Record]
+    train_conversations: Sequence[Item]
+    val_conversations: Sequence[Item]
     report: DataReport
 
 
-def prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = (Path(),)) -> Prepared:
-    """Read, normalize, check, split and tokenize all sources of a recipe.
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """One usable row with its content hash and the examples it became."""
+
+    item: Item
+    mark: str
+    examples: list[Example]
+
+
+def _marks(encoded: Sequence[_Encoded]) -> Iterator[tuple[str, Origin]]:
+    return ((e.mark, e.item.origin) for e in encoded)
+
+
+def prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = ()) -> Prepared:
+    """Run the stages from source strings to examples; sets the chat template on `tokenizer`.
+
+    Args:
+        folders: where relative paths are tried after the current directory.
 
     Raises:
-        DataError: a source cannot be read or recognized, or nothing is left to train on.
+        DataError: a source is missing or damaged, nothing usable is left, or a row would spoil
+            the training; every message names the file and the row.
+        ModelError: the tokenizer has no workable chat template.
     """
     log = FaultLog()
-    template = resolve_template(tokenizer, recipe.model)
-    summaries: list[dict[str, Any]] = []
-    records: list[Record] = []
-    for source in recipe.sources:
-        records += _read_source(source, recipe, folders, log, summaries)
-    _note_duplicates(records, log)
-    if recipe.val_data is not None:
-        train_records = records
-        val_records = _read_source(recipe.val_data, recipe, folders, log, summaries)
-        _note_overlap(train_records, val_records, log)
+    items, sources = _load(recipe.sources, recipe, folders, log)
+    held_items, held_sources = _load(
+        [recipe.val_data] if recipe.val_data else [], recipe, folders, log
+    )
+    thinking = any("</think>" in text for item in items for text in _answers(item))
+    info = resolve_template(tokenizer, recipe.model, thinking)
+    encoded = _encode_all(items, recipe, tokenizer, log)
+    report_duplicates(_marks(encoded), log)
+    if recipe.val_data:
+        train, held = encoded, _encode_all(held_items, recipe, tokenizer, log)
+        report_overlap(_marks(train), _marks(held), log)
     else:
-        train_records, val_records = split(records, recipe.held_out, recipe.seed)
-    rows_read = sum(s["rows"] for s in summaries)
-    train_records, train = _encode_all(train_records, recipe, tokenizer, log)
-    val_records, val = _encode_all(val_records, recipe, tokenizer, log)
-    if not train:
-        raise _nothing_left(recipe, log, rows_read)
+        train, held = _hold_out(encoded, recipe, tokenizer, log)
+    examples, val = [[x for e in part for x in e.examples] for part in (train, held)]
     report = DataReport(
-        sources=tuple(summaries),
-        rows_read=rows_read,
-        examples_train=len(train),
+        sources=tuple(sources + held_sources),
+        rows_read=sum(s["rows"] for s in sources + held_sources),
+        examples_train=len(examples),
         examples_val=len(val),
-        tokens_train=sum(len(e.input_ids) for e in train),
-        trained_tokens_train=sum(e.trained_tokens for e in train),
-        tokens_val=sum(len(e.input_ids) for e in val),
-        trained_tokens_val=sum(e.trained_tokens for e in val),
-        longest_example=max(len(e.input_ids) for e in itertools.chain(train, val)),
+        tokens_train=sum(len(x.input_ids) for x in examples),
+        trained_tokens_train=sum(x.trained_tokens for x in examples),
+        tokens_val=sum(len(x.input_ids) for x in val),
+        trained_tokens_val=sum(x.trained_tokens for x in val),
+        longest_example=max(len(x.input_ids) for x in itertools.chain(examples, val)),
         cutoff_len=recipe.cutoff_len,
-        template=template,
+        template=info.source,
         faults=log.faults(),
     )
-    return Prepared(train, val, train_records, val_records, report)
+    return Prepared(examples, val, [e.item for e in train], [e.item for e in held], report)
 
 
-def write_validation(path: Path, records: Sequence[Record]) -> None:
-    """Held-out rows as JSONL: `messages` for conversations, `text` for documents."""
+def write_validation(path: Path, items: Sequence[Item]) -> None:
+    """Keep held-out rows as JSON lines: {"messages": [...]} (OpenAI's form) or {"text": ...}."""
     lines = []
-    for record in records:
-        if isinstance(record, Document):
-            row: dict[str, Any] = {"text": record.text}
+    for item in items:
+        if isinstance(item, Document):
+            row: dict[str, Any] = {"text": item.text}
         else:
-            row = {"messages": [m.as_dict() for m in record.messages]}
-        lines.append(json.dumps(row, ensure_ascii=False))
-    write_text(path, "".join(line + "\n" for line in lines))
+            row = {"messages": [message.as_dict() for message in item.messages]}
+        lines.append(json.dumps({**row, "from": str(item.origin)}, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
 
 
-def read_validation(path: Path) -> list[Record]:
-    """The held-out rows a run kept; an empty list when it kept none."""
-    if not path.exists():
-        return []
-    records: list[Record] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line:
-            continue
-        row, origin = json.loads(line), Origin(path.name, number)
-        if "text" in row:
-            records.append(Document(row["text"], origin))
-        else:
-            turns = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-            records.append(Conversation(turns, origin))
-    return records
-
-
-def encode_record(
-    tokenizer: Any, record: Record, recipe: Recipe, log: FaultLog | None = None
-) -> list[Example]:
-    """One record as examples, by the recipe's rules.
+def read_validation(path: Path) -> list[Item]:
+    """The held-out rows that `write_validation` kept.
 
     Raises:
-        UnusableRow: it cannot be trained.
+        DataError: the file is damaged.
     """
-    if isinstance(record, Document):
-        return encode_document(tokenizer, record, recipe.cutoff_len)
-    examples = encode(
-        tokenizer, record, recipe.train_on, recipe.cutoff_len, recipe.too_long, log
-    )
-    if any(e.trained_tokens == 0 for e in examples):
-        raise UnusableRow("no trained token")
-    return examples
-
-
-def _read_source(
-    source: str,
-    recipe: Recipe,
-    folders: Sequence[Path],
-    log: FaultLog,
-    summaries: list[dict[str, Any]],
-) -> list[Record]:
-    rows = read_rows(source, folders, offline=recipe.offline)
-    first = list(itertools.islice(rows, GUESS_ROWS))
-    if not first:
-        raise DataError(f"data: {source}: holds no rows")
-    guess = guess_format(first, recipe.columns)
-    records: list[Record] = []
-    count = 0
-    for row in itertools.chain(first, rows):
-        count += 1
+    if path.exists() and not path.stat().st_size:
+        return []
+    found: list[Item] = []
+    for row in read_rows(str(path)):
         try:
-            records.append(to_record(row, guess, recipe.system))
-        except UnusableRow as fault:
-            log.add(fault.kind, row.origin)
-    name = Path(source).name if Path(source).is_absolute() else source
-    summaries.append(
-        {"source": name, "format": guess.format.name, "by": guess.reason, "rows": count}
-    )
-    return records
+            origin = Origin(*_split_origin(row))
+            if "text" in row.values:
+                found.append(Document(row.values["text"], origin))
+            else:
+                turns = [Message(m["role"], m["content"]) for m in row.values["messages"]]
+                found.append(Conversation(tuple(turns), origin))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{row.origin}: not a held-out row as lorakit writes it") from error
+    return found
+
+
+def _split_origin(row: Row) -> tuple[str, int]:
+    source, _, number = str(row.values.get("from", row.origin)).rpartition(":")
+    return source, int(number) if number.isdigit() else row.origin.row
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def _load(
+    names: Sequence[str], recipe: Recipe, folders: Sequence[Path], log: FaultLog
+) -> tuple[list[Item], list[dict[str, Any]]]:
+    """Usable conversations and documents of all sources, and one line of the report for each."""
+    items: list[Item] = []
+    lines = []
+    for name in names:
+        own = FaultLog()
+        found: list[Item] = []
+        read = 0
+        formats: dict[str, str] = {}
+        rows = read_rows(name, folders, offline=recipe.offline)
+        # A folder may mix formats: each file is looked at by itself.
+        for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
+            first = list(itertools.islice(group, GUESS_ROWS))
+            guess = guess_format(first, recipe.columns)
+            formats.setdefault(guess.name, guess.reason)
+            for row in itertools.chain(first, group):
+                read += 1
+                found += _convert(row, guess, recipe, own)
+        shown = Path(name).name if Path(name).is_absolute() else name
+        refuse_if_empty(len(found), read, shown, own)
+        log.absorb(own)
+        items += found
+        lines.append(
+            {
+                "source": shown,
+                "format": ", ".join(formats),
+                "reason": next(iter(formats.values())),
+                "rows": read,
+                "left_out": own.rows_left_out,
+            }
+        )
+    return items, lines
+
+
+def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: FaultLog) -> Iterator[Item]:
+    try:
+        item = to_conversation(row, guess, recipe.system)
+        yield check_turns(item, log) if isinstance(item, Conversation) else item
+    except RowFault as fault:
+        log.leave_out(fault)
+
+
+def _answers(item: Item) -> Iterator[str]:
+    if isinstance(item, Conversation):
+        yield from (m.content for m in item.messages if m.role == "assistant")
+
+
+# -- encoding and holding out ---------------------------------------------------------------------
 
 
 def _encode_all(
-    records: Sequence[Record], recipe: Recipe, tokenizer: Any, log: FaultLog
-) -> tuple[list[Record], list[Example]]:
-    kept: list[Record] = []
-    examples: list[Example] = []
-    for record in records:
+    items: Sequence[Item], recipe: Recipe, tokenizer: Any, log: FaultLog
+) -> list[_Encoded]:
+    own = FaultLog()
+    found = []
+    for item in items:
         try:
-            examples += encode_record(tokenizer, record, recipe, log)
-            kept.append(record)
-        except UnusableRow as fault:
-            log.add(fault.kind, record.origin)
-    return kept, examples
+            examples = encode(
+                tokenizer, item, recipe.train_on, recipe.cutoff_len, recipe.too_long, own
+            )
+        except RowFault as fault:
+            own.leave_out(fault)
+            continue
+        found.append(_Encoded(item, fingerprint(item), examples))
+    refuse_if_empty(len(found), len(items), "data", own)
+    log.absorb(own)
+    return found
 
 
-def _note_duplicates(records: Sequence[Record], log: FaultLog) -> None:
-    seen: set[int] = set()
-    for record in records:
-        key = content_key(record)
-        if key in seen:
-            log.add("exact copy of an earlier row", record.origin, "kept")
-        seen.add(key)
+def _hold_out(
+    encoded: list[_Encoded], recipe: Recipe, tokenizer: Any, log: FaultLog
+) -> tuple[list[_Encoded], list[_Encoded]]:
+    only = encoded[0].item
+    if len(encoded) == 1 and recipe.held_out and isinstance(only, Document):
+        halves = _cut_document(only, recipe.held_out)
+        if halves:
+            log.add("a single document", only.origin, "its end is held out")
+            made = [_encode_all([half], recipe, tokenizer, log) for half in halves]
+            return made[0], made[1]
+    return split(encoded, recipe.held_out, recipe.seed, lambda e: e.mark)
 
 
-def _note_overlap(train: Sequence[Record], val: Sequence[Record], log: FaultLog) -> None:
-    keys = {content_key(record) for record in train}
-    for record in val:
-        if content_key(record) in keys:
-            log.add("held-out row that is also trained", record.origin, "kept")
+def _cut_document(document: Document, held_out: float | int) -> tuple[Document, Document] | None:
+    """The document in two at the paragraph border nearest to the held-out share of its end."""
+    text = document.text
+    share = held_out if held_out < 1 else 0.05
+    borders = [i for i in _paragraph_starts(text) if text[i:].strip()]
+    if not borders:
+        return None
+    at = min(borders, key=lambda i: abs(i - (1 - share) * len(text)))
+    return Document(text[:at], document.origin), Document(text[at:], document.origin)
 
 
-def _nothing_left(recipe: Recipe, log: FaultLog, rows: int) -> DataError:
-    lines = [
-        f"  {f.count} x {f.kind} ({', '.join(f.first_rows)})" for f in log.faults()
-    ]
-    return DataError(
-        f"data: none of {rows} rows can be trained:\n" + "\n".join(lines),
-        hint="see what is wrong with the first of them"
-        if lines
-        else "lower val_size or give more rows",
-    )
+def _paragraph_starts(text: str) -> list[int]:
+    starts, at = [], text.find("\n\n")
+    while at >= 0:
+        end = at
+        while end < len(text) and text[end] == "\n":
+            end += 1
+        starts.append(end)
+        at = text.find("\n\n", end)
+    return starts

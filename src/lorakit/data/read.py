@@ -1,269 +1,305 @@
-"""A source's name enters; raw rows leave, each with the file and row it came from.
+"""A source string enters; its rows leave one by one, each with its place for later messages.
 
-JSON, JSONL and CSV are parsed with the standard library, not by pyarrow or pandas: those turn
-date-like strings into timestamps and answers such as "NA" into nulls, and cannot name a broken
-line. Parquet and hub data sets go through `datasets`.
+JSON and CSV are read line by line with the standard library. `datasets` would turn date-like
+strings into timestamps and the answers "NA" and "None" into nulls, and names no line of a broken
+file (docs/log.md has the trials). Parquet, whose types are written in the file, and hub datasets
+go through `datasets`.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
-import glob
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+from lorakit.data.locate import DataFile, HubData, locate
 from lorakit.errors import DataError
 from lorakit.records import Origin, Row
 
-PACKAGED = {"demo": "demo_train.jsonl", "demo:heldout": "demo_heldout.jsonl"}
-# A field longer than this in one CSV cell is more likely a stray quote than an answer.
-csv.field_size_limit(10_000_000)
+# One row of 64 MiB is about 15 million tokens: beyond it, a file is damaged or a trap (zip bomb).
+LONGEST_LINE = 64 * 2**20
+LARGEST_WHOLE_FILE = 2 * 2**30
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SHOWN = 30
+# A list under these names is part of one row, not a list of rows.
+_INSIDE_ROWS = {"messages", "conversations", "prompt", "completion", "history", "tools"}
 
 
-def read_rows(
-    source: str, folders: Sequence[Path] = (Path(),), *, offline: bool = False
-) -> Iterator[Row]:
-    """All rows of one source, in order.
+def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = False) -> Iterator[Row]:
+    """Rows of `source` in file order. Rows count from 1: by line (jsonl, csv), else by position.
 
     Args:
-        source: `demo`, a file, a folder, a glob, or a hub data set `user/name[:split]`.
-        folders: where a relative path is looked for, first match wins.
-        offline: never ask the hub.
+        source: `demo`, a file, folder, glob, address, or hub id `user/name[:config][:split]`.
+        folders: where relative paths are tried after the current directory.
+        offline: refuse what needs a network.
 
     Raises:
-        DataError: missing, empty, not UTF-8, or damaged; names the file and the line.
+        DataError: missing, empty, damaged or undecodable; names file, line and column.
     """
-    if source in PACKAGED:
-        path = Path(str(files("lorakit") / "assets" / PACKAGED[source]))
-        yield from _read_file(path, source)
+    located = locate(source, folders)
+    if isinstance(located, HubData):
+        yield from _read_hub(located, source, offline)
         return
-    paths = _find(source, folders)
-    if paths:
-        for path in paths:
-            yield from _read_file(path, path.name)
-        return
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w\[\]:%+-]+)?", source) and not Path(source).suffix:
-        yield from _read_hub(source, offline)
-        return
-    raise _not_found(source)
+    for file in located:
+        if offline and "://" in file.path and not file.path.startswith(("file:", "memory:")):
+            raise DataError(f"{source}: cannot be fetched offline", hint="download it first")
+        yield from READERS[file.kind](file)
 
 
-def _find(source: str, folders: Sequence[Path]) -> list[Path]:
-    for folder in folders:
-        path = folder / Path(source).expanduser()
-        if path.is_file():
-            return [path]
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in READERS)
-            if not found:
-                names = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-                raise DataError(
-                    f"{source}: no data file in this folder (found: {names})",
-                    hint=f"files end in {', '.join(READERS)}, or one of these with .gz",
-                )
-            return found
-        if glob.has_magic(source):
-            matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-            if matches:
-                return [p for p in matches if p.is_file()]
-    return []
+# -- bytes and lines ------------------------------------------------------------------------------
 
 
-def _not_found(source: str) -> DataError:
-    path = Path(source)
-    parent = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
-    guess = f"; did you mean {parent / near[0]}?" if near else ""
-    return DataError(
-        f"data: {source}: no such file or folder{guess}",
-        hint="give a .jsonl, .json, .csv, .parquet or .txt file, a folder of them, or `demo`",
-    )
-
-
-def _kind(path: Path) -> str:
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _read_file(path: Path, name: str) -> Iterator[Row]:
-    reader = READERS.get(_kind(path))
-    if reader is None:
+@contextmanager
+def _open(file: DataFile) -> Iterator[IO[bytes]]:
+    """The bytes of `file`, unpacked if gzipped; failures of the disk or network name the file."""
+    try:
+        with _raw(file) as raw:
+            buffered = io.BufferedReader(cast(Any, raw))
+            packed = buffered.peek(2)[:2] == b"\x1f\x8b"
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=buffered)) if packed else buffered
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: files of this kind are not read",
-            hint=f"files end in {', '.join(READERS)}, or one of these with .gz",
-        )
-    empty = True
-    for row in reader(path, name):
-        empty = False
-        yield row
+            f"{file.name}: the gzip file is damaged: {error}", hint=f"test it: gzip -t {file.name}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
+
+
+def _raw(file: DataFile) -> IO[bytes]:
+    if "://" not in file.path:
+        return open(file.path, "rb", buffering=0)
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        return cast(IO[bytes], fsspec.open(file.path, "rb").open())
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{file.path}: {error}", hint="download it first") from error
+
+
+def _lines(file: DataFile) -> Iterator[tuple[int, str]]:
+    """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text."""
+    offset, number, empty = 0, 0, True
+    with _open(file) as handle:
+        while line := handle.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{file.name}:{number}: a line of more than {LONGEST_LINE // 2**20} MiB",
+                    hint="one row belongs on one line; is the file damaged?",
+                )
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                offset, line = 3, line[3:]
+            empty = empty and not line
+            yield number, _decode(line, file, number, offset)
+            offset += len(line)
     if empty:
-        raise DataError(f"{path}: the file is empty", hint="it needs at least two rows")
+        raise DataError(f"{file.name}: the file is empty")
 
 
-def _text(path: Path) -> str:
-    """The whole file as text; a byte order mark is dropped.
-
-    Raises:
-        DataError: unreadable, damaged gzip, or not UTF-8 (names the line).
-    """
+def _decode(data: bytes, file: DataFile, line: int, offset: int) -> str:
     try:
-        raw = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    try:
-        return raw.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        utf16 = offset == 0 and data.startswith(_UTF16)
+        guess = "UTF-16" if utf16 else "WINDOWS-1252"
         raise DataError(
-            f"{path}: line {line} is not UTF-8 (byte {raw[error.start]:#04x})",
-            hint=f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8-{path.name}",
+            f"{file.name}:{line}: not UTF-8: byte 0x{data[error.start]:02x} at offset "
+            f"{offset + error.start} of the file" + (" (it looks like UTF-16)" if utf16 else ""),
+            hint=f"convert it: iconv -f {guess} -t UTF-8 {file.name} > utf8-{file.name}",
         ) from error
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
-    text = _text(path)
-    if text.lstrip().startswith("["):
-        yield from _rows_of_array(path, name, text)
+def _whole(file: DataFile) -> str:
+    """The decoded text of a file that must be read in one piece."""
+    pieces, size = [], 0
+    for _, line in _lines(file):
+        size += len(line)
+        if size > LARGEST_WHOLE_FILE:
+            raise DataError(
+                f"{file.name}: more than {LARGEST_WHOLE_FILE // 2**30} GiB in one piece",
+                hint="split it, or write it as .jsonl, which is read row by row",
+            )
+        pieces.append(line)
+    return "".join(pieces)
+
+
+# -- the kinds of files ---------------------------------------------------------------------------
+
+
+def _read_json(file: DataFile) -> Iterator[Row]:
+    """JSON lines, or one JSON array or object, told apart by content: names are often wrong."""
+    lines = ((number, line) for number, line in _lines(file) if not line.isspace())
+    first = next(lines, None)
+    if first is None:
+        raise DataError(f"{file.name}: only blank lines")
+    if _is_one_value(first[1], file.kind, next(lines, None)):
+        yield from _json_items(file)
         return
-    # Only \n ends a line: U+2028 and friends may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield Row(_object(path, number, _parse(path, number, line)), Origin(name, number))
+    for number, line in _lines(file):
+        if line.isspace():
+            continue
+        value = _parse(line, file, number, last=not line.endswith("\n"))
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{file.name}:{number}: {_a(value)} where an object {{...}} is expected: "
+                f"{_cut(line.strip())}",
+                hint='write each row as {"instruction": "...", "response": "..."}',
+            )
+        yield Row(value, Origin(file.name, number))
 
 
-def _read_json(path: Path, name: str) -> Iterator[Row]:
-    text = _text(path)
-    if not text.strip():
-        return
-    if text.lstrip().startswith("["):
-        yield from _rows_of_array(path, name, text)
-    elif "\n{" in text.strip().replace("\r", ""):
-        yield from _read_jsonl(path, name)
-    else:
-        value = _object(path, 1, _parse(path, 1, text))
-        tables = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        if len(tables) == 1 and "messages" not in value and "conversations" not in value:
-            for number, row in enumerate(tables[0], start=1):
-                yield Row(_object(path, number, row), Origin(name, number))
-        else:
-            yield Row(value, Origin(name, 1))
-
-
-def _rows_of_array(path: Path, name: str, text: str) -> Iterator[Row]:
-    for number, value in enumerate(_parse(path, 1, text), start=1):
-        yield Row(_object(path, number, value, "item"), Origin(name, number))
-
-
-def _parse(path: Path, number: int, line: str) -> Any:
+def _is_one_value(first: str, kind: str, second: tuple[int, str] | None) -> bool:
     try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        if isinstance(error, RecursionError):
-            raise DataError(f"{path}: line {number}: nested too deeply to read") from error
-        at = max(0, error.pos - 30)
-        around = line[at : error.pos + 20].strip().replace("\n", " ")
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        # An opened bracket that the line does not close: a pretty-printed file.
+        opened = first.strip() in ("[", "{") or first.lstrip().startswith("[")
+        return opened or (kind == ".json" and second is not None and first.lstrip()[:1] == "{")
+    return second is None and (isinstance(value, list) or kind == ".json")
+
+
+def _json_items(file: DataFile) -> Iterator[Row]:
+    value = _parse(_whole(file), file, 1, last=False)
+    if isinstance(value, dict):
+        lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
+        inner = [
+            k
+            for k, v in lists.items()
+            if k not in _INSIDE_ROWS and all(isinstance(item, dict) for item in v)
+        ]
+        if len(inner) > 1 and len(inner) == len(value):
+            raise DataError(
+                f"{file.name}: several lists of rows in one file: {', '.join(inner[:6])}",
+                hint="give each list a file of its own",
+            )
+        # A lone object with a list of objects is a wrapper: {"data": [...]}.
+        value = value[inner[0]] if inner else [value]
+    if not isinstance(value, list):
+        raise DataError(f"{file.name}: {_a(value)} where a list of rows is expected")
+    if not value:
+        raise DataError(f"{file.name}: an empty list, no rows in it")
+    for position, item in enumerate(value, 1):
+        if not isinstance(item, dict):
+            raise DataError(
+                f"{file.name}: item {position} is {_a(item)}, expected an object {{...}}"
+            )
+        yield Row(item, Origin(file.name, position))
+
+
+def _parse(text: str, file: DataFile, line: int, last: bool) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        row, start = line + error.lineno - 1, max(0, error.pos - _SHOWN)
+        near = text[start : error.pos + _SHOWN].strip()
+        cut_off = last and error.pos >= len(text.rstrip()) - 1
+        what = "the last line is cut off" if cut_off or _unclosed(error, last) else error.msg
         raise DataError(
-            f"{path}: line {number + error.lineno - 1}, column {error.colno}: "
-            f"not valid JSON: {error.msg} (near: {around!r})",
-            hint="each line holds one JSON object; was the file cut off or edited by hand?",
+            f"{file.name}:{row}: column {error.colno}: not valid JSON: {what}, near: {_cut(near)}",
+            hint="the file was not written to its end; write it anew or remove that line"
+            if what != error.msg
+            else "see what stands there with: sed -n " + f"{row}p {file.name}",
         ) from error
+    except RecursionError:
+        raise DataError(f"{file.name}:{line}: nested too deeply to be a row") from None
+    except ValueError as error:
+        raise DataError(f"{file.name}:{line}: not valid JSON: {error}") from error
 
 
-def _object(path: Path, number: int, value: Any, what: str = "line") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{path}: {what} {number}: expected an object with named columns, "
-            f"found {type(value).__name__}",
-            hint='a row looks like {"instruction": "...", "response": "..."}',
-        )
-    return value
+def _unclosed(error: json.JSONDecodeError, last: bool) -> bool:
+    return last and error.msg.startswith("Unterminated string")
 
 
-def _read_csv(path: Path, name: str) -> Iterator[Row]:
-    text = _text(path)
-    separator = "\t" if _kind(path) == ".tsv" else _separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def _read_csv(file: DataFile) -> Iterator[Row]:
+    """Every cell stays the text it is: "NA", "None" and "2021-05-03" too."""
+    # The csv module's own limit, 128 KiB a cell, is for the whole process; only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
+    header: list[str] = []
+    begun = 1
+    reader: Any = None
+
+    def texts() -> Iterator[str]:
+        for _, line in _lines(file):
+            yield line
+
+    lines = texts()
     try:
-        header = next(reader, None)
-        if header is None:
-            return
+        first = next(lines)
+        reader = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
         for cells in reader:
-            if not any(cells):
-                continue
-            if len(cells) != len(header):
+            if not cells:
+                pass
+            elif not header:
+                header = _header(cells, file)
+            elif len(cells) != len(header):
                 raise DataError(
-                    f"{path}: line {reader.line_num}: {len(cells)} cells, the header has "
-                    f"{len(header)} ({', '.join(header[:6])})",
-                    hint="a stray quote or comma? a cell that holds a comma needs quotes around it",
+                    f"{file.name}:{begun}: {len(cells)} cells where the header has {len(header)} "
+                    f"({', '.join(header[:6])})",
+                    hint='put cells that hold the separator, a quote or a line end in "quotes"',
                 )
-            values = dict(zip(header, cells, strict=True))
-            yield Row(values, Origin(name, reader.line_num))
+            else:
+                yield Row(dict(zip(header, cells, strict=True)), Origin(file.name, begun))
+            begun = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}: line {reader.line_num}: not valid CSV: {error}",
-            hint='quotes inside a quoted cell are doubled: "say ""hi"""',
+            f"{file.name}:{begun}: not valid CSV: {error} (the row begins on this line, "
+            f"the trouble is on line {reader.line_num})",
+            hint='a quote inside a quoted cell is written twice: "say ""hi"""',
         ) from error
 
 
-def _separator(text: str) -> str:
-    first = text.split("\n", 1)[0]
-    return max(",;\t", key=first.count)
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
 
 
-def _read_text(path: Path, name: str) -> Iterator[Row]:
-    text = _text(path)
-    if text.strip():
-        yield Row({"text": text}, Origin(name, 1))
+def _delimiter(header: str) -> str:
+    return max(",;\t", key=header.count)
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches():
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(values, Origin(name, number))
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a whole Parquet file: {first}") from error
-
-
-def _read_hub(source: str, offline: bool) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    name, _, split = source.partition(":")
-    try:
-        if offline:
-            raise ConnectionError("--offline forbids it")
-        data = load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds
+def _header(cells: list[str], file: DataFile) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice or "" in names:
+        what = f"the column {twice[0]!r} twice" if twice and twice[0] else "a column without name"
         raise DataError(
-            f"data: {source}: no local file, and the hub data set cannot be loaded: "
-            f"{str(error).splitlines()[0]}",
-            hint="check the spelling and the network; a split is named as user/name:train",
+            f"{file.name}:1: the header has {what}: {_cut(', '.join(names))}",
+            hint="the first line of a CSV file names its columns",
+        )
+    return names
+
+
+def _read_text(file: DataFile) -> Iterator[Row]:
+    yield Row({"text": _whole(file)}, Origin(file.name, 1))
+
+
+def _read_parquet(file: DataFile) -> Iterator[Row]:
+    import datasets
+
+    try:
+        # Streaming reads row group by row group and writes no copy into the cache.
+        rows = datasets.load_dataset("parquet", data_files=file.path, split="train", streaming=True)
+        number = 0
+        for number, values in enumerate(rows, 1):
+            yield Row(dict(values), Origin(file.name, number))
+    # Whatever the library meets in the bytes (Arrow, OS, value errors) is a fault of the file.
+    except Exception as error:
+        raise DataError(
+            f"{file.name}: not a readable Parquet file: {_first_line(error.__cause__ or error)}"
         ) from error
-    for number, values in enumerate(data, start=1):
-        yield Row(dict(values), Origin(name, number))
+    if not number:
+        raise DataError(f"{file.name}: the file is empty: no rows in it")
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+READERS: dict[str, Callable[[DataFile], Iterator[Row]]] = {
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
@@ -271,3 +307,50 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".txt": _read_text,
     ".md": _read_text,
 }
+
+
+# -- the hub --------------------------------------------------------------------------------------
+
+
+def _read_hub(data: HubData, source: str, offline: bool) -> Iterator[Row]:
+    import datasets
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if offline and not HF_HUB_OFFLINE:
+        raise DataError(
+            f"{source}: not a file here, and the hub is not asked when offline",
+            hint="set HF_HUB_OFFLINE=1 to use a copy that is in the cache already",
+        )
+    try:
+        loaded = datasets.load_dataset(data.repo, data.config, split=data.split)
+    # Network, access, name and format troubles come as a dozen types; all mean "not to be had".
+    except Exception as error:
+        state = "and the hub is offline" if HF_HUB_OFFLINE else "and the hub did not give it"
+        raise DataError(
+            f"{source}: no such file or folder here, {state}: {_first_line(error)}",
+            hint="check the spelling (user/name, user/name:split, user/name:config:split), the "
+            "network, and for gated data your token (hf auth login)",
+        ) from error
+    if isinstance(loaded, dict):
+        if "train" not in loaded and len(loaded) != 1:
+            raise DataError(
+                f"{source}: which split? It has {', '.join(loaded)}",
+                hint=f"write {data.repo}:{next(iter(loaded))}",
+            )
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    for number, values in enumerate(loaded, 1):
+        yield Row(dict(values), Origin(source, number))
+
+
+def _a(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 2 * _SHOWN else text[: 2 * _SHOWN] + "..."
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{error}".strip().split("\n")[0][:200] or type(error).__name__

@@ -1,29 +1,48 @@
-"""A tokenized example enters; text with its trained tokens marked leaves, readable without color."""
+"""One example enters; a text leaves in which trained tokens stand between ⟦ and ⟧.
+
+Color only repeats what the brackets say, so that a pipe or a color-blind reader loses nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
 
 from lorakit.records import IGNORE, Example
 
-OPEN, CLOSE = "⟦", "⟧"
+TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
 
 
 def render_example(tokenizer: Any, example: Example) -> Text:
-    """The example as the model sees it, special tokens included; trained spans stand in ⟦ ⟧."""
+    """The decoded tokens of `example`: special tokens spelled out, trained runs in ⟦ ⟧."""
+    special = set(tokenizer.all_special_ids) | {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     text = Text()
-    start = 0
-    while start < len(example.input_ids):
-        trained = example.labels[start] != IGNORE
-        end = start
-        while end < len(example.input_ids) and (example.labels[end] != IGNORE) == trained:
-            end += 1
-        piece = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
-        if trained:
-            text.append(f"{OPEN}{piece}{CLOSE}", style="bold green")
-        else:
-            text.append(piece, style="dim")
-        start = end
+    for trained, run in _runs(example):
+        text.append("⟦" if trained else "")
+        for is_special, part in groupby(run, key=lambda i: i in special):
+            style = TRAINED if trained else MASKED
+            if is_special:
+                style = f"{style} {SPECIAL}" if trained else SPECIAL
+            text.append(_decode(tokenizer, list(part)), style=style)
+        text.append("⟧" if trained else "")
+    return text
+
+
+def _runs(example: Example) -> Iterator[tuple[bool, list[int]]]:
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        yield trained, [token for token, _ in run]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # Llama-2's pieces carry their space in front (▁word), and decoding eats the first of a run.
+    first = tokenizer.convert_ids_to_tokens(ids[:1])[0]
+    if str(first).startswith("▁") and not text.startswith(" "):
+        return " " + text
     return text

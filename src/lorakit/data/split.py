@@ -1,39 +1,66 @@
-"""Records enter; a training part and a held-out part leave, decided by content and seed alone."""
+"""Items, a share or number and a seed enter; the part to train on and the held-out part leave.
+
+Which items are held out depends on their content and the seed, not on their order, so that a file
+sorted anew keeps its split. Equal items stay on one side: a held-out copy of a trained row would
+say nothing.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from lorakit.data.check import content_key
 from lorakit.errors import DataError
-from lorakit.records import Conversation, Document
 
-Record = TypeVar("Record", Conversation, Document, Conversation | Document)
+Item = TypeVar("Item")
 
 
 def split(
-    records: Sequence[Record], held_out: float | int, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Hold out a share (below 1) or a number of records. Copies of one text stay on one side.
+    items: Sequence[Item], held_out: float | int, seed: int, mark: Callable[[Item], str]
+) -> tuple[list[Item], list[Item]]:
+    """(train, held out), each in the order of `items`.
+
+    Args:
+        held_out: a share (below 1) or a number of items; 0 holds out nothing.
+        mark: content hash of an item, see `check.fingerprint`.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: one side would be empty.
     """
-    count = round(held_out * len(records)) if held_out < 1 else int(held_out)
-    if held_out and len(records) > 1:
-        count = max(1, count)
-    if count >= len(records) and held_out:
+    if not held_out:
+        return list(items), []
+    count = len(items)
+    wanted = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
+    if wanted >= count:
         raise DataError(
-            f"val_size: {held_out} of {len(records)} rows leaves none to train on",
-            hint="lower val_size, or name other held-out data with val_data",
+            f"val_size {held_out}: {count} usable row{'s' * (count != 1)} cannot be split into "
+            f"{wanted} held out and at least 1 to train on",
+            hint="give more rows, a smaller val_size, or val_size: 0 to train without evaluation",
         )
-    order = list(range(len(records)))
-    random.Random(seed).shuffle(order)
-    chosen = {content_key(records[i]) for i in order[:count]}
-    train = [r for r in records if content_key(r) not in chosen]
-    val = [r for r in records if content_key(r) in chosen]
-    if not train:  # every row is a copy of a held-out one
-        return list(records), []
-    return train, val
+    marks = [mark(item) for item in items]
+    chosen = _choose(Counter(marks), wanted, seed)
+    train = [item for item, m in zip(items, marks, strict=True) if m not in chosen]
+    held = [item for item, m in zip(items, marks, strict=True) if m in chosen]
+    if not held:
+        raise DataError(
+            f"val_size {held_out}: no {wanted} rows can be held out: nearly all rows are copies of "
+            "one another",
+            hint="remove the duplicates, or set val_size: 0",
+        )
+    return train, held
+
+
+def _choose(copies: Counter[str], wanted: int, seed: int) -> set[str]:
+    """Marks in seeded order whose items are `wanted` in number, fewer where copies do not fit."""
+    order = sorted(copies, key=lambda m: hashlib.sha256(f"{seed} {m}".encode()).digest())
+    chosen: set[str] = set()
+    room = wanted
+    for mark in order:
+        if copies[mark] <= room:
+            chosen.add(mark)
+            room -= copies[mark]
+        if not room:
+            break
+    return chosen

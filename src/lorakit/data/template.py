@@ -1,268 +1,273 @@
-"""Conversations enter; token ids and labels leave. The one place where prompts and masks are made.
+"""Conversations and documents enter; token ids and the training mask leave: made here alone.
 
-The tokenizer's own chat template is the only truth. An answer's span is what the template writes
-between the prompt it would give at inference and the end-of-turn token, that token included; so
-chat, evaluation and serving see exactly the ids that stood before a trained answer.
+The tokenizer's chat template is the only truth. For each assistant turn the text is rendered up to
+the question (P, with the generation prompt) and up to the answer (R); what R adds to P, to the end
+of its end-of-turn token, is trained. P's ids, which chat and evaluation feed the model, must be a
+prefix of the training ids: where the template or the tokenizer breaks that, each answer becomes an
+example of its own, and the border between question and answer a border between tokens.
+
+Shapes: T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
-from lorakit.data.check import FaultLog
-from lorakit.data.formats import UnusableRow
+from lorakit.data.check import FaultLog, RowFault
+from lorakit.data.chunk import windows
+from lorakit.data.render import Guard, Habits, TemplateRefusal, habits_of, render, to_ids
+from lorakit.data.render import stop_token_ids as stop_token_ids
+from lorakit.data.resolve import TemplateInfo as TemplateInfo
+from lorakit.data.resolve import resolve_template as resolve_template
 from lorakit.errors import DataError
-from lorakit.records import IGNORE, Conversation, Example, Message, Origin
-
-# Meta's format for Llama-2-chat, whose early tokenizers shipped without a template.
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
-    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
-    "{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
-    "{% for m in rest %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-# For base models: no special tokens but the end of text, which every tokenizer has.
-PLAIN = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
-    "{% elif m['role'] == 'user' %}{{ '### User:\\n' + m['content'] + '\\n\\n### Assistant:\\n' }}"
-    "{% else %}{{ m['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}"
-)
-
-
-def resolve_template(tokenizer: Any, model_name: str) -> str:
-    """Make sure the tokenizer has a chat template; returns where it came from, for the report.
-
-    Raises:
-        DataError: the template writes no end-of-turn token, or two BOS.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        source = "the model's own"
-    elif "llama-2" in model_name.lower() or "llama2" in model_name.lower():
-        tokenizer.chat_template = LLAMA_2
-        source = "Llama-2's, because the tokenizer has none"
-    else:
-        tokenizer.chat_template = PLAIN
-        source = "a plain one (### User / ### Assistant), because the tokenizer has none"
-    probe = Conversation((Message("user", "a"), Message("assistant", "b")), Origin("template", 1))
-    encode(tokenizer, probe, "responses", 1_000_000, "error")
-    return source
+from lorakit.records import IGNORE, Conversation, Document, Example, Message, Origin
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids that ask for the next answer: what inference feeds the model.
+    """Ids [T] of a conversation that waits for an answer: what chat and evaluation feed the model.
 
     Raises:
-        UnusableRow: the template refuses these turns.
+        DataError: the template refuses these turns.
     """
-    return _tokenize(tokenizer, _render(tokenizer, messages, prompt=True))[0]
-
-
-def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
-    """Ids that end an answer: what the template writes after one, eos, and the model's own list."""
-    probe = [Message("user", "a"), Message("assistant", "b")]
-    ids, offsets = _tokenize(tokenizer, _render(tokenizer, probe, prompt=False))
-    start = len(_render(tokenizer, probe[:1], prompt=True))
-    found = [ids[_end_of_turn(tokenizer, ids, offsets, start, Origin("template", 1))]]
-    more = getattr(generation_config, "eos_token_id", None)
-    found += more if isinstance(more, list) else [more]
-    found.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(i for i in found if i is not None))
+    guard = Guard(habits_of(tokenizer), messages)
+    text = render(tokenizer, guard.messages(messages), prompt=True)
+    return to_ids(tokenizer, text, guard)
 
 
 def encode(
+    tokenizer: Any,
+    item: Conversation | Document,
+    train_on: str = "responses",
+    cutoff_len: int = 2048,
+    too_long: str = "drop_oldest_turns",
+    log: FaultLog | None = None,
+) -> list[Example]:
+    """Examples of one conversation: one, or one per answer where a template rewrites old turns.
+
+    Args:
+        train_on: "responses" (every answer), "last" (the last one), "all" (every token).
+        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "drop" or "error". An answer is
+            never cut.
+        log: where turns that were dropped are counted.
+
+    Raises:
+        RowFault: the row is too long, or the template refuses it: it can be left out.
+        DataError: training on it would go wrong (no trained token, no end of turn, double BOS), or
+            it is too long and `too_long` is "error". The row is named.
+    """
+    log = log or FaultLog()
+    if isinstance(item, Document):
+        return encode_document(tokenizer, item, cutoff_len, log)
+    if Guard(habits_of(tokenizer), item.messages).active:
+        log.add("special token written in a turn", item.origin, "kept as plain text")
+    try:
+        examples = _examples(tokenizer, item, train_on)
+        fitting: list[Example] = []
+        for answer, example in examples:
+            if len(example.input_ids) > cutoff_len:
+                part = Conversation(item.messages[: answer + 1], item.origin)
+                single = "last" if len(examples) > 1 else train_on
+                example = _shorten(tokenizer, part, single, cutoff_len, too_long, example, log)
+            fitting.append(example)
+    except RowFault:
+        raise
+    except TemplateRefusal as error:
+        raise RowFault("refused by the chat template", item.origin, str(error)) from error
+    for example in fitting:
+        verify_example(tokenizer, example)
+    return fitting
+
+
+def encode_document(
+    tokenizer: Any, document: Document, cutoff_len: int = 2048, log: FaultLog | None = None
+) -> list[Example]:
+    """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
+
+    Where the tokenizer puts a BOS before a text, each window begins with it; otherwise a window
+    begins with the last token of the one before, untrained, so that its first own token is
+    predicted from something. Special tokens written in the text are read as such.
+    """
+    habits, eos = habits_of(tokenizer), tokenizer.eos_token_id
+    if log and habits.specials is not None and habits.specials.search(document.text):
+        log.add("special token written in a text", document.origin, "read as that token")
+    encoding = tokenizer(
+        document.text,
+        add_special_tokens=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+    ids = list(encoding["input_ids"])
+    if habits.bos_id is not None and ids[:1] == [habits.bos_id]:
+        ids, shift = ids[1:], 1
+    else:
+        shift = 0
+    starts = [o[0] for o in encoding["offset_mapping"][shift:]] if tokenizer.is_fast else None
+    if eos is not None and ids[-1:] != [eos]:
+        ids.append(eos)
+        if starts is not None:
+            starts.append(len(document.text))
+    found = []
+    for begin, end in windows(document.text, starts, len(ids), cutoff_len - 1):
+        before = [habits.bos_id] if habits.bos_id is not None else ids[max(0, begin - 1) : begin]
+        own = ids[begin:end]
+        labels = [IGNORE] * len(before) + own
+        labels[0] = IGNORE
+        found.append(Example([*before, *own], labels, document.origin))
+    return [e for e in found if e.trained_tokens]
+
+
+def verify_example(tokenizer: Any, example: Example) -> None:
+    """Refuse an example of a conversation that would spoil the training.
+
+    Raises:
+        DataError: no trained token, two BOS in a row, or a trained part without its end of turn.
+    """
+    habits, origin = habits_of(tokenizer), example.origin
+    ids, labels = example.input_ids, example.labels
+    if not example.trained_tokens:
+        raise DataError(f"{origin}: no token of this row would be trained: all are masked")
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise DataError(
+            f"{origin}: it begins with two BOS tokens ({tokenizer.bos_token})",
+            hint="the chat template and the tokenizer both add one: take it out of the template",
+        )
+    for i, label in enumerate(labels):
+        ends = i + 1 == len(labels) or labels[i + 1] == IGNORE
+        if label != IGNORE and ends and label not in habits.stops:
+            what = tokenizer.decode([label])
+            raise DataError(
+                f"{origin}: a trained part ends with {what!r}, not with an end-of-turn token: "
+                "a model trained on it would not stop",
+                hint="the chat template must close each answer with a special token",
+            )
+
+
+# -- one conversation -> ids and mask -------------------------------------------------------------
+
+
+def _examples(
+    tokenizer: Any, conversation: Conversation, train_on: str
+) -> list[tuple[int, Example]]:
+    """(index of the last answer inside, example) pairs, of any length."""
+    habits = habits_of(tokenizer)
+    guard = Guard(habits, conversation.messages)
+    messages = guard.messages(conversation.messages)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not answers:
+        raise RowFault("no answer", conversation.origin, "there is no assistant turn to learn from")
+    if train_on != "responses":
+        answers = answers[-1:]
+    spans = [_span(tokenizer, habits, messages, i, conversation.origin) for i in answers]
+    whole = spans[-1].text
+    parts = [(s, to_ids(tokenizer, s.prompt, guard)) for s in spans]
+    if all(whole.startswith(s.text) for s in spans):
+        ids = to_ids(tokenizer, whole, guard)
+        if all(ids[: len(prompt)] == prompt for _, prompt in parts):
+            labels = _mask(ids, [len(p) for _, p in parts], habits, train_on, conversation.origin)
+            return [(answers[-1], Example(ids, labels, conversation.origin))]
+    found = []
+    for answer, (span, prompt) in zip(answers, parts, strict=True):
+        ids = to_ids(tokenizer, span.text, guard)
+        if ids[: len(prompt)] != prompt:
+            # A merge over the border (": " + "Paris"): generation never sees it, so no training.
+            ids = prompt + to_ids(tokenizer, span.text[len(span.prompt) :], guard, inside=True)
+        labels = _mask(ids, [len(prompt)], habits, train_on, conversation.origin)
+        found.append((answer, Example(ids, labels, conversation.origin)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The text up to a question with its generation prompt, and on to the answer's end of turn."""
+
+    prompt: str
+    text: str
+
+
+def _span(
+    tokenizer: Any, habits: Habits, messages: list[dict[str, str]], answer: int, origin: Origin
+) -> _Span:
+    told = messages[answer]["content"].strip()
+    text = render(tokenizer, messages[: answer + 1], prompt=False)
+    for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        prompt = render(tokenizer, messages[:answer], prompt=True, **options)
+        if text.startswith(prompt):
+            break
+    else:
+        raise DataError(
+            f"{origin}: the chat template asks for the answer in one way and writes it in another: "
+            f"...{prompt[-40:]!r} is no beginning of ...{text[len(prompt) - 40 :][:80]!r}",
+            hint="use a template whose generation prompt is how its answers begin",
+        )
+    ends = [at for stop in habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
+    if not ends:
+        raise DataError(
+            f"{origin}: the chat template writes no end-of-turn token after the answer in turn "
+            f"{answer + 1}: the model would not learn to stop",
+            hint="the chat template must close each answer with a special token",
+        )
+    end = min(ends)
+    written = text[len(prompt) : end]
+    if told not in written and told.rpartition("</think>")[2].strip() not in written:
+        raise RowFault(
+            "answer rewritten by the chat template",
+            origin,
+            f"the chat template does not write the whole answer: {told[:60]!r} became "
+            f"{written[:60]!r}",
+        )
+    stop = next(s for s in habits.stop_texts if text.startswith(s, end))
+    return _Span(prompt, text[: end + len(stop)])
+
+
+def _mask(
+    ids: list[int], starts: list[int], habits: Habits, train_on: str, origin: Origin
+) -> list[int]:
+    """Labels [T]: each answer from its start to its first stop token; by position, never by id."""
+    if train_on == "all":
+        return [IGNORE, *ids[1:]]
+    labels = [IGNORE] * len(ids)
+    for start in starts:
+        end = next((i for i in range(start, len(ids)) if ids[i] in habits.stops), None)
+        if end is None:
+            raise DataError(f"{origin}: an answer has no end-of-turn token among its tokens")
+        labels[start : end + 1] = ids[start : end + 1]
+    return labels
+
+
+def _shorten(
     tokenizer: Any,
     conversation: Conversation,
     train_on: str,
     cutoff_len: int,
     too_long: str,
-    log: FaultLog | None = None,
-) -> list[Example]:
-    """One conversation as one example, or one per answer where the template rewrites the past.
-
-    Args:
-        train_on: "responses", "last" or "all", see Recipe.
-        cutoff_len: longest example in tokens; an answer is never cut.
-        too_long: "drop_oldest_turns", "drop" or "error".
-        log: receives a fault when old turns were dropped.
-
-    Raises:
-        UnusableRow: the row cannot be trained (too long, refused by the template, forged tokens).
-        DataError: the template itself is unfit: no end-of-turn token, two BOS; or too_long=error.
-    """
-    _refuse_special_text(tokenizer, conversation)
-    messages, dropped = conversation.messages, False
-    while True:
-        examples = _encode_turns(tokenizer, messages, train_on, conversation.origin)
-        longest = max(len(e.input_ids) for e in examples)
-        if longest <= cutoff_len:
-            break
-        shorter = _without_oldest(messages)
-        if too_long == "error":
-            raise DataError(
-                f"{conversation.origin}: {longest} tokens, cutoff_len is {cutoff_len}",
-                hint="raise cutoff_len, or set too_long: drop_oldest_turns",
-            )
-        if too_long == "drop" or shorter is None:
-            raise UnusableRow(f"longer than cutoff_len ({cutoff_len} tokens)")
-        messages, dropped = shorter, True
-    if dropped and log is not None:
-        log.add("oldest turns dropped to fit cutoff_len", conversation.origin, "shortened")
-    return examples
-
-
-def _encode_turns(
-    tokenizer: Any, messages: Sequence[Message], train_on: str, origin: Origin
-) -> list[Example]:
-    last = max(i for i, m in enumerate(messages) if m.role == "assistant")
-    answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    wanted = [last] if train_on == "last" else answers
-    text = _render(tokenizer, messages[: last + 1], prompt=False)
-    spans = [_span(tokenizer, messages, i) for i in wanted]
-    if all(text.startswith(whole) for _, whole in spans):
-        starts = [(len(prompt), len(whole)) for prompt, whole in spans]
-        return [_example(tokenizer, text, starts, train_on, origin)]
-    # The template rewrites earlier turns (Qwen3 drops their thinking): as at inference, each answer
-    # is then an example of its own.
-    return [
-        _example(tokenizer, whole, [(len(prompt), len(whole))], train_on, origin)
-        for prompt, whole in spans
-    ]
-
-
-def _span(tokenizer: Any, messages: Sequence[Message], index: int) -> tuple[str, str]:
-    """The prompt before answer `index`, and the text up to and with it."""
-    prompt = _render(tokenizer, messages[:index], prompt=True)
-    whole = _render(tokenizer, messages[: index + 1], prompt=False)
-    if not whole.startswith(prompt):
-        raise DataError(
-            "the chat template writes another prompt in training than at inference "
-            f"(training has {whole[: len(prompt)][-40:]!r}, inference {prompt[-40:]!r})",
-            hint="report this model; its template cannot be trained faithfully",
-        )
-    return prompt, whole
-
-
-def _example(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], train_on: str, origin: Origin
+    example: Example,
+    log: FaultLog,
 ) -> Example:
-    ids, offsets = _tokenize(tokenizer, text)
-    if any(a < start < b for start, _ in spans for a, b in offsets):
-        # A token crosses the border of prompt and answer: inference would never produce it.
-        borders = sorted({0, len(text), *(s for s, _ in spans)})
-        ids, offsets = _tokenize_pieces(tokenizer, text, borders)
-    labels = [IGNORE] * len(ids)
-    for start, end in spans:
-        last = _end_of_turn(tokenizer, ids, offsets, start, origin, end)
-        for i, (a, _) in enumerate(offsets[: last + 1]):
-            if a >= start:
-                labels[i] = ids[i]
-    if train_on == "all":
-        labels = list(ids)
-    labels[0] = IGNORE
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise DataError(
-            f"{origin}: the text begins with two BOS tokens ({tokenizer.bos_token})",
-            hint="the chat template writes one too many",
-        )
-    return Example(ids, labels, origin)
-
-
-def _end_of_turn(
-    tokenizer: Any,
-    ids: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    start: int,
-    origin: Origin,
-    end: int | None = None,
-) -> int:
-    """Index of the last special token between the characters `start` and `end`: the answer's end."""
-    special = _special_ids(tokenizer)
-    for i in reversed(range(len(ids))):
-        a, b = offsets[i]
-        if a >= start and (end is None or b <= end) and ids[i] in special:
-            return i
-    raise DataError(
-        f"{origin}: the chat template writes no end-of-turn token after an answer, "
-        "so the model would never learn to stop",
-        hint="use the model's original template; it must close an assistant turn with a special token",
-    )
-
-
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of rendered text with their character spans; BOS once, whether template or tokenizer adds it."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    bos = tokenizer.bos_token
-    if bos and not text.startswith(bos) and _adds_bos(tokenizer):
-        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
-    return ids, offsets
-
-
-def _tokenize_pieces(
-    tokenizer: Any, text: str, borders: Sequence[int]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    for start, end in zip(borders, borders[1:], strict=False):
-        piece = tokenizer(
-            text[start:end], add_special_tokens=False, return_offsets_mapping=True
-        )
-        ids += piece["input_ids"]
-        offsets += [(a + start, b + start) for a, b in piece["offset_mapping"]]
-    if tokenizer.bos_token and not text.startswith(tokenizer.bos_token) and _adds_bos(tokenizer):
-        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
-    return ids, offsets
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-
-
-def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
-    """The template's text. A template that refuses a system turn gets it inside the first question."""
-    turns = [m.as_dict() for m in messages]
-    try:
-        return _apply(tokenizer, turns, prompt)
-    except TemplateError as error:
-        if len(turns) > 1 and turns[0]["role"] == "system":
-            folded = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-            try:
-                return _apply(tokenizer, [folded, *turns[2:]], prompt)
-            except TemplateError:
-                pass
-        raise UnusableRow(f"the chat template refuses it ({str(error)[:80]})") from error
-
-
-def _apply(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
-
-
-def _without_oldest(messages: Sequence[Message]) -> tuple[Message, ...] | None:
-    """The conversation without its first question and answer; None when only one is left."""
-    head = [m for m in messages if m.role == "system"]
-    turns = [m for m in messages if m.role != "system"]
-    answers = [i for i, m in enumerate(turns) if m.role == "assistant"]
-    if len(answers) < 2:
-        return None
-    return (*head, *turns[answers[0] + 1 :])
-
-
-def _refuse_special_text(tokenizer: Any, conversation: Conversation) -> None:
-    """Text that spells a control token would become one, and forge turns."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    spellings = [t.content for t in added.values() if t.special and len(t.content) > 2]
-    for message in conversation.messages:
-        for spelling in spellings:
-            if spelling in message.content:
-                raise UnusableRow(f"text that spells the control token {spelling}")
+    """The example without its oldest exchanges, as few as it takes; the system turn stays."""
+    origin, size = conversation.origin, len(example.input_ids)
+    what = f"{size} tokens, over cutoff_len {cutoff_len}"
+    hint = "raise cutoff_len, or set too_long: drop"
+    if too_long == "error":
+        raise DataError(f"{origin}: too long: {what}", hint)
+    if too_long == "drop":
+        raise RowFault("too long", origin, what, hint)
+    messages = conversation.messages
+    head = 1 if messages[0].role == "system" else 0
+    asked = [i for i, m in enumerate(messages) if m.role == "user"]
+    low, high = 1, len(asked) - 1
+    best: Example | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        rest = Conversation(messages[:head] + messages[asked[middle] :], origin)
+        candidate = _examples(tokenizer, rest, train_on)[-1][1]
+        if len(candidate.input_ids) <= cutoff_len:
+            best, high = candidate, middle - 1
+        else:
+            low = middle + 1
+    if best is None:
+        raise RowFault("too long", origin, f"even its last question and answer: {what}", hint)
+    log.add("too long", origin, "oldest turns dropped")
+    return best

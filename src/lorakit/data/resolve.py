@@ -1,0 +1,137 @@
+"""A tokenizer and a model's name enter; the chat template of the run is chosen, set and explained.
+
+The tokenizer's own template is the only truth. One is supplied where it has none, and two defaults
+are written in front of it where training and every later user must agree: the BOS that the
+tokenizer would add, and thinking switched off when no answer holds any.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from lorakit.data.render import ASK, SAY, SET, TemplateRefusal, habits_of, render
+from lorakit.errors import ModelError
+
+_THINKING_OFF = (
+    "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
+)
+_WITH_BOS = "{{ bos_token }}"
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInfo:
+    """Which template a run uses, as a sentence for the report, and its text."""
+
+    source: str
+    text: str
+
+
+def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) -> TemplateInfo:
+    """Choose the chat template and set it on `tokenizer`, so that chat and export use the same.
+
+    Args:
+        thinking: the answers to train hold <think> parts. Without them, a template that can switch
+            thinking off is told to by default, since the run teaches direct answers.
+
+    Raises:
+        ModelError: the template cannot render a plain chat, or the tokenizer lacks an eos token.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default") or next(iter(own.values()))
+    if own:
+        text, notes = str(own), ["the tokenizer's own"]
+    else:
+        text, notes = _supply(tokenizer, model_name)
+    tokenizer.chat_template = text
+    _probe(tokenizer, model_name, ASK, SAY)
+    text = _begin_with_bos(tokenizer, text, notes)
+    text = _switch_thinking(tokenizer, text, thinking, notes)
+    tokenizer.chat_template = text
+    habits = habits_of(tokenizer)
+    default = _default_system(tokenizer)
+    if default:
+        notes.append(f"without a system text it writes its own: {default[:60]!r}")
+    if habits.folds_system:
+        notes.append("it has no system role: system texts are put before the first question")
+    if not habits.stop_texts:
+        raise ModelError(
+            f"model: {model_name}: its chat template writes no end-of-turn token after an answer, "
+            "so a model trained with it would never stop",
+            hint="set tokenizer.chat_template to one that closes each answer with a special token",
+        )
+    return TemplateInfo("; ".join(notes), text)
+
+
+def _supply(tokenizer: Any, model_name: str) -> tuple[str, list[str]]:
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"model: {model_name}: its tokenizer has neither a chat template nor an eos token",
+            hint="choose a chat model, or set tokenizer.eos_token",
+        )
+    name = f"{model_name} {getattr(tokenizer, 'name_or_path', '')}".lower()
+    if re.search(r"llama-?_?2\b", name) and tokenizer.bos_token == "<s>":
+        text = (files("lorakit") / "assets" / "llama2.jinja").read_text(encoding="utf-8")
+        return text, ["Llama-2's, supplied by lorakit: the tokenizer has none"]
+    text = (files("lorakit") / "assets" / "plain.jinja").read_text(encoding="utf-8")
+    note = (
+        "a plain one supplied by lorakit ('### User:', '### Assistant:', eos): the tokenizer has "
+        "none, as base models do"
+    )
+    return text, [note]
+
+
+def _probe(tokenizer: Any, model_name: str, *contents: str) -> None:
+    roles = ("user", "assistant")
+    probe = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    try:
+        text = render(tokenizer, probe, prompt=False)
+    except TemplateRefusal as error:
+        raise ModelError(f"model: {model_name}: {error}") from error
+    missing = [c for c in contents if c not in text]
+    if missing:
+        raise ModelError(
+            f"model: {model_name}: its chat template leaves out what was said: a chat became "
+            f"{text[:80]!r}"
+        )
+
+
+def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
+    """A template that forgets the BOS the tokenizer would add gets it, for every later user."""
+    first = tokenizer.encode("")[:1]
+    if not first or first != [tokenizer.bos_token_id]:
+        return text
+    rendered = render(tokenizer, [{"role": "user", "content": ASK}], prompt=True)
+    if rendered.lstrip().startswith(tokenizer.bos_token):
+        return text
+    notes.append(f"{tokenizer.bos_token} put before it, as the tokenizer does with texts")
+    return _WITH_BOS + text
+
+
+def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]) -> str:
+    if "enable_thinking" not in text or thinking or text.startswith(_THINKING_OFF):
+        return text
+    ask = [{"role": "user", "content": ASK}]
+    on = render(tokenizer, ask, prompt=True)
+    off = render(tokenizer, ask, prompt=True, enable_thinking=False)
+    if on == off:
+        return text
+    notes.append("thinking off by default, since the data holds no <think> parts")
+    return _THINKING_OFF + text
+
+
+def _default_system(tokenizer: Any) -> str:
+    """The system text that the template writes when a conversation has none, or ""."""
+    ask = {"role": "user", "content": ASK}
+    try:
+        given = render(tokenizer, [{"role": "system", "content": SET}, ask], prompt=True)
+    except TemplateRefusal:
+        return ""
+    head, found, tail = given.partition(SET)
+    none = render(tokenizer, [ask], prompt=True)
+    if not found or not (none.startswith(head) and none.endswith(tail)):
+        return ""
+    return none[len(head) : len(none) - len(tail)]
