@@ -74,7 +74,7 @@ def _tiny_recipe(model, data, folder, **values):
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 6,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-2,
         "cutoff_len": 128,
         "val_size": 4,
         "offline": True,
