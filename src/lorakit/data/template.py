@@ -88,6 +88,9 @@ def encode_document(
     Where the tokenizer puts a BOS before a text, each window begins with it; otherwise a window
     begins with the last token of the one before, untrained, so that its first own token is
     predicted from something. Special tokens written in the text are read as such.
+
+    Raises:
+        RowFault: no token could be trained.
     """
     habits, eos = habits_of(tokenizer), tokenizer.eos_token_id
     if log and habits.specials is not None and habits.specials.search(document.text):
@@ -115,7 +118,9 @@ def encode_document(
         labels = [IGNORE] * len(before) + own
         labels[0] = IGNORE
         found.append(Example([*before, *own], labels, document.origin))
-    return [e for e in found if e.trained_tokens]
+    if not any(example.trained_tokens for example in found):
+        raise RowFault("nothing to train", document.origin, "the text is a single token")
+    return found
 
 
 def verify_example(tokenizer: Any, example: Example) -> None:
