@@ -55,7 +55,7 @@ def test_thinking_is_off_by_default_and_resolving_twice_changes_nothing(load_fam
     own = tokenizer.chat_template
     try:
         once = resolve_template(tokenizer, "qwen3")
-        twice = resolve_template(tokenizer, "qwen3")
+        twice = resolve_template(tokenizer, "qwen3", thinking=True)
         assert once.text == twice.text != own
         assert "thinking off" in once.source
         ask = [{"role": "user", "content": "Hi"}]
