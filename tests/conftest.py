@@ -47,3 +47,62 @@ def tiny_model_dir(tokenizer, tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Thirty short question/answer rows that a tiny model can learn by heart."""
+    import json
+
+    path = tmp_path_factory.mktemp("data") / "colors.jsonl"
+    colors = ["red", "green", "blue", "gray", "pink"]
+    with path.open("w") as handle:
+        for i in range(30):
+            row = {"question": f"What color is box {i}?", "answer": f"It is {colors[i % 5]}."}
+            handle.write(json.dumps(row) + "\n")
+    return path
+
+
+def _tiny_recipe(model, data, folder, **values):
+    """A resolved recipe that trains the tiny model in a second or two."""
+    from lorakit.recipe_file import load_recipe
+
+    flags = {
+        "model": str(model),
+        "data": str(data),
+        "output_dir": str(folder),
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "learning_rate": 2e-2,
+        "cutoff_len": 128,
+        "val_size": 4,
+        "offline": True,
+        **values,
+    }
+    return load_recipe(None, [], flags)
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe():
+    return _tiny_recipe
+
+
+@pytest.fixture(scope="session")
+def finish(tiny_model_dir, tiny_data, tmp_path_factory):
+    """`finish(method, **recipe values)`: a finished tiny run, made once per set of values."""
+    from rich.console import Console
+
+    from lorakit.finetune import fit
+
+    made = {}
+
+    def build(method="lora", **values):
+        key = (method, repr(sorted(values.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("runs") / f"tiny-{method}"
+            resolved = _tiny_recipe(tiny_model_dir, tiny_data, folder, method=method, **values)
+            made[key] = fit(resolved, Console(stderr=True, quiet=True))
+        return made[key]
+
+    return build

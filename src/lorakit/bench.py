@@ -25,6 +25,7 @@ from lorakit.hardware import detect_device
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.random_weights import random_model, shape_config
+from lorakit.recipe import Recipe
 from lorakit.recipe_file import ResolvedRecipe, load_recipe
 from lorakit.records import IGNORE, Device, Example, Origin
 from lorakit.run_dir import RunDir
@@ -35,6 +36,8 @@ from lorakit.train.trainer import LoraTrainer
 
 GIB = 2**30
 SAMPLE_SECONDS = 0.01
+# Kernels are chosen and caches filled in the first steps.
+UNTIMED_STEPS = 3
 
 
 def run_bench(
@@ -79,8 +82,36 @@ def run_bench(
     trainable, total = count_parameters(model)
     console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
     load_seconds = time.perf_counter() - began
+    seconds, loss_path = _train(model, recipe, device, config, meter, console)
+    tokens = recipe.examples_per_step * seq
+    timed = seconds[min(UNTIMED_STEPS, len(seconds) // 2) :]
+    return {
+        "id": label,
+        "gpu": device.name,
+        "shape": shape,
+        "method": method,
+        "tokens_per_second": round(tokens / statistics.median(timed), 1),
+        "peak_allocated_gib": round(meter.allocated / GIB, 3),
+        "peak_process_gib": round(meter.process / GIB, 3),
+        "planned_gib": round(plan_memory(recipe, config, device).total_bytes / GIB, 3),
+        "step_seconds": [round(s, 4) for s in seconds],
+        "load_seconds": round(load_seconds, 1),
+        "tokens_per_step": tokens,
+        "seq": seq,
+        "trainable_parameters": trainable,
+        "loss_path": loss_path,
+        "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
+        **_provenance(device),
+    }
+
+
+def _train(
+    model: Any, recipe: Recipe, device: Device, config: Any, meter: _Meter, console: Console
+) -> tuple[list[float], str]:
+    """Seconds of each optimizer step, and the loss path taken."""
     clock = _Clock(device)
-    examples = _random_examples(steps * recipe.examples_per_step, seq, config.vocab_size)
+    count = (recipe.max_steps or 1) * recipe.examples_per_step
+    examples = _random_examples(count, recipe.cutoff_len, config.vocab_size)
     with tempfile.TemporaryDirectory() as folder, meter:
         run = RunDir(Path(folder))
         progress = TrainingProgress(console, run, device.kind)
@@ -90,25 +121,11 @@ def run_bench(
         trainer.add_callback(clock)
         trainer.args.save_strategy = "no"
         trainer.train()
-    timed = clock.seconds[min(3, len(clock.seconds) // 2) :]
-    tokens = recipe.examples_per_step * seq
-    plan = plan_memory(recipe, config, device)
+    return clock.seconds, trainer.loss_path
+
+
+def _provenance(device: Device) -> dict[str, Any]:
     return {
-        "id": label,
-        "gpu": device.name,
-        "shape": shape,
-        "method": method,
-        "tokens_per_second": round(tokens / statistics.median(timed), 1),
-        "peak_allocated_gib": round(meter.allocated / GIB, 3),
-        "peak_process_gib": round(meter.process / GIB, 3),
-        "planned_gib": round(plan.total_bytes / GIB, 3),
-        "step_seconds": [round(s, 4) for s in clock.seconds],
-        "load_seconds": round(load_seconds, 1),
-        "tokens_per_step": tokens,
-        "seq": seq,
-        "trainable_parameters": trainable,
-        "loss_path": trainer.loss_path,
-        "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
         "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

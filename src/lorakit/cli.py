@@ -63,10 +63,10 @@ def train(
     flags["offline"] = True if offline else None
     resolved = load_recipe(recipe, set_ or [], flags)
     if dry_run:
+        _quiet(resolved.recipe.offline)
         from lorakit.finetune import prepare_run
         from lorakit.preview import show_prologue
 
-        _quiet(resolved.recipe.offline)
         show_prologue(prepare_run(resolved, log), out, as_json)
         return
     _train(resolved, resume, as_json, next_steps=True)
@@ -227,11 +227,11 @@ def _quiet(offline: bool = False) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "accelerate", "peft", "trl", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("bitsandbytes", "accelerate", "peft", "trl", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorakit.data.prepare import prepare, read_validation
+from lorakit.data.prepare import Item, prepare, read_validation
 from lorakit.data.template import encode
 from lorakit.errors import DataError
 from lorakit.generate import GenerationSettings, base_answers, replies
@@ -25,7 +25,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
-    conversations: Sequence[Conversation],
+    records: Sequence[Item],
     label: str,
     samples: int = 4,
     max_new_tokens: int = 96,
@@ -35,8 +35,8 @@ def evaluate(
     Args:
         model: PEFT model; the base is the same model with its adapter switched off.
         examples: what is scored, with the training mask.
-        conversations: the first `samples` of them give the questions (their last answer is the
-            reference).
+        records: the first `samples` conversations among them give the questions (their last answer is
+            the reference).
         label: name of the data in the result.
     """
     if not examples:
@@ -52,15 +52,16 @@ def evaluate(
         base=base,
         tuned=tuned,
         data=label,
-        samples=_answer(model, tokenizer, conversations[:samples], max_new_tokens),
+        samples=_answer(model, tokenizer, records, samples, max_new_tokens),
     )
 
 
 def _answer(
-    model: Any, tokenizer: Any, conversations: Sequence[Conversation], max_new_tokens: int
+    model: Any, tokenizer: Any, records: Sequence[Item], samples: int, max_new_tokens: int
 ) -> tuple[Sample, ...]:
     """Greedy answers, so that the same run always shows the same ones."""
-    asked = [c for c in conversations if c.messages[-1].role == "assistant"]
+    conversations = [r for r in records if isinstance(r, Conversation)]
+    asked = [c for c in conversations if c.messages[-1].role == "assistant"][:samples]
     prompts: list[Sequence[Message]] = [c.messages[:-1] for c in asked]
     if not prompts:
         return ()
@@ -74,16 +75,10 @@ def _answer(
     )
 
 
-def encode_held_out(
-    tokenizer: Any, conversations: Sequence[Conversation], recipe: Recipe
-) -> list[Example]:
-    """Held-out conversations as examples, masked as in training."""
-    found: list[Example] = []
-    for conversation in conversations:
-        found += encode(
-            tokenizer, conversation, recipe.train_on, recipe.cutoff_len, recipe.too_long
-        )
-    return found
+def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
+    """Held-out records as examples, masked as in training."""
+    rules = (recipe.train_on, recipe.cutoff_len, recipe.too_long)
+    return [e for record in records for e in encode(tokenizer, record, *rules)]
 
 
 def show(result: EvalResult, console: Console) -> None:
@@ -112,14 +107,14 @@ def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalRe
     """
     recipe, run = loaded.recipe, loaded.run
     if data is None:
-        conversations = read_validation(run.validation) if run.validation.exists() else []
-        examples = encode_held_out(loaded.tokenizer, conversations, recipe)
+        records = read_validation(run.validation)
+        examples = encode_held_out(loaded.tokenizer, records, recipe)
     else:
         held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
         prepared = prepare(held_out, loaded.tokenizer, [Path()])
-        conversations, examples = prepared.train_conversations, prepared.train
+        records, examples = list(prepared.train_conversations), list(prepared.train)
     label = data or "the run's held-out rows"
-    result = evaluate(loaded.model, loaded.tokenizer, examples, conversations, label, samples)
+    result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
     if data is None:
         write_json(run.eval, result.as_dict())
     return result

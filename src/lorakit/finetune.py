@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.prepare import Prepared, prepare, read_validation, write_validation
+from lorakit.data.prepare import Prepared, prepare, write_validation
 from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
@@ -111,10 +111,10 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     final_loss = losses[-1] if losses else None
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         return Outcome(run, trainer.state.global_step, seconds, final_loss, None, stop.exit_code)
-    if final_loss is not None and final_loss != final_loss:
+    if trainer.diverged_at is not None:
         raise WorkError(
-            "the loss became NaN; the adapter was not saved",
-            hint="lower learning_rate, then resume from the last checkpoint or start anew",
+            f"the loss became {final_loss} at step {trainer.diverged_at}; stopped, no adapter saved",
+            hint="lower learning_rate and start anew, or resume from the last checkpoint",
         )
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     evaluation = _evaluate(run, model, start) if prepared.val else None
@@ -122,9 +122,8 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
 
 def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
-    conversations = read_validation(run.validation)
     label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
-    result = evaluate(model, start.tokenizer, start.prepared.val, conversations, label)
+    result = evaluate(model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label)
     write_json(run.eval, result.as_dict())
     return result
 

@@ -93,6 +93,6 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
     console.print(f"metrics  {outcome.run.metrics}")
     if next_steps:
         console.print("next:")
-        console.print(f"  lorakit chat {run}                    talk to it; /base asks the base")
-        console.print(f"  lorakit eval {run} --data FILE        score it on other rows")
-        console.print(f"  lorakit export {run} --to merged      one folder without adapter")
+        console.print(f"  lorakit chat {run}", soft_wrap=True)
+        console.print(f"  lorakit eval {run} --data FILE.jsonl", soft_wrap=True)
+        console.print(f"  lorakit export {run} --to merged", soft_wrap=True)

@@ -13,6 +13,7 @@ from lorakit.data.prepare import read_validation
 from lorakit.errors import RecipeError
 from lorakit.export.merge import export_merged
 from lorakit.recipe_file import suggest
+from lorakit.records import Conversation
 from lorakit.run_dir import RunDir
 
 Exporter = Callable[[RunDir, Path, Console], dict[str, Any]]
@@ -36,8 +37,8 @@ def export_run(run: RunDir, to: str, output: Path | None, console: Console) -> d
 
 def _merged(run: RunDir, target: Path, console: Console) -> dict[str, Any]:
     console.print("merging in float32, then comparing the written files with the adapter")
-    conversations = read_validation(run.validation) if run.validation.exists() else []
-    check = export_merged(run, target, conversations)
+    records = read_validation(run.validation)
+    check = export_merged(run, target, [r for r in records if isinstance(r, Conversation)])
     console.print(
         f"{target}: {check.dtype}; over {check.positions} positions KL {check.kl_per_token:.2e} nats "
         f"per token, same top token {check.top1_agreement:.1%}, "

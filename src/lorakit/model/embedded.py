@@ -132,6 +132,8 @@ def convert(gguf: Path, folder: Path) -> None:
             delattr(owner, name)
     model.config.__dict__.pop("quantization_config", None)
     model.config.architectures = ["LlamaForCausalLM"]
+    for owner in (model.config.__dict__, model.config.to_dict()):
+        owner.pop("_model_name_or_path", None)
     model.config._name_or_path = ""
     pad = _reserved_pad(tokenizer)
     model.config.pad_token_id = tokenizer.convert_tokens_to_ids(pad)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lorakit.errors import DependencyError, ModelError
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import HUB_ID, demo_model_dir
@@ -130,7 +132,7 @@ def load_base(recipe: Recipe, location: str, device: Device) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             location, attn_implementation=device.attention, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
     guard_quantized_cpu_weights(model)
     return model
@@ -192,7 +194,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     tokenizer = load_tokenizer(recipe, str(run.adapter))
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(
             f"{run.adapter}: the adapter does not fit {recipe.model}: {_first_line(error)}",
             hint="was the base model changed since training?",

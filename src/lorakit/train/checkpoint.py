@@ -107,20 +107,18 @@ def _drop_local_keys(path: Path) -> None:
 def _check_learned(model: Any) -> None:
     import torch
 
-    moved = False
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
         if not torch.isfinite(parameter).all():
             raise WorkError(
                 f"the adapter holds NaN or infinity ({name}); it was not saved",
                 hint="lower learning_rate, or resume from the last checkpoint",
             )
-        moved = moved or "lora_B" not in name or bool(parameter.any())
-    if not moved:
+    starts_at_zero = [p for n, p in trained.items() if "lora_B" in n]
+    if starts_at_zero and not any(bool(p.any()) for p in starts_at_zero):
         raise WorkError(
             "training changed nothing: every lora_B is still zero; the adapter was not saved",
-            hint="is learning_rate too small, or max_steps 0?",
+            hint="is learning_rate too small, or did the gradients overflow (grad_norm inf)?",
         )
 
 
@@ -189,7 +187,9 @@ def _is_disk_trouble(error: BaseException, target: Path) -> bool:
     if isinstance(error, OSError):
         return True
     text = str(error).lower()
-    wrote = any(word in text for word in ("no space", "writ", "i/o", "os error", "file too large"))
+    # What torch's zip writer and safetensors say when the system refuses bytes.
+    words = ("no space", "writ", "i/o", "os error", "file too large", "iostream", "unexpected pos")
+    wrote = any(word in text for word in words)
     return wrote or shutil.disk_usage(_existing(target)).free < 1_000_000
 
 

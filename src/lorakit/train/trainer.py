@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
@@ -59,13 +59,18 @@ class LoraTrainer(SFTTrainer):
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
-            args=training_arguments(recipe, device, run, total_steps(recipe, len(train))),
+            args=training_arguments(
+                recipe, device, run, total_steps(recipe, len(train)), bool(val)
+            ),
             processing_class=tokenizer,
             # The data set holds row numbers; examples are looked up when a batch is made.
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
+            eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
             data_collator=lambda rows: collate([train[r["index"]] for r in rows], self.pad_id),
             callbacks=[_Reporter(self, progress), _Stopper(stop)],
         )
+        self.remove_callback(PrinterCallback)
+        self.diverged_at: int | None = None
         for name, parameter in self.model.named_parameters():
             if name in masters:
                 parameter.data = masters[name]
@@ -142,6 +147,9 @@ class _Reporter(TrainerCallback):
             return
         tokens = int(self.trainer.step_tokens)
         self.trainer.step_tokens.zero_()
+        if not math.isfinite(logs["loss"]):
+            self.trainer.diverged_at = state.global_step
+            control.should_training_stop, control.should_save = True, False
         now = time.perf_counter()
         seconds, steps = now - self.clock, max(1, state.global_step - self.step)
         self.clock, self.step = now, state.global_step
@@ -184,7 +192,9 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
-def training_arguments(recipe: Recipe, device: Device, run: RunDir, steps: int) -> SFTConfig:
+def training_arguments(
+    recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
+) -> SFTConfig:
     """The recipe in TRL's words; every TRL default that would change data or rate is overridden."""
     if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
         raise RecipeError(
@@ -202,7 +212,8 @@ def training_arguments(recipe: Recipe, device: Device, run: RunDir, steps: int) 
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=OPTIMIZERS[recipe.optimizer],
-        bf16=device.kind == "cuda" and device.dtype == "bfloat16",
+        # On a CPU with native bf16 autocast takes a SmolLM2 step from 1.42 s to 1.24 s.
+        bf16=device.kind in ("cuda", "cpu") and device.dtype == "bfloat16",
         fp16=device.kind == "cuda" and device.dtype == "float16",
         use_cpu=device.kind == "cpu",
         gradient_checkpointing=False,  # switched on by finetune, without TRL's conversions
@@ -212,7 +223,7 @@ def training_arguments(recipe: Recipe, device: Device, run: RunDir, steps: int) 
         logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
         save_strategy="steps",
         save_steps=recipe.save_every,
-        eval_strategy="no" if recipe.eval_every is None else "steps",
+        eval_strategy="steps" if recipe.eval_every and held_out else "no",
         eval_steps=recipe.eval_every,
         report_to=list(recipe.report_to),
         run_name=run.path.name,

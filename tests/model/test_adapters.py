@@ -1,0 +1,58 @@
+"""Adapters are float32, reach the right layers, and say which layers exist when asked for others."""
+
+import pytest
+import torch
+
+from lorakit.errors import RecipeError
+from lorakit.hardware import detect_device
+from lorakit.model.adapters import add_adapter, count_parameters, linear_names, resolve_targets
+from lorakit.model.load import load_base, load_config
+from lorakit.recipe_file import load_recipe
+
+
+def resolved(folder, **values):
+    return load_recipe(None, [], {"model": str(folder), "data": "d", **values})
+
+
+def tuned(folder, dtype="bfloat16", **values):
+    r = resolved(folder, **values)
+    r = resolve_targets(r, load_config(r.recipe, str(folder)))
+    base = load_base(r.recipe, str(folder), detect_device(dtype, prefer="cpu"))
+    return add_adapter(base, r.recipe)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_are_float32_on_a_16_or_4_bit_base(tiny_model_dir, method):
+    model = tuned(tiny_model_dir, method=method)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 7 * 2
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert all("lora_" in n for n in trained)
+    assert all(not p.any() for n, p in trained.items() if "lora_B" in n)
+
+
+def test_targets_auto_is_resolved_once_and_kept_otherwise(tiny_model_dir):
+    config = load_config(resolved(tiny_model_dir).recipe, str(tiny_model_dir))
+    auto = resolve_targets(resolved(tiny_model_dir), config)
+    assert len(auto.recipe.target_modules) == 7
+    assert auto.origins["target_modules"] == "derived: model family llama"
+    own = resolved(tiny_model_dir, target_modules=["q_proj"])
+    assert resolve_targets(own, config) is own
+
+
+def test_a_target_that_matches_nothing_lists_the_layers(tiny_model_dir):
+    with pytest.raises(RecipeError) as caught:
+        tuned(tiny_model_dir, target_modules=["query"])
+    assert "q_proj" in caught.value.hint
+    assert "query" in caught.value.message
+
+
+def test_saved_config_names_no_path_of_this_machine(tiny_model_dir):
+    config = tuned(tiny_model_dir).peft_config["default"]
+    assert config.base_model_name_or_path == tiny_model_dir.name
+
+
+def test_parameter_counts_see_through_four_bit_storage(tiny_model_dir):
+    lora, qlora = tuned(tiny_model_dir, lora_r=4), tuned(tiny_model_dir, method="qlora", lora_r=4)
+    assert count_parameters(lora) == count_parameters(qlora)
+    assert linear_names(lora.get_base_model())[:2] == ["base_layer", "default"]

@@ -1,0 +1,126 @@
+"""Base models are found, refused with a reason, quantized without damage, and loaded with adapters."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lorakit.errors import DependencyError, ModelError
+from lorakit.hardware import detect_device
+from lorakit.model.load import (
+    guard_quantized_cpu_weights,
+    load_base,
+    load_config,
+    load_tokenizer,
+    locate_model,
+    nf4_config,
+    public_name,
+)
+from lorakit.recipe import Recipe
+
+CPU = detect_device("float32", prefer="cpu")
+
+
+def recipe(model, **values):
+    return Recipe(model=str(model), data="d", offline=True, **values)
+
+
+def test_a_missing_folder_suggests_its_neighbor(tiny_model_dir):
+    wrong = tiny_model_dir.parent / (tiny_model_dir.name + "x")
+    with pytest.raises(ModelError, match=rf"no such folder; did you mean .*{tiny_model_dir.name}\?"):
+        locate_model(recipe(wrong))
+
+
+def test_relative_folders_are_tried_under_each_base(tiny_model_dir):
+    found = locate_model(recipe(tiny_model_dir.name), [tiny_model_dir.parent])
+    assert found == str(tiny_model_dir.resolve())
+
+
+def test_hub_ids_stay_and_local_paths_are_not_published(tiny_model_dir):
+    assert locate_model(recipe("meta-llama/Llama-2-7b-chat-hf")) == "meta-llama/Llama-2-7b-chat-hf"
+    assert public_name("demo") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name(str(tiny_model_dir)) == tiny_model_dir.name
+    assert public_name("user/name") == "user/name"
+
+
+def test_an_uncached_hub_model_offline_says_what_to_do():
+    r = recipe("nobody/nothing-at-all")
+    with pytest.raises(ModelError) as caught:
+        load_config(r, locate_model(r))
+    assert "nobody/nothing-at-all" in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_folder_without_config_or_of_another_kind_is_refused(tmp_path, tiny_model_dir):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ModelError, match=r"no config\.json in this folder \(found: a\.txt\)"):
+        load_config(recipe(tmp_path), str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_config(recipe(tmp_path), str(tmp_path))
+    values = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="not a causal language model .*T5"):
+        load_config(recipe(tmp_path), str(tmp_path))
+    values = json.loads((tiny_model_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoConfig": "x.Y"}}))
+    with pytest.raises(ModelError, match="run Python code of its own"):
+        load_config(recipe(tmp_path), str(tmp_path))
+
+
+def test_damaged_weights_are_one_clear_error(tmp_path, tiny_model_dir):
+    folder = tmp_path / "torn"
+    shutil.copytree(tiny_model_dir, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_base(recipe(folder), str(folder), CPU)
+
+
+def test_a_folder_without_tokenizer(tmp_path, tiny_model_dir):
+    (tmp_path / "config.json").write_text((tiny_model_dir / "config.json").read_text())
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(recipe(tmp_path), str(tmp_path))
+
+
+def test_qlora_without_working_bitsandbytes_names_the_install_line(monkeypatch):
+    import bitsandbytes
+
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
+    with pytest.raises(DependencyError, match="no kernel image") as caught:
+        nf4_config(CPU)
+    assert "pip install 'bitsandbytes" in caught.value.hint
+
+
+def test_evaluation_does_not_damage_quantized_weights(tiny_model_dir):
+    """bitsandbytes 0.50.2 repacks NF4 weights at the first eval forward on AVX512_BF16 CPUs."""
+    import bitsandbytes as bnb
+
+    device = detect_device("bfloat16", prefer="cpu")
+    model = load_base(recipe(tiny_model_dir, method="qlora"), str(tiny_model_dir), device)
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 14
+
+    def weights():
+        return [bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in layers]
+
+    before = weights()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    for old, new in zip(before, weights(), strict=True):
+        assert torch.equal(old, new)
+    # Only where the trap exists is the guard's switch there to be off.
+    for layer in layers:
+        assert getattr(layer, "support_avx512bf16_for_cpu", False) is False
+
+
+def test_the_guard_switches_off_repacking_on_any_module():
+    module = torch.nn.Module()
+    module.support_avx512bf16_for_cpu = True
+    guard_quantized_cpu_weights(module)
+    assert module.support_avx512bf16_for_cpu is False

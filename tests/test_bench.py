@@ -1,0 +1,35 @@
+"""A bench row carries what a reader needs to repeat it, for both methods, without a download."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from lorakit.bench import run_bench
+
+NEEDED = {
+    "id",
+    "gpu",
+    "shape",
+    "method",
+    "tokens_per_second",
+    "peak_allocated_gib",
+    "peak_process_gib",
+    "versions",
+    "commit",
+    "date",
+    "command",
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_row_is_complete_json(method):
+    row = run_bench("tiny", method, 32, 2, 2, 3, [], "x", Console(quiet=True))
+    assert set(row) >= NEEDED
+    assert json.loads(json.dumps(row)) == row
+    assert row["tokens_per_step"] == 2 * 2 * 32
+    assert len(row["step_seconds"]) == 3
+    assert row["tokens_per_second"] > 0
+    assert row["recipe"]["micro_batch_size"] == 2
+    assert row["peak_process_gib"] > 0.05
+    assert "--output" not in row["command"]

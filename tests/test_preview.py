@@ -1,0 +1,42 @@
+"""The dry run shows origins, plan and marked examples; the end shows where everything lies."""
+
+import io
+import json
+
+from rich.console import Console
+
+from lorakit.finetune import Outcome, prepare_run
+from lorakit.preview import show_outcome, show_prologue
+from lorakit.run_dir import RunDir
+
+
+def test_dry_run_shows_recipe_plan_and_examples(tiny_recipe, tiny_model_dir, tiny_data, tmp_path):
+    start = prepare_run(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r"), Console(quiet=True))
+    console = Console(record=True, width=140, file=io.StringIO())
+    show_prologue(start, console, as_json=False)
+    text = console.export_text()
+    assert "flag --model" in text
+    assert "derived: model family llama" in text
+    assert "frozen weights" in text
+    assert text.count("⟦It is ") == 3
+    assert "<|im_end|>⟧" in text
+    stream = io.StringIO()
+    show_prologue(start, Console(file=stream), as_json=True)
+    value = json.loads(stream.getvalue())
+    assert value["recipe"]["lora_r"] == 16
+    assert value["plan"]["total_bytes"] > 0
+
+
+def test_outcome_names_the_next_commands(finish):
+    console = Console(record=True, width=100, file=io.StringIO())
+    outcome = finish()
+    show_outcome(outcome, console, next_steps=True)
+    text = console.export_text().replace("\n", "")
+    for command in ("chat", "eval", "export"):
+        assert f"lorakit {command} {outcome.run.path}".replace("\n", "") in text
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path):
+    console = Console(record=True, width=200, file=io.StringIO())
+    show_outcome(Outcome(RunDir(tmp_path), 7, 1.0, 1.0, None, 130), console, next_steps=True)
+    assert f"lorakit train {tmp_path}/recipe.yaml --resume" in console.export_text()

@@ -1,0 +1,56 @@
+"""Seed defaults per method, strict types, bounds."""
+
+import pytest
+from pydantic import ValidationError
+
+from lorakit.recipe import METHOD_DEFAULTS, SYNONYMS, Recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "r", "alpha", "dropout", "rate", "micro", "accumulation"),
+    [("lora", 16, 32, 0.05, 1e-4, 1, 8), ("qlora", 64, 16, 0.1, 2e-4, 4, 4)],
+)
+def test_seed_defaults(method, r, alpha, dropout, rate, micro, accumulation):
+    recipe = Recipe(model="m", data="d", method=method)
+    assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout) == (r, alpha, dropout)
+    assert (recipe.learning_rate, recipe.cutoff_len) == (rate, 2048)
+    assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps) == (micro, accumulation)
+    assert recipe.examples_per_step == micro * accumulation
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lora_r": 0},
+        {"lora_r": "16"},
+        {"lora_dropout": 1.0},
+        {"learning_rate": -1e-4},
+        {"method": "full"},
+        {"unknown": 1},
+        {"val_size": 1.5},
+        {"val_data": "v.jsonl", "val_size": 0.1},
+        {"use_dora": 1},
+        {"report_to": ["comet"]},
+    ],
+)
+def test_wrong_values_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Recipe(**{"model": "m", "data": "d", **wrong})
+
+
+def test_held_out_defaults_to_a_twentieth_unless_other_data_is_named():
+    assert Recipe(model="m", data="d").held_out == 0.05
+    assert Recipe(model="m", data="d", val_data="v").held_out == 0.0
+    assert Recipe(model="m", data="d", val_size=20).held_out == 20
+
+
+def test_recipe_is_frozen():
+    with pytest.raises(ValidationError):
+        Recipe(model="m", data="d").lora_r = 3
+
+
+def test_tables_name_real_keys():
+    assert set(SYNONYMS.values()) <= set(Recipe.model_fields)
+    assert not set(SYNONYMS) & set(Recipe.model_fields)
+    for values in METHOD_DEFAULTS.values():
+        assert set(values) <= set(Recipe.model_fields)

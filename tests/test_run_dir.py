@@ -1,0 +1,56 @@
+"""The run directory is the contract: paths, whole files, clear refusals."""
+
+import json
+
+import pytest
+
+from lorakit.errors import RunError, WorkError
+from lorakit.run_dir import RunDir, append_metrics, open_run, read_metrics, write_json, write_text
+
+
+def test_checkpoints_are_listed_in_step_order_and_half_written_ones_are_not(tmp_path):
+    run = RunDir(tmp_path)
+    for name in ("step_000100", "step_000020", ".step_000200.tmp-1", "step_1000000", "other"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert [p.name for p in run.list_checkpoints()] == [
+        "step_000020",
+        "step_000100",
+        "step_1000000",
+    ]
+
+
+def test_open_run_names_what_is_missing(tmp_path):
+    with pytest.raises(RunError, match="no such run directory"):
+        open_run(tmp_path / "nowhere")
+    (tmp_path / "stray.txt").write_text("x")
+    with pytest.raises(RunError, match=r"not a lorakit run .*stray\.txt"):
+        open_run(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("model: demo\n")
+    with pytest.raises(RunError, match="no adapter yet"):
+        open_run(tmp_path)
+
+
+def test_write_replaces_whole_files_only(tmp_path):
+    path = tmp_path / "a" / "x.json"
+    write_json(path, {"a": "ä"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_full_disk_is_one_clear_error():
+    from pathlib import Path
+
+    with pytest.raises(WorkError, match="cannot write /dev/full"):
+        write_text(Path("/dev/full/x"), "text")
+
+
+def test_a_torn_metrics_line_is_left_out(tmp_path):
+    run = RunDir(tmp_path)
+    assert read_metrics(run) == []
+    append_metrics(run, {"step": 1})
+    append_metrics(run, {"step": 2})
+    with run.metrics.open("a") as handle:
+        handle.write('{"step": 3, "lo')
+    assert [r["step"] for r in read_metrics(run)] == [1, 2]

@@ -1,0 +1,146 @@
+"""The gathered loss equals the model's own, and does not depend on how a batch is cut."""
+
+import pytest
+import torch
+
+from lorakit.data.batch import collate
+from lorakit.hardware import detect_device
+from lorakit.model.adapters import add_adapter
+from lorakit.model.load import load_base
+from lorakit.recipe import Recipe
+from lorakit.records import IGNORE, Example, Origin
+from lorakit.train.loss import attach_loss, base_of, detach_loss
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def model_of(folder, **values):
+    recipe = Recipe(
+        model=str(folder), data="d", lora_dropout=0.0, target_modules=TARGETS, **values
+    )
+    torch.manual_seed(0)
+    model = add_adapter(load_base(recipe, str(folder), detect_device("float32", "cpu")), recipe)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def examples():
+    rows = []
+    for i, (length, prompt) in enumerate([(12, 4), (5, 2), (9, 8), (20, 3), (7, 1), (3, 2)]):
+        generator = torch.Generator().manual_seed(i)
+        ids = torch.randint(3, 1000, (length,), generator=generator).tolist()
+        rows.append(Example(ids, [IGNORE] * prompt + ids[prompt:], Origin("x", i)))
+    return rows
+
+
+def gradients(model, micro_batches, tokens):
+    model.zero_grad()
+    total = 0.0
+    for rows in micro_batches:
+        out = model(**collate(rows, 0), use_cache=False)
+        (out.loss_sum / tokens).backward()
+        total += out.loss_sum.item() / tokens
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_loss_and_gradients_equal_the_models_own(tiny_model_dir):
+    model = model_of(tiny_model_dir)
+    batch = collate(examples(), 0)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    own = torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    own.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert "supervised tokens only" in attach_loss(model)
+    total, found = gradients(model, [examples()], 1)
+    assert total == pytest.approx(own.item(), rel=1e-6)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 2, 2], [5, 1], [3, 3]])
+def test_loss_is_invariant_to_how_the_batch_is_split(tiny_model_dir, sizes):
+    model = model_of(tiny_model_dir)
+    attach_loss(model)
+    rows = examples()
+    tokens = sum(e.trained_tokens for e in rows)
+    whole = gradients(model, [rows], tokens)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(rows[start : start + size])
+        start += size
+    split = gradients(model, parts, tokens)
+    assert split[0] == pytest.approx(whole[0], rel=1e-6)
+    for name, gradient in split[1].items():
+        torch.testing.assert_close(gradient, whole[1][name], rtol=1e-4, atol=1e-7)
+
+
+def test_inference_keeps_the_models_own_forward_and_detach_restores_it(tiny_model_dir):
+    model = model_of(tiny_model_dir)
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    attach_loss(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert "forward" in base_of(model).__dict__
+    detach_loss(model)
+    assert "forward" not in base_of(model).__dict__
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "qwen3", "cohere"])
+def test_families_that_scale_their_logits_get_the_same_loss(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    extra = {"granite": {"logits_scaling": 3.0}, "gemma2": {"head_dim": 8}, "qwen3": {"head_dim": 8}}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=1000,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        **extra.get(family, {}),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    batch = collate(examples(), 0)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    own = torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    assert "supervised tokens only" in attach_loss(model)
+    out = model(**batch, labels=labels, use_cache=False)
+    assert out.loss_sum.item() == pytest.approx(own.item(), rel=1e-5)
+    assert out.tokens.item() == sum(e.trained_tokens for e in examples())
+
+
+def test_a_model_that_changes_its_logits_in_its_own_way_falls_back_and_is_still_right(
+    tiny_model_dir,
+):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 3
+            return out
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    model = Odd(plain.config)
+    model.load_state_dict(plain.state_dict())
+    batch = collate(examples(), 0)
+    labels = batch.pop("labels")
+    own = torch.nn.functional.cross_entropy(
+        model(**batch).logits[:, :-1].flatten(0, 1),
+        labels[:, 1:].flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+    assert "all positions" in attach_loss(model)
+    assert model(**batch, labels=labels).loss_sum.item() == pytest.approx(own.item(), rel=1e-6)

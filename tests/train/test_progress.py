@@ -1,0 +1,43 @@
+"""Steps are written to metrics.jsonl and shown on one line without a terminal."""
+
+import io
+
+from rich.console import Console
+
+from lorakit.run_dir import RunDir, read_metrics
+from lorakit.train.progress import TrainingProgress, process_memory_bytes
+
+
+def row(step):
+    return {"step": step, "loss": 1.5, "tokens_per_second": 1234.5, "seconds": 0.5}
+
+
+def test_lines_without_a_terminal_are_few_and_the_last_step_is_always_shown(tmp_path):
+    stream = io.StringIO()
+    progress = TrainingProgress(Console(file=stream), RunDir(tmp_path), "cpu")
+    progress.start(0, 5)
+    for step in range(1, 6):
+        progress.step(row(step))
+    progress.stop()
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" ")[1] for line in lines] == ["1/5", "5/5"]
+    assert "loss 1.500" in lines[0]
+    assert "1,234 tok/s" in lines[0] or "1,235 tok/s" in lines[0]
+    assert [r["step"] for r in read_metrics(RunDir(tmp_path))] == [1, 2, 3, 4, 5]
+
+
+def test_a_terminal_gets_a_live_bar(tmp_path):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, color_system=None, width=100)
+    progress = TrainingProgress(console, RunDir(tmp_path), "cpu")
+    progress.start(0, 2)
+    progress.step(row(2))
+    progress.note("held-out loss 1.0")
+    progress.stop()
+    progress.stop()
+    assert "2/2" in stream.getvalue()
+    assert "held-out loss 1.0" in stream.getvalue()
+
+
+def test_memory_is_this_process():
+    assert process_memory_bytes("cpu") > 50e6
