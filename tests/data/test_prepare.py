@@ -103,6 +103,7 @@ def test_held_out_rows_survive_the_way_through_the_run_folder(smollm, tmp_path):
     assert read_validation(tmp_path / "validation.jsonl") == items
     write_validation(tmp_path / "none.jsonl", [])
     assert read_validation(tmp_path / "none.jsonl") == []
+    assert read_validation(tmp_path / "never-written.jsonl") == []
 
 
 def test_a_validation_file_is_openai_messages(smollm, tmp_path):

@@ -21,7 +21,7 @@ from lorakit.data.check import (
 from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.read import read_rows
 from lorakit.data.split import split
-from lorakit.data.template import encode, resolve_template
+from lorakit.data.template import Rules, encode_many, resolve_template
 from lorakit.errors import DataError
 from lorakit.recipe import Recipe
 from lorakit.records import Conversation, DataReport, Document, Example, Message, Origin, Row
@@ -110,12 +110,12 @@ def write_validation(path: Path, items: Sequence[Item]) -> None:
 
 
 def read_validation(path: Path) -> list[Item]:
-    """The held-out rows that `write_validation` kept.
+    """The held-out rows that `write_validation` kept; none where nothing was held out.
 
     Raises:
         DataError: the file is damaged.
     """
-    if path.exists() and not path.stat().st_size:
+    if not path.exists() or not path.stat().st_size:
         return []
     found: list[Item] = []
     for row in read_rows(str(path)):
@@ -196,15 +196,12 @@ def _encode_all(
 ) -> list[_Encoded]:
     own = FaultLog()
     found = []
-    for item in items:
-        try:
-            examples = encode(
-                tokenizer, item, recipe.train_on, recipe.cutoff_len, recipe.too_long, own
-            )
-        except RowFault as fault:
-            own.leave_out(fault)
-            continue
-        found.append(_Encoded(item, fingerprint(item), examples))
+    rules = Rules(recipe.train_on, recipe.cutoff_len, recipe.too_long)
+    for item, made in encode_many(tokenizer, items, rules, own):
+        if isinstance(made, RowFault):
+            own.leave_out(made)
+        else:
+            found.append(_Encoded(item, fingerprint(item), made))
     refuse_if_empty(len(found), len(items), "data", own)
     log.absorb(own)
     return found
