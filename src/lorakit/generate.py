@@ -1,44 +1,197 @@
-"""A model and a conversation enter; its next answer leaves, piece by piece or as a whole."""
+"""A model and a conversation enter; the next answer leaves, piece by piece or as a whole.
+
+Prompts are made by the same code as training examples (`data.template.prompt_ids`), and answers end
+at the tokens that training taught as the end of a turn.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from lorakit.data.template import prompt_ids, stop_token_ids
+from lorakit.errors import DataError
 from lorakit.records import Message
+
+BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
+    """How answers are drawn. `temperature` 0 is greedy: the same answer every time."""
+
     max_new_tokens: int = 256
     temperature: float = 0.7
     top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     seed: int | None = None
 
 
 @contextlib.contextmanager
 def base_answers(model: Any) -> Iterator[None]:
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+    """While open, `model` answers as its base: adapter off, trained biases as they were before.
+
+    peft's own switch leaves biases trained with `bias: all` or `lora_only` in place.
+    """
+    if not hasattr(model, "disable_adapter"):
         yield
+        return
+    before = getattr(model, "base_biases", {})
+    tuned = {n: p.data for n, p in model.named_parameters() if n in before}
+    with model.disable_adapter():
+        try:
+            _set_data(model, before)
+            yield
+        finally:
+            _set_data(model, tuned)
 
 
-@torch.no_grad()
-def replies(model, tokenizer, conversations: Sequence[Sequence[Message]], settings, batch_size: int = 8) -> list[str]:
-    was = model.training
+def replies(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    settings: GenerationSettings,
+) -> list[str]:
+    """One answer to each conversation, in order; prompts are padded on the left in batches."""
+    found: list[str] = []
+    with _ready(model):
+        for start in range(0, len(conversations), BATCH):
+            part = conversations[start : start + BATCH]
+            prompts = [fit_prompt(model, tokenizer, c, settings)[0] for c in part]
+            width = max(map(len, prompts))
+            pad = _pad_id(tokenizer)
+            ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+            mask = torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+            )
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, **_arguments(model, tokenizer, settings)
+            )
+            for row in out[:, width:].tolist():
+                found.append(tokenizer.decode(row, skip_special_tokens=True).strip())
+    return found
+
+
+def stream_reply(
+    model: Any, tokenizer: Any, messages: Sequence[Message], settings: GenerationSettings
+) -> Iterator[str]:
+    """Pieces of one answer as they come. Leaving the loop (Ctrl-C too) ends the generation.
+
+    Raises:
+        DataError: the last question alone does not fit the model's context.
+    """
+    prompt, _ = fit_prompt(model, tokenizer, messages, settings)
+    ids = torch.tensor([prompt], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    left = threading.Event()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with _ready(model):
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Left(left)]),
+                    **_arguments(model, tokenizer, settings),
+                )
+        except BaseException as error:  # handed to the reader, whatever it is
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        left.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+def fit_prompt(
+    model: Any, tokenizer: Any, messages: Sequence[Message], settings: GenerationSettings
+) -> tuple[list[int], int]:
+    """Prompt ids that leave room for an answer, and how many old messages were left out for it.
+
+    Raises:
+        DataError: the last question alone does not fit.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    # A model of little context keeps at least half of it for the prompt.
+    room = max(limit - settings.max_new_tokens, limit // 2)
+    head = [m for m in messages if m.role == "system"]
+    turns = [m for m in messages if m.role != "system"]
+    dropped = 0
+    while True:
+        ids = prompt_ids(tokenizer, [*head, *turns])
+        if len(ids) <= room:
+            return ids, dropped
+        if len(turns) <= 2:
+            raise DataError(
+                f"the question takes {len(ids)} tokens, this model reads {limit}",
+                hint="ask something shorter, or lower max_new_tokens",
+            )
+        turns, dropped = turns[2:], dropped + 2
+
+
+class _Left(StoppingCriteria):
+    """Stops generation once the reader has gone."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _ready(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's mode comes back."""
+    was_training = model.training
     model.eval()
-    stops = stop_token_ids(tokenizer, model.generation_config)
-    out = []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    for c in conversations:
-        ids = torch.tensor([prompt_ids(tokenizer, c)], device=model.device)
-        got = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad, use_cache=True)
-        new = got[0, ids.shape[1]:].tolist()
-        new = [t for t in new if t not in stops]
-        out.append(tokenizer.decode(new, skip_special_tokens=True).strip())
-    model.train(was)
-    return out
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _arguments(model: Any, tokenizer: Any, settings: GenerationSettings) -> dict[str, Any]:
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    sampling = settings.temperature > 0
+    drawn = (
+        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        if sampling
+        # None, not absent: a model's own defaults would warn beside greedy decoding.
+        else {"temperature": None, "top_p": None, "top_k": None}
+    )
+    return {
+        "max_new_tokens": settings.max_new_tokens,
+        "do_sample": sampling,
+        "repetition_penalty": settings.repetition_penalty,
+        "eos_token_id": stop_token_ids(tokenizer, model.generation_config),
+        "pad_token_id": _pad_id(tokenizer),
+        "use_cache": True,
+        **drawn,
+    }
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _set_data(model: Any, values: dict[str, Any]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].data = value

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.errors import RecipeError
 from lorakit.model.families import lora_targets
-from lorakit.model.load import public_name
+from lorakit.model.load import copy_biases, public_name, remember_biases
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import ResolvedRecipe
 
@@ -33,6 +33,7 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
     """
     from peft import get_peft_model
 
+    biases = copy_biases(base) if recipe.bias != "none" else {}
     try:
         model = get_peft_model(base, lora_config(recipe), autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -43,6 +44,7 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    remember_biases(model, biases)
     # peft puts the folder the base was loaded from here: a path of this machine, in a saved file.
     model.peft_config["default"].base_model_name_or_path = public_name(recipe.model)
     return model

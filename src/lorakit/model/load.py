@@ -191,6 +191,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     device = detect_device(recipe.dtype, prefer="cpu" if prefer_cpu else "auto")
     location = locate_model(recipe, [run.path, Path()])
     base = load_base(recipe, location, device)
+    biases = copy_biases(base) if recipe.bias != "none" else {}
     tokenizer = load_tokenizer(recipe, str(run.adapter))
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
@@ -200,8 +201,23 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
             hint="was the base model changed since training?",
         ) from error
     _check_all_tensors_used(model, run)
+    remember_biases(model, biases)
     model.eval()
     return LoadedRun(run, recipe, device, model, tokenizer)
+
+
+def copy_biases(base: Any) -> dict[str, Any]:
+    """The base's bias vectors by name, before `bias: all` or `lora_only` trains them in place."""
+    return {n: p.detach().clone() for n, p in base.named_parameters() if n.endswith("bias")}
+
+
+def remember_biases(model: Any, before: dict[str, Any]) -> None:
+    """Keep the base's biases on its PEFT model, so that the base can still be asked."""
+    model.base_biases = {}
+    for name, _ in model.named_parameters():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if plain in before:
+            model.base_biases[name] = before[plain]
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,262 @@
+"""Lines of a person enter; streamed answers leave. In a pipe: one answer per line, nothing else.
+
+`ChatSession` holds the conversation and understands the commands; `run` connects it to a terminal
+or a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorakit.errors import LorakitError
+from lorakit.generate import GenerationSettings, base_answers, stream_reply
+from lorakit.recipe_file import suggest
+from lorakit.records import Message
+
+HELP = """\
+/base              the same question, answered by the untuned base model
+/retry             another answer to the last question
+/undo              take back the last question and its answer
+/system TEXT       set the system prompt (without TEXT: show it; `/system none` removes it)
+/set KEY=VALUE     change a setting (without KEY: show them), such as temperature=0.2
+/save FILE.jsonl   add this conversation to a file that lorakit can train on
+/help, /quit       this list; leave (Ctrl-D does too). Ctrl-C stops an answer, not the chat.
+A line that ends in \\ goes on in the next."""
+COMMANDS = ("/base", "/retry", "/undo", "/system", "/set", "/save", "/help", "/quit")
+
+
+class ChatSession:
+    """One conversation with a tuned model; `handle` takes a line and yields text to show."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, system: str | None, settings: GenerationSettings
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.system, self.settings = system, settings
+        self.turns: list[Message] = []
+        self.ended = False
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, the system turn first."""
+        head = [Message("system", self.system)] if self.system else []
+        return [*head, *self.turns]
+
+    def handle(self, line: str) -> Iterator[str]:
+        """Pieces of the answer to a question, or of what a command has to say."""
+        line = line.strip()
+        if not line:
+            return
+        if not line.startswith("/"):
+            self.turns.append(Message("user", line))
+            yield from self._answer()
+            return
+        word, _, rest = line.partition(" ")
+        if word in ("/exit", "/q"):
+            word = "/quit"
+        if word not in COMMANDS:
+            yield f"unknown command {word}{suggest(word, COMMANDS)} (/help lists them)"
+            return
+        yield from getattr(self, f"_{word[1:]}")(rest.strip())
+
+    def _answer(self) -> Iterator[str]:
+        """Stream an answer to the last question. What was said is kept when it is cut short."""
+        said: list[str] = []
+        try:
+            for piece in stream_reply(self.model, self.tokenizer, self.messages, self.settings):
+                said.append(piece)
+                yield piece
+        except LorakitError as error:
+            self.turns.pop()
+            yield str(error)
+            return
+        finally:
+            text = "".join(said).strip()
+            if self.turns and self.turns[-1].role == "user":
+                if text:
+                    self.turns.append(Message("assistant", text))
+                else:
+                    self.turns.pop()
+        if not text:
+            yield "(an empty answer; try /set temperature=0.7 or ask in another way)"
+
+    def _base(self, _: str) -> Iterator[str]:
+        question = self._last_question()
+        if question is None:
+            yield "nothing to ask the base yet"
+            return
+        with base_answers(self.model):
+            yield from stream_reply(self.model, self.tokenizer, question, self.settings)
+
+    def _last_question(self) -> list[Message] | None:
+        asked = [i for i, m in enumerate(self.messages) if m.role == "user"]
+        return self.messages[: asked[-1] + 1] if asked else None
+
+    def _retry(self, _: str) -> Iterator[str]:
+        if not self.turns:
+            yield "nothing to answer again yet"
+            return
+        if self.turns[-1].role == "assistant":
+            self.turns.pop()
+        yield from self._answer()
+
+    def _undo(self, _: str) -> Iterator[str]:
+        if not self.turns:
+            yield "nothing to take back"
+            return
+        while self.turns and self.turns.pop().role != "user":
+            pass
+        left = sum(m.role == "user" for m in self.turns)
+        yield f"taken back; {left} question{'s' if left != 1 else ''} left"
+
+    def _system(self, text: str) -> Iterator[str]:
+        if text:
+            self.system = None if text == "none" else text
+        yield f"system: {self.system or '(none)'}"
+
+    def _set(self, text: str) -> Iterator[str]:
+        names = [f.name for f in fields(self.settings)]
+        if not text:
+            yield ", ".join(f"{n}={getattr(self.settings, n)}" for n in names)
+            return
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if key not in names or not equals:
+            yield f"no setting {key}{suggest(key, names)} ({', '.join(names)})"
+            return
+        fault = _set_fault(key, value)
+        if fault:
+            yield fault
+            return
+        kind = float if key in ("temperature", "top_p", "repetition_penalty") else int
+        self.settings = replace(self.settings, **{key: kind(value)})
+        yield f"{key}={getattr(self.settings, key)}"
+
+    def _save(self, name: str) -> Iterator[str]:
+        if not name:
+            yield "save where? /save FILE.jsonl"
+            return
+        if not any(m.role == "assistant" for m in self.turns):
+            yield "nothing to save yet"
+            return
+        path = Path(name).expanduser()
+        if path.suffix != ".jsonl":
+            yield f"{path}: give a name that ends in .jsonl"
+            return
+        row = {"messages": [m.as_dict() for m in self.messages]}
+        try:
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            yield f"{path}: cannot be written: {error.strerror}"
+            return
+        yield f"added to {path}; train on it with --data {path}"
+
+    def _help(self, _: str) -> Iterator[str]:
+        yield HELP
+
+    def _quit(self, _: str) -> Iterator[str]:
+        self.ended = True
+        yield from ()
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    *,
+    title: str,
+    system: str | None,
+    settings: GenerationSettings,
+    as_json: bool = False,
+    question: str | None = None,
+    stdin: TextIO | None = None,
+    stdout: TextIO | None = None,
+) -> int:
+    """Talk in the terminal, answer the lines of a pipe, or answer one `question`; returns 0."""
+    stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
+    session = ChatSession(model, tokenizer, system, settings)
+    if question is not None:
+        _answer_line(session, question, stdout, as_json)
+    elif stdin.isatty():
+        _talk(session, title, stdout)
+    else:
+        # One line of a pipe is one turn of one conversation.
+        for line in stdin:
+            _answer_line(session, line, stdout, as_json)
+            if session.ended:
+                break
+    return 0
+
+
+def _answer_line(session: ChatSession, line: str, stdout: TextIO, as_json: bool) -> None:
+    if not line.strip():
+        return
+    pieces = list(session.handle(line)) if as_json else []
+    if as_json:
+        row = {"question": line.strip(), "answer": "".join(pieces).strip()}
+        stdout.write(json.dumps(row, ensure_ascii=False))
+    else:
+        for piece in session.handle(line):
+            stdout.write(piece)
+            stdout.flush()
+    stdout.write("\n")
+    stdout.flush()
+
+
+def _talk(session: ChatSession, title: str, stdout: TextIO) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input())
+    stdout.write(f"{title}\n/help lists the commands, Ctrl-D leaves\n")
+    while not session.ended:
+        try:
+            line = _read_line(input)
+        except (EOFError, KeyboardInterrupt):
+            stdout.write("\n")
+            return
+        answer = session.handle(line)
+        try:
+            for piece in answer:
+                stdout.write(piece)
+                stdout.flush()
+        except KeyboardInterrupt:
+            stdout.write(" [stopped]")
+        finally:
+            answer.close()  # type: ignore[attr-defined]
+        if line.strip() and not session.ended:
+            stdout.write("\n\n")
+            stdout.flush()
+
+
+def _read_line(read: Callable[[str], str]) -> str:
+    """One line, or several joined by trailing backslashes."""
+    line = read("> ")
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + read(". ")
+    return line
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 1e6),
+    "temperature": (0, 10),
+    "top_p": (0.01, 1),
+    "top_k": (0, 1e6),
+    "repetition_penalty": (0.1, 10),
+    "seed": (0, 2**31),
+}
+
+
+def _set_fault(key: str, value: str) -> str | None:
+    low, high = _BOUNDS[key]
+    try:
+        number = float(value)
+    except ValueError:
+        return f"{key} takes a number (found: {value!r})"
+    whole = key in ("max_new_tokens", "top_k", "seed")
+    if not low <= number <= high or (whole and (number != int(number) or not value.isdigit())):
+        return f"{key} is {'a whole number ' if whole else ''}between {low:g} and {high:g} (found: {value})"
+    return None
