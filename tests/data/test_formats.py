@@ -99,6 +99,7 @@ def test_columns_rename_first_and_win():
 def test_unknown_columns_are_listed_with_a_line_to_try():
     with pytest.raises(DataError, match=r"the columns are my_question, my_answer, id") as caught:
         convert({"my_question": ASK, "my_answer": SAY, "id": 3})
+    assert "missing instruction, response" in caught.value.message
     assert "columns: {instruction: my_question, response: my_answer}" in caught.value.hint
 
 

@@ -213,14 +213,17 @@ def _no_format(
     rows: Sequence[Row], found: Sequence[str], columns: Mapping[str, str], source: str
 ) -> DataError:
     have = set(_rename(dict.fromkeys(found), columns))
-    nearest = min(FORMATS, key=lambda f: (len(set(f.needs) - have) / len(f.needs), len(f.needs)))
+    nearest = max(FORMATS, key=lambda f: len(have.intersection(f.needs)) / len(f.needs))
+    if not have.intersection(nearest.needs):
+        nearest = _BY_NAME["instruction/response"]
     missing = ", ".join(n for n in nearest.needs if n not in have)
     close = f"; nearest format: {nearest.name}, missing {missing}"
     texts = [c for c in found if any(isinstance(row.values.get(c), str) for row in rows)]
     lists = [c for c in found if any(isinstance(row.values.get(c), list) for row in rows)]
     return DataError(
         f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}",
-        hint=f"say which column plays which part, for example  columns: {_suggest(texts, lists)}",
+        hint=f"say which column plays which part, in the recipe: columns: {_suggest(texts, lists)} "
+        f"(or with --set 'columns={_suggest(texts, lists)}')",
     )
 
 
