@@ -7,28 +7,16 @@ in most of the first rows is taken, so the more telling ones stand first.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.check import RowFault
+from lorakit.data.turns import Cells, history_of, turns_of, with_system
 from lorakit.errors import DataError
-from lorakit.records import Conversation, Document, Message, Origin, Role, Row
+from lorakit.records import Conversation, Document, Message, Row
 
 GUESS_ROWS = 100
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-}
 # Column names seen in the wild, by the part they play: used for suggestions only.
 SYNONYMS: dict[str, str] = {
     "instruction": "question query prompt input task request user human source inputs ask",
@@ -49,46 +37,6 @@ class FormatGuess:
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
-    """The cells of one row under their final names; each getter names the row and the column."""
-
-    values: Mapping[str, Any]
-    origin: Origin
-    columns: Mapping[str, str]
-
-    def fault(self, kind: str, detail: str) -> RowFault:
-        return RowFault(kind, self.origin, detail)
-
-    def text(self, name: str) -> str:
-        """The text of a column that must hold some."""
-        value = self.optional(name)
-        if not value.strip():
-            state = "empty" if name in self.values else "missing"
-            if name in self.values and self.values[name] is None:
-                state = "null"
-            raise self.fault(f"no {name}", f"column {self._shown(name)} is {state}")
-        return value
-
-    def optional(self, name: str) -> str:
-        """The text of a column that may be missing, null or empty (then "")."""
-        value = self.values.get(name)
-        return "" if value is None else self.as_text(value, f"column {self._shown(name)}")
-
-    def as_text(self, value: Any, place: str) -> str:
-        if not isinstance(value, str):
-            raise self.fault(
-                "wrong type", f"{place} holds {_shown_value(value)} where a text is expected"
-            )
-        if any("\ud800" <= char <= "\udfff" for char in value):
-            raise self.fault("broken characters", f"{place} holds half a surrogate pair")
-        return value
-
-    def _shown(self, name: str) -> str:
-        column = self.columns.get(name, name)
-        return name if column == name else f"{column} ({name})"
-
-
-@dataclass(frozen=True, slots=True)
 class Format:
     """A row format: the columns it needs and may have, and how a row becomes turns or a text."""
 
@@ -102,11 +50,11 @@ class Format:
 
 
 def _messages(cells: Cells) -> list[Message]:
-    return _turns(cells, "messages")
+    return turns_of(cells, "messages")
 
 
 def _sharegpt(cells: Cells) -> list[Message]:
-    return _turns(cells, "conversations")
+    return turns_of(cells, "conversations")
 
 
 def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], list[Message]]:
@@ -118,9 +66,9 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], li
         asked = "\n\n".join(part for part in (asked, added) if part.strip())
         if not asked:
             asked = cells.text(question)
-        turns = _history(cells)
+        turns = history_of(cells)
         turns += [Message("user", asked), Message("assistant", cells.text(answer))]
-        return _with_system(turns, cells.optional("system"))
+        return with_system(turns, cells.optional("system"))
 
     return convert
 
@@ -128,8 +76,8 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], li
 def _prompt_completion(cells: Cells) -> list[Message]:
     prompt, completion = cells.values.get("prompt"), cells.values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        asked = _turns(cells, "prompt") if isinstance(prompt, list) else None
-        answer = _turns(cells, "completion") if isinstance(completion, list) else None
+        asked = turns_of(cells, "prompt") if isinstance(prompt, list) else None
+        answer = turns_of(cells, "completion") if isinstance(completion, list) else None
         return (asked or [Message("user", cells.text("prompt"))]) + (
             answer or [Message("assistant", cells.text("completion"))]
         )
@@ -203,6 +151,7 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
         if set(columns) <= {*f.needs, *f.may}
     }
     name = max(scores, key=lambda n: scores[n], default="")
+    name = name if scores.get(name) else ""
     pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
     if 2 * pairs > len(rows) and name != "messages":
         raise DataError(
@@ -210,7 +159,7 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
             "answers, while fine-tuning here learns from one",
             hint="train on the better one with columns: {instruction: prompt, response: chosen}",
         )
-    if not scores.get(name):
+    if not name:
         raise _no_format(rows, found, columns, source)
     fmt, share = _BY_NAME[name], scores[name]
     rest = f"all of the first {len(rows)} rows"
@@ -264,14 +213,17 @@ def _no_format(
     rows: Sequence[Row], found: Sequence[str], columns: Mapping[str, str], source: str
 ) -> DataError:
     have = set(_rename(dict.fromkeys(found), columns))
-    nearest = min(FORMATS, key=lambda f: (len(set(f.needs) - have) / len(f.needs), len(f.needs)))
+    nearest = max(FORMATS, key=lambda f: len(have.intersection(f.needs)) / len(f.needs))
+    if not have.intersection(nearest.needs):
+        nearest = _BY_NAME["instruction/response"]
     missing = ", ".join(n for n in nearest.needs if n not in have)
     close = f"; nearest format: {nearest.name}, missing {missing}"
     texts = [c for c in found if any(isinstance(row.values.get(c), str) for row in rows)]
     lists = [c for c in found if any(isinstance(row.values.get(c), list) for row in rows)]
     return DataError(
         f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}",
-        hint=f"say which column plays which part, for example  columns: {_suggest(texts, lists)}",
+        hint=f"say which column plays which part, in the recipe: columns: {_suggest(texts, lists)} "
+        f"(or with --set 'columns={_suggest(texts, lists)}')",
     )
 
 
@@ -294,91 +246,3 @@ def _likeness(column: str, part: str) -> float:
     return (
         1 + inside if inside else max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in words)
     )
-
-
-# -- turns ----------------------------------------------------------------------------------------
-
-
-def _turns(cells: Cells, column: str) -> list[Message]:
-    """The turns of a list column, in role/content or from/value spelling."""
-    value = cells.values.get(column)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        # CSV and some Parquet files carry the list as JSON text.
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise cells.fault("broken turns", f"column {column} is not JSON: {error}") from error
-    if not isinstance(value, list):
-        state = "missing" if column not in cells.values else _shown_value(value)
-        raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
-    if not value:
-        raise cells.fault("no turns", f"column {column} is an empty list")
-    if cells.values.get("tools"):
-        raise cells.fault("tool calls", "column tools: tool calls cannot be trained yet")
-    made = [_turn(cells, turn, f"{column}[{number}]") for number, turn in enumerate(value)]
-    return _with_system(made, cells.optional("system") if column == "conversations" else "")
-
-
-def _turn(cells: Cells, turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise cells.fault("wrong type", f"{place} is {_shown_value(turn)}, expected an object")
-    name = turn.get("role", turn.get("from"))
-    if any(turn.get(k) for k in ("tool_calls", "function_call")) or name in ("tool", "function"):
-        raise cells.fault("tool calls", f"{place}: tool calls cannot be trained yet")
-    if turn.get("train") is False or turn.get("weight") == 0:
-        raise cells.fault("untrained turns", f"{place}: single turns cannot be left untrained yet")
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        raise cells.fault(
-            "unknown role", f"{place} has the role {_shown_value(name)}; known: {', '.join(ROLES)}"
-        )
-    content = turn["content"] if "content" in turn else turn.get("value")
-    if isinstance(content, list):
-        content = "".join(_part(cells, part, place) for part in content)
-    if content is None:
-        raise cells.fault(f"empty {role} turn", f"{place} ({role}) has no content")
-    content = cells.as_text(content, f"{place} ({role})")
-    if not content.strip():
-        raise cells.fault(f"empty {role} turn", f"{place} ({role}) is empty")
-    return Message(role, content)
-
-
-def _part(cells: Cells, part: Any, place: str) -> str:
-    """The text of one content part of the OpenAI form: {"type": "text", "text": ...}."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and part.get("type", "text") == "text":
-        return cells.as_text(part.get("text"), f"{place}.text")
-    kind = part.get("type") if isinstance(part, dict) else part
-    raise cells.fault("not text", f"{place} holds a part of kind {_shown_value(kind)}, not text")
-
-
-def _history(cells: Cells) -> list[Message]:
-    """Earlier turns of query/response rows: [[question, answer], ...]."""
-    value = cells.values.get("history")
-    if not value:
-        return []
-    turns: list[Message] = []
-    for number, pair in enumerate(value if isinstance(value, list) else [value]):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise cells.fault(
-                "wrong type", f"history[{number}] is no [question, answer]: {_shown_value(pair)}"
-            )
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            made = cells.as_text(text, f"history[{number}]")
-            if not made.strip():
-                raise cells.fault(f"empty {role} turn", f"history[{number}]: {role} is empty")
-            turns.append(Message(ROLES[role], made))
-    return turns
-
-
-def _with_system(turns: list[Message], system: str) -> list[Message]:
-    own = bool(turns) and turns[0].role == "system"
-    return [Message("system", system), *turns] if system.strip() and not own else turns
-
-
-def _shown_value(value: Any) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorakit.data.check import (
 from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.read import read_rows
 from lorakit.data.split import split
-from lorakit.data.template import encode, resolve_template
+from lorakit.data.template import Rules, encode_many, resolve_template
 from lorakit.errors import DataError
 from lorakit.recipe import Recipe
 from lorakit.records import Conversation, DataReport, Document, Example, Message, Origin, Row
@@ -67,18 +68,20 @@ def prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = ()) -> Pre
     """
     log = FaultLog()
     items, sources = _load(recipe.sources, recipe, folders, log)
-    held_items, held_sources = _load(
-        [recipe.val_data] if recipe.val_data else [], recipe, folders, log
-    )
+    if recipe.val_data:
+        held_items, held_sources = _load([recipe.val_data], recipe, folders, log)
+    else:
+        held_sources = []
+        items, held_items = _cut_lone_document(items, recipe.held_out, log)
     thinking = any("</think>" in text for item in items for text in _answers(item))
     info = resolve_template(tokenizer, recipe.model, thinking)
     encoded = _encode_all(items, recipe, tokenizer, log)
     report_duplicates(_marks(encoded), log)
-    if recipe.val_data:
+    if held_items:
         train, held = encoded, _encode_all(held_items, recipe, tokenizer, log)
         report_overlap(_marks(train), _marks(held), log)
     else:
-        train, held = _hold_out(encoded, recipe, tokenizer, log)
+        train, held = split(encoded, recipe.held_out, recipe.seed, lambda e: e.mark)
     examples, val = [[x for e in part for x in e.examples] for part in (train, held)]
     report = DataReport(
         sources=tuple(sources + held_sources),
@@ -110,12 +113,12 @@ def write_validation(path: Path, items: Sequence[Item]) -> None:
 
 
 def read_validation(path: Path) -> list[Item]:
-    """The held-out rows that `write_validation` kept.
+    """The held-out rows that `write_validation` kept; none where nothing was held out.
 
     Raises:
         DataError: the file is damaged.
     """
-    if path.exists() and not path.stat().st_size:
+    if not path.exists() or not path.stat().st_size:
         return []
     found: list[Item] = []
     for row in read_rows(str(path)):
@@ -196,50 +199,33 @@ def _encode_all(
 ) -> list[_Encoded]:
     own = FaultLog()
     found = []
-    for item in items:
-        try:
-            examples = encode(
-                tokenizer, item, recipe.train_on, recipe.cutoff_len, recipe.too_long, own
-            )
-        except RowFault as fault:
-            own.leave_out(fault)
-            continue
-        found.append(_Encoded(item, fingerprint(item), examples))
+    rules = Rules(recipe.train_on, recipe.cutoff_len, recipe.too_long)
+    for item, made in encode_many(tokenizer, items, rules, own):
+        if isinstance(made, RowFault):
+            own.leave_out(made)
+        else:
+            found.append(_Encoded(item, fingerprint(item), made))
     refuse_if_empty(len(found), len(items), "data", own)
     log.absorb(own)
     return found
 
 
-def _hold_out(
-    encoded: list[_Encoded], recipe: Recipe, tokenizer: Any, log: FaultLog
-) -> tuple[list[_Encoded], list[_Encoded]]:
-    only = encoded[0].item
-    if len(encoded) == 1 and recipe.held_out and isinstance(only, Document):
-        halves = _cut_document(only, recipe.held_out)
-        if halves:
-            log.add("a single document", only.origin, "its end is held out")
-            made = [_encode_all([half], recipe, tokenizer, log) for half in halves]
-            return made[0], made[1]
-    return split(encoded, recipe.held_out, recipe.seed, lambda e: e.mark)
+def _cut_lone_document(
+    items: list[Item], held_out: float | int, log: FaultLog
+) -> tuple[list[Item], list[Item]]:
+    """A single document in two, at the paragraph border nearest to the held-out share of its end.
 
-
-def _cut_document(document: Document, held_out: float | int) -> tuple[Document, Document] | None:
-    """The document in two at the paragraph border nearest to the held-out share of its end."""
+    Several items, or a text without borders, come back whole: they are split later, or cannot be.
+    """
+    if not held_out or len(items) != 1 or not isinstance(items[0], Document):
+        return items, []
+    document = items[0]
     text = document.text
-    share = held_out if held_out < 1 else 0.05
-    borders = [i for i in _paragraph_starts(text) if text[i:].strip()]
+    wanted = (1 - (held_out if held_out < 1 else 0.05)) * len(text)
+    borders = [found.end() for found in re.finditer(r"\n\s*\n", text.strip("\n"))]
+    borders = [at for at in borders if 0 < at < len(text.rstrip())]
     if not borders:
-        return None
-    at = min(borders, key=lambda i: abs(i - (1 - share) * len(text)))
-    return Document(text[:at], document.origin), Document(text[at:], document.origin)
-
-
-def _paragraph_starts(text: str) -> list[int]:
-    starts, at = [], text.find("\n\n")
-    while at >= 0:
-        end = at
-        while end < len(text) and text[end] == "\n":
-            end += 1
-        starts.append(end)
-        at = text.find("\n\n", end)
-    return starts
+        return items, []
+    at = min(borders, key=lambda border: abs(border - wanted))
+    log.add("a single document", document.origin, "its end is held out")
+    return [Document(text[:at], document.origin)], [Document(text[at:], document.origin)]

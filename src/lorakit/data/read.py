@@ -144,7 +144,7 @@ def _read_json(file: DataFile) -> Iterator[Row]:
     for number, line in _lines(file):
         if line.isspace():
             continue
-        value = _parse(line, file, number, last=not line.endswith("\n"))
+        value = _parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
         if not isinstance(value, dict):
             raise DataError(
                 f"{file.name}:{number}: {_a(value)} where an object {{...}} is expected: "
@@ -221,7 +221,7 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
     # The csv module's own limit, 128 KiB a cell, is for the whole process; only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     header: list[str] = []
-    begun = 1
+    begun, rows = 1, 0
     reader: Any = None
 
     def texts() -> Iterator[str]:
@@ -244,6 +244,7 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
                     hint='put cells that hold the separator, a quote or a line end in "quotes"',
                 )
             else:
+                rows += 1
                 yield Row(dict(zip(header, cells, strict=True)), Origin(file.name, begun))
             begun = reader.line_num + 1
     except csv.Error as error:
@@ -252,6 +253,8 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
             f"the trouble is on line {reader.line_num})",
             hint='a quote inside a quoted cell is written twice: "say ""hi"""',
         ) from error
+    if not rows:
+        raise DataError(f"{file.name}: a header ({_cut(', '.join(header))}) and no rows below it")
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -266,10 +269,10 @@ def _delimiter(header: str) -> str:
 def _header(cells: list[str], file: DataFile) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = [n for n in names if names.count(n) > 1]
-    if twice or "" in names:
-        what = f"the column {twice[0]!r} twice" if twice and twice[0] else "a column without name"
+    if twice:  # one column without a name is the row number that pandas writes
         raise DataError(
-            f"{file.name}:1: the header has {what}: {_cut(', '.join(names))}",
+            f"{file.name}:1: the header has the column {twice[0]!r} twice: "
+            f"{_cut(', '.join(names))}",
             hint="the first line of a CSV file names its columns",
         )
     return names

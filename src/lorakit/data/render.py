@@ -7,7 +7,7 @@ answer, whether it takes a system turn, whether the tokenizer puts a BOS before 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -166,11 +166,25 @@ def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, **optio
     return str(text)
 
 
-def to_ids(tokenizer: Any, text: str, guard: Guard | None, inside: bool = False) -> list[int]:
-    """Ids [T] of a rendered text; a BOS is put before it where the tokenizer would and none is."""
+def to_ids(
+    tokenizer: Any,
+    text: str,
+    guard: Guard | None,
+    inside: bool = False,
+    known: Mapping[str, list[int]] | None = None,
+) -> list[int]:
+    """Ids [T] of a rendered text; a BOS is put before it where the tokenizer would and none is.
+
+    Args:
+        inside: the text continues another one: no BOS.
+        known: ids of texts that were tokenized before.
+    """
     ids: list[int] = []
-    for piece, plain in guard.pieces(text) if guard else [(text, False)]:
-        options = {"split_special_tokens": True} if plain else {}
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False, **options)["input_ids"]
+    if known and text in known:
+        ids += known[text]
+    else:
+        for piece, plain in guard.pieces(text) if guard else [(text, False)]:
+            options = {"split_special_tokens": True} if plain else {}
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False, **options)["input_ids"]
     bos = None if inside else habits_of(tokenizer).bos_id
     return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids

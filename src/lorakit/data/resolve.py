@@ -2,7 +2,7 @@
 
 The tokenizer's own template is the only truth. One is supplied where it has none, and two defaults
 are written in front of it where training and every later user must agree: the BOS that the
-tokenizer would add, and thinking switched off when no answer holds any.
+tokenizer would add, and whether the model thinks, which it should if the answers hold thoughts.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 from lorakit.data.render import ASK, SAY, SET, TemplateRefusal, habits_of, render
 from lorakit.errors import ModelError
 
-_THINKING_OFF = (
-    "{% if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
-)
+_THINKING = "{% if enable_thinking is not defined %}{% set enable_thinking = "
+_THINKING_IS = {on: _THINKING + f"{str(on).lower()} %}}{{% endif %}}" for on in (False, True)}
 _WITH_BOS = "{{ bos_token }}"
 
 
@@ -33,8 +32,8 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     """Choose the chat template and set it on `tokenizer`, so that chat and export use the same.
 
     Args:
-        thinking: the answers to train hold <think> parts. Without them, a template that can switch
-            thinking off is told to by default, since the run teaches direct answers.
+        thinking: the answers to train hold <think> parts. A template that can switch thinking is
+            told which by default; a run's own template, told already, stays as it is.
 
     Raises:
         ModelError: the template cannot render a plain chat, or the tokenizer lacks an eos token.
@@ -112,15 +111,16 @@ def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
 
 
 def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]) -> str:
-    if "enable_thinking" not in text or thinking or text.startswith(_THINKING_OFF):
+    if "enable_thinking" not in text or text.startswith(_THINKING):
         return text
     ask = [{"role": "user", "content": ASK}]
-    on = render(tokenizer, ask, prompt=True)
-    off = render(tokenizer, ask, prompt=True, enable_thinking=False)
+    on, off = (render(tokenizer, ask, prompt=True, enable_thinking=v) for v in (True, False))
     if on == off:
         return text
-    notes.append("thinking off by default, since the data holds no <think> parts")
-    return _THINKING_OFF + text
+    holds = "holds" if thinking else "holds no"
+    state = "on" if thinking else "off"
+    notes.append(f"thinking {state} by default, since the data {holds} <think> parts")
+    return _THINKING_IS[thinking] + text
 
 
 def _default_system(tokenizer: Any) -> str:

@@ -1,0 +1,154 @@
+"""The cells of one row enter; its turns leave, or a fault that names the row and the column."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.data.check import RowFault
+from lorakit.records import Message, Origin, Role
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The cells of one row under their final names; each getter names the row and the column."""
+
+    values: Mapping[str, Any]
+    origin: Origin
+    columns: Mapping[str, str]
+
+    def fault(self, kind: str, detail: str) -> RowFault:
+        return RowFault(kind, self.origin, detail)
+
+    def text(self, name: str) -> str:
+        """The text of a column that must hold some."""
+        value = self.optional(name)
+        if not value.strip():
+            state = "empty" if name in self.values else "missing"
+            if name in self.values and self.values[name] is None:
+                state = "null"
+            raise self.fault(f"no {name}", f"column {self._shown(name)} is {state}")
+        return value
+
+    def optional(self, name: str) -> str:
+        """The text of a column that may be missing, null or empty (then "")."""
+        value = self.values.get(name)
+        return "" if value is None else self.as_text(value, f"column {self._shown(name)}")
+
+    def as_text(self, value: Any, place: str) -> str:
+        if not isinstance(value, str):
+            raise self.fault(
+                "wrong type", f"{place} holds {_shown_value(value)} where a text is expected"
+            )
+        if _SURROGATE.search(value):
+            raise self.fault("broken characters", f"{place} holds half a surrogate pair")
+        return value
+
+    def _shown(self, name: str) -> str:
+        column = self.columns.get(name, name)
+        return name if column == name else f"{column} ({name})"
+
+
+def turns_of(cells: Cells, column: str) -> list[Message]:
+    """The turns of a list column, in role/content or from/value spelling."""
+    value = cells.values.get(column)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # CSV and some Parquet files carry the list as JSON text.
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise cells.fault("broken turns", f"column {column} is not JSON: {error}") from error
+    if not isinstance(value, list):
+        state = "missing" if column not in cells.values else _shown_value(value)
+        raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
+    if not value:
+        raise cells.fault("no turns", f"column {column} is an empty list")
+    if cells.values.get("tools"):
+        raise cells.fault("tool calls", "column tools: tool calls cannot be trained yet")
+    turns = [_turn(cells, turn, f"{column}[{number}]") for number, turn in enumerate(value)]
+    # Chat exports write "" where no system text was set: that is no turn.
+    made = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+    return with_system(made, cells.optional("system") if column == "conversations" else "")
+
+
+def _turn(cells: Cells, turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise cells.fault("wrong type", f"{place} is {_shown_value(turn)}, expected an object")
+    name = turn.get("role", turn.get("from"))
+    if any(turn.get(k) for k in ("tool_calls", "function_call")) or name in ("tool", "function"):
+        raise cells.fault("tool calls", f"{place}: tool calls cannot be trained yet")
+    if turn.get("train") is False or turn.get("weight") == 0:
+        raise cells.fault("untrained turns", f"{place}: single turns cannot be left untrained yet")
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise cells.fault(
+            "unknown role", f"{place} has the role {_shown_value(name)}; known: {', '.join(ROLES)}"
+        )
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if isinstance(content, list):
+        content = "".join(_part(cells, part, place) for part in content)
+    if content is None:
+        if role == "system":
+            return Message(role, "")
+        raise cells.fault(f"empty {role} turn", f"{place} ({role}) has no content")
+    content = cells.as_text(content, f"{place} ({role})")
+    if not content.strip() and role != "system":
+        raise cells.fault(f"empty {role} turn", f"{place} ({role}) is empty")
+    return Message(role, content)
+
+
+def _part(cells: Cells, part: Any, place: str) -> str:
+    """The text of one content part of the OpenAI form: {"type": "text", "text": ...}."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text":
+        return cells.as_text(part.get("text"), f"{place}.text")
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise cells.fault("not text", f"{place} holds a part of kind {_shown_value(kind)}, not text")
+
+
+def history_of(cells: Cells) -> list[Message]:
+    """Earlier turns of query/response rows: [[question, answer], ...]."""
+    value = cells.values.get("history")
+    if not value:
+        return []
+    turns: list[Message] = []
+    for number, pair in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise cells.fault(
+                "wrong type", f"history[{number}] is no [question, answer]: {_shown_value(pair)}"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            made = cells.as_text(text, f"history[{number}]")
+            if not made.strip():
+                raise cells.fault(f"empty {role} turn", f"history[{number}]: {role} is empty")
+            turns.append(Message(ROLES[role], made))
+    return turns
+
+
+def with_system(turns: list[Message], system: str) -> list[Message]:
+    """The turns led by `system`, unless it is blank or they bring their own."""
+    own = bool(turns) and turns[0].role == "system"
+    return [Message("system", system), *turns] if system.strip() and not own else turns
+
+
+def _shown_value(value: Any) -> str:
+    """A short form; `reprlib` also stops at depth, where `repr` of nested JSON overflows."""
+    return "null" if value is None else reprlib.repr(value)

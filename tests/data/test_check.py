@@ -1,0 +1,94 @@
+"""Faults are counted with their first rows; order of turns is enforced; nothing goes silently."""
+
+import pytest
+
+from lorakit.data.check import (
+    FaultLog,
+    RowFault,
+    check_turns,
+    fingerprint,
+    refuse_if_empty,
+    report_duplicates,
+    report_overlap,
+)
+from lorakit.errors import DataError
+from lorakit.records import Conversation, Document, Message, Origin
+
+AT = Origin("rows.jsonl", 3)
+LETTERS = {"s": "system", "u": "user", "a": "assistant"}
+
+
+def turns(letters):
+    return Conversation(tuple(Message(LETTERS[x], f"{x}{i}") for i, x in enumerate(letters)), AT)
+
+
+@pytest.mark.parametrize("letters", ["ua", "sua", "uaua", "suaua"])
+def test_orderly_turns_pass_unchanged(letters):
+    log = FaultLog()
+    assert check_turns(turns(letters), log) == turns(letters)
+    assert log.faults() == ()
+
+
+@pytest.mark.parametrize(
+    ("letters", "kind"),
+    [
+        ("u", "no answer"),
+        ("su", "no answer"),
+        ("au", "roles out of order"),
+        ("sau", "roles out of order"),
+        ("uua", "two user turns in a row"),
+        ("uaa", "two assistant turns in a row"),
+        ("usa", "system turn that is not the first"),
+        ("ssua", "system turn that is not the first"),
+    ],
+)
+def test_disorder_is_a_fault_of_the_row(letters, kind):
+    with pytest.raises(RowFault, match=r"rows.jsonl:3") as caught:
+        check_turns(turns(letters), FaultLog())
+    assert caught.value.kind == kind
+
+
+def test_a_last_question_without_answer_is_taken_off_and_reported():
+    log = FaultLog()
+    assert check_turns(turns("uau"), log) == turns("ua")
+    assert [(f.kind, f.first_rows) for f in log.faults()] == [
+        ("last question without answer", ("rows.jsonl:3",))
+    ]
+
+
+def test_the_log_counts_all_and_shows_the_first_rows():
+    log, other = FaultLog(), FaultLog()
+    for row in range(1, 9):
+        log.leave_out(RowFault("no answer", Origin("a.jsonl", row), "x"))
+    other.leave_out(RowFault("no answer", Origin("b.jsonl", 1), "x"))
+    log.absorb(other)
+    (fault,) = log.faults()
+    assert (fault.count, fault.action, log.rows_left_out) == (9, "left out", 9)
+    assert fault.first_rows == tuple(f"a.jsonl:{row}" for row in range(1, 6))
+
+
+def test_equal_content_has_one_fingerprint_and_borders_count():
+    one = Conversation((Message("user", "ab"), Message("assistant", "c")), Origin("x", 1))
+    two = Conversation((Message("user", "ab"), Message("assistant", "c")), Origin("y", 2))
+    other = Conversation((Message("user", "a"), Message("assistant", "bc")), Origin("x", 1))
+    assert fingerprint(one) == fingerprint(two) != fingerprint(other)
+    assert fingerprint(Document("ab", AT)) != fingerprint(Document("ba", AT))
+
+
+def test_duplicates_and_overlap_are_counted():
+    log = FaultLog()
+    rows = [("x", Origin("t", 1)), ("y", Origin("t", 2)), ("x", Origin("t", 3))]
+    report_duplicates(rows, log)
+    report_overlap(rows, [("y", Origin("v", 1)), ("z", Origin("v", 2))], log)
+    assert {(f.kind, f.first_rows) for f in log.faults()} == {
+        ("exact duplicate", ("t:3",)),
+        ("held-out row is also in the training data", ("v:1",)),
+    }
+
+
+def test_nothing_left_stops_with_the_commonest_reasons():
+    log = FaultLog()
+    log.leave_out(RowFault("no answer", AT, "column answer is null"))
+    with pytest.raises(DataError, match=r"none of its 1 rows .*1 x no answer \(rows.jsonl:3\)"):
+        refuse_if_empty(0, 1, "rows.jsonl", log)
+    refuse_if_empty(1, 2, "rows.jsonl", log)

@@ -1,0 +1,149 @@
+"""Each format is found by its columns and becomes the same turns."""
+
+import pytest
+
+from lorakit.data.check import RowFault
+from lorakit.data.formats import FORMATS, guess_format, to_conversation
+from lorakit.errors import DataError
+from lorakit.records import Conversation, Document, Origin, Row
+
+ASK, SAY = "What is 6 x 7?", "42"
+PLAIN = [("user", ASK), ("assistant", SAY)]
+TURNS = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
+
+EXAMPLES = {
+    "messages": (TURNS and {"messages": TURNS}, PLAIN),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]},
+        PLAIN,
+    ),
+    "dolly": (
+        {"instruction": ASK, "context": "See: 42.", "response": SAY},
+        [("user", ASK + "\n\nSee: 42."), ("assistant", SAY)],
+    ),
+    "instruction/response": (
+        {"instruction": ASK, "response": SAY, "system": "Be brief."},
+        [("system", "Be brief."), *PLAIN],
+    ),
+    "alpaca": (
+        {"instruction": "Compute.", "input": "6 x 7", "output": SAY},
+        [("user", "Compute.\n\n6 x 7"), ("assistant", SAY)],
+    ),
+    "prompt/completion": ({"prompt": ASK, "completion": SAY}, PLAIN),
+    "prompt/response": ({"prompt": ASK, "response": SAY}, PLAIN),
+    "question/answer": ({"question": ASK, "answer": SAY}, PLAIN),
+    "query/response": (
+        {"query": ASK, "response": SAY, "history": [["Hi", "Hello"]]},
+        [("user", "Hi"), ("assistant", "Hello"), *PLAIN],
+    ),
+    "input/output": ({"input": ASK, "output": SAY}, PLAIN),
+}
+
+
+def row(values, number=1):
+    return Row(values, Origin("rows.jsonl", number))
+
+
+def convert(values, columns=None, system=None):
+    guess = guess_format([row(values)], columns)
+    return guess, to_conversation(row(values), guess, system)
+
+
+def turns(item):
+    return [(m.role, m.content) for m in item.messages]
+
+
+def test_every_format_has_an_example_here():
+    assert {f.name for f in FORMATS} == {*EXAMPLES, "text"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_format_is_found_and_converted(name):
+    values, expected = EXAMPLES[name]
+    guess, item = convert(values)
+    assert guess.name == name
+    assert "all of the first 1 rows" in guess.reason
+    assert turns(item) == expected
+
+
+def test_text_becomes_a_document():
+    guess, item = convert({"text": "Once upon a time."})
+    assert (guess.name, item) == ("text", Document("Once upon a time.", Origin("rows.jsonl", 1)))
+
+
+def test_prompt_and_completion_may_be_lists_of_turns():
+    _, item = convert({"prompt": TURNS[:1], "completion": TURNS[1:]})
+    assert turns(item) == PLAIN
+
+
+def test_optional_columns_may_be_null_or_empty():
+    for empty in (None, ""):
+        _, item = convert({"instruction": ASK, "input": empty, "output": SAY, "system": empty})
+        assert turns(item) == PLAIN
+
+
+def test_the_system_of_the_recipe_yields_to_the_row():
+    _, item = convert({"question": ASK, "answer": SAY}, system="Recipe.")
+    assert turns(item)[0] == ("system", "Recipe.")
+    _, item = convert({"question": ASK, "answer": SAY, "system": "Row."}, system="Recipe.")
+    assert turns(item)[0] == ("system", "Row.")
+
+
+def test_columns_rename_first_and_win():
+    values = {"q": ASK, "a": SAY, "text": "not this", "response": "nor this"}
+    guess, item = convert(values, {"instruction": "q", "response": "a"})
+    assert (guess.name, turns(item)) == ("instruction/response", PLAIN)
+    assert guess.unused == ("text",) or "text" in guess.unused
+
+
+def test_unknown_columns_are_listed_with_a_line_to_try():
+    with pytest.raises(DataError, match=r"the columns are my_question, my_answer, id") as caught:
+        convert({"my_question": ASK, "my_answer": SAY, "id": 3})
+    assert "missing instruction, response" in caught.value.message
+    assert "columns: {instruction: my_question, response: my_answer}" in caught.value.hint
+
+
+def test_a_missing_part_of_the_nearest_format_is_named():
+    with pytest.raises(DataError, match=r"nearest format: instruction/response, missing response"):
+        convert({"instruction": ASK, "reply": SAY})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"instruction": "quest"},
+            r"no column 'quest' for instruction \(found: question, answer\)",
+        ),
+        ({"question": "instruction"}, "no column 'instruction'"),
+        ({"foo": "question"}, r"'foo' is no part of a row"),
+    ],
+)
+def test_wrong_columns_are_explained(columns, message):
+    with pytest.raises(DataError, match=message):
+        convert({"question": ASK, "answer": SAY}, columns)
+
+
+def test_preference_data_is_refused_with_a_sentence():
+    with pytest.raises(DataError, match="preference data"):
+        convert({"prompt": ASK, "chosen": SAY, "rejected": "41"})
+    _, item = convert(
+        {"prompt": ASK, "chosen": SAY, "rejected": "41"},
+        {"instruction": "prompt", "response": "chosen"},
+    )
+    assert turns(item) == PLAIN
+
+
+def test_a_format_must_fit_some_row_and_the_odd_row_is_a_fault():
+    rows = [row({"question": ASK, "answer": SAY}, n) for n in range(1, 4)]
+    odd = row({"instruction": ASK, "response": SAY}, 4)
+    guess = guess_format([*rows, odd])
+    assert guess.reason == "columns question, answer in 3 of the first 4 rows"
+    with pytest.raises(RowFault, match=r"rows.jsonl:4: column question is missing"):
+        to_conversation(odd, guess, None)
+
+
+def test_rows_of_a_conversation_keep_their_origin():
+    _, item = convert({"question": ASK, "answer": SAY})
+    assert isinstance(item, Conversation)
+    assert str(item.origin) == "rows.jsonl:1"

@@ -1,0 +1,156 @@
+"""From source strings to examples: every row is kept or reported, and the report adds up."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorakit.data.prepare import prepare, read_validation, write_validation
+from lorakit.errors import DataError, LorakitError
+from lorakit.recipe import Recipe
+from lorakit.records import Conversation, Document
+
+GOOD = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(40)]
+
+
+def recipe(data, **values):
+    return Recipe.model_validate({"model": "demo", "data": data, **values})
+
+
+def write(folder, rows, name="rows.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def counts(report):
+    return {f.kind: f.count for f in report.faults}
+
+
+def test_examples_and_report_add_up(smollm, tmp_path):
+    prepared = prepare(recipe(write(tmp_path, GOOD)), smollm)
+    report = prepared.report
+    assert (len(prepared.train), len(prepared.val)) == (38, 2)
+    assert (report.rows_read, report.examples_train, report.examples_val) == (40, 38, 2)
+    assert report.tokens_train == sum(len(e.input_ids) for e in prepared.train)
+    assert report.trained_tokens_val == sum(e.trained_tokens for e in prepared.val)
+    assert report.sources[0]["format"] == "question/answer"
+    assert str(tmp_path) not in json.dumps(report.as_dict())
+    held = {str(c.origin) for c in prepared.val_conversations}
+    assert held == {str(e.origin) for e in prepared.val}
+
+
+def test_unusable_rows_are_left_out_and_counted(smollm, tmp_path):
+    bad = [{"question": "a", "answer": None}, {"question": "b"}, {"question": "", "answer": "x"}]
+    report = prepare(recipe(write(tmp_path, GOOD + bad)), smollm).report
+    assert counts(report) == {"no answer": 2, "no question": 1}
+    assert report.faults[0].first_rows == ("rows.jsonl:41", "rows.jsonl:42")
+    assert report.rows_read == report.examples_train + report.examples_val + 3
+
+
+def test_duplicates_and_overlap_are_reported(smollm, tmp_path):
+    train, held = write(tmp_path, [*GOOD, GOOD[3]]), write(tmp_path, GOOD[:2], "val.jsonl")
+    prepared = prepare(recipe(train, val_data=held), smollm)
+    assert (len(prepared.train), len(prepared.val)) == (41, 2)
+    assert counts(prepared.report) == {
+        "exact duplicate": 1,
+        "held-out row is also in the training data": 2,
+    }
+
+
+def test_sources_of_several_formats_are_joined(smollm, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed", GOOD[:3], "a.jsonl")
+    write(tmp_path / "mixed", [{"instruction": "i", "output": "o"}], "b.jsonl")
+    other = write(tmp_path, [{"prompt": "p", "completion": "c"}], "c.jsonl")
+    prepared = prepare(recipe(["mixed", other], val_size=0), smollm, [tmp_path])
+    assert [s["format"] for s in prepared.report.sources] == [
+        "question/answer, alpaca",
+        "prompt/completion",
+    ]
+    assert [str(e.origin) for e in prepared.train] == [
+        "a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1", "c.jsonl:1",
+    ]  # fmt: skip
+
+
+def test_a_system_prompt_of_the_recipe_is_in_every_example(smollm, tmp_path):
+    prepared = prepare(recipe(write(tmp_path, GOOD[:4]), system="Be brief."), smollm)
+    assert all("Be brief." in smollm.decode(e.input_ids) for e in prepared.train)
+
+
+def test_a_single_document_is_cut_in_two_for_validation(smollm, tmp_path):
+    text = "\n\n".join(f"Paragraph {i} says something." for i in range(60))
+    (tmp_path / "book.txt").write_text(text)
+    prepared = prepare(recipe(str(tmp_path / "book.txt"), cutoff_len=64, val_size=0.2), smollm)
+    both = [*prepared.train_conversations, *prepared.val_conversations]
+    assert "".join(item.text for item in both) == text
+    assert 0.15 < len(both[1].text) / len(text) < 0.25
+    assert len(prepared.train) > 2
+    assert "a single document" in counts(prepared.report)
+
+
+def test_data_with_thoughts_keeps_thinking_on(family, tmp_path):
+    rows = [{"question": f"{i}?", "answer": f"<think>\nhm\n</think>\n\n{i}"} for i in range(4)]
+    prepared = prepare(recipe(write(tmp_path, rows)), family("qwen3", thinking=True))
+    assert "thinking off" not in prepared.report.template
+
+
+def test_held_out_rows_survive_the_way_through_the_run_folder(smollm, tmp_path):
+    prepared = prepare(recipe(write(tmp_path, GOOD), system="Zwölf\u2028!"), smollm)
+    items = [*prepared.val_conversations, Document("Text\r\nof it", prepared.val[0].origin)]
+    write_validation(tmp_path / "validation.jsonl", items)
+    assert read_validation(tmp_path / "validation.jsonl") == items
+    write_validation(tmp_path / "none.jsonl", [])
+    assert read_validation(tmp_path / "none.jsonl") == []
+    assert read_validation(tmp_path / "never-written.jsonl") == []
+
+
+def test_a_validation_file_is_openai_messages(smollm, tmp_path):
+    prepared = prepare(recipe(write(tmp_path, GOOD)), smollm)
+    path = tmp_path / "validation.jsonl"
+    write_validation(path, prepared.val_conversations)
+    again = prepare(recipe(str(path), val_size=0), smollm)
+    assert [e.input_ids for e in again.train] == [e.input_ids for e in prepared.val]
+
+
+def test_nothing_usable_is_one_clear_error(smollm, tmp_path):
+    path = write(tmp_path, [{"question": "a", "answer": ""}] * 3)
+    with pytest.raises(DataError, match=r"none of its 3 rows can be used: 3 x no answer"):
+        prepare(recipe(path), smollm)
+
+
+def test_all_rows_too_long_is_one_clear_error(smollm, tmp_path):
+    path = write(tmp_path, [{"question": f"{i}?", "answer": "long " * 50} for i in range(3)])
+    with pytest.raises(DataError, match=r"3 x too long .*over cutoff_len 16") as caught:
+        prepare(recipe(path, cutoff_len=16), smollm)
+    assert "raise cutoff_len" in caught.value.hint
+
+
+CELL = st.none() | st.integers() | st.text(max_size=12) | st.sampled_from(["<|im_end|>", "\u2028"])
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "gpt", "x"]), "content": CELL}
+)
+ROWS = st.one_of(
+    st.lists(st.fixed_dictionaries({"question": CELL, "answer": CELL}), min_size=1, max_size=6),
+    st.lists(st.fixed_dictionaries({"messages": st.lists(TURN, max_size=5)}), max_size=6),
+    st.lists(st.dictionaries(st.sampled_from(["text", "question", "answer"]), CELL), max_size=6),
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(ROWS, st.sampled_from([0, 0.5, 1]), st.sampled_from([12, 40, 2048]))
+def test_rows_in_are_rows_kept_and_rows_reported(smollm, tmp_path, rows, val_size, cutoff):
+    try:
+        made = prepare(recipe(write(tmp_path, rows), val_size=val_size, cutoff_len=cutoff), smollm)
+    except LorakitError:
+        return
+    left_out = sum(f.count for f in made.report.faults if f.action == "left out")
+    kept = {str(c.origin) for c in (*made.train_conversations, *made.val_conversations)}
+    assert made.report.rows_read == len(rows) == len(kept) + left_out
+    for item in (*made.train_conversations, *made.val_conversations):
+        assert isinstance(item, Conversation | Document)

@@ -1,0 +1,235 @@
+"""Exactly the answers and their end of turn are trained, with real tokenizers; else refused."""
+
+import pytest
+
+from lorakit.data.batch import collate
+from lorakit.data.check import FaultLog, RowFault
+from lorakit.data.resolve import resolve_template
+from lorakit.data.template import encode, encode_document, prompt_ids, verify_example
+from lorakit.errors import DataError, ModelError
+from lorakit.records import IGNORE, Conversation, Document, Example, Message, Origin
+
+# What each family's template writes after an answer.
+END_OF_TURN = {
+    "smollm2": "<|im_end|>",
+    "llama2": " </s>",
+    "llama3": "<|eot_id|>",
+    "qwen3": "<|im_end|>",
+}
+CHATS = {
+    "single turn": ("What is 6 x 7?", "42."),
+    "three turns": ("Hi!", "Hello.", "And in French?", "Bonjour, mon ami.", "Bye", "Au revoir!"),
+    "many lines": ("List\n\nthem", "1. one\n2. two\n\n```py\nx =  5\n```"),
+    "other scripts": ("Привет?", "日本語 🙂 naïve\u2028line"),
+}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", [None, "You are a pirate."])
+@pytest.mark.parametrize("texts", CHATS.values(), ids=CHATS)
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_exactly_the_answers_and_their_end_of_turn_are_trained(
+    family, chat, trained_runs, name, texts, system
+):
+    tokenizer = family(name)
+    examples = encode(tokenizer, chat(*texts, system=system))
+    assert trained_runs(tokenizer, examples) == [t + END_OF_TURN[name] for t in texts[1::2]]
+
+
+@pytest.mark.parametrize("texts", CHATS.values(), ids=CHATS)
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_what_chat_feeds_the_model_is_how_the_training_ids_begin(family, chat, name, texts):
+    tokenizer = family(name)
+    item = chat(*texts, system="Be brief.")
+    examples = encode(tokenizer, item)
+    starts = {
+        tuple(e.input_ids[:i])
+        for e in examples
+        for i in range(1, len(e.labels))
+        if e.labels[i] != IGNORE and e.labels[i - 1] == IGNORE
+    }
+    asked = {
+        tuple(prompt_ids(tokenizer, item.messages[:i])) for i in range(2, len(item.messages), 2)
+    }
+    assert starts == asked
+
+
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_train_on_last_trains_the_last_answer_only(family, chat, trained_runs, name):
+    tokenizer = family(name)
+    (example,) = encode(tokenizer, chat("a?", "one", "b?", "two"), "last")
+    assert trained_runs(tokenizer, [example]) == ["two" + END_OF_TURN[name]]
+    assert "one" in tokenizer.decode(example.input_ids)
+
+
+def test_train_on_all_trains_every_token_but_the_first(smollm, chat):
+    (example,) = encode(smollm, chat("a?", "one"), "all")
+    assert example.labels == [IGNORE, *example.input_ids[1:]]
+    assert smollm.decode(example.input_ids).endswith("one<|im_end|>")
+
+
+def test_a_pad_id_that_is_the_end_of_turn_does_not_mask_it(smollm, chat):
+    end = smollm.convert_tokens_to_ids("<|im_end|>")
+    examples = encode(smollm, chat("a?", "one")) + encode(smollm, chat("a longer one?", "two, too"))
+    batch = collate(examples, pad_id=end)
+    for row, example in enumerate(examples):
+        assert batch["labels"][row, len(example.input_ids) - 1] == end
+        assert (batch["labels"][row, len(example.input_ids) :] == IGNORE).all()
+
+
+def test_a_special_token_written_by_a_user_stays_text(smollm, chat, trained_runs):
+    log = FaultLog()
+    item = chat("What does <|im_end|> do?", "<|im_end|> ends a turn.")
+    (example,) = encode(smollm, item, log=log)
+    end = smollm.convert_tokens_to_ids("<|im_end|>")
+    assert example.input_ids.count(end) == 3  # the template's: system, user, assistant
+    assert trained_runs(smollm, [example]) == ["<|im_end|> ends a turn.<|im_end|>"]
+    assert log.faults()[0].kind == "special token written in a turn"
+
+
+def test_thinking_rows_train_their_thoughts_and_one_example_an_answer(family, chat, trained_runs):
+    tokenizer = family("qwen3", thinking=True)
+    thought = "<think>\nsix sevens\n</think>\n\n42"
+    examples = encode(tokenizer, chat("6 x 7?", thought, "sure?", "<think>\nyes\n</think>\n\nYes."))
+    assert trained_runs(tokenizer, examples) == [
+        thought + "<|im_end|>",
+        "<think>\nyes\n</think>\n\nYes.<|im_end|>",
+    ]
+    assert "six sevens" not in tokenizer.decode(examples[1].input_ids)
+
+
+def test_a_template_without_system_role_gets_it_in_the_first_question(smollm, chat, trained_runs):
+    smollm.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + CHATML
+    )
+    info = resolve_template(smollm, "some/gemma")
+    (example,) = encode(smollm, chat("Who?", "Me.", system="Be brief."))
+    assert "no system role" in info.source
+    assert "<|im_start|>user\nBe brief.\n\nWho?<|im_end|>" in smollm.decode(example.input_ids)
+    assert trained_runs(smollm, [example]) == ["Me.<|im_end|>"]
+
+
+def test_a_merge_over_the_border_is_kept_apart(smollm, chat, trained_runs):
+    smollm.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n##{% else %}"
+        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    resolve_template(smollm, "some/model")
+    item = chat("Heading?", "## Title")
+    (example,) = encode(smollm, item)
+    prompt = prompt_ids(smollm, item.messages[:1])
+    merged = smollm(smollm.decode(example.input_ids), add_special_tokens=False)["input_ids"]
+    assert merged[: len(prompt)] != prompt, "the toy template no longer makes a merge"
+    assert example.input_ids[: len(prompt)] == prompt
+    assert trained_runs(smollm, [example]) == ["## Title<|im_end|>"]
+
+
+def test_over_long_chats_lose_their_oldest_turns_and_keep_the_system(smollm, chat, trained_runs):
+    log = FaultLog()
+    item = chat("old?", "old " * 50, "mid?", "mid " * 5, "new?", "new", system="Be brief.")
+    (example,) = encode(smollm, item, cutoff_len=40, log=log)
+    text = smollm.decode(example.input_ids)
+    assert len(example.input_ids) <= 40
+    assert "Be brief." in text
+    assert "mid?" in text
+    assert "old" not in text
+    assert trained_runs(smollm, [example]) == ["mid " * 5 + "<|im_end|>", "new<|im_end|>"]
+    assert [(f.kind, f.action) for f in log.faults()] == [("too long", "oldest turns dropped")]
+
+
+# -- sabotage: refused, with the row named --------------------------------------------------------
+
+
+def test_an_answer_that_would_be_cut_is_left_out_by_name(smollm, chat):
+    with pytest.raises(RowFault, match=r"rows.jsonl:7: even its last question .* cutoff_len 40"):
+        encode(smollm, chat("a?", "word " * 60), cutoff_len=40)
+
+
+def test_too_long_error_stops_and_names_the_row(smollm, chat):
+    with pytest.raises(DataError, match=r"rows.jsonl:7: too long: \d+ tokens") as caught:
+        encode(smollm, chat("a?", "word " * 60), cutoff_len=40, too_long="error")
+    assert not isinstance(caught.value, RowFault)
+
+
+def test_a_template_whose_end_of_turn_is_stripped_is_refused(smollm, chat):
+    smollm.chat_template = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}")
+    with pytest.raises(DataError, match=r"rows.jsonl:7: .*no end-of-turn token"):
+        encode(smollm, chat("a?", "one"))
+    with pytest.raises(ModelError, match="no end-of-turn token"):
+        resolve_template(smollm, "some/model")
+
+
+def test_two_bos_tokens_are_refused(family, chat):
+    tokenizer = family("llama3")
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(DataError, match=r"rows.jsonl:7: it begins with two BOS"):
+        encode(tokenizer, chat("a?", "one"))
+
+
+def test_a_template_that_swallows_part_of_the_answer_is_refused(smollm, chat):
+    smollm.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content[:9] }}")
+    resolve_template(smollm, "some/model")
+    with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the whole answer"):
+        encode(smollm, chat("a?", "a long answer"))
+
+
+def test_a_generation_prompt_that_is_not_how_answers_begin_is_refused(smollm, chat):
+    smollm.chat_template = CHATML.replace("assistant\n{% endif %}", "assistant: {% endif %}")
+    with pytest.raises(DataError, match=r"rows.jsonl:7: .*asks for the answer in one way"):
+        encode(smollm, chat("a?", "one"))
+
+
+def test_a_template_that_raises_leaves_the_row_out(smollm, chat):
+    smollm.chat_template = (
+        "{% if messages|length > 3 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
+    )
+    with pytest.raises(RowFault, match=r"rows.jsonl:7|too many"):
+        encode(smollm, chat("a?", "one", "b?", "two"))
+
+
+def sabotage(example, ids=None, labels=None):
+    return Example(ids or example.input_ids, labels or example.labels, example.origin)
+
+
+def test_verify_refuses_masked_unclosed_and_doubled_examples(smollm, chat):
+    (good,) = encode(smollm, chat("a?", "one"))
+    verify_example(smollm, good)
+    masked = sabotage(good, labels=[IGNORE] * len(good.labels))
+    with pytest.raises(DataError, match=r"rows.jsonl:7: no token of this row would be trained"):
+        verify_example(smollm, masked)
+    unclosed = sabotage(good, labels=[*good.labels[:-1], IGNORE])
+    with pytest.raises(DataError, match=r"rows.jsonl:7: a trained part ends with 'one'"):
+        verify_example(smollm, unclosed)
+    doubled = sabotage(good, [1, *good.input_ids], [IGNORE, *good.labels])
+    with pytest.raises(DataError, match=r"rows.jsonl:7: it begins with two BOS"):
+        verify_example(smollm, doubled)
+
+
+# -- documents ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_every_token_of_a_document_is_trained_once(family, name):
+    tokenizer = family(name)
+    text = "\n\n".join(f"Paragraph {i}. It says: {i * i}! Is it so?" for i in range(30))
+    examples = encode_document(tokenizer, Document(text, Origin("book.txt", 1)), cutoff_len=48)
+    assert all(len(e.input_ids) <= 48 for e in examples)
+    assert len(examples) > 5
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    trained = [label for e in examples for label in e.labels if label != IGNORE]
+    # Without a BOS nothing predicts the very first token.
+    assert trained == (ids if examples[0].input_ids[0] not in ids[:1] else ids[1:])
+
+
+def test_encode_takes_documents_too(smollm):
+    document = Document("Short text.", Origin("a.txt", 1))
+    assert encode(smollm, document) == encode_document(smollm, document)
+
+
+def test_a_conversation_without_answer_is_a_row_fault(smollm):
+    with pytest.raises(RowFault, match=r"rows.jsonl:1"):
+        encode(smollm, Conversation((Message("user", "a?"),), Origin("rows.jsonl", 1)))
