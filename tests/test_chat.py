@@ -26,7 +26,7 @@ def loaded(finish):
     return load_run(finish().run)
 
 
-@pytest.fixture()
+@pytest.fixture
 def session(loaded):
     return ChatSession(loaded.model, loaded.tokenizer, None, SETTINGS)
 

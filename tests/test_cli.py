@@ -21,7 +21,7 @@ def run_cli(monkeypatch, capsys, *words):
     return code, captured.out, captured.err
 
 
-@pytest.fixture()
+@pytest.fixture
 def lorakit(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "log", cli.Console(stderr=True, highlight=False, soft_wrap=True))

@@ -1,4 +1,4 @@
-"""One run from recipe to files: what is written, what stops it, and that it can be taken up again."""
+"""One run from recipe to files: what is written, what stops it, how it is taken up again."""
 
 import json
 import os
@@ -108,7 +108,9 @@ def test_held_out_loss_is_logged_while_training(tiny_recipe, tiny_model_dir, tin
     text = console.export_text()
     assert "step 2: held-out loss" in text
     line = next(x for x in text.splitlines() if x.startswith("step 4: held-out loss"))
-    assert float(line.split()[4].strip(",")) == pytest.approx(outcome.evaluation.tuned.loss, abs=2e-3)
+    assert float(line.split()[4].strip(",")) == pytest.approx(
+        outcome.evaluation.tuned.loss, abs=2e-3
+    )
 
 
 def test_a_diverged_run_stops_at_once_and_saves_no_adapter(

@@ -133,7 +133,7 @@ def test_trained_biases_do_not_leak_into_the_base():
     recipe = Recipe(model="m", data="d", target_modules=["q_proj", "v_proj"], bias="all")
     model = add_adapter(base, recipe).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.5)
         with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""The rules that keep the code livable: import order, sizes, first lines, one test file a module."""
+"""The rules that keep the code livable: import order, sizes, first lines, a test file each."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,9 @@ UNTESTED = {"__init__", "__main__"}
 
 
 def module_name(path):
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
 
 
 def imports_of(path):
@@ -84,9 +86,7 @@ def test_files_and_functions_are_short_and_introduced(path):
             assert size <= 60, f"{path.name}: {node.name} has {size} lines"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p.stem not in UNTESTED], ids=module_name
-)
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in UNTESTED], ids=module_name)
 def test_each_module_has_its_test_file(path):
     relative = path.relative_to(PACKAGE)
     mirror = ROOT / "tests" / relative.parent / f"test_{relative.name}"

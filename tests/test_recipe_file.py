@@ -29,7 +29,7 @@ def test_every_fault_comes_at_once_with_its_line(tmp_path):
     assert "5 faults" in text
     assert "line 3: lora_rank: unknown key (found: 16); did you mean lora_r?" in text
     assert "line 4: lora_dropout: input should be less than 1 (found: 1.5)" in text
-    assert 'line 5: method: input should be \'lora\' or \'qlora\' (found: "quora")' in text
+    assert "line 5: method: input should be 'lora' or 'qlora' (found: \"quora\")" in text
     assert "--set: lr: unknown key (found: 3); did you mean learning_rate?" in text
     assert "--set nonsense: expected key=value" in text
 

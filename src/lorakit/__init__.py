@@ -1,6 +1,6 @@
-"""The public door of lorakit: names are loaded on first use, so importing the package costs no torch.
+"""The public door of lorakit: names load on first use, so importing the package costs no torch.
 
-    from lorakit import Recipe, load_recipe, fit
+from lorakit import Recipe, load_recipe, fit
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WHERE = {
     "prepare_run": "finetune",
     "recipe_schema": "recipe_file",
 }
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -127,7 +127,7 @@ def _train(
 def _provenance(device: Device) -> dict[str, Any]:
     return {
         "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": _command(),
     }
@@ -164,7 +164,8 @@ class _Clock(TrainerCallback):
     """Wall-clock seconds of each optimizer step, device work included."""
 
     def __init__(self, device: Device) -> None:
-        self.device, self.seconds = device, []
+        self.device = device
+        self.seconds: list[float] = []
         self.start = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -183,7 +184,7 @@ class _Clock(TrainerCallback):
 
 
 class _Meter:
-    """Peak memory while open: torch's allocator, and the process as the driver (or the OS) sees it."""
+    """Peak memory while open: torch's allocator, and the process as driver or OS see it."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -246,7 +247,7 @@ def _command() -> str:
     return " ".join(["lorakit", *words])
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the source tree, with `+` when it has changes; None outside a checkout."""
     here = Path(__file__).parent
     try:

@@ -134,7 +134,8 @@ class ChatSession:
             yield fault
             return
         kind = float if key in ("temperature", "top_p", "repetition_penalty") else int
-        self.settings = replace(self.settings, **{key: kind(value)})
+        changed: dict[str, Any] = {key: kind(value)}
+        self.settings = replace(self.settings, **changed)
         yield f"{key}={getattr(self.settings, key)}"
 
     def _save(self, name: str) -> Iterator[str]:
@@ -258,5 +259,6 @@ def _set_fault(key: str, value: str) -> str | None:
         return f"{key} takes a number (found: {value!r})"
     whole = key in ("max_new_tokens", "top_k", "seed")
     if not low <= number <= high or (whole and (number != int(number) or not value.isdigit())):
-        return f"{key} is {'a whole number ' if whole else ''}between {low:g} and {high:g} (found: {value})"
+        what = "a whole number " if whole else ""
+        return f"{key} is {what}between {low:g} and {high:g} (found: {value})"
     return None

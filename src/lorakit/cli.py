@@ -1,4 +1,4 @@
-"""Arguments enter; files, a table or one JSON object leave. Exit 0 done, 1 fault found, 2 bad input.
+"""Arguments enter; files, tables or one JSON object leave. Exit 0 done, 1 fault, 2 bad input.
 
 Heavy imports live inside the commands, so that `lorakit --help` answers at once.
 """
@@ -44,13 +44,19 @@ def demo(method: Method = "lora", output: Output = None, as_json: Json = False) 
 
 @app.command()
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML); flags may replace it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe (YAML); flags may replace it.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or `demo`.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="File or hub data set; repeatable.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="File or hub data set; repeatable.")
+    ] = None,
     method: Method = None,
     output: Annotated[str | None, typer.Option(help="Run directory.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; stop.")] = False,
     offline: Offline = False,
     as_json: Json = False,
@@ -75,7 +81,9 @@ def train(
 @app.command("eval")
 def evaluate_run(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="Other held-out data than the run's own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Other held-out data than the run's own.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show side by side.")] = 4,
     as_json: Json = False,
 ) -> None:
@@ -176,7 +184,7 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Entry point: turns LorakitError into one message and an exit code; bugs keep their traceback."""
+    """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
     try:
         app()
     except LorakitError as error:

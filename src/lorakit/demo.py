@@ -1,4 +1,4 @@
-"""A method enters; the embedded default's recipe leaves: SmolLM2-135M on lorakit's own small data."""
+"""A method enters; the embedded default's recipe leaves: SmolLM2-135M on data that ships here."""
 
 from __future__ import annotations
 

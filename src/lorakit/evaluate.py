@@ -35,8 +35,8 @@ def evaluate(
     Args:
         model: PEFT model; the base is the same model with its adapter switched off.
         examples: what is scored, with the training mask.
-        records: the first `samples` conversations among them give the questions (their last answer is
-            the reference).
+        records: the first `samples` conversations among them give the questions; their last
+            answer is the reference.
         label: name of the data in the result.
     """
     if not examples:

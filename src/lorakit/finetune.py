@@ -65,7 +65,9 @@ def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
     location = locate_model(recipe, folders)
     config = load_config(recipe, location)
     resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)
-    console.print(f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}")
+    console.print(
+        f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
+    )
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
     resolved, plan = _choose_checkpointing(resolved, config, device)
@@ -98,7 +100,15 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     began = time.perf_counter()
     with catch_signals() as stop:
         trainer = LoraTrainer(
-            model, start.tokenizer, recipe, device, run, prepared.train, prepared.val, progress, stop
+            model,
+            start.tokenizer,
+            recipe,
+            device,
+            run,
+            prepared.train,
+            prepared.val,
+            progress,
+            stop,
         )
         console.print(f"loss     {trainer.loss_path}")
         try:
@@ -113,7 +123,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
         return Outcome(run, trainer.state.global_step, seconds, final_loss, None, stop.exit_code)
     if trainer.diverged_at is not None:
         raise WorkError(
-            f"the loss became {final_loss} at step {trainer.diverged_at}; stopped, no adapter saved",
+            f"the loss became {final_loss} at step {trainer.diverged_at}; no adapter was saved",
             hint="lower learning_rate and start anew, or resume from the last checkpoint",
         )
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
@@ -123,7 +133,9 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
 def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
     label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
-    result = evaluate(model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label)
+    result = evaluate(
+        model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label
+    )
     write_json(run.eval, result.as_dict())
     return result
 

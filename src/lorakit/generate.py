@@ -74,8 +74,8 @@ def replies(
             out = model.generate(
                 input_ids=ids, attention_mask=mask, **_arguments(model, tokenizer, settings)
             )
-            for row in out[:, width:].tolist():
-                found.append(tokenizer.decode(row, skip_special_tokens=True).strip())
+            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            found += [text.strip() for text in texts]
     return found
 
 
@@ -150,7 +150,7 @@ class _Left(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 

@@ -84,9 +84,7 @@ def _linear_shapes(config: Any) -> list[Shape]:
     ]
 
 
-def _targets(
-    recipe: Recipe, shapes: list[Shape]
-) -> list[Shape]:
+def _targets(recipe: Recipe, shapes: list[Shape]) -> list[Shape]:
     wanted = recipe.target_modules
     if wanted in ("all-linear", "auto"):
         return shapes
@@ -94,9 +92,7 @@ def _targets(
     return [s for s in shapes if s[0].split(".")[-1] in names or s[0] in names]
 
 
-def _activation_bytes(
-    recipe: Recipe, config: Any, shapes: list[Shape], width: int
-) -> float:
+def _activation_bytes(recipe: Recipe, config: Any, shapes: list[Shape], width: int) -> float:
     """Bytes saved for backward per token.
 
     Without recomputation a layer keeps, per target, its input after dropout and the mask, and per

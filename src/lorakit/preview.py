@@ -53,7 +53,9 @@ def show_data(report: DataReport, console: Console) -> None:
     console.print(f"template {report.template}", markup=False)
     for fault in report.faults:
         rows = ", ".join(fault.first_rows)
-        console.print(f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False)
+        console.print(
+            f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False
+        )
 
 
 def show_plan(plan: MemoryPlan, console: Console) -> None:

@@ -35,7 +35,7 @@ class ResolvedRecipe:
     def derive(self, reason: str, **values: Any) -> ResolvedRecipe:
         """The same recipe with `values` filled in and their origin set to `derived: reason`."""
         changed = Recipe.model_validate({**_explicit(self), **values})
-        origins = {**self.origins, **{key: f"derived: {reason}" for key in values}}
+        origins = {**self.origins, **dict.fromkeys(values, f"derived: {reason}")}
         return replace(self, recipe=changed, origins=origins)
 
     def to_yaml(self) -> str:

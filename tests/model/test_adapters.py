@@ -1,4 +1,4 @@
-"""Adapters are float32, reach the right layers, and say which layers exist when asked for others."""
+"""Adapters are float32, reach the right layers, and name the layers that exist."""
 
 import pytest
 import torch

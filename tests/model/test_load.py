@@ -1,4 +1,4 @@
-"""Base models are found, refused with a reason, quantized without damage, and loaded with adapters."""
+"""Base models are found, refused with a reason, and quantized without damage."""
 
 import json
 import shutil
@@ -28,7 +28,9 @@ def recipe(model, **values):
 
 def test_a_missing_folder_suggests_its_neighbor(tiny_model_dir):
     wrong = tiny_model_dir.parent / (tiny_model_dir.name + "x")
-    with pytest.raises(ModelError, match=rf"no such folder; did you mean .*{tiny_model_dir.name}\?"):
+    with pytest.raises(
+        ModelError, match=rf"no such folder; did you mean .*{tiny_model_dir.name}\?"
+    ):
         locate_model(recipe(wrong))
 
 
@@ -61,7 +63,7 @@ def test_a_folder_without_config_or_of_another_kind_is_refused(tmp_path, tiny_mo
         load_config(recipe(tmp_path), str(tmp_path))
     values = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="not a causal language model .*T5"):
+    with pytest.raises(ModelError, match=r"not a causal language model .*T5"):
         load_config(recipe(tmp_path), str(tmp_path))
     values = json.loads((tiny_model_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoConfig": "x.Y"}}))

@@ -52,7 +52,9 @@ def test_bf16_error_is_that_of_bf16_inputs():
 
 def test_no_tokens_give_zero_and_a_zero_gradient():
     hidden = torch.zeros(0, 4, requires_grad=True)
-    loss = summed_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), head_of(5, 4, torch.float32))
+    loss = summed_cross_entropy(
+        hidden, torch.zeros(0, dtype=torch.long), head_of(5, 4, torch.float32)
+    )
     loss.backward()
     assert loss.item() == 0.0
 
@@ -60,5 +62,7 @@ def test_no_tokens_give_zero_and_a_zero_gradient():
 def test_reference_is_the_sum_of_negative_log_probabilities():
     logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     loss = reference(logits, torch.tensor([0, 1]), torch.nn.Identity())
-    expected = torch.log(torch.tensor(2.0)) + torch.log(torch.tensor(1.0) + torch.exp(torch.tensor(2.0)))
+    expected = torch.log(torch.tensor(2.0)) + torch.log(
+        torch.tensor(1.0) + torch.exp(torch.tensor(2.0))
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

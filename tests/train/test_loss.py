@@ -15,9 +15,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def model_of(folder, **values):
-    recipe = Recipe(
-        model=str(folder), data="d", lora_dropout=0.0, target_modules=TARGETS, **values
-    )
+    recipe = Recipe(model=str(folder), data="d", lora_dropout=0.0, target_modules=TARGETS, **values)
     torch.manual_seed(0)
     model = add_adapter(load_base(recipe, str(folder), detect_device("float32", "cpu")), recipe)
     for name, parameter in model.named_parameters():
@@ -94,7 +92,11 @@ def test_inference_keeps_the_models_own_forward_and_detach_restores_it(tiny_mode
 def test_families_that_scale_their_logits_get_the_same_loss(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    extra = {"granite": {"logits_scaling": 3.0}, "gemma2": {"head_dim": 8}, "qwen3": {"head_dim": 8}}
+    extra = {
+        "granite": {"logits_scaling": 3.0},
+        "gemma2": {"head_dim": 8},
+        "qwen3": {"head_dim": 8},
+    }
     config = AutoConfig.for_model(
         family,
         vocab_size=1000,

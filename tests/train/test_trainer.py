@@ -63,7 +63,10 @@ def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path):
     rows = examples([300, 7, 12, 9])
     trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1, micro_batch_size=4)
     batch = next(iter(trainer.get_train_dataloader()))
-    seen = {tuple(i[m.bool()].tolist()) for i, m in zip(batch["input_ids"], batch["attention_mask"])}
+    seen = {
+        tuple(i[m.bool()].tolist())
+        for i, m in zip(*(batch[k] for k in ("input_ids", "attention_mask")), strict=True)
+    }
     assert seen == {tuple(r.input_ids) for r in rows}
     assert int((batch["labels"] != IGNORE).sum()) == sum(r.trained_tokens for r in rows)
 
@@ -101,7 +104,9 @@ def test_every_adapter_element_moves_at_a_low_rate(tiny_model_dir, tmp_path):
     )
     start = {n: p.clone() for n, p in trainer.model.named_parameters() if "lora_A" in n}
     trainer.train()
-    moved = [(p != start[n]).float().mean() for n, p in trainer.model.named_parameters() if n in start]
+    moved = [
+        (p != start[n]).float().mean() for n, p in trainer.model.named_parameters() if n in start
+    ]
     assert min(moved) > 0.95
 
 

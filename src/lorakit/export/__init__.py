@@ -1,1 +1,1 @@
-"""A run directory enters; the model in the form another engine reads leaves. One row an exporter."""
+"""A run directory enters; the model in the form another engine reads leaves."""

@@ -107,9 +107,7 @@ def _logits(model: Any, ids: list[int]) -> Any:
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
-def _compare(
-    folder: Path, prompts: list[list[int]], expected: list[Any], dtype: str
-) -> MergeCheck:
+def _compare(folder: Path, prompts: list[list[int]], expected: list[Any], dtype: str) -> MergeCheck:
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -40,8 +40,8 @@ def _merged(run: RunDir, target: Path, console: Console) -> dict[str, Any]:
     records = read_validation(run.validation)
     check = export_merged(run, target, [r for r in records if isinstance(r, Conversation)])
     console.print(
-        f"{target}: {check.dtype}; over {check.positions} positions KL {check.kl_per_token:.2e} nats "
-        f"per token, same top token {check.top1_agreement:.1%}, "
+        f"{target}: {check.dtype}; over {check.positions} positions "
+        f"KL {check.kl_per_token:.2e} nats per token, same top token {check.top1_agreement:.1%}, "
         f"largest logit difference {check.largest_logit_difference:.3f}"
     )
     console.print(f"load it with: AutoModelForCausalLM.from_pretrained({str(target)!r})")

@@ -44,7 +44,10 @@ def lora_targets(config: Any) -> tuple[str | list[str], str]:
     family = getattr(config, "model_type", "")
     if family in FAMILIES:
         return list(FAMILIES[family]), f"model family {family}"
-    return "all-linear", f"model family {family or 'unknown'} is not in the table: all linear layers"
+    return (
+        "all-linear",
+        f"model family {family or 'unknown'} is not in the table: all linear layers",
+    )
 
 
 def transform_logits(config: Any, logits: Any) -> Any:

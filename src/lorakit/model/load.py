@@ -1,4 +1,4 @@
-"""A recipe or a run directory enters; a loaded base model, its tokenizer, or a tuned model leaves."""
+"""A recipe or a run directory enters; a base model, its tokenizer, or a tuned model leaves."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from lorakit.errors import DependencyError, ModelError
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import HUB_ID, demo_model_dir
-from lorakit.records import Device
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
+from lorakit.records import Device
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2,<0.51'"
@@ -38,12 +38,16 @@ def public_name(reference: str) -> str:
     """The name of a base model that may be written into files: a hub id or a folder's own name."""
     if reference == "demo":
         return HUB_ID
-    is_path = Path(reference).is_absolute() or reference.startswith((".", "~")) or Path(reference).is_dir()
+    is_path = (
+        Path(reference).is_absolute()
+        or reference.startswith((".", "~"))
+        or Path(reference).is_dir()
+    )
     return Path(reference).name if is_path else reference
 
 
 def locate_model(recipe: Recipe, folders: Sequence[Path] = (Path(),)) -> str:
-    """A local folder or a hub id for `recipe.model`; a relative path is tried under each of `folders`.
+    """A local folder or a hub id for `recipe.model`; relative paths are tried under each folder.
 
     Raises:
         ModelError: it looks like a path and no such folder exists.
@@ -60,7 +64,8 @@ def locate_model(recipe: Recipe, folders: Sequence[Path] = (Path(),)) -> str:
         names = [p.name for p in parent.iterdir() if p.is_dir()]
         near = difflib.get_close_matches(path.name, names, n=1)
         raise ModelError(
-            f"model: {reference}: no such folder" + (f"; did you mean {parent / near[0]}?" if near else ""),
+            f"model: {reference}: no such folder"
+            + (f"; did you mean {parent / near[0]}?" if near else ""),
             hint="give a folder with config.json, a hub id such as meta-llama/Llama-2-7b-chat-hf, "
             "or `demo`",
         )
@@ -107,7 +112,7 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
 
 
 def load_base(recipe: Recipe, location: str, device: Device) -> Any:
-    """The frozen base on its device: 16- or 32-bit for LoRA, NF4 with double quantization for QLoRA.
+    """The frozen base on its device: 16- or 32-bit for LoRA, NF4 for QLoRA.
 
     Raises:
         ModelError: weights missing or unreadable.
@@ -154,7 +159,9 @@ def nf4_config(device: Device) -> Any:
 
         probe = torch.zeros(64, 64, device=device.kind)
         bnb.functional.quantize_4bit(probe, quant_type="nf4")
-    except Exception as error:  # bitsandbytes raises many kinds, RuntimeError and OSError among them
+    except (
+        Exception
+    ) as error:  # bitsandbytes raises many kinds, RuntimeError and OSError among them
         raise DependencyError(
             f"method: qlora needs bitsandbytes, which does not work here: {_first_line(error)}",
             hint=f"{BITSANDBYTES_INSTALL}, or set method: lora",
@@ -221,7 +228,7 @@ def remember_biases(model: Any, before: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, so that adapters start alike and rows come in the same order."""
+    """Seed Python, NumPy and torch: adapters start alike and rows come in the same order."""
     from transformers import set_seed
 
     set_seed(seed)
@@ -238,8 +245,8 @@ def _check_all_tensors_used(model: Any, run: RunDir) -> None:
     if saved != expected:
         lost = sorted(saved ^ expected)
         raise ModelError(
-            f"{run.adapter}: {len(saved & expected)} of {len(saved)} adapter tensors match the model "
-            f"(first that does not: {lost[0]})",
+            f"{run.adapter}: {len(saved & expected)} of {len(saved)} adapter tensors match the "
+            f"model (first that does not: {lost[0]})",
             hint="the adapter belongs to another model or was damaged",
         )
 
@@ -280,7 +287,7 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
     if "gated" in text.lower() or "401" in text or "403" in text:
         return ModelError(
             f"model: {reference}: this repository is gated and this machine has no access to it",
-            hint=f"ask for access on the model's page, then log in with: hf auth login",
+            hint="ask for access on the model's page, then log in with: hf auth login",
         )
     if Path(location).is_dir():
         return ModelError(

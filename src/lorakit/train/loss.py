@@ -29,18 +29,17 @@ class SupervisedLoss(ModelOutput):
     tokens: Tensor | None = None
 
 
-class _Head(torch.nn.Module):
+class _Head:
     """The output embedding followed by the family's logit transform; D -> V."""
 
     def __init__(self, base: Any) -> None:
-        super().__init__()
-        # Kept out of the module tree: this is a view of a module that has an owner.
-        self.__dict__["base"] = base
+        self.base = base
         self.vocabulary = base.config.get_text_config().vocab_size
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.base.get_output_embeddings()(hidden)
-        return transform_logits(self.base.config.get_text_config(), logits)
+        scaled: Tensor = transform_logits(self.base.config.get_text_config(), logits)
+        return scaled
 
 
 def attach_loss(model: Any) -> str:

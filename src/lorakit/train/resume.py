@@ -81,7 +81,11 @@ def prepare_resume(run: RunDir, resolved: ResolvedRecipe, console: Console) -> P
 
 
 def write_run_files(
-    run: RunDir, resolved: ResolvedRecipe, report: dict[str, Any], plan: dict[str, Any], device: Device
+    run: RunDir,
+    resolved: ResolvedRecipe,
+    report: dict[str, Any],
+    plan: dict[str, Any],
+    device: Device,
 ) -> None:
     """recipe.yaml, data_report.json, plan.json and environment.json; no path of this machine."""
     portable = {
@@ -101,7 +105,7 @@ def write_run_files(
 
 def environment(device: Device) -> dict[str, Any]:
     """Versions and hardware of this machine, free of names and paths."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in VERSIONS:
         try:
             versions[name] = importlib.metadata.version(name)

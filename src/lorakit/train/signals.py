@@ -1,4 +1,4 @@
-"""Ctrl-C or SIGTERM enters; a flag that the training loop reads leaves. The second one ends at once."""
+"""Ctrl-C or SIGTERM enters; a flag for the training loop leaves. The second one ends at once."""
 
 from __future__ import annotations
 

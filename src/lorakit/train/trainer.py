@@ -89,7 +89,9 @@ class LoraTrainer(SFTTrainer):
         """Summed loss of this micro-batch over the supervised tokens of the whole step."""
         outputs = model(**inputs, use_cache=False)
         tokens = outputs.tokens if num_items_in_batch is None else num_items_in_batch
-        loss = outputs.loss_sum / torch.as_tensor(tokens, device=outputs.loss_sum.device).clamp(min=1)
+        loss = outputs.loss_sum / torch.as_tensor(tokens, device=outputs.loss_sum.device).clamp(
+            min=1
+        )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count spans all ranks and DDP averages gradients over them.
             loss = loss * self.accelerator.num_processes
@@ -101,7 +103,7 @@ class LoraTrainer(SFTTrainer):
         result = score(self.model, self.val, self.pad_id)
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
+        self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
@@ -246,5 +248,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 def saves_embeddings(recipe: Recipe) -> bool:
     """True when an embedding or head trains, so that its weights must travel with the adapter."""
-    names = [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    names = (
+        [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    )
     return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
