@@ -75,10 +75,7 @@ def run_bench(
     recipe = resolved.recipe
     meter = _Meter(device)
     began = time.perf_counter()
-    base = random_model(config, device, recipe.method == "qlora")
-    if recipe.gradient_checkpointing is True:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    model = add_adapter(base, recipe)
+    model = _model(config, recipe, device)
     trainable, total = count_parameters(model)
     console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
     load_seconds = time.perf_counter() - began
@@ -103,6 +100,13 @@ def run_bench(
         "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
         **_provenance(device),
     }
+
+
+def _model(config: Any, recipe: Recipe, device: Device) -> Any:
+    base = random_model(config, device, recipe.method == "qlora")
+    if recipe.gradient_checkpointing is True:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return add_adapter(base, recipe)
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""The embedded model is what its package ships, mended, whole, and free of this machine's traces."""
+"""The embedded model is what its package ships: mended, whole, free of traces of this machine."""
 
 import json
 import subprocess
