@@ -97,7 +97,7 @@ def test_bad_data_is_one_clear_error(lorakit, tmp_path, tiny_model_dir, case):
     assert expected in err
     assert "error: " in err
     assert "Traceback" not in err
-    assert not (tmp_path / "r" / "recipe.yaml").exists()
+    assert not (tmp_path / "r").exists()
 
 
 def test_bad_models_and_recipes_are_one_clear_error(lorakit, tmp_path, tiny_data):

@@ -85,6 +85,8 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     start = prepare_run(resolved, console)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     checkpoint = prepare_resume(run, start.resolved, console) if resume else None
+    if checkpoint is None:
+        run.metrics.unlink(missing_ok=True)
     write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
     write_validation(run.validation, prepared.val_conversations)
 

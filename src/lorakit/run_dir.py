@@ -80,8 +80,12 @@ class RunDir:
         return sorted(found, key=lambda p: int(p.name.split("_")[1]))
 
     def has_run(self) -> bool:
-        """True when the folder already belongs to a run (a recipe was written into it)."""
+        """True when the folder belongs to a run (a recipe was written into it)."""
         return self.recipe.exists()
+
+    def holds_work(self) -> bool:
+        """True when something would be lost by starting over: a checkpoint or an adapter."""
+        return bool(self.list_checkpoints()) or self.has_adapter()
 
     def has_adapter(self) -> bool:
         """True when training has saved its result."""

@@ -54,6 +54,26 @@ def test_an_uncached_hub_model_offline_says_what_to_do():
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("cause", "says", "hint"),
+    [
+        ("You are trying to access a gated repo. 403 Forbidden", "gated", "hf auth login"),
+        ("404 Client Error: not a valid model identifier", "no such model", "spelling"),
+        ("Connection refused", "cannot be reached", "--model demo"),
+    ],
+)
+def test_hub_failures_name_the_cause_and_the_way_out(monkeypatch, cause, says, hint):
+    import transformers
+
+    def fail(*_, **__):
+        raise OSError(cause)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=says) as caught:
+        load_config(recipe("org/name"), "org/name")
+    assert hint in caught.value.hint
+
+
 def test_a_folder_without_config_or_of_another_kind_is_refused(tmp_path, tiny_model_dir):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ModelError, match=r"no config\.json in this folder \(found: a\.txt\)"):

@@ -39,5 +39,14 @@ def test_a_terminal_gets_a_live_bar(tmp_path):
     assert "held-out loss 1.0" in stream.getvalue()
 
 
+def test_a_log_that_cannot_be_written_warns_once_and_goes_on(tmp_path):
+    stream = io.StringIO()
+    progress = TrainingProgress(Console(file=stream), RunDir(tmp_path / "none"), "cpu")
+    progress.start(0, 3)
+    for step in (1, 2, 3):
+        progress.step(row(step))
+    assert stream.getvalue().count("training goes on") == 1
+
+
 def test_memory_is_this_process():
     assert process_memory_bytes("cpu") > 50e6

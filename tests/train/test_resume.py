@@ -6,7 +6,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from lorakit.errors import RunError
+from lorakit.errors import RunError, WorkError
 from lorakit.finetune import fit
 from lorakit.hardware import detect_device
 from lorakit.recipe_file import load_recipe
@@ -24,9 +24,26 @@ def test_a_taken_folder_is_refused_and_a_derived_one_is_numbered(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     derived = load_recipe(None, [], {"model": "user/Name", "data": "d"})
     first, _ = claim_run(derived, resume=False)
+    assert not first.path.exists()  # a run that fails on its input leaves nothing behind
+    first.path.mkdir(parents=True)
+    first.recipe.write_text("x")
     second, changed = claim_run(derived, resume=False)
     assert (str(first.path), str(second.path)) == ("runs/name-lora", "runs/name-lora-2")
     assert changed.origins["output_dir"] == "derived: model and method"
+
+
+def test_a_run_that_never_reached_a_checkpoint_may_be_started_again(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "recipe.yaml").write_text("model: m\n")
+    resolved = load_recipe(None, [], {"model": "m", "data": "d", "output_dir": str(tmp_path / "r")})
+    assert claim_run(resolved, resume=False)[0].path == tmp_path / "r"
+
+
+def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    flags = {"model": "m", "data": "d", "output_dir": str(tmp_path / "file" / "run")}
+    with pytest.raises(WorkError, match="is a file"):
+        claim_run(load_recipe(None, [], flags), resume=False)
 
 
 def test_resume_needs_a_run_and_a_checkpoint(tmp_path, finish):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakit.errors import RecipeError
+from lorakit.errors import DependencyError, RecipeError
 from lorakit.hardware import detect_device
 from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base, load_tokenizer
@@ -140,6 +140,12 @@ def test_steps_cover_the_epochs():
 def test_eight_bit_optimizers_need_cuda(tmp_path):
     with pytest.raises(RecipeError, match="needs a CUDA card"):
         training_arguments(recipe(optimizer="paged_adamw_8bit"), CPU, RunDir(tmp_path), 1)
+
+
+def test_an_absent_tracker_names_its_install_line(tmp_path):
+    with pytest.raises(DependencyError, match="report_to: trackio") as caught:
+        training_arguments(recipe(report_to=["trackio"]), CPU, RunDir(tmp_path), 1)
+    assert caught.value.hint.startswith("pip install trackio")
 
 
 def test_precision_follows_the_device(tmp_path):

@@ -23,6 +23,7 @@ class TrainingProgress:
         self.run = run
         self.device = device
         self.last_line = 0.0
+        self.warned = False
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -45,7 +46,12 @@ class TrainingProgress:
     def step(self, row: dict[str, Any]) -> None:
         """Record one logged step and refresh the display."""
         row["memory_gb"] = round(process_memory_bytes(self.device) / 1e9, 2)
-        append_metrics(self.run, row)
+        try:
+            append_metrics(self.run, row)
+        except OSError as error:  # a lost line of the log is no reason to lose the run
+            if not self.warned:
+                self.note(f"metrics.jsonl cannot be written: {error.strerror}; training goes on")
+            self.warned = True
         shown = (
             f"loss {row['loss']:.3f} · {row['tokens_per_second']:,.0f} tok/s"
             f" · {row['memory_gb']:.1f} GB"

@@ -45,7 +45,7 @@ def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedR
         return RunDir(resolved.folder), resolved  # `train runs/x/recipe.yaml --resume`
     if recipe.output_dir is not None:
         run = RunDir(Path(recipe.output_dir))
-        if run.has_run() and not resume:
+        if run.holds_work() and not resume:
             raise RunError(
                 f"{run.path}: holds another run already; it is never overwritten",
                 hint="go on with --resume, or give a new name with --output",
@@ -126,7 +126,7 @@ def environment(device: Device) -> dict[str, Any]:
 def _free(stem: str) -> RunDir:
     for number in range(1, 10_000):
         run = RunDir(Path("runs") / (stem if number == 1 else f"{stem}-{number}"))
-        if not run.path.exists():
+        if not run.has_run() and not (run.path.exists() and any(run.path.iterdir())):
             return run
     raise RunError(f"runs/{stem}: 9,999 runs of this name exist", hint="name one with --output")
 
@@ -141,14 +141,16 @@ def _newest(stem: str) -> RunDir:
 
 
 def _check_writable(run: RunDir) -> None:
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    """Without creating anything yet: a run that fails on its input leaves no folder behind."""
+    place = run.path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "read-only" if place.is_dir() else "a file"
         raise WorkError(
-            f"{run.path}: cannot be created: {error.strerror}", hint="choose another --output"
-        ) from error
-    if not os.access(run.path, os.W_OK):
-        raise WorkError(f"{run.path}: cannot be written", hint="choose another --output")
+            f"{run.path}: cannot be written ({place} is {what})",
+            hint="choose another place with --output",
+        )
 
 
 def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:

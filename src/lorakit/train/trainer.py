@@ -7,6 +7,7 @@ stay float32, and checkpoints are whole or absent.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from lorakit.data.batch import collate
-from lorakit.errors import RecipeError
+from lorakit.errors import DependencyError, RecipeError
 from lorakit.recipe import Recipe
 from lorakit.records import Device, Example
 from lorakit.run_dir import RunDir
@@ -203,6 +204,12 @@ def training_arguments(
             f"optimizer: {recipe.optimizer} needs a CUDA card, this run is on {device.kind}",
             hint="set optimizer: adamw",
         )
+    for tracker in recipe.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise DependencyError(
+                f"report_to: {tracker}: the package is not installed",
+                hint=f"pip install {tracker}, or take it out of report_to",
+            )
     return SFTConfig(
         output_dir=str(run.path),
         per_device_train_batch_size=recipe.micro_batch_size,
