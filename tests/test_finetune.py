@@ -53,12 +53,12 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finish, tiny_mod
 
     outcome = finish(method)
     ours = load_run(outcome.run)
-    arguments = {"dtype": getattr(torch, ours.device.dtype)}
+    arguments = {"dtype": getattr(torch, ours.device.dtype), "device_map": {"": ours.device.kind}}
     if method == "qlora":
         arguments["quantization_config"] = nf4_config(ours.device)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, **arguments)
     plain = PeftModel.from_pretrained(base, outcome.run.adapter)
-    ids = torch.tensor([[5, 99, 1000, 7]])
+    ids = torch.tensor([[5, 99, 1000, 7]], device=ours.device.kind)
     plain.train()  # keeps bitsandbytes from repacking; dropout is then switched off by hand
     for module in plain.modules():
         if isinstance(module, torch.nn.Dropout):

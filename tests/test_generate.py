@@ -92,7 +92,7 @@ def test_the_base_is_the_model_without_its_adapter(finish, tokenizer, method):
     from transformers import AutoModelForCausalLM
 
     loaded = load_run(finish(method).run)
-    ids = torch.tensor([[5, 99, 1000, 7]])
+    ids = torch.tensor([[5, 99, 1000, 7]], device=loaded.device.kind)
     with torch.no_grad():
         tuned = loaded.model(input_ids=ids).logits
         with base_answers(loaded.model):
@@ -104,7 +104,7 @@ def test_the_base_is_the_model_without_its_adapter(finish, tokenizer, method):
         recipe = loaded.recipe
         plain = AutoModelForCausalLM.from_pretrained(
             (loaded.run.path / recipe.model).resolve(), dtype=getattr(torch, recipe.dtype)
-        )
+        ).to(loaded.device.kind)
         with torch.no_grad():
             assert torch.equal(plain(input_ids=ids).logits, base)
 

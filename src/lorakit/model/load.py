@@ -131,7 +131,8 @@ def load_base(recipe: Recipe, location: str, device: Device) -> Any:
             f"model: {recipe.model}: its weights are quantized already",
             hint="set method: qlora, or name the 16-bit original of this model",
         )
-    if device.kind != "cpu":
+    # Without a map transformers puts quantized weights on a CUDA card, if there is one.
+    if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": device.kind}
     try:
         model = AutoModelForCausalLM.from_pretrained(
