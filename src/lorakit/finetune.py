@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakit.data.prepare import Prepared, prepare, write_validation
+from lorakit.data.show import show_report
 from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
@@ -70,7 +71,11 @@ def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
     )
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
+    show_report(prepared.report, console)
     resolved, plan = _choose_checkpointing(resolved, config, device)
+    has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
+    verdict = "" if plan.fits else ": it may not fit; see --dry-run"
+    console.print(f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here{verdict}")
     return Prologue(resolved, location, device, tokenizer, prepared, plan)
 
 

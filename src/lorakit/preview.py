@@ -12,7 +12,7 @@ from rich.table import Table
 from lorakit.data.show import render_example
 from lorakit.evaluate import show
 from lorakit.finetune import Outcome, Prologue
-from lorakit.records import DataReport, MemoryPlan
+from lorakit.records import MemoryPlan
 
 SHOWN_EXAMPLES = 3
 
@@ -34,28 +34,9 @@ def show_prologue(start: Prologue, console: Console, as_json: bool) -> None:
     for key, value in start.resolved.recipe.model_dump(mode="json").items():
         table.add_row(key, json.dumps(value, ensure_ascii=False), start.resolved.origins[key])
     console.print(table)
-    show_data(start.prepared.report, console)
     show_plan(start.plan, console)
     show_examples(start.tokenizer, start.prepared.train[:SHOWN_EXAMPLES], console)
     console.print("dry run: nothing was trained")
-
-
-def show_data(report: DataReport, console: Console) -> None:
-    """One line a source, the counts, and every fault with its first rows."""
-    for source in report.sources:
-        console.print("data     " + ", ".join(f"{k} {v}" for k, v in source.items()), markup=False)
-    share = report.trained_tokens_train / max(report.tokens_train, 1)
-    console.print(
-        f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
-        f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained ({share:.0%}); "
-        f"longest {report.longest_example} of {report.cutoff_len}"
-    )
-    console.print(f"template {report.template}", markup=False)
-    for fault in report.faults:
-        rows = ", ".join(fault.first_rows)
-        console.print(
-            f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False
-        )
 
 
 def show_plan(plan: MemoryPlan, console: Console) -> None:

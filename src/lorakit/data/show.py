@@ -1,4 +1,4 @@
-"""One example enters; a text leaves in which trained tokens stand between ⟦ and ⟧.
+"""An example or a report enters; text leaves, trained tokens standing between ⟦ and ⟧.
 
 Color only repeats what the brackets say, so that a pipe or a color-blind reader loses nothing.
 """
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
-from lorakit.records import IGNORE, Example
+from lorakit.records import IGNORE, DataReport, Example
 
 TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
 
@@ -46,3 +47,21 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     if str(first).startswith("▁") and not text.startswith(" "):
         return " " + text
     return text
+
+
+def show_report(report: DataReport, console: Console) -> None:
+    """One line a source, the counts, and every fault with its first rows."""
+    for source in report.sources:
+        console.print("data     " + ", ".join(f"{k} {v}" for k, v in source.items()), markup=False)
+    share = report.trained_tokens_train / max(report.tokens_train, 1)
+    console.print(
+        f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
+        f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained ({share:.0%}); "
+        f"longest {report.longest_example} of {report.cutoff_len}"
+    )
+    console.print(f"template {report.template}", markup=False)
+    for fault in report.faults:
+        rows = ", ".join(fault.first_rows)
+        console.print(
+            f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False
+        )
