@@ -2,11 +2,12 @@
 
 import io
 import json
+import sys
 
 from rich.console import Console
 
 from lorakit.finetune import Outcome, prepare_run
-from lorakit.preview import show_outcome, show_prologue
+from lorakit.preview import program, show_outcome, show_prologue
 from lorakit.run_dir import RunDir
 
 
@@ -31,12 +32,21 @@ def test_outcome_names_the_next_commands(finish):
     console = Console(record=True, width=100, file=io.StringIO())
     outcome = finish()
     show_outcome(outcome, console, next_steps=True)
-    text = console.export_text().replace("\n", "")
+    text = console.export_text()
     for command in ("chat", "eval", "export"):
-        assert f"lorakit {command} {outcome.run.path}".replace("\n", "") in text
+        assert f"lorakit {command} {outcome.run.path}" in text
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
     show_outcome(Outcome(RunDir(tmp_path), 7, 1.0, 1.0, None, 130), console, next_steps=True)
     assert f"lorakit train {tmp_path}/recipe.yaml --resume" in console.export_text()
+
+
+def test_commands_are_shown_as_they_can_be_typed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv" / "bin" / "lorakit")])
+    monkeypatch.setenv("PATH", "")
+    assert program() == ".venv/bin/lorakit"
+    monkeypatch.setattr(sys, "argv", ["/x/pytest"])
+    assert program() == "lorakit"

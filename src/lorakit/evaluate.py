@@ -83,7 +83,8 @@ def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> 
 
 def show(result: EvalResult, console: Console) -> None:
     """Print the scores and the answers side by side."""
-    scores = Table(title=f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)")
+    console.print(f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)", markup=False)
+    scores = Table()
     for column in ("", "loss", "perplexity"):
         scores.add_column(column, justify="right" if column else "left")
     for name, value in (("base", result.base), ("tuned", result.tuned)):

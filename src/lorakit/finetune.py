@@ -63,7 +63,7 @@ def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
     device = detect_device(recipe.dtype)
     console.print(f"device   {device.name} ({device.reasons['kind']})")
     console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
-    location = locate_model(recipe, folders)
+    location = locate_model(recipe, folders, console.print)
     config = load_config(recipe, location)
     resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)
     console.print(

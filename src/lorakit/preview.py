@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +68,9 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
     run = outcome.run.path
     if outcome.exit_code:
         console.print(f"stopped after step {outcome.steps}; a checkpoint was saved")
-        console.print(f"go on with: lorakit train {outcome.run.recipe} --resume")
+        console.print(
+            f"go on with: {program()} train {outcome.run.recipe} --resume", soft_wrap=True
+        )
         return
     if outcome.evaluation:
         show(outcome.evaluation, console)
@@ -76,6 +81,13 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
     console.print(f"metrics  {outcome.run.metrics}")
     if next_steps:
         console.print("next:")
-        console.print(f"  lorakit chat {run}", soft_wrap=True)
-        console.print(f"  lorakit eval {run} --data FILE.jsonl", soft_wrap=True)
-        console.print(f"  lorakit export {run} --to merged", soft_wrap=True)
+        console.print(f"  {program()} chat {run}", soft_wrap=True)
+        console.print(f"  {program()} eval {run} --data FILE.jsonl", soft_wrap=True)
+        console.print(f"  {program()} export {run} --to merged", soft_wrap=True)
+
+
+def program() -> str:
+    """What to type for this program here: its name if the shell finds it, else the path used."""
+    if shutil.which("lorakit") or not sys.argv[0].endswith("lorakit"):
+        return "lorakit"
+    return os.path.relpath(sys.argv[0])

@@ -7,7 +7,9 @@ copy is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -119,6 +121,12 @@ def _from_hub(first: BaseException, say: Progress) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Rebuild model and tokenizer from the GGUF file and mend what the loader gets wrong."""
+    # The GGUF reader draws progress bars of its own; ours is one line.
+    with contextlib.redirect_stderr(io.StringIO()):
+        _convert(gguf, folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from lorakit.errors import DependencyError, ModelError
 from lorakit.hardware import detect_device
-from lorakit.model.embedded import HUB_ID, demo_model_dir
+from lorakit.model.embedded import HUB_ID, Progress, demo_model_dir
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import Device
@@ -46,7 +46,9 @@ def public_name(reference: str) -> str:
     return Path(reference).name if is_path else reference
 
 
-def locate_model(recipe: Recipe, folders: Sequence[Path] = (Path(),)) -> str:
+def locate_model(
+    recipe: Recipe, folders: Sequence[Path] = (Path(),), say: Progress | None = None
+) -> str:
     """A local folder or a hub id for `recipe.model`; relative paths are tried under each folder.
 
     Raises:
@@ -54,7 +56,7 @@ def locate_model(recipe: Recipe, folders: Sequence[Path] = (Path(),)) -> str:
     """
     reference = recipe.model
     if reference == "demo":
-        return str(demo_model_dir(offline=recipe.offline))
+        return str(demo_model_dir(say, recipe.offline))
     path = Path(reference).expanduser()
     for folder in folders:
         if (folder / path).is_dir():
