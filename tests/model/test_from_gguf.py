@@ -28,7 +28,7 @@ def test_it_answers_a_plain_question(demo_model, tokenizer):
 
 
 # Ids that llama.cpp's own tokenizer gives for these texts on the same GGUF file (xllamacpp
-# 2026.10.11549). All of 60 Python files and 1,490 random texts agreed; these are the telling kinds.
+# 2026.10.11549). All of 50 Python files and 1,500 random texts agreed; these are the telling kinds.
 LLAMA_CPP_IDS = {
     "x =  512": [104, 446, 256, 37, 33, 34],
     "a\n    12\n": [81, 2367, 33, 34, 198],
