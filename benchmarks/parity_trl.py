@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -72,17 +71,15 @@ def trl_side(base, rows, steps, seed, folder):
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer
     )
-    began = time.perf_counter()
     trainer.train()
     trainer.save_model(folder)
-    return time.perf_counter() - began
 
 
 def lorakit_side(rows_file, steps, seed, folder):
     """The same job as a recipe."""
     values = {**SETTINGS, "max_steps": steps, "seed": seed, "val_size": 0, "save_every": 10**6}
     flags = {"model": "demo", "data": str(rows_file), "method": "lora", "output_dir": folder}
-    return fit(load_recipe(None, [], {**flags, **values}), Console(stderr=True)).train_seconds
+    fit(load_recipe(None, [], {**flags, **values}), Console(stderr=True))
 
 
 @torch.no_grad()
@@ -122,8 +119,8 @@ def main():
         train_file = Path(folder) / "train.jsonl"
         train_file.write_text("\n".join(lines[: a.rows]) + "\n", encoding="utf-8")
         ours, theirs = f"{folder}/lorakit", f"{folder}/trl"
-        ours_seconds = lorakit_side(train_file, a.steps, a.seed, ours)
-        trl_seconds = trl_side(base, rows[: a.rows], a.steps, a.seed, theirs)
+        lorakit_side(train_file, a.steps, a.seed, ours)
+        trl_side(base, rows[: a.rows], a.steps, a.seed, theirs)
         held = rows[a.rows :]
         losses = {
             "base": neutral_loss(base, None, held),
@@ -138,7 +135,6 @@ def main():
         "method": "lora",
         "held_out_loss": losses,
         "relative_difference": abs(losses["lorakit"] / losses["trl"] - 1),
-        "train_seconds": {"lorakit": round(ours_seconds, 1), "trl": round(trl_seconds, 1)},
         "steps": a.steps,
         "rows": a.rows,
         "held_out_rows": a.held_out,

@@ -24,8 +24,8 @@ def model(tiny_model_dir):
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_score_is_the_mean_over_all_trained_tokens(model, batch_size):
+@pytest.mark.parametrize("batch_tokens", [1, 20, 4096])
+def test_score_is_the_mean_over_all_trained_tokens(model, batch_tokens):
     loss, tokens = 0.0, 0
     with torch.no_grad():
         for row in rows():
@@ -35,7 +35,7 @@ def test_score_is_the_mean_over_all_trained_tokens(model, batch_size):
                     loss -= log_p[i - 1, label].item()
                     tokens += 1
     model.train()
-    result = score(model, rows(), pad_id=0, batch_size=batch_size)
+    result = score(model, rows(), pad_id=0, batch_tokens=batch_tokens)
     assert result.tokens == tokens == sum(r.trained_tokens for r in rows())
     assert result.loss == pytest.approx(loss / tokens, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-4)

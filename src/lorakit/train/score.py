@@ -15,19 +15,26 @@ from lorakit.data.batch import collate
 from lorakit.records import EvalScore, Example
 from lorakit.train.loss import attach_loss, base_of, detach_loss
 
+# Two rows of the default cutoff_len; without gradients that is less memory than training takes.
+BATCH_TOKENS = 4096
+
 
 @torch.no_grad()
 def score(
     model: Any,
     examples: Sequence[Example],
     pad_id: int,
-    batch_size: int = 8,
+    batch_tokens: int = BATCH_TOKENS,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EvalScore:
     """Token-weighted negative log-likelihood of `examples` under `model`, in nats.
 
-    Examples are scored longest first in batches of equal lengths, so that memory peaks at the start
-    and little is spent on padding. The model's mode is restored.
+    Examples are scored longest first in batches of similar lengths, so that memory peaks at the
+    start and little is spent on padding. The model's mode is restored.
+
+    Args:
+        batch_tokens: padded tokens that go through the model at once (one example at least).
+        on_batch: called with the number of examples done and their total.
     """
     attached = "forward" in base_of(model).__dict__
     if not attached:
@@ -37,14 +44,17 @@ def score(
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
     loss, tokens = 0.0, 0
     try:
-        for start in range(0, len(order), batch_size):
-            rows = [examples[i] for i in order[start : start + batch_size]]
+        start = 0
+        while start < len(order):
+            size = max(1, batch_tokens // len(examples[order[start]].input_ids))
+            rows = [examples[i] for i in order[start : start + size]]
             batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
             out = model(**batch, use_cache=False)
             loss += float(out.loss_sum)
             tokens += int(out.tokens)
+            start += len(rows)
             if on_batch:
-                on_batch(start + len(rows), len(order))
+                on_batch(start, len(order))
     finally:
         model.train(was_training)
         if not attached:
