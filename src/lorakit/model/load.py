@@ -244,7 +244,9 @@ def _check_all_tensors_used(model: Any, run: RunDir) -> None:
 
     with safe_open(str(run.adapter / ADAPTER_WEIGHTS), framework="pt") as file:
         saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(model))
+    # Said outright: left to itself peft asks the hub whether the base's vocabulary was resized.
+    embeddings = any("embed_tokens" in name or "lm_head" in name for name in saved)
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=embeddings))
     if saved != expected:
         lost = sorted(saved ^ expected)
         raise ModelError(
