@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 IGNORE = -100
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +34,32 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    `extra` holds the other keys that chat templates read, as the row has them: `tool_calls`,
+    `tool_call_id`, `name`, `reasoning_content`. `train: False` leaves one answer out of the loss.
+    """
 
     role: Role
     content: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    train: bool = True
 
-    def as_dict(self) -> dict[str, str]:
-        """The `{"role", "content"}` form that chat templates take."""
-        return {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        """The `{"role", "content", ...}` form that chat templates take."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in order: an optional system turn, then user and assistant turns."""
+    """Turns in order: an optional system turn, then user, assistant and tool turns.
+
+    `tools` are the JSON schemas of the functions the model may call, as chat templates take them.
+    """
 
     messages: tuple[Message, ...]
     origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
