@@ -38,6 +38,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_moe": _ATTENTION,
 }
 
+# Decoder layers of Llama's shape, which `fast_layer.py` computes by hand (and a probe confirms).
+FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"}
+
 
 def lora_targets(config: Any) -> tuple[str | list[str], str]:
     """Target modules for `target_modules: auto`, and the reason in a few words."""

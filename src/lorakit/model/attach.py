@@ -1,0 +1,154 @@
+"""A PEFT model enters; the same model leaves with its decoder layers on the fast path, verified.
+
+Nothing is patched beyond this one instance: its modules, parameters and their names stay, so
+adapters are saved by PEFT as ever. A call the fast path does not serve (generation with a cache,
+adapters switched off or merged) goes through the model's own layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.model.attention import Segments
+from lorakit.model.families import FAST_FAMILIES
+from lorakit.model.fast_layer import FastLayer, Keep, Pass
+from lorakit.model.lora_group import Scratch, Unsupported, refresh
+from lorakit.ops.backend import has_kernels, kernels_reason
+from lorakit.ops.hash_mask import draw_keys
+
+# Relative difference of hidden states on the probe; bf16 runs of one model differ by about 0.5%.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+PROBE_TOKENS = 32
+
+
+@dataclass
+class Engine:
+    """The fast path of one model: its layers, and the decoder around them."""
+
+    decoder: Any
+    layers: list[FastLayer]
+    scratch: Scratch = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> list[Any]:
+        return [group for layer in self.layers for group in layer.groups]
+
+    def keep(self, levels: list[Keep]) -> None:
+        """Choose what each layer keeps for backward."""
+        for layer, level in zip(self.layers, levels, strict=True):
+            layer.keep = level
+
+    def serves(self, length: int) -> bool:
+        """True where the fast path computes what the model would: adapters on, window not hit."""
+        if any(layer.window and length > layer.window for layer in self.layers):
+            return False
+        return not any(_switched_off(module) for module in self._adapted_modules())
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor | None, segments: Segments | None
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
+        training = self.decoder.training
+        refresh(self.groups, training)
+        hidden = self.decoder.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        cos, sin = self.decoder.rotary_emb(hidden, position_ids=position_ids)
+        masks = max((layer.masks for layer in self.layers), default=0)
+        keys = None
+        if training and masks:
+            keys = draw_keys(len(self.layers) * masks, hidden.device)
+            keys = keys.view(len(self.layers), masks, 2)
+        call = Pass(cos, sin, segments, keys, training)
+        for layer in self.layers:
+            hidden = layer(hidden, call)
+        return self.decoder.norm(hidden)
+
+    def detach(self) -> None:
+        """Give every module a weight of its own again, as savers expect."""
+        for group in self.groups:
+            group.unmerge()
+
+    def _adapted_modules(self) -> list[Any]:
+        attention = self.decoder.layers[0].self_attn
+        return [m for m in attention.children() if hasattr(m, "lora_A")]
+
+
+def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:
+    """(engine, path) for the transformers model inside a PEFT model; None where it is not served.
+
+    The engine's hidden states are compared with the model's own on a probe, so an architecture that
+    looks like Llama and computes something else is refused, with the reason in `path`.
+    """
+    config = base.config.get_text_config()
+    if config.model_type not in FAST_FAMILIES:
+        return None, f"model family {config.model_type}: no fast path"
+    decoder = base.get_decoder()
+    scratch: Scratch = {}
+    try:
+        _check_shape(decoder, config)
+        layers = [FastLayer(x, i, config, scratch) for i, x in enumerate(decoder.layers)]
+    except (Unsupported, AttributeError) as error:
+        return None, f"{error}: PEFT's own layers"
+    engine = Engine(decoder, layers, scratch)
+    for group in engine.groups:
+        group.merge()
+    difference = _probe(engine, base)
+    tolerance = TOLERANCE[layers[0].qkv.kind]
+    if not difference < tolerance:
+        engine.detach()
+        return None, f"the probe differs by {difference:.1%} from the model's own: its own layers"
+    return engine, (
+        f"{len(layers)} fused layers, {kernels_reason(device_kind)}; "
+        f"probe differs by {difference:.2%} from the model's own"
+    )
+
+
+def _check_shape(decoder: Any, config: Any) -> None:
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for layer in decoder.layers:
+        extra = {n for n, m in layer.named_children() if any(True for _ in m.parameters())} - known
+        if extra:
+            raise Unsupported(f"its layers have {', '.join(sorted(extra))}")
+        parts = {n for n, m in layer.self_attn.named_children() if any(True for _ in m.parameters())}
+        if not projections <= parts <= projections | {"q_norm", "k_norm"}:
+            raise Unsupported("its attention has other parts")
+    if getattr(config, "attention_dropout", 0.0):
+        raise Unsupported("attention dropout")
+
+
+@torch.no_grad()
+def _probe(engine: Engine, base: Any) -> float:
+    """Relative difference |ours - own| / |own| of the last hidden states on a few tokens."""
+    config = base.config.get_text_config()
+    device = engine.decoder.embed_tokens.weight.device
+    ids = (torch.arange(PROBE_TOKENS, device=device).unsqueeze(0) * 7919 + 13) % config.vocab_size
+    was_training = base.training
+    base.eval()
+    try:
+        own = engine.decoder(input_ids=ids, use_cache=False)[0].float()
+        ours = engine(ids, None, None).float()
+    finally:
+        base.train(was_training)
+    return float((ours - own).norm() / own.norm())
+
+
+def _switched_off(module: Any) -> bool:
+    return bool(module.merged or module.disable_adapters or "default" not in module.active_adapters)
+
+
+def segments_of(lengths: list[int], device: torch.device) -> Segments:
+    """Borders of documents of these lengths in one row."""
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Segments(borders.to(device), max(lengths), tuple(lengths))
+
+
+def uses_kernels(engine: Engine) -> bool:
+    """True where the engine runs Triton kernels."""
+    return has_kernels(engine.decoder.embed_tokens.weight)

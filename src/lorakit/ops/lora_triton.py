@@ -1,0 +1,157 @@
+"""The masked products of `lora.py` as Triton kernels: dropout masks live in registers only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorakit.ops.hash_mask import threshold
+from lorakit.ops.hash_mask_triton import keeps, load_key
+
+# Sizes and stages were chosen on an H100 (benchmarks/kernels.py).
+DOWN = {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+INPUT_GRAD = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
+A_GRAD = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+A_GRAD_SPLITS = 8
+
+
+def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
+    """See `lora.lora_down`."""
+    rows, width = x.shape
+    modules = len(keys)
+    rank = a.shape[0] // modules
+    out = torch.empty(rows, modules * rank, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(rows, DOWN["BLOCK_M"]), modules)
+    _down_kernel[grid](
+        x, a, keys, out, rows, width, x.stride(0), threshold(p),
+        RANK=rank, BLOCK_R=_block_r(rank), **DOWN,
+    )  # fmt: skip
+    return out
+
+
+def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
+    """See `lora.lora_input_grad_`."""
+    rows, width = dx.shape
+    modules = len(keys)
+    rank = a.shape[0] // modules
+    grid = (triton.cdiv(rows, INPUT_GRAD["BLOCK_M"]), triton.cdiv(width, INPUT_GRAD["BLOCK_K"]))
+    _input_grad_kernel[grid](
+        dx, ds, a, keys, rows, width, dx.stride(0), ds.stride(0), threshold(p),
+        MODULES=modules, RANK=rank, BLOCK_R=_block_r(rank), **INPUT_GRAD,
+    )  # fmt: skip
+    return dx
+
+
+def lora_a_grad_triton(ds: Tensor, x: Tensor, keys: Tensor, p: float) -> Tensor:
+    """See `lora.lora_a_grad`, without its factor. Partial sums are added in a fixed order."""
+    rows, width = x.shape
+    modules = len(keys)
+    rank = ds.shape[1] // modules
+    partial = torch.empty(
+        A_GRAD_SPLITS, modules * rank, width, dtype=torch.float32, device=x.device
+    )
+    chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), A_GRAD["BLOCK_M"]) * A_GRAD["BLOCK_M"]
+    grid = (triton.cdiv(width, A_GRAD["BLOCK_K"]), modules, A_GRAD_SPLITS)
+    _a_grad_kernel[grid](
+        ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
+        modules * rank, RANK=rank, BLOCK_R=_block_r(rank), **A_GRAD,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+def _block_r(rank: int) -> int:
+    """The rank as the matrix units take it: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _down_kernel(  # type: ignore[no-untyped-def]
+    x, a, keys, out, rows, width, x_stride, threshold,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    module = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank = tl.arange(0, BLOCK_R)
+    first, second = load_key(keys, module)
+    limit = threshold.to(tl.uint32)
+    total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        tile = tl.load(x + place, mask=inside, other=0.0)
+        index = (row[:, None].to(tl.uint32) * width.to(tl.uint32)) + column[None, :].to(tl.uint32)
+        tile = tl.where(keeps(index, first, second, limit), tile, 0.0).to(tile.dtype)
+        factor = tl.load(
+            a + (module * RANK + rank)[None, :] * width + column[:, None],
+            mask=(rank < RANK)[None, :] & (column < width)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(tile, factor, total, input_precision="ieee")
+    modules = tl.num_programs(1)
+    place = row.to(tl.int64)[:, None] * (modules * RANK) + module * RANK + rank[None, :]
+    inside = (row < rows)[:, None] & (rank < RANK)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _input_grad_kernel(  # type: ignore[no-untyped-def]
+    dx, ds, a, keys, rows, width, dx_stride, ds_stride, threshold,
+    MODULES: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    limit = threshold.to(tl.uint32)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    index = (row[:, None].to(tl.uint32) * width.to(tl.uint32)) + column[None, :].to(tl.uint32)
+    place = row.to(tl.int64)[:, None] * dx_stride + column[None, :]
+    total = tl.load(dx + place, mask=inside, other=0.0).to(tl.float32)
+    for module in tl.static_range(MODULES):
+        first, second = load_key(keys, module)
+        left = tl.load(
+            ds + row.to(tl.int64)[:, None] * ds_stride + module * RANK + rank[None, :],
+            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            a + (module * RANK + rank)[:, None] * width + column[None, :],
+            mask=(rank < RANK)[:, None] & (column < width)[None, :],
+            other=0.0,
+        )
+        part = tl.dot(left, right, input_precision="ieee")
+        total += tl.where(keeps(index, first, second, limit), part, 0.0)
+    tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _a_grad_kernel(  # type: ignore[no-untyped-def]
+    ds, x, keys, partial, rows, width, ds_stride, x_stride, chunk, threshold, total_rank,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    module = tl.program_id(1)
+    split = tl.program_id(2)
+    rank = tl.arange(0, BLOCK_R)
+    first, second = load_key(keys, module)
+    limit = threshold.to(tl.uint32)
+    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    end = tl.minimum(rows, (split + 1) * chunk)
+    for start in range(split * chunk, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        inside = (row < end)[:, None] & (column < width)[None, :]
+        place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        tile = tl.load(x + place, mask=inside, other=0.0)
+        index = (row[:, None].to(tl.uint32) * width.to(tl.uint32)) + column[None, :].to(tl.uint32)
+        tile = tl.where(keeps(index, first, second, limit), tile, 0.0).to(tile.dtype)
+        left = tl.load(
+            ds + row.to(tl.int64)[None, :] * ds_stride + module * RANK + rank[:, None],
+            mask=(row < end)[None, :] & (rank < RANK)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, tile, total, input_precision="ieee")
+    place = (split * total_rank + module * RANK + rank)[:, None] * width + column[None, :]
+    tl.store(partial + place, total, mask=(rank < RANK)[:, None] & (column < width)[None, :])
