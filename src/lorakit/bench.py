@@ -29,6 +29,7 @@ from lorakit.recipe import Recipe
 from lorakit.recipe_file import ResolvedRecipe, load_recipe
 from lorakit.records import IGNORE, Device, Example, Origin
 from lorakit.run_dir import RunDir
+from lorakit.train.loss import Attached
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import environment
 from lorakit.train.signals import StopRequest
@@ -79,7 +80,7 @@ def run_bench(
     trainable, total = count_parameters(model)
     console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
     load_seconds = time.perf_counter() - began
-    seconds, loss_path = _train(model, recipe, device, config, meter, console)
+    seconds, attached = _train(model, recipe, device, config, meter, console)
     tokens = recipe.examples_per_step * seq
     timed = seconds[min(UNTIMED_STEPS, len(seconds) // 2) :]
     return {
@@ -96,23 +97,21 @@ def run_bench(
         "tokens_per_step": tokens,
         "seq": seq,
         "trainable_parameters": trainable,
-        "loss_path": loss_path,
+        "layers": attached.layers,
+        "loss": attached.loss,
         "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
         **_provenance(device),
     }
 
 
 def _model(config: Any, recipe: Recipe, device: Device) -> Any:
-    base = random_model(config, device, recipe.method == "qlora")
-    if recipe.gradient_checkpointing is True:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    return add_adapter(base, recipe)
+    return add_adapter(random_model(config, device, recipe.method == "qlora"), recipe)
 
 
 def _train(
     model: Any, recipe: Recipe, device: Device, config: Any, meter: _Meter, console: Console
-) -> tuple[list[float], str]:
-    """Seconds of each optimizer step, and the loss path taken."""
+) -> tuple[list[float], Attached]:
+    """Seconds of each optimizer step, and the paths taken."""
     clock = _Clock(device)
     count = (recipe.max_steps or 1) * recipe.examples_per_step
     examples = _random_examples(count, recipe.cutoff_len, config.vocab_size)
@@ -125,7 +124,7 @@ def _train(
         trainer.add_callback(clock)
         trainer.args.save_strategy = "no"
         trainer.train()
-    return clock.seconds, trainer.loss_path
+    return clock.seconds, trainer.attached
 
 
 def _provenance(device: Device) -> dict[str, Any]:

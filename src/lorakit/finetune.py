@@ -97,8 +97,6 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
     seed_everything(recipe.seed)
     base = load_base(recipe, start.location, device)
-    if recipe.gradient_checkpointing is True:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
@@ -117,7 +115,8 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
             progress,
             stop,
         )
-        console.print(f"loss     {trainer.loss_path}")
+        console.print(f"layers   {trainer.attached.layers}")
+        console.print(f"loss     {trainer.attached.loss}")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:

@@ -78,6 +78,8 @@ SYNONYMS: dict[str, str] = {
     "fp16": "dtype",
     "torch_dtype": "dtype",
     "train_on_inputs": "train_on",
+    "sample_packing": "packing",
+    "padding_free": "packing",
     "column_mapping": "columns",
 }
 
@@ -175,6 +177,13 @@ class Recipe(BaseModel):
         "auto",
         description="Recompute activations in backward: less memory, about a third slower. "
         "`auto`: on a GPU when the plan needs it.",
+    )
+    packing: bool = Field(
+        True,
+        description="Lay the examples of a step out without padding; each sees only itself.",
+    )
+    engine: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: lorakit's fast layers where they are verified. `off`: PEFT's."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."

@@ -53,6 +53,14 @@ def lora_targets(config: Any) -> tuple[str | list[str], str]:
     )
 
 
+def changes_logits(config: Any) -> bool:
+    """Whether `transform_logits` does anything for this family."""
+    import torch
+
+    probe = torch.tensor([1.0, -2.0])
+    return not torch.equal(transform_logits(config, probe), probe)
+
+
 def transform_logits(config: Any, logits: Any) -> Any:
     """What some families do to logits after the head: soft caps and scales.
 
