@@ -1,6 +1,6 @@
 """Where one micro-batch's time goes on a card: the kernels by their total, and the launch time.
 
-    python benchmarks/profile_step.py --shape llama-2-7b --method lora --layers 8 --rows 1
+python benchmarks/profile_step.py --shape llama-2-7b --method lora --layers 8 --rows 1
 """
 
 import argparse
@@ -79,8 +79,10 @@ def main():
     ]
     rows = [r for r in sorted(rows, reverse=True) if "Backward" not in r[2] and "##" not in r[2]]
     total = sum(r[0] for r in rows)
-    print(f"first {first:.1f} s; wall {wall * 1e3:.2f} ms, launched in {launched * 1e3:.2f} ms, "
-          f"kernels {total:.2f} ms, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(
+        f"first {first:.1f} s; wall {wall * 1e3:.2f} ms, launched in {launched * 1e3:.2f} ms, "
+        f"kernels {total:.2f} ms, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    )
     for ms, count, name in rows[:38]:
         print(f"{ms:8.3f} ms {count:5d} x {1e3 * ms / count:8.1f} us  {name[:110]}")
     if a.output:

@@ -16,8 +16,7 @@ def test_values_and_gradients_are_those_of_autograd(rows, width, rank, modules, 
     x = torch.randn(rows, width, dtype=kind, requires_grad=True)
     a = torch.randn(modules * rank, width, dtype=kind, requires_grad=True)
     masks = [
-        keep_mask(keys[i], rows, width, p) if p else torch.ones(rows, width)
-        for i in range(modules)
+        keep_mask(keys[i], rows, width, p) if p else torch.ones(rows, width) for i in range(modules)
     ]
     parts = [(x * m.to(kind)) @ own.t() for m, own in zip(masks, a.chunk(modules), strict=True)]
     s = torch.cat(parts, 1)

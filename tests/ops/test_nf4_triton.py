@@ -17,9 +17,7 @@ def test_bits_are_equal(kernel_device, shape, kind):
         pytest.skip("Triton's interpreter cuts bfloat16 off where a card rounds")
     torch.manual_seed(0)
     weight = torch.randn(shape, device=kernel_device, dtype=kind)
-    packed, state = bnb.functional.quantize_4bit(
-        weight, quant_type="nf4", compress_statistics=True
-    )
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     found = dequantize_nf4_triton(
         packed, state, torch.full(shape, float("nan"), dtype=kind, device=kernel_device)
     )

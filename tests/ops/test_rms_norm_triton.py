@@ -26,4 +26,6 @@ def test_kernels_equal_the_definition(kernel_device, rows, width, offset, kind):
     for past in (None, residual):
         ours = rms_norm_backward_triton(dy, x, w, rstd, offset, past)
         definition = rms_norm_backward_reference(dy, x, w, rstd, offset, past)
-        torch.testing.assert_close(ours, definition, rtol=4 * TOLERANCE[kind], atol=4 * TOLERANCE[kind])
+        torch.testing.assert_close(
+            ours, definition, rtol=4 * TOLERANCE[kind], atol=4 * TOLERANCE[kind]
+        )

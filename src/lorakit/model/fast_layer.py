@@ -75,9 +75,7 @@ class FastLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.number, self.keep = number, Keep.ALL
         self.head, self.scale = attention.head_dim, attention.scaling
-        self.qkv = LoraGroup(
-            "qkv", [attention.q_proj, attention.k_proj, attention.v_proj], scratch
-        )
+        self.qkv = LoraGroup("qkv", [attention.q_proj, attention.k_proj, attention.v_proj], scratch)
         self.o = LoraGroup("o", [attention.o_proj], scratch)
         self.gate_up = LoraGroup("gate_up", [mlp.gate_proj, mlp.up_proj], scratch)
         self.down = LoraGroup("down", [mlp.down_proj], scratch)
@@ -141,9 +139,7 @@ class FastLayer:
         """dqkv [M, N] from the gradient of attention's output [B, T, H, d]."""
         dq, dk, dv = torch.autograd.grad(kept.out, (kept.q, kept.k, kept.v), dout)
         batch, length = dq.shape[:2]
-        dqkv = torch.empty(
-            batch * length, self.qkv.outputs, dtype=dq.dtype, device=dq.device
-        )
+        dqkv = torch.empty(batch * length, self.qkv.outputs, dtype=dq.dtype, device=dq.device)
         wide = dqkv.view(batch, length, -1, self.head)
         parts = wide.split([size // self.head for size in self.qkv.sizes], dim=2)
         parts[2].copy_(dv)
@@ -289,9 +285,7 @@ def _backward_mlp(
     del h, dh
     drop = layer.dropout(layer.gate_up, call)
     ds, dh2 = layer.gate_up.input_grad(dgate_up, weights[layer.gate_up], drop)
-    of_gate_up = layer.gate_up.factor_grads(
-        dgate_up, ds, h2, saved.s["gate_up"], drop, training
-    )
+    of_gate_up = layer.gate_up.factor_grads(dgate_up, ds, h2, saved.s["gate_up"], drop, training)
     norm = layer.norms[1]
     dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=dout)
     return dmid, [*of_gate_up, *of_down]

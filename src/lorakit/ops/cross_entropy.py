@@ -33,7 +33,7 @@ def summed_cross_entropy(
 
     Args:
         hidden: [N, D] hidden states of the positions that predict `targets`.
-        targets: [N] token ids; IGNORE is not allowed here.
+        targets: [N] token ids; negative ones count nothing (padding to a fixed size).
         head: maps [n, D] to logits [n, V]. Where its attribute `frozen_weight` [V, D] says that it
             is that product and nothing else, the gradient is made along with the loss; otherwise it
             may hold trainable parameters, and each chunk is recomputed in backward.
@@ -56,7 +56,8 @@ def summed_cross_entropy(
 
 def reference(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     """The definition: all logits at once, in float32."""
-    return functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    logits = head(hidden).float()
+    return functional.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -100,11 +101,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
 def cross_entropy_reference_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """The definition of `cross_entropy_`."""
     log_p = functional.log_softmax(logits.float(), -1)
-    loss = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    counts = (targets >= 0).float()
+    chosen = targets.clamp(min=0).unsqueeze(1)
+    loss = -log_p.gather(1, chosen).squeeze(1) * counts
     if gradient:
-        dz = log_p.exp_()
-        dz.scatter_add_(1, targets.unsqueeze(1), torch.full_like(loss, -1.0).unsqueeze(1))
-        logits.copy_(dz)
+        dz = log_p.exp_().scatter_add_(1, chosen, -torch.ones_like(loss).unsqueeze(1))
+        logits.copy_(dz * counts.unsqueeze(1))
     return loss
 
 

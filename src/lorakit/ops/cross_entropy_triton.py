@@ -37,12 +37,13 @@ def _kernel(  # type: ignore[no-untyped-def]
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
         top = new_top
     norm = top + tl.log(total)
-    chosen = tl.load(start_of_row + target).to(tl.float32)
-    tl.store(loss + row, norm - chosen)
+    counts = tl.where(target >= 0, 1.0, 0.0)
+    chosen = tl.load(start_of_row + tl.maximum(target, 0)).to(tl.float32)
+    tl.store(loss + row, (norm - chosen) * counts)
     if GRADIENT:
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < width
             z = tl.load(start_of_row + column, mask=inside, other=-float("inf")).to(tl.float32)
-            dz = tl.exp(z - norm) - tl.where(column == target, 1.0, 0.0)
+            dz = (tl.exp(z - norm) - tl.where(column == target, 1.0, 0.0)) * counts
             tl.store(start_of_row + column, dz.to(logits.dtype.element_ty), mask=inside)

@@ -1,8 +1,8 @@
 """A PEFT model and a micro-batch enter; the summed loss over supervised tokens leaves.
 
 `attach_loss` gives one model instance a forward that, when targets are present, runs the decoder
-(the engine's, where it serves), takes the hidden states of supervised positions and applies the head
-to those alone. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on a
+(the engine's, where it serves), takes the hidden states of supervised positions and applies the
+head to those alone. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on a
 prompt-heavy batch most of that is wasted. What is attached is checked against the model's own
 logits first, and left out where they differ.
 """
@@ -25,10 +25,9 @@ from lorakit.ops.cross_entropy import summed_cross_entropy
 
 @dataclass
 class SupervisedLoss(ModelOutput):
-    """`loss_sum`: nats over `tokens` supervised tokens; divide by the whole step's count."""
+    """`loss_sum`: nats over the micro-batch's supervised tokens; divide by the step's count."""
 
     loss_sum: Tensor | None = None
-    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Attached:
     loss: str
     packs: bool
     packing: str
+    frozen_head: bool
 
 
 class _Head:
@@ -96,22 +96,27 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
         positions: Tensor | None = None,
         borders: Tensor | None = None,
         lengths: tuple[int, ...] = (),
+        longest: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if targets is None or positions is None:
             return own_forward(self, *args, **kwargs)
+        to_logits: Any = head
         if head is None:
             states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
         else:
-            segments = None if borders is None else Segments(borders, max(lengths), tuple(lengths))
-            states, to_logits = _hidden(self, fast, segments, *args, **kwargs), head
+            segments = None
+            if borders is not None:
+                segments = Segments(borders, longest or max(lengths), tuple(lengths))
+            states = _hidden(self, fast, segments, *args, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
         loss = summed_cross_entropy(picked, targets, to_logits)
-        return SupervisedLoss(loss_sum=loss, tokens=targets.numel())
+        return SupervisedLoss(loss_sum=loss)
 
     base.forward = types.MethodType(forward, base)
     base.lorakit_engine = fast
-    return Attached(fast, layers, loss_path, packs, packing)
+    frozen = head is not None and head.frozen_weight is not None
+    return Attached(fast, layers, loss_path, packs, packing, frozen)
 
 
 def detach_loss(model: Any) -> None:

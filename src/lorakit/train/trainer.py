@@ -22,13 +22,15 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
-from lorakit.data.batch import Layout, step_batches
+from lorakit.data.batch import Batch, Layout, step_batches
 from lorakit.errors import DependencyError, RecipeError
 from lorakit.model.fast_layer import Keep
+from lorakit.ops.backend import has_kernels
 from lorakit.recipe import Recipe
 from lorakit.records import Device, Example
 from lorakit.run_dir import RunDir
 from lorakit.train.checkpoint import rotate, save_training_state, staged
+from lorakit.train.graphs import GraphedMicroSteps
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.score import score
@@ -89,6 +91,7 @@ class LoraTrainer(SFTTrainer):
             packed=recipe.packing and self.attached.packs,
         )
         self.step_tokens = 0
+        self.graphs = self._graphed()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Forward and backward of all micro-batches of one optimizer step; its mean loss.
@@ -98,20 +101,40 @@ class LoraTrainer(SFTTrainer):
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        # DDP averages gradients over ranks: the count spans all of them, the factor undoes the mean.
+        # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
         ranks = self.accelerator.num_processes
-        supervised = max(1, self._sum_over_ranks(inputs["supervised"]))
+        scale = ranks / max(1, self._sum_over_ranks(inputs["supervised"]))
+        self.step_tokens += inputs["tokens"]
         total = torch.zeros((), device=self.args.device)
+        if self.graphs is not None:
+            self.graphs.begin(scale)
+            for micro in inputs["micro"]:
+                total += self.graphs(micro)
+            return total
         for number, micro in enumerate(inputs["micro"]):
             last = number + 1 == len(inputs["micro"])
             with nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = model(**micro, use_cache=False).loss_sum * (ranks / supervised)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            del loss
-        self.step_tokens += inputs["tokens"]
+                total += self._forward_backward(model, micro, scale)
         return total
+
+    def _forward_backward(self, model: Any, micro: Batch, scale: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss = model(**micro, use_cache=False).loss_sum * scale
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _graphed(self) -> GraphedMicroSteps | None:
+        """Graphs where every part of a micro-batch runs on the card by fixed shapes."""
+        fixed = self.attached.engine is not None and self.attached.frozen_head
+        if not fixed or self.args.fp16 or self.accelerator.num_processes > 1:
+            return None
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not has_kernels(parameters[0]):
+            return None
+        return GraphedMicroSteps(
+            lambda micro, scale: self._forward_backward(self.model, micro, scale),
+            parameters,
+        )
 
     def _sum_over_ranks(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
