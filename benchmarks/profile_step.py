@@ -15,6 +15,7 @@ from lorakit.model.adapters import add_adapter, resolve_targets
 from lorakit.model.fast_layer import Keep
 from lorakit.model.random_weights import random_model, shape_config
 from lorakit.recipe_file import load_recipe
+from lorakit.train.graphs import GraphedMicroSteps
 from lorakit.train.loss import attach_loss
 
 
@@ -49,6 +50,12 @@ def main():
         "positions": positions.flatten(),
         "targets": ids[:, 1:].flatten(),
     }
+
+    def run(batch, scale):
+        with torch.autocast(device.kind, torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss_sum * scale
+        loss.backward()
+        return loss.detach()
 
     def step():
         with torch.autocast(device.kind, torch.bfloat16):
@@ -85,6 +92,20 @@ def main():
     )
     for ms, count, name in rows[:38]:
         print(f"{ms:8.3f} ms {count:5d} x {1e3 * ms / count:8.1f} us  {name[:110]}")
+    graphs = GraphedMicroSteps(
+        lambda batch, scale: run(batch, scale), [p for p in model.parameters() if p.requires_grad]
+    )
+    graphs.begin(1e-4)
+    for _ in range(3):
+        graphs(batch)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        graphs(batch)
+    torch.cuda.synchronize()
+    graphed = (time.perf_counter() - start) / 20
+    print(f"as a graph: {graphed * 1e3:.2f} ms a micro-batch, {ids.numel() / graphed:.0f} tok/s "
+          f"({graphs.failed or 'captured'}); reserved {torch.cuda.memory_reserved() / 2**30:.2f} GiB")
     if a.output:
         with open(a.output, "w") as file:
             json.dump({"wall_ms": wall * 1e3, "launched_ms": launched * 1e3, "kernels": rows}, file)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorakit.ops.hash_mask import draw_keys, keep_mask
-from lorakit.ops.lora import lora_a_grad, lora_down, lora_input_grad_
+from lorakit.ops.lora import lora_a_grad, lora_down, lora_input_grad_, matmul_float32
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -32,8 +32,11 @@ def test_values_and_gradients_are_those_of_autograd(rows, width, rank, modules, 
         torch.testing.assert_close(found, da.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_factors_may_differ_by_module():
-    ds, x = torch.randn(6, 4), torch.randn(6, 5)
-    plain = lora_a_grad(ds, x, None, 0.0, 1.0)
-    scaled = lora_a_grad(ds, x, None, 0.0, [2.0, 0.5])
-    torch.testing.assert_close(scaled, plain * torch.tensor([[2.0], [2.0], [0.5], [0.5]]))
+def test_gradients_are_added_where_they_shall_end():
+    ds, x, into = torch.randn(6, 4), torch.randn(6, 5), torch.randn(4, 5)
+    expected = into + 3.0 * (ds.t() @ x)
+    assert lora_a_grad(ds, x, None, 0.0, 3.0, into) is into
+    torch.testing.assert_close(into, expected)
+    product = torch.zeros(4, 5)
+    assert matmul_float32(ds.t(), x, product) is product
+    torch.testing.assert_close(product, ds.t() @ x)

@@ -43,6 +43,9 @@ def test_kernels_equal_the_definition(kernel_device, shape, kind):
     close(ours, lora_input_grad_reference_(x.clone(), ds, a, keys, p))
     found = fast.lora_a_grad_triton(ds, x, keys, p)
     assert found.dtype == torch.float32
+    into = torch.ones_like(found)
+    assert fast.lora_a_grad_triton(ds, x, keys, p, 2.0, into) is into
+    torch.testing.assert_close(into, 1 + 2 * found)
     exact = lora_a_grad_reference(ds.float(), x.float(), keys, p)
     assert (found - exact).norm() / exact.norm() < 1e-5
 

@@ -73,6 +73,7 @@ class Engine:
         """Give every module a weight of its own again, as savers expect."""
         for group in self.groups:
             group.unmerge()
+            group.a_sink, group.b_sinks = None, []
 
     def _adapted_modules(self) -> list[Any]:
         attention = self.decoder.layers[0].self_attn

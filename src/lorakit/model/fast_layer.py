@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, M = B*T, D model, H/Hk heads, d head width, I inner w
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from lorakit.model.attention import Segments, attend
 from lorakit.model.lora_group import Dropout, LoraGroup, Scratch, Unsupported
 from lorakit.ops.gated import gated, gated_backward
+from lorakit.ops.lora import Update
 from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
-from lorakit.ops.rope import rope
+from lorakit.ops.rope import rope, rotate_qkv_
 
 
 class Keep(enum.IntEnum):
@@ -35,7 +37,7 @@ class Keep(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What all layers share in one forward pass: angles, documents, masks, and whether it trains."""
+    """What all layers share in one forward pass: angles, documents, masks, train or not."""
 
     cos: Tensor
     sin: Tensor
@@ -46,7 +48,7 @@ class Pass:
 
 @dataclass(slots=True)
 class _Attention:
-    """One layer's attention as a graph of its own: leaves, and the output that leads back to them."""
+    """One layer's attention as a graph of its own: leaves, and the output that leads back."""
 
     q: Tensor
     k: Tensor
@@ -59,19 +61,19 @@ class _Attention:
 class _Saved:
     """What one layer's forward left for its backward; None where it is recomputed."""
 
-    x: Tensor
-    s: dict[str, Tensor] = field(default_factory=dict)
-    rstd1: Tensor | None = None
-    attention: _Attention | None = None
-    mid: Tensor | None = None
-    rstd2: Tensor | None = None
-    gate_up: Tensor | None = None
+    x: Any  # [M, D]
+    updates: dict[str, Update | None] = field(default_factory=dict)
+    rstd1: Any = None  # [M] float32, as rstd2
+    attention: Any = None  # _Attention
+    mid: Any = None  # [M, D]
+    rstd2: Any = None
+    gate_up: Any = None  # [M, 2I], adapters not included
 
 
 class FastLayer:
     """A decoder layer's modules as four groups of linear layers, two norms and its attention."""
 
-    def __init__(self, layer: nn.Module, number: int, config: Any, scratch: Scratch) -> None:
+    def __init__(self, layer: Any, number: int, config: Any, scratch: Scratch) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.number, self.keep = number, Keep.ALL
         self.head, self.scale = attention.head_dim, attention.scaling
@@ -96,7 +98,7 @@ class FastLayer:
         starts = [0]
         for group in self.groups:
             starts.append(starts[-1] + len(group.adapted))
-        self.key_rows = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        self.key_rows = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self.masks = starts[-1]
 
     def __call__(self, x: Tensor, call: Pass) -> Tensor:
@@ -114,16 +116,23 @@ class FastLayer:
         module = self.norms[number]
         return rms_norm(x, module.weight, _eps(module), self.offset)
 
-    def attend(self, qkv: Tensor, call: Pass, batch: int, graph: bool) -> _Attention:
-        """Rotate q and k (in place where no norm comes before) and attend; qkv [M, N]."""
-        wide = qkv.view(batch, -1, qkv.shape[1] // self.head, self.head)
-        q, k, v = wide.split([size // self.head for size in self.qkv.sizes], dim=2)
+    def attend(
+        self, qkv: Tensor, update: Update | None, call: Pass, batch: int, graph: bool
+    ) -> _Attention:
+        """Add the adapters' part to qkv [M, N], rotate q and k in place, and attend."""
+        heads = tuple(size // self.head for size in self.qkv.sizes)
+        angles = (call.cos, call.sin) if self.rotates else None
         raw = None
-        if self.head_norms[0] is not None:
-            raw = qkv
+        if self.head_norms[0] is None:
+            rotate_qkv_(qkv, heads, self.head, angles, update)
+        else:
+            raw = self.qkv.add_(qkv, update)
+        wide = qkv.view(batch, -1, sum(heads), self.head)
+        q, k, v = wide.split(heads, dim=2)
+        if raw is not None:
             q, k = (self._head_norm(n, t) for n, t in enumerate((q, k)))
-        if self.rotates:
-            q, k = rope(q, call.cos, call.sin, out=q), rope(k, call.cos, call.sin, out=k)
+            if angles is not None:
+                q, k = rope(q, *angles, out=q), rope(k, *angles, out=k)
         with torch.set_grad_enabled(graph):
             if graph:
                 q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
@@ -206,62 +215,67 @@ def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: boo
     mid = _to_middle(layer, call, saved, weights, batch, wants and keep < Keep.MIDDLE)
     h2, saved.rstd2 = layer.norm(1, mid)
     gate_up = _to_gate_up(layer, call, saved, weights, h2)
-    saved.s["down"], out = layer.down.forward(
-        gated(gate_up, layer.activation),
-        weights[layer.down],
-        layer.dropout(layer.down, call),
-        residual=mid,
-    )
+    h = gated(gate_up, layer.activation, saved.updates["gate_up"])
+    drop = layer.dropout(layer.down, call)
+    out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, residual=mid)
     if keep == Keep.ALL:
         saved.gate_up = gate_up
     else:
-        del saved.s["gate_up"]
+        del saved.updates["gate_up"]
     if keep >= Keep.MIDDLE:
         saved.attention = None
-        del saved.s["qkv"]
+        del saved.updates["qkv"]
     if keep < Keep.INPUT:
         saved.mid = mid
     else:
-        del saved.s["o"]
+        del saved.updates["o"]
     return out
 
 
 def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights) -> Tensor:
+    """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
     h1, saved.rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
-    saved.s["qkv"], qkv = layer.qkv.forward(h1, weights[layer.qkv], drop)
+    qkv, saved.updates["qkv"] = layer.qkv.product(h1, weights[layer.qkv], drop)
     return qkv
+
+
+def _attention_of(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, batch: int, graph: bool
+) -> _Attention:
+    qkv = _to_qkv(layer, call, saved, weights)
+    return layer.attend(qkv, saved.updates["qkv"], call, batch, graph)
 
 
 def _to_middle(
     layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, batch: int, graph: bool
 ) -> Tensor:
-    """The first half of the layer, mid [M, D]; `saved` gets its attention and S of qkv and o."""
-    saved.attention = layer.attend(_to_qkv(layer, call, saved, weights), call, batch, graph)
+    """The first half of the layer, mid [M, D]; `saved` gets its attention and updates."""
+    saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
     flat = _flat(saved.attention.out)
     drop = layer.dropout(layer.o, call)
-    saved.s["o"], mid = layer.o.forward(flat, weights[layer.o], drop, residual=saved.x)
+    mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, residual=saved.x)
     return mid
 
 
 def _to_gate_up(
     layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, h2: Tensor
 ) -> Tensor:
+    """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
     drop = layer.dropout(layer.gate_up, call)
-    saved.s["gate_up"], gate_up = layer.gate_up.forward(h2, weights[layer.gate_up], drop)
+    gate_up, saved.updates["gate_up"] = layer.gate_up.product(h2, weights[layer.gate_up], drop)
     return gate_up
 
 
 def _backward(
     layer: FastLayer, call: Pass, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
-) -> tuple[Tensor | None, list[Tensor]]:
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of the groups' parameters in their order)."""
     weights = _Weights(layer)
     if saved.mid is None:
         saved.mid = _to_middle(layer, call, saved, weights, shape[0], graph=True)
     elif saved.attention is None:
-        qkv = _to_qkv(layer, call, saved, weights)
-        saved.attention = layer.attend(qkv, call, shape[0], graph=True)
+        saved.attention = _attention_of(layer, call, saved, weights, shape[0], graph=True)
     dmid, of_mlp = _backward_mlp(layer, call, saved, weights, dout)
     dx, of_attention = _backward_attention(layer, call, saved, weights, dmid, wants_dx)
     return dx, [*of_attention, *of_mlp]
@@ -269,23 +283,23 @@ def _backward(
 
 def _backward_mlp(
     layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, dout: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor | None]]:
     """(dmid [M, D], gradients of gate/up and down)."""
     mid, rstd2, training = saved.mid, saved.rstd2, call.training
-    assert mid is not None and rstd2 is not None
     h2, _ = layer.norm(1, mid)
     gate_up = saved.gate_up
     if gate_up is None:
         gate_up = _to_gate_up(layer, call, saved, weights, h2)
+    update = saved.updates["gate_up"]
     drop = layer.dropout(layer.down, call)
     ds, dh = layer.down.input_grad(dout, weights[layer.down], drop)
-    dgate_up, h = gated_backward(dh, gate_up, layer.activation)
+    dgate_up, h = gated_backward(dh, gate_up, layer.activation, update)
     saved.gate_up = gate_up = None
-    of_down = layer.down.factor_grads(dout, ds, h, saved.s["down"], drop, training)
+    of_down = layer.down.factor_grads(dout, ds, h, saved.updates["down"], drop, training)
     del h, dh
     drop = layer.dropout(layer.gate_up, call)
     ds, dh2 = layer.gate_up.input_grad(dgate_up, weights[layer.gate_up], drop)
-    of_gate_up = layer.gate_up.factor_grads(dgate_up, ds, h2, saved.s["gate_up"], drop, training)
+    of_gate_up = layer.gate_up.factor_grads(dgate_up, ds, h2, update, drop, training)
     norm = layer.norms[1]
     dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=dout)
     return dmid, [*of_gate_up, *of_down]
@@ -293,16 +307,14 @@ def _backward_mlp(
 
 def _backward_attention(
     layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, dmid: Tensor, wants_dx: bool
-) -> tuple[Tensor | None, list[Tensor]]:
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of qkv and o)."""
     kept, rstd1, training = saved.attention, saved.rstd1, call.training
-    assert kept is not None and rstd1 is not None
-    flat = _flat(kept.out)
     drop = layer.dropout(layer.o, call)
     ds, dflat = layer.o.input_grad(dmid, weights[layer.o], drop)
-    of_o = layer.o.factor_grads(dmid, ds, flat, saved.s["o"], drop, training)
+    of_o = layer.o.factor_grads(dmid, ds, _flat(kept.out), saved.updates["o"], drop, training)
     dqkv = layer.attention_backward(kept, dflat.view(kept.out.shape), call)
-    saved.attention = None
+    saved.attention = kept = None
     h1, _ = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
     dx = None
@@ -312,7 +324,7 @@ def _backward_attention(
         dx = rms_norm_backward(dh1, saved.x, norm.weight, rstd1, layer.offset, residual=dmid)
     else:
         ds = layer.qkv.factor_signal(dqkv)
-    of_qkv = layer.qkv.factor_grads(dqkv, ds, h1, saved.s["qkv"], drop, training)
+    of_qkv = layer.qkv.factor_grads(dqkv, ds, h1, saved.updates["qkv"], drop, training)
     return dx, [*of_qkv, *of_o]
 
 

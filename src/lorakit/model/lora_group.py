@@ -8,6 +8,7 @@ Shapes: M tokens, K inputs, N outputs of all modules together, n adapted modules
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops.lora import lora_a_grad, lora_down, lora_input_grad_, matmul_float32
+from lorakit.ops.lora import (
+    Update,
+    lora_a_grad,
+    lora_down,
+    lora_input_grad_,
+    matmul_float32,
+)
 from lorakit.ops.nf4 import dequantize_nf4
 
 Scratch = dict[tuple[str, int, int], Tensor]
@@ -51,37 +58,38 @@ class LoraGroup:
         self.bases = [_base_layer(m) for m in modules]
         self.sizes = [base.out_features for base in self.bases]
         self.inputs, self.outputs = self.bases[0].in_features, sum(self.sizes)
-        ends = list(torch.tensor([0, *self.sizes]).cumsum(0).tolist())
-        self.columns = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
-        self.adapted = [
-            Adapted(columns, *found)
-            for columns, module in zip(self.columns, modules, strict=True)
-            if (found := _factors(module)) is not None
-        ]
-        ranks = {x.a.shape[0] for x in self.adapted}
-        if len(ranks) > 1:
-            raise Unsupported(f"ranks differ within {name} ({sorted(ranks)})")
-        self.rank = ranks.pop() if ranks else 0
+        ends = itertools.accumulate(self.sizes, initial=0)
+        self.columns = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        found = [_factors(m) for m in modules]
+        self.adapted = [Adapted(c, *f) for c, f in zip(self.columns, found, strict=True) if f]
+        slots = itertools.count()
+        self.slots = tuple(next(slots) if f else -1 for f in found)
+        ranks, scales = {x.a.shape[0] for x in self.adapted}, {x.scale for x in self.adapted}
+        if len(ranks) > 1 or len(scales) > 1:
+            raise Unsupported(f"ranks or scales differ within {name}")
+        self.rank, self.scale = (ranks or {0}).pop(), (scales or {1.0}).pop()
         self.p = _dropout(modules)
         self.bias = self._merged_bias()
         self.four_bit = hasattr(self.bases[0].weight, "quant_state")
         self.merged: Tensor | None = None
-        kind = self.bases[0].compute_dtype if self.four_bit else self.bases[0].weight.dtype
-        device = self.bases[0].weight.device
-        self.kind = kind
+        weight = self.bases[0].weight
+        self.kind = self.bases[0].compute_dtype if self.four_bit else weight.dtype
         # Copies of the factors in the base's type; `refresh` fills them from the float32 masters.
-        self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, dtype=kind, device=device)
-        self.b = [torch.empty_like(x.b, dtype=kind) for x in self.adapted]
+        kind = {"dtype": self.kind, "device": weight.device}
+        self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, **kind)
+        self.b = torch.zeros(self.outputs, self.rank, **kind)
+        # Where gradients are added when they do not go through autograd, see `graphs.py`.
+        self.a_sink: Tensor | None = None
+        self.b_sinks: list[Tensor] = []
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each adapted module, in the order in which `backward` gives gradients."""
         return [p for x in self.adapted for p in (x.a, x.b)]
 
-    def factors(self, training: bool) -> list[float]:
-        """What the stored copies of A carry: alpha/r, and dropout's 1/(1-p) in training."""
-        keep = 1 - self.p if training else 1.0
-        return [x.scale / keep for x in self.adapted]
+    def factor(self, training: bool) -> float:
+        """What the stored copy of A carries: alpha/r, and dropout's 1/(1-p) in training."""
+        return self.scale / (1 - self.p if training else 1.0)
 
     def merge(self) -> None:
         """Move dense weights of several modules into one buffer; each keeps a view of its rows."""
@@ -116,25 +124,33 @@ class LoraGroup:
             dequantize_nf4(base.weight.data, base.weight.quant_state, out[rows])
         return out
 
-    def forward(
-        self, x: Tensor, weight: Tensor, dropout: Dropout, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(S [M, n*R], y [M, N]) of x [M, K]; `residual` [M, N] is added to y."""
+    def product(
+        self, x: Tensor, weight: Tensor, dropout: Dropout
+    ) -> tuple[Tensor, Update | None]:
+        """(x W^T + bias [M, N], what the adapters add to it); the consumer adds the second."""
+        y = nn.functional.linear(x, weight, self.bias)
+        if not self.adapted:
+            return y, None
         s = lora_down(x, self.a, dropout.keys, dropout.p)
-        if not self.adapted and self.bias is None and residual is None:
-            return s, x @ weight.t()
-        y = torch.empty(x.shape[0], self.outputs, dtype=x.dtype, device=x.device)
-        start = residual if residual is not None else self.bias
-        for own, b, part in zip(self.adapted, self.b, self._parts(), strict=True):
-            if start is None:
-                torch.mm(s[:, part], b.t(), out=y[:, own.columns])
-            else:
-                torch.addmm(start[..., own.columns], s[:, part], b.t(), out=y[:, own.columns])
-        for columns in self._columns_without_adapter():
-            y[:, columns] = 0.0 if start is None else start[..., columns]
-        if residual is not None and self.bias is not None:
-            y += self.bias
-        return s, y.addmm_(x, weight.t())
+        return y, Update(s, self.b, self.slots)
+
+    def add_(self, y: Tensor, update: Update | None) -> Tensor:
+        """Add the adapters' update to y [M, N] where no consumer does it on the way."""
+        for module, columns in enumerate(self.columns):
+            low_rank = update.of(module, columns) if update else None
+            if low_rank is not None:
+                y[:, columns].addmm_(low_rank[0], low_rank[1].t())
+        return y
+
+    def full(
+        self, x: Tensor, weight: Tensor, dropout: Dropout, residual: Tensor
+    ) -> tuple[Tensor, Update | None]:
+        """(residual + x W^T + bias + the adapters' part [M, N], that part's factors); one module."""
+        start = residual if self.bias is None else residual + self.bias
+        if not self.adapted:
+            return torch.addmm(start, x, weight.t()), None
+        update = Update(lora_down(x, self.a, dropout.keys, dropout.p), self.b, self.slots)
+        return torch.addmm(start, update.s, self.b.t()).addmm_(x, weight.t()), update
 
     def input_grad(self, dy: Tensor, weight: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
         """(dS [M, n*R], dx [M, K]) from dy [M, N]."""
@@ -147,30 +163,36 @@ class LoraGroup:
     def factor_signal(self, dy: Tensor) -> Tensor:
         """dS_i = dy_i B_i for all modules, [M, n*R]."""
         ds = torch.empty(dy.shape[0], self.a.shape[0], dtype=dy.dtype, device=dy.device)
-        for own, b, part in zip(self.adapted, self.b, self._parts(), strict=True):
-            torch.mm(dy[:, own.columns], b, out=ds[:, part])
+        for own, part in zip(self.adapted, self._parts(), strict=True):
+            torch.mm(dy[:, own.columns], self.b[own.columns], out=ds[:, part])
         return ds
 
     def factor_grads(
-        self, dy: Tensor, ds: Tensor, x: Tensor, s: Tensor, dropout: Dropout, training: bool
-    ) -> list[Tensor]:
-        """Gradients of `parameters`, in their order and in float32."""
-        if not self.adapted:
+        self,
+        dy: Tensor,
+        ds: Tensor,
+        x: Tensor,
+        update: Update | None,
+        dropout: Dropout,
+        training: bool,
+    ) -> list[Tensor | None]:
+        """Gradients of `parameters` in their order, float32; None where added to the sinks."""
+        if update is None:
             return []
+        sinks: Sequence[Tensor | None] = self.b_sinks or [None] * len(self.adapted)
         db = [
-            matmul_float32(dy[:, own.columns].t(), s[:, part])
-            for own, part in zip(self.adapted, self._parts(), strict=True)
+            matmul_float32(dy[:, own.columns].t(), update.s[:, part], sink)
+            for own, part, sink in zip(self.adapted, self._parts(), sinks, strict=True)
         ]
-        da = lora_a_grad(ds, x, dropout.keys, dropout.p, self.factors(training))
+        factor = self.factor(training)
+        da = lora_a_grad(ds, x, dropout.keys, dropout.p, factor, self.a_sink)
+        if self.a_sink is not None:
+            return [None] * (2 * len(self.adapted))
         return [g for pair in zip(da.split(self.rank), db, strict=True) for g in pair]
 
     def _parts(self) -> list[slice]:
         """Columns of S that belong to each adapted module."""
         return [slice(i * self.rank, (i + 1) * self.rank) for i in range(len(self.adapted))]
-
-    def _columns_without_adapter(self) -> list[slice]:
-        taken = {x.columns.start for x in self.adapted}
-        return [c for c in self.columns if c.start not in taken]
 
     def _merged_bias(self) -> Tensor | None:
         biases = [base.bias for base in self.bases]
@@ -192,14 +214,11 @@ def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
     """Copy all factors into the base's type, A scaled: a few launches for the whole model."""
     copies, masters, scaled, factors = [], [], [], []
     for group in groups:
-        parts = group.a.split(group.rank) if group.adapted else ()
-        for part, b, own, factor in zip(
-            parts, group.b, group.adapted, group.factors(training), strict=True
-        ):
-            copies += [part, b]
+        for own, part in zip(group.adapted, group._parts(), strict=True):
+            copies += [group.a[part], group.b[own.columns]]
             masters += [own.a.data, own.b.data]
-            scaled.append(part)
-            factors.append(factor)
+            scaled.append(group.a[part])
+            factors.append(group.factor(training))
     if copies:
         torch._foreach_copy_(copies, masters)
         torch._foreach_mul_(scaled, factors)

@@ -7,21 +7,13 @@ import triton.language as tl
 
 
 @triton.jit
-def keeps(index, first, second, threshold):  # type: ignore[no-untyped-def]
-    """`index` uint32, keys uint32, `threshold` uint32 -> bool, as `hash_mask.keep_mask`."""
-    h = index ^ first
-    h = h ^ (h >> 16)
-    h = h * 0x7FEB352D
-    h = h ^ second
-    h = h ^ (h >> 15)
-    h = h * 0x846CA68B
-    h = h ^ (h >> 16)
-    return h >= threshold
-
-
-@triton.jit
-def load_key(keys, number):  # type: ignore[no-untyped-def]
-    """The two keys of mask `number` as uint32 scalars."""
+def keep_tile(row, column, width, keys, number, threshold):  # type: ignore[no-untyped-def]
+    """bool [rows, columns] of mask `number`: as `hash_mask.keep_mask` at these rows and columns."""
     first = tl.load(keys + 2 * number).to(tl.uint32)
     second = tl.load(keys + 2 * number + 1).to(tl.uint32)
-    return first, second
+    down = (row.to(tl.uint32) * width.to(tl.uint32) + first) * 0x7FEB352D
+    across = column.to(tl.uint32) * 0x7FEB352D
+    h = down[:, None] + across[None, :]
+    h = h ^ (h >> 15)
+    h = (h ^ second) * 0x846CA68B
+    return h >= threshold.to(tl.uint32)

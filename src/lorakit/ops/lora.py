@@ -13,11 +13,36 @@ Shapes: M tokens, K inputs, n modules of rank R each; a [n*R, K], S and dS [M, n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lorakit.ops.backend import has_kernels
 from lorakit.ops.hash_mask import keep_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a group's adapters add to its product: y_i += S_j B_i^T for module i with slot j >= 0.
+
+    `s` [M, n*R], `b` [N, R] with the rows of all modules, `slots` one number for each module.
+    """
+
+    s: Tensor
+    b: Tensor
+    slots: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+    def of(self, module: int, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """(S_j [M, R], B_i [N_i, R]) of one module whose rows of `b` are given; None if plain."""
+        slot = self.slots[module]
+        if slot < 0:
+            return None
+        return self.s[:, slot * self.rank : (slot + 1) * self.rank], self.b[rows]
 
 
 def lora_down(x: Tensor, a: Tensor, keys: Tensor | None, p: float) -> Tensor:
@@ -43,30 +68,35 @@ def lora_input_grad_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor | None, p: 
 
 
 def lora_a_grad(
-    ds: Tensor, x: Tensor, keys: Tensor | None, p: float, factor: float | list[float]
+    ds: Tensor,
+    x: Tensor,
+    keys: Tensor | None,
+    p: float,
+    factor: float,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """dA [n*R, K] float32, times `factor` (one for the group, or one for each module)."""
-    factors = factor if isinstance(factor, list) else [factor]
+    """dA [n*R, K] float32, times `factor`; added to `into` where that is given."""
     if keys is not None and p > 0.0 and has_kernels(x):
         from lorakit.ops.lora_triton import lora_a_grad_triton
 
-        found = lora_a_grad_triton(ds, x, keys, p)
-    elif keys is not None and p > 0.0:
+        return lora_a_grad_triton(ds, x, keys, p, factor, into)
+    if keys is not None and p > 0.0:
         found = lora_a_grad_reference(ds, x, keys, p)
     else:
         found = matmul_float32(ds.t(), x)
-    if len(set(factors)) == 1:
-        return found.mul_(factors[0])
-    for part, own in zip(found.chunk(len(factors)), factors, strict=True):
-        part.mul_(own)
-    return found
+    if into is None:
+        return found.mul_(factor)
+    return into.add_(found, alpha=factor)
 
 
-def matmul_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32: 16-bit factors are summed and returned in float32 on CUDA."""
-    if left.is_cuda and left.dtype != torch.float32:
+def matmul_float32(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
+    """left @ right in float32, added to `into` where given; on CUDA nothing is rounded between."""
+    if not left.is_cuda or left.dtype == torch.float32:
+        found = (left @ right).float()
+        return found if into is None else into.add_(found)
+    if into is None:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+    return torch.ops.aten.addmm.dtype_out(into, left, right, torch.float32, out=into)
 
 
 # -- the definition -------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lorakit.ops.hash_mask import threshold
-from lorakit.ops.hash_mask_triton import keeps, load_key
+from lorakit.ops.hash_mask_triton import keep_tile
 
 # Sizes and stages were chosen on an H100 (benchmarks/kernels.py).
-DOWN = {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-INPUT_GRAD = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}
-A_GRAD = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-A_GRAD_SPLITS = 8
+DOWN = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
+INPUT_GRAD = {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
+A_GRAD = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+A_GRAD_SPLITS = 4
 
 
 def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
@@ -44,21 +44,32 @@ def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: 
     return dx
 
 
-def lora_a_grad_triton(ds: Tensor, x: Tensor, keys: Tensor, p: float) -> Tensor:
-    """See `lora.lora_a_grad`, without its factor. Partial sums are added in a fixed order."""
+def lora_a_grad_triton(
+    ds: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    p: float,
+    factor: float = 1.0,
+    into: Tensor | None = None,
+) -> Tensor:
+    """See `lora.lora_a_grad`. Partial sums are added in a fixed order."""
     rows, width = x.shape
     modules = len(keys)
     rank = ds.shape[1] // modules
-    partial = torch.empty(
-        A_GRAD_SPLITS, modules * rank, width, dtype=torch.float32, device=x.device
-    )
+    kind = {"dtype": torch.float32, "device": x.device}
+    partial = torch.empty(A_GRAD_SPLITS, modules * rank, width, **kind)
     chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), A_GRAD["BLOCK_M"]) * A_GRAD["BLOCK_M"]
     grid = (triton.cdiv(width, A_GRAD["BLOCK_K"]), modules, A_GRAD_SPLITS)
     _a_grad_kernel[grid](
         ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
         modules * rank, RANK=rank, BLOCK_R=_block_r(rank), **A_GRAD,
     )  # fmt: skip
-    return partial.sum(0)
+    out = torch.empty(modules * rank, width, **kind) if into is None else into
+    size = out.numel()
+    _reduce_kernel[(triton.cdiv(size, 1024),)](
+        partial, out, size, factor, ADD=into is not None, SPLITS=A_GRAD_SPLITS, BLOCK=1024
+    )
+    return out
 
 
 def _block_r(rank: int) -> int:
@@ -74,16 +85,14 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     module = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = tl.arange(0, BLOCK_R)
-    first, second = load_key(keys, module)
-    limit = threshold.to(tl.uint32)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
         tile = tl.load(x + place, mask=inside, other=0.0)
-        index = (row[:, None].to(tl.uint32) * width.to(tl.uint32)) + column[None, :].to(tl.uint32)
-        tile = tl.where(keeps(index, first, second, limit), tile, 0.0).to(tile.dtype)
+        keep = keep_tile(row, column, width, keys, module, threshold)
+        tile = tl.where(keep, tile, 0.0).to(tile.dtype)
         factor = tl.load(
             a + (module * RANK + rank)[None, :] * width + column[:, None],
             mask=(rank < RANK)[None, :] & (column < width)[:, None],
@@ -105,13 +114,10 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     rank = tl.arange(0, BLOCK_R)
-    limit = threshold.to(tl.uint32)
     inside = (row < rows)[:, None] & (column < width)[None, :]
-    index = (row[:, None].to(tl.uint32) * width.to(tl.uint32)) + column[None, :].to(tl.uint32)
     place = row.to(tl.int64)[:, None] * dx_stride + column[None, :]
     total = tl.load(dx + place, mask=inside, other=0.0).to(tl.float32)
     for module in tl.static_range(MODULES):
-        first, second = load_key(keys, module)
         left = tl.load(
             ds + row.to(tl.int64)[:, None] * ds_stride + module * RANK + rank[None, :],
             mask=(row < rows)[:, None] & (rank < RANK)[None, :],
@@ -123,7 +129,7 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         part = tl.dot(left, right, input_precision="ieee")
-        total += tl.where(keeps(index, first, second, limit), part, 0.0)
+        total += tl.where(keep_tile(row, column, width, keys, module, threshold), part, 0.0)
     tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -136,8 +142,6 @@ def _a_grad_kernel(  # type: ignore[no-untyped-def]
     module = tl.program_id(1)
     split = tl.program_id(2)
     rank = tl.arange(0, BLOCK_R)
-    first, second = load_key(keys, module)
-    limit = threshold.to(tl.uint32)
     total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     end = tl.minimum(rows, (split + 1) * chunk)
     for start in range(split * chunk, end, BLOCK_M):
@@ -145,8 +149,8 @@ def _a_grad_kernel(  # type: ignore[no-untyped-def]
         inside = (row < end)[:, None] & (column < width)[None, :]
         place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
         tile = tl.load(x + place, mask=inside, other=0.0)
-        index = (row[:, None].to(tl.uint32) * width.to(tl.uint32)) + column[None, :].to(tl.uint32)
-        tile = tl.where(keeps(index, first, second, limit), tile, 0.0).to(tile.dtype)
+        keep = keep_tile(row, column, width, keys, module, threshold)
+        tile = tl.where(keep, tile, 0.0).to(tile.dtype)
         left = tl.load(
             ds + row.to(tl.int64)[None, :] * ds_stride + module * RANK + rank[:, None],
             mask=(row < end)[None, :] & (rank < RANK)[:, None],
@@ -155,3 +159,18 @@ def _a_grad_kernel(  # type: ignore[no-untyped-def]
         total = tl.dot(left, tile, total, input_precision="ieee")
     place = (split * total_rank + module * RANK + rank)[:, None] * width + column[None, :]
     tl.store(partial + place, total, mask=(rank < RANK)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def _reduce_kernel(  # type: ignore[no-untyped-def]
+    partial, out, size, factor, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * size + place, mask=inside, other=0.0)
+    total *= factor
+    if ADD:
+        total += tl.load(out + place, mask=inside, other=0.0)
+    tl.store(out + place, total, mask=inside)

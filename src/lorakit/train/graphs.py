@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data.batch import Batch
+from lorakit.model.lora_group import LoraGroup
 from lorakit.records import IGNORE
 
 # A micro-batch is padded by half of this on average: 64 of 2,048 tokens are 3%.
@@ -40,24 +41,42 @@ class GraphedMicroSteps:
         forward_backward: adds gradients to the parameters' .grad and returns the loss; must not
             synchronize with the host.
         parameters: all that train; their .grad become views of one buffer.
+        groups: the engine's groups, which add their gradients there themselves.
     """
 
     def __init__(
-        self, forward_backward: ForwardBackward, parameters: Sequence[nn.Parameter]
+        self,
+        forward_backward: ForwardBackward,
+        parameters: Sequence[nn.Parameter],
+        groups: Sequence[LoraGroup] = (),
     ) -> None:
         self.forward_backward = forward_backward
-        self.parameters = list(parameters)
+        ordered = [p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))]
+        known = {id(p) for p in ordered}
+        self.parameters = ordered + [p for p in parameters if id(p) not in known]
         device = self.parameters[0].device
         sizes = [p.numel() for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.grads = [
-            part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
+            part.view_as(p)
+            for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
         ]
+        self._point_sinks(groups)
         self.scale = torch.zeros((), device=device)
         self.graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self.pool: Any = None
         self.warm = False
         self.failed: str | None = None
+
+    def _point_sinks(self, groups: Sequence[LoraGroup]) -> None:
+        """Let each group add its gradients where they end: A of all its modules in one piece."""
+        start = number = 0
+        for group in groups:
+            count, size = len(group.adapted), group.a.numel()
+            group.a_sink = self.flat[start : start + size].view_as(group.a) if count else None
+            group.b_sinks = self.grads[number + count : number + 2 * count]
+            start += size + sum(x.b.numel() for x in group.adapted)
+            number += 2 * count
 
     def begin(self, scale: float) -> None:
         """Start an optimizer step: gradients to zero, and the factor of its losses."""

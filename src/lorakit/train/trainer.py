@@ -125,8 +125,8 @@ class LoraTrainer(SFTTrainer):
 
     def _graphed(self) -> GraphedMicroSteps | None:
         """Graphs where every part of a micro-batch runs on the card by fixed shapes."""
-        fixed = self.attached.engine is not None and self.attached.frozen_head
-        if not fixed or self.args.fp16 or self.accelerator.num_processes > 1:
+        engine = self.attached.engine
+        if engine is None or not self.attached.frozen_head or self.args.fp16 or self.accelerator.num_processes > 1:
             return None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not has_kernels(parameters[0]):
@@ -134,6 +134,7 @@ class LoraTrainer(SFTTrainer):
         return GraphedMicroSteps(
             lambda micro, scale: self._forward_backward(self.model, micro, scale),
             parameters,
+            engine.groups,
         )
 
     def _sum_over_ranks(self, count: int) -> int:
