@@ -1,6 +1,6 @@
 """Time the engine's kernels and the products beside them at the Llama-2-7B shape, config by config.
 
-    python benchmarks/kernels.py --rows 2048 --rank 16
+python benchmarks/kernels.py --rows 2048 --rank 16
 """
 
 import argparse
@@ -49,27 +49,42 @@ def lora_kernels(rows, rank):
         ds = torch.randn(rows, modules * rank, device=device, dtype=torch.bfloat16)
         keys = draw_keys(modules, device)
         label = f"{width}x{modules}"
-        print(label, f"cuBLAS without mask: S {ms(lambda: x @ a.t()):.1f}, "
-              f"dx {ms(lambda: x.addmm_(ds, a)):.1f}, "
-              f"dA {ms(lambda: torch.mm(ds.t(), x, out_dtype=torch.float32)):.1f} us")
-        best("down " + label, grid(BLOCK_M=[16, 32, 64], BLOCK_K=[64, 128, 256],
-             num_warps=[4, 8], num_stages=[3, 5]),
-             fast.DOWN, lambda: fast.lora_down_triton(x, a, keys, 0.05))
-        best("input_grad " + label, grid(BLOCK_M=[32, 64, 128], BLOCK_K=[64, 128, 256],
-             num_warps=[4, 8], num_stages=[1]),
-             fast.INPUT_GRAD, lambda: fast.lora_input_grad_triton_(x, ds, a, keys, 0.05))
+        print(
+            label,
+            f"cuBLAS without mask: S {ms(lambda: x @ a.t()):.1f}, "
+            f"dx {ms(lambda: x.addmm_(ds, a)):.1f}, "
+            f"dA {ms(lambda: torch.mm(ds.t(), x, out_dtype=torch.float32)):.1f} us",
+        )
+        best(
+            "down " + label,
+            grid(BLOCK_M=[16, 32, 64], BLOCK_K=[64, 128, 256], num_warps=[4, 8], num_stages=[3, 5]),
+            fast.DOWN,
+            lambda: fast.lora_down_triton(x, a, keys, 0.05),
+        )
+        best(
+            "input_grad " + label,
+            grid(BLOCK_M=[32, 64, 128], BLOCK_K=[64, 128, 256], num_warps=[4, 8], num_stages=[1]),
+            fast.INPUT_GRAD,
+            lambda: fast.lora_input_grad_triton_(x, ds, a, keys, 0.05),
+        )
         for splits in (4, 8, 16):
             fast.A_GRAD_SPLITS = splits
-            best(f"a_grad/{splits} " + label, grid(BLOCK_M=[64, 128], BLOCK_K=[64, 128],
-                 num_warps=[4, 8], num_stages=[3, 4]),
-                 fast.A_GRAD, lambda: fast.lora_a_grad_triton(ds, x, keys, 0.05))
+            best(
+                f"a_grad/{splits} " + label,
+                grid(BLOCK_M=[64, 128], BLOCK_K=[64, 128], num_warps=[4, 8], num_stages=[3, 4]),
+                fast.A_GRAD,
+                lambda: fast.lora_a_grad_triton(ds, x, keys, 0.05),
+            )
 
 
 def products(rows, rank):
     """Skinny products apart and together, and the base product with its rank folded in."""
     make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     for name, outs, inner in (
-        ("qkv", [D] * 3, D), ("o", [D], D), ("gate_up", [INNER] * 2, D), ("down", [D], INNER)
+        ("qkv", [D] * 3, D),
+        ("o", [D], D),
+        ("gate_up", [INNER] * 2, D),
+        ("down", [D], INNER),
     ):
         n, r = sum(outs), rank * len(outs)
         dy, s, x, w = make(rows, n), make(rows, r), make(rows, inner), make(n, inner)
@@ -81,11 +96,15 @@ def products(rows, rank):
         wide = make(rows, inner + r)
         bordered = make(n, inner + r)
         times = {
-            "S B apart": lambda: [torch.mm(s[:, q], b.t(), out=y[:, c]) for q, c in zip(ranks, cols)],  # noqa: B023, B905, E501
+            "S B apart": lambda: [
+                torch.mm(s[:, q], b.t(), out=y[:, c]) for q, c in zip(ranks, cols)
+            ],  # noqa: B023, B905, E501
             "S B together": lambda: torch.mm(s, block.t(), out=y),  # noqa: B023
             "dS apart": lambda: [dy[:, c] @ b for c in cols],  # noqa: B023
             "dS together": lambda: dy @ block,  # noqa: B023
-            "dB apart": lambda: [torch.mm(dy[:, c].t(), s[:, q], out_dtype=f32) for q, c in zip(ranks, cols)],  # noqa: B023, B905, E501
+            "dB apart": lambda: [
+                torch.mm(dy[:, c].t(), s[:, q], out_dtype=f32) for q, c in zip(ranks, cols)
+            ],  # noqa: B023, B905, E501
             "dB together": lambda: torch.mm(dy.t(), s, out_dtype=f32),  # noqa: B023
             "x W": lambda: torch.mm(x, w.t(), out=y),  # noqa: B023
             "y += x W": lambda: y.addmm_(x, w.t()),  # noqa: B023

@@ -104,8 +104,10 @@ def main():
         graphs(batch)
     torch.cuda.synchronize()
     graphed = (time.perf_counter() - start) / 20
-    print(f"as a graph: {graphed * 1e3:.2f} ms a micro-batch, {ids.numel() / graphed:.0f} tok/s "
-          f"({graphs.failed or 'captured'}); reserved {torch.cuda.memory_reserved() / 2**30:.2f} GiB")
+    print(
+        f"as a graph: {graphed * 1e3:.2f} ms a micro-batch, {ids.numel() / graphed:.0f} tok/s "
+        f"({graphs.failed or 'captured'}); reserved {torch.cuda.memory_reserved() / 2**30:.2f} GiB"
+    )
     if a.output:
         with open(a.output, "w") as file:
             json.dump({"wall_ms": wall * 1e3, "launched_ms": launched * 1e3, "kernels": rows}, file)

@@ -176,7 +176,12 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in backward: less memory, about a third slower. "
-        "`auto`: on a GPU when the plan needs it.",
+        "`auto`: as much as the plan needs to fit.",
+    )
+    memory_limit: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)? ?(GiB|GB|MiB|MB)$",
+        description="Memory that a run may plan for, such as 15GiB; default: the whole card.",
     )
     packing: bool = Field(
         True,
@@ -235,6 +240,15 @@ class Recipe(BaseModel):
     def sources(self) -> list[str]:
         """The training sources as a list."""
         return [self.data] if isinstance(self.data, str) else list(self.data)
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        if self.memory_limit is None:
+            return None
+        units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+        unit = next(u for u in units if self.memory_limit.endswith(u))
+        return int(float(self.memory_limit.removesuffix(unit)) * units[unit])
 
     @property
     def examples_per_step(self) -> int:

@@ -32,19 +32,25 @@ class Layout:
     packed: bool
 
 
-def step_batches(examples: Sequence[Example], layout: Layout) -> dict[str, Any]:
-    """`micro`: the micro-batches of one optimizer step; `tokens` and `supervised`: their counts."""
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The micro-batches of one optimizer step, on the host, and how many tokens they hold."""
+
+    micro: list[Batch]
+    tokens: int
+    supervised: int
+
+
+def step_batches(examples: Sequence[Example], layout: Layout) -> StepBatch:
+    """Lay out the examples of one optimizer step."""
     if layout.packed:
         groups = best_fit([len(e.input_ids) for e in examples], layout.capacity)
         micro = [pack([examples[i] for i in group]) for group in groups]
     else:
         starts = range(0, len(examples), layout.rows)
         micro = [collate(examples[i : i + layout.rows], layout.pad_id) for i in starts]
-    return {
-        "micro": micro,
-        "tokens": sum(len(e.input_ids) for e in examples),
-        "supervised": sum(e.trained_tokens for e in examples),
-    }
+    tokens = sum(len(e.input_ids) for e in examples)
+    return StepBatch(micro, tokens, sum(e.trained_tokens for e in examples))
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

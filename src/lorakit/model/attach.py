@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.model.attention import Segments
 from lorakit.model.families import FAST_FAMILIES
-from lorakit.model.fast_layer import FastLayer, Keep, Pass
+from lorakit.model.fast_layer import Arena, FastLayer, Keep, Pass
 from lorakit.model.lora_group import Scratch, Unsupported, refresh
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.hash_mask import draw_keys
@@ -32,7 +32,7 @@ class Engine:
     decoder: Any
     layers: list[FastLayer]
     scratch: Scratch = field(default_factory=dict)
-    lines: tuple[str, ...] = ()
+    home: torch.device | None = None  # of the embedding, while that lies on the host
 
     @property
     def groups(self) -> list[Any]:
@@ -49,28 +49,61 @@ class Engine:
             return False
         return not any(_switched_off(module) for module in self._adapted_modules())
 
+    @property
+    def embedding_on_host(self) -> bool:
+        """True after `move_embedding_to_host`."""
+        return self.home is not None
+
+    def move_embedding_to_host(self) -> None:
+        """Leave the card's memory to the rest: rows are looked up on the host for each batch."""
+        weight = self.decoder.embed_tokens.weight
+        self.home = weight.device
+        weight.data = weight.data.cpu()
+
+    def embed_on_host(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [B, T, D] of ids on the host, in page-locked memory."""
+        weight = self.decoder.embed_tokens.weight
+        out = torch.empty(input_ids.numel(), weight.shape[1], dtype=weight.dtype, pin_memory=True)
+        torch.index_select(weight.data, 0, input_ids.flatten(), out=out)
+        scale = getattr(self.decoder.embed_tokens, "scalar_embed_scale", 1.0)
+        return (
+            out.mul_(scale).view(*input_ids.shape, -1)
+            if scale != 1.0
+            else out.view(*input_ids.shape, -1)
+        )
+
     def __call__(
-        self, input_ids: Tensor, position_ids: Tensor | None, segments: Segments | None
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        segments: Segments | None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
         training = self.decoder.training
         refresh(self.groups, training)
-        hidden = self.decoder.embed_tokens(input_ids)
+        hidden = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         cos, sin = self.decoder.rotary_emb(hidden, position_ids=position_ids)
         masks = max((layer.masks for layer in self.layers), default=0)
         keys = None
         if training and masks:
             keys = draw_keys(len(self.layers) * masks, hidden.device)
             keys = keys.view(len(self.layers), masks, 2)
-        call = Pass(cos, sin, segments, keys, training)
+        arena = None
+        if torch.is_grad_enabled():
+            arena = Arena(self.layers, hidden.shape[:-1].numel(), hidden.shape[-1], hidden)
+        call = Pass(cos, sin, segments, keys, training, arena)
         for layer in self.layers:
             hidden = layer(hidden, call)
         return self.decoder.norm(hidden)
 
     def detach(self) -> None:
-        """Give every module a weight of its own again, as savers expect."""
+        """Give every module a weight of its own again, as savers expect, and where it was."""
+        if self.home is not None:
+            weight = self.decoder.embed_tokens.weight
+            weight.data, self.home = weight.data.to(self.home), None
         for group in self.groups:
             group.unmerge()
             group.a_sink, group.b_sinks = None, []

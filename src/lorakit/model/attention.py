@@ -9,14 +9,18 @@ Right-padded rows need no mask: a real token never looks to its right, and pads 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorakit.ops.backend import has_kernels
+
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
     if has_kernels(q) and q.dtype != torch.float32 and q.shape[-1] <= 256:
         return _varlen(q, k, v, scale, segments)
     parts = zip(*(t.split(segments.lengths, dim=1) for t in (q, k, v)), strict=True)
-    return torch.cat([_dense(*part, scale) for part in parts], dim=1)
+    return torch.cat([_dense(a, b, c, scale) for a, b, c in parts], dim=1)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -52,14 +56,17 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         repeat = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
         grouped = False
-    out = functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        is_causal=True,
-        scale=scale,
-        enable_gqa=grouped,
-    )
+    # cuDNN plans anew for every length it meets; those that are no multiple of 128 are left out.
+    odd = has_kernels(q) and q.shape[1] % 128
+    with sdpa_kernel(_WITHOUT_CUDNN) if odd else nullcontext():
+        out = functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=grouped,
+        )
     return out.transpose(1, 2)
 
 
@@ -76,5 +83,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -
         repeat = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     borders, longest = segments.borders, segments.longest
-    out: Tensor = varlen_attn(q[0], k[0], v[0], borders, borders, longest, longest, **options)
-    return out.unsqueeze(0)
+    out: Any = varlen_attn(q[0], k[0], v[0], borders, borders, longest, longest, **options)
+    packed: Tensor = out.unsqueeze(0)
+    return packed

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.model.attention import Segments, attend
 from lorakit.model.lora_group import Dropout, LoraGroup, Scratch, Unsupported
@@ -44,6 +44,36 @@ class Pass:
     segments: Segments | None
     keys: Tensor | None  # [layers, modules, 2]
     training: bool
+    arena: Arena | None = None
+
+
+class Arena:
+    """Room for what layers keep, in one piece for each kind.
+
+    Made one by one between short-lived tensors, they would leave holes that nothing fits: 4 GiB of
+    them with 32 layers at 2,048 tokens.
+    """
+
+    def __init__(self, layers: list[FastLayer], rows: int, model: int, like: Tensor) -> None:
+        first = layers[0]
+        inner, qkv = first.gate_up.outputs, first.qkv.outputs
+        rooms = {
+            "out": [(x.number, model) for x in layers],
+            "mid": [(x.number, model) for x in layers if x.keep < Keep.INPUT],
+            "qkv": [(x.number, qkv) for x in layers if x.keep < Keep.MIDDLE],
+            "gate_up": [(x.number, inner) for x in layers if x.keep == Keep.ALL],
+        }
+        self.places: dict[tuple[str, int], Tensor] = {}
+        for name, wanted in rooms.items():
+            if wanted:
+                width = wanted[0][1]
+                room = torch.empty(len(wanted), rows, width, dtype=like.dtype, device=like.device)
+                # .data: each place counts its own versions, so autograd sees no writes of others.
+                self.places |= {(name, w[0]): room[i].data for i, w in enumerate(wanted)}
+
+    def take(self, name: str, number: int) -> Tensor | None:
+        """Where layer `number` writes this tensor; None if it keeps none. Given out once."""
+        return self.places.pop((name, number), None)
 
 
 @dataclass(slots=True)
@@ -83,7 +113,7 @@ class FastLayer:
         self.down = LoraGroup("down", [mlp.down_proj], scratch)
         self.groups = [self.qkv, self.o, self.gate_up, self.down]
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.head_norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+        self.head_norms: list[Any] = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
         for norm in (*self.norms, *self.head_norms):
             if norm is not None and norm.weight.requires_grad:
                 raise Unsupported("norm weights train")
@@ -111,6 +141,9 @@ class FastLayer:
         if call.keys is None or not call.training or not group.p or not group.adapted:
             return Dropout(None, 0.0)
         return Dropout(call.keys[self.number, self.key_rows[self.groups.index(group)]], group.p)
+
+    def room(self, name: str, call: Pass) -> Tensor | None:
+        return call.arena.take(name, self.number) if call.arena else None
 
     def norm(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
         module = self.norms[number]
@@ -185,7 +218,7 @@ class _Layer(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         with torch.autocast(dout.device.type, enabled=False):
             dx, gradients = _backward(
                 ctx.layer, ctx.call, ctx.saved, ctx.shape, dout.reshape(-1, ctx.shape[-1]),
@@ -216,8 +249,8 @@ def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: boo
     h2, saved.rstd2 = layer.norm(1, mid)
     gate_up = _to_gate_up(layer, call, saved, weights, h2)
     h = gated(gate_up, layer.activation, saved.updates["gate_up"])
-    drop = layer.dropout(layer.down, call)
-    out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, residual=mid)
+    drop, room = layer.dropout(layer.down, call), layer.room("out", call)
+    out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, mid, room)
     if keep == Keep.ALL:
         saved.gate_up = gate_up
     else:
@@ -236,7 +269,8 @@ def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights) -> T
     """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
     h1, saved.rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
-    qkv, saved.updates["qkv"] = layer.qkv.product(h1, weights[layer.qkv], drop)
+    room = layer.room("qkv", call)
+    qkv, saved.updates["qkv"] = layer.qkv.product(h1, weights[layer.qkv], drop, room)
     return qkv
 
 
@@ -254,7 +288,8 @@ def _to_middle(
     saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
     flat = _flat(saved.attention.out)
     drop = layer.dropout(layer.o, call)
-    mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, residual=saved.x)
+    room = layer.room("mid", call)
+    mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, saved.x, room)
     return mid
 
 
@@ -263,7 +298,9 @@ def _to_gate_up(
 ) -> Tensor:
     """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
     drop = layer.dropout(layer.gate_up, call)
-    gate_up, saved.updates["gate_up"] = layer.gate_up.product(h2, weights[layer.gate_up], drop)
+    room = layer.room("gate_up", call)
+    made = layer.gate_up.product(h2, weights[layer.gate_up], drop, room)
+    gate_up, saved.updates["gate_up"] = made
     return gate_up
 
 

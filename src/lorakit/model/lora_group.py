@@ -125,10 +125,13 @@ class LoraGroup:
         return out
 
     def product(
-        self, x: Tensor, weight: Tensor, dropout: Dropout
+        self, x: Tensor, weight: Tensor, dropout: Dropout, out: Tensor | None = None
     ) -> tuple[Tensor, Update | None]:
         """(x W^T + bias [M, N], what the adapters add to it); the consumer adds the second."""
-        y = nn.functional.linear(x, weight, self.bias)
+        if self.bias is None:
+            y = torch.mm(x, weight.t(), out=out)
+        else:
+            y = torch.addmm(self.bias, x, weight.t(), out=out)
         if not self.adapted:
             return y, None
         s = lora_down(x, self.a, dropout.keys, dropout.p)
@@ -143,14 +146,19 @@ class LoraGroup:
         return y
 
     def full(
-        self, x: Tensor, weight: Tensor, dropout: Dropout, residual: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        dropout: Dropout,
+        residual: Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Update | None]:
-        """(residual + x W^T + bias + the adapters' part [M, N], that part's factors); one module."""
+        """(residual + x W^T + bias + the adapters' part [M, N], that part); one module."""
         start = residual if self.bias is None else residual + self.bias
         if not self.adapted:
-            return torch.addmm(start, x, weight.t()), None
+            return torch.addmm(start, x, weight.t(), out=out), None
         update = Update(lora_down(x, self.a, dropout.keys, dropout.p), self.b, self.slots)
-        return torch.addmm(start, update.s, self.b.t()).addmm_(x, weight.t()), update
+        return torch.addmm(start, update.s, self.b.t(), out=out).addmm_(x, weight.t()), update
 
     def input_grad(self, dy: Tensor, weight: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
         """(dS [M, n*R], dx [M, K]) from dy [M, N]."""
@@ -225,7 +233,7 @@ def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
 
 
 def _base_layer(module: nn.Module) -> Any:
-    base = getattr(module, "base_layer", module)
+    base: Any = getattr(module, "base_layer", module)
     kinds = {"Linear", "Linear4bit"}
     if type(base).__name__ not in kinds:
         raise Unsupported(f"a layer is a {type(base).__name__}")

@@ -84,7 +84,7 @@ class _FrozenHead(torch.autograd.Function):
         return torch.cat(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return (grad * scale).to(ctx.kind), None, None, None
 

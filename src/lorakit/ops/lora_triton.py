@@ -56,15 +56,16 @@ def lora_a_grad_triton(
     rows, width = x.shape
     modules = len(keys)
     rank = ds.shape[1] // modules
-    kind = {"dtype": torch.float32, "device": x.device}
-    partial = torch.empty(A_GRAD_SPLITS, modules * rank, width, **kind)
+    partial = torch.empty(
+        A_GRAD_SPLITS, modules * rank, width, dtype=torch.float32, device=x.device
+    )
     chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), A_GRAD["BLOCK_M"]) * A_GRAD["BLOCK_M"]
     grid = (triton.cdiv(width, A_GRAD["BLOCK_K"]), modules, A_GRAD_SPLITS)
     _a_grad_kernel[grid](
         ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
         modules * rank, RANK=rank, BLOCK_R=_block_r(rank), **A_GRAD,
     )  # fmt: skip
-    out = torch.empty(modules * rank, width, **kind) if into is None else into
+    out = torch.empty_like(partial[0]) if into is None else into
     size = out.numel()
     _reduce_kernel[(triton.cdiv(size, 1024),)](
         partial, out, size, factor, ADD=into is not None, SPLITS=A_GRAD_SPLITS, BLOCK=1024

@@ -85,7 +85,9 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
             second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_V, RANK, BLOCK_R
         )
     if ROTATES and head < Q + K:
-        angle = (row // length)[:, None] * cos_batch + (row % length)[:, None] * cos_row + d[None, :]
+        angle = (
+            (row // length)[:, None] * cos_batch + (row % length)[:, None] * cos_row + d[None, :]
+        )
         c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
         sn = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
         turned = first * c - second * sn

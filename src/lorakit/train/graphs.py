@@ -23,6 +23,7 @@ from lorakit.records import IGNORE
 # A micro-batch is padded by half of this on average: 64 of 2,048 tokens are 3%.
 TOKENS_STEP = 128
 MAX_GRAPHS = 48
+WARM_UP_TOKENS = 128
 
 ForwardBackward = Callable[[Batch, Tensor], Tensor]
 
@@ -35,7 +36,7 @@ class _Captured:
 
 
 class GraphedMicroSteps:
-    """Runs `forward_backward(batch, scale)` eagerly once, then as graphs, one for each shape.
+    """Runs `forward_backward(batch, scale)` as CUDA graphs, one for each shape.
 
     Args:
         forward_backward: adds gradients to the parameters' .grad and returns the loss; must not
@@ -51,21 +52,22 @@ class GraphedMicroSteps:
         groups: Sequence[LoraGroup] = (),
     ) -> None:
         self.forward_backward = forward_backward
-        ordered = [p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))]
+        ordered = [
+            p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))
+        ]
         known = {id(p) for p in ordered}
         self.parameters = ordered + [p for p in parameters if id(p) not in known]
         device = self.parameters[0].device
         sizes = [p.numel() for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.grads = [
-            part.view_as(p)
-            for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
+            part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
         ]
         self._point_sinks(groups)
         self.scale = torch.zeros((), device=device)
         self.graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self.pool: Any = None
-        self.warm = False
+        self.warm: set[bool] = set()
         self.failed: str | None = None
 
     def _point_sinks(self, groups: Sequence[LoraGroup]) -> None:
@@ -86,11 +88,9 @@ class GraphedMicroSteps:
         self.scale.fill_(scale)
 
     def __call__(self, micro: Batch) -> Tensor:
-        """Loss of the micro-batch, times the step's factor; gradients are added."""
-        micro = to_bucket(micro)
-        if not self.warm or self.failed:
-            # The first run compiles kernels and makes library handles, which a capture cannot.
-            self.warm = True
+        """Loss of the micro-batch (see `to_bucket`), times the step's factor; adds gradients."""
+        self._warm_up(micro)
+        if self.failed:
             return self.forward_backward(micro, self.scale)
         key = shape_key(micro)
         found = self.graphs.pop(key, None)
@@ -104,6 +104,20 @@ class GraphedMicroSteps:
                 value.copy_(micro[name])
         found.graph.replay()
         return found.loss
+
+    def _warm_up(self, micro: Batch) -> None:
+        """Compile kernels and make library handles on a few tokens: a capture cannot do that.
+
+        The random generator is put back, so a resumed run, which warms up too, draws equal masks.
+        """
+        packed = "borders" in micro
+        if packed in self.warm:
+            return
+        self.warm.add(packed)
+        before, generator = self.flat.clone(), torch.cuda.get_rng_state()
+        self.forward_backward(first_tokens(micro, WARM_UP_TOKENS), self.scale)
+        self.flat.copy_(before)
+        torch.cuda.set_rng_state(generator)
 
     def _capture(self, micro: Batch) -> _Captured | None:
         while len(self.graphs) >= MAX_GRAPHS:
@@ -122,6 +136,22 @@ class GraphedMicroSteps:
             return None
         self.pool = self.pool or graph.pool()
         return _Captured(graph, inputs, loss)
+
+
+def first_tokens(micro: Batch, count: int) -> Batch:
+    """The first tokens of the first row, as one document; the loss is on the first half of them."""
+    made = dict(micro)
+    for name in ("input_ids", "position_ids", "inputs_embeds"):
+        if name in made:
+            made[name] = made[name][:1, :count]
+    length = made["inputs_embeds" if "inputs_embeds" in made else "input_ids"].shape[1]
+    if "borders" in made:
+        made["borders"] = made["borders"].clamp(max=length)
+        made["borders"][1:] = length
+    half = min(length // 2, len(made["targets"]))
+    made["targets"] = made["targets"][:half]
+    made["positions"] = torch.arange(half, device=made["targets"].device)
+    return made
 
 
 def shape_key(micro: Batch) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
             segments = None
             if borders is not None:
                 segments = Segments(borders, longest or max(lengths), tuple(lengths))
-            states = _hidden(self, fast, segments, *args, **kwargs)
+            states = _hidden(self, fast, segments, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
         loss = summed_cross_entropy(picked, targets, to_logits)
         return SupervisedLoss(loss_sum=loss)
@@ -133,16 +133,15 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _hidden(
-    base: Any, engine: Engine | None, segments: Segments | None, input_ids: Tensor, **kwargs: Any
-) -> Tensor:
+def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **inputs: Any) -> Tensor:
     """Hidden states [B, T, D]: the engine's where it serves this call, else the model's own."""
-    longest = segments.longest if segments else input_ids.shape[1]
-    if engine is None or not engine.serves(longest):
-        hidden: Tensor = base.get_decoder()(input_ids=input_ids, **kwargs)[0]
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    length = inputs["input_ids" if embeds is None else "inputs_embeds"].shape[1]
+    if engine is None or not engine.serves(segments.longest if segments else length):
+        hidden: Tensor = base.get_decoder()(**inputs)[0]
         return hidden
     # Rows are padded on the right: causal attention never looks there, so no mask is needed.
-    return engine(input_ids, kwargs.get("position_ids"), segments)
+    return engine(ids, inputs.get("position_ids"), segments, embeds)
 
 
 @torch.no_grad()

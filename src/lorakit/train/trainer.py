@@ -22,15 +22,15 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
-from lorakit.data.batch import Batch, Layout, step_batches
+from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.errors import DependencyError, RecipeError
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
 from lorakit.recipe import Recipe
-from lorakit.records import Device, Example
+from lorakit.records import Device, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.checkpoint import rotate, save_training_state, staged
-from lorakit.train.graphs import GraphedMicroSteps
+from lorakit.train.graphs import GraphedMicroSteps, to_bucket
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.score import score
@@ -54,6 +54,7 @@ class LoraTrainer(SFTTrainer):
         tokenizer: Any,
         recipe: Recipe,
         device: Device,
+        plan: MemoryPlan,
         run: RunDir,
         train: Sequence[Example],
         val: Sequence[Example],
@@ -73,7 +74,9 @@ class LoraTrainer(SFTTrainer):
             # The data set holds row numbers; examples are looked up when a step is made.
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
-            data_collator=lambda rows: step_batches([train[r["index"]] for r in rows], self.layout),
+            data_collator=lambda rows: {
+                "step": step_batches([train[r["index"]] for r in rows], self.layout)
+            },
             callbacks=[_Reporter(self, progress), _Stopper(stop)],
         )
         self.remove_callback(PrinterCallback)
@@ -82,9 +85,8 @@ class LoraTrainer(SFTTrainer):
             if name in masters:
                 parameter.data = masters[name]
         self.attached = attach_loss(self.model, recipe.engine)
-        if recipe.gradient_checkpointing is True:
-            recompute_everything(self.model, self.attached)
-        self.layout = Layout(
+        place(self.model, self.attached, plan)
+        self.layout: Layout = Layout(
             pad_id=self.pad_id,
             rows=recipe.micro_batch_size,
             capacity=recipe.micro_batch_size * recipe.cutoff_len,
@@ -100,22 +102,34 @@ class LoraTrainer(SFTTrainer):
         up: they do not depend on how the examples were laid out.
         """
         model.train()
-        inputs = self._prepare_inputs(inputs)
+        step: StepBatch = inputs["step"]
         # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
         ranks = self.accelerator.num_processes
-        scale = ranks / max(1, self._sum_over_ranks(inputs["supervised"]))
-        self.step_tokens += inputs["tokens"]
+        scale = ranks / max(1, self._sum_over_ranks(step.supervised))
+        self.step_tokens += step.tokens
         total = torch.zeros((), device=self.args.device)
         if self.graphs is not None:
             self.graphs.begin(scale)
-            for micro in inputs["micro"]:
-                total += self.graphs(micro)
+            for micro in step.micro:
+                total += self.graphs(self._to_device(to_bucket(micro)))
             return total
-        for number, micro in enumerate(inputs["micro"]):
-            last = number + 1 == len(inputs["micro"])
+        for number, micro in enumerate(step.micro):
+            last = number + 1 == len(step.micro)
             with nullcontext() if last else self.accelerator.no_sync(model):
-                total += self._forward_backward(model, micro, scale)
+                total += self._forward_backward(model, self._to_device(micro), scale)
         return total
+
+    def _to_device(self, micro: Batch) -> Batch:
+        """The micro-batch on the device; embedded here where the embedding lies on the host."""
+        engine, device = self.attached.engine, self.args.device
+        if engine is not None and engine.embedding_on_host:
+            ids = micro["input_ids"]
+            micro = {k: v for k, v in micro.items() if k != "input_ids"}
+            micro["inputs_embeds"] = engine.embed_on_host(ids)
+        return {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in micro.items()
+        }
 
     def _forward_backward(self, model: Any, micro: Batch, scale: Any) -> Tensor:
         with self.compute_loss_context_manager():
@@ -123,10 +137,23 @@ class LoraTrainer(SFTTrainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
+    def graphs_in_words(self) -> str:
+        """Whether micro-batches run as CUDA graphs, and why not."""
+        if self.graphs is None:
+            return "no CUDA graphs"
+        if self.graphs.failed:
+            return f"no CUDA graphs: {self.graphs.failed}"
+        return f"{len(self.graphs.graphs)} CUDA graphs"
+
     def _graphed(self) -> GraphedMicroSteps | None:
         """Graphs where every part of a micro-batch runs on the card by fixed shapes."""
         engine = self.attached.engine
-        if engine is None or not self.attached.frozen_head or self.args.fp16 or self.accelerator.num_processes > 1:
+        if (
+            engine is None
+            or not self.attached.frozen_head
+            or self.args.fp16
+            or self.accelerator.num_processes > 1
+        ):
             return None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not has_kernels(parameters[0]):
@@ -287,11 +314,13 @@ def training_arguments(
     )
 
 
-def recompute_everything(model: Any, attached: Attached) -> None:
-    """Keep each layer's input alone for backward: least memory, about a third more arithmetic."""
+def place(model: Any, attached: Attached, plan: MemoryPlan) -> None:
+    """Let layers keep, and parts lie, as the plan says."""
     if attached.engine is not None:
-        attached.engine.keep([Keep.INPUT] * len(attached.engine.layers))
-    else:
+        attached.engine.keep([Keep(level) for level in plan.keep])
+        if plan.embedding_on_host:
+            attached.engine.move_embedding_to_host()
+    elif any(plan.keep):
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
