@@ -9,8 +9,10 @@ import itertools
 import torch
 import triton
 
+from lorakit.ops import gated_triton, rope_triton
 from lorakit.ops import lora_triton as fast
 from lorakit.ops.hash_mask import draw_keys
+from lorakit.ops.lora import Update
 
 D, INNER = 4096, 11008
 
@@ -19,62 +21,70 @@ def ms(function):
     return 1e3 * triton.testing.do_bench(function, warmup=5, rep=30, return_mode="median")
 
 
-def best(name, configs, settings, function):
+def best(name, choices, choose, function):
+    """The fastest three of `choices`; the best stays chosen."""
     found = []
-    for config in configs:
-        settings.clear()
-        settings.update(config)
+    for choice in choices:
+        choose(choice)
         try:
-            found.append((ms(function), config))
-        except Exception as error:  # a config that does not fit the card
-            found.append((float("inf"), {**config, "error": type(error).__name__}))
+            found.append((ms(function), choice))
+        except Exception as error:  # a choice that does not fit the card
+            found.append((float("inf"), (*choice, type(error).__name__)))
     found.sort(key=lambda pair: pair[0])
-    text = "; ".join(f"{t:.1f} {tuple(c.values())}" for t, c in found[:3])
-    print(f"{name:28s} {text}", flush=True)
-    settings.clear()
-    settings.update(found[0][1])
-
-
-def grid(**choices):
-    return [
-        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
-    ]
+    print(f"{name:24s} " + "; ".join(f"{t:.1f} {c}" for t, c in found[:4]), flush=True)
+    choose(found[0][1])
 
 
 def lora_kernels(rows, rank):
     device = torch.device("cuda")
-    for width, modules in ((D, 3), (D, 2), (D, 1), (INNER, 1)):
+    which = "many" if rows >= fast.MANY_ROWS else "few"
+    blocks = list(itertools.product([16, 32, 64], [64, 128, 256]))
+    for width, modules in ((D, 3), (D, 1), (INNER, 1)):
         x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
         a = torch.randn(modules * rank, width, device=device, dtype=torch.bfloat16)
         ds = torch.randn(rows, modules * rank, device=device, dtype=torch.bfloat16)
         keys = draw_keys(modules, device)
         label = f"{width}x{modules}"
-        print(
-            label,
-            f"cuBLAS without mask: S {ms(lambda: x @ a.t()):.1f}, "
-            f"dx {ms(lambda: x.addmm_(ds, a)):.1f}, "
-            f"dA {ms(lambda: torch.mm(ds.t(), x, out_dtype=torch.float32)):.1f} us",
-        )
         best(
             "down " + label,
-            grid(BLOCK_M=[16, 32, 64], BLOCK_K=[64, 128, 256], num_warps=[4, 8], num_stages=[3, 5]),
-            fast.DOWN,
+            blocks,
+            lambda c: fast.DOWN.update({which: c}),
             lambda: fast.lora_down_triton(x, a, keys, 0.05),
         )
         best(
             "input_grad " + label,
-            grid(BLOCK_M=[32, 64, 128], BLOCK_K=[64, 128, 256], num_warps=[4, 8], num_stages=[1]),
-            fast.INPUT_GRAD,
+            blocks[3:],
+            lambda c: fast.INPUT_GRAD.update({which: c}),
             lambda: fast.lora_input_grad_triton_(x, ds, a, keys, 0.05),
         )
-        for splits in (4, 8, 16):
-            fast.A_GRAD_SPLITS = splits
-            best(
-                f"a_grad/{splits} " + label,
-                grid(BLOCK_M=[64, 128], BLOCK_K=[64, 128], num_warps=[4, 8], num_stages=[3, 4]),
-                fast.A_GRAD,
-                lambda: fast.lora_a_grad_triton(ds, x, keys, 0.05),
-            )
+
+
+def elementwise(rows, rank):
+    """The gated activation with its adapters' part, both ways, by block sizes."""
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    gu, dh = make(rows, 2 * INNER), make(rows, INNER)
+    update = Update(make(rows, 2 * rank), make(2 * INNER, rank), (0, 1))
+    qkv = make(rows, 3 * D)
+    angles = (make(1, rows, 128), make(1, rows, 128))
+    update3 = Update(make(rows, 3 * rank), make(3 * D, rank), (0, 1, 2))
+    choices = list(itertools.product([16, 32, 64], [64, 128, 256], [4, 8]))
+
+    def gated_choice(c):
+        gated_triton.SETTINGS.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2])
+
+    best("gated", choices, gated_choice, lambda: gated_triton.gated_triton(gu, "silu", update))
+    best(
+        "gated backward",
+        choices,
+        gated_choice,
+        lambda: gated_triton.gated_backward_triton(dh, gu, "silu", update),
+    )
+    best(
+        "rotate qkv",
+        list(itertools.product([16, 32, 64, 128], [2, 4, 8])),
+        lambda c: rope_triton.ROTATE.update(BLOCK_M=c[0], num_warps=c[1]),
+        lambda: rope_triton.rotate_qkv_triton_(qkv, (32, 32, 32), 128, angles, update3),
+    )
 
 
 def products(rows, rank):
@@ -116,17 +126,19 @@ def products(rows, rank):
         print(name, "; ".join(f"{k} {ms(f):.1f}" for k, f in times.items()), flush=True)
 
 
+PARTS = {"lora": lora_kernels, "elementwise": elementwise, "products": products}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", choices=["", *PARTS])
     a = parser.parse_args()
     print(f"rows {a.rows}, rank {a.rank}; microseconds, best first")
-    if a.only != "products":
-        lora_kernels(a.rows, a.rank)
-    if a.only != "lora":
-        products(a.rows, a.rank)
+    for name, part in PARTS.items():
+        if a.only in ("", name):
+            part(a.rows, a.rank)
 
 
 main()

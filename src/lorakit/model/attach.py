@@ -130,8 +130,12 @@ def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:
     except (Unsupported, AttributeError) as error:
         return None, f"{error}: PEFT's own layers"
     engine = Engine(decoder, layers, scratch)
-    for group in engine.groups:
-        group.merge()
+    for layer in layers:
+        for group in layer.groups:
+            group.merge()
+        if device_kind == "cuda":
+            # The parts go back at once; left cached, small tensors would settle in them for good.
+            torch.cuda.empty_cache()
     difference = _probe(engine, base)
     tolerance = TOLERANCE[layers[0].qkv.kind]
     if not difference < tolerance:

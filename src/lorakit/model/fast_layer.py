@@ -123,7 +123,7 @@ class FastLayer:
             raise Unsupported(f"activation {name}")
         self.activation = _ACTIVATIONS[name]
         self.rotates = bool(getattr(attention, "use_rope", True))
-        window = getattr(attention, "sliding_window", None)
+        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         self.window: int | None = int(window) if window else None
         starts = [0]
         for group in self.groups:

@@ -10,11 +10,17 @@ from torch import Tensor
 from lorakit.ops.hash_mask import threshold
 from lorakit.ops.hash_mask_triton import keep_tile
 
-# Sizes and stages were chosen on an H100 (benchmarks/kernels.py).
-DOWN = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
-INPUT_GRAD = {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
-A_GRAD = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+# Chosen on an H100 (benchmarks/kernels.py): (BLOCK_M, BLOCK_K), for few rows and for many.
+MANY_ROWS = 4096
+DOWN = {"few": (16, 256), "many": (64, 64)}
+INPUT_GRAD = {"few": (32, 128), "many": (64, 128)}
+A_GRAD = (64, 128)
 A_GRAD_SPLITS = 4
+
+
+def _blocks(sizes: dict[str, tuple[int, int]], rows: int) -> dict[str, int]:
+    block_m, block_k = sizes["many" if rows >= MANY_ROWS else "few"]
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k}
 
 
 def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
@@ -23,10 +29,11 @@ def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
     modules = len(keys)
     rank = a.shape[0] // modules
     out = torch.empty(rows, modules * rank, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(rows, DOWN["BLOCK_M"]), modules)
+    blocks = _blocks(DOWN, rows)
+    grid = (triton.cdiv(rows, blocks["BLOCK_M"]), modules)
     _down_kernel[grid](
         x, a, keys, out, rows, width, x.stride(0), threshold(p),
-        RANK=rank, BLOCK_R=_block_r(rank), **DOWN,
+        RANK=rank, BLOCK_R=_block_r(rank), num_stages=3, **blocks,
     )  # fmt: skip
     return out
 
@@ -36,10 +43,11 @@ def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: 
     rows, width = dx.shape
     modules = len(keys)
     rank = a.shape[0] // modules
-    grid = (triton.cdiv(rows, INPUT_GRAD["BLOCK_M"]), triton.cdiv(width, INPUT_GRAD["BLOCK_K"]))
+    blocks = _blocks(INPUT_GRAD, rows)
+    grid = (triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))
     _input_grad_kernel[grid](
         dx, ds, a, keys, rows, width, dx.stride(0), ds.stride(0), threshold(p),
-        MODULES=modules, RANK=rank, BLOCK_R=_block_r(rank), **INPUT_GRAD,
+        MODULES=modules, RANK=rank, BLOCK_R=_block_r(rank), num_stages=1, **blocks,
     )  # fmt: skip
     return dx
 
@@ -59,11 +67,13 @@ def lora_a_grad_triton(
     partial = torch.empty(
         A_GRAD_SPLITS, modules * rank, width, dtype=torch.float32, device=x.device
     )
-    chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), A_GRAD["BLOCK_M"]) * A_GRAD["BLOCK_M"]
-    grid = (triton.cdiv(width, A_GRAD["BLOCK_K"]), modules, A_GRAD_SPLITS)
+    block_m, block_k = A_GRAD
+    chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), block_m) * block_m
+    grid = (triton.cdiv(width, block_k), modules, A_GRAD_SPLITS)
     _a_grad_kernel[grid](
         ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
-        modules * rank, RANK=rank, BLOCK_R=_block_r(rank), **A_GRAD,
+        modules * rank, RANK=rank, BLOCK_R=_block_r(rank),
+        BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(partial[0]) if into is None else into
     size = out.numel()
