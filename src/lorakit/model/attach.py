@@ -56,9 +56,10 @@ class Engine:
 
     def move_embedding_to_host(self) -> None:
         """Leave the card's memory to the rest: rows are looked up on the host for each batch."""
-        weight = self.decoder.embed_tokens.weight
-        self.home = weight.device
-        weight.data = weight.data.cpu()
+        if self.home is None:
+            weight = self.decoder.embed_tokens.weight
+            self.home = weight.device
+            weight.data = weight.data.cpu()
 
     def embed_on_host(self, input_ids: Tensor) -> Tensor:
         """Embeddings [B, T, D] of ids on the host, in page-locked memory."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorakit.ops.lora import Update
 
-SETTINGS = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8}
+SETTINGS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}  # see benchmarks/kernels.py
 
 
 def gated_triton(gu: Tensor, activation: str, update: Update | None = None) -> Tensor:

@@ -61,7 +61,7 @@ class LoraTrainer(SFTTrainer):
         progress: TrainingProgress,
         stop: StopRequest,
     ) -> None:
-        self.run, self.recipe, self.val = run, recipe, val
+        self.run, self.recipe, self.val, self.plan = run, recipe, val, plan
         self.pad_id = pad_token_id(tokenizer)
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -102,6 +102,9 @@ class LoraTrainer(SFTTrainer):
         up: they do not depend on how the examples were laid out.
         """
         model.train()
+        if self.plan.embedding_on_host and self.attached.engine is not None:
+            # Not before the first step: accelerate moves the whole model when training begins.
+            self.attached.engine.move_embedding_to_host()
         step: StepBatch = inputs["step"]
         # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
         ranks = self.accelerator.num_processes
@@ -318,8 +321,6 @@ def place(model: Any, attached: Attached, plan: MemoryPlan) -> None:
     """Let layers keep, and parts lie, as the plan says."""
     if attached.engine is not None:
         attached.engine.keep([Keep(level) for level in plan.keep])
-        if plan.embedding_on_host:
-            attached.engine.move_embedding_to_host()
     elif any(plan.keep):
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
