@@ -108,20 +108,20 @@ def products(rows, rank):
         times = {
             "S B apart": lambda: [
                 torch.mm(s[:, q], b.t(), out=y[:, c]) for q, c in zip(ranks, cols)
-            ],  # noqa: B023, B905, E501
-            "S B together": lambda: torch.mm(s, block.t(), out=y),  # noqa: B023
-            "dS apart": lambda: [dy[:, c] @ b for c in cols],  # noqa: B023
-            "dS together": lambda: dy @ block,  # noqa: B023
+            ],
+            "S B together": lambda: torch.mm(s, block.t(), out=y),
+            "dS apart": lambda: [dy[:, c] @ b for c in cols],
+            "dS together": lambda: dy @ block,
             "dB apart": lambda: [
                 torch.mm(dy[:, c].t(), s[:, q], out_dtype=f32) for q, c in zip(ranks, cols)
-            ],  # noqa: B023, B905, E501
-            "dB together": lambda: torch.mm(dy.t(), s, out_dtype=f32),  # noqa: B023
-            "x W": lambda: torch.mm(x, w.t(), out=y),  # noqa: B023
-            "y += x W": lambda: y.addmm_(x, w.t()),  # noqa: B023
-            "[x S][W B]": lambda: torch.mm(wide, bordered.t(), out=y),  # noqa: B023
-            "x W, wide strides": lambda: torch.mm(wide[:, :inner], bordered[:, :inner].t(), out=y),  # noqa: B023, E501
-            "dy W": lambda: dy @ w,  # noqa: B023
-            "dy W, wide stride": lambda: dy @ bordered[:, :inner],  # noqa: B023
+            ],
+            "dB together": lambda: torch.mm(dy.t(), s, out_dtype=f32),
+            "x W": lambda: torch.mm(x, w.t(), out=y),
+            "y += x W": lambda: y.addmm_(x, w.t()),
+            "[x S][W B]": lambda: torch.mm(wide, bordered.t(), out=y),
+            "x W, wide strides": lambda: torch.mm(wide[:, :inner], bordered[:, :inner].t(), out=y),
+            "dy W": lambda: dy @ w,
+            "dy W, wide stride": lambda: dy @ bordered[:, :inner],
         }
         print(name, "; ".join(f"{k} {ms(f):.1f}" for k, f in times.items()), flush=True)
 

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,31 +76,21 @@ def run_bench(
     resolved = load_recipe(None, overrides, flags)
     device = detect_device(resolved.recipe.dtype)
     config = shape_config(shape)
-    resolved = resolve_targets(resolved, config)
-    recipe = resolved.recipe
-    plan = plan_memory(recipe, config, device)
+    recipe = resolve_targets(resolved, config).recipe
+    job = _Job(recipe, config, device, plan_memory(recipe, config, device), lengths)
     meter = _Meter(device)
-    began = time.perf_counter()
-    model = _model(config, recipe, device)
+    model = add_adapter(random_model(config, device, method == "qlora"), recipe)
     trainable, total = count_parameters(model)
     console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
-    load_seconds = time.perf_counter() - began
-    clock, trainer = _train(model, recipe, device, plan, config, meter, console, lengths)
-    timed = slice(min(UNTIMED_STEPS, len(clock.seconds) // 2), None)
-    rates = [n / s for n, s in zip(clock.tokens[timed], clock.seconds[timed], strict=True)]
+    clock, trainer = _train(model, job, meter, console)
     return {
         "id": label,
         "gpu": device.name,
         "shape": shape,
         "method": method,
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "peak_allocated_gib": round(meter.allocated / GIB, 3),
-        "peak_process_gib": round(meter.process / GIB, 3),
-        "planned_gib": round(plan.total_bytes / GIB, 3),
-        "plan": plan.describe(),
-        "step_seconds": [round(s, 4) for s in clock.seconds],
-        "load_seconds": round(load_seconds, 1),
-        "tokens_per_step": round(statistics.mean(clock.tokens)),
+        **_measured(clock, meter),
+        "planned_gib": round(job.plan.total_bytes / GIB, 3),
+        "plan": job.plan.describe(),
         "lengths": lengths,
         "seq": seq,
         "trainable_parameters": trainable,
@@ -111,39 +102,49 @@ def run_bench(
     }
 
 
-def _model(config: Any, recipe: Recipe, device: Device) -> Any:
-    return add_adapter(random_model(config, device, recipe.method == "qlora"), recipe)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is measured."""
+
+    recipe: Recipe
+    config: Any
+    device: Device
+    plan: MemoryPlan
+    lengths: str
 
 
-def _train(
-    model: Any,
-    recipe: Recipe,
-    device: Device,
-    plan: MemoryPlan,
-    config: Any,
-    meter: _Meter,
-    console: Console,
-    lengths: str,
-) -> tuple[_Clock, LoraTrainer]:
+def _measured(clock: _Clock, meter: _Meter) -> dict[str, Any]:
+    timed = slice(min(UNTIMED_STEPS, len(clock.seconds) // 2), None)
+    rates = [n / s for n, s in zip(clock.tokens[timed], clock.seconds[timed], strict=True)]
+    return {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "peak_allocated_gib": round(meter.allocated / GIB, 3),
+        "peak_process_gib": round(meter.process / GIB, 3),
+        "step_seconds": [round(s, 4) for s in clock.seconds],
+        "tokens_per_step": round(statistics.mean(clock.tokens)),
+    }
+
+
+def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clock, LoraTrainer]:
     """The clock after the last step, and the trainer that ran."""
+    recipe = job.recipe
     count = (recipe.max_steps or 1) * recipe.examples_per_step
-    examples = _random_examples(count, recipe.cutoff_len, config.vocab_size, lengths)
+    examples = _random_examples(count, recipe.cutoff_len, job.config.vocab_size, job.lengths)
     with tempfile.TemporaryDirectory() as folder, meter:
         run = RunDir(Path(folder))
-        progress = TrainingProgress(console, run, device.kind)
         trainer = LoraTrainer(
             model,
             _word_tokenizer(),
             recipe,
-            device,
-            plan,
+            job.device,
+            job.plan,
             run,
             examples,
             [],
-            progress,
+            TrainingProgress(console, run, job.device.kind),
             StopRequest(),
         )
-        clock = _Clock(device, trainer)
+        clock = _Clock(job.device, trainer)
         trainer.add_callback(clock)
         trainer.args.save_strategy = "no"
         trainer.train()

@@ -138,7 +138,7 @@ def _fixed_parts(sizes: _Sizes, on_host: bool, engine: bool) -> dict[str, int]:
 
 
 def _working_parts(sizes: _Sizes, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
-    """What a micro-batch needs: kept activations, and the larger of one layer's work and the loss."""
+    """What a micro-batch needs: activations kept, and one layer's work or the loss."""
     tokens = sizes.tokens
     logits = _logits_bytes(sizes, engine)
     if not engine:

@@ -1,4 +1,4 @@
-"""The row kernel equals the definition: odd vocabularies, strided rows, with and without gradient."""
+"""The row kernel equals the definition: odd vocabularies, with and without gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernel equals the definition: odd head counts, strided views, in place, one angle row or many."""
+"""The kernel equals the definition: odd head counts, views, in place, one angle row or many."""
 
 import pytest
 import torch

@@ -46,8 +46,9 @@ def test_first_tokens_are_one_document():
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kept", [0, 3])
 def test_graphs_give_the_gradients_of_eager_runs(kept, dropout):
-    from lorakit.model.fast_layer import Keep
     from tests.model.engine_models import tiny
+
+    from lorakit.model.fast_layer import Keep
 
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = tiny("llama", torch.bfloat16, "cuda", base_changes=wide, lora_dropout=dropout)

@@ -1,8 +1,8 @@
 """Examples enter; the tensors of micro-batches leave: padded rows, or documents packed in one row.
 
-Shapes: B rows, T tokens of the longest, N supervised tokens of the micro-batch. `positions` [N] are
-the places in the flattened [B*T] rows whose hidden state predicts `targets` [N]; both are made here,
-on the host, so that the loss needs no look back at the device.
+Shapes: B rows, T tokens of the longest, N supervised tokens of the micro-batch. `positions` [N]
+are the places in the flattened [B*T] rows whose hidden state predicts `targets` [N]; both are made
+here, on the host, so that the loss needs no look back at the device.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def step_batches(examples: Sequence[Example], layout: Layout) -> StepBatch:
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """`input_ids` int64 [B, T] padded on the right, `positions`, `targets`.
 
-    `attention_mask` [B, T] comes along only where there is padding. Padding carries no target by its
-    position: a pad id that is also the end-of-turn id (SmolLM2 and Llama-2 are often set up so)
-    stays trained where it ends an answer.
+    `attention_mask` [B, T] comes along only where there is padding. That carries no target, by its
+    place: a pad id that is also the end-of-turn id (SmolLM2 and Llama-2 are often set up so) stays
+    trained where it ends an answer.
     """
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), width), pad_id)

@@ -28,7 +28,7 @@ from lorakit.train.checkpoint import staged
 
 # The float32 sum against the live adapter: 1e-8 nats per token on SmolLM2 if right, 3.1 if lost.
 LARGEST_KL = 1e-4
-# Rounding the sum to bf16 costs 2e-5 to 1.5e-2 more on SmolLM2: it is reported, and named from here.
+# Rounding the sum to bf16 costs 2e-5 to 1.5e-2 more on SmolLM2: reported, and warned of from here.
 NOTABLE_ROUNDING = 5e-2
 CHECKED_PROMPTS = 8
 
@@ -68,8 +68,8 @@ def export_merged(run: RunDir, target: Path, conversations: Sequence[Conversatio
     sum_kl = _divergence(expected, [_logits(merged, ids) for ids in prompts])[0]
     if not sum_kl <= LARGEST_KL:
         raise WorkError(
-            f"the merged model differs from the adapter (KL {sum_kl:.3g} nats per token in float32, "
-            f"at most {LARGEST_KL:g}); it was not written",
+            f"the merged model differs from the adapter (KL {sum_kl:.3g} nats per token in "
+            f"float32, at most {LARGEST_KL:g}); it was not written",
             hint="use the adapter itself, and please report this model family",
         )
     merged = merged.to(dtype)

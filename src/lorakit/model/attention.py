@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
     """Causal attention; q [B, T, H, d], k and v [B, T, Hk, d] -> [B, T, H, d].
 
     Args:
-        segments: set when the one row (B = 1) holds several documents that must not see one another.
+        segments: set when the one row (B = 1) holds several documents, each to see only itself.
     """
     if segments is None:
         return _dense(q, k, v, scale)

@@ -103,7 +103,7 @@ class LoraGroup:
             base.weight.data = self.merged[rows]
 
     def unmerge(self) -> None:
-        """Give each module a weight of its own again: savers take shared storage for tied weights."""
+        """Give each module its own weight again: savers take shared storage for tied weights."""
         if self.merged is not None and len(self.bases) > 1:
             for base in self.bases:
                 base.weight.data = base.weight.data.clone()

@@ -5,9 +5,9 @@ same mask from eight bytes: two multiplications with an xorshift and the second 
 
     h = (i + k1) * c1;  h ^= h >> 15;  h = (h ^ k2) * c2;  keep = h >= p * 2^32     (modulo 2^32)
 
-The constants are those of Wellons' lowbias32; its outer shifts would mix low bits, and a comparison
-asks the high ones. (i + k1) * c1 is a term of the row plus one of the column, so a kernel spends six
-instructions on an element, where ten Philox rounds take about fifteen.
+The constants are those of Wellons' lowbias32; its outer shifts would mix low bits, and the
+comparison asks the high ones. (i + k1) * c1 is a term of the row plus one of the column, so a
+kernel spends six instructions on an element, where ten Philox rounds take about fifteen.
 """
 
 from __future__ import annotations

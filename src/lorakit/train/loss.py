@@ -2,8 +2,8 @@
 
 `attach_loss` gives one model instance a forward that, when targets are present, runs the decoder
 (the engine's, where it serves), takes the hidden states of supervised positions and applies the
-head to those alone. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on a
-prompt-heavy batch most of that is wasted. What is attached is checked against the model's own
+head to those alone. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on
+a prompt-heavy batch most of that is wasted. What is attached is checked against the model's own
 logits first, and left out where they differ.
 """
 
