@@ -79,7 +79,8 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         BYTES[device.dtype],
         device.kind == "cuda",
     )
-    engine = expects_engine(recipe, text)
+    # As `attach_loss` decides: `auto` on cards with kernels only.
+    engine = expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on")
     budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
     plan = None
     for keep, on_host in _choices(recipe, sizes, engine):

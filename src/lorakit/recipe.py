@@ -187,8 +187,10 @@ class Recipe(BaseModel):
         True,
         description="Lay the examples of a step out without padding; each sees only itself.",
     )
-    engine: Literal["auto", "off"] = Field(
-        "auto", description="`auto`: lorakit's fast layers where they are verified. `off`: PEFT's."
+    engine: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="`auto`: lorakit's fast layers on cards that they suit, once verified. `on`: "
+        "wherever they serve. `off`: PEFT's.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."

@@ -179,7 +179,7 @@ def test_a_window_shorter_than_the_rows_is_left_to_the_model():
 def test_names_and_files_are_peft_own_and_detaching_frees_the_weights(tmp_path):
     model = tiny()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    attach_loss(model, "auto")
+    attach_loss(model, "on")
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in before.items()
     }

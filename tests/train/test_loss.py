@@ -155,7 +155,7 @@ def test_a_model_that_changes_its_logits_in_its_own_way_falls_back_and_is_still_
     assert model(**batch, **targets).loss_sum.item() == pytest.approx(own.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["auto", "off"])
+@pytest.mark.parametrize("engine", ["on", "off"])
 @pytest.mark.parametrize("capacity", [20, 40, 1000])
 def test_packed_examples_have_the_loss_and_the_gradients_of_single_ones(
     tiny_model_dir, engine, capacity
@@ -165,7 +165,7 @@ def test_packed_examples_have_the_loss_and_the_gradients_of_single_ones(
     model = model_of(tiny_model_dir)
     attached = attach_loss(model, engine)
     assert attached.packs
-    assert (attached.engine is not None) == (engine == "auto")
+    assert (attached.engine is not None) == (engine == "on")
     rows = examples()
     tokens = sum(e.trained_tokens for e in rows)
     alone = gradients(model, [[row] for row in rows], tokens)

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from lorakit.model.attach import Engine, attach_engine
 from lorakit.model.attention import Segments
 from lorakit.model.families import changes_logits, transform_logits
+from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.cross_entropy import summed_cross_entropy
 
 
@@ -76,13 +77,17 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
     instance changes; `detach_loss` undoes it.
 
     Args:
-        engine: "auto" puts the fast layers under it where they serve, "off" does not.
+        engine: "auto" puts the fast layers under it on cards with kernels, "on" anywhere they
+            serve, "off" nowhere.
     """
     base = base_of(model)
     own_forward = type(base).forward
     head, loss_path = _verified_head(base, own_forward)
     fast, layers = None, "the model's own (engine: off)"
-    if engine != "off":
+    if engine == "auto" and not has_kernels(base.get_input_embeddings().weight):
+        # On a CPU they took 0.92 s a demo step, PEFT's own 0.84.
+        layers = f"PEFT's own: {kernels_reason(base.device.type)} is no faster fused"
+    elif engine != "off":
         fast, layers = attach_engine(base, base.device.type)
     if fast is not None:
         packs, packing = True, "documents share micro-batches without padding"
