@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorakit.data.prepare import Item, prepare, read_validation
+from lorakit.data.spans import told
 from lorakit.data.template import encode
 from lorakit.errors import DataError
 from lorakit.generate import GenerationSettings, base_answers, replies
@@ -66,11 +67,12 @@ def _answer(
     if not prompts:
         return ()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
-    tuned = replies(model, tokenizer, prompts, settings)
+    tools = [c.tools for c in asked]
+    tuned = replies(model, tokenizer, prompts, settings, tools)
     with base_answers(model):
-        base = replies(model, tokenizer, prompts, settings)
+        base = replies(model, tokenizer, prompts, settings, tools)
     return tuple(
-        Sample(c.messages[-2].content, c.messages[-1].content, b, t)
+        Sample(c.messages[-2].content, told(c.messages[-1]), b, t)
         for c, b, t in zip(asked, base, tuned, strict=True)
     )
 

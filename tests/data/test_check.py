@@ -5,6 +5,7 @@ import pytest
 from lorakit.data.check import (
     FaultLog,
     RowFault,
+    SpoilsRun,
     check_turns,
     fingerprint,
     refuse_if_empty,
@@ -15,14 +16,19 @@ from lorakit.errors import DataError
 from lorakit.records import Conversation, Document, Message, Origin
 
 AT = Origin("rows.jsonl", 3)
-LETTERS = {"s": "system", "u": "user", "a": "assistant"}
+LETTERS = {"s": "system", "u": "user", "a": "assistant", "c": "assistant", "t": "tool"}
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
 
 
 def turns(letters):
-    return Conversation(tuple(Message(LETTERS[x], f"{x}{i}") for i, x in enumerate(letters)), AT)
+    """One turn a letter; c is an assistant turn that calls a tool."""
+    made = [Message(LETTERS[x], f"{x}{i}", CALL if x == "c" else {}) for i, x in enumerate(letters)]
+    return Conversation(tuple(made), AT)
 
 
-@pytest.mark.parametrize("letters", ["ua", "sua", "uaua", "suaua"])
+@pytest.mark.parametrize(
+    "letters", ["ua", "sua", "uaua", "suaua", "ucta", "ucttctaua", "uc", "uauc"]
+)
 def test_orderly_turns_pass_unchanged(letters):
     log = FaultLog()
     assert check_turns(turns(letters), log) == turns(letters)
@@ -40,6 +46,12 @@ def test_orderly_turns_pass_unchanged(letters):
         ("uaa", "two assistant turns in a row"),
         ("usa", "system turn that is not the first"),
         ("ssua", "system turn that is not the first"),
+        ("uca", "tool call without result"),
+        ("ucua", "tool call without result"),
+        ("uata", "tool result without call"),
+        ("uta", "tool result without call"),
+        ("tua", "tool result without call"),
+        ("uctua", "roles out of order"),
     ],
 )
 def test_disorder_is_a_fault_of_the_row(letters, kind):
@@ -54,6 +66,31 @@ def test_a_last_question_without_answer_is_taken_off_and_reported():
     assert [(f.kind, f.first_rows) for f in log.faults()] == [
         ("last question without answer", ("rows.jsonl:3",))
     ]
+
+
+def test_a_last_tool_result_without_answer_is_taken_off_and_reported():
+    log = FaultLog()
+    assert check_turns(turns("uauctt"), log) == turns("uauc")
+    assert [f.kind for f in log.faults()] == ["last tool result without answer"]
+
+
+def test_results_may_follow_calls_that_are_written_as_text():
+    said = (
+        Message("user", "a"),
+        Message("assistant", '<tool_call>{"name": "f"}</tool_call>'),
+        Message("tool", "1"),
+        Message("assistant", "b"),
+    )
+    item = Conversation(said, AT)
+    assert check_turns(item, FaultLog()) == item
+
+
+def test_a_fault_that_spoils_a_run_is_marked():
+    log, other = FaultLog(), FaultLog()
+    log.leave_out(RowFault("no answer", AT, "x"))
+    other.leave_out(SpoilsRun("two BOS tokens", AT, "x"))
+    log.absorb(other)
+    assert {f.kind: f.spoils for f in log.faults()} == {"no answer": False, "two BOS tokens": True}
 
 
 def test_the_log_counts_all_and_shows_the_first_rows():
@@ -72,6 +109,8 @@ def test_equal_content_has_one_fingerprint_and_borders_count():
     two = Conversation((Message("user", "ab"), Message("assistant", "c")), Origin("y", 2))
     other = Conversation((Message("user", "a"), Message("assistant", "bc")), Origin("x", 1))
     assert fingerprint(one) == fingerprint(two) != fingerprint(other)
+    called = Conversation((Message("user", "ab"), Message("assistant", "c", CALL)), AT)
+    assert fingerprint(called) != fingerprint(one)
     assert fingerprint(Document("ab", AT)) != fingerprint(Document("ba", AT))
 
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lorakit.data.check import SpoilsRun
 from lorakit.data.prepare import prepare, read_validation, write_validation
 from lorakit.errors import DataError, LorakitError
 from lorakit.recipe import Recipe
-from lorakit.records import Conversation, Document
+from lorakit.records import Conversation, Document, Message, Origin
 
 GOOD = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(40)]
 
@@ -125,6 +126,107 @@ def test_all_rows_too_long_is_one_clear_error(smollm, tmp_path):
     with pytest.raises(DataError, match=r"3 x too long .*over cutoff_len 16") as caught:
         prepare(recipe(path, cutoff_len=16), smollm)
     assert "raise cutoff_len" in caught.value.hint
+
+
+# -- sabotage: a good file, one thing spoiled, refused with the row named ---------------------------
+
+
+def spoil(tokenizer, old, new):
+    assert old in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+
+
+def strip_eos(tokenizer):
+    spoil(
+        tokenizer,
+        "message['content'] + '<|im_end|>'",
+        "message['content'] + ('' if message['content'] == '6' else '<|im_end|>')",
+    )
+
+
+def two_bos(tokenizer):
+    spoil(
+        tokenizer,
+        "set content = bos_token + content",
+        "set content = bos_token + (bos_token if '3 + 3' in content else '') + content",
+    )
+
+
+def mask_all(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content == '6' %}6<|im_end|>"
+        "{% elif m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+SABOTAGE = {
+    "eos stripped": ("smollm2", strip_eos, {}, "writes no end-of-turn token"),
+    "two BOS": ("llama3", two_bos, {}, "begins with two BOS tokens"),
+    "everything masked": ("smollm2", mask_all, {}, "generation %} block leaves"),
+    "answer over the length": (
+        "smollm2",
+        lambda tokenizer: None,
+        {"cutoff_len": 60, "too_long": "error"},
+        r"too long: \d+ tokens, over cutoff_len 60",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SABOTAGE)
+def test_one_spoiled_row_stops_a_run_and_is_named_by_inspect(family, tmp_path, case):
+    name, sabotage, values, message = SABOTAGE[case]
+    tokenizer = family(name)
+    rows = [dict(row) for row in GOOD[:8]]
+    if values:
+        rows[3]["question"] += " x y z" * 10
+    path = write(tmp_path, rows)
+    assert prepare(recipe(path, **values | {"cutoff_len": 99}), tokenizer).report.faults == ()
+    sabotage(tokenizer)
+    with pytest.raises(SpoilsRun, match=rf"^rows.jsonl:4: .*{message}"):
+        prepare(recipe(path, **values), tokenizer)
+    report = prepare(recipe(path, **values), tokenizer, inspecting=True).report
+    assert [(f.count, f.first_rows, f.spoils) for f in report.faults] == [
+        (1, ("rows.jsonl:4",), True)
+    ]
+
+
+def test_an_answer_cut_by_the_template_and_one_marked_untrained_are_left_out_by_name(
+    smollm, tmp_path
+):
+    spoil(smollm, "message['content'] + '<", "message['content'][:90] + '<")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    long = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "long " * 20}]
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": m} for m in (good, long, turns, good)]
+    report = prepare(recipe(write(tmp_path, rows), val_size=0), smollm).report
+    assert {f.kind: f.first_rows for f in report.faults if f.action == "left out"} == {
+        "answer rewritten by the chat template": ("rows.jsonl:2",),
+        "no trained answer": ("rows.jsonl:3",),
+    }
+
+
+def test_held_out_rows_keep_their_tools_and_marks(smollm, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}
+    turns = (
+        Message("user", "a"),
+        Message("assistant", "", {"tool_calls": [call], "reasoning_content": "hm"}),
+        Message("tool", "b", {"tool_call_id": "x", "name": "f"}),
+        Message("assistant", "c", train=False),
+    )
+    tools = ({"type": "function", "function": {"name": "f"}},)
+    items = [Conversation(turns, Origin("rows.jsonl", 9), tools)]
+    write_validation(tmp_path / "validation.jsonl", items)
+    assert read_validation(tmp_path / "validation.jsonl") == items
+
+
+def test_rows_with_reasoning_content_keep_thinking_on(family, tmp_path):
+    said = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}, said]} for i in range(4)]
+    prepared = prepare(recipe(write(tmp_path, rows)), family("qwen3", thinking=True))
+    assert "thinking off" not in prepared.report.template
+    assert "hm" in str(prepared.train_conversations[0].messages[1].extra)
 
 
 CELL = st.none() | st.integers() | st.text(max_size=12) | st.sampled_from(["<|im_end|>", "\u2028"])

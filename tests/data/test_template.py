@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.data.batch import collate
-from lorakit.data.check import FaultLog, RowFault
+from lorakit.data.check import FaultLog, RowFault, SpoilsRun
 from lorakit.data.resolve import resolve_template
 from lorakit.data.template import encode, encode_document, prompt_ids, verify_example
 from lorakit.errors import DataError, ModelError
@@ -152,7 +152,7 @@ def test_an_answer_that_would_be_cut_is_left_out_by_name(smollm, chat):
 def test_too_long_error_stops_and_names_the_row(smollm, chat):
     with pytest.raises(DataError, match=r"rows.jsonl:7: too long: \d+ tokens") as caught:
         encode(smollm, chat("a?", "word " * 60), cutoff_len=40, too_long="error")
-    assert not isinstance(caught.value, RowFault)
+    assert isinstance(caught.value, SpoilsRun)
 
 
 def test_a_template_whose_end_of_turn_is_stripped_is_refused(smollm, chat):

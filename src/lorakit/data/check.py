@@ -7,10 +7,12 @@ Damage to a file's structure (a broken line) stops the run. A row that is whole 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lorakit.errors import DataError
-from lorakit.records import Conversation, Document, Fault, Origin
+from lorakit.records import Conversation, Document, Fault, Message, Origin
 
 SHOWN_ROWS = 5
 LEFT_OUT = "left out"
@@ -25,11 +27,18 @@ class RowFault(DataError):
         self.origin = origin
 
 
+class SpoilsRun(RowFault):
+    """One row on which training would go wrong: a run stops at it, `inspect` counts on."""
+
+    exit_code = 1
+
+
 class FaultLog:
     """Counts faults by kind and action while rows stream by; keeps the first rows of each."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], tuple[int, list[str]]] = {}
+        self._spoiling: set[str] = set()
         self.rows_left_out = 0
         self.first_left_out: RowFault | None = None
 
@@ -44,6 +53,8 @@ class FaultLog:
         """The row of `fault` is not used."""
         self.rows_left_out += 1
         self.first_left_out = self.first_left_out or fault
+        if isinstance(fault, SpoilsRun):
+            self._spoiling.add(fault.kind)
         self.add(fault.kind, fault.origin, LEFT_OUT)
 
     def absorb(self, other: FaultLog) -> None:
@@ -51,22 +62,33 @@ class FaultLog:
         for (kind, action), (count, rows) in other._seen.items():
             had, own = self._seen.get((kind, action), (0, []))
             self._seen[kind, action] = (had + count, (own + rows)[:SHOWN_ROWS])
+        self._spoiling |= other._spoiling
         self.rows_left_out += other.rows_left_out
         self.first_left_out = self.first_left_out or other.first_left_out
 
     def faults(self) -> tuple[Fault, ...]:
         """All kinds seen, most frequent first."""
         found = [
-            Fault(kind, count, tuple(rows), action)
+            Fault(kind, count, tuple(rows), action, kind in self._spoiling)
             for (kind, action), (count, rows) in self._seen.items()
         ]
         return tuple(sorted(found, key=lambda fault: -fault.count))
 
 
-def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
-    """The conversation, fit to be trained on: [system] (user assistant)+.
+# Which turns may follow which; "call" is an assistant turn that calls tools.
+_FOLLOWS = {
+    "start": ("user",),
+    "user": ("assistant", "call"),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant", "call"),
+}
 
-    A last user turn without answer is taken off and reported.
+
+def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
+    """The conversation, fit to be trained on: [system] (user (call tool+)* assistant)+.
+
+    What comes after the last assistant turn is taken off and reported.
 
     Raises:
         RowFault: no answer at all, or turns out of order.
@@ -74,23 +96,47 @@ def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
     origin, messages = conversation.origin, conversation.messages
     if not any(m.role == "assistant" for m in messages):
         raise RowFault("no answer", origin, "there is no assistant turn to learn from")
+    before = "start"
     turns = messages[1:] if messages[0].role == "system" else messages
-    for number, turn in enumerate(turns):
-        expected = "assistant" if number % 2 else "user"
-        if turn.role == expected:
-            continue
-        place = f"turn {number + 1} is of {turn.role}, expected {expected}"
-        if number and turn.role == turns[number - 1].role:
-            kind = f"two {turn.role} turns in a row"
-        elif turn.role == "system":
-            kind = "system turn that is not the first"
-        else:
-            kind = "roles out of order"
-        raise RowFault(kind, origin, f"{kind}: {place}")
-    if turns[-1].role == "user":
-        log.add("last question without answer", origin, "the question was taken off")
-        return Conversation(messages[:-1], origin)
+    for number, turn in enumerate(turns, 1):
+        kind = "call" if _calls(turn) else turn.role
+        # Hermes writes its calls as text: what follows may be a result all the same.
+        loose = (before, kind) == ("assistant", "tool") and "<tool_call>" in turns[
+            number - 2
+        ].content
+        if kind not in _FOLLOWS[before] and not loose:
+            fault = _disorder(before, turn)
+            expected = " or ".join(dict.fromkeys(_SPOKEN.get(k, k) for k in _FOLLOWS[before]))
+            detail = f"{fault}: turn {number} is of {turn.role}, expected {expected}"
+            raise RowFault(fault, origin, detail)
+        before = kind
+    if turns[-1].role != "assistant":
+        kept = len(messages)
+        while messages[kept - 1].role != "assistant":
+            kept -= 1
+        what = "question" if turns[-1].role == "user" else "tool result"
+        log.add(f"last {what} without answer", origin, f"the {what} was taken off")
+        return replace(conversation, messages=messages[:kept])
     return conversation
+
+
+_SPOKEN = {"call": "assistant"}
+
+
+def _calls(turn: Message) -> bool:
+    return turn.role == "assistant" and bool(turn.extra.get("tool_calls"))
+
+
+def _disorder(before: str, turn: Message) -> str:
+    if turn.role == "system":
+        return "system turn that is not the first"
+    if before == "call":
+        return "tool call without result"
+    if turn.role == "tool":
+        return "tool result without call"
+    if turn.role == before:
+        return f"two {turn.role} turns in a row"
+    return "roles out of order"
 
 
 def fingerprint(item: Conversation | Document) -> str:
@@ -101,7 +147,8 @@ def fingerprint(item: Conversation | Document) -> str:
     else:
         for message in item.messages:
             # Lengths keep "a"+"bc" apart from "ab"+"c".
-            content = message.content.encode()
+            extra = json.dumps(message.extra, sort_keys=True) if message.extra else ""
+            content = (message.content + extra).encode()
             digest.update(f"{message.role} {len(content)} ".encode())
             digest.update(content)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.tools import tools_of
 from lorakit.data.turns import Cells, history_of, turns_of, with_system
 from lorakit.errors import DataError
 from lorakit.records import Conversation, Document, Message, Row
@@ -178,12 +179,14 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
         RowFault: a column is missing, null, empty or of a wrong type; names row and column.
     """
     cells = Cells(_rename(row.values, guess.columns), row.origin, guess.columns)
-    made = _BY_NAME[guess.name].convert(cells)
+    fmt = _BY_NAME[guess.name]
+    made = fmt.convert(cells)
     if isinstance(made, str):
         return Document(made, row.origin)
     if system and made[0].role != "system":
         made = [Message("system", system), *made]
-    return Conversation(tuple(made), row.origin)
+    tools = tools_of(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
+    return Conversation(tuple(made), row.origin, tools)
 
 
 def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

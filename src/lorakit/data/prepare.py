@@ -13,6 +13,7 @@ from typing import Any
 from lorakit.data.check import (
     FaultLog,
     RowFault,
+    SpoilsRun,
     check_turns,
     fingerprint,
     refuse_if_empty,
@@ -55,11 +56,14 @@ def _marks(encoded: Sequence[_Encoded]) -> Iterator[tuple[str, Origin]]:
     return ((e.mark, e.item.origin) for e in encoded)
 
 
-def prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = ()) -> Prepared:
+def prepare(
+    recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = (), inspecting: bool = False
+) -> Prepared:
     """Run the stages from source strings to examples; sets the chat template on `tokenizer`.
 
     Args:
         folders: where relative paths are tried after the current directory.
+        inspecting: rows that would spoil the training are counted, not stopped at.
 
     Raises:
         DataError: a source is missing or damaged, nothing usable is left, or a row would spoil
@@ -75,10 +79,10 @@ def prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = ()) -> Pre
         items, held_items = _cut_lone_document(items, recipe.held_out, log)
     thinking = any("</think>" in text for item in items for text in _answers(item))
     info = resolve_template(tokenizer, recipe.model, thinking)
-    encoded = _encode_all(items, recipe, tokenizer, log)
+    encoded = _encode_all(items, recipe, tokenizer, log, inspecting)
     report_duplicates(_marks(encoded), log)
     if held_items:
-        train, held = encoded, _encode_all(held_items, recipe, tokenizer, log)
+        train, held = encoded, _encode_all(held_items, recipe, tokenizer, log, inspecting)
         report_overlap(_marks(train), _marks(held), log)
     else:
         train, held = split(encoded, recipe.held_out, recipe.seed, lambda e: e.mark)
@@ -107,7 +111,8 @@ def write_validation(path: Path, items: Sequence[Item]) -> None:
         if isinstance(item, Document):
             row: dict[str, Any] = {"text": item.text}
         else:
-            row = {"messages": [message.as_dict() for message in item.messages]}
+            row = {"messages": [_turn(message) for message in item.messages]}
+            row |= {"tools": list(item.tools)} if item.tools else {}
         lines.append(json.dumps({**row, "from": str(item.origin)}, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
@@ -127,11 +132,20 @@ def read_validation(path: Path) -> list[Item]:
             if "text" in row.values:
                 found.append(Document(row.values["text"], origin))
             else:
-                turns = [Message(m["role"], m["content"]) for m in row.values["messages"]]
-                found.append(Conversation(tuple(turns), origin))
+                turns = tuple(_message(turn) for turn in row.values["messages"])
+                found.append(Conversation(turns, origin, tuple(row.values.get("tools", ()))))
         except (KeyError, TypeError) as error:
             raise DataError(f"{row.origin}: not a held-out row as lorakit writes it") from error
     return found
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    return message.as_dict() if message.train else {**message.as_dict(), "train": False}
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    extra = {k: v for k, v in turn.items() if k not in ("role", "content", "train")}
+    return Message(turn["role"], turn["content"], extra, turn.get("train", True))
 
 
 def _split_origin(row: Row) -> tuple[str, int]:
@@ -188,19 +202,22 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: FaultLog) -> Ite
 
 def _answers(item: Item) -> Iterator[str]:
     if isinstance(item, Conversation):
-        yield from (m.content for m in item.messages if m.role == "assistant")
+        told = (m for m in item.messages if m.role == "assistant")
+        yield from ("</think>" if m.extra.get("reasoning_content") else m.content for m in told)
 
 
 # -- encoding and holding out ---------------------------------------------------------------------
 
 
 def _encode_all(
-    items: Sequence[Item], recipe: Recipe, tokenizer: Any, log: FaultLog
+    items: Sequence[Item], recipe: Recipe, tokenizer: Any, log: FaultLog, inspecting: bool
 ) -> list[_Encoded]:
     own = FaultLog()
     found = []
     rules = Rules(recipe.train_on, recipe.cutoff_len, recipe.too_long)
     for item, made in encode_many(tokenizer, items, rules, own):
+        if isinstance(made, SpoilsRun) and not inspecting:
+            raise made
         if isinstance(made, RowFault):
             own.leave_out(made)
         else:
