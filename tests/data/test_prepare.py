@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorakit.data.check import SpoilsRun
-from lorakit.data.prepare import prepare, read_validation, write_validation
+from lorakit.data.items import read_validation, write_validation
+from lorakit.data.prepare import prepare
 from lorakit.errors import DataError, LorakitError
 from lorakit.recipe import Recipe
 from lorakit.records import Conversation, Document, Message, Origin

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -50,6 +51,22 @@ def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = Fals
         if offline and "://" in file.path and not file.path.startswith(("file:", "memory:")):
             raise DataError(f"{source}: cannot be fetched offline", hint="download it first")
         yield from READERS[file.kind](file)
+
+
+def content_key(source: str, folders: Sequence[Path] = ()) -> list[Any] | None:
+    """Names and hashes of the files of `source`; None where its content is known only when read."""
+    located = locate(source, folders)
+    if isinstance(located, HubData) or any("://" in file.path for file in located):
+        return None
+    found = []
+    for file in located:
+        try:
+            with open(file.path, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
+        found.append([file.name, file.kind, digest])
+    return found
 
 
 # -- bytes and lines ------------------------------------------------------------------------------
