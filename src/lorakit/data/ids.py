@@ -8,12 +8,17 @@ see that its ids begin the whole text's: only its tail is, see `Borders`.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from lorakit.data.render import ASK, SAY, render
+
 Drafted = TypeVar("Drafted")
+# Blocks that wait for the tokenizer, so that it never waits for Python.
+AHEAD = 2
 
 
 class Borders:
@@ -25,10 +30,15 @@ class Borders:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        self.template = tokenizer.chat_template
+        # Only those that the template writes: fewer to look for, and others are no border of turns.
+        chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
+        written = render(tokenizer, chat, prompt=False)
         self._tokens = {
-            str(token): number
+            text: number
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special and not (token.lstrip or token.rstrip or token.normalized)
+            if (text := str(token)) in written
         }
 
     def tail(self, prompt: str) -> str:
@@ -57,7 +67,13 @@ class Borders:
         return at + len(tail) if ids[at : at + len(tail)] == tail else None
 
     def _last(self, prompt: str) -> tuple[int, str]:
-        return max(((prompt.rfind(token), token) for token in self._tokens), default=(-1, ""))
+        """Where the last border begins, and its text; (-1, "") without any."""
+        # Nearly always it stands in the generation prompt: `<|im_start|>assistant\n`.
+        for begin in (max(0, len(prompt) - 64), 0):
+            found = max(((prompt.rfind(t, begin), t) for t in self._tokens), default=(-1, ""))
+            if found[0] >= 0:
+                break
+        return found
 
 
 _BORDERS: WeakKeyDictionary[Any, Borders] = WeakKeyDictionary()
@@ -65,10 +81,11 @@ _COPIES: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
 def borders_of(tokenizer: Any) -> Borders:
-    """The borders of `tokenizer`, found once."""
-    if tokenizer not in _BORDERS:
-        _BORDERS[tokenizer] = Borders(tokenizer)
-    return _BORDERS[tokenizer]
+    """The borders of `tokenizer` with its present template; found once, again when it changes."""
+    known = _BORDERS.get(tokenizer)
+    if known is None or known.template != tokenizer.chat_template:
+        known = _BORDERS[tokenizer] = Borders(tokenizer)
+    return known
 
 
 def tokenize_ahead(
@@ -80,15 +97,15 @@ def tokenize_ahead(
 
     GSM8K-like rows spend as long in the tokenizer (which leaves Python free) as in rendering.
     """
+    waiting: deque[tuple[Drafted, Future[dict[str, list[int]]]]] = deque()
     with ThreadPoolExecutor(1) as pool:
-        waiting = None
         for block in blocks:
-            job = pool.submit(_tokenize, tokenizer, texts_of(block))
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = block, job
-        if waiting:
-            yield waiting[0], waiting[1].result()
+            waiting.append((block, pool.submit(_tokenize, tokenizer, texts_of(block))))
+            if len(waiting) > AHEAD:
+                done, job = waiting.popleft()
+                yield done, job.result()
+        for done, job in waiting:
+            yield done, job.result()
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> dict[str, list[int]]:

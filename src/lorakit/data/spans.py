@@ -198,7 +198,8 @@ class _Teller:
             self.notes.append(
                 ("thoughts not written by the chat template", "only the answer is trained")
             )
-        calls = Counter(c["function"]["name"] for c in message.get("tool_calls", ()))
+        made = message.get("tool_calls")
+        calls = Counter(c["function"]["name"] for c in made) if made else {}
         for name, count in calls.items():
             if written.count(name) < count:
                 raise RowFault(

@@ -11,9 +11,10 @@ Shapes: T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any
 
 from lorakit.data.check import FaultLog, RowFault, SpoilsRun
 from lorakit.data.chunk import windows
@@ -26,8 +27,7 @@ from lorakit.data.spans import Draft, Span, draft
 from lorakit.recipe import Recipe
 from lorakit.records import IGNORE, Conversation, Document, Example, Message
 
-BLOCK = 512
-T = TypeVar("T")
+BLOCK, BLOCK_CHARS = 2048, 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,17 @@ class Rules:
         return asdict(self)
 
 
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    items = iter(items)
-    while block := list(islice(items, size)):
+def _blocks(items: Iterable[Conversation | Document]) -> Iterator[list[Conversation | Document]]:
+    """Items in blocks, large enough to tokenize at once and small enough to hold in memory."""
+    block, size = [], 0
+    for item in items:
+        block.append(item)
+        size += len(item.text) if isinstance(item, Document) else 0
+        size += 0 if isinstance(item, Document) else sum(len(m.content) for m in item.messages)
+        if len(block) == BLOCK or size > BLOCK_CHARS:
+            yield block
+            block, size = [], 0
+    if block:
         yield block
 
 
@@ -104,7 +112,7 @@ def encode_many(
     """
     blocks = (
         [(item, _try_draft(tokenizer, item, rules.train_on)) for item in block]
-        for block in _batched(items, BLOCK)
+        for block in _blocks(items)
     )
     tail = borders_of(tokenizer).tail
 
@@ -188,7 +196,7 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
         return
     # After each trained token, is the next end-of-turn token trained too?
     stops = habits_of(tokenizer).stops
-    ends = sorted(i for stop in stops for i, token in enumerate(ids) if token == stop)
+    ends = sorted(i for stop in stops for i in _places(ids, stop))
     for begin, end in pairwise([-1, *ends, len(ids)]):
         part = labels[begin + 1 : end]
         closed = end < len(ids) and labels[end] != IGNORE
@@ -201,6 +209,13 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
                 "token: a model trained on it would not stop",
                 "the chat template must close each answer with a special token",
             )
+
+
+def _places(ids: list[int], token: int) -> list[int]:
+    found = [-1]
+    for _ in range(ids.count(token)):
+        found.append(ids.index(token, found[-1] + 1))
+    return found[1:]
 
 
 # -- one conversation -> ids and mask -------------------------------------------------------------
@@ -265,7 +280,9 @@ def _examples(
         if guard.active:
             own = to_ids(tokenizer, prompt, guard)
             return len(own) if ids[: len(own)] == own else None
-        tail = to_ids(tokenizer, borders.tail(prompt), None, inside=True, known=known)
+        tail = known.get(borders.tail(prompt))
+        if tail is None:
+            tail = to_ids(tokenizer, borders.tail(prompt), None, inside=True)
         return borders.prompt_length(ids, text, prompt, tail)
 
     for group in drafted.groups:
@@ -301,7 +318,10 @@ def _masked(
     stops = habits_of(tokenizer).stops
 
     def end(start: int) -> int:
-        found = min((ids.index(s, start) + 1 for s in stops if s in ids[start:]), default=0)
+        found = 0
+        for stop in stops:
+            with suppress(ValueError):
+                found = ids.index(stop, start, found or len(ids)) + 1
         if not found:
             raise SpoilsRun(
                 "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
