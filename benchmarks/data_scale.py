@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -106,7 +107,7 @@ def compare_speed(path, rows):
     recipe = Recipe(model="demo", data=str(path))
     shelf, _ = gather([str(path)], recipe, [])
     gc.freeze()  # as `prepare` does
-    raw, parts = tokenizer.backend_tokenizer, []
+    raw, parts, stream = tokenizer.backend_tokenizer, [], iter(shelf)
     with tempfile.TemporaryDirectory() as folder:
         for begin in range(0, min(rows, 10 * PART), PART):
             items = shelf[begin : begin + PART]
@@ -120,9 +121,8 @@ def compare_speed(path, rows):
             )
             raw_seconds = time.perf_counter() - began
             del items, chats, texts
-            log, numbers = FaultLog(), range(begin, min(begin + PART, len(shelf)))
-            began = time.perf_counter()
-            made = encode_many(tokenizer, (shelf[i] for i in numbers), Rules.of(recipe), log)
+            log, began = FaultLog(), time.perf_counter()
+            made = encode_many(tokenizer, islice(stream, PART), Rules.of(recipe), log)
             counted = []
             write_examples(
                 Path(folder), ((0, counted.append(sum(len(e.input_ids) for e in x)) or x)

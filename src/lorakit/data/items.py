@@ -70,6 +70,8 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _message(turn: dict[str, Any]) -> Message:
+    if len(turn) == 2:
+        return Message(turn["role"], turn["content"])
     extra = {k: v for k, v in turn.items() if k not in ("role", "content", "train")}
     return Message(turn["role"], turn["content"], extra, turn.get("train", True))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,6 +20,8 @@ from lorakit.data.items import Item, from_values, to_line
 from lorakit.data.near import Signer
 from lorakit.records import IGNORE, Conversation, Example, Origin
 
+# Tokens that are collected before they are written.
+_AT_ONCE = 2**20
 _ITEMS, _TOKENS, _TRAINED = "items.jsonl", "tokens.int32", "trained.uint8"
 
 
@@ -63,6 +65,12 @@ class ItemShelf(Sequence[Item]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __iter__(self) -> Iterator[Item]:
+        names, places = self.meta["names"], zip(self._names, self._rows, strict=True)
+        with self._path.open("rb") as handle:
+            for line, (name, row) in zip(handle, places, strict=True):
+                yield from_values(json.loads(line), Origin(names[name], int(row)))
 
     @overload
     def __getitem__(self, number: int) -> Item: ...
@@ -149,15 +157,24 @@ def write_examples(
 ) -> None:
     """Put (number of the item, its examples) pairs on disk; `log` is read when all have come."""
     begins, owners, trained = array("q", [0]), array("i"), array("q")
-    with (folder / _TOKENS).open("wb") as ids, (folder / _TRAINED).open("wb") as mask:
+    ids, labels = array("i"), array("i")
+    with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as mask:
+
+        def flush() -> None:
+            ids.tofile(tokens)
+            mask.write((np.asarray(labels, np.int32) != IGNORE).tobytes())
+            del ids[:], labels[:]
+
         for owner, examples in made:
             for example in examples:
-                np.array(example.input_ids, np.int32).tofile(ids)
-                kept = np.array(example.labels, np.int32) != IGNORE
-                kept.tofile(mask)
+                ids.extend(example.input_ids)
+                labels.extend(example.labels)
                 begins.append(begins[-1] + len(example.input_ids))
                 owners.append(owner)
-                trained.append(int(kept.sum()))
+                trained.append(example.trained_tokens)
+            if len(ids) > _AT_ONCE:
+                flush()
+        flush()
     arrays: dict[str, NDArray[Any]] = {
         "begins": np.asarray(begins, np.int64),
         "owners": np.asarray(owners, np.int32),

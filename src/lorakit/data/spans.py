@@ -116,6 +116,8 @@ def _uses_tools(conversation: Conversation) -> bool:
 
 def _refuse_unwritten_tools(conversation: Conversation, habits: Habits) -> None:
     """Stop a row whose tools the template would silently leave out."""
+    if not habits.unwritten:
+        return
     messages = conversation.messages
     has = {
         "tool schemas": bool(conversation.tools),
