@@ -16,6 +16,7 @@ from lorakit.data.check import FaultLog, RowFault, check_turns, refuse_if_empty
 from lorakit.data.clean import clean_item
 from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.items import Item
+from lorakit.data.locate import left_aside
 from lorakit.data.read import content_key, read_rows
 from lorakit.data.shelf import ItemShelf, write_items
 from lorakit.recipe import Recipe
@@ -31,7 +32,8 @@ def gather(
         DataError: a source is missing or damaged, or none of its rows can be used.
     """
     contents = [content_key(name, folders) for name in names]
-    rules = [list(names), recipe.columns, recipe.system]
+    aside = [left_aside(name, folders) for name in names]
+    rules = [list(names), aside, recipe.columns, recipe.system]
     key = None if None in contents else key_of("items", contents, rules)
 
     def make(folder: Path) -> None:
@@ -49,6 +51,8 @@ def _read_all(
     log = FaultLog()
     for number, name in enumerate(names):
         own, read, found = FaultLog(), 0, 0
+        for aside in left_aside(name, folders):
+            own.add("file of another kind", aside, "not read")
         formats: dict[str, str] = {}
         rows = read_rows(name, folders, offline=recipe.offline)
         for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
