@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.data.check import FaultLog, RowFault
 from lorakit.data.items import Item, read_validation
 from lorakit.data.prepare import prepare
 from lorakit.data.spans import told
-from lorakit.data.template import encode
+from lorakit.data.template import Rules, encode_many
 from lorakit.errors import DataError
 from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
@@ -80,8 +81,12 @@ def _answer(
 
 def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
     """Held-out records as examples, masked as in training."""
-    rules = (recipe.train_on, recipe.cutoff_len, recipe.too_long)
-    return [e for record in records for e in encode(tokenizer, record, *rules)]
+    found: list[Example] = []
+    for _, made in encode_many(tokenizer, records, Rules.of(recipe), FaultLog()):
+        if isinstance(made, RowFault):
+            raise made
+        found += made
+    return found
 
 
 def show(result: EvalResult, console: Console) -> None:

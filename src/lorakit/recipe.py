@@ -140,9 +140,18 @@ class Recipe(BaseModel):
         description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
     )
     cutoff_len: int = Field(2048, ge=8, description="Longest example in tokens.")
-    too_long: Literal["drop_oldest_turns", "drop", "error"] = Field(
+    too_long: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
-        description="What to do with a conversation over `cutoff_len`; an answer is never cut.",
+        description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
+        "`split`: several examples, each answer trained in one.",
+    )
+    documents: Literal["completion", "instruction"] = Field(
+        "completion",
+        description="Plain texts: every token trained as it stands, or each piece as the answer "
+        "to a request, so that a chat model goes on chatting.",
+    )
+    document_overlap: Annotated[int, Field(ge=0)] = Field(
+        64, description="Tokens of the piece before that lead a piece of a text, untrained."
     )
 
     lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")

@@ -124,7 +124,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     if recipe.strict and not inspecting:
         refuse_if_strict(log)
     report = DataReport(
-        sources=tuple(lines),
+        sources=tuple(_with_documents(line, recipe) for line in lines),
         rows_read=sum(line["rows"] for line in lines),
         examples_train=len(examples),
         examples_val=len(val),
@@ -138,6 +138,20 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         faults=log.faults(),
     )
     return Prepared(examples, val, train.items, held.items, report)
+
+
+_DOCUMENTS = {
+    "completion": "trained as plain text, every token (documents: instruction makes requests and "
+    "answers of it, better for a chat model)",
+    "instruction": "each piece trained as the answer to a request (documents: completion trains "
+    "every token as it stands)",
+}
+
+
+def _with_documents(line: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A line of the report that says, for plain texts, how they are trained."""
+    texts = "text" in line["format"].split(", ")
+    return {**line, "documents": _DOCUMENTS[recipe.documents]} if texts else line
 
 
 # -- encoding -------------------------------------------------------------------------------------

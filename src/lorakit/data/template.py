@@ -13,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from lorakit.data.check import FaultLog, RowFault, SpoilsRun
-from lorakit.data.chunk import windows
+from lorakit.data.documents import as_instructions, encode_document
 from lorakit.data.ids import borders_of, tokenize_ahead
 from lorakit.data.render import Guard, habits_of, render, to_ids
 from lorakit.data.render import stop_token_ids as stop_token_ids
 from lorakit.data.resolve import TemplateInfo as TemplateInfo
 from lorakit.data.resolve import resolve_template as resolve_template
+from lorakit.data.shorten import pieces
 from lorakit.data.spans import Draft, Span, draft
+from lorakit.data.verify import verify_example
 from lorakit.recipe import Recipe
 from lorakit.records import IGNORE, Conversation, Document, Example, Message
 
@@ -32,16 +33,19 @@ BLOCK, BLOCK_CHARS = 2048, 2**22
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a recipe says about masks and lengths: its `train_on`, `cutoff_len` and `too_long`."""
+    """What a recipe says about masks and lengths, in its own words."""
 
     train_on: str
     cutoff_len: int
     too_long: str
+    documents: str = "completion"
+    overlap: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe) -> Rules:
         """The rules of a recipe."""
-        return cls(recipe.train_on, recipe.cutoff_len, recipe.too_long)
+        texts = recipe.documents, recipe.document_overlap
+        return cls(recipe.train_on, recipe.cutoff_len, recipe.too_long, *texts)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -87,8 +91,8 @@ def encode(
 
     Args:
         train_on: "responses" (every answer), "last" (the last one), "all" (every token).
-        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "drop" or "error". An answer is
-            never cut.
+        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "split", "drop" or "error". An
+            answer is never cut.
         log: where turns that were dropped are counted.
 
     Raises:
@@ -129,95 +133,6 @@ def encode_many(
                 yield item, fault
 
 
-def encode_document(
-    tokenizer: Any, document: Document, cutoff_len: int = 2048, log: FaultLog | None = None
-) -> list[Example]:
-    """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
-
-    Where the tokenizer puts a BOS before a text, each window begins with it; otherwise a window
-    begins with the last token of the one before, untrained, so that its first own token is
-    predicted from something. Special tokens written in the text are read as such.
-
-    Raises:
-        RowFault: no token could be trained.
-    """
-    habits, eos = habits_of(tokenizer), tokenizer.eos_token_id
-    if log and habits.specials is not None and habits.specials.search(document.text):
-        log.add("special token written in a text", document.origin, "read as that token")
-    encoding = tokenizer(
-        document.text,
-        add_special_tokens=False,
-        return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,
-    )
-    ids = list(encoding["input_ids"])
-    if habits.bos_id is not None and ids[:1] == [habits.bos_id]:
-        ids, shift = ids[1:], 1
-    else:
-        shift = 0
-    starts = [o[0] for o in encoding["offset_mapping"][shift:]] if tokenizer.is_fast else None
-    if eos is not None and ids[-1:] != [eos]:
-        ids.append(eos)
-        if starts is not None:
-            starts.append(len(document.text))
-    found = []
-    for begin, end in windows(document.text, starts, len(ids), cutoff_len - 1):
-        before = [habits.bos_id] if habits.bos_id is not None else ids[max(0, begin - 1) : begin]
-        own = ids[begin:end]
-        labels = [IGNORE] * len(before) + own
-        labels[0] = IGNORE
-        found.append(Example([*before, *own], labels, document.origin))
-    if not any(example.trained_tokens for example in found):
-        raise RowFault("nothing to train", document.origin, "the text is a single token")
-    return found
-
-
-def verify_example(tokenizer: Any, example: Example, train_on: str = "responses") -> None:
-    """Refuse an example of a conversation that would spoil the training.
-
-    Raises:
-        SpoilsRun: no trained token, two BOS in a row, or a trained answer whose end of turn is not
-            trained.
-    """
-    origin, ids, labels = example.origin, example.input_ids, example.labels
-    if not example.trained_tokens:
-        raise SpoilsRun(
-            "nothing trained", origin, "no token of this row would be trained: all are masked"
-        )
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise SpoilsRun(
-            "two BOS tokens",
-            origin,
-            f"it begins with two BOS tokens ({tokenizer.bos_token})",
-            "the chat template and the tokenizer both add one: take it out of the template",
-        )
-    if train_on == "all":
-        return
-    # After each trained token, is the next end-of-turn token trained too?
-    stops = habits_of(tokenizer).stops
-    ends = sorted(i for stop in stops for i in _places(ids, stop))
-    for begin, end in pairwise([-1, *ends, len(ids)]):
-        part = labels[begin + 1 : end]
-        closed = end < len(ids) and labels[end] != IGNORE
-        if not closed and part.count(IGNORE) < len(part):
-            last = next(label for label in reversed(part) if label != IGNORE)
-            raise SpoilsRun(
-                "answer without end of turn",
-                origin,
-                f"a trained part ends with {tokenizer.decode([last])!r}, not with an end-of-turn "
-                "token: a model trained on it would not stop",
-                "the chat template must close each answer with a special token",
-            )
-
-
-def _places(ids: list[int], token: int) -> list[int]:
-    found = [-1]
-    for _ in range(ids.count(token)):
-        found.append(ids.index(token, found[-1] + 1))
-    return found[1:]
-
-
 # -- one conversation -> ids and mask -------------------------------------------------------------
 
 
@@ -241,16 +156,21 @@ def _encode_one(
     log: FaultLog,
 ) -> list[Example]:
     if isinstance(item, Document):
-        return encode_document(tokenizer, item, rules.cutoff_len, log)
+        return _encode_document(tokenizer, item, rules, log)
     if not isinstance(drafted, Draft):
         raise drafted or RowFault("no answer", item.origin, "nothing to train")
     if drafted.guard.active:
         log.add("special token written in a turn", item.origin, "kept as plain text")
     for kind, action in dict.fromkeys(drafted.notes):
         log.add(kind, item.origin, action)
+    made = _examples(tokenizer, drafted, rules.train_on, known)
+    long = any(len(example.input_ids) > rules.cutoff_len for _, example in made)
+    # Where only the last answer is trained, there is one example to be made, whatever its length.
+    if long and rules.too_long == "split" and rules.train_on != "last":
+        return _encode_pieces(tokenizer, item, rules, log)
     fitting: list[Example] = []
     faults: list[RowFault] = []
-    for turn, example in _examples(tokenizer, drafted, rules.train_on, known):
+    for turn, example in made:
         try:
             if len(example.input_ids) > rules.cutoff_len:
                 part = replace(item, messages=item.messages[: turn + 1])
@@ -267,6 +187,67 @@ def _encode_one(
     for example in fitting:
         verify_example(tokenizer, example, rules.train_on)
     return fitting
+
+
+def _encode_pieces(
+    tokenizer: Any, conversation: Conversation, rules: Rules, log: FaultLog
+) -> list[Example]:
+    """Examples of as many pieces as it takes; each answer is trained in one of them."""
+    single = replace(rules, too_long="drop")
+
+    def tried(piece: Conversation) -> tuple[list[Example], RowFault | None]:
+        try:
+            own, drafted = FaultLog(), draft(tokenizer, piece, rules.train_on)
+            made = _encode_one(tokenizer, piece, drafted, single, {}, own)
+            lost = any(fault.kind == "too long" for fault in own.faults())
+            return made, RowFault("too long", piece.origin, "an answer would go") if lost else None
+        except SpoilsRun:
+            raise
+        except RowFault as fault:
+            return [], fault
+
+    def fits(piece: Conversation) -> bool:
+        fault = tried(piece)[1]
+        # Answers marked train: false may stand alone in a piece; with others they are context.
+        return fault is None or fault.kind == "no trained answer"
+
+    found: list[Example] = []
+    faults: list[RowFault] = []
+    for piece in pieces(conversation, fits):
+        made, fault = tried(piece)
+        found += made
+        if fault is not None and fault.kind != "no trained answer":
+            faults.append(fault)
+    if not found:
+        raise faults[0]
+    log.add("too long", conversation.origin, "split into several examples")
+    for _ in faults:
+        log.add("too long", conversation.origin, "that answer left out, the others kept")
+    return found
+
+
+def _encode_document(
+    tokenizer: Any, document: Document, rules: Rules, log: FaultLog
+) -> list[Example]:
+    """A text as it is, or as requests and answers, in pieces that fit."""
+    overlap = min(rules.overlap, rules.cutoff_len // 4)
+    if rules.documents == "completion":
+        return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
+    single = replace(rules, too_long="drop")
+    room = rules.cutoff_len - overlap
+    while room > 8:
+        # What request and template take is known when they are written: then less is left.
+        room = room * 3 // 4
+        chats = as_instructions(tokenizer, document, room, overlap)
+        own = FaultLog()
+        made = [examples for _, examples in encode_many(tokenizer, chats, single, own)]
+        faults = [x for x in made if isinstance(x, RowFault)]
+        if not faults:
+            log.absorb(own)
+            return [x for examples in made if not isinstance(examples, RowFault) for x in examples]
+        if any(fault.kind != "too long" for fault in faults):
+            break
+    raise faults[0]
 
 
 def _examples(
