@@ -233,21 +233,22 @@ def _encode_document(
     overlap = min(rules.overlap, rules.cutoff_len // 4)
     if rules.documents == "completion":
         return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
-    single = replace(rules, too_long="drop")
-    room = rules.cutoff_len - overlap
-    while room > 8:
+    single, room = replace(rules, too_long="drop"), rules.cutoff_len - overlap
+    fault = RowFault("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
+    while room > 1 and fault.kind == "too long":
         # What request and template take is known when they are written: then less is left.
         room = room * 3 // 4
-        chats = as_instructions(tokenizer, document, room, overlap)
-        own = FaultLog()
-        made = [examples for _, examples in encode_many(tokenizer, chats, single, own)]
-        faults = [x for x in made if isinstance(x, RowFault)]
-        if not faults:
+        chats, own = as_instructions(tokenizer, document, room, overlap), FaultLog()
+        found: list[Example] = []
+        for _, made in encode_many(tokenizer, chats, single, own):
+            if isinstance(made, RowFault):
+                fault = made
+                break
+            found += made
+        else:
             log.absorb(own)
-            return [x for examples in made if not isinstance(examples, RowFault) for x in examples]
-        if any(fault.kind != "too long" for fault in faults):
-            break
-    raise faults[0]
+            return found
+    raise fault
 
 
 def _examples(
