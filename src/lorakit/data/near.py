@@ -3,8 +3,7 @@
 A text is the set of its pieces of 8 bytes (any language, no words needed). One hash sorts the
 pieces into 64 bins and keeps the least of each bin, as one byte: the share of equal bytes of two
 texts estimates how much of their pieces they share. Bytes are compared where four in a row agree
-(LSH), so that a million rows take seconds. Written here, on numpy: datasketch hashes each piece 64
-times in Python, about 1 ms a row; this takes 15 µs.
+(LSH), so that a million rows take seconds: 8 µs to sign a short chat, 1.3 µs to find its twins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Items and examples enter one by one; they leave by number, read from disk when asked for.
 
-A million chats are 8 GB as Python objects. Here they lie in files, and memory holds 100 bytes of
-numbers for each: where it begins, which row it was, its content hash and its MinHash signature.
+A million short chats are 6 GB as Python objects. Here they lie in files, and memory holds 100 bytes
+of numbers for each: where it begins, which row it was, its content hash and its MinHash signature.
 """
 
 from __future__ import annotations

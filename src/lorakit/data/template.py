@@ -11,7 +11,6 @@ Shapes: T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -262,9 +261,8 @@ def _examples(
         if guard.active:
             own = to_ids(tokenizer, prompt, guard)
             return len(own) if ids[: len(own)] == own else None
-        tail = known.get(borders.tail(prompt))
-        if tail is None:
-            tail = to_ids(tokenizer, borders.tail(prompt), None, inside=True)
+        short = borders.tail(prompt)
+        tail = known.get(short) or to_ids(tokenizer, short, None, inside=True)
         return borders.prompt_length(ids, text, prompt, tail)
 
     for group in drafted.groups:
@@ -300,10 +298,8 @@ def _masked(
     stops = habits_of(tokenizer).stops
 
     def end(start: int) -> int:
-        found = 0
-        for stop in stops:
-            with suppress(ValueError):
-                found = ids.index(stop, start, found or len(ids)) + 1
+        ends = [ids.index(stop, start) + 1 for stop in stops if stop in ids[start:]]
+        found = min(ends, default=0)
         if not found:
             raise SpoilsRun(
                 "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
