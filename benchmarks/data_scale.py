@@ -2,9 +2,9 @@
 
     python benchmarks/data_scale.py --out benchmarks/results/data_scale.json
 
-Raw speed is `encode_batch` of texts that are rendered already, 512 a call, each result looked at and
-let go. Ours is from rows in memory to masked examples (rendering, tokens, masks, checks), looked at
-and let go; and from rows on disk to examples on disk. They take turns on parts of 20,000 rows in
+Raw speed is `encode_batch` of texts that are rendered already, 512 a call, each result looked at
+and let go. Ours is from rows in memory to masked examples (rendering, tokens, masks, checks), also
+let go; and from rows on disk to examples on disk. They take turns on parts of 20,000 rows in
 one process, so that a neighbor on the machine slows all three.
 """
 

@@ -61,6 +61,14 @@ def test_the_least_recently_used_go(home, monkeypatch):
     assert [p.name for p in home.iterdir()] == ["e"]
 
 
+def test_what_a_killed_process_left_is_swept_after_a_day(home):
+    for name in (".making-old", ".making-new"):
+        (home / name).mkdir(parents=True)
+    os.utime(home / ".making-old", (0, 0))
+    folder_for("a", maker("a", []))
+    assert sorted(p.name for p in home.iterdir()) == [".making-new", "a"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cache, "cache_home", lambda: tmp_path / "file" / "data")
