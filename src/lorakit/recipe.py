@@ -78,6 +78,8 @@ SYNONYMS: dict[str, str] = {
     "fp16": "dtype",
     "torch_dtype": "dtype",
     "train_on_inputs": "train_on",
+    "sample_packing": "packing",
+    "padding_free": "packing",
     "column_mapping": "columns",
 }
 
@@ -200,7 +202,19 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in backward: less memory, about a third slower. "
-        "`auto`: on a GPU when the plan needs it.",
+        "`auto`: as much as the plan needs to fit.",
+    )
+    memory_limit: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)? ?(GiB|GB|MiB|MB)$",
+        description="Memory that a run may plan for, such as 15GiB; default: the whole card.",
+    )
+    packing: bool = Field(
+        True,
+        description="Lay the examples of a step out without padding; each sees only itself.",
+    )
+    engine: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: lorakit's fast layers where they are verified. `off`: PEFT's."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."
@@ -259,6 +273,15 @@ class Recipe(BaseModel):
         """The weight of each of `sources`."""
         given = [self.data] if isinstance(self.data, str) else self.data
         return [1.0 if isinstance(x, str) else x.weight for x in given]
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        if self.memory_limit is None:
+            return None
+        units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+        unit = next(u for u in units if self.memory_limit.endswith(u))
+        return int(float(self.memory_limit.removesuffix(unit)) * units[unit])
 
     @property
     def examples_per_step(self) -> int:
