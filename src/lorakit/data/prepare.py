@@ -72,8 +72,10 @@ class _Side:
         """The examples of these items, each as many times as its item is wanted, int64 [items]."""
         wanted = np.zeros(len(self.shelf.items), np.int64)
         wanted[self.chosen] = 1 if times is None else times[self.chosen]
-        numbers = np.arange(len(self.shelf.owners))
-        return Examples(self.shelf, np.repeat(numbers, wanted[self.shelf.owners]))
+        left = wanted[self.shelf.owners]
+        # All of them once, then those wanted twice: copies do not stand side by side.
+        rounds = [np.flatnonzero(left > done) for done in range(int(left.max(initial=1)))]
+        return Examples(self.shelf, np.concatenate(rounds))
 
 
 def prepare(
