@@ -130,7 +130,12 @@ def test_generated_parts_are_where_the_blocks_are(smollm):
 @pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3", "qwen3"])
 def test_plain_turns_are_rendered_as_the_tokenizer_itself_does(family, name):
     tokenizer = family(name)
-    turns = [("system", "S"), ("user", " q\n"), ("assistant", "<think>t</think> a"), ("user", "<b>")]
+    turns = [
+        ("system", "S"),
+        ("user", " q\n"),
+        ("assistant", "<think>t</think> a"),
+        ("user", "<b>"),
+    ]
     chat = [{"role": role, "content": content} for role, content in turns]
     for count, prompt in ((2, True), (3, False), (4, True)):
         expected = tokenizer.apply_chat_template(
