@@ -20,6 +20,17 @@ def kernel_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def data_cache(tmp_path_factory):
+    """Prepared data of tests stays out of the user's cache."""
+    from lorakit.data import cache
+
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "cache_home", lambda: folder)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def demo_model():
     """Folder of SmolLM2-135M-Instruct in safetensors, as `model: demo` uses it."""

@@ -9,8 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorakit.data.prepare import Item, prepare, read_validation
-from lorakit.data.template import encode
+from lorakit.data.check import FaultLog, RowFault
+from lorakit.data.items import Item, read_validation
+from lorakit.data.prepare import prepare
+from lorakit.data.spans import told
+from lorakit.data.template import Rules, encode_many
 from lorakit.errors import DataError
 from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
@@ -66,19 +69,24 @@ def _answer(
     if not prompts:
         return ()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
-    tuned = replies(model, tokenizer, prompts, settings)
+    tools = [c.tools for c in asked]
+    tuned = replies(model, tokenizer, prompts, settings, tools)
     with base_answers(model):
-        base = replies(model, tokenizer, prompts, settings)
+        base = replies(model, tokenizer, prompts, settings, tools)
     return tuple(
-        Sample(c.messages[-2].content, c.messages[-1].content, b, t)
+        Sample(c.messages[-2].content, told(c.messages[-1]), b, t)
         for c, b, t in zip(asked, base, tuned, strict=True)
     )
 
 
 def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
     """Held-out records as examples, masked as in training."""
-    rules = (recipe.train_on, recipe.cutoff_len, recipe.too_long)
-    return [e for record in records for e in encode(tokenizer, record, *rules)]
+    found: list[Example] = []
+    for _, made in encode_many(tokenizer, records, Rules.of(recipe), FaultLog()):
+        if isinstance(made, RowFault):
+            raise made
+        found += made
+    return found
 
 
 def show(result: EvalResult, console: Console) -> None:
@@ -107,13 +115,15 @@ def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalRe
         DataError: the run kept no held-out rows and no data was given, or `data` cannot be used.
     """
     recipe, run = loaded.recipe, loaded.run
+    records: Sequence[Item]
+    examples: Sequence[Example]
     if data is None:
         records = read_validation(run.validation)
         examples = encode_held_out(loaded.tokenizer, records, recipe)
     else:
         held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
         prepared = prepare(held_out, loaded.tokenizer, [Path()])
-        records, examples = list(prepared.train_conversations), list(prepared.train)
+        records, examples = prepared.train_conversations, prepared.train
     label = data or "the run's held-out rows"
     result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
     if data is None:

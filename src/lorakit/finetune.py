@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.prepare import Prepared, prepare, write_validation
+from lorakit.data.items import write_validation
+from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate

@@ -58,13 +58,22 @@ def replies(
     tokenizer: Any,
     conversations: Sequence[Sequence[Message]],
     settings: GenerationSettings,
+    tools: Sequence[Sequence[dict[str, Any]]] = (),
 ) -> list[str]:
-    """One answer to each conversation, in order; prompts are padded on the left in batches."""
+    """One answer to each conversation, in order; prompts are padded on the left in batches.
+
+    Args:
+        tools: the schemas of the functions that each conversation may call, if any.
+    """
+    tools = tools or [()] * len(conversations)
     found: list[str] = []
     with _ready(model):
         for start in range(0, len(conversations), BATCH):
             part = conversations[start : start + BATCH]
-            prompts = [fit_prompt(model, tokenizer, c, settings)[0] for c in part]
+            prompts = [
+                fit_prompt(model, tokenizer, turns, settings, known)[0]
+                for turns, known in zip(part, tools[start : start + BATCH], strict=True)
+            ]
             width = max(map(len, prompts))
             pad = _pad_id(tokenizer)
             ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -119,7 +128,11 @@ def stream_reply(
 
 
 def fit_prompt(
-    model: Any, tokenizer: Any, messages: Sequence[Message], settings: GenerationSettings
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    settings: GenerationSettings,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], int]:
     """Prompt ids that leave room for an answer, and how many old messages were left out for it.
 
@@ -133,15 +146,16 @@ def fit_prompt(
     turns = [m for m in messages if m.role != "system"]
     dropped = 0
     while True:
-        ids = prompt_ids(tokenizer, [*head, *turns])
+        ids = prompt_ids(tokenizer, [*head, *turns], tools)
         if len(ids) <= room:
             return ids, dropped
-        if len(turns) <= 2:
+        later = [i for i, m in enumerate(turns) if m.role == "user" and i]
+        if not later:
             raise DataError(
                 f"the question takes {len(ids)} tokens, this model reads {limit}",
                 hint="ask something shorter, or lower max_new_tokens",
             )
-        turns, dropped = turns[2:], dropped + 2
+        turns, dropped = turns[later[0] :], dropped + later[0]
 
 
 class _Left(StoppingCriteria):

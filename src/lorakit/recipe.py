@@ -89,6 +89,19 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
+class Source(BaseModel):
+    """One of several sources, with its share of an epoch."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", title="source")
+
+    source: str = Field(min_length=1, description="A file, folder, glob, address or hub id.")
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0,
+        description="How often an epoch trains on each row: 2 is twice; 0.5 is half of the rows, "
+        "chosen by `seed`. Held-out rows are scored once.",
+    )
+
+
 class Recipe(BaseModel):
     """Everything that decides a run. Unknown keys are errors; values are never coerced."""
 
@@ -102,8 +115,9 @@ class Recipe(BaseModel):
     method: Literal["lora", "qlora"] = Field(
         "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
     )
-    data: str | list[str] = Field(
-        description="Training data: a file, a hub dataset id, a list of them, or `demo`."
+    data: str | list[str | Source] = Field(
+        description="Training data: a file, folder, glob, address, hub dataset id, or `demo`; or a "
+        "list of them, each as it is or with a weight: {source: a.jsonl, weight: 2}."
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -112,6 +126,9 @@ class Recipe(BaseModel):
     )
     system: str | None = Field(
         None, description="System prompt for conversations that bring none of their own."
+    )
+    strict: bool = Field(
+        False, description="Stop at any fault of the data instead of counting it in the report."
     )
     val_data: str | None = Field(None, description="Held-out data; instead of `val_size`.")
     val_size: float | int | None = Field(
@@ -125,9 +142,18 @@ class Recipe(BaseModel):
         description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
     )
     cutoff_len: int = Field(2048, ge=8, description="Longest example in tokens.")
-    too_long: Literal["drop_oldest_turns", "drop", "error"] = Field(
+    too_long: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
-        description="What to do with a conversation over `cutoff_len`; an answer is never cut.",
+        description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
+        "`split`: several examples, each answer trained in one.",
+    )
+    documents: Literal["completion", "instruction"] = Field(
+        "completion",
+        description="Plain texts: every token trained as it stands, or each piece as the answer "
+        "to a request, so that a chat model goes on chatting.",
+    )
+    document_overlap: Annotated[int, Field(ge=0)] = Field(
+        64, description="Tokens of the piece before that lead a piece of a text, untrained."
     )
 
     lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")
@@ -241,7 +267,14 @@ class Recipe(BaseModel):
     @property
     def sources(self) -> list[str]:
         """The training sources as a list."""
-        return [self.data] if isinstance(self.data, str) else list(self.data)
+        given = [self.data] if isinstance(self.data, str) else self.data
+        return [x if isinstance(x, str) else x.source for x in given]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each of `sources`."""
+        given = [self.data] if isinstance(self.data, str) else self.data
+        return [1.0 if isinstance(x, str) else x.weight for x in given]
 
     @property
     def memory_limit_bytes(self) -> int | None:

@@ -1,28 +1,35 @@
 """Faults are counted with their first rows; order of turns is enforced; nothing goes silently."""
 
+import json
+
 import pytest
 
 from lorakit.data.check import (
     FaultLog,
     RowFault,
+    SpoilsRun,
     check_turns,
     fingerprint,
     refuse_if_empty,
-    report_duplicates,
-    report_overlap,
+    refuse_if_strict,
 )
 from lorakit.errors import DataError
 from lorakit.records import Conversation, Document, Message, Origin
 
 AT = Origin("rows.jsonl", 3)
-LETTERS = {"s": "system", "u": "user", "a": "assistant"}
+LETTERS = {"s": "system", "u": "user", "a": "assistant", "c": "assistant", "t": "tool"}
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
 
 
 def turns(letters):
-    return Conversation(tuple(Message(LETTERS[x], f"{x}{i}") for i, x in enumerate(letters)), AT)
+    """One turn a letter; c is an assistant turn that calls a tool."""
+    made = [Message(LETTERS[x], f"{x}{i}", CALL if x == "c" else {}) for i, x in enumerate(letters)]
+    return Conversation(tuple(made), AT)
 
 
-@pytest.mark.parametrize("letters", ["ua", "sua", "uaua", "suaua"])
+@pytest.mark.parametrize(
+    "letters", ["ua", "sua", "uaua", "suaua", "ucta", "ucttctaua", "uc", "uauc"]
+)
 def test_orderly_turns_pass_unchanged(letters):
     log = FaultLog()
     assert check_turns(turns(letters), log) == turns(letters)
@@ -40,6 +47,12 @@ def test_orderly_turns_pass_unchanged(letters):
         ("uaa", "two assistant turns in a row"),
         ("usa", "system turn that is not the first"),
         ("ssua", "system turn that is not the first"),
+        ("uca", "tool call without result"),
+        ("ucua", "tool call without result"),
+        ("uata", "tool result without call"),
+        ("uta", "tool result without call"),
+        ("tua", "tool result without call"),
+        ("uctua", "roles out of order"),
     ],
 )
 def test_disorder_is_a_fault_of_the_row(letters, kind):
@@ -54,6 +67,31 @@ def test_a_last_question_without_answer_is_taken_off_and_reported():
     assert [(f.kind, f.first_rows) for f in log.faults()] == [
         ("last question without answer", ("rows.jsonl:3",))
     ]
+
+
+def test_a_last_tool_result_without_answer_is_taken_off_and_reported():
+    log = FaultLog()
+    assert check_turns(turns("uauctt"), log) == turns("uauc")
+    assert [f.kind for f in log.faults()] == ["last tool result without answer"]
+
+
+def test_results_may_follow_calls_that_are_written_as_text():
+    said = (
+        Message("user", "a"),
+        Message("assistant", '<tool_call>{"name": "f"}</tool_call>'),
+        Message("tool", "1"),
+        Message("assistant", "b"),
+    )
+    item = Conversation(said, AT)
+    assert check_turns(item, FaultLog()) == item
+
+
+def test_a_fault_that_spoils_a_run_is_marked():
+    log, other = FaultLog(), FaultLog()
+    log.leave_out(RowFault("no answer", AT, "x"))
+    other.leave_out(SpoilsRun("two BOS tokens", AT, "x"))
+    log.absorb(other)
+    assert {f.kind: f.spoils for f in log.faults()} == {"no answer": False, "two BOS tokens": True}
 
 
 def test_the_log_counts_all_and_shows_the_first_rows():
@@ -72,18 +110,29 @@ def test_equal_content_has_one_fingerprint_and_borders_count():
     two = Conversation((Message("user", "ab"), Message("assistant", "c")), Origin("y", 2))
     other = Conversation((Message("user", "a"), Message("assistant", "bc")), Origin("x", 1))
     assert fingerprint(one) == fingerprint(two) != fingerprint(other)
+    called = Conversation((Message("user", "ab"), Message("assistant", "c", CALL)), AT)
+    assert fingerprint(called) != fingerprint(one)
     assert fingerprint(Document("ab", AT)) != fingerprint(Document("ba", AT))
 
 
-def test_duplicates_and_overlap_are_counted():
+def test_a_log_survives_the_way_through_json():
     log = FaultLog()
-    rows = [("x", Origin("t", 1)), ("y", Origin("t", 2)), ("x", Origin("t", 3))]
-    report_duplicates(rows, log)
-    report_overlap(rows, [("y", Origin("v", 1)), ("z", Origin("v", 2))], log)
-    assert {(f.kind, f.first_rows) for f in log.faults()} == {
-        ("exact duplicate", ("t:3",)),
-        ("held-out row is also in the training data", ("v:1",)),
-    }
+    log.add("near duplicate", AT, "kept")
+    log.add_many("exact duplicate", 9, [f"a:{i}" for i in range(9)], "kept")
+    log.leave_out(SpoilsRun("two BOS tokens", AT, "it begins with two"))
+    again = FaultLog.from_dict(json.loads(json.dumps(log.as_dict())))
+    assert again.faults() == log.faults()
+    assert (again.rows_left_out, again.spoils) == (1, True)
+
+
+def test_strict_names_every_fault_but_not_what_was_asked_for():
+    log = FaultLog()
+    log.add("weight 0.5", AT, "not drawn")
+    refuse_if_strict(log)
+    log.add("near duplicate", AT, "kept")
+    log.leave_out(RowFault("no answer", AT, "column answer is null"))
+    with pytest.raises(DataError, match=r"1 x near duplicate \(rows.jsonl:3\)\n.*1 x no answer"):
+        refuse_if_strict(log)
 
 
 def test_nothing_left_stops_with_the_commonest_reasons():

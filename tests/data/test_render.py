@@ -3,7 +3,16 @@
 import pytest
 from transformers import GenerationConfig
 
-from lorakit.data.render import Guard, TemplateRefusal, habits_of, render, stop_token_ids, to_ids
+from lorakit.data.render import (
+    Guard,
+    TemplateRefusal,
+    generated_parts,
+    habits_of,
+    render,
+    stop_token_ids,
+    to_ids,
+    unknown_marks,
+)
 from lorakit.records import Message
 
 
@@ -58,3 +67,78 @@ def test_whatever_a_template_raises_is_a_refusal(smollm):
     smollm.chat_template = "{{ messages[0].nothing.at.all }}"
     with pytest.raises(TemplateRefusal):
         render(smollm, [{"role": "user", "content": "a"}], prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "unwritten"),
+    [
+        ("smollm2", ("tool schemas", "tool calls")),
+        ("llama2", ("tool schemas", "tool calls")),
+        ("llama3", ("tool schemas", "tool calls")),
+        ("qwen3", ()),
+    ],
+)
+def test_which_parts_of_tools_a_template_leaves_out(family, name, unwritten):
+    assert habits_of(family(name)).unwritten == unwritten
+
+
+@pytest.mark.parametrize(
+    ("how", "as_text", "unwritten"),
+    [
+        ("{{ call.arguments | tojson }}", False, ()),
+        ("{{ '```json' + call.arguments }}", True, ()),
+        ("{{ call.arguments }}", True, ()),
+        ("{{ call.name }}", False, ("tool calls",)),
+    ],
+)
+def test_arguments_are_given_in_the_form_that_the_template_writes_well(
+    smollm, how, as_text, unwritten
+):
+    smollm.chat_template = (
+        "{{ tools }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{% set call = c.function %}" + how + "{% endfor %}"
+        "<|im_end|>{% endfor %}"
+    )
+    habits = habits_of(smollm)
+    assert (habits.arguments_as_text, habits.unwritten) == (as_text, unwritten)
+    call = {"function": {"name": "f", "arguments": {"a": "é"}}}
+    turns = [Message("assistant", "", {"tool_calls": [call]})]
+    (made,) = Guard(habits, turns).messages(turns)
+    given = made["tool_calls"][0]["function"]["arguments"]
+    assert given == ('{"a": "é"}' if as_text else {"a": "é"})
+    assert call["function"]["arguments"] == {"a": "é"}, "the row itself stays as it was"
+
+
+def test_marks_that_the_tokenizer_does_not_know_are_named(family):
+    tokenizer = family("llama3")
+    assert unknown_marks(tokenizer) == []
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    assert unknown_marks(tokenizer) == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_generated_parts_are_where_the_blocks_are(smollm):
+    smollm.chat_template = (
+        "{% for m in messages %}> {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    turns = [{"role": "assistant", "content": text} for text in ("one", "three")]
+    text = render(smollm, turns, prompt=False)
+    assert [text[a:b] for a, b in generated_parts(smollm, turns, None)] == ["one", "three"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3", "qwen3"])
+def test_plain_turns_are_rendered_as_the_tokenizer_itself_does(family, name):
+    tokenizer = family(name)
+    turns = [
+        ("system", "S"),
+        ("user", " q\n"),
+        ("assistant", "<think>t</think> a"),
+        ("user", "<b>"),
+    ]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    for count, prompt in ((2, True), (3, False), (4, True)):
+        expected = tokenizer.apply_chat_template(
+            chat[:count], tokenize=False, add_generation_prompt=prompt
+        )
+        assert render(tokenizer, chat[:count], prompt) == expected

@@ -85,3 +85,22 @@ def test_a_template_that_cannot_render_a_chat_is_refused(smollm, template):
     smollm.chat_template = template
     with pytest.raises(ModelError, match="some/model"):
         resolve_template(smollm, "some/model")
+
+
+def test_a_template_made_for_another_model_is_refused(family):
+    tokenizer = family("llama3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    with pytest.raises(ModelError, match=r"made for another model: it writes <\|im_start\|>, <"):
+        resolve_template(tokenizer, "some/model")
+
+
+def test_marks_that_are_no_tokens_are_noted_where_answers_are_closed(family):
+    """As Zephyr's template writes <|user|>, which its tokenizer splits."""
+    tokenizer = family("llama2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    )
+    source = resolve_template(tokenizer, "some/zephyr").source
+    assert "it writes <|user|>, <|assistant|>, which this tokenizer has no token for" in source

@@ -37,8 +37,19 @@ def convert(values):
         ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) has no content"),
         ({"messages": [{"role": None, "content": "a"}]}, r"messages\[0\] has the role null"),
         ({"messages": [{"role": "alien", "content": "a"}]}, "known: system"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "tool calls"),
-        ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "left untrained"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, "weight is 0.5: a turn"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "only assistant turns can"),
+        ({"messages": [{"role": "gpt", "content": "a", "weight": True}]}, "weight is True"),
+        ({"messages": [{"role": "gpt", "content": "a", "train": 0}]}, "train is 0, not true or"),
+        (
+            {"messages": [{"role": "gpt", "content": "a", "train": True, "weight": 0}]},
+            r"messages\[0\] \(assistant\): train and weight say opposite things",
+        ),
+        ({"messages": [{"role": "user", "tool_calls": [1]}]}, "only an assistant turn can"),
+        ({"messages": [{"role": "gpt", "tool_calls": [1]}]}, r"tool_calls\[0\] is 1, expected"),
+        ({"messages": [{"role": "gpt", "content": "a", "name": 3}]}, "name holds 3"),
+        ({"messages": [{"role": "gpt", "content": "a", "reasoning": 3}]}, "reasoning_content"),
+        ({"conversations": [{"from": "function_call", "value": "x"}]}, "not JSON"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\]"),
         ({"query": "a", "response": "b", "history": [["x"]]}, r"history\[0\]"),
@@ -66,13 +77,85 @@ def test_an_empty_system_turn_is_none():
         assert messages({"messages": turns}) == [("user", "a")]
 
 
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"q": "x"}}}
+TOOL = {"type": "function", "function": {"name": "find", "description": "Finds."}}
+
+
+def test_openai_tool_rows_and_llama_factory_rows_give_the_same_conversation():
+    openai = {
+        "messages": [
+            {"role": "user", "content": "Find x"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "find", "arguments": '{"q": "x"}'}}],
+            },
+            {"role": "tool", "content": "found"},
+            {"role": "assistant", "content": "Here."},
+        ],
+        "tools": [TOOL],
+    }
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "Find x"},
+            {"from": "function_call", "value": '{"name": "find", "arguments": {"q": "x"}}'},
+            {"from": "observation", "value": "found"},
+            {"from": "gpt", "value": "Here."},
+        ],
+        "tools": '[{"name": "find", "description": "Finds."}]',
+    }
+    made = convert(openai)
+    assert made == convert(sharegpt)
+    assert [m.role for m in made.messages] == ["user", "assistant", "tool", "assistant"]
+    assert made.messages[1].extra == {"tool_calls": [CALL]}
+    assert made.tools == (TOOL,)
+
+
+def test_the_old_function_call_key_and_its_role_are_read():
+    old = [
+        {"role": "assistant", "function_call": {"name": "find", "arguments": '{"q": "x"}'}},
+        {"role": "function", "name": "find", "content": ""},
+    ]
+    call, result = turns_of(Cells({"messages": old}, Origin("a", 1), {}), "messages")
+    assert call.extra == {"tool_calls": [CALL]}
+    assert (result.role, result.content, result.extra) == ("tool", "", {"name": "find"})
+
+
+def test_null_keys_of_a_table_are_as_if_absent():
+    """Parquet gives every turn every key of any turn."""
+    keys = ("tool_calls", "function_call", "tool_call_id", "name", "train", "weight", "reasoning")
+    turns = [{"role": "user", "content": "a", **dict.fromkeys(keys)}]
+    (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+    assert (turn.extra, turn.train) == ({}, True)
+
+
+@pytest.mark.parametrize(
+    ("mark", "trained"),
+    [({"train": False}, False), ({"weight": 0}, False), ({"weight": 1}, True), ({}, True)],
+)
+def test_a_turn_may_be_left_out_of_the_loss(mark, trained):
+    turns = [{"role": "assistant", "content": "b", **mark}]
+    (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+    assert turn.train is trained
+
+
+def test_thoughts_have_one_name():
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        turns = [{"role": "assistant", "content": "b", key: "hm"}]
+        (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+        assert turn.extra == {"reasoning_content": "hm"}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "type", "text", "weight"]),
-            inner | st.sampled_from(["user", "assistant", "system", "text"]),
+            st.sampled_from(
+                ["role", "content", "from", "value", "type", "text", "weight", "train", "name"]
+                + ["tool_calls", "function", "arguments"]
+            ),
+            inner | st.sampled_from(["user", "assistant", "system", "tool", "function_call"]),
             max_size=3,
         )
     ),
@@ -84,8 +167,8 @@ JSON = st.recursive(
     st.sampled_from(
         [
             ("question", "answer"),
-            ("messages",),
-            ("conversations",),
+            ("messages", "tools"),
+            ("conversations", "tools"),
             ("text",),
             ("prompt", "completion"),
             ("query", "response", "history"),

@@ -1,13 +1,14 @@
 """Turns and a tokenizer enter; rendered text and token ids leave, and the habits of the template.
 
 Habits are found by rendering probes, not by reading the template: which token it writes after an
-answer, whether it takes a system turn, whether the tokenizer puts a BOS before a text.
+answer, whether it takes a system turn and tools, whether the tokenizer puts a BOS before a text.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +18,18 @@ from lorakit.records import Message
 
 # What the probes say: the question, the answer, the system text.
 ASK, SAY, SET = "Q7qzx", "A7qzx", "S7qzx"
+# And of tools: what one is for, an argument's name and value, what came back.
+_PURPOSE, _KEY, _VALUE, _RESULT = "T7qzx", "k7qzx", "v7qzx", "R7qzx"
+# A block around what the model itself says: the template's own word on what to train.
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# Texts that are meant as one token: <|im_end|>, <end_of_turn>.
+_MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_turn>")
 # Two private planes of Unicode: one stands in for special tokens that occur as text in a turn.
 _PRIVATE = (0xF0000, 0x100000)
 
 
 class TemplateRefusal(DataError):
-    """The chat template raised on these turns."""
+    """The chat template raised on these turns, or they cannot be put through it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,9 @@ class Habits:
     bos_id: int | None  # set where the tokenizer puts a BOS before a text
     specials: re.Pattern[str] | None
     special_texts: tuple[str, ...]
+    marks_answers: bool  # by {% generation %} blocks
+    arguments_as_text: bool  # of tool calls; most templates take an object
+    unwritten: tuple[str, ...]  # which of tool schemas, calls and results it leaves out
 
 
 _KNOWN: WeakKeyDictionary[Any, Habits] = WeakKeyDictionary()
@@ -50,7 +60,10 @@ def habits_of(tokenizer: Any) -> Habits:
     special = {str(t) for t in tokenizer.all_special_tokens}
     special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     texts = tuple(sorted(special - {""}, key=lambda t: (-len(t), t)))
+    tools = _tool_habits(tokenizer)
     stops = _stop_texts(tokenizer)
+    # gpt-oss closes a call with <|call|>, an answer with <|return|>.
+    stops = tuple(dict.fromkeys((*stops, tools.stop))) if stops and tools.stop else stops
     first = tokenizer.encode("")[:1]
     adds_bos = bool(first) and first == [tokenizer.bos_token_id]
     ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops]
@@ -62,6 +75,9 @@ def habits_of(tokenizer: Any) -> Habits:
         bos_id=tokenizer.bos_token_id if adds_bos else None,
         specials=re.compile("|".join(re.escape(t) for t in texts)) if texts else None,
         special_texts=texts,
+        marks_answers=bool(_GENERATION.search(template)),
+        arguments_as_text=tools.as_text,
+        unwritten=tools.unwritten,
     )
     _KNOWN[tokenizer] = found
     return found
@@ -77,6 +93,69 @@ def _stop_texts(tokenizer: Any) -> tuple[str, ...]:
     known |= {str(t): None for t in tokenizer.all_special_tokens}
     longest_first = sorted(filter(None, known), key=lambda t: -len(t))
     return tuple(t for t in longest_first if tail.lstrip().startswith(t))[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class _ToolHabits:
+    as_text: bool = False
+    unwritten: tuple[str, ...] = ()
+    stop: str = ""  # the last special token after a call
+
+
+def _tool_habits(tokenizer: Any) -> _ToolHabits:
+    """How the template writes tools. Where it raises on the probe, each row finds out itself."""
+    if not tokenizer.chat_template:
+        return _ToolHabits()
+    schema = {"type": "object", "properties": {"q": {"type": "string", "description": "query"}}}
+    function = {"name": "find", "description": _PURPOSE, "parameters": schema}
+    tools = [{"type": "function", "function": function}]
+
+    def told(chat: list[dict[str, Any]]) -> str | None:
+        try:
+            return render(tokenizer, chat, prompt=False, tools=tools)
+        except TemplateRefusal:
+            return None
+
+    ask, call = {"role": "user", "content": ASK}, _probe_call(as_text=False)
+    text = told([ask, call])
+    as_text = not _writes_call(text) and _writes_call(told([ask, _probe_call(as_text=True)]))
+    if as_text:
+        call = _probe_call(as_text=True)
+        text = told([ask, call])
+    result = {"role": "tool", "content": _RESULT, "tool_call_id": "call7qzx0", "name": "find"}
+    parts = {
+        "tool schemas": _PURPOSE in (told([ask]) or _PURPOSE),
+        "tool calls": text is None or _writes_call(text),
+        "tool results": _RESULT in (told([ask, call, result]) or _RESULT),
+    }
+    said = (text or "").partition(ASK)[2]
+    specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {""}
+    stop = max((s for s in specials if s in said), key=said.rfind, default="")
+    # Gemma 4's <|"|> stands around every text of a call: such a token ends nothing.
+    stop = stop if said.count(stop) == 1 and said.find(stop) > said.find(_VALUE) else ""
+    return _ToolHabits(as_text, tuple(part for part, there in parts.items() if not there), stop)
+
+
+def _probe_call(as_text: bool) -> dict[str, Any]:
+    given: Any = {_KEY: _VALUE}
+    function = {"name": "find", "arguments": json.dumps(given) if as_text else given}
+    # Mistral's template wants ids of nine letters and digits.
+    call = {"id": "call7qzx0", "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _writes_call(text: str | None) -> bool:
+    """Python's own spelling of an object ('k) or JSON within JSON (\\"k) is a wrong form."""
+    if text is None or f"'{_KEY}" in text or f'\\"{_KEY}' in text:
+        return False
+    return _KEY in text and _VALUE in text
+
+
+def unknown_marks(tokenizer: Any) -> list[str]:
+    """Texts such as <|im_start|> that the template writes and this tokenizer has no token for."""
+    chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
+    found = dict.fromkeys(_MARK.findall(render(tokenizer, chat, prompt=False)))
+    return [mark for mark in found if len(tokenizer(mark, add_special_tokens=False).input_ids) > 1]
 
 
 def _refuses_system(tokenizer: Any) -> bool:
@@ -107,18 +186,27 @@ class Guard:
     private characters and are tokenized as the plain text they are.
     """
 
-    def __init__(self, habits: Habits, messages: Sequence[Message]) -> None:
+    def __init__(
+        self,
+        habits: Habits,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         self._marks: dict[str, str] = {}
-        self._fold = habits.folds_system
-        contents = [m.content for m in messages]
-        if habits.specials is None or not any(habits.specials.search(c) for c in contents):
+        self._habits = habits
+        self._tools = tools
+        if habits.specials is None:
+            return
+        texts = [m.content for m in messages]
+        texts += [*_texts([m.extra for m in messages if m.extra]), *_texts(list(tools))]
+        if not any(habits.specials.search(t) for t in texts):
             return
         count = len(habits.special_texts)
         for base in _PRIVATE:
-            if not any(base <= ord(char) < base + count for c in contents for char in c):
+            if not any(base <= ord(char) < base + count for t in texts for char in t):
                 break
         else:
-            raise DataError("a turn holds characters of both private planes of Unicode")
+            raise TemplateRefusal("a turn holds characters of both private planes of Unicode")
         self._marks = {text: chr(base + i) for i, text in enumerate(habits.special_texts)}
         self._texts = {mark: text for text, mark in self._marks.items()}
         self._pattern = habits.specials
@@ -128,19 +216,33 @@ class Guard:
         """True when some turn holds a special token as text."""
         return bool(self._marks)
 
-    def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+    def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The turns as the template takes them."""
-        made = [{"role": m.role, "content": self._hide(m.content)} for m in messages]
-        if self._fold and len(made) > 1 and made[0]["role"] == "system":
+        made = [
+            self._hide(m.as_dict()) if m.extra or self._marks else m.as_dict() for m in messages
+        ]
+        if self._habits.arguments_as_text:
+            for call in (c["function"] for m in made for c in m.get("tool_calls", ())):
+                call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+        if self._habits.folds_system and len(made) > 1 and made[0]["role"] == "system":
             system, first, *rest = made
             joined = f"{system['content'].strip()}\n\n{first['content']}"
-            return [{"role": first["role"], "content": joined}, *rest]
+            return [{**first, "content": joined}, *rest]
         return made
 
-    def _hide(self, content: str) -> str:
-        if not self._marks:
-            return content
-        return self._pattern.sub(lambda found: self._marks[found.group()], content)
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The schemas of the functions as the template takes them."""
+        return [self._hide(tool) for tool in self._tools] or None
+
+    def _hide(self, value: Any) -> Any:
+        if isinstance(value, str) and self._marks:
+            return self._pattern.sub(lambda found: self._marks[found.group()], value)
+        if isinstance(value, Mapping):
+            return {self._hide(k): self._hide(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hide(v) for v in value]
+        return value
 
     def pieces(self, text: str) -> list[tuple[str, bool]]:
         """(text, is plain text that looks special) in order."""
@@ -150,13 +252,28 @@ class Guard:
         return [(self._texts.get(piece, piece), piece in self._texts) for piece in split if piece]
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, **options: Any) -> str:
-    """The text of `messages`; with `prompt`, ready for the next answer.
+def _texts(value: Any) -> Iterator[str]:
+    """All texts inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
+    """The text of `messages`; with `prompt`, ready for the next answer. `tools` is an option.
 
     Raises:
         TemplateRefusal: the template raised.
     """
     try:
+        if isinstance(tokenizer.chat_template, str) and all(len(m) == 2 for m in messages):
+            return _render_plain(tokenizer, messages, prompt, options)
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt, **options
         )
@@ -164,6 +281,54 @@ def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool, **optio
     except Exception as error:
         raise TemplateRefusal(f"the chat template refuses it: {error}") from error
     return str(text)
+
+
+# tokenizer -> its template, the compiled program, and the names that it sees in each rendering
+_PROGRAMS: WeakKeyDictionary[Any, tuple[str, Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def _program(tokenizer: Any) -> tuple[str, Any, dict[str, Any]]:
+    template = tokenizer.chat_template
+    known = _PROGRAMS.get(tokenizer)
+    if known is None or known[0] != template:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        program = _compile_jinja_template(template)
+        names = {**program.globals, "tools": None, "documents": None}
+        known = template, program, {**names, **tokenizer.special_tokens_map}
+        _PROGRAMS[tokenizer] = known
+    return known
+
+
+def _render_plain(
+    tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, options: dict[str, Any]
+) -> str:
+    """What `apply_chat_template` does with turns of a role and a text, in 5 µs instead of 23 µs.
+
+    It copies all it is given, lest it be no plain JSON, and jinja2 all its global names one by one.
+    """
+    _, program, names = _program(tokenizer)
+    values = {**names, **options, "messages": messages, "add_generation_prompt": prompt}
+    env = program.environment
+    context = env.context_class(env, values, program.name, program.blocks)
+    return "".join(program.root_render_func(context))
+
+
+def generated_parts(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Any
+) -> list[tuple[int, int]]:
+    """Where in the text of `messages` the template's {% generation %} blocks begin and end."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, found = render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=str(tokenizer.chat_template),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=False,
+        **tokenizer.special_tokens_map,
+    )
+    return [(int(begin), int(end)) for begin, end in found[0]]
 
 
 def to_ids(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from lorakit.data.render import ASK, SAY, SET, TemplateRefusal, habits_of, render
+from lorakit.data.render import ASK, SAY, SET, TemplateRefusal, habits_of, render, unknown_marks
 from lorakit.errors import ModelError
 
 _THINKING = "{% if enable_thinking is not defined %}{% set enable_thinking = "
@@ -56,7 +56,16 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
         notes.append(f"without a system text it writes its own: {default[:60]!r}")
     if habits.folds_system:
         notes.append("it has no system role: system texts are put before the first question")
+    unknown = ", ".join(unknown_marks(tokenizer))
+    if unknown:
+        notes.append(f"it writes {unknown}, which this tokenizer has no token for")
     if not habits.stop_texts:
+        if unknown:
+            raise ModelError(
+                f"model: {model_name}: its chat template is made for another model: it writes "
+                f"{unknown}, which this tokenizer has no token for, and no end-of-turn token",
+                hint="take the chat template that came with the model, or its own tokenizer",
+            )
         raise ModelError(
             f"model: {model_name}: its chat template writes no end-of-turn token after an answer, "
             "so a model trained with it would never stop",

@@ -1,50 +1,80 @@
 """Conversations and documents enter; token ids and the training mask leave: made here alone.
 
-The tokenizer's chat template is the only truth. For each assistant turn the text is rendered up to
-the question (P, with the generation prompt) and up to the answer (R); what R adds to P, to the end
-of its end-of-turn token, is trained. P's ids, which chat and evaluation feed the model, must be a
-prefix of the training ids: where the template or the tokenizer breaks that, each answer becomes an
-example of its own, and the border between question and answer a border between tokens.
+The tokenizer's chat template is the only truth, and `spans.py` finds the answers in what it writes.
+The ids before an answer, which chat and evaluation feed the model, must be a prefix of the training
+ids: where the template or the tokenizer breaks that, an answer becomes an example of its own, and
+the border between question and answer a border between tokens.
 
 Shapes: T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorakit.data.check import FaultLog, RowFault
-from lorakit.data.chunk import windows
-from lorakit.data.render import Guard, Habits, TemplateRefusal, habits_of, render, to_ids
+from lorakit.data.check import FaultLog, RowFault, SpoilsRun
+from lorakit.data.documents import as_instructions, encode_document
+from lorakit.data.ids import borders_of, tokenize_ahead
+from lorakit.data.render import Guard, habits_of, render, to_ids
 from lorakit.data.render import stop_token_ids as stop_token_ids
 from lorakit.data.resolve import TemplateInfo as TemplateInfo
 from lorakit.data.resolve import resolve_template as resolve_template
-from lorakit.errors import DataError
-from lorakit.records import IGNORE, Conversation, Document, Example, Message, Origin
+from lorakit.data.shorten import pieces
+from lorakit.data.spans import Draft, Span, draft
+from lorakit.data.verify import verify_example
+from lorakit.recipe import Recipe
+from lorakit.records import IGNORE, Conversation, Document, Example, Message
 
-BLOCK = 512
+BLOCK, BLOCK_CHARS = 2048, 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a recipe says about masks and lengths: its `train_on`, `cutoff_len` and `too_long`."""
+    """What a recipe says about masks and lengths, in its own words."""
 
     train_on: str
     cutoff_len: int
     too_long: str
+    documents: str = "completion"
+    overlap: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Rules:
+        """The rules of a recipe."""
+        texts = recipe.documents, recipe.document_overlap
+        return cls(recipe.train_on, recipe.cutoff_len, recipe.too_long, *texts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def _blocks(items: Iterable[Conversation | Document]) -> Iterator[list[Conversation | Document]]:
+    """Items in blocks, large enough to tokenize at once and small enough to hold in memory."""
+    block, size = [], 0
+    for item in items:
+        block.append(item)
+        size += len(item.text) if isinstance(item, Document) else 0
+        size += 0 if isinstance(item, Document) else sum(len(m.content) for m in item.messages)
+        if len(block) == BLOCK or size > BLOCK_CHARS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def prompt_ids(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
     """Ids [T] of a conversation that waits for an answer: what chat and evaluation feed the model.
 
     Raises:
         DataError: the template refuses these turns.
     """
-    guard = Guard(habits_of(tokenizer), messages)
-    text = render(tokenizer, guard.messages(messages), prompt=True)
+    guard = Guard(habits_of(tokenizer), messages, tools)
+    text = render(tokenizer, guard.messages(messages), prompt=True, tools=guard.tools)
     return to_ids(tokenizer, text, guard)
 
 
@@ -60,13 +90,13 @@ def encode(
 
     Args:
         train_on: "responses" (every answer), "last" (the last one), "all" (every token).
-        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "drop" or "error". An answer is
-            never cut.
+        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "split", "drop" or "error". An
+            answer is never cut.
         log: where turns that were dropped are counted.
 
     Raises:
         RowFault: the row is too long, or the template refuses it: it can be left out.
-        DataError: training on it would go wrong (no trained token, no end of turn, double BOS), or
+        SpoilsRun: training on it would go wrong (no trained token, no end of turn, double BOS), or
             it is too long and `too_long` is "error". The row is named.
     """
     rules = Rules(train_on, cutoff_len, too_long)
@@ -79,184 +109,74 @@ def encode(
 def encode_many(
     tokenizer: Any, items: Iterable[Conversation | Document], rules: Rules, log: FaultLog
 ) -> Iterator[tuple[Conversation | Document, list[Example] | RowFault]]:
-    """Each item with its examples, or with the fault for which it is left out.
+    """Each item with its examples, or with the fault for which it cannot be used.
 
-    Texts are tokenized in blocks, over all cores: 7,473 GSM8K rows took 3.0 s instead of 4.7 s
-    on 2 cores.
-
-    Raises:
-        DataError: as `encode`.
+    Texts are tokenized in blocks, over all cores, while the next block is rendered.
     """
-    items = iter(items)
-    while block := list(islice(items, BLOCK)):
-        drafts = [_try_draft(tokenizer, item, rules.train_on) for item in block]
-        known = _tokenize(tokenizer, [d for d in drafts if isinstance(d, _Draft)])
-        for item, draft in zip(block, drafts, strict=True):
+    blocks = (
+        [(item, _try_draft(tokenizer, item, rules.train_on)) for item in block]
+        for block in _blocks(items)
+    )
+    tail = borders_of(tokenizer).tail
+
+    def texts(block: list[tuple[Conversation | Document, Draft | RowFault | None]]) -> list[str]:
+        # Texts with special tokens in them are tokenized piece by piece.
+        drafts = [d for _, d in block if isinstance(d, Draft) and not d.guard.active]
+        return [text for d in drafts for text in d.texts(tail)]
+
+    for block, known in tokenize_ahead(tokenizer, blocks, texts):
+        for item, drafted in block:
             try:
-                yield item, _encode_one(tokenizer, item, draft, rules, known, log)
+                yield item, _encode_one(tokenizer, item, drafted, rules, known, log)
             except RowFault as fault:
                 yield item, fault
-
-
-def encode_document(
-    tokenizer: Any, document: Document, cutoff_len: int = 2048, log: FaultLog | None = None
-) -> list[Example]:
-    """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
-
-    Where the tokenizer puts a BOS before a text, each window begins with it; otherwise a window
-    begins with the last token of the one before, untrained, so that its first own token is
-    predicted from something. Special tokens written in the text are read as such.
-
-    Raises:
-        RowFault: no token could be trained.
-    """
-    habits, eos = habits_of(tokenizer), tokenizer.eos_token_id
-    if log and habits.specials is not None and habits.specials.search(document.text):
-        log.add("special token written in a text", document.origin, "read as that token")
-    encoding = tokenizer(
-        document.text,
-        add_special_tokens=False,
-        return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,
-    )
-    ids = list(encoding["input_ids"])
-    if habits.bos_id is not None and ids[:1] == [habits.bos_id]:
-        ids, shift = ids[1:], 1
-    else:
-        shift = 0
-    starts = [o[0] for o in encoding["offset_mapping"][shift:]] if tokenizer.is_fast else None
-    if eos is not None and ids[-1:] != [eos]:
-        ids.append(eos)
-        if starts is not None:
-            starts.append(len(document.text))
-    found = []
-    for begin, end in windows(document.text, starts, len(ids), cutoff_len - 1):
-        before = [habits.bos_id] if habits.bos_id is not None else ids[max(0, begin - 1) : begin]
-        own = ids[begin:end]
-        labels = [IGNORE] * len(before) + own
-        labels[0] = IGNORE
-        found.append(Example([*before, *own], labels, document.origin))
-    if not any(example.trained_tokens for example in found):
-        raise RowFault("nothing to train", document.origin, "the text is a single token")
-    return found
-
-
-def verify_example(tokenizer: Any, example: Example) -> None:
-    """Refuse an example of a conversation that would spoil the training.
-
-    Raises:
-        DataError: no trained token, two BOS in a row, or a trained part without its end of turn.
-    """
-    habits, origin = habits_of(tokenizer), example.origin
-    ids, labels = example.input_ids, example.labels
-    if not example.trained_tokens:
-        raise DataError(f"{origin}: no token of this row would be trained: all are masked")
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise DataError(
-            f"{origin}: it begins with two BOS tokens ({tokenizer.bos_token})",
-            hint="the chat template and the tokenizer both add one: take it out of the template",
-        )
-    for i, label in enumerate(labels):
-        ends = i + 1 == len(labels) or labels[i + 1] == IGNORE
-        if label != IGNORE and ends and label not in habits.stops:
-            what = tokenizer.decode([label])
-            raise DataError(
-                f"{origin}: a trained part ends with {what!r}, not with an end-of-turn token: "
-                "a model trained on it would not stop",
-                hint="the chat template must close each answer with a special token",
-            )
 
 
 # -- one conversation -> ids and mask -------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The text up to a question with its generation prompt, and on to the answer's end of turn."""
-
-    prompt: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A conversation as rendered text: a span for each answer to train, and whether one text, the
-    last span's, holds them all."""
-
-    conversation: Conversation
-    guard: Guard
-    answers: list[int]
-    spans: list[_Span]
-    in_one: bool
-
-    def texts(self) -> list[str]:
-        """All that must be tokenized for it."""
-        whole = self.spans[-1:] if self.in_one else self.spans
-        return [span.prompt for span in self.spans] + [span.text for span in whole]
-
-
 def _try_draft(
     tokenizer: Any, item: Conversation | Document, train_on: str
-) -> _Draft | RowFault | None:
+) -> Draft | RowFault | None:
     if isinstance(item, Document):
         return None
     try:
-        return _draft(tokenizer, item, train_on)
+        return draft(tokenizer, item, train_on)
     except RowFault as fault:
         return fault
-
-
-def _draft(tokenizer: Any, conversation: Conversation, train_on: str) -> _Draft:
-    habits, origin = habits_of(tokenizer), conversation.origin
-    guard = Guard(habits, conversation.messages)
-    messages = guard.messages(conversation.messages)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not answers:
-        raise RowFault("no answer", origin, "there is no assistant turn to learn from")
-    if train_on != "responses":
-        answers = answers[-1:]
-    try:
-        spans = [_span(tokenizer, habits, messages, answer, origin) for answer in answers]
-    except TemplateRefusal as error:
-        raise RowFault("refused by the chat template", origin, str(error)) from error
-    in_one = all(spans[-1].text.startswith(span.text) for span in spans)
-    return _Draft(conversation, guard, answers, spans, in_one)
-
-
-def _tokenize(tokenizer: Any, drafts: Sequence[_Draft]) -> dict[str, list[int]]:
-    """Ids of the texts of many drafts in one call; guarded ones are tokenized piece by piece."""
-    texts = list({text: None for d in drafts if not d.guard.active for text in d.texts()})
-    if not texts:
-        return {}
-    made = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return dict(zip(texts, made, strict=True))
 
 
 def _encode_one(
     tokenizer: Any,
     item: Conversation | Document,
-    draft: _Draft | RowFault | None,
+    drafted: Draft | RowFault | None,
     rules: Rules,
-    known: dict[str, list[int]],
+    known: Mapping[str, list[int]],
     log: FaultLog,
 ) -> list[Example]:
     if isinstance(item, Document):
-        return encode_document(tokenizer, item, rules.cutoff_len, log)
-    if not isinstance(draft, _Draft):
-        raise draft or RowFault("no answer", item.origin, "nothing to train")
-    if draft.guard.active:
+        return _encode_document(tokenizer, item, rules, log)
+    if not isinstance(drafted, Draft):
+        raise drafted or RowFault("no answer", item.origin, "nothing to train")
+    if drafted.guard.active:
         log.add("special token written in a turn", item.origin, "kept as plain text")
-    made = _examples(tokenizer, draft, rules.train_on, known)
+    for kind, action in dict.fromkeys(drafted.notes):
+        log.add(kind, item.origin, action)
+    made = _examples(tokenizer, drafted, rules.train_on, known)
+    long = any(len(example.input_ids) > rules.cutoff_len for _, example in made)
+    # Where only the last answer is trained, there is one example to be made, whatever its length.
+    if long and rules.too_long == "split" and rules.train_on != "last":
+        return _encode_pieces(tokenizer, item, rules, log)
     fitting: list[Example] = []
     faults: list[RowFault] = []
-    for answer, example in made:
+    for turn, example in made:
         try:
             if len(example.input_ids) > rules.cutoff_len:
-                part = Conversation(item.messages[: answer + 1], item.origin)
-                single = replace(rules, train_on="last") if len(made) > 1 else rules
-                example = _shorten(tokenizer, part, single, example, log)
+                part = replace(item, messages=item.messages[: turn + 1])
+                example = _shorten(tokenizer, part, rules, example, log)
             fitting.append(example)
+        except SpoilsRun:
+            raise
         except RowFault as fault:
             faults.append(fault)
     if not fitting:
@@ -264,80 +184,145 @@ def _encode_one(
     for _ in faults:
         log.add("too long", item.origin, "that answer left out, the others kept")
     for example in fitting:
-        verify_example(tokenizer, example)
+        verify_example(tokenizer, example, rules.train_on)
     return fitting
 
 
-def _examples(
-    tokenizer: Any, draft: _Draft, train_on: str, known: dict[str, list[int]]
-) -> list[tuple[int, Example]]:
-    """(index of the last answer inside, example) pairs, of any length."""
-    habits, origin, guard = habits_of(tokenizer), draft.conversation.origin, draft.guard
-    prompts = [to_ids(tokenizer, span.prompt, guard, known=known) for span in draft.spans]
-    if draft.in_one:
-        ids = to_ids(tokenizer, draft.spans[-1].text, guard, known=known)
-        if all(ids[: len(prompt)] == prompt for prompt in prompts):
-            labels = _mask(ids, [len(p) for p in prompts], habits, train_on, origin)
-            return [(draft.answers[-1], Example(ids, labels, origin))]
-    found = []
-    for answer, span, prompt in zip(draft.answers, draft.spans, prompts, strict=True):
-        ids = to_ids(tokenizer, span.text, guard, known=known)
-        if ids[: len(prompt)] != prompt:
-            # A merge over the border (": " + "Paris"): generation never sees it, so no training.
-            ids = prompt + to_ids(tokenizer, span.text[len(span.prompt) :], guard, inside=True)
-        labels = _mask(ids, [len(prompt)], habits, train_on, origin)
-        found.append((answer, Example(ids, labels, origin)))
+def _encode_pieces(
+    tokenizer: Any, conversation: Conversation, rules: Rules, log: FaultLog
+) -> list[Example]:
+    """Examples of as many pieces as it takes; each answer is trained in one of them."""
+    single = replace(rules, too_long="drop")
+
+    def tried(piece: Conversation) -> tuple[list[Example], RowFault | None]:
+        try:
+            own, drafted = FaultLog(), draft(tokenizer, piece, rules.train_on)
+            made = _encode_one(tokenizer, piece, drafted, single, {}, own)
+            lost = any(fault.kind == "too long" for fault in own.faults())
+            return made, RowFault("too long", piece.origin, "an answer would go") if lost else None
+        except SpoilsRun:
+            raise
+        except RowFault as fault:
+            return [], fault
+
+    def fits(piece: Conversation) -> bool:
+        fault = tried(piece)[1]
+        # Answers marked train: false may stand alone in a piece; with others they are context.
+        return fault is None or fault.kind == "no trained answer"
+
+    found: list[Example] = []
+    faults: list[RowFault] = []
+    for piece in pieces(conversation, fits):
+        made, fault = tried(piece)
+        found += made
+        if fault is not None and fault.kind != "no trained answer":
+            faults.append(fault)
+    if not found:
+        raise faults[0]
+    log.add("too long", conversation.origin, "split into several examples")
+    for _ in faults:
+        log.add("too long", conversation.origin, "that answer left out, the others kept")
     return found
 
 
-def _span(
-    tokenizer: Any, habits: Habits, messages: list[dict[str, str]], answer: int, origin: Origin
-) -> _Span:
-    told = messages[answer]["content"].strip()
-    text = render(tokenizer, messages[: answer + 1], prompt=False)
-    for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
-        prompt = render(tokenizer, messages[:answer], prompt=True, **options)
-        if text.startswith(prompt):
-            break
-    else:
-        raise DataError(
-            f"{origin}: the chat template asks for the answer in one way and writes it in another: "
-            f"...{prompt[-40:]!r} is no beginning of ...{text[len(prompt) - 40 :][:80]!r}",
-            hint="use a template whose generation prompt is how its answers begin",
-        )
-    ends = [at for stop in habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
-    if not ends:
-        raise DataError(
-            f"{origin}: the chat template writes no end-of-turn token after the answer in turn "
-            f"{answer + 1}: the model would not learn to stop",
-            hint="the chat template must close each answer with a special token",
-        )
-    end = min(ends)
-    written = text[len(prompt) : end]
-    if told not in written and told.rpartition("</think>")[2].strip() not in written:
-        raise RowFault(
-            "answer rewritten by the chat template",
-            origin,
-            f"the chat template does not write the whole answer: {told[:60]!r} became "
-            f"{written[:60]!r}",
-        )
-    stop = next(s for s in habits.stop_texts if text.startswith(s, end))
-    return _Span(prompt, text[: end + len(stop)])
+def _encode_document(
+    tokenizer: Any, document: Document, rules: Rules, log: FaultLog
+) -> list[Example]:
+    """A text as it is, or as requests and answers, in pieces that fit."""
+    overlap = min(rules.overlap, rules.cutoff_len // 4)
+    if rules.documents == "completion":
+        return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
+    single, room = replace(rules, too_long="drop"), rules.cutoff_len - overlap
+    fault = RowFault("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
+    while room > 1 and fault.kind == "too long":
+        # What request and template take is known when they are written: then less is left.
+        room = room * 3 // 4
+        chats, own = as_instructions(tokenizer, document, room, overlap), FaultLog()
+        found: list[Example] = []
+        for _, made in encode_many(tokenizer, chats, single, own):
+            if isinstance(made, RowFault):
+                fault = made
+                break
+            found += made
+        else:
+            log.absorb(own)
+            return found
+    raise fault
 
 
-def _mask(
-    ids: list[int], starts: list[int], habits: Habits, train_on: str, origin: Origin
-) -> list[int]:
-    """Labels [T]: each answer from its start to its first stop token; by position, never by id."""
-    if train_on == "all":
-        return [IGNORE, *ids[1:]]
-    labels = [IGNORE] * len(ids)
-    for start in starts:
-        end = next((i for i in range(start, len(ids)) if ids[i] in habits.stops), None)
-        if end is None:
-            raise DataError(f"{origin}: an answer has no end-of-turn token among its tokens")
-        labels[start : end + 1] = ids[start : end + 1]
-    return labels
+def _examples(
+    tokenizer: Any, drafted: Draft, train_on: str, known: Mapping[str, list[int]]
+) -> list[tuple[int, Example]]:
+    """(turn of the last answer inside, example) pairs, of any length."""
+    found = []
+    guard, borders = drafted.guard, borders_of(tokenizer)
+
+    def start(ids: list[int], text: str, prompt: str) -> int | None:
+        if guard.active:
+            own = to_ids(tokenizer, prompt, guard)
+            return len(own) if ids[: len(own)] == own else None
+        short = borders.tail(prompt)
+        tail = known.get(short) or to_ids(tokenizer, short, None, inside=True)
+        return borders.prompt_length(ids, text, prompt, tail)
+
+    for group in drafted.groups:
+        text = group[-1].text
+        ids = to_ids(tokenizer, text, guard, known=known)
+        starts = [start(ids, text, span.prompt) for span in group]
+        whole = [at for at in starts if at is not None]
+        if len(whole) == len(group):
+            found.append(_masked(tokenizer, drafted, group, ids, whole, train_on, known))
+            continue
+        for span in group:
+            ids = to_ids(tokenizer, span.text, guard, known=known)
+            prompt = to_ids(tokenizer, span.prompt, guard, known=known)
+            if ids[: len(prompt)] != prompt:
+                # A merge over the border (": " + "Paris"): generation never sees it: no training.
+                rest = span.text[len(span.prompt) :]
+                ids = prompt + to_ids(tokenizer, rest, guard, inside=True)
+            found.append(_masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, known))
+    return found
+
+
+def _masked(
+    tokenizer: Any,
+    drafted: Draft,
+    spans: Sequence[Span],
+    ids: list[int],
+    starts: Sequence[int],
+    train_on: str,
+    known: Mapping[str, list[int]],
+) -> tuple[int, Example]:
+    """Each answer trained from its start to its first stop token; by position, never by id."""
+    origin, guard = drafted.conversation.origin, drafted.guard
+    stops = habits_of(tokenizer).stops
+
+    def end(start: int) -> int:
+        ends = [ids.index(stop, start) + 1 for stop in stops if stop in ids[start:]]
+        found = min(ends, default=0)
+        if not found:
+            raise SpoilsRun(
+                "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
+            )
+        return found
+
+    def tokens_before(text: str) -> int:
+        """Tokens of `ids` before the end of `text`; one that reaches over it does not count."""
+        other = to_ids(tokenizer, text, guard, known=known)
+        pairs = enumerate(zip(ids, other, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
+
+    labels = [IGNORE, *ids[1:]] if train_on == "all" else [IGNORE] * len(ids)
+    if train_on != "all":
+        for start in starts:
+            labels[start : end(start)] = ids[start : end(start)]
+        for text, gap in ((span.text, gap) for span in spans for gap in span.gaps):
+            begin, until = (tokens_before(text[:at]) for at in gap)
+            labels[begin:until] = [IGNORE] * (until - begin)
+    for span in drafted.untrained:
+        start = tokens_before(span.prompt)
+        labels[start : end(start)] = [IGNORE] * (end(start) - start)
+    return spans[-1].turn, Example(ids, labels, origin)
 
 
 def _shorten(
@@ -348,7 +333,7 @@ def _shorten(
     what = f"{len(example.input_ids)} tokens, over cutoff_len {rules.cutoff_len}"
     hint = "raise cutoff_len, or set too_long: drop"
     if rules.too_long == "error":
-        raise DataError(f"{origin}: too long: {what}", hint)
+        raise SpoilsRun("too long", origin, f"too long: {what}", hint)
     if rules.too_long == "drop":
         raise RowFault("too long", origin, what, "raise cutoff_len")
     messages = conversation.messages
@@ -358,9 +343,13 @@ def _shorten(
     best: Example | None = None
     while low <= high:
         middle = (low + high) // 2
-        rest = Conversation(messages[:head] + messages[asked[middle] :], origin)
-        draft = _draft(tokenizer, rest, rules.train_on)
-        candidate = _examples(tokenizer, draft, rules.train_on, {})[-1][1]
+        rest = replace(conversation, messages=messages[:head] + messages[asked[middle] :])
+        try:
+            drafted = draft(tokenizer, rest, rules.train_on)
+        except RowFault:  # nothing is trained in so little of it
+            high = middle - 1
+            continue
+        candidate = _examples(tokenizer, drafted, rules.train_on, {})[-1][1]
         if len(candidate.input_ids) <= rules.cutoff_len:
             best, high = candidate, middle - 1
         else:

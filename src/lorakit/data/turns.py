@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorakit.data.check import RowFault
+from lorakit.data.tools import calls_of, shown_value
 from lorakit.records import Message, Origin, Role
 
 ROLES: dict[str, Role] = {
@@ -22,7 +22,15 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
 }
+# Other names that datasets give to what templates call `reasoning_content`.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -55,7 +63,7 @@ class Cells:
     def as_text(self, value: Any, place: str) -> str:
         if not isinstance(value, str):
             raise self.fault(
-                "wrong type", f"{place} holds {_shown_value(value)} where a text is expected"
+                "wrong type", f"{place} holds {shown_value(value)} where a text is expected"
             )
         if _SURROGATE.search(value):
             raise self.fault("broken characters", f"{place} holds half a surrogate pair")
@@ -76,12 +84,10 @@ def turns_of(cells: Cells, column: str) -> list[Message]:
         except (ValueError, RecursionError) as error:
             raise cells.fault("broken turns", f"column {column} is not JSON: {error}") from error
     if not isinstance(value, list):
-        state = "missing" if column not in cells.values else _shown_value(value)
+        state = "missing" if column not in cells.values else shown_value(value)
         raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
     if not value:
         raise cells.fault("no turns", f"column {column} is an empty list")
-    if cells.values.get("tools"):
-        raise cells.fault("tool calls", "column tools: tool calls cannot be trained yet")
     turns = [_turn(cells, turn, f"{column}[{number}]") for number, turn in enumerate(value)]
     # Chat exports write "" where no system text was set: that is no turn.
     made = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
@@ -90,28 +96,65 @@ def turns_of(cells: Cells, column: str) -> list[Message]:
 
 def _turn(cells: Cells, turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
-        raise cells.fault("wrong type", f"{place} is {_shown_value(turn)}, expected an object")
+        raise cells.fault("wrong type", f"{place} is {shown_value(turn)}, expected an object")
     name = turn.get("role", turn.get("from"))
-    if any(turn.get(k) for k in ("tool_calls", "function_call")) or name in ("tool", "function"):
-        raise cells.fault("tool calls", f"{place}: tool calls cannot be trained yet")
-    if turn.get("train") is False or turn.get("weight") == 0:
-        raise cells.fault("untrained turns", f"{place}: single turns cannot be left untrained yet")
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise cells.fault(
-            "unknown role", f"{place} has the role {_shown_value(name)}; known: {', '.join(ROLES)}"
+            "unknown role", f"{place} has the role {shown_value(name)}; known: {', '.join(ROLES)}"
         )
+    place = f"{place} ({role})"
     content = turn["content"] if "content" in turn else turn.get("value")
     if isinstance(content, list):
         content = "".join(_part(cells, part, place) for part in content)
-    if content is None:
-        if role == "system":
-            return Message(role, "")
-        raise cells.fault(f"empty {role} turn", f"{place} ({role}) has no content")
-    content = cells.as_text(content, f"{place} ({role})")
-    if not content.strip() and role != "system":
-        raise cells.fault(f"empty {role} turn", f"{place} ({role}) is empty")
-    return Message(role, content)
+    extra = _extra(cells, turn, role, place)
+    if str(name).strip().lower() == "function_call":
+        # LLaMA-Factory's sharegpt: the call is the text of a turn of its own.
+        extra["tool_calls"], content = calls_of(content, place, cells.fault), ""
+    calls = "tool_calls" in extra
+    if content is None and role != "system" and not calls:
+        raise cells.fault(f"empty {role} turn", f"{place} has no content")
+    content = "" if content is None else cells.as_text(content, place)
+    # A function may give nothing back, and chat exports write "" where no system text was set.
+    if not content.strip() and role not in ("system", "tool") and not calls:
+        raise cells.fault(f"empty {role} turn", f"{place} is empty")
+    return Message(role, content, extra, _trained(cells, turn, role, place))
+
+
+def _extra(cells: Cells, turn: Mapping[str, Any], role: Role, place: str) -> dict[str, Any]:
+    """The other keys of a turn that chat templates read."""
+    found: dict[str, Any] = {}
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if calls:
+        if role != "assistant":
+            raise cells.fault("wrong type", f"{place} calls tools: only an assistant turn can")
+        found["tool_calls"] = calls_of(calls, place, cells.fault)
+    thoughts = next((turn[key] for key in _THOUGHTS if turn.get(key)), None)
+    if role == "assistant" and thoughts is not None:
+        found["reasoning_content"] = cells.as_text(thoughts, f"{place}.reasoning_content")
+    for key in ("tool_call_id", "name"):
+        if turn.get(key) is not None:
+            found[key] = cells.as_text(turn[key], f"{place}.{key}")
+    return found
+
+
+def _trained(cells: Cells, turn: Mapping[str, Any], role: Role, place: str) -> bool:
+    """False where the turn's own `train: false` or `weight: 0` leaves it out of the loss."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise cells.fault("wrong type", f"{place}.train is {shown_value(train)}, not true or false")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise cells.fault(
+            "unknown weight",
+            f"{place}.weight is {shown_value(weight)}: a turn is trained (1) or not (0), nothing "
+            "between",
+        )
+    wanted = {bool(value) for value in (train, weight) if value is not None}
+    if len(wanted) == 2:
+        raise cells.fault("unknown weight", f"{place}: train and weight say opposite things")
+    if role != "assistant" and True in wanted:
+        raise cells.fault("unknown weight", f"{place}: only assistant turns can be trained")
+    return False not in wanted
 
 
 def _part(cells: Cells, part: Any, place: str) -> str:
@@ -121,7 +164,7 @@ def _part(cells: Cells, part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text":
         return cells.as_text(part.get("text"), f"{place}.text")
     kind = part.get("type") if isinstance(part, dict) else part
-    raise cells.fault("not text", f"{place} holds a part of kind {_shown_value(kind)}, not text")
+    raise cells.fault("not text", f"{place} holds a part of kind {shown_value(kind)}, not text")
 
 
 def history_of(cells: Cells) -> list[Message]:
@@ -133,7 +176,7 @@ def history_of(cells: Cells) -> list[Message]:
     for number, pair in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise cells.fault(
-                "wrong type", f"history[{number}] is no [question, answer]: {_shown_value(pair)}"
+                "wrong type", f"history[{number}] is no [question, answer]: {shown_value(pair)}"
             )
         for role, text in zip(("user", "assistant"), pair, strict=True):
             made = cells.as_text(text, f"history[{number}]")
@@ -147,8 +190,3 @@ def with_system(turns: list[Message], system: str) -> list[Message]:
     """The turns led by `system`, unless it is blank or they bring their own."""
     own = bool(turns) and turns[0].role == "system"
     return [Message("system", system), *turns] if system.strip() and not own else turns
-
-
-def _shown_value(value: Any) -> str:
-    """A short form; `reprlib` also stops at depth, where `repr` of nested JSON overflows."""
-    return "null" if value is None else reprlib.repr(value)

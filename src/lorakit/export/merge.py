@@ -60,7 +60,9 @@ def export_merged(run: RunDir, target: Path, conversations: Sequence[Conversatio
         raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
     recipe = load_recipe(run.recipe).recipe
     model, tokenizer, dtype = _load_float32(run, recipe)
-    prompts = [prompt_ids(tokenizer, c.messages[:-1]) for c in conversations[:CHECKED_PROMPTS]]
+    prompts = [
+        prompt_ids(tokenizer, c.messages[:-1], c.tools) for c in conversations[:CHECKED_PROMPTS]
+    ]
     prompts = prompts or [prompt_ids(tokenizer, _fallback_prompt())]
     expected = [_logits(model, ids) for ids in prompts]
     _check_space(model, target, dtype)

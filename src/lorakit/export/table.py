@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.prepare import read_validation
+from lorakit.data.items import read_validation
 from lorakit.errors import RecipeError
 from lorakit.export.merge import NOTABLE_ROUNDING, export_merged
 from lorakit.recipe_file import suggest
