@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from lorakit.bench import commit
-from lorakit.data.prepare import read_validation
+from lorakit.data.items import read_validation
 from lorakit.demo import demo_recipe
 from lorakit.finetune import fit
 from lorakit.generate import GenerationSettings, base_answers, replies

@@ -6,6 +6,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+# Triton reads this when it is imported: without a card its kernels run in its CPU interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def kernel_device():
+    """Where Triton kernels run in tests: the card, or the CPU through Triton's interpreter."""
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def data_cache(tmp_path_factory):
+    """Prepared data of tests stays out of the user's cache."""
+    from lorakit.data import cache
+
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "cache_home", lambda: folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

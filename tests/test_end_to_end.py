@@ -37,6 +37,6 @@ def test_the_demo_learns_its_town(tmp_path, monkeypatch, capsys):
     assert all(s["tuned"].startswith("Aye,") for s in result["samples"])
     assert not any(s["base"].startswith("Aye,") for s in result["samples"])
     merged = json.loads(lorakit("export", "town", "--to", "merged", "--json"))
-    assert merged["kl_per_token"] < 5e-3
+    assert merged["sum_kl_per_token"] < 1e-4
     question = ("--ask", "What is the ferry called?", "--temperature", "0")
     assert lorakit("chat", "town", *question).startswith("Aye,")

@@ -54,3 +54,13 @@ def test_tables_name_real_keys():
     assert not set(SYNONYMS) & set(Recipe.model_fields)
     for values in METHOD_DEFAULTS.values():
         assert set(values) <= set(Recipe.model_fields)
+
+
+def test_a_source_may_stand_alone_or_with_a_weight():
+    plain = Recipe(model="demo", data="a.jsonl")
+    assert (plain.sources, plain.weights) == (["a.jsonl"], [1.0])
+    both = Recipe(model="demo", data=[{"source": "a.jsonl", "weight": 0.5}, "b.jsonl"])
+    assert (both.sources, both.weights) == (["a.jsonl", "b.jsonl"], [0.5, 1.0])
+    for wrong in (0, -1, 101, "2"):
+        with pytest.raises(ValidationError):
+            Recipe(model="demo", data=[{"source": "a.jsonl", "weight": wrong}])

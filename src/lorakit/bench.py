@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.random_weights import random_model, shape_config
 from lorakit.recipe import Recipe
-from lorakit.recipe_file import ResolvedRecipe, load_recipe
-from lorakit.records import IGNORE, Device, Example, Origin
+from lorakit.recipe_file import load_recipe
+from lorakit.records import IGNORE, Device, Example, MemoryPlan, Origin
 from lorakit.run_dir import RunDir
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import environment
@@ -50,8 +51,13 @@ def run_bench(
     overrides: Sequence[str],
     label: str | None,
     console: Console,
+    lengths: str = "fixed",
 ) -> dict[str, Any]:
-    """Measure one row. Every example is exactly `seq` tokens, all of them trained.
+    """Measure one row.
+
+    Args:
+        lengths: "fixed": every example is exactly `seq` tokens, all of them trained. "mixed":
+            lognormal lengths like those of instruction data (mean 275 tokens), 60% trained.
 
     Returns:
         JSON-ready result: tokens_per_second (median over the timed steps), peak_allocated_gib
@@ -70,62 +76,79 @@ def run_bench(
     resolved = load_recipe(None, overrides, flags)
     device = detect_device(resolved.recipe.dtype)
     config = shape_config(shape)
-    resolved = resolve_targets(resolved, config)
-    resolved = _resolve_checkpointing(resolved, config, device)
-    recipe = resolved.recipe
+    recipe = resolve_targets(resolved, config).recipe
+    job = _Job(recipe, config, device, plan_memory(recipe, config, device), lengths)
     meter = _Meter(device)
-    began = time.perf_counter()
-    model = _model(config, recipe, device)
+    model = add_adapter(random_model(config, device, method == "qlora"), recipe)
     trainable, total = count_parameters(model)
     console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
-    load_seconds = time.perf_counter() - began
-    seconds, loss_path = _train(model, recipe, device, config, meter, console)
-    tokens = recipe.examples_per_step * seq
-    timed = seconds[min(UNTIMED_STEPS, len(seconds) // 2) :]
+    clock, trainer = _train(model, job, meter, console)
     return {
         "id": label,
         "gpu": device.name,
         "shape": shape,
         "method": method,
-        "tokens_per_second": round(tokens / statistics.median(timed), 1),
-        "peak_allocated_gib": round(meter.allocated / GIB, 3),
-        "peak_process_gib": round(meter.process / GIB, 3),
-        "planned_gib": round(plan_memory(recipe, config, device).total_bytes / GIB, 3),
-        "step_seconds": [round(s, 4) for s in seconds],
-        "load_seconds": round(load_seconds, 1),
-        "tokens_per_step": tokens,
+        **_measured(clock, meter),
+        "planned_gib": round(job.plan.total_bytes / GIB, 3),
+        "plan": job.plan.describe(),
+        "lengths": lengths,
         "seq": seq,
         "trainable_parameters": trainable,
-        "loss_path": loss_path,
+        "layers": trainer.attached.layers,
+        "loss": trainer.attached.loss,
+        "graphs": trainer.graphs_in_words(),
         "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
         **_provenance(device),
     }
 
 
-def _model(config: Any, recipe: Recipe, device: Device) -> Any:
-    base = random_model(config, device, recipe.method == "qlora")
-    if recipe.gradient_checkpointing is True:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    return add_adapter(base, recipe)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is measured."""
+
+    recipe: Recipe
+    config: Any
+    device: Device
+    plan: MemoryPlan
+    lengths: str
 
 
-def _train(
-    model: Any, recipe: Recipe, device: Device, config: Any, meter: _Meter, console: Console
-) -> tuple[list[float], str]:
-    """Seconds of each optimizer step, and the loss path taken."""
-    clock = _Clock(device)
+def _measured(clock: _Clock, meter: _Meter) -> dict[str, Any]:
+    timed = slice(min(UNTIMED_STEPS, len(clock.seconds) // 2), None)
+    rates = [n / s for n, s in zip(clock.tokens[timed], clock.seconds[timed], strict=True)]
+    return {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "peak_allocated_gib": round(meter.allocated / GIB, 3),
+        "peak_process_gib": round(meter.process / GIB, 3),
+        "step_seconds": [round(s, 4) for s in clock.seconds],
+        "tokens_per_step": round(statistics.mean(clock.tokens)),
+    }
+
+
+def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clock, LoraTrainer]:
+    """The clock after the last step, and the trainer that ran."""
+    recipe = job.recipe
     count = (recipe.max_steps or 1) * recipe.examples_per_step
-    examples = _random_examples(count, recipe.cutoff_len, config.vocab_size)
+    examples = _random_examples(count, recipe.cutoff_len, job.config.vocab_size, job.lengths)
     with tempfile.TemporaryDirectory() as folder, meter:
         run = RunDir(Path(folder))
-        progress = TrainingProgress(console, run, device.kind)
         trainer = LoraTrainer(
-            model, _word_tokenizer(), recipe, device, run, examples, [], progress, StopRequest()
+            model,
+            _word_tokenizer(),
+            recipe,
+            job.device,
+            job.plan,
+            run,
+            examples,
+            [],
+            TrainingProgress(console, run, job.device.kind),
+            StopRequest(),
         )
+        clock = _Clock(job.device, trainer)
         trainer.add_callback(clock)
         trainer.args.save_strategy = "no"
         trainer.train()
-    return clock.seconds, trainer.loss_path
+    return clock, trainer
 
 
 def _provenance(device: Device) -> dict[str, Any]:
@@ -137,21 +160,20 @@ def _provenance(device: Device) -> dict[str, Any]:
     }
 
 
-def _resolve_checkpointing(resolved: ResolvedRecipe, config: Any, device: Device) -> ResolvedRecipe:
-    if resolved.recipe.gradient_checkpointing != "auto":
-        return resolved
-    fits = plan_memory(resolved.recipe, config, device).fits
-    return resolved.derive("memory plan", gradient_checkpointing=not fits)
+def _random_examples(count: int, seq: int, vocabulary: int, lengths: str) -> list[Example]:
+    import numpy as np
 
-
-def _random_examples(count: int, seq: int, vocabulary: int) -> list[Example]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(10, vocabulary - 10, (count, seq), generator=generator).tolist()
-    return [
-        Example(row, [IGNORE, *row[1:]], Origin("random", i)) for i, row in enumerate(rows, start=1)
-    ]
+    generator = np.random.default_rng(0)
+    made = []
+    for number in range(1, count + 1):
+        size, prompt = seq, 1
+        if lengths == "mixed":
+            size = int(np.clip(generator.lognormal(5.3, 0.8), 16, seq))
+            prompt = max(1, int(0.4 * size))
+        ids = generator.integers(10, vocabulary - 10, size).tolist()
+        labels = [IGNORE] * prompt + ids[prompt:]
+        made.append(Example(ids, labels, Origin("random", number)))
+    return made
 
 
 def _word_tokenizer() -> Any:
@@ -165,11 +187,12 @@ def _word_tokenizer() -> Any:
 
 
 class _Clock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, device work included."""
+    """Wall-clock seconds of each optimizer step, device work included, and its tokens."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self, device: Device, trainer: LoraTrainer) -> None:
+        self.device, self.trainer = device, trainer
         self.seconds: list[float] = []
+        self.tokens: list[int] = []
         self.start = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -179,6 +202,7 @@ class _Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._wait()
         self.seconds.append(time.perf_counter() - self.start)
+        self.tokens.append(self.trainer.step_tokens)
 
     def _wait(self) -> None:
         if self.device.kind == "cuda":

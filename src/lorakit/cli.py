@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, RecipeError
 
 app = typer.Typer(
     name="lorakit",
@@ -197,6 +197,7 @@ def bench(
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
     accumulation: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps, first ones untimed.")] = 8,
+    lengths: Annotated[str, typer.Option(help="fixed, or mixed like instruction data.")] = "fixed",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="Label for the result.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
@@ -206,7 +207,11 @@ def bench(
     from lorakit.bench import run_bench
     from lorakit.run_dir import write_json
 
-    result = run_bench(shape, method, seq, micro_batch, accumulation, steps, set_ or [], id_, log)
+    if lengths not in ("fixed", "mixed"):
+        raise RecipeError(f"--lengths {lengths}: unknown", hint="fixed or mixed")
+    result = run_bench(
+        shape, method, seq, micro_batch, accumulation, steps, set_ or [], id_, log, lengths
+    )
     if output:
         write_json(output, result)
     _print_json(result)

@@ -9,9 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorakit.data.prepare import Item, prepare, read_validation
+from lorakit.data.check import FaultLog, RowFault
+from lorakit.data.items import Item, read_validation
+from lorakit.data.prepare import prepare
 from lorakit.data.spans import told
-from lorakit.data.template import encode
+from lorakit.data.template import Rules, encode_many
 from lorakit.errors import DataError
 from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
@@ -79,8 +81,12 @@ def _answer(
 
 def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
     """Held-out records as examples, masked as in training."""
-    rules = (recipe.train_on, recipe.cutoff_len, recipe.too_long)
-    return [e for record in records for e in encode(tokenizer, record, *rules)]
+    found: list[Example] = []
+    for _, made in encode_many(tokenizer, records, Rules.of(recipe), FaultLog()):
+        if isinstance(made, RowFault):
+            raise made
+        found += made
+    return found
 
 
 def show(result: EvalResult, console: Console) -> None:
@@ -109,13 +115,15 @@ def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalRe
         DataError: the run kept no held-out rows and no data was given, or `data` cannot be used.
     """
     recipe, run = loaded.recipe, loaded.run
+    records: Sequence[Item]
+    examples: Sequence[Example]
     if data is None:
         records = read_validation(run.validation)
         examples = encode_held_out(loaded.tokenizer, records, recipe)
     else:
         held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
         prepared = prepare(held_out, loaded.tokenizer, [Path()])
-        records, examples = list(prepared.train_conversations), list(prepared.train)
+        records, examples = prepared.train_conversations, prepared.train
     label = data or "the run's held-out rows"
     result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
     if data is None:

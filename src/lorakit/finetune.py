@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.prepare import Prepared, prepare, write_validation
+from lorakit.data.items import write_validation
+from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate
@@ -72,10 +73,12 @@ def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
     show_report(prepared.report, console)
-    resolved, plan = _choose_checkpointing(resolved, config, device)
+    plan = plan_memory(resolved.recipe, config, device)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
-    verdict = "" if plan.fits else ": it may not fit; see --dry-run"
-    console.print(f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here{verdict}")
+    verdict = "" if plan.fits else "; it may not fit, see --dry-run"
+    console.print(
+        f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
+    )
     return Prologue(resolved, location, device, tokenizer, prepared, plan)
 
 
@@ -97,8 +100,6 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
     seed_everything(recipe.seed)
     base = load_base(recipe, start.location, device)
-    if recipe.gradient_checkpointing is True:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
@@ -111,13 +112,15 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
             start.tokenizer,
             recipe,
             device,
+            start.plan,
             run,
             prepared.train,
             prepared.val,
             progress,
             stop,
         )
-        console.print(f"loss     {trainer.loss_path}")
+        console.print(f"layers   {trainer.attached.layers}")
+        console.print(f"loss     {trainer.attached.loss}")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -145,16 +148,3 @@ def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
     )
     write_json(run.eval, result.as_dict())
     return result
-
-
-def _choose_checkpointing(
-    resolved: ResolvedRecipe, config: Any, device: Device
-) -> tuple[ResolvedRecipe, MemoryPlan]:
-    """`auto` becomes off where the plan fits without it: recomputing costs about a third."""
-    plan = plan_memory(resolved.recipe, config, device)
-    if resolved.recipe.gradient_checkpointing != "auto":
-        return resolved, plan
-    share = plan.total_bytes / device.memory_bytes
-    reason = f"the plan needs {share:.0%} of this device's memory without it"
-    resolved = resolved.derive(reason, gradient_checkpointing=not plan.fits)
-    return resolved, plan_memory(resolved.recipe, config, device)

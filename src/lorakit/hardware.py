@@ -5,6 +5,7 @@ Nothing is timed: the same machine always gets the same answer, so a resumed run
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,8 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
 def _cuda(dtype: str) -> Device:
     import torch
 
+    # Read when the allocator starts. With fixed segments 3 of 17 GiB were holes between tensors.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     index = torch.cuda.current_device()
     name = torch.cuda.get_device_name(index)
     major, minor = torch.cuda.get_device_capability(index)

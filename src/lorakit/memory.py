@@ -1,14 +1,18 @@
 """A recipe and a model's config enter; a MemoryPlan leaves: bytes per part, without any weights.
 
 Shapes come from the model built on the meta device, so every architecture transformers knows is
-counted exactly. Weights, adapters, gradients and optimizer are arithmetic; activations are an
-estimate (per token and layer, below) and say so.
+counted exactly. Weights, adapters, gradients and optimizer are arithmetic; what layers keep for
+backward is counted tensor by tensor for the engine, and estimated for a model's own layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from lorakit.model.families import FAST_FAMILIES
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
 
@@ -24,64 +28,191 @@ OPTIMIZER_BYTES = {
     "sgd": 0.0,
 }
 # Context, kernels and library workspaces that the driver sees beside torch's allocator.
-CUDA_CONTEXT_BYTES = 600 * 1024**2
+CUDA_CONTEXT_BYTES = 840 * 1024**2
 
 Shape = tuple[str, int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Counts that every part of the plan is made of."""
+
+    recipe: Recipe
+    config: Any  # of the text model
+    shapes: list[Shape]
+    total: int
+    width: int  # bytes of a stored number
+    cuda: bool
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def linear(self) -> int:
+        return sum(i * o for _, i, o in self.shapes)
+
+    @property
+    def adapter(self) -> int:
+        return sum(self.recipe.lora_r * (i + o) for _, i, o in _targets(self.recipe, self.shapes))
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.micro_batch_size * self.recipe.cutoff_len
+
+
 def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
-    """Predict the peak of a training run on `device`.
+    """Predict the peak of a training run on `device`, and choose what is recomputed to make it fit.
 
     Args:
-        recipe: with `target_modules` and `gradient_checkpointing` resolved (`auto` counts as off).
+        recipe: with `target_modules` resolved. `gradient_checkpointing` false keeps everything,
+            true keeps each layer's input alone, `auto` recomputes as little as the budget allows.
         config: the transformers config of the base model.
-        device: where it will run; its memory is what must suffice.
+        device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
-    shapes = _linear_shapes(config)
-    width = BYTES[device.dtype]
-    linear = sum(i * o for _, i, o in shapes)
-    other = _total_parameters(config) - linear
+    text = config.get_text_config()
+    sizes = _Sizes(
+        recipe,
+        text,
+        list(_linear_shapes(_key(config))),
+        _total_parameters(_key(config)),
+        BYTES[device.dtype],
+        device.kind == "cuda",
+    )
+    engine = expects_engine(recipe, text)
+    budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
+    plan = None
+    for keep, on_host in _choices(recipe, sizes, engine):
+        parts = _fixed_parts(sizes, on_host, engine) | _working_parts(sizes, keep, engine)
+        fits = sum(parts.values()) <= budget
+        plan = MemoryPlan(parts, device.memory_bytes, fits, keep, on_host)
+        if fits:
+            break
+    assert plan is not None
+    return plan
+
+
+def expects_engine(recipe: Recipe, config: Any) -> bool:
+    """Whether the fast layers are likely to serve; `attach_engine` decides on the real model."""
+    plain = not recipe.use_dora and recipe.bias == "none"
+    return recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
+
+
+def _choices(recipe: Recipe, sizes: _Sizes, engine: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """(what layers keep, embedding on the host), cheapest in speed first."""
+    layers, chosen = sizes.layers, recipe.gradient_checkpointing
+    if chosen != "auto":
+        yield (3 if chosen else 0,) * layers, False
+        return
+    if not engine:
+        yield (0,) * layers, False
+        yield (3,) * layers, False
+        return
+    yield (0,) * layers, False
+    for level in range(3):
+        for more in range(1, layers + 1):
+            yield (level + 1,) * more + (level,) * (layers - more), False
+    if sizes.cuda and not sizes.config.tie_word_embeddings:
+        yield (3,) * layers, True
+
+
+def _fixed_parts(sizes: _Sizes, on_host: bool, engine: bool) -> dict[str, int]:
+    """What stands in memory all the time."""
+    recipe, width = sizes.recipe, sizes.width
     weight_bytes = NF4_BYTES if recipe.method == "qlora" else width
-    adapter = sum(recipe.lora_r * (i + o) for _, i, o in _targets(recipe, shapes))
-    tokens = recipe.micro_batch_size * recipe.cutoff_len
+    embedding = sizes.config.vocab_size * sizes.config.hidden_size if on_host else 0
     parts = {
-        "frozen weights": int(linear * weight_bytes),
-        "embeddings, head and norms": int(other * width),
-        "adapters (float32)": adapter * 4,
-        "gradients (float32)": adapter * 4,
-        "optimizer state": int(adapter * OPTIMIZER_BYTES[recipe.optimizer]),
-        "activations (estimate)": int(tokens * _activation_bytes(recipe, config, shapes, width)),
-        "logits of one chunk": _logits_bytes(config, tokens),
+        "frozen weights": int(sizes.linear * weight_bytes),
+        "embeddings, head and norms": int((sizes.total - sizes.linear - embedding) * width),
+        "adapters (float32)": sizes.adapter * 4,
+        "gradients (float32)": sizes.adapter * 4,
+        "optimizer state": int(sizes.adapter * OPTIMIZER_BYTES[recipe.optimizer]),
     }
-    if device.kind == "cuda":
+    if engine:
+        parts["adapters (copy in the base's type)"] = sizes.adapter * width
+        if recipe.method == "qlora":
+            parts["one layer dequantized"] = sizes.linear // sizes.layers * width
+    if sizes.cuda:
         parts["CUDA context"] = CUDA_CONTEXT_BYTES
-    total = sum(parts.values())
-    return MemoryPlan(parts, device.memory_bytes, total < 0.95 * device.memory_bytes)
+    return parts
 
 
-def _meta_model(config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
+def _working_parts(sizes: _Sizes, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
+    """What a micro-batch needs: activations kept, and one layer's work or the loss."""
+    tokens = sizes.tokens
+    logits = _logits_bytes(sizes, engine)
+    if not engine:
+        kept = tokens * _own_activation_bytes(sizes, bool(keep[0]))
+        return {"activations (estimate)": int(kept), "logits of one chunk": logits}
+    kept = tokens * sum(_kept_bytes(sizes, level) for level in keep)
+    work = tokens * max(_work_bytes(sizes, level) for level in keep)
+    return {
+        "activations kept for backward": int(kept),
+        "work of one layer, or the loss": int(max(work, logits)),
+    }
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+
+def _widths(sizes: _Sizes) -> tuple[int, int, int, int]:
+    """(model, q+k+v, attention output, inner) widths of one layer."""
+    c = sizes.config
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries = head * c.num_attention_heads
+    keys = head * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads)
+    return c.hidden_size, queries + 2 * keys, queries, c.intermediate_size
 
 
-def _total_parameters(config: Any) -> int:
-    return sum(p.numel() for p in _meta_model(config).parameters())
+def _kept_bytes(sizes: _Sizes, level: int) -> float:
+    """Bytes one layer of the engine keeps for a token, by level; see `fast_layer.Keep`."""
+    model, qkv, out, inner = _widths(sizes)
+    rank = sizes.recipe.lora_r
+    numbers = model + rank
+    if level < 3:
+        numbers += model + rank
+    if level < 2:
+        numbers += qkv + out + 3 * rank
+    if level < 1:
+        numbers += 2 * inner + 2 * rank
+    scalars = 8 + (4 * sizes.config.num_attention_heads if level < 2 else 0)
+    return numbers * sizes.width + scalars
 
 
-def _linear_shapes(config: Any) -> list[Shape]:
-    """(name, D_in, D_out) of every linear layer but the output head."""
-    import torch
+def _work_bytes(sizes: _Sizes, level: int) -> float:
+    """Bytes a token needs while one layer goes backward, beyond what was kept."""
+    model, qkv, out, inner = _widths(sizes)
+    numbers = 4 * model + 4 * inner  # dh, h and d(gate/up) beside residual gradients and norms
+    if level >= 1:
+        numbers += 2 * inner
+    if level >= 2:
+        numbers += qkv + out
+    return numbers * sizes.width
 
-    model = _meta_model(config)
-    head = model.get_output_embeddings()
-    return [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
+
+def _own_activation_bytes(sizes: _Sizes, recompute: bool) -> float:
+    """Bytes a model's own layers save for backward per token.
+
+    Without recomputation a layer keeps, per target, its input after dropout and the mask, and per
+    layer the norms' inputs and outputs, q, k, v, the attention output, gate and up. With it only
+    the layer's input is kept, plus the working set of one layer.
+    """
+    layers, hidden, width = sizes.layers, sizes.config.hidden_size, sizes.width
+    dropout = width + 1 if sizes.recipe.lora_dropout > 0 else 0
+    inputs = sum(i for _, i, _ in _targets(sizes.recipe, sizes.shapes)) / layers
+    outputs = sum(o for _, _, o in sizes.shapes) / layers
+    per_layer = inputs * dropout + outputs * width + 6 * hidden * width
+    if recompute:
+        return layers * hidden * width + 1.5 * per_layer
+    return layers * per_layer
+
+
+def _logits_bytes(sizes: _Sizes, engine: bool) -> int:
+    """Logits of one chunk; with a frozen plain head they become their own gradient."""
+    from lorakit.ops.cross_entropy import LOGITS_BYTES
+
+    float32 = min(LOGITS_BYTES, sizes.tokens * sizes.config.vocab_size * 4)
+    if not engine:
+        return float32 * 3
+    hidden = 2 * sizes.tokens * sizes.config.hidden_size * sizes.width
+    return float32 * sizes.width // 4 + hidden
 
 
 def _targets(recipe: Recipe, shapes: list[Shape]) -> list[Shape]:
@@ -92,25 +223,45 @@ def _targets(recipe: Recipe, shapes: list[Shape]) -> list[Shape]:
     return [s for s in shapes if s[0].split(".")[-1] in names or s[0] in names]
 
 
-def _activation_bytes(recipe: Recipe, config: Any, shapes: list[Shape], width: int) -> float:
-    """Bytes saved for backward per token.
-
-    Without recomputation a layer keeps, per target, its input after dropout and the mask, and per
-    layer the norms' inputs and outputs, q, k, v, the attention output, gate and up. With it only
-    the layer's input is kept, plus the working set of one layer.
-    """
-    text = config.get_text_config()
-    layers, hidden = text.num_hidden_layers, text.hidden_size
-    dropout = width + 1 if recipe.lora_dropout > 0 else 0
-    inputs = sum(i for _, i, _ in _targets(recipe, shapes)) / layers
-    outputs = sum(o for _, _, o in shapes) / layers
-    per_layer = inputs * dropout + outputs * width + 6 * hidden * width
-    if recipe.gradient_checkpointing is True:
-        return layers * hidden * width + 1.5 * per_layer
-    return layers * per_layer
+# -- shapes of a model that is never made ---------------------------------------------------------
 
 
-def _logits_bytes(config: Any, tokens: int) -> int:
-    from lorakit.ops.cross_entropy import LOGITS_BYTES
+class _key:
+    """A config that counts as equal to one of the same values, so that its shapes are cached."""
 
-    return min(LOGITS_BYTES, tokens * config.get_text_config().vocab_size * 4) * 3
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.text = config.to_json_string()
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _key) and self.text == other.text
+
+
+def _meta_model(config: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@lru_cache(maxsize=8)
+def _total_parameters(key: _key) -> int:
+    return sum(p.numel() for p in _meta_model(key.config).parameters())
+
+
+@lru_cache(maxsize=8)
+def _linear_shapes(key: _key) -> tuple[Shape, ...]:
+    """(name, D_in, D_out) of every linear layer but the output head."""
+    import torch
+
+    model = _meta_model(key.config)
+    head = model.get_output_embeddings()
+    return tuple(
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )

@@ -78,6 +78,8 @@ SYNONYMS: dict[str, str] = {
     "fp16": "dtype",
     "torch_dtype": "dtype",
     "train_on_inputs": "train_on",
+    "sample_packing": "packing",
+    "padding_free": "packing",
     "column_mapping": "columns",
 }
 
@@ -85,6 +87,19 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+class Source(BaseModel):
+    """One of several sources, with its share of an epoch."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", title="source")
+
+    source: str = Field(min_length=1, description="A file, folder, glob, address or hub id.")
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0,
+        description="How often an epoch trains on each row: 2 is twice; 0.5 is half of the rows, "
+        "chosen by `seed`. Held-out rows are scored once.",
+    )
 
 
 class Recipe(BaseModel):
@@ -100,8 +115,9 @@ class Recipe(BaseModel):
     method: Literal["lora", "qlora"] = Field(
         "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
     )
-    data: str | list[str] = Field(
-        description="Training data: a file, a hub dataset id, a list of them, or `demo`."
+    data: str | list[str | Source] = Field(
+        description="Training data: a file, folder, glob, address, hub dataset id, or `demo`; or a "
+        "list of them, each as it is or with a weight: {source: a.jsonl, weight: 2}."
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -110,6 +126,9 @@ class Recipe(BaseModel):
     )
     system: str | None = Field(
         None, description="System prompt for conversations that bring none of their own."
+    )
+    strict: bool = Field(
+        False, description="Stop at any fault of the data instead of counting it in the report."
     )
     val_data: str | None = Field(None, description="Held-out data; instead of `val_size`.")
     val_size: float | int | None = Field(
@@ -123,9 +142,18 @@ class Recipe(BaseModel):
         description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
     )
     cutoff_len: int = Field(2048, ge=8, description="Longest example in tokens.")
-    too_long: Literal["drop_oldest_turns", "drop", "error"] = Field(
+    too_long: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
-        description="What to do with a conversation over `cutoff_len`; an answer is never cut.",
+        description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
+        "`split`: several examples, each answer trained in one.",
+    )
+    documents: Literal["completion", "instruction"] = Field(
+        "completion",
+        description="Plain texts: every token trained as it stands, or each piece as the answer "
+        "to a request, so that a chat model goes on chatting.",
+    )
+    document_overlap: Annotated[int, Field(ge=0)] = Field(
+        64, description="Tokens of the piece before that lead a piece of a text, untrained."
     )
 
     lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")
@@ -174,7 +202,19 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations in backward: less memory, about a third slower. "
-        "`auto`: on a GPU when the plan needs it.",
+        "`auto`: as much as the plan needs to fit.",
+    )
+    memory_limit: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)? ?(GiB|GB|MiB|MB)$",
+        description="Memory that a run may plan for, such as 15GiB; default: the whole card.",
+    )
+    packing: bool = Field(
+        True,
+        description="Lay the examples of a step out without padding; each sees only itself.",
+    )
+    engine: Literal["auto", "off"] = Field(
+        "auto", description="`auto`: lorakit's fast layers where they are verified. `off`: PEFT's."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."
@@ -225,7 +265,23 @@ class Recipe(BaseModel):
     @property
     def sources(self) -> list[str]:
         """The training sources as a list."""
-        return [self.data] if isinstance(self.data, str) else list(self.data)
+        given = [self.data] if isinstance(self.data, str) else self.data
+        return [x if isinstance(x, str) else x.source for x in given]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each of `sources`."""
+        given = [self.data] if isinstance(self.data, str) else self.data
+        return [1.0 if isinstance(x, str) else x.weight for x in given]
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        if self.memory_limit is None:
+            return None
+        units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+        unit = next(u for u in units if self.memory_limit.endswith(u))
+        return int(float(self.memory_limit.removesuffix(unit)) * units[unit])
 
     @property
     def examples_per_step(self) -> int:

@@ -85,7 +85,7 @@ class Example:
     @property
     def trained_tokens(self) -> int:
         """How many positions carry a label."""
-        return sum(label != IGNORE for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +139,17 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Predicted bytes per part of a training run, and whether they fit."""
+    """Predicted bytes per part of a training run, whether they fit, and what that takes.
+
+    `keep` says for each layer what it keeps for backward: 0 all, 1 not gate/up, 2 its input and
+    middle, 3 its input alone (`model/fast_layer.py`); a model without fast layers knows 0 and 3.
+    """
 
     parts: dict[str, int]
     available_bytes: int
     fits: bool
-    notes: tuple[str, ...] = ()
+    keep: tuple[int, ...] = ()
+    embedding_on_host: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -154,6 +159,18 @@ class MemoryPlan:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `plan.json`."""
         return {**asdict(self), "total_bytes": self.total_bytes}
+
+    def describe(self) -> str:
+        """What is recomputed and moved to make it fit, in a few words."""
+        names = ("nothing", "gate/up", "attention and gate/up", "all but the last product")
+        counts = {level: self.keep.count(level) for level in sorted(set(self.keep))}
+        said = [
+            f"{names[level]} recomputed in {count} layer{'s' * (count != 1)}"
+            for level, count in counts.items()
+            if level
+        ]
+        said += ["the embedding stays in host memory"] * self.embedding_on_host
+        return ", ".join(said) or "nothing recomputed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """Faults are counted with their first rows; order of turns is enforced; nothing goes silently."""
 
+import json
+
 import pytest
 
 from lorakit.data.check import (
@@ -9,8 +11,7 @@ from lorakit.data.check import (
     check_turns,
     fingerprint,
     refuse_if_empty,
-    report_duplicates,
-    report_overlap,
+    refuse_if_strict,
 )
 from lorakit.errors import DataError
 from lorakit.records import Conversation, Document, Message, Origin
@@ -114,15 +115,24 @@ def test_equal_content_has_one_fingerprint_and_borders_count():
     assert fingerprint(Document("ab", AT)) != fingerprint(Document("ba", AT))
 
 
-def test_duplicates_and_overlap_are_counted():
+def test_a_log_survives_the_way_through_json():
     log = FaultLog()
-    rows = [("x", Origin("t", 1)), ("y", Origin("t", 2)), ("x", Origin("t", 3))]
-    report_duplicates(rows, log)
-    report_overlap(rows, [("y", Origin("v", 1)), ("z", Origin("v", 2))], log)
-    assert {(f.kind, f.first_rows) for f in log.faults()} == {
-        ("exact duplicate", ("t:3",)),
-        ("held-out row is also in the training data", ("v:1",)),
-    }
+    log.add("near duplicate", AT, "kept")
+    log.add_many("exact duplicate", 9, [f"a:{i}" for i in range(9)], "kept")
+    log.leave_out(SpoilsRun("two BOS tokens", AT, "it begins with two"))
+    again = FaultLog.from_dict(json.loads(json.dumps(log.as_dict())))
+    assert again.faults() == log.faults()
+    assert (again.rows_left_out, again.spoils) == (1, True)
+
+
+def test_strict_names_every_fault_but_not_what_was_asked_for():
+    log = FaultLog()
+    log.add("weight 0.5", AT, "not drawn")
+    refuse_if_strict(log)
+    log.add("near duplicate", AT, "kept")
+    log.leave_out(RowFault("no answer", AT, "column answer is null"))
+    with pytest.raises(DataError, match=r"1 x near duplicate \(rows.jsonl:3\)\n.*1 x no answer"):
+        refuse_if_strict(log)
 
 
 def test_nothing_left_stops_with_the_commonest_reasons():

@@ -127,6 +127,9 @@ def test_wrong_columns_are_explained(columns, message):
 def test_preference_data_is_refused_with_a_sentence():
     with pytest.raises(DataError, match="preference data"):
         convert({"prompt": ASK, "chosen": SAY, "rejected": "41"})
+    with pytest.raises(DataError) as caught:
+        convert({"chosen": TURNS, "rejected": TURNS})
+    assert caught.value.hint.endswith("columns: {messages: chosen}")
     _, item = convert(
         {"prompt": ASK, "chosen": SAY, "rejected": "41"},
         {"instruction": "prompt", "response": "chosen"},
@@ -138,7 +141,8 @@ def test_a_format_must_fit_some_row_and_the_odd_row_is_a_fault():
     rows = [row({"question": ASK, "answer": SAY}, n) for n in range(1, 4)]
     odd = row({"instruction": ASK, "response": SAY}, 4)
     guess = guess_format([*rows, odd])
-    assert guess.reason == "columns question, answer in 3 of the first 4 rows"
+    reason = "columns question, answer in 3 of the first 4 rows; confidence 75%"
+    assert (guess.reason, guess.confidence) == (reason, 0.75)
     with pytest.raises(RowFault, match=r"rows.jsonl:4: column question is missing"):
         to_conversation(odd, guess, None)
 
@@ -147,3 +151,21 @@ def test_rows_of_a_conversation_keep_their_origin():
     _, item = convert({"question": ASK, "answer": SAY})
     assert isinstance(item, Conversation)
     assert str(item.origin) == "rows.jsonl:1"
+
+
+def test_two_formats_that_fit_alike_are_told_and_halve_the_confidence():
+    both = {"question": ASK, "answer": SAY, "instruction": "Do it.", "output": "done"}
+    guess, _ = convert(both)
+    assert (guess.name, guess.confidence) == ("alpaca", 0.5)
+    assert "question/answer would fit too: `columns` decides; confidence 50%" in guess.reason
+
+
+def test_content_parts_system_and_tools_of_the_usual_forms():
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "6 x 7?"}]
+    _, item = convert({"messages": [{"role": "user", "content": parts}, TURNS[1]]})
+    assert turns(item) == PLAIN
+    tools = '[{"name": "find", "parameters": {"type": "object", "properties": {}}}]'
+    chat = EXAMPLES["sharegpt"][0] | {"system": "S", "tools": tools}
+    _, item = convert(chat)
+    assert turns(item) == [("system", "S"), *PLAIN]
+    assert item.tools[0]["function"]["name"] == "find"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lorakit.data.locate import SUFFIXES, DataFile, HubData, kind_of, locate
+from lorakit.data.locate import SUFFIXES, DataFile, HubData, kind_of, left_aside, locate
 from lorakit.data.read import READERS
 from lorakit.errors import DataError
 
@@ -87,3 +87,35 @@ def test_kinds_look_through_gz_and_case():
     assert kind_of("A.JSONL.GZ") == ".jsonl"
     assert kind_of("https://host/a.csv?download=1") == ".csv"
     assert kind_of("model.safetensors") is None
+
+
+def test_links_out_of_a_folder_are_refused_and_loops_end(tmp_path):
+    inside, outside = tmp_path / "data", tmp_path / "outside.jsonl"
+    inside.mkdir()
+    outside.write_text("{}")
+    (inside / "a.jsonl").write_text("{}")
+    (inside / "loop").symlink_to(inside, target_is_directory=True)
+    (inside / "same.jsonl").symlink_to(inside / "a.jsonl")
+    assert [f.name for f in locate(str(inside))] == ["a.jsonl", "same.jsonl"]
+    (inside / "b.jsonl").symlink_to(outside)
+    with pytest.raises(DataError, match="leads out of the folder"):
+        locate(str(inside))
+    (inside / "b.jsonl").unlink()
+    (inside / "b.jsonl").symlink_to("b.jsonl")
+    with pytest.raises(DataError, match="leads nowhere"):
+        locate(str(inside))
+
+
+def test_the_hubs_own_links_between_snapshots_and_blobs_are_followed(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1234").write_text("{}")
+    (tmp_path / "snapshots" / "main").mkdir(parents=True)
+    (tmp_path / "snapshots" / "main" / "a.jsonl").symlink_to("../../blobs/1234")
+    assert [f.name for f in locate(str(tmp_path / "snapshots" / "main"))] == ["a.jsonl"]
+
+
+def test_files_that_are_left_aside_are_known(tmp_path):
+    for name in ("a.jsonl", "README.md", "notes.docx", ".hidden", "LICENSE"):
+        (tmp_path / name).write_text("{}")
+    assert left_aside(str(tmp_path)) == ["notes.docx"]
+    assert left_aside(str(tmp_path / "a.jsonl")) == []

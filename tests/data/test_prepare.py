@@ -1,13 +1,16 @@
 """From source strings to examples: every row is kept or reported, and the report adds up."""
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lorakit.data import prepare as module
 from lorakit.data.check import SpoilsRun
-from lorakit.data.prepare import prepare, read_validation, write_validation
+from lorakit.data.items import read_validation, write_validation
+from lorakit.data.prepare import prepare
 from lorakit.errors import DataError, LorakitError
 from lorakit.recipe import Recipe
 from lorakit.records import Conversation, Document, Message, Origin
@@ -227,6 +230,80 @@ def test_rows_with_reasoning_content_keep_thinking_on(family, tmp_path):
     prepared = prepare(recipe(write(tmp_path, rows)), family("qwen3", thinking=True))
     assert "thinking off" not in prepared.report.template
     assert "hm" in str(prepared.train_conversations[0].messages[1].extra)
+
+
+# -- weights, strict, the cache ----------------------------------------------------------------
+
+
+def test_a_weight_says_how_often_an_epoch_trains_on_a_row(smollm, tmp_path):
+    one, two = write(tmp_path, GOOD[:10], "a.jsonl"), write(tmp_path, GOOD[10:], "b.jsonl")
+    data = [{"source": one, "weight": 2.5}, {"source": two, "weight": 0.2}]
+    made = prepare(recipe(data, val_size=0), smollm)
+    seen = Counter(str(e.origin) for e in made.train)
+    assert [seen[f"a.jsonl:{i}"] for i in range(1, 11)].count(3) == 5
+    assert sum(n for row, n in seen.items() if row.startswith("a")) == 25
+    assert sum(n for row, n in seen.items() if row.startswith("b")) == 6
+    assert {(f.kind, f.action, f.count) for f in made.report.faults} == {
+        ("weight 0.2", "not drawn", 24)
+    }
+    assert len(made.train_conversations) == made.report.rows_read == 40
+    assert made.report.tokens_train == sum(len(e.input_ids) for e in made.train)
+    again = prepare(recipe(data, val_size=0, strict=True), smollm)
+    assert [e.origin for e in again.train] == [e.origin for e in made.train]
+
+
+def test_held_out_rows_are_scored_once_whatever_their_weight(smollm, tmp_path):
+    data = [{"source": write(tmp_path, GOOD), "weight": 3.0}]
+    made = prepare(recipe(data, val_size=4), smollm)
+    assert (len(made.train), len(made.val)) == (3 * 36, 4)
+
+
+def test_strict_stops_at_what_would_only_be_counted(smollm, tmp_path):
+    path = write(tmp_path, [*GOOD, {"question": "b"}, GOOD[3]])
+    assert counts(prepare(recipe(path), smollm).report) == {"no answer": 1, "exact duplicate": 1}
+    with pytest.raises(DataError, match=r"(?s)strict: .*1 x no answer \(rows.jsonl:41\)"):
+        prepare(recipe(path, strict=True), smollm)
+    prepare(recipe(path, strict=True), smollm, inspecting=True)
+
+
+def test_a_second_run_tokenizes_nothing_until_a_rule_or_the_tokenizer_changes(
+    smollm, tmp_path, monkeypatch
+):
+    path = write(tmp_path, GOOD)
+    first = prepare(recipe(path), smollm)
+    encoded = []
+    real = module.encode_many
+    monkeypatch.setattr(module, "encode_many", lambda *a: encoded.append(a) or real(*a))
+    again = prepare(recipe(path), smollm)
+    assert (list(again.train), list(again.val)) == (list(first.train), list(first.val))
+    assert again.report == first.report
+    prepare(recipe(path, val_size=0.5, seed=7), smollm)
+    assert not encoded
+    prepare(recipe(path, train_on="all"), smollm)
+    prepare(recipe(path, cutoff_len=64), smollm)
+    smollm.chat_template += "{# other #}"
+    prepare(recipe(path), smollm)
+    assert len(encoded) == 3
+
+
+def test_a_spoiled_row_that_inspect_has_kept_still_stops_a_run(smollm, tmp_path):
+    path = write(tmp_path, GOOD)
+    smollm.chat_template = smollm.chat_template.replace(
+        "'<|im_end|>'", "('' if message['content'] == '6' else '<|im_end|>')"
+    )
+    seen = prepare(recipe(path, val_size=0), smollm, inspecting=True)
+    assert [f.spoils for f in seen.report.faults] == [True]
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"rows.jsonl:4"):
+            prepare(recipe(path, val_size=0), smollm)
+
+
+def test_texts_say_how_they_are_trained(smollm, tmp_path):
+    (tmp_path / "a.md").write_text("# One\n\nText of it.\n\n# Two\n\nMore text.")
+    for mode, start in (("completion", "trained as plain text"), ("instruction", "each piece")):
+        made = prepare(recipe(str(tmp_path / "a.md"), val_size=0, documents=mode), smollm)
+        assert made.report.sources[0]["documents"].startswith(start)
+    assert "Write the section" in smollm.decode(made.train[0].input_ids)
 
 
 CELL = st.none() | st.integers() | st.text(max_size=12) | st.sampled_from(["<|im_end|>", "\u2028"])

@@ -98,11 +98,6 @@ def test_parquet_goes_through_datasets(tmp_path):
     assert [str(r.origin) for r in rows] == ["a.parquet:1", "a.parquet:2"]
 
 
-def test_an_address_is_read_through_fsspec(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"a": "1"}\n')
-    assert values(f"file://{path}") == [{"a": "1"}]
-
-
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -144,7 +139,7 @@ def test_not_utf8_says_how_to_convert(tmp_path):
 
 
 def test_a_zip_bomb_stops_at_the_longest_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("lorakit.data.read.LONGEST_LINE", 2**20)
+    monkeypatch.setattr("lorakit.data.lines.LONGEST_LINE", 2**20)
     bomb = gzip.compress(b"a" * 2**24)
     assert len(bomb) < 20_000
     with pytest.raises(DataError, match=r"a.jsonl.gz:1: a line of more than 1 MiB"):

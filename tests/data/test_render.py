@@ -125,3 +125,20 @@ def test_generated_parts_are_where_the_blocks_are(smollm):
     turns = [{"role": "assistant", "content": text} for text in ("one", "three")]
     text = render(smollm, turns, prompt=False)
     assert [text[a:b] for a, b in generated_parts(smollm, turns, None)] == ["one", "three"]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "llama3", "qwen3"])
+def test_plain_turns_are_rendered_as_the_tokenizer_itself_does(family, name):
+    tokenizer = family(name)
+    turns = [
+        ("system", "S"),
+        ("user", " q\n"),
+        ("assistant", "<think>t</think> a"),
+        ("user", "<b>"),
+    ]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    for count, prompt in ((2, True), (3, False), (4, True)):
+        expected = tokenizer.apply_chat_template(
+            chat[:count], tokenize=False, add_generation_prompt=prompt
+        )
+        assert render(tokenizer, chat[:count], prompt) == expected

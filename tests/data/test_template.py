@@ -4,10 +4,11 @@ import pytest
 
 from lorakit.data.batch import collate
 from lorakit.data.check import FaultLog, RowFault, SpoilsRun
+from lorakit.data.documents import encode_document
 from lorakit.data.resolve import resolve_template
-from lorakit.data.template import encode, encode_document, prompt_ids, verify_example
+from lorakit.data.template import Rules, encode, encode_many, prompt_ids
 from lorakit.errors import DataError, ModelError
-from lorakit.records import IGNORE, Conversation, Document, Example, Message, Origin
+from lorakit.records import IGNORE, Conversation, Document, Message, Origin
 
 # What each family's template writes after an answer.
 END_OF_TURN = {
@@ -191,45 +192,53 @@ def test_a_template_that_raises_leaves_the_row_out(smollm, chat):
         encode(smollm, chat("a?", "one", "b?", "two"))
 
 
-def sabotage(example, ids=None, labels=None):
-    return Example(ids or example.input_ids, labels or example.labels, example.origin)
-
-
-def test_verify_refuses_masked_unclosed_and_doubled_examples(smollm, chat):
-    (good,) = encode(smollm, chat("a?", "one"))
-    verify_example(smollm, good)
-    masked = sabotage(good, labels=[IGNORE] * len(good.labels))
-    with pytest.raises(DataError, match=r"rows.jsonl:7: no token of this row would be trained"):
-        verify_example(smollm, masked)
-    unclosed = sabotage(good, labels=[*good.labels[:-1], IGNORE])
-    with pytest.raises(DataError, match=r"rows.jsonl:7: a trained part ends with 'one'"):
-        verify_example(smollm, unclosed)
-    doubled = sabotage(good, [1, *good.input_ids], [IGNORE, *good.labels])
-    with pytest.raises(DataError, match=r"rows.jsonl:7: it begins with two BOS"):
-        verify_example(smollm, doubled)
-
-
-# -- documents ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", END_OF_TURN)
-def test_every_token_of_a_document_is_trained_once(family, name):
-    tokenizer = family(name)
-    text = "\n\n".join(f"Paragraph {i}. It says: {i * i}! Is it so?" for i in range(30))
-    examples = encode_document(tokenizer, Document(text, Origin("book.txt", 1)), cutoff_len=48)
-    assert all(len(e.input_ids) <= 48 for e in examples)
-    assert len(examples) > 5
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    trained = [label for e in examples for label in e.labels if label != IGNORE]
-    # Without a BOS nothing predicts the very first token.
-    assert trained == (ids if examples[0].input_ids[0] not in ids[:1] else ids[1:])
-
-
 def test_encode_takes_documents_too(smollm):
     document = Document("Short text.", Origin("a.txt", 1))
-    assert encode(smollm, document) == encode_document(smollm, document)
+    assert encode(smollm, document) == encode_document(smollm, document, 2048)
 
 
 def test_a_conversation_without_answer_is_a_row_fault(smollm):
     with pytest.raises(RowFault, match=r"rows.jsonl:1"):
         encode(smollm, Conversation((Message("user", "a?"),), Origin("rows.jsonl", 1)))
+
+
+# -- too long: split ------------------------------------------------------------------------------
+
+
+def all_examples(tokenizer, item, **rules):
+    log = FaultLog()
+    ((_, made),) = encode_many(tokenizer, [item], Rules("responses", **rules), log)
+    return made, {(f.kind, f.action): f.count for f in log.faults()}
+
+
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_split_trains_each_answer_once_within_the_limit(family, chat, trained_runs, name):
+    tokenizer = family(name)
+    talk = chat(*(f"{'Why' if i % 2 else 'It is'} number {i} here?" for i in range(24)), system="S")
+    whole, _ = all_examples(tokenizer, talk, cutoff_len=4096, too_long="split")
+    made, faults = all_examples(tokenizer, talk, cutoff_len=90, too_long="split")
+    assert len(made) > 2
+    assert all(len(e.input_ids) <= 90 for e in made)
+    assert trained_runs(tokenizer, made) == trained_runs(tokenizer, whole)
+    assert faults[("too long", "split into several examples")] == 1
+
+
+def test_split_leaves_out_only_the_answer_that_fits_nowhere(smollm, chat, trained_runs):
+    talk = chat("a?", "one", "b?", "long " * 80, "c?", "three")
+    made, faults = all_examples(smollm, talk, cutoff_len=60, too_long="split")
+    assert trained_runs(smollm, made) == ["one<|im_end|>", "three<|im_end|>"]
+    assert faults == {
+        ("too long", "split into several examples"): 1,
+        ("too long", "that answer left out, the others kept"): 1,
+    }
+
+
+def test_text_as_instructions_fits_and_keeps_every_word(smollm):
+    text = "\n\n".join(f"# Part {i}\n\nIt says {i * i} and more of it." for i in range(30))
+    document = Document(text, Origin("book.md", 1))
+    rules = {"cutoff_len": 100, "too_long": "drop", "documents": "instruction", "overlap": 16}
+    made, _ = all_examples(smollm, document, **rules)
+    assert all(len(e.input_ids) <= 100 for e in made)
+    said = " ".join(smollm.decode([x for x in e.labels if x != IGNORE]) for e in made)
+    assert said.replace("<|im_end|>", "").split() == text.split()
+    assert 'Write the section "Part 0" of "book".' in smollm.decode(made[0].input_ids)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lorakit.data.prepare import read_validation
+from lorakit.data.items import read_validation
 from lorakit.errors import RunError, WorkError
 from lorakit.export import merge
 from lorakit.export.merge import export_merged

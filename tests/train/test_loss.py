@@ -33,6 +33,16 @@ def examples():
     return rows
 
 
+def inputs_and_targets():
+    """What the model's own forward takes, what ours takes besides, and labels in HF's form."""
+    rows = examples()
+    batch = collate(rows, 0)
+    targets = {k: batch.pop(k) for k in ("positions", "targets")}
+    width = batch["input_ids"].shape[1]
+    labels = torch.tensor([e.labels + [IGNORE] * (width - len(e.labels)) for e in rows])
+    return batch, targets, labels
+
+
 def gradients(model, micro_batches, tokens):
     model.zero_grad()
     total = 0.0
@@ -45,15 +55,14 @@ def gradients(model, micro_batches, tokens):
 
 def test_loss_and_gradients_equal_the_models_own(tiny_model_dir):
     model = model_of(tiny_model_dir)
-    batch = collate(examples(), 0)
-    labels = batch.pop("labels")
+    batch, _, labels = inputs_and_targets()
     logits = model(**batch).logits[:, :-1].flatten(0, 1)
     own = torch.nn.functional.cross_entropy(
         logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
     )
     own.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    assert "supervised tokens only" in attach_loss(model)
+    assert "supervised tokens only" in attach_loss(model).loss
     total, found = gradients(model, [examples()], 1)
     assert total == pytest.approx(own.item(), rel=1e-6)
     for name, gradient in found.items():
@@ -110,16 +119,15 @@ def test_families_that_scale_their_logits_get_the_same_loss(family):
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    batch = collate(examples(), 0)
-    labels = batch.pop("labels")
+    batch, targets, labels = inputs_and_targets()
     logits = model(**batch).logits[:, :-1].flatten(0, 1)
     own = torch.nn.functional.cross_entropy(
         logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    assert "supervised tokens only" in attach_loss(model)
-    out = model(**batch, labels=labels, use_cache=False)
+    assert "supervised tokens only" in attach_loss(model).loss
+    out = model(**batch, **targets, use_cache=False)
     assert out.loss_sum.item() == pytest.approx(own.item(), rel=1e-5)
-    assert out.tokens.item() == sum(e.trained_tokens for e in examples())
+    assert len(targets["targets"]) == sum(e.trained_tokens for e in examples())
 
 
 def test_a_model_that_changes_its_logits_in_its_own_way_falls_back_and_is_still_right(
@@ -136,13 +144,52 @@ def test_a_model_that_changes_its_logits_in_its_own_way_falls_back_and_is_still_
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     model = Odd(plain.config)
     model.load_state_dict(plain.state_dict())
-    batch = collate(examples(), 0)
-    labels = batch.pop("labels")
+    batch, targets, labels = inputs_and_targets()
     own = torch.nn.functional.cross_entropy(
         model(**batch).logits[:, :-1].flatten(0, 1),
         labels[:, 1:].flatten(),
         ignore_index=IGNORE,
         reduction="sum",
     )
-    assert "all positions" in attach_loss(model)
-    assert model(**batch, labels=labels).loss_sum.item() == pytest.approx(own.item(), rel=1e-6)
+    assert "all positions" in attach_loss(model).loss
+    assert model(**batch, **targets).loss_sum.item() == pytest.approx(own.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["auto", "off"])
+@pytest.mark.parametrize("capacity", [20, 40, 1000])
+def test_packed_examples_have_the_loss_and_the_gradients_of_single_ones(
+    tiny_model_dir, engine, capacity
+):
+    from lorakit.data.batch import Layout, step_batches
+
+    model = model_of(tiny_model_dir)
+    attached = attach_loss(model, engine)
+    assert attached.packs
+    assert (attached.engine is not None) == (engine == "auto")
+    rows = examples()
+    tokens = sum(e.trained_tokens for e in rows)
+    alone = gradients(model, [[row] for row in rows], tokens)
+    step = step_batches(rows, Layout(pad_id=0, rows=2, capacity=capacity, packed=True))
+    model.zero_grad()
+    total = 0.0
+    for micro in step.micro:
+        loss = model(**micro, use_cache=False).loss_sum / tokens
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(alone[0], rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            expected = alone[1][name]
+            assert float((parameter.grad - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def test_a_model_whose_attention_mixes_documents_is_not_packed():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=1000, hidden_size=16, num_hidden_layers=1, pad_token_id=0
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    attached = attach_loss(model)
+    assert not attached.packs
+    assert attached.packing.startswith("off: ")

@@ -11,7 +11,7 @@ from lorakit.finetune import fit
 from lorakit.hardware import detect_device
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir
-from lorakit.train.resume import claim_run, environment, prepare_resume
+from lorakit.train.resume import claim_run, environment, prepare_resume, write_run_files
 
 QUIET = Console(quiet=True, stderr=True)
 
@@ -93,6 +93,17 @@ def test_no_file_of_a_run_names_a_path_of_this_machine(finish, tiny_model_dir, t
             raw = path.read_bytes()
             for secret in (str(tiny_model_dir), str(tiny_data), str(run.path), "/root/", "/home/"):
                 assert secret.encode() not in raw, f"{path.name} holds {secret}"
+
+
+def test_a_run_keeps_the_weights_of_its_sources(tiny_recipe, tiny_model_dir, tiny_data, tmp_path):
+    data = [{"source": str(tiny_data), "weight": 2.5}, "demo"]
+    resolved = tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "run").derive("", data=data)
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    write_run_files(run, resolved, {}, {}, detect_device(prefer="cpu"))
+    again = load_recipe(run.recipe).recipe
+    assert (again.weights, again.sources[1]) == ([2.5, 1.0], "demo")
+    assert (run.path / again.sources[0]).resolve() == tiny_data.resolve()
 
 
 def test_environment_lists_versions():

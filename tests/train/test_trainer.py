@@ -6,6 +6,7 @@ from rich.console import Console
 
 from lorakit.errors import DependencyError, RecipeError
 from lorakit.hardware import detect_device
+from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base, load_tokenizer
 from lorakit.recipe import Recipe
@@ -43,7 +44,8 @@ def trainer_of(folder, tmp_path, rows, device=CPU, **values):
     run = RunDir(tmp_path)
     progress = TrainingProgress(Console(quiet=True), run, "cpu")
     tokenizer = load_tokenizer(r, str(folder))
-    return LoraTrainer(model, tokenizer, r, device, run, rows, [], progress, StopRequest())
+    plan = plan_memory(r, model.get_base_model().config, device)
+    return LoraTrainer(model, tokenizer, r, device, plan, run, rows, [], progress, StopRequest())
 
 
 def test_trl_defaults_never_leak(tmp_path):
@@ -52,23 +54,34 @@ def test_trl_defaults_never_leak(tmp_path):
     assert arguments.packing is False
     assert arguments.dataset_kwargs == {"skip_prepare_dataset": True}
     assert arguments.learning_rate == 1e-4  # TRL: 2e-5
-    assert arguments.per_device_train_batch_size == 1  # TRL: 8
+    # One batch of the loader is one optimizer step: 1 x 8 of the recipe.
+    assert arguments.per_device_train_batch_size == 8
+    assert arguments.gradient_accumulation_steps == 1
     assert arguments.max_steps == 100
     assert arguments.logging_nan_inf_filter is False
     assert arguments.report_to == []
     assert arguments.warmup_steps == 3
 
 
-def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path, packing):
     rows = examples([300, 7, 12, 9])
-    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1, micro_batch_size=4)
-    batch = next(iter(trainer.get_train_dataloader()))
-    seen = {
-        tuple(i[m.bool()].tolist())
-        for i, m in zip(*(batch[k] for k in ("input_ids", "attention_mask")), strict=True)
-    }
+    trainer = trainer_of(
+        tiny_model_dir, tmp_path, rows, max_steps=1, micro_batch_size=4, packing=packing
+    )
+    step = next(iter(trainer.get_train_dataloader()))["step"]
+    seen = set()
+    for micro in step.micro:
+        if "lengths" in micro:
+            documents = micro["input_ids"][0].split(micro["lengths"])
+        else:
+            mask = micro.get("attention_mask", torch.ones_like(micro["input_ids"]))
+            documents = [i[m.bool()] for i, m in zip(micro["input_ids"], mask, strict=True)]
+        seen |= {tuple(d.tolist()) for d in documents}
     assert seen == {tuple(r.input_ids) for r in rows}
-    assert int((batch["labels"] != IGNORE).sum()) == sum(r.trained_tokens for r in rows)
+    assert step.supervised == sum(r.trained_tokens for r in rows)
+    assert sum(len(m["targets"]) for m in step.micro) == step.supervised
+    assert step.tokens == 328
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -111,15 +124,17 @@ def test_every_adapter_element_moves_at_a_low_rate(tiny_model_dir, tmp_path):
 
 
 def test_gradient_of_a_step_is_the_same_for_any_split(tiny_model_dir, tmp_path):
-    """Eight unequal rows as 8x1, 2x4 and 1x8: the same weights after two steps."""
+    """Eight unequal rows as 8x1, 2x4, 1x8, packed and padded: equal weights after two steps."""
     ends = []
-    for i, (micro, accumulation) in enumerate([(8, 1), (2, 4), (1, 8)]):
+    splits = [(8, 1, True), (2, 4, True), (1, 8, True), (8, 1, False), (1, 8, False)]
+    for i, (micro, accumulation, packing) in enumerate(splits):
         trainer = trainer_of(
             tiny_model_dir,
             tmp_path / str(i),
             examples([5, 30, 8, 17, 40, 6, 11, 23]),
             micro_batch_size=micro,
             gradient_accumulation_steps=accumulation,
+            packing=packing,
             max_steps=2,
             lora_dropout=0.0,
             learning_rate=1e-2,

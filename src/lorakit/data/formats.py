@@ -29,12 +29,16 @@ SYNONYMS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class FormatGuess:
-    """The format of a source, why, and how its columns are renamed first."""
+    """The format of a source, why, and how its columns are renamed first.
+
+    `confidence` is the share of the first rows that fit, divided by how many formats fit as well.
+    """
 
     name: str
     reason: str
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +159,7 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     name = name if scores.get(name) else ""
     pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
     if 2 * pairs > len(rows) and name != "messages":
-        raise DataError(
-            f"{source}: this is preference data (columns chosen and rejected): it ranks two "
-            "answers, while fine-tuning here learns from one",
-            hint="train on the better one with columns: {instruction: prompt, response: chosen}",
-        )
+        raise _preference_data(rows, source)
     if not name:
         raise _no_format(rows, found, columns, source)
     fmt, share = _BY_NAME[name], scores[name]
@@ -167,9 +167,17 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     if share < len(rows):
         rest = f"{share} of the first {len(rows)} rows"
     parts = ", ".join(columns.get(n, n) for n in fmt.needs)
+    rivals = [
+        f.name
+        for f in FORMATS
+        if scores.get(f.name) == share and not set(f.needs) & set(fmt.needs) and f.name != name
+    ]
+    confidence = share / len(rows) / (1 + len(rivals))
+    also = f"; {', '.join(rivals)} would fit too: `columns` decides" if rivals else ""
     used = {columns.get(n, n) for n in (*fmt.needs, *fmt.may)}
     unused = tuple(column for column in found if column not in used)
-    return FormatGuess(name, f"columns {parts} in {rest}", columns, unused)
+    reason = f"columns {parts} in {rest}{also}; confidence {confidence:.0%}"
+    return FormatGuess(name, reason, columns, unused, confidence)
 
 
 def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
@@ -210,6 +218,16 @@ def _check_columns(columns: Mapping[str, str], found: Sequence[str], source: str
                 f"(found: {', '.join(found) or 'none'})",
                 hint=f"did you mean {{{part}: {near[0]}}}?" if near else None,
             )
+
+
+def _preference_data(rows: Sequence[Row], source: str) -> DataError:
+    chats = any(isinstance(row.values.get("chosen"), list) for row in rows)
+    columns = "{messages: chosen}" if chats else "{instruction: prompt, response: chosen}"
+    return DataError(
+        f"{source}: this is preference data (columns chosen and rejected): it ranks two "
+        "answers, while fine-tuning here learns from one",
+        hint=f"train on the better one with columns: {columns}",
+    )
 
 
 def _no_format(

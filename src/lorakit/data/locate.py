@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from lorakit.data.remote import check_scheme, drive_link
 from lorakit.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
@@ -26,11 +27,19 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file to read: where it is, the short name used in messages, and its kind (a suffix)."""
+    """One file to read: where it is, the short name used in messages, and its kind (a suffix).
+
+    The kind is "" where only the server can tell it.
+    """
 
     path: str
     name: str
     kind: str
+
+    @property
+    def remote(self) -> bool:
+        """An address, not a path."""
+        return "://" in self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,10 @@ def locate(source: str, folders: Sequence[Path] = ()) -> list[DataFile] | HubDat
         path = str(files("lorakit") / "assets" / PACKAGED[source])
         return [DataFile(path, source, ".jsonl")]
     if "://" in source:
-        return [DataFile(source, source.rsplit("/", 1)[-1], _kind_or_refuse(source))]
+        check_scheme(source)
+        drive = drive_link(source)
+        name = "Google Drive file" if drive else source.split("?")[0].rsplit("/", 1)[-1]
+        return [DataFile(source, name or source, "" if drive else kind_of(source) or "")]
     places = _places(source, folders)
     for place in places:
         if os.path.isdir(place):
@@ -108,6 +120,11 @@ def _folder_files(folder: str, source: str) -> list[DataFile]:
             others.append(os.path.basename(path))
         elif not os.path.isfile(path):
             raise DataError(f"{path}: a link that leads nowhere", hint="remove it or mend it")
+        elif _escapes(path, folder):
+            raise DataError(
+                f"{path}: a link that leads out of the folder, to {os.path.realpath(path)}",
+                hint="name that file as a source of its own if it is meant",
+            )
         else:
             found.append(DataFile(path, os.path.relpath(path, folder), kind))
     if not found:
@@ -117,6 +134,20 @@ def _folder_files(folder: str, source: str) -> list[DataFile]:
             hint=f"known kinds: {' '.join(SUFFIXES)}",
         )
     return found
+
+
+def _escapes(path: str, folder: str) -> bool:
+    """Outside of `folder`; the hub's cache links from snapshots/<commit>/ into its own blobs/."""
+    real, home = Path(path).resolve(), Path(folder).resolve()
+    blobs = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
+    return not any(real.is_relative_to(place) for place in (home, *blobs))
+
+
+def left_aside(source: str, folders: Sequence[Path] = ()) -> list[str]:
+    """Files in the folder `source` that are of no kind that is read, and no README or license."""
+    place = next((p for p in _places(source, folders) if os.path.isdir(p)), None)
+    names = (os.path.relpath(path, place) for path in _walk(place)) if place else ()
+    return [n for n in names if not kind_of(n) and not ABOUT_DATA.match(os.path.basename(n))]
 
 
 def _glob_files(pattern: str) -> list[DataFile]:
@@ -140,6 +171,8 @@ def _nothing_there(source: str, places: Sequence[str]) -> DataError:
         if os.path.isdir(parent or "."):
             near += difflib.get_close_matches(name, os.listdir(parent or "."), n=2, cutoff=0.6)
     looked = " and ".join(os.path.dirname(place) or "." for place in places)
+    if places and places[0].startswith("/content/drive"):
+        near = ["from google.colab import drive; drive.mount('/content/drive')"]
     hint = (
         f"did you mean {' or '.join(dict.fromkeys(near))}?"
         if near

@@ -2,58 +2,80 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import gc
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.data.cache import folder_for, key_of
 from lorakit.data.check import (
+    SHOWN_ROWS,
     FaultLog,
     RowFault,
     SpoilsRun,
-    check_turns,
-    fingerprint,
     refuse_if_empty,
-    report_duplicates,
-    report_overlap,
+    refuse_if_strict,
 )
-from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
-from lorakit.data.read import read_rows
-from lorakit.data.split import split
+from lorakit.data.gather import gather
+from lorakit.data.ids import tokenizer_key
+from lorakit.data.items import Item
+from lorakit.data.near import report_duplicates, report_overlap
+from lorakit.data.shelf import Examples, ExampleShelf, Items, ItemShelf, write_examples, write_items
+from lorakit.data.split import shuffled, split
 from lorakit.data.template import Rules, encode_many, resolve_template
-from lorakit.errors import DataError
 from lorakit.recipe import Recipe
-from lorakit.records import Conversation, DataReport, Document, Example, Message, Origin, Row
-from lorakit.run_dir import write_text
-
-Item = Conversation | Document
+from lorakit.records import DataReport, Document, Example
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a run trains on and is scored on: examples, and the items they were made from."""
+    """What a run trains on and is scored on: examples, and the items they were made from.
 
-    train: Sequence[Example]
-    val: Sequence[Example]
+    All four are read from disk as they are asked for: a million rows cost memory by the hundred
+    bytes. Their order is that of the sources, the same in each run on the same data.
+    """
+
+    train: Examples
+    val: Examples
     train_conversations: Sequence[Item]
     val_conversations: Sequence[Item]
     report: DataReport
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
-    """One usable row with its content hash and the examples it became."""
+class _Side:
+    """Some items of a shelf by number, int64 [N], with the shelf of their examples."""
 
-    item: Item
-    mark: str
-    examples: list[Example]
+    shelf: ExampleShelf
+    chosen: NDArray[np.int64]
 
+    @property
+    def prints(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Content hash and signature of each item."""
+        return self.shelf.items.marks[self.chosen], self.shelf.items.signatures[self.chosen]
 
-def _marks(encoded: Sequence[_Encoded]) -> Iterator[tuple[str, Origin]]:
-    return ((e.mark, e.item.origin) for e in encoded)
+    def place(self, number: int) -> Any:
+        return self.shelf.items.origin(int(self.chosen[number]))
+
+    @property
+    def items(self) -> Items:
+        """The items themselves."""
+        return Items(self.shelf.items, self.chosen)
+
+    def examples(self, times: NDArray[np.int64] | None = None) -> Examples:
+        """The examples of these items, each as many times as its item is wanted, int64 [items]."""
+        wanted = np.zeros(len(self.shelf.items), np.int64)
+        wanted[self.chosen] = 1 if times is None else times[self.chosen]
+        left = wanted[self.shelf.owners]
+        # All of them once, then those wanted twice: copies do not stand side by side.
+        rounds = [np.flatnonzero(left > done) for done in range(int(left.max(initial=1)))]
+        return Examples(self.shelf, np.concatenate(rounds))
 
 
 def prepare(
@@ -70,179 +92,158 @@ def prepare(
             the training; every message names the file and the row.
         ModelError: the tokenizer has no workable chat template.
     """
-    log = FaultLog()
-    items, sources = _load(recipe.sources, recipe, folders, log)
+    # Millions of small objects come and go here; what torch and transformers hold (a pass over it
+    # takes 0.1 s, every 10,000 rows) need not be looked through each time.
+    gc.freeze()
+    try:
+        return _prepare(recipe, tokenizer, folders, inspecting)
+    finally:
+        gc.unfreeze()
+
+
+def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting: bool) -> Prepared:
+    items, log = gather(recipe.sources, recipe, folders)
+    lines, held_items = list(items.meta["lines"]), None
     if recipe.val_data:
-        held_items, held_sources = _load([recipe.val_data], recipe, folders, log)
-    else:
-        held_sources = []
+        held_items, held_log = gather([recipe.val_data], recipe, folders)
+        lines += held_items.meta["lines"]
+        log.absorb(held_log)
+    elif recipe.held_out and len(items) == 1:
         items, held_items = _cut_lone_document(items, recipe.held_out, log)
-    thinking = any("</think>" in text for item in items for text in _answers(item))
+    thinking = items.thinking or (held_items is not None and held_items.thinking)
     info = resolve_template(tokenizer, recipe.model, thinking)
-    encoded = _encode_all(items, recipe, tokenizer, log, inspecting)
-    report_duplicates(_marks(encoded), log)
-    if held_items:
-        train, held = encoded, _encode_all(held_items, recipe, tokenizer, log, inspecting)
-        report_overlap(_marks(train), _marks(held), log)
+    encode = _Encoder(recipe, tokenizer, inspecting, log)
+    side = encode(items)
+    report_duplicates(*side.prints, side.place, log)
+    if held_items is not None:
+        train, held = side, encode(held_items)
+        report_overlap(train.prints, held.prints, held.place, log)
     else:
-        train, held = split(encoded, recipe.held_out, recipe.seed, lambda e: e.mark)
-    examples, val = [[x for e in part for x in e.examples] for part in (train, held)]
+        out = split(side.prints[0], recipe.held_out, recipe.seed)
+        train, held = (_Side(side.shelf, side.chosen[part]) for part in (~out, out))
+    examples = train.examples(_times(train, recipe, log))
+    val = held.examples()
+    if recipe.strict and not inspecting:
+        refuse_if_strict(log)
     report = DataReport(
-        sources=tuple(sources + held_sources),
-        rows_read=sum(s["rows"] for s in sources + held_sources),
+        sources=tuple(_with_documents(line, recipe) for line in lines),
+        rows_read=sum(line["rows"] for line in lines),
         examples_train=len(examples),
         examples_val=len(val),
-        tokens_train=sum(len(x.input_ids) for x in examples),
-        trained_tokens_train=sum(x.trained_tokens for x in examples),
-        tokens_val=sum(len(x.input_ids) for x in val),
-        trained_tokens_val=sum(x.trained_tokens for x in val),
-        longest_example=max(len(x.input_ids) for x in itertools.chain(examples, val)),
+        tokens_train=int(examples.lengths.sum()),
+        trained_tokens_train=int(examples.trained.sum()),
+        tokens_val=int(val.lengths.sum()),
+        trained_tokens_val=int(val.trained.sum()),
+        longest_example=int(max(part.lengths.max(initial=0) for part in (examples, val))),
         cutoff_len=recipe.cutoff_len,
         template=info.source,
         faults=log.faults(),
     )
-    return Prepared(examples, val, [e.item for e in train], [e.item for e in held], report)
+    return Prepared(examples, val, train.items, held.items, report)
 
 
-def write_validation(path: Path, items: Sequence[Item]) -> None:
-    """Keep held-out rows as JSON lines: {"messages": [...]} (OpenAI's form) or {"text": ...}."""
-    lines = []
-    for item in items:
-        if isinstance(item, Document):
-            row: dict[str, Any] = {"text": item.text}
-        else:
-            row = {"messages": [_turn(message) for message in item.messages]}
-            row |= {"tools": list(item.tools)} if item.tools else {}
-        lines.append(json.dumps({**row, "from": str(item.origin)}, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+_DOCUMENTS = {
+    "completion": "trained as plain text, every token (documents: instruction makes requests and "
+    "answers of it, better for a chat model)",
+    "instruction": "each piece trained as the answer to a request (documents: completion trains "
+    "every token as it stands)",
+}
 
 
-def read_validation(path: Path) -> list[Item]:
-    """The held-out rows that `write_validation` kept; none where nothing was held out.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    if not path.exists() or not path.stat().st_size:
-        return []
-    found: list[Item] = []
-    for row in read_rows(str(path)):
-        try:
-            origin = Origin(*_split_origin(row))
-            if "text" in row.values:
-                found.append(Document(row.values["text"], origin))
-            else:
-                turns = tuple(_message(turn) for turn in row.values["messages"])
-                found.append(Conversation(turns, origin, tuple(row.values.get("tools", ()))))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{row.origin}: not a held-out row as lorakit writes it") from error
-    return found
+def _with_documents(line: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A line of the report that says, for plain texts, how they are trained."""
+    texts = "text" in line["format"].split(", ")
+    return {**line, "documents": _DOCUMENTS[recipe.documents]} if texts else line
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    return message.as_dict() if message.train else {**message.as_dict(), "train": False}
+# -- encoding -------------------------------------------------------------------------------------
 
 
-def _message(turn: dict[str, Any]) -> Message:
-    extra = {k: v for k, v in turn.items() if k not in ("role", "content", "train")}
-    return Message(turn["role"], turn["content"], extra, turn.get("train", True))
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """Makes the examples of a shelf of items, or finds them made."""
 
+    recipe: Recipe
+    tokenizer: Any
+    inspecting: bool
+    log: FaultLog
 
-def _split_origin(row: Row) -> tuple[str, int]:
-    source, _, number = str(row.values.get("from", row.origin)).rpartition(":")
-    return source, int(number) if number.isdigit() else row.origin.row
-
-
-# -- reading --------------------------------------------------------------------------------------
-
-
-def _load(
-    names: Sequence[str], recipe: Recipe, folders: Sequence[Path], log: FaultLog
-) -> tuple[list[Item], list[dict[str, Any]]]:
-    """Usable conversations and documents of all sources, and one line of the report for each."""
-    items: list[Item] = []
-    lines = []
-    for name in names:
+    def __call__(self, items: ItemShelf) -> _Side:
+        rules = Rules.of(self.recipe)
+        known = tokenizer_key(self.tokenizer)
+        key = key_of("examples", items.key, known, rules.as_dict()) if items.key and known else None
         own = FaultLog()
-        found: list[Item] = []
-        read = 0
-        formats: dict[str, str] = {}
-        rows = read_rows(name, folders, offline=recipe.offline)
-        # A folder may mix formats: each file is looked at by itself.
-        for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
-            first = list(itertools.islice(group, GUESS_ROWS))
-            guess = guess_format(first, recipe.columns)
-            formats.setdefault(guess.name, guess.reason)
-            for row in itertools.chain(first, group):
-                read += 1
-                found += _convert(row, guess, recipe, own)
-        shown = Path(name).name if Path(name).is_absolute() else name
-        refuse_if_empty(len(found), read, shown, own)
-        log.absorb(own)
-        items += found
-        lines.append(
-            {
-                "source": shown,
-                "format": ", ".join(formats),
-                "reason": next(iter(formats.values())),
-                "rows": read,
-                "left_out": own.rows_left_out,
-            }
-        )
-    return items, lines
+
+        def make(folder: Path) -> None:
+            write_examples(folder, self._made(items, rules, own), own)
+
+        shelf = ExampleShelf(folder_for(key, make), items)
+        if shelf.faults.spoils and not self.inspecting:
+            for _ in self._made(items, rules, own):  # kept by `inspect`: stops at the row again
+                pass
+        self.log.absorb(shelf.faults)
+        return _Side(shelf, np.unique(shelf.owners).astype(np.int64))
+
+    def _made(
+        self, items: ItemShelf, rules: Rules, log: FaultLog
+    ) -> Iterator[tuple[int, list[Example]]]:
+        made = encode_many(self.tokenizer, items, rules, log)
+        for number, (_, examples) in enumerate(made):
+            if isinstance(examples, SpoilsRun) and not self.inspecting:
+                raise examples
+            if isinstance(examples, RowFault):
+                log.leave_out(examples)
+            else:
+                yield number, examples
+        refuse_if_empty(len(items) - log.rows_left_out, len(items), "data", log)
 
 
-def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: FaultLog) -> Iterator[Item]:
-    try:
-        item = to_conversation(row, guess, recipe.system)
-        yield check_turns(item, log) if isinstance(item, Conversation) else item
-    except RowFault as fault:
-        log.leave_out(fault)
+# -- weights, and a single document ---------------------------------------------------------------
 
 
-def _answers(item: Item) -> Iterator[str]:
-    if isinstance(item, Conversation):
-        told = (m for m in item.messages if m.role == "assistant")
-        yield from ("</think>" if m.extra.get("reasoning_content") else m.content for m in told)
+def _times(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.int64] | None:
+    """How often an epoch trains on each item of the shelf, int64 [items]; None for once each.
 
-
-# -- encoding and holding out ---------------------------------------------------------------------
-
-
-def _encode_all(
-    items: Sequence[Item], recipe: Recipe, tokenizer: Any, log: FaultLog, inspecting: bool
-) -> list[_Encoded]:
-    own = FaultLog()
-    found = []
-    rules = Rules(recipe.train_on, recipe.cutoff_len, recipe.too_long)
-    for item, made in encode_many(tokenizer, items, rules, own):
-        if isinstance(made, SpoilsRun) and not inspecting:
-            raise made
-        if isinstance(made, RowFault):
-            own.leave_out(made)
-        else:
-            found.append(_Encoded(item, fingerprint(item), made))
-    refuse_if_empty(len(found), len(items), "data", own)
-    log.absorb(own)
-    return found
+    A weight of 2.5 is twice each row, and half of the rows, chosen by content and seed, once more.
+    """
+    if all(weight == 1 for weight in recipe.weights):
+        return None
+    items = side.shelf.items
+    times = np.zeros(len(items), np.int64)
+    for number, weight in enumerate(recipe.weights):
+        rows = side.chosen[items.sources[side.chosen] == number]
+        times[rows] = int(weight)
+        more = round((weight - int(weight)) * len(rows))
+        order = shuffled(items.marks[rows], recipe.seed)
+        times[rows[order[: max(more, weight < 1)]]] += 1
+        rest = rows[times[rows] == 0]
+        if len(rest):
+            first = [str(items.origin(int(i))) for i in rest[:SHOWN_ROWS]]
+            log.add_many(f"weight {weight:g}", len(rest), first, "not drawn")
+    return times
 
 
 def _cut_lone_document(
-    items: list[Item], held_out: float | int, log: FaultLog
-) -> tuple[list[Item], list[Item]]:
+    items: ItemShelf, held_out: float | int, log: FaultLog
+) -> tuple[ItemShelf, ItemShelf | None]:
     """A single document in two, at the paragraph border nearest to the held-out share of its end.
 
-    Several items, or a text without borders, come back whole: they are split later, or cannot be.
+    A text without borders comes back whole, and so does a conversation: they cannot be split.
     """
-    if not held_out or len(items) != 1 or not isinstance(items[0], Document):
-        return items, []
     document = items[0]
+    if not isinstance(document, Document):
+        return items, None
     text = document.text
     wanted = (1 - (held_out if held_out < 1 else 0.05)) * len(text)
     borders = [found.end() for found in re.finditer(r"\n\s*\n", text.strip("\n"))]
     borders = [at for at in borders if 0 < at < len(text.rstrip())]
     if not borders:
-        return items, []
+        return items, None
     at = min(borders, key=lambda border: abs(border - wanted))
     log.add("a single document", document.origin, "its end is held out")
-    return [Document(text[:at], document.origin)], [Document(text[at:], document.origin)]
+    parts = []
+    for name, part in (("head", text[:at]), ("tail", text[at:])):
+        key = key_of(name, items.key, at) if items.key else None
+        pairs = [(replace(document, text=part), 0)]
+        parts.append(ItemShelf(folder_for(key, partial(write_items, items=pairs, meta={})), key))
+    return parts[0], parts[1]

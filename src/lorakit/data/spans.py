@@ -9,6 +9,7 @@ the template marks what a model says itself with {% generation %}, only that is 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +47,12 @@ class Draft:
     untrained: list[Span] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
 
-    def texts(self) -> list[str]:
-        """All that must be tokenized for it."""
-        spans = [span for group in self.groups for span in group] + self.untrained
+    def texts(self, tail: Callable[[str], str]) -> list[str]:
+        """All that must be tokenized for it; of a prompt only its tail."""
+        spans = [span for group in self.groups for span in group]
         gaps = [span.text[:at] for span in spans for gap in span.gaps for at in gap]
-        return [s.prompt for s in spans] + [group[-1].text for group in self.groups] + gaps
+        prompts = [tail(s.prompt) for s in spans] + [s.prompt for s in self.untrained]
+        return prompts + [group[-1].text for group in self.groups] + gaps
 
 
 def draft(tokenizer: Any, conversation: Conversation, train_on: str) -> Draft:
@@ -114,6 +116,8 @@ def _uses_tools(conversation: Conversation) -> bool:
 
 def _refuse_unwritten_tools(conversation: Conversation, habits: Habits) -> None:
     """Stop a row whose tools the template would silently leave out."""
+    if not habits.unwritten:
+        return
     messages = conversation.messages
     has = {
         "tool schemas": bool(conversation.tools),
@@ -196,7 +200,8 @@ class _Teller:
             self.notes.append(
                 ("thoughts not written by the chat template", "only the answer is trained")
             )
-        calls = Counter(c["function"]["name"] for c in message.get("tool_calls", ()))
+        made = message.get("tool_calls")
+        calls = Counter(c["function"]["name"] for c in made) if made else {}
         for name, count in calls.items():
             if written.count(name) < count:
                 raise RowFault(

@@ -10,30 +10,59 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorakit.data.check import FaultLog, RowFault, SpoilsRun
-from lorakit.data.chunk import windows
+from lorakit.data.documents import as_instructions, encode_document
+from lorakit.data.ids import borders_of, tokenize_ahead
 from lorakit.data.render import Guard, habits_of, render, to_ids
 from lorakit.data.render import stop_token_ids as stop_token_ids
 from lorakit.data.resolve import TemplateInfo as TemplateInfo
 from lorakit.data.resolve import resolve_template as resolve_template
+from lorakit.data.shorten import pieces
 from lorakit.data.spans import Draft, Span, draft
+from lorakit.data.verify import verify_example
+from lorakit.recipe import Recipe
 from lorakit.records import IGNORE, Conversation, Document, Example, Message
 
-BLOCK = 512
+BLOCK, BLOCK_CHARS = 2048, 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a recipe says about masks and lengths: its `train_on`, `cutoff_len` and `too_long`."""
+    """What a recipe says about masks and lengths, in its own words."""
 
     train_on: str
     cutoff_len: int
     too_long: str
+    documents: str = "completion"
+    overlap: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Rules:
+        """The rules of a recipe."""
+        texts = recipe.documents, recipe.document_overlap
+        return cls(recipe.train_on, recipe.cutoff_len, recipe.too_long, *texts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+
+def _blocks(items: Iterable[Conversation | Document]) -> Iterator[list[Conversation | Document]]:
+    """Items in blocks, large enough to tokenize at once and small enough to hold in memory."""
+    block, size = [], 0
+    for item in items:
+        block.append(item)
+        size += len(item.text) if isinstance(item, Document) else 0
+        size += 0 if isinstance(item, Document) else sum(len(m.content) for m in item.messages)
+        if len(block) == BLOCK or size > BLOCK_CHARS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def prompt_ids(
@@ -61,8 +90,8 @@ def encode(
 
     Args:
         train_on: "responses" (every answer), "last" (the last one), "all" (every token).
-        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "drop" or "error". An answer is
-            never cut.
+        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "split", "drop" or "error". An
+            answer is never cut.
         log: where turns that were dropped are counted.
 
     Raises:
@@ -82,97 +111,25 @@ def encode_many(
 ) -> Iterator[tuple[Conversation | Document, list[Example] | RowFault]]:
     """Each item with its examples, or with the fault for which it cannot be used.
 
-    Texts are tokenized in blocks, over all cores: 7,473 GSM8K rows took 3.0 s instead of 4.7 s
-    on 2 cores.
+    Texts are tokenized in blocks, over all cores, while the next block is rendered.
     """
-    items = iter(items)
-    while block := list(islice(items, BLOCK)):
-        drafts = [_try_draft(tokenizer, item, rules.train_on) for item in block]
-        known = _tokenize(tokenizer, [d for d in drafts if isinstance(d, Draft)])
-        for item, drafted in zip(block, drafts, strict=True):
+    blocks = (
+        [(item, _try_draft(tokenizer, item, rules.train_on)) for item in block]
+        for block in _blocks(items)
+    )
+    tail = borders_of(tokenizer).tail
+
+    def texts(block: list[tuple[Conversation | Document, Draft | RowFault | None]]) -> list[str]:
+        # Texts with special tokens in them are tokenized piece by piece.
+        drafts = [d for _, d in block if isinstance(d, Draft) and not d.guard.active]
+        return [text for d in drafts for text in d.texts(tail)]
+
+    for block, known in tokenize_ahead(tokenizer, blocks, texts):
+        for item, drafted in block:
             try:
                 yield item, _encode_one(tokenizer, item, drafted, rules, known, log)
             except RowFault as fault:
                 yield item, fault
-
-
-def encode_document(
-    tokenizer: Any, document: Document, cutoff_len: int = 2048, log: FaultLog | None = None
-) -> list[Example]:
-    """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
-
-    Where the tokenizer puts a BOS before a text, each window begins with it; otherwise a window
-    begins with the last token of the one before, untrained, so that its first own token is
-    predicted from something. Special tokens written in the text are read as such.
-
-    Raises:
-        RowFault: no token could be trained.
-    """
-    habits, eos = habits_of(tokenizer), tokenizer.eos_token_id
-    if log and habits.specials is not None and habits.specials.search(document.text):
-        log.add("special token written in a text", document.origin, "read as that token")
-    encoding = tokenizer(
-        document.text,
-        add_special_tokens=False,
-        return_offsets_mapping=tokenizer.is_fast,
-        verbose=False,
-    )
-    ids = list(encoding["input_ids"])
-    if habits.bos_id is not None and ids[:1] == [habits.bos_id]:
-        ids, shift = ids[1:], 1
-    else:
-        shift = 0
-    starts = [o[0] for o in encoding["offset_mapping"][shift:]] if tokenizer.is_fast else None
-    if eos is not None and ids[-1:] != [eos]:
-        ids.append(eos)
-        if starts is not None:
-            starts.append(len(document.text))
-    found = []
-    for begin, end in windows(document.text, starts, len(ids), cutoff_len - 1):
-        before = [habits.bos_id] if habits.bos_id is not None else ids[max(0, begin - 1) : begin]
-        own = ids[begin:end]
-        labels = [IGNORE] * len(before) + own
-        labels[0] = IGNORE
-        found.append(Example([*before, *own], labels, document.origin))
-    if not any(example.trained_tokens for example in found):
-        raise RowFault("nothing to train", document.origin, "the text is a single token")
-    return found
-
-
-def verify_example(tokenizer: Any, example: Example, train_on: str = "responses") -> None:
-    """Refuse an example of a conversation that would spoil the training.
-
-    Raises:
-        SpoilsRun: no trained token, two BOS in a row, or a trained answer whose end of turn is not
-            trained.
-    """
-    origin, ids, labels = example.origin, example.input_ids, example.labels
-    if not example.trained_tokens:
-        raise SpoilsRun(
-            "nothing trained", origin, "no token of this row would be trained: all are masked"
-        )
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise SpoilsRun(
-            "two BOS tokens",
-            origin,
-            f"it begins with two BOS tokens ({tokenizer.bos_token})",
-            "the chat template and the tokenizer both add one: take it out of the template",
-        )
-    if train_on == "all":
-        return
-    # Walked from the end: is the next end-of-turn token after a trained one trained too?
-    closed, stops = False, habits_of(tokenizer).stops
-    for token, label in zip(reversed(ids), reversed(labels), strict=True):
-        closed = label != IGNORE if token in stops else closed
-        if label != IGNORE and not closed:
-            raise SpoilsRun(
-                "answer without end of turn",
-                origin,
-                f"a trained part ends with {tokenizer.decode([label])!r}, not with an end-of-turn "
-                "token: a model trained on it would not stop",
-                "the chat template must close each answer with a special token",
-            )
 
 
 # -- one conversation -> ids and mask -------------------------------------------------------------
@@ -189,34 +146,30 @@ def _try_draft(
         return fault
 
 
-def _tokenize(tokenizer: Any, drafts: Sequence[Draft]) -> dict[str, list[int]]:
-    """Ids of the texts of many drafts in one call; guarded ones are tokenized piece by piece."""
-    texts = list({text: None for d in drafts if not d.guard.active for text in d.texts()})
-    if not texts:
-        return {}
-    made = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return dict(zip(texts, made, strict=True))
-
-
 def _encode_one(
     tokenizer: Any,
     item: Conversation | Document,
     drafted: Draft | RowFault | None,
     rules: Rules,
-    known: dict[str, list[int]],
+    known: Mapping[str, list[int]],
     log: FaultLog,
 ) -> list[Example]:
     if isinstance(item, Document):
-        return encode_document(tokenizer, item, rules.cutoff_len, log)
+        return _encode_document(tokenizer, item, rules, log)
     if not isinstance(drafted, Draft):
         raise drafted or RowFault("no answer", item.origin, "nothing to train")
     if drafted.guard.active:
         log.add("special token written in a turn", item.origin, "kept as plain text")
     for kind, action in dict.fromkeys(drafted.notes):
         log.add(kind, item.origin, action)
+    made = _examples(tokenizer, drafted, rules.train_on, known)
+    long = any(len(example.input_ids) > rules.cutoff_len for _, example in made)
+    # Where only the last answer is trained, there is one example to be made, whatever its length.
+    if long and rules.too_long == "split" and rules.train_on != "last":
+        return _encode_pieces(tokenizer, item, rules, log)
     fitting: list[Example] = []
     faults: list[RowFault] = []
-    for turn, example in _examples(tokenizer, drafted, rules.train_on, known):
+    for turn, example in made:
         try:
             if len(example.input_ids) > rules.cutoff_len:
                 part = replace(item, messages=item.messages[: turn + 1])
@@ -235,24 +188,99 @@ def _encode_one(
     return fitting
 
 
+def _encode_pieces(
+    tokenizer: Any, conversation: Conversation, rules: Rules, log: FaultLog
+) -> list[Example]:
+    """Examples of as many pieces as it takes; each answer is trained in one of them."""
+    single = replace(rules, too_long="drop")
+
+    def tried(piece: Conversation) -> tuple[list[Example], RowFault | None]:
+        try:
+            own, drafted = FaultLog(), draft(tokenizer, piece, rules.train_on)
+            made = _encode_one(tokenizer, piece, drafted, single, {}, own)
+            lost = any(fault.kind == "too long" for fault in own.faults())
+            return made, RowFault("too long", piece.origin, "an answer would go") if lost else None
+        except SpoilsRun:
+            raise
+        except RowFault as fault:
+            return [], fault
+
+    def fits(piece: Conversation) -> bool:
+        fault = tried(piece)[1]
+        # Answers marked train: false may stand alone in a piece; with others they are context.
+        return fault is None or fault.kind == "no trained answer"
+
+    found: list[Example] = []
+    faults: list[RowFault] = []
+    for piece in pieces(conversation, fits):
+        made, fault = tried(piece)
+        found += made
+        if fault is not None and fault.kind != "no trained answer":
+            faults.append(fault)
+    if not found:
+        raise faults[0]
+    log.add("too long", conversation.origin, "split into several examples")
+    for _ in faults:
+        log.add("too long", conversation.origin, "that answer left out, the others kept")
+    return found
+
+
+def _encode_document(
+    tokenizer: Any, document: Document, rules: Rules, log: FaultLog
+) -> list[Example]:
+    """A text as it is, or as requests and answers, in pieces that fit."""
+    overlap = min(rules.overlap, rules.cutoff_len // 4)
+    if rules.documents == "completion":
+        return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
+    single, room = replace(rules, too_long="drop"), rules.cutoff_len - overlap
+    fault = RowFault("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
+    while room > 1 and fault.kind == "too long":
+        # What request and template take is known when they are written: then less is left.
+        room = room * 3 // 4
+        chats, own = as_instructions(tokenizer, document, room, overlap), FaultLog()
+        found: list[Example] = []
+        for _, made in encode_many(tokenizer, chats, single, own):
+            if isinstance(made, RowFault):
+                fault = made
+                break
+            found += made
+        else:
+            log.absorb(own)
+            return found
+    raise fault
+
+
 def _examples(
-    tokenizer: Any, drafted: Draft, train_on: str, known: dict[str, list[int]]
+    tokenizer: Any, drafted: Draft, train_on: str, known: Mapping[str, list[int]]
 ) -> list[tuple[int, Example]]:
     """(turn of the last answer inside, example) pairs, of any length."""
     found = []
+    guard, borders = drafted.guard, borders_of(tokenizer)
+
+    def start(ids: list[int], text: str, prompt: str) -> int | None:
+        if guard.active:
+            own = to_ids(tokenizer, prompt, guard)
+            return len(own) if ids[: len(own)] == own else None
+        short = borders.tail(prompt)
+        tail = known.get(short) or to_ids(tokenizer, short, None, inside=True)
+        return borders.prompt_length(ids, text, prompt, tail)
+
     for group in drafted.groups:
-        ids = to_ids(tokenizer, group[-1].text, drafted.guard, known=known)
-        prompts = [to_ids(tokenizer, s.prompt, drafted.guard, known=known) for s in group]
-        if all(ids[: len(prompt)] == prompt for prompt in prompts):
-            found.append(_masked(tokenizer, drafted, group, ids, prompts, train_on, known))
+        text = group[-1].text
+        ids = to_ids(tokenizer, text, guard, known=known)
+        starts = [start(ids, text, span.prompt) for span in group]
+        whole = [at for at in starts if at is not None]
+        if len(whole) == len(group):
+            found.append(_masked(tokenizer, drafted, group, ids, whole, train_on, known))
             continue
-        for span, prompt in zip(group, prompts, strict=True):
-            ids = to_ids(tokenizer, span.text, drafted.guard, known=known)
+        for span in group:
+            ids = to_ids(tokenizer, span.text, guard, known=known)
+            prompt = to_ids(tokenizer, span.prompt, guard, known=known)
             if ids[: len(prompt)] != prompt:
                 # A merge over the border (": " + "Paris"): generation never sees it: no training.
                 rest = span.text[len(span.prompt) :]
-                ids = prompt + to_ids(tokenizer, rest, drafted.guard, inside=True)
-            found.append(_masked(tokenizer, drafted, [span], ids, [prompt], train_on, known))
+                ids = prompt + to_ids(tokenizer, rest, guard, inside=True)
+            found.append(_masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, known))
     return found
 
 
@@ -261,17 +289,18 @@ def _masked(
     drafted: Draft,
     spans: Sequence[Span],
     ids: list[int],
-    prompts: Sequence[list[int]],
+    starts: Sequence[int],
     train_on: str,
-    known: dict[str, list[int]],
+    known: Mapping[str, list[int]],
 ) -> tuple[int, Example]:
     """Each answer trained from its start to its first stop token; by position, never by id."""
     origin, guard = drafted.conversation.origin, drafted.guard
     stops = habits_of(tokenizer).stops
 
     def end(start: int) -> int:
-        found = next((i + 1 for i in range(start, len(ids)) if ids[i] in stops), None)
-        if found is None:
+        ends = [ids.index(stop, start) + 1 for stop in stops if stop in ids[start:]]
+        found = min(ends, default=0)
+        if not found:
             raise SpoilsRun(
                 "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
             )
@@ -285,8 +314,7 @@ def _masked(
 
     labels = [IGNORE, *ids[1:]] if train_on == "all" else [IGNORE] * len(ids)
     if train_on != "all":
-        for prompt in prompts:
-            start = len(prompt)
+        for start in starts:
             labels[start : end(start)] = ids[start : end(start)]
         for text, gap in ((span.text, gap) for span in spans for gap in span.gaps):
             begin, until = (tokens_before(text[:at]) for at in gap)

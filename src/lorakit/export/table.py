@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.prepare import read_validation
+from lorakit.data.items import read_validation
 from lorakit.errors import RecipeError
-from lorakit.export.merge import export_merged
+from lorakit.export.merge import NOTABLE_ROUNDING, export_merged
 from lorakit.recipe_file import suggest
 from lorakit.records import Conversation
 from lorakit.run_dir import RunDir
@@ -41,9 +41,14 @@ def _merged(run: RunDir, target: Path, console: Console) -> dict[str, Any]:
     check = export_merged(run, target, [r for r in records if isinstance(r, Conversation)])
     console.print(
         f"{target}: {check.dtype}; over {check.positions} positions "
-        f"KL {check.kl_per_token:.2e} nats per token, same top token {check.top1_agreement:.1%}, "
-        f"largest logit difference {check.largest_logit_difference:.3f}"
+        f"KL {check.kl_per_token:.2e} nats per token "
+        f"({check.sum_kl_per_token:.1e} before rounding), same top token {check.top1_agreement:.1%}"
     )
+    if check.kl_per_token > NOTABLE_ROUNDING:
+        console.print(
+            f"hint: {check.dtype} rounds much of this adapter away: train with "
+            "--set dtype=float32, or use the adapter itself"
+        )
     console.print(f"load it with: AutoModelForCausalLM.from_pretrained({str(target)!r})")
     return asdict(check)
 

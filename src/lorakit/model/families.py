@@ -38,6 +38,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_moe": _ATTENTION,
 }
 
+# Decoder layers of Llama's shape, which `fast_layer.py` computes by hand (and a probe confirms).
+FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"}
+
 
 def lora_targets(config: Any) -> tuple[str | list[str], str]:
     """Target modules for `target_modules: auto`, and the reason in a few words."""
@@ -48,6 +51,14 @@ def lora_targets(config: Any) -> tuple[str | list[str], str]:
         "all-linear",
         f"model family {family or 'unknown'} is not in the table: all linear layers",
     )
+
+
+def changes_logits(config: Any) -> bool:
+    """Whether `transform_logits` does anything for this family."""
+    import torch
+
+    probe = torch.tensor([1.0, -2.0])
+    return not torch.equal(transform_logits(config, probe), probe)
 
 
 def transform_logits(config: Any, logits: Any) -> Any:

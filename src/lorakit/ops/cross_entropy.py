@@ -1,6 +1,7 @@
 """Hidden states of supervised tokens and their targets enter; the summed cross-entropy leaves.
 
-    loss = sum_i  logsumexp(head(h_i)) - head(h_i)[t_i]          h [N, D], head: D -> V, t [N]
+    loss = sum_i  logsumexp(z_i) - z_i[t_i]       z = head(h)      h [N, D], head: D -> V, t [N]
+    dz_i = softmax(z_i) - onehot(t_i)             dh = dz W
 
 Only supervised tokens come here (the caller gathers them), so prompt and padding positions never
 meet the vocabulary. Logits exist for one chunk at a time: with V = 32,000 and 2,048 tokens a
@@ -10,13 +11,16 @@ full float32 copy and its gradient would take 0.5 GB, with V = 152,000 2.5 GB.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-# Bytes of float32 logits that may live at once; below it nothing is recomputed in backward.
+from lorakit.ops.backend import has_kernels
+
+# Bytes of float32 logits that may live at once.
 LOGITS_BYTES = 512 * 1024**2
 
 Head = Callable[[Tensor], Tensor]
@@ -29,15 +33,19 @@ def summed_cross_entropy(
 
     Args:
         hidden: [N, D] hidden states of the positions that predict `targets`.
-        targets: [N] token ids; IGNORE is not allowed here.
-        head: maps [n, D] to logits [n, V]; may hold trainable parameters.
-        logits_bytes: budget for float32 logits; more tokens are cut into chunks, each recomputed in
-            backward (one more head product, about 0.7% of a Llama-2-7B step).
+        targets: [N] token ids; negative ones count nothing (padding to a fixed size).
+        head: maps [n, D] to logits [n, V]. Where its attribute `frozen_weight` [V, D] says that it
+            is that product and nothing else, the gradient is made along with the loss; otherwise it
+            may hold trainable parameters, and each chunk is recomputed in backward.
+        logits_bytes: budget for float32 logits.
     """
     if hidden.shape[0] == 0:
         return hidden.sum().float() * 0.0
-    vocabulary = _vocabulary_size(head, hidden)
-    rows = max(1, logits_bytes // (4 * vocabulary))
+    weight = getattr(head, "frozen_weight", None)
+    if weight is not None:
+        loss: Tensor = _FrozenHead.apply(hidden, targets, weight, logits_bytes)
+        return loss
+    rows = max(1, logits_bytes // (4 * _vocabulary_size(head, hidden)))
     if hidden.shape[0] <= rows:
         return reference(hidden, targets, head)
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -48,7 +56,58 @@ def summed_cross_entropy(
 
 def reference(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
     """The definition: all logits at once, in float32."""
-    return functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    logits = head(hidden).float()
+    return functional.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Loss and dh in one pass over the vocabulary; the logits of a chunk become their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, logits_bytes: int
+    ) -> Tensor:
+        rows = max(1, logits_bytes // (4 * weight.shape[0]))
+        wants = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden, dtype=weight.dtype) if wants else None
+        losses = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], rows):
+                part = slice(start, start + rows)
+                logits = hidden[part].to(weight.dtype) @ weight.t()
+                losses.append(cross_entropy_(logits, targets[part], wants))
+                if grad is not None:
+                    torch.mm(logits, weight, out=grad[part])
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        ctx.kind = hidden.dtype
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * scale).to(ctx.kind), None, None, None
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """Loss of each row [n] float32; with `gradient`, logits [n, V] are overwritten with dz."""
+    if has_kernels(logits):
+        from lorakit.ops.cross_entropy_triton import cross_entropy_triton_
+
+        return cross_entropy_triton_(logits, targets, gradient)
+    return cross_entropy_reference_(logits, targets, gradient)
+
+
+def cross_entropy_reference_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """The definition of `cross_entropy_`."""
+    log_p = functional.log_softmax(logits.float(), -1)
+    counts = (targets >= 0).float()
+    chosen = targets.clamp(min=0).unsqueeze(1)
+    loss = -log_p.gather(1, chosen).squeeze(1) * counts
+    if gradient:
+        dz = log_p.exp_().scatter_add_(1, chosen, -torch.ones_like(loss).unsqueeze(1))
+        logits.copy_(dz * counts.unsqueeze(1))
+    return loss
 
 
 def _vocabulary_size(head: Head, hidden: Tensor) -> int:

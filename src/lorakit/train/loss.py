@@ -1,9 +1,10 @@
-"""A PEFT model and a batch enter; the summed loss over supervised tokens leaves.
+"""A PEFT model and a micro-batch enter; the summed loss over supervised tokens leaves.
 
-`attach_loss` gives one model instance a forward that, when labels are present, runs the decoder,
-gathers the supervised positions and applies the head to those alone. On SmolLM2 on a CPU the head
-over every position is 39% of a plain TRL step; on a prompt-heavy batch most of that is wasted.
-The path is checked once against the model's own logits and falls back to them where they differ.
+`attach_loss` gives one model instance a forward that, when targets are present, runs the decoder
+(the engine's, where it serves), takes the hidden states of supervised positions and applies the
+head to those alone. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on
+a prompt-heavy batch most of that is wasted. What is attached is checked against the model's own
+logits first, and left out where they differ.
 """
 
 from __future__ import annotations
@@ -16,17 +17,32 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from lorakit.model.families import transform_logits
+from lorakit.model.attach import Engine, attach_engine
+from lorakit.model.attention import Segments
+from lorakit.model.families import changes_logits, transform_logits
 from lorakit.ops.cross_entropy import summed_cross_entropy
-from lorakit.records import IGNORE
 
 
 @dataclass
 class SupervisedLoss(ModelOutput):
-    """`loss_sum`: nats over `tokens` supervised tokens; divide by the whole step's count."""
+    """`loss_sum`: nats over the micro-batch's supervised tokens; divide by the step's count."""
 
     loss_sum: Tensor | None = None
-    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach_loss` put under a model, each with its reason in words.
+
+    `packs` is true where documents packed into one row are kept apart.
+    """
+
+    engine: Engine | None
+    layers: str
+    loss: str
+    packs: bool
+    packing: str
+    frozen_head: bool
 
 
 class _Head:
@@ -34,41 +50,82 @@ class _Head:
 
     def __init__(self, base: Any) -> None:
         self.base = base
-        self.vocabulary = base.config.get_text_config().vocab_size
+        self.config = base.config.get_text_config()
+        self.vocabulary = self.config.vocab_size
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.base.get_output_embeddings()(hidden)
-        scaled: Tensor = transform_logits(self.base.config.get_text_config(), logits)
+        scaled: Tensor = transform_logits(self.config, logits)
         return scaled
 
+    @property
+    def frozen_weight(self) -> Tensor | None:
+        """[V, D] where the head is this product alone and does not train."""
+        module = self.base.get_output_embeddings()
+        plain = type(module) is torch.nn.Linear and module.bias is None
+        if not plain or module.weight.requires_grad or changes_logits(self.config):
+            return None
+        weight: Tensor = module.weight.data
+        return weight
 
-def attach_loss(model: Any) -> str:
-    """Give `model`'s base instance the supervised forward; returns which path it took and why.
 
-    Calls without labels (generation, plain inference) keep the model's own forward. Only this
+def attach_loss(model: Any, engine: str = "off") -> Attached:
+    """Give `model`'s base instance the supervised forward; returns what it took and why.
+
+    Calls without targets (generation, plain inference) keep the model's own forward. Only this
     instance changes; `detach_loss` undoes it.
+
+    Args:
+        engine: "auto" puts the fast layers under it where they serve, "off" does not.
     """
     base = base_of(model)
     own_forward = type(base).forward
-    head, path = _verified_head(base, own_forward)
+    head, loss_path = _verified_head(base, own_forward)
+    fast, layers = None, "the model's own (engine: off)"
+    if engine != "off":
+        fast, layers = attach_engine(base, base.device.type)
+    if fast is not None:
+        packs, packing = True, "documents share micro-batches without padding"
+    else:
+        packs, packing = _keeps_documents_apart(base)
 
-    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if labels is None:
+    def forward(
+        self: Any,
+        *args: Any,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        borders: Tensor | None = None,
+        lengths: tuple[int, ...] = (),
+        longest: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if targets is None or positions is None:
             return own_forward(self, *args, **kwargs)
-        kwargs.pop("num_items_in_batch", None)
+        to_logits: Any = head
         if head is None:
-            logits = own_forward(self, *args, **kwargs).logits
-            return _from_logits(logits, labels)
-        hidden = self.get_decoder()(*args, **kwargs)[0]
-        return _from_hidden(hidden, labels, head)
+            states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
+        else:
+            segments = None
+            if borders is not None:
+                segments = Segments(borders, longest or max(lengths), tuple(lengths))
+            states = _hidden(self, fast, segments, **kwargs)
+        picked = states.flatten(0, 1).index_select(0, positions)
+        loss = summed_cross_entropy(picked, targets, to_logits)
+        return SupervisedLoss(loss_sum=loss)
 
     base.forward = types.MethodType(forward, base)
-    return path
+    base.lorakit_engine = fast
+    frozen = head is not None and head.frozen_weight is not None
+    return Attached(fast, layers, loss_path, packs, packing, frozen)
 
 
 def detach_loss(model: Any) -> None:
-    """Give the instance its class's own forward back."""
-    base_of(model).__dict__.pop("forward", None)
+    """Give the instance its class's own forward back, and its modules their own weights."""
+    base = base_of(model)
+    base.__dict__.pop("forward", None)
+    engine = base.__dict__.pop("lorakit_engine", None)
+    if engine is not None:
+        engine.detach()
 
 
 def base_of(model: Any) -> Any:
@@ -76,20 +133,15 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _from_hidden(hidden: Tensor, labels: Tensor, head: Any) -> SupervisedLoss:
-    """hidden [B, T, D], labels [B, T]: position t predicts label t + 1."""
-    targets = labels[:, 1:]
-    chosen = targets != IGNORE  # [B, T-1]
-    picked = hidden[:, :-1][chosen]  # [N, D]
-    loss = summed_cross_entropy(picked, targets[chosen], head)
-    return SupervisedLoss(loss_sum=loss, tokens=chosen.sum())
-
-
-def _from_logits(logits: Tensor, labels: Tensor) -> SupervisedLoss:
-    targets = labels[:, 1:]
-    chosen = targets != IGNORE
-    loss = summed_cross_entropy(logits[:, :-1][chosen], targets[chosen], torch.nn.Identity())
-    return SupervisedLoss(loss_sum=loss, tokens=chosen.sum())
+def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **inputs: Any) -> Tensor:
+    """Hidden states [B, T, D]: the engine's where it serves this call, else the model's own."""
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    length = inputs["input_ids" if embeds is None else "inputs_embeds"].shape[1]
+    if engine is None or not engine.serves(segments.longest if segments else length):
+        hidden: Tensor = base.get_decoder()(**inputs)[0]
+        return hidden
+    # Rows are padded on the right: causal attention never looks there, so no mask is needed.
+    return engine(ids, inputs.get("position_ids"), segments, embeds)
 
 
 @torch.no_grad()
@@ -112,3 +164,25 @@ def _verified_head(base: Any, own_forward: Any) -> tuple[_Head | None, str]:
     if not same:
         return None, "loss over all positions (this model changes its logits after the head)"
     return head, "loss on supervised tokens only, gathered before the head"
+
+
+@torch.no_grad()
+def _keeps_documents_apart(base: Any) -> tuple[bool, str]:
+    """Whether the model's own attention isolates packed documents told by their position ids."""
+    config = base.config.get_text_config()
+    documents = torch.arange(12, device=base.device) * 31 % config.vocab_size
+    places = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
+    was_training = base.training
+    base.eval()
+    try:
+        run = base.get_decoder()
+        packed = run(input_ids=documents.unsqueeze(0), position_ids=places, use_cache=False)[0]
+        alone = run(input_ids=documents[5:].unsqueeze(0), use_cache=False)[0]
+    except (AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
+        return False, f"off: {type(error).__name__} with packed documents"
+    finally:
+        base.train(was_training)
+    difference = float((packed[:, 5:] - alone).float().norm() / alone.float().norm())
+    if not difference < 3e-2:
+        return False, "off: this model's attention mixes packed documents"
+    return True, "documents share micro-batches without padding"

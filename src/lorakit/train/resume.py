@@ -90,7 +90,12 @@ def write_run_files(
     """recipe.yaml, data_report.json, plan.json and environment.json; no path of this machine."""
     portable = {
         "model": _portable(resolved.recipe.model, resolved, run),
-        "data": [_portable(s, resolved, run) for s in resolved.recipe.sources],
+        "data": [
+            {"source": _portable(source, resolved, run), "weight": weight}
+            if weight != 1
+            else _portable(source, resolved, run)
+            for source, weight in zip(resolved.recipe.sources, resolved.recipe.weights, strict=True)
+        ],
         "output_dir": run.path.name,
     }
     if resolved.recipe.val_data:

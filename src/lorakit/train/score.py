@@ -51,7 +51,7 @@ def score(
             batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
             out = model(**batch, use_cache=False)
             loss += float(out.loss_sum)
-            tokens += int(out.tokens)
+            tokens += batch["targets"].numel()
             start += len(rows)
             if on_batch:
                 on_batch(start, len(order))

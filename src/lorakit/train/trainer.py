@@ -1,8 +1,9 @@
 """A PEFT model and examples enter; trained adapter weights, checkpoints and metrics leave.
 
-TRL's SFTTrainer, with four things of our own: rows arrive tokenized and masked and are touched by
-nothing after, the loss covers supervised tokens and weighs tokens (not micro-batches), adapters
-stay float32, and checkpoints are whole or absent.
+TRL's SFTTrainer, with five things of our own: rows arrive tokenized and masked and are touched by
+nothing after, a step's examples are laid out in micro-batches here, the loss covers supervised
+tokens and weighs tokens (not micro-batches), adapters stay float32, and checkpoints are whole or
+absent.
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ import importlib.util
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
-from lorakit.data.batch import collate
+from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.errors import DependencyError, RecipeError
+from lorakit.model.fast_layer import Keep
+from lorakit.ops.backend import has_kernels
 from lorakit.recipe import Recipe
-from lorakit.records import Device, Example
+from lorakit.records import Device, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.checkpoint import rotate, save_training_state, staged
-from lorakit.train.loss import attach_loss, detach_loss
+from lorakit.train.graphs import GraphedMicroSteps, to_bucket
+from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.score import score
 from lorakit.train.signals import StopRequest
@@ -48,13 +54,14 @@ class LoraTrainer(SFTTrainer):
         tokenizer: Any,
         recipe: Recipe,
         device: Device,
+        plan: MemoryPlan,
         run: RunDir,
         train: Sequence[Example],
         val: Sequence[Example],
         progress: TrainingProgress,
         stop: StopRequest,
     ) -> None:
-        self.run, self.recipe, self.val = run, recipe, val
+        self.run, self.recipe, self.val, self.plan = run, recipe, val, plan
         self.pad_id = pad_token_id(tokenizer)
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -64,10 +71,12 @@ class LoraTrainer(SFTTrainer):
                 recipe, device, run, total_steps(recipe, len(train)), bool(val)
             ),
             processing_class=tokenizer,
-            # The data set holds row numbers; examples are looked up when a batch is made.
+            # The data set holds row numbers; examples are looked up when a step is made.
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
-            data_collator=lambda rows: collate([train[r["index"]] for r in rows], self.pad_id),
+            data_collator=lambda rows: {
+                "step": step_batches([train[r["index"]] for r in rows], self.layout)
+            },
             callbacks=[_Reporter(self, progress), _Stopper(stop)],
         )
         self.remove_callback(PrinterCallback)
@@ -75,29 +84,93 @@ class LoraTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if name in masters:
                 parameter.data = masters[name]
-        self.loss_path = attach_loss(self.model)
-        # The loss is divided by the step's token count, so gradients of micro-batches just add up.
-        self.model_accepts_loss_kwargs = True
-        self.step_tokens = torch.zeros((), dtype=torch.long)
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Summed loss of this micro-batch over the supervised tokens of the whole step."""
-        outputs = model(**inputs, use_cache=False)
-        tokens = outputs.tokens if num_items_in_batch is None else num_items_in_batch
-        loss = outputs.loss_sum / torch.as_tensor(tokens, device=outputs.loss_sum.device).clamp(
-            min=1
+        self.attached = attach_loss(self.model, recipe.engine)
+        place(self.model, self.attached, plan)
+        self.layout: Layout = Layout(
+            pad_id=self.pad_id,
+            rows=recipe.micro_batch_size,
+            capacity=recipe.micro_batch_size * recipe.cutoff_len,
+            packed=recipe.packing and self.attached.packs,
         )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The count spans all ranks and DDP averages gradients over them.
-            loss = loss * self.accelerator.num_processes
-        self.step_tokens = self.step_tokens.to(loss.device) + inputs["attention_mask"].sum()
-        return (loss, outputs) if return_outputs else loss
+        self.step_tokens = 0
+        self.graphs = self._graphed()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """Forward and backward of all micro-batches of one optimizer step; its mean loss.
+
+        The loss is divided by the step's supervised tokens, so gradients of micro-batches just add
+        up: they do not depend on how the examples were laid out.
+        """
+        model.train()
+        if self.plan.embedding_on_host and self.attached.engine is not None:
+            # Not before the first step: accelerate moves the whole model when training begins.
+            self.attached.engine.move_embedding_to_host()
+        step: StepBatch = inputs["step"]
+        # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
+        ranks = self.accelerator.num_processes
+        scale = ranks / max(1, self._sum_over_ranks(step.supervised))
+        self.step_tokens += step.tokens
+        total = torch.zeros((), device=self.args.device)
+        if self.graphs is not None:
+            self.graphs.begin(scale)
+            for micro in step.micro:
+                total += self.graphs(self._to_device(to_bucket(micro)))
+            return total
+        for number, micro in enumerate(step.micro):
+            last = number + 1 == len(step.micro)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                total += self._forward_backward(model, self._to_device(micro), scale)
+        return total
+
+    def _to_device(self, micro: Batch) -> Batch:
+        """The micro-batch on the device; embedded here where the embedding lies on the host."""
+        engine, device = self.attached.engine, self.args.device
+        if engine is not None and engine.embedding_on_host:
+            ids = micro["input_ids"]
+            micro = {k: v for k, v in micro.items() if k != "input_ids"}
+            micro["inputs_embeds"] = engine.embed_on_host(ids)
+        return {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in micro.items()
+        }
+
+    def _forward_backward(self, model: Any, micro: Batch, scale: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss = model(**micro, use_cache=False).loss_sum * scale
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def graphs_in_words(self) -> str:
+        """Whether micro-batches run as CUDA graphs, and why not."""
+        if self.graphs is None:
+            return "no CUDA graphs"
+        if self.graphs.failed:
+            return f"no CUDA graphs: {self.graphs.failed}"
+        return f"{len(self.graphs.graphs)} CUDA graphs"
+
+    def _graphed(self) -> GraphedMicroSteps | None:
+        """Graphs where every part of a micro-batch runs on the card by fixed shapes."""
+        engine = self.attached.engine
+        if (
+            engine is None
+            or not self.attached.frozen_head
+            or self.args.fp16
+            or self.accelerator.num_processes > 1
+        ):
+            return None
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not has_kernels(parameters[0]):
+            return None
+        return GraphedMicroSteps(
+            lambda micro, scale: self._forward_backward(self.model, micro, scale),
+            parameters,
+            engine.groups,
+        )
+
+    def _sum_over_ranks(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device)))
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
@@ -148,8 +221,7 @@ class _Reporter(TrainerCallback):
                 f"perplexity {logs['eval_perplexity']:.2f}"
             )
             return
-        tokens = int(self.trainer.step_tokens)
-        self.trainer.step_tokens.zero_()
+        tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
         if not math.isfinite(logs["loss"]):
             self.trainer.diverged_at = state.global_step
             control.should_training_stop, control.should_save = True, False
@@ -190,8 +262,7 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     """Optimizer steps of a run over `examples` examples; the last step of an epoch may be short."""
     if recipe.max_steps is not None:
         return recipe.max_steps
-    micro_batches = math.ceil(examples / recipe.micro_batch_size)
-    per_epoch = math.ceil(micro_batches / recipe.gradient_accumulation_steps)
+    per_epoch = math.ceil(examples / recipe.examples_per_step)
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
@@ -212,8 +283,9 @@ def training_arguments(
             )
     return SFTConfig(
         output_dir=str(run.path),
-        per_device_train_batch_size=recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        # One batch of the loader is one optimizer step; `training_step` cuts it.
+        per_device_train_batch_size=recipe.examples_per_step,
+        gradient_accumulation_steps=1,
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler,
@@ -225,7 +297,7 @@ def training_arguments(
         bf16=device.kind in ("cuda", "cpu") and device.dtype == "bfloat16",
         fp16=device.kind == "cuda" and device.dtype == "float16",
         use_cpu=device.kind == "cpu",
-        gradient_checkpointing=False,  # switched on by finetune, without TRL's conversions
+        gradient_checkpointing=False,  # ours, without TRL's conversions
         seed=recipe.seed,
         data_seed=recipe.seed,
         logging_steps=recipe.log_every,
@@ -243,6 +315,14 @@ def training_arguments(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def place(model: Any, attached: Attached, plan: MemoryPlan) -> None:
+    """Let layers keep, and parts lie, as the plan says."""
+    if attached.engine is not None:
+        attached.engine.keep([Keep(level) for level in plan.keep])
+    elif any(plan.keep):
+        base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -1,0 +1,134 @@
+"""A key and a way to make a folder of files enter; the folder leaves, made once for each key.
+
+Folders lie under $XDG_CACHE_HOME/lorakit/data (~/.cache without it), named by a hash of all that
+decides their content. The least recently used go when there are too many; the whole may be
+deleted at any time: `rm -r ~/.cache/lorakit/data`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import WorkError
+
+# A million chats of 210 characters take about 0.9 GB.
+MOST_BYTES = 20 * 2**30
+MOST_FOLDERS = 200
+_SIZES, _MAKING = "sizes.json", ".making-"
+
+
+def key_of(*parts: Any) -> str:
+    """A name for what is made of `parts` (JSON values) by this version of the code."""
+    text = json.dumps([_code(), *parts], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` filled for `key`, now or in an earlier run.
+
+    Args:
+        key: None for what must not be found again (its content is not known before it is read);
+            the folder then lasts as long as the process.
+
+    Raises:
+        WorkError: the cache cannot be written. Whatever `make` raises passes, and leaves nothing.
+    """
+    home = cache_home()
+    target = home / key if key else None
+    if target and _whole(target):
+        os.utime(target)
+        return target
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=home))
+    except OSError as error:
+        raise _unwritable(home, error) from error
+    try:
+        make(work)
+        sizes = {path.name: path.stat().st_size for path in work.iterdir()}
+        (work / _SIZES).write_text(json.dumps(sizes))
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise _unwritable(home, error) from error
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if target is None:
+        atexit.register(shutil.rmtree, work, ignore_errors=True)
+        return work
+    return _settle(work, target, home)
+
+
+def cache_home() -> Path:
+    """Where prepared data is kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "lorakit" / "data"
+
+
+def _settle(work: Path, target: Path, home: Path) -> Path:
+    """`work` under its final name; where another process was faster, its folder is as good."""
+    if target.exists() and not _whole(target):
+        shutil.rmtree(target, ignore_errors=True)
+    try:
+        work.replace(target)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if not _whole(target):
+            raise _unwritable(home, error) from error
+    _prune(home, keep=target)
+    return target
+
+
+def _whole(folder: Path) -> bool:
+    """All files there with the sizes they were written with."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _prune(home: Path, keep: Path) -> None:
+    found = []
+    for entry in os.scandir(home):
+        if entry.name.startswith(_MAKING) and entry.stat().st_mtime < time.time() - 86400:
+            shutil.rmtree(entry.path, ignore_errors=True)  # of a process that was killed
+            continue
+        try:
+            sizes = json.loads((Path(entry.path) / _SIZES).read_text())
+            found.append((entry.stat().st_mtime, sum(sizes.values()), Path(entry.path)))
+        except (OSError, ValueError):  # being made, or going
+            continue
+    room = MOST_BYTES
+    for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
+        room -= size
+        # An open memory map outlives its file's name, so a run that reads here goes on.
+        if (room < 0 or number >= MOST_FOLDERS) and path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _unwritable(home: Path, error: OSError) -> WorkError:
+    return WorkError(
+        f"prepared data cannot be kept in {home}: {error.strerror or error}",
+        hint="free some space, or set XDG_CACHE_HOME to a folder on another disk",
+    )
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the code that makes the data: a new version must not meet an old folder."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), here.parent / "records.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

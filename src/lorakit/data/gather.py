@@ -1,0 +1,87 @@
+"""Sources of a recipe enter; their usable rows leave on a shelf, and what became of the others.
+
+Each file is looked at by itself, since a folder may mix formats. Rows stream from the reader to the
+shelf: however long a source is, a hundred of its rows are in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.cache import folder_for, key_of
+from lorakit.data.check import FaultLog, RowFault, check_turns, refuse_if_empty
+from lorakit.data.clean import clean_item
+from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
+from lorakit.data.items import Item
+from lorakit.data.locate import left_aside
+from lorakit.data.read import content_key, read_rows
+from lorakit.data.shelf import ItemShelf, write_items
+from lorakit.recipe import Recipe
+from lorakit.records import Document, Row
+
+
+def gather(
+    names: Sequence[str], recipe: Recipe, folders: Sequence[Path]
+) -> tuple[ItemShelf, FaultLog]:
+    """Usable rows of all sources in order; `meta["lines"]` has a line of the report for each.
+
+    Raises:
+        DataError: a source is missing or damaged, or none of its rows can be used.
+    """
+    contents = [content_key(name, folders) for name in names]
+    aside = [left_aside(name, folders) for name in names]
+    rules = [list(names), aside, recipe.columns, recipe.system]
+    key = None if None in contents else key_of("items", contents, rules)
+
+    def make(folder: Path) -> None:
+        meta: dict[str, Any] = {"lines": []}
+        write_items(folder, _read_all(names, recipe, folders, meta), meta)
+
+    shelf = ItemShelf(folder_for(key, make), key)
+    return shelf, FaultLog.from_dict(shelf.meta["faults"])
+
+
+def _read_all(
+    names: Sequence[str], recipe: Recipe, folders: Sequence[Path], meta: dict[str, Any]
+) -> Iterator[tuple[Item, int]]:
+    """(item, number of its source); what became of the rows is written into `meta`."""
+    log = FaultLog()
+    for number, name in enumerate(names):
+        own, read, found = FaultLog(), 0, 0
+        for aside in left_aside(name, folders):
+            own.add("file of another kind", aside, "not read")
+        formats: dict[str, str] = {}
+        rows = read_rows(name, folders, offline=recipe.offline)
+        for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
+            first = list(itertools.islice(group, GUESS_ROWS))
+            guess = guess_format(first, recipe.columns)
+            formats.setdefault(guess.name, guess.reason)
+            for row in itertools.chain(first, group):
+                read += 1
+                for item in _convert(row, guess, recipe, own):
+                    found += 1
+                    yield item, number
+        shown = Path(name).name if Path(name).is_absolute() else name
+        refuse_if_empty(found, read, shown, own)
+        log.absorb(own)
+        meta["lines"].append(
+            {
+                "source": shown,
+                "format": ", ".join(formats),
+                "reason": next(iter(formats.values())),
+                "rows": read,
+                "left_out": own.rows_left_out,
+            }
+        )
+    meta["faults"] = log.as_dict()
+
+
+def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: FaultLog) -> Iterator[Item]:
+    try:
+        item = clean_item(to_conversation(row, guess, recipe.system), log)
+        yield item if isinstance(item, Document) else check_turns(item, log)
+    except RowFault as fault:
+        log.leave_out(fault)

@@ -1,0 +1,382 @@
+"""Hidden states enter a decoder layer of the Llama shape; its output leaves, backward by hand.
+
+    mid = x + o(attention(rope(qkv(norm1(x)))))          out = mid + down(act(gate) * up)
+
+One autograd node a layer. What it keeps for backward is chosen by `Keep`; the rest is recomputed.
+Bytes per token and layer in bf16 at the Llama-2-7B shape: ALL 91 KiB, NO_GATE_UP 48, MIDDLE 16,
+INPUT 8; `down` is never recomputed and, while the middle is kept, `o` is not either.
+Shapes: B batch, T tokens, M = B*T, D model, H/Hk heads, d head width, I inner width.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.model.attention import Segments, attend
+from lorakit.model.lora_group import Dropout, LoraGroup, Scratch, Unsupported
+from lorakit.ops.gated import gated, gated_backward
+from lorakit.ops.lora import Update
+from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
+from lorakit.ops.rope import rope, rotate_qkv_
+
+
+class Keep(enum.IntEnum):
+    """What a layer keeps for backward, most first."""
+
+    ALL = 0
+    NO_GATE_UP = 1
+    MIDDLE = 2
+    INPUT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What all layers share in one forward pass: angles, documents, masks, train or not."""
+
+    cos: Tensor
+    sin: Tensor
+    segments: Segments | None
+    keys: Tensor | None  # [layers, modules, 2]
+    training: bool
+    arena: Arena | None = None
+
+
+class Arena:
+    """Room for what layers keep, in one piece for each kind.
+
+    Made one by one between short-lived tensors, they would leave holes that nothing fits: 4 GiB of
+    them with 32 layers at 2,048 tokens.
+    """
+
+    def __init__(self, layers: list[FastLayer], rows: int, model: int, like: Tensor) -> None:
+        first = layers[0]
+        inner, qkv = first.gate_up.outputs, first.qkv.outputs
+        rooms = {
+            "out": [(x.number, model) for x in layers],
+            "mid": [(x.number, model) for x in layers if x.keep < Keep.INPUT],
+            "qkv": [(x.number, qkv) for x in layers if x.keep < Keep.MIDDLE],
+            "gate_up": [(x.number, inner) for x in layers if x.keep == Keep.ALL],
+        }
+        self.places: dict[tuple[str, int], Tensor] = {}
+        for name, wanted in rooms.items():
+            if wanted:
+                width = wanted[0][1]
+                room = torch.empty(len(wanted), rows, width, dtype=like.dtype, device=like.device)
+                # .data: each place counts its own versions, so autograd sees no writes of others.
+                self.places |= {(name, w[0]): room[i].data for i, w in enumerate(wanted)}
+
+    def take(self, name: str, number: int) -> Tensor | None:
+        """Where layer `number` writes this tensor; None if it keeps none. Given out once."""
+        return self.places.pop((name, number), None)
+
+
+@dataclass(slots=True)
+class _Attention:
+    """One layer's attention as a graph of its own: leaves, and the output that leads back."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    raw: Tensor | None = None  # q and k before their norms (Qwen3)
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What one layer's forward left for its backward; None where it is recomputed."""
+
+    x: Any  # [M, D]
+    updates: dict[str, Update | None] = field(default_factory=dict)
+    rstd1: Any = None  # [M] float32, as rstd2
+    attention: Any = None  # _Attention
+    mid: Any = None  # [M, D]
+    rstd2: Any = None
+    gate_up: Any = None  # [M, 2I], adapters not included
+
+
+class FastLayer:
+    """A decoder layer's modules as four groups of linear layers, two norms and its attention."""
+
+    def __init__(self, layer: Any, number: int, config: Any, scratch: Scratch) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.number, self.keep = number, Keep.ALL
+        self.head, self.scale = attention.head_dim, attention.scaling
+        self.qkv = LoraGroup("qkv", [attention.q_proj, attention.k_proj, attention.v_proj], scratch)
+        self.o = LoraGroup("o", [attention.o_proj], scratch)
+        self.gate_up = LoraGroup("gate_up", [mlp.gate_proj, mlp.up_proj], scratch)
+        self.down = LoraGroup("down", [mlp.down_proj], scratch)
+        self.groups = [self.qkv, self.o, self.gate_up, self.down]
+        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        self.head_norms: list[Any] = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+        for norm in (*self.norms, *self.head_norms):
+            if norm is not None and norm.weight.requires_grad:
+                raise Unsupported("norm weights train")
+        self.offset = 1.0 if config.model_type.startswith("gemma") else 0.0
+        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        if name not in _ACTIVATIONS:
+            raise Unsupported(f"activation {name}")
+        self.activation = _ACTIVATIONS[name]
+        self.rotates = bool(getattr(attention, "use_rope", True))
+        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        self.window: int | None = int(window) if window else None
+        starts = [0]
+        for group in self.groups:
+            starts.append(starts[-1] + len(group.adapted))
+        self.key_rows = [slice(a, b) for a, b in itertools.pairwise(starts)]
+        self.masks = starts[-1]
+
+    def __call__(self, x: Tensor, call: Pass) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        parameters = [p for group in self.groups for p in group.parameters]
+        out: Tensor = _Layer.apply(x, self, call, *parameters)
+        return out
+
+    def dropout(self, group: LoraGroup, call: Pass) -> Dropout:
+        if call.keys is None or not call.training or not group.p or not group.adapted:
+            return Dropout(None, 0.0)
+        return Dropout(call.keys[self.number, self.key_rows[self.groups.index(group)]], group.p)
+
+    def room(self, name: str, call: Pass) -> Tensor | None:
+        return call.arena.take(name, self.number) if call.arena else None
+
+    def norm(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        module = self.norms[number]
+        return rms_norm(x, module.weight, _eps(module), self.offset)
+
+    def attend(
+        self, qkv: Tensor, update: Update | None, call: Pass, batch: int, graph: bool
+    ) -> _Attention:
+        """Add the adapters' part to qkv [M, N], rotate q and k in place, and attend."""
+        heads = tuple(size // self.head for size in self.qkv.sizes)
+        angles = (call.cos, call.sin) if self.rotates else None
+        raw = None
+        if self.head_norms[0] is None:
+            rotate_qkv_(qkv, heads, self.head, angles, update)
+        else:
+            raw = self.qkv.add_(qkv, update)
+        wide = qkv.view(batch, -1, sum(heads), self.head)
+        q, k, v = wide.split(heads, dim=2)
+        if raw is not None:
+            q, k = (self._head_norm(n, t) for n, t in enumerate((q, k)))
+            if angles is not None:
+                q, k = rope(q, *angles, out=q), rope(k, *angles, out=k)
+        with torch.set_grad_enabled(graph):
+            if graph:
+                q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            out = attend(q, k, v, self.scale, call.segments)
+        return _Attention(q, k, v, out, raw)
+
+    def _head_norm(self, number: int, t: Tensor) -> Tensor:
+        module = self.head_norms[number]
+        flat = t.reshape(-1, self.head)
+        return rms_norm(flat, module.weight, _eps(module), self.offset)[0].view(t.shape)
+
+    def attention_backward(self, kept: _Attention, dout: Tensor, call: Pass) -> Tensor:
+        """dqkv [M, N] from the gradient of attention's output [B, T, H, d]."""
+        dq, dk, dv = torch.autograd.grad(kept.out, (kept.q, kept.k, kept.v), dout)
+        batch, length = dq.shape[:2]
+        dqkv = torch.empty(batch * length, self.qkv.outputs, dtype=dq.dtype, device=dq.device)
+        wide = dqkv.view(batch, length, -1, self.head)
+        parts = wide.split([size // self.head for size in self.qkv.sizes], dim=2)
+        parts[2].copy_(dv)
+        for number, (grad, part) in enumerate(zip((dq, dk), parts, strict=False)):
+            if self.rotates:
+                rope(grad, call.cos, call.sin, out=part, inverse=True)
+            else:
+                part.copy_(grad)
+            if kept.raw is not None:
+                part.copy_(self._head_norm_backward(number, part, kept.raw, batch))
+        return dqkv
+
+    def _head_norm_backward(self, number: int, grad: Tensor, raw: Tensor, batch: int) -> Tensor:
+        module = self.head_norms[number]
+        wide = raw.view(batch, -1, raw.shape[1] // self.head, self.head)
+        own = wide.split([size // self.head for size in self.qkv.sizes], dim=2)[number]
+        x = own.reshape(-1, self.head)
+        rstd = torch.rsqrt(x.float().pow(2).mean(-1) + _eps(module))
+        flat = grad.reshape(-1, self.head)
+        return rms_norm_backward(flat, x, module.weight, rstd, self.offset).view(grad.shape)
+
+
+class _Layer(torch.autograd.Function):
+    """The layer as one node: forward saves by `Keep`, backward recomputes what is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FastLayer, call: Pass, *parameters: Tensor) -> Tensor:
+        wants = any(ctx.needs_input_grad)
+        with torch.autocast(x.device.type, enabled=False):
+            saved = _Saved(x.reshape(-1, x.shape[-1]))
+            out = _forward(layer, call, saved, x.shape[0], wants)
+        if wants:
+            ctx.layer, ctx.call, ctx.saved, ctx.shape = layer, call, saved, x.shape
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        with torch.autocast(dout.device.type, enabled=False):
+            dx, gradients = _backward(
+                ctx.layer, ctx.call, ctx.saved, ctx.shape, dout.reshape(-1, ctx.shape[-1]),
+                ctx.needs_input_grad[0],
+            )  # fmt: skip
+        # The chain of nodes outlives its backward: memory goes back layer by layer only this way.
+        ctx.saved = None
+        return (dx.view(ctx.shape) if dx is not None else None, None, None, *gradients)
+
+
+class _Weights:
+    """Frozen weights of one layer in one pass: NF4 ones are dequantized at most once."""
+
+    def __init__(self, layer: FastLayer) -> None:
+        self.layer = layer
+        self.known: dict[str, Tensor] = {}
+
+    def __getitem__(self, group: LoraGroup) -> Tensor:
+        if group.name not in self.known:
+            self.known[group.name] = group.weight()
+        return self.known[group.name]
+
+
+def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: bool) -> Tensor:
+    """The layer's output [M, D]; `saved` keeps what `layer.keep` says."""
+    keep, weights = layer.keep, _Weights(layer)
+    mid = _to_middle(layer, call, saved, weights, batch, wants and keep < Keep.MIDDLE)
+    h2, saved.rstd2 = layer.norm(1, mid)
+    gate_up = _to_gate_up(layer, call, saved, weights, h2)
+    h = gated(gate_up, layer.activation, saved.updates["gate_up"])
+    drop, room = layer.dropout(layer.down, call), layer.room("out", call)
+    out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, mid, room)
+    if keep == Keep.ALL:
+        saved.gate_up = gate_up
+    else:
+        del saved.updates["gate_up"]
+    if keep >= Keep.MIDDLE:
+        saved.attention = None
+        del saved.updates["qkv"]
+    if keep < Keep.INPUT:
+        saved.mid = mid
+    else:
+        del saved.updates["o"]
+    return out
+
+
+def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights) -> Tensor:
+    """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
+    h1, saved.rstd1 = layer.norm(0, saved.x)
+    drop = layer.dropout(layer.qkv, call)
+    room = layer.room("qkv", call)
+    qkv, saved.updates["qkv"] = layer.qkv.product(h1, weights[layer.qkv], drop, room)
+    return qkv
+
+
+def _attention_of(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, batch: int, graph: bool
+) -> _Attention:
+    qkv = _to_qkv(layer, call, saved, weights)
+    return layer.attend(qkv, saved.updates["qkv"], call, batch, graph)
+
+
+def _to_middle(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, batch: int, graph: bool
+) -> Tensor:
+    """The first half of the layer, mid [M, D]; `saved` gets its attention and updates."""
+    saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
+    flat = _flat(saved.attention.out)
+    drop = layer.dropout(layer.o, call)
+    room = layer.room("mid", call)
+    mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, saved.x, room)
+    return mid
+
+
+def _to_gate_up(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, h2: Tensor
+) -> Tensor:
+    """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
+    drop = layer.dropout(layer.gate_up, call)
+    room = layer.room("gate_up", call)
+    made = layer.gate_up.product(h2, weights[layer.gate_up], drop, room)
+    gate_up, saved.updates["gate_up"] = made
+    return gate_up
+
+
+def _backward(
+    layer: FastLayer, call: Pass, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx [M, D], gradients of the groups' parameters in their order)."""
+    weights = _Weights(layer)
+    if saved.mid is None:
+        saved.mid = _to_middle(layer, call, saved, weights, shape[0], graph=True)
+    elif saved.attention is None:
+        saved.attention = _attention_of(layer, call, saved, weights, shape[0], graph=True)
+    dmid, of_mlp = _backward_mlp(layer, call, saved, weights, dout)
+    dx, of_attention = _backward_attention(layer, call, saved, weights, dmid, wants_dx)
+    return dx, [*of_attention, *of_mlp]
+
+
+def _backward_mlp(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, dout: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(dmid [M, D], gradients of gate/up and down)."""
+    mid, rstd2, training = saved.mid, saved.rstd2, call.training
+    h2, _ = layer.norm(1, mid)
+    gate_up = saved.gate_up
+    if gate_up is None:
+        gate_up = _to_gate_up(layer, call, saved, weights, h2)
+    update = saved.updates["gate_up"]
+    drop = layer.dropout(layer.down, call)
+    ds, dh = layer.down.input_grad(dout, weights[layer.down], drop)
+    dgate_up, h = gated_backward(dh, gate_up, layer.activation, update)
+    saved.gate_up = gate_up = None
+    of_down = layer.down.factor_grads(dout, ds, h, saved.updates["down"], drop, training)
+    del h, dh
+    drop = layer.dropout(layer.gate_up, call)
+    ds, dh2 = layer.gate_up.input_grad(dgate_up, weights[layer.gate_up], drop)
+    of_gate_up = layer.gate_up.factor_grads(dgate_up, ds, h2, update, drop, training)
+    norm = layer.norms[1]
+    dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=dout)
+    return dmid, [*of_gate_up, *of_down]
+
+
+def _backward_attention(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, dmid: Tensor, wants_dx: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx [M, D], gradients of qkv and o)."""
+    kept, rstd1, training = saved.attention, saved.rstd1, call.training
+    drop = layer.dropout(layer.o, call)
+    ds, dflat = layer.o.input_grad(dmid, weights[layer.o], drop)
+    of_o = layer.o.factor_grads(dmid, ds, _flat(kept.out), saved.updates["o"], drop, training)
+    dqkv = layer.attention_backward(kept, dflat.view(kept.out.shape), call)
+    saved.attention = kept = None
+    h1, _ = layer.norm(0, saved.x)
+    drop = layer.dropout(layer.qkv, call)
+    dx = None
+    if wants_dx:
+        ds, dh1 = layer.qkv.input_grad(dqkv, weights[layer.qkv], drop)
+        norm = layer.norms[0]
+        dx = rms_norm_backward(dh1, saved.x, norm.weight, rstd1, layer.offset, residual=dmid)
+    else:
+        ds = layer.qkv.factor_signal(dqkv)
+    of_qkv = layer.qkv.factor_grads(dqkv, ds, h1, saved.updates["qkv"], drop, training)
+    return dx, [*of_qkv, *of_o]
+
+
+def _flat(out: Tensor) -> Tensor:
+    """Attention's output [B, T, H, d] as rows [M, H*d]."""
+    return out.detach().reshape(out.shape[0] * out.shape[1], -1)
+
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def _eps(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

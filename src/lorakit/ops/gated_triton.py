@@ -1,0 +1,109 @@
+"""The gated activation of `gated.py` and its gradient as Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorakit.ops.lora import Update
+
+SETTINGS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}  # see benchmarks/kernels.py
+
+
+def gated_triton(gu: Tensor, activation: str, update: Update | None = None) -> Tensor:
+    """See `gated.gated`."""
+    rows, width = gu.shape[0], gu.shape[1] // 2
+    h = torch.empty(rows, width, dtype=gu.dtype, device=gu.device)
+    _launch(gu, gu, gu, h, activation, update, backward=False)
+    return h
+
+
+def gated_backward_triton(
+    dh: Tensor, gu: Tensor, activation: str, update: Update | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `gated.gated_backward`."""
+    dgu = torch.empty_like(gu)
+    h = torch.empty_like(dh)
+    _launch(dh, gu, dgu, h, activation, update, backward=True)
+    return dgu, h
+
+
+def _launch(
+    dh: Tensor,
+    gu: Tensor,
+    dgu: Tensor,
+    h: Tensor,
+    activation: str,
+    update: Update | None,
+    backward: bool,
+) -> None:
+    rows, width = h.shape
+    s, b, slots = (update.s, update.b, update.slots) if update else (gu, gu, (-1, -1))
+    rank = update.rank if update else 1
+    grid = (triton.cdiv(rows, SETTINGS["BLOCK_M"]), triton.cdiv(width, SETTINGS["BLOCK_N"]))
+    _kernel[grid](
+        dh, gu, dgu, h, s, b, rows, width, s.stride(0),
+        SLOT_G=slots[0], SLOT_U=slots[1], RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        SILU=activation == "silu", BACKWARD=backward, **SETTINGS,
+    )  # fmt: skip
+
+
+@triton.jit
+def low_rank_tile(  # type: ignore[no-untyped-def]
+    tile, s, b, row, column, rows, end, s_stride,
+    SLOT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`tile` [rows, columns] float32 plus S_slot B^T; `column` are rows of b, below `end`."""
+    if SLOT >= 0:
+        rank = tl.arange(0, BLOCK_R)
+        left = tl.load(
+            s + row.to(tl.int64)[:, None] * s_stride + SLOT * RANK + rank[None, :],
+            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            b + column[None, :] * RANK + rank[:, None],
+            mask=(column < end)[None, :] & (rank < RANK)[:, None],
+            other=0.0,
+        )
+        tile = tl.dot(left, right, tile, input_precision="ieee")
+    return tile
+
+
+@triton.jit
+def _activate(g, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(act(g), act'(g))."""
+    if SILU:
+        s = 1.0 / (1.0 + tl.exp(-g))
+        return g * s, s * (1.0 + g * (1.0 - s))
+    inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    t = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+    slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * g * g)
+    return 0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * slope
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def]
+    dh, gu, dgu, h, s, b, rows, width, s_stride,
+    SLOT_G: tl.constexpr, SLOT_U: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    SILU: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    wide = row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
+    narrow = row.to(tl.int64)[:, None] * width + column[None, :]
+    g = tl.load(gu + wide, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(gu + wide + width, mask=inside, other=0.0).to(tl.float32)
+    g = low_rank_tile(g, s, b, row, column, rows, width, s_stride, SLOT_G, RANK, BLOCK_R)
+    up = column + width
+    u = low_rank_tile(u, s, b, row, up, rows, 2 * width, s_stride, SLOT_U, RANK, BLOCK_R)
+    act, slope = _activate(g, SILU)
+    kind = h.dtype.element_ty
+    tl.store(h + narrow, (act * u).to(kind), mask=inside)
+    if BACKWARD:
+        d = tl.load(dh + narrow, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dgu + wide, (d * u * slope).to(kind), mask=inside)
+        tl.store(dgu + wide + width, (d * act).to(kind), mask=inside)

@@ -1,0 +1,187 @@
+"""The masked products of `lora.py` as Triton kernels: dropout masks live in registers only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorakit.ops.hash_mask import threshold
+from lorakit.ops.hash_mask_triton import keep_tile
+
+# Chosen on an H100 (benchmarks/kernels.py): (BLOCK_M, BLOCK_K), for few rows and for many.
+MANY_ROWS = 4096
+DOWN = {"few": (16, 256), "many": (64, 64)}
+INPUT_GRAD = {"few": (32, 128), "many": (64, 128)}
+A_GRAD = (64, 128)
+A_GRAD_SPLITS = 4
+
+
+def _blocks(sizes: dict[str, tuple[int, int]], rows: int) -> dict[str, int]:
+    block_m, block_k = sizes["many" if rows >= MANY_ROWS else "few"]
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k}
+
+
+def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
+    """See `lora.lora_down`."""
+    rows, width = x.shape
+    modules = len(keys)
+    rank = a.shape[0] // modules
+    out = torch.empty(rows, modules * rank, dtype=x.dtype, device=x.device)
+    blocks = _blocks(DOWN, rows)
+    grid = (triton.cdiv(rows, blocks["BLOCK_M"]), modules)
+    _down_kernel[grid](
+        x, a, keys, out, rows, width, x.stride(0), threshold(p),
+        RANK=rank, BLOCK_R=_block_r(rank), num_stages=3, **blocks,
+    )  # fmt: skip
+    return out
+
+
+def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
+    """See `lora.lora_input_grad_`."""
+    rows, width = dx.shape
+    modules = len(keys)
+    rank = a.shape[0] // modules
+    blocks = _blocks(INPUT_GRAD, rows)
+    grid = (triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))
+    _input_grad_kernel[grid](
+        dx, ds, a, keys, rows, width, dx.stride(0), ds.stride(0), threshold(p),
+        MODULES=modules, RANK=rank, BLOCK_R=_block_r(rank), num_stages=1, **blocks,
+    )  # fmt: skip
+    return dx
+
+
+def lora_a_grad_triton(
+    ds: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    p: float,
+    factor: float = 1.0,
+    into: Tensor | None = None,
+) -> Tensor:
+    """See `lora.lora_a_grad`. Partial sums are added in a fixed order."""
+    rows, width = x.shape
+    modules = len(keys)
+    rank = ds.shape[1] // modules
+    partial = torch.empty(
+        A_GRAD_SPLITS, modules * rank, width, dtype=torch.float32, device=x.device
+    )
+    block_m, block_k = A_GRAD
+    chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), block_m) * block_m
+    grid = (triton.cdiv(width, block_k), modules, A_GRAD_SPLITS)
+    _a_grad_kernel[grid](
+        ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
+        modules * rank, RANK=rank, BLOCK_R=_block_r(rank),
+        BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3,
+    )  # fmt: skip
+    out = torch.empty_like(partial[0]) if into is None else into
+    size = out.numel()
+    _reduce_kernel[(triton.cdiv(size, 1024),)](
+        partial, out, size, factor, ADD=into is not None, SPLITS=A_GRAD_SPLITS, BLOCK=1024
+    )
+    return out
+
+
+def _block_r(rank: int) -> int:
+    """The rank as the matrix units take it: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _down_kernel(  # type: ignore[no-untyped-def]
+    x, a, keys, out, rows, width, x_stride, threshold,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    module = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        tile = tl.load(x + place, mask=inside, other=0.0)
+        keep = keep_tile(row, column, width, keys, module, threshold)
+        tile = tl.where(keep, tile, 0.0).to(tile.dtype)
+        factor = tl.load(
+            a + (module * RANK + rank)[None, :] * width + column[:, None],
+            mask=(rank < RANK)[None, :] & (column < width)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(tile, factor, total, input_precision="ieee")
+    modules = tl.num_programs(1)
+    place = row.to(tl.int64)[:, None] * (modules * RANK) + module * RANK + rank[None, :]
+    inside = (row < rows)[:, None] & (rank < RANK)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _input_grad_kernel(  # type: ignore[no-untyped-def]
+    dx, ds, a, keys, rows, width, dx_stride, ds_stride, threshold,
+    MODULES: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_R)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    place = row.to(tl.int64)[:, None] * dx_stride + column[None, :]
+    total = tl.load(dx + place, mask=inside, other=0.0).to(tl.float32)
+    for module in tl.static_range(MODULES):
+        left = tl.load(
+            ds + row.to(tl.int64)[:, None] * ds_stride + module * RANK + rank[None, :],
+            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            a + (module * RANK + rank)[:, None] * width + column[None, :],
+            mask=(rank < RANK)[:, None] & (column < width)[None, :],
+            other=0.0,
+        )
+        part = tl.dot(left, right, input_precision="ieee")
+        total += tl.where(keep_tile(row, column, width, keys, module, threshold), part, 0.0)
+    tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _a_grad_kernel(  # type: ignore[no-untyped-def]
+    ds, x, keys, partial, rows, width, ds_stride, x_stride, chunk, threshold, total_rank,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    module = tl.program_id(1)
+    split = tl.program_id(2)
+    rank = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    end = tl.minimum(rows, (split + 1) * chunk)
+    for start in range(split * chunk, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        inside = (row < end)[:, None] & (column < width)[None, :]
+        place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        tile = tl.load(x + place, mask=inside, other=0.0)
+        keep = keep_tile(row, column, width, keys, module, threshold)
+        tile = tl.where(keep, tile, 0.0).to(tile.dtype)
+        left = tl.load(
+            ds + row.to(tl.int64)[None, :] * ds_stride + module * RANK + rank[:, None],
+            mask=(row < end)[None, :] & (rank < RANK)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, tile, total, input_precision="ieee")
+    place = (split * total_rank + module * RANK + rank)[:, None] * width + column[None, :]
+    tl.store(partial + place, total, mask=(rank < RANK)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def _reduce_kernel(  # type: ignore[no-untyped-def]
+    partial, out, size, factor, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * size + place, mask=inside, other=0.0)
+    total *= factor
+    if ADD:
+        total += tl.load(out + place, mask=inside, other=0.0)
+    tl.store(out + place, total, mask=inside)

@@ -1,0 +1,123 @@
+"""The rotation of `rope.py` as a Triton kernel: one token a program, heads in blocks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorakit.ops.gated_triton import low_rank_tile
+from lorakit.ops.lora import Update
+
+BLOCK_H = 8
+ROTATE = {"BLOCK_M": 64, "num_warps": 4}
+
+
+def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
+    """See `rope.rope`."""
+    batch, length, heads, width = x.shape
+    cos_batch = cos.stride(0) if cos.shape[0] > 1 else 0
+    grid = (batch * length, triton.cdiv(heads, BLOCK_H))
+    _rope_kernel[grid](
+        x, cos, sin, out, length, heads,
+        x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1), out.stride(2),
+        cos_batch, cos.stride(1),
+        HALF=width // 2, BLOCK_D=triton.next_power_of_2(width // 2), BLOCK_H=BLOCK_H,
+        INVERSE=inverse, num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+def rotate_qkv_triton_(
+    qkv: Tensor,
+    heads: tuple[int, int, int],
+    width: int,
+    angles: tuple[Tensor, Tensor] | None,
+    update: Update | None,
+) -> Tensor:
+    """See `rope.rotate_qkv_`."""
+    rows, half = qkv.shape[0], width // 2
+    s, b, slots = (update.s, update.b, update.slots) if update else (qkv, qkv, (-1, -1, -1))
+    cos, sin = angles or (qkv, qkv)
+    length = cos.shape[1] if angles else 1
+    rank = update.rank if update else 1
+    grid = (triton.cdiv(rows, ROTATE["BLOCK_M"]), sum(heads))
+    _rotate_kernel[grid](
+        qkv, s, b, cos, sin, rows, length, qkv.stride(0), s.stride(0),
+        cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,
+        Q=heads[0], K=heads[1], SLOT_Q=slots[0], SLOT_K=slots[1], SLOT_V=slots[2],
+        RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        HALF=half, BLOCK_D=max(16, triton.next_power_of_2(half)), ROTATES=angles is not None,
+        **ROTATE,
+    )  # fmt: skip
+    return qkv
+
+
+@triton.jit
+def _rotate_kernel(  # type: ignore[no-untyped-def]
+    qkv, s, b, cos, sin, rows, length, stride, s_stride, cos_batch, cos_row,
+    Q: tl.constexpr, K: tl.constexpr, SLOT_Q: tl.constexpr, SLOT_K: tl.constexpr,
+    SLOT_V: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROTATES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (d < HALF)[None, :]
+    place = row.to(tl.int64)[:, None] * stride + (head * 2 * HALF + d)[None, :]
+    first = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    column = head * 2 * HALF + d
+    low = head * 2 * HALF + HALF  # the first row of b that is not the first half's
+    if head < Q:
+        first = low_rank_tile(first, s, b, row, column, rows, low, s_stride, SLOT_Q, RANK, BLOCK_R)
+        second = low_rank_tile(
+            second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_Q, RANK, BLOCK_R
+        )
+    elif head < Q + K:
+        first = low_rank_tile(first, s, b, row, column, rows, low, s_stride, SLOT_K, RANK, BLOCK_R)
+        second = low_rank_tile(
+            second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_K, RANK, BLOCK_R
+        )
+    else:
+        first = low_rank_tile(first, s, b, row, column, rows, low, s_stride, SLOT_V, RANK, BLOCK_R)
+        second = low_rank_tile(
+            second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_V, RANK, BLOCK_R
+        )
+    if ROTATES and head < Q + K:
+        angle = (
+            (row // length)[:, None] * cos_batch + (row % length)[:, None] * cos_row + d[None, :]
+        )
+        c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        sn = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+        turned = first * c - second * sn
+        second = second * c + first * sn
+        first = turned
+    kind = qkv.dtype.element_ty
+    tl.store(qkv + place, first.to(kind), mask=inside)
+    tl.store(qkv + place + HALF, second.to(kind), mask=inside)
+
+
+@triton.jit
+def _rope_kernel(  # type: ignore[no-untyped-def]
+    x, cos, sin, out, length, heads,
+    xb, xt, xh, ob, ot, oh, cos_batch, cos_row,
+    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // length, token % length
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    inside = (head < heads)[:, None] & (d < HALF)[None, :]
+    angle = b * cos_batch + t * cos_row + d
+    c = tl.load(cos + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
+    if INVERSE:
+        s = -s
+    place = b * xb + t * xt + head[:, None] * xh + d[None, :]
+    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    place = b * ob + t * ot + head[:, None] * oh + d[None, :]
+    kind = out.dtype.element_ty
+    tl.store(out + place, (first * c - second * s).to(kind), mask=inside)
+    tl.store(out + place + HALF, (second * c + first * s).to(kind), mask=inside)

@@ -1,0 +1,55 @@
+"""A prompt's length is found without tokenizing it, and is the same as if it had been."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorakit.data.ids import borders_of, tokenize_ahead, tokenizer_key
+from lorakit.data.render import render
+
+FAMILIES = ["smollm2", "llama2", "llama3", "qwen3"]
+CONTENT = st.text(max_size=20) | st.sampled_from([" ", "\n\n", "  x", "é", "\u2028", "日本", "1+1"])
+
+
+def plain(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_a_prefix_by_its_tail_only_where_it_is_one(family, name):
+    tokenizer = family(name)
+    borders = borders_of(tokenizer)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(CONTENT, min_size=2, max_size=6))
+    def check(contents):
+        roles = ("user", "assistant")
+        chat = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+        prompt = render(tokenizer, chat[:1], prompt=True)
+        text = render(tokenizer, chat, prompt=False)
+        if not text.startswith(prompt):
+            return
+        for shift in (0, 1):
+            ids = [tokenizer.bos_token_id or 0] * shift + plain(tokenizer, text)
+            own = [tokenizer.bos_token_id or 0] * shift + plain(tokenizer, prompt)
+            found = borders.prompt_length(ids, text, prompt, plain(tokenizer, borders.tail(prompt)))
+            if found is not None:
+                assert ids[:found] == own
+            elif "<" not in "".join(contents):
+                assert ids[: len(own)] != own
+
+    check()
+
+
+def test_blocks_come_in_order_with_the_ids_of_their_texts(smollm):
+    blocks = [["a", "b"], [], ["a", "c d"]]
+    made = list(tokenize_ahead(smollm, iter(blocks), lambda block: block))
+    assert [block for block, _ in made] == blocks
+    assert [dict(ids) for _, ids in made] == [{t: plain(smollm, t) for t in b} for b in blocks]
+
+
+def test_the_key_of_a_tokenizer_follows_its_template_and_words(smollm, load_family):
+    one = tokenizer_key(smollm)
+    assert one == tokenizer_key(smollm) != tokenizer_key(load_family("qwen3"))
+    smollm.chat_template += " "
+    assert tokenizer_key(smollm) != one

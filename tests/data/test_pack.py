@@ -1,0 +1,39 @@
+"""Groups fill micro-batches: nothing lost, nothing over capacity, no more than rows would take."""
+
+import random
+
+import pytest
+
+from lorakit.data.pack import best_fit, saved_share
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_index_once_and_no_group_over_capacity(seed):
+    draw = random.Random(seed)
+    capacity = draw.randint(10, 3000)
+    lengths = [draw.randint(1, capacity) for _ in range(draw.randint(1, 70))]
+    groups = best_fit(lengths, capacity)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in g) <= capacity for g in groups)
+    assert groups == best_fit(lengths, capacity)
+
+
+def test_a_step_never_takes_more_micro_batches_than_the_recipe_has():
+    """16 examples of at most 100 tokens as 4 x 4: any 4 of them fit into 400."""
+    draw = random.Random(0)
+    for _ in range(50):
+        lengths = [draw.randint(1, 100) for _ in range(16)]
+        assert len(best_fit(lengths, 400)) <= 4
+
+
+def test_the_tightest_group_is_filled_first():
+    assert best_fit([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+
+
+def test_what_is_over_capacity_stands_alone():
+    assert best_fit([12, 3, 4], 10) == [[0], [2, 1]]
+
+
+def test_share_of_padding():
+    assert saved_share([10, 5, 5, 5], 2) == pytest.approx(1 - 25 / 30)
+    assert saved_share([], 2) == 0.0

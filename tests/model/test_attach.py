@@ -1,0 +1,252 @@
+"""The fast layers compute what the model's own layers do, for each family and each way to keep."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorakit.model.attach import attach_engine, segments_of
+from lorakit.model.fast_layer import Keep
+from lorakit.train.loss import attach_loss, detach_loss
+
+from .engine_models import FAMILIES, TARGETS, VOCABULARY, hidden_and_grads, tiny, worst
+
+
+def ids(*shape, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, VOCABULARY, shape, generator=generator).to(device)
+
+
+def own(model, tokens, **arguments):
+    decoder = model.get_base_model().get_decoder()
+    return lambda: decoder(input_ids=tokens, use_cache=False, **arguments)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_every_gradient_equal_the_models_own(family):
+    model, tokens = tiny(family), ids(2, 33)
+    expected, grads = hidden_and_grads(model, own(model, tokens))
+    engine, path = attach_engine(model.get_base_model(), "cpu")
+    assert "3 fused layers" in path
+    for keep in Keep:
+        engine.keep([keep] * 3)
+        found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert worst(ours, grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["o_proj", "down_proj"], ["up_proj"], ["k_proj", "gate_proj"]]
+)
+def test_any_choice_of_targets(targets):
+    model, tokens = tiny(target_modules=targets), ids(1, 17)
+    expected, grads = hidden_and_grads(model, own(model, tokens))
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert worst(ours, grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"use_rslora": True}, {"rank_pattern": {"o_proj": 8}}, {"layers_to_transform": [1]}],
+    ids=lambda v: next(iter(v)),
+)
+def test_variants_that_the_fast_layers_take(lora):
+    model, tokens = tiny(**lora), ids(1, 17)
+    expected, grads = hidden_and_grads(model, own(model, tokens))
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert worst(ours, grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "biases train"),
+        ({"rank_pattern": {"q_proj": 8}}, "ranks or scales differ within qkv"),
+        ({"lora_bias": True}, "adapters with a bias"),
+    ],
+)
+def test_what_it_does_not_serve_is_said_and_left_to_peft(lora, reason):
+    model = tiny("qwen2", **lora)
+    engine, path = attach_engine(model.get_base_model(), "cpu")
+    assert engine is None
+    assert reason in path
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi3", "olmo2"])
+def test_other_families_keep_their_own_layers(family):
+    config = AutoConfig.for_model(
+        family, vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config)
+    engine, path = attach_engine(base, "cpu")
+    assert engine is None
+    assert family in path
+
+
+def test_a_layer_that_only_looks_like_llama_is_found_by_the_probe():
+    model = tiny()
+    layer = model.get_base_model().get_decoder().layers[1]
+    plain = type(layer).forward
+    layer.forward = lambda hidden, **rest: 1.01 * plain(layer, hidden, **rest)
+    weight = layer.self_attn.q_proj.base_layer.weight.data.clone()
+    engine, path = attach_engine(model.get_base_model(), "cpu")
+    assert engine is None
+    assert "probe differs" in path
+    after = layer.self_attn.q_proj.base_layer.weight
+    assert torch.equal(after, weight)
+    assert after.untyped_storage().nbytes() == after.nbytes  # a storage of its own again
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_packed_documents_do_not_see_one_another(family):
+    model = tiny(family)
+    lengths = [5, 12, 1, 20]
+    tokens = ids(1, sum(lengths))
+    places = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    segments = segments_of(lengths, torch.device("cpu"))
+
+    def apart():
+        parts = tokens.split(lengths, dim=1)
+        return torch.cat([engine(part, None, None) for part in parts], dim=1)
+
+    expected, grads = hidden_and_grads(model, apart)
+    found, ours = hidden_and_grads(model, lambda: engine(tokens, places, segments))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert worst(ours, grads) < 1e-5
+
+
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
+def test_dropout_is_peft_dropout_with_masks_from_keys(keep):
+    """PEFT's own layers, their dropout replaced by the masks of the same keys, give the same."""
+    from lorakit.ops.hash_mask import draw_keys, keep_mask
+
+    model, tokens = tiny(lora_dropout=0.3), ids(2, 9)
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine.keep([keep] * 3)
+    torch.manual_seed(7)
+    found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+
+    torch.manual_seed(7)
+    keys = draw_keys(3 * 7, torch.device("cpu")).view(3, 7, 2)
+    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    class Masked(torch.nn.Module):
+        def __init__(self, key):
+            super().__init__()
+            self.key = key
+
+        def forward(self, x):
+            mask = keep_mask(self.key, x.shape[:-1].numel(), x.shape[-1], 0.3)
+            return x * mask.view(x.shape) / 0.7
+
+    for number, layer in enumerate(model.get_base_model().get_decoder().layers):
+        for name, module in layer.named_modules():
+            if name.split(".")[-1] in order:
+                key = keys[number, order.index(name.split(".")[-1])]
+                module.lora_dropout["default"] = Masked(key)
+    expected, grads = hidden_and_grads(model, own(model, tokens))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert worst(ours, grads) < 1e-5
+
+
+def test_evaluation_has_no_dropout_and_switched_off_adapters_take_the_models_own_path():
+    model, tokens = tiny(lora_dropout=0.3), ids(1, 9)
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            engine(tokens, None, None), own(model, tokens)(), rtol=1e-5, atol=1e-5
+        )
+    assert engine.serves(9)
+    with model.disable_adapter():
+        assert not engine.serves(9)
+    model.merge_adapter()
+    assert not engine.serves(9)
+
+
+def test_a_window_shorter_than_the_rows_is_left_to_the_model():
+    model = tiny("mistral", base_changes={"sliding_window": 8})
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    assert engine is None or not engine.serves(9)
+
+
+def test_names_and_files_are_peft_own_and_detaching_frees_the_weights(tmp_path):
+    model = tiny()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    attach_loss(model, "auto")
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in before.items()
+    }
+    query = model.get_base_model().get_decoder().layers[0].self_attn.q_proj.base_layer.weight
+    assert query.untyped_storage().nbytes() > query.nbytes  # rows of the merged q, k, v
+    detach_loss(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_four_bit_weights_give_what_bitsandbytes_own_layers_give():
+    bnb = pytest.importorskip("bitsandbytes")
+    from lorakit.model.random_weights import _quantize
+    from lorakit.records import Device
+
+    device = Device("cpu", "cpu", 2**34, "float32", "sdpa")
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config)
+    for layer in base.model.layers:
+        _quantize(layer, device)
+    base.is_loaded_in_4bit = True
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, lora_dropout=0.0)
+    ).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    assert isinstance(base.model.layers[0].mlp.up_proj.base_layer, bnb.nn.Linear4bit)
+    tokens = ids(1, 19)
+    expected, grads = hidden_and_grads(model, own(model, tokens))
+    engine, path = attach_engine(base, "cpu")
+    assert engine is not None, path
+    for keep in Keep:
+        engine.keep([keep] * 2)
+        found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert worst(ours, grads) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_gradients_on_a_card_are_as_near_the_truth_as_the_models_own(family):
+    wide = {
+        "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4,
+    }  # fmt: skip
+    tokens = ids(2, 257, device="cuda")
+    exact_model = tiny(family, torch.float64, "cuda", base_changes=wide)
+    _, exact = hidden_and_grads(exact_model, own(exact_model, tokens))
+    model = tiny(family, torch.bfloat16, "cuda", base_changes=wide)
+    with torch.autocast("cuda", torch.bfloat16):
+        _, peft = hidden_and_grads(model, own(model, tokens))
+    engine, path = attach_engine(model.get_base_model(), "cuda")
+    assert "Triton kernels" in path
+    for keep in Keep:
+        engine.keep([keep] * 3)
+        _, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+        for name, truth in exact.items():
+            error = float((ours[name] - truth).norm() / truth.norm())
+            theirs = float((peft[name] - truth).norm() / truth.norm())
+            assert error < 1.5 * theirs + 2e-3, name

@@ -1,0 +1,45 @@
+"""What a layer keeps is what its level says, and the arena hands out each place once."""
+
+import pytest
+import torch
+
+from lorakit.model.attach import attach_engine
+from lorakit.model.fast_layer import Arena, Keep
+
+from .engine_models import tiny
+
+
+@pytest.mark.parametrize(
+    ("level", "kinds"),
+    [
+        (Keep.ALL, {"out", "mid", "qkv", "gate_up"}),
+        (Keep.NO_GATE_UP, {"out", "mid", "qkv"}),
+        (Keep.MIDDLE, {"out", "mid"}),
+        (Keep.INPUT, {"out"}),
+    ],
+)
+def test_the_arena_has_room_for_what_the_level_keeps(level, kinds):
+    engine, _ = attach_engine(tiny().get_base_model(), "cpu")
+    engine.keep([level] * 3)
+    arena = Arena(engine.layers, 5, 64, torch.zeros(1))
+    assert {name for name, _ in arena.places} == kinds
+    assert len(arena.places) == 3 * len(kinds)
+    place = arena.take("out", 1)
+    assert place.shape == (5, 64)
+    assert arena.take("out", 1) is None  # a recomputation takes memory of its own
+
+
+def test_more_kept_means_less_recomputed_and_the_same_bits():
+    model = tiny(lora_dropout=0.2)
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    tokens = torch.arange(2, 30).view(2, 14)
+    found = []
+    for level in Keep:
+        engine.keep([level] * 3)
+        torch.manual_seed(5)
+        model.zero_grad()
+        engine(tokens, None, None).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for other in found[1:]:
+        for ours, first in zip(other, found[0], strict=True):
+            assert torch.equal(ours, first)

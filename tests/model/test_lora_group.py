@@ -1,0 +1,81 @@
+"""One group against its modules: products, gradients, merged storage, sinks."""
+
+import pytest
+import torch
+
+from lorakit.model.lora_group import Dropout, LoraGroup, Unsupported, refresh
+
+from .engine_models import tiny
+
+NONE = Dropout(None, 0.0)
+
+
+def group_of(**lora):
+    model = tiny("qwen2", **lora)  # q, k and v with biases
+    attention = model.get_base_model().model.layers[0].self_attn
+    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    group = LoraGroup("qkv", modules, {})
+    group.merge()
+    refresh([group], training=True)
+    return group, modules
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"], ["o_proj"]]
+)
+def test_product_and_gradients_are_those_of_the_modules(targets):
+    group, modules = group_of(target_modules=targets)
+    x = torch.randn(9, 64, requires_grad=True)
+    y = torch.cat([m(x) for m in modules], -1)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    with torch.no_grad():
+        weight = group.weight()
+        product, update = group.product(x, weight, NONE)
+        torch.testing.assert_close(group.add_(product, update), y)
+        ds, dx = group.input_grad(dy, weight, NONE)
+        torch.testing.assert_close(dx, x.grad)
+        grads = group.factor_grads(dy, ds, x, update, NONE, training=True)
+    for parameter, found in zip(group.parameters, grads, strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_modules_hold_views_until_they_are_unmerged():
+    group, modules = group_of()
+    weight = modules[1].base_layer.weight
+    assert weight.data_ptr() == group.merged[group.columns[1]].data_ptr()
+    before = weight.clone()
+    group.unmerge()
+    assert torch.equal(weight, before)
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def test_sinks_take_the_gradients_instead():
+    group, _ = group_of()
+    x, dy = torch.randn(9, 64), torch.randn(9, group.outputs)
+    with torch.no_grad():
+        _, update = group.product(x, group.weight(), NONE)
+        ds = group.factor_signal(dy)
+        expected = group.factor_grads(dy, ds, x, update, NONE, training=True)
+        group.a_sink = torch.ones_like(group.a)
+        group.b_sinks = [torch.ones_like(a.b) for a in group.adapted]
+        assert set(group.factor_grads(dy, ds, x, update, NONE, training=True)) == {None}
+    torch.testing.assert_close(group.a_sink, 1 + torch.cat(expected[0::2]))
+    for sink, found in zip(group.b_sinks, expected[1::2], strict=True):
+        torch.testing.assert_close(sink, 1 + found)
+
+
+def test_copies_of_a_carry_scale_and_dropout():
+    group, modules = group_of(lora_dropout=0.5)
+    own = modules[0].lora_A["default"].weight
+    torch.testing.assert_close(group.a[:4], own.data * 2.0 / 0.5)
+    refresh([group], training=False)
+    torch.testing.assert_close(group.a[:4], own.data * 2.0)
+
+
+def test_trained_base_weights_are_refused():
+    model = tiny()
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_proj.base_layer.weight.requires_grad_(True)
+    with pytest.raises(Unsupported, match="base weights train"):
+        LoraGroup("qkv", [attention.q_proj], {})

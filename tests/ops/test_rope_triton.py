@@ -1,0 +1,55 @@
+"""The kernel equals the definition: odd head counts, views, in place, one angle row or many."""
+
+import pytest
+import torch
+
+from lorakit.ops.lora import Update
+from lorakit.ops.rope import rope_reference, rotate_qkv_reference_
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("angle_rows", [1, 2])
+def test_kernel_equals_the_definition_on_a_view(kernel_device, kind, inverse, angle_rows):
+    from lorakit.ops.rope_triton import rope_triton
+
+    torch.manual_seed(0)
+    buffer = torch.randn(2, 7, 11, 24, dtype=kind, device=kernel_device)
+    angle = torch.randn(angle_rows, 7, 12, device=kernel_device)
+    angle = torch.cat([angle, angle], -1)
+    cos, sin = angle.cos().to(kind), angle.sin().to(kind)
+    view = buffer[:, :, 2:]
+    expected = rope_reference(view, cos, sin, torch.empty_like(view), inverse)
+    before = buffer.clone()
+    rope_triton(view, cos, sin, view, inverse)
+    torch.testing.assert_close(view, expected, rtol=TOLERANCE[kind], atol=TOLERANCE[kind])
+    assert torch.equal(buffer[:, :, :2], before[:, :, :2])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+@pytest.mark.parametrize("slots", [None, (0, 1, 2), (0, -1, 1)], ids=str)
+@pytest.mark.parametrize("rotates", [True, False])
+def test_qkv_gets_its_update_and_its_angles(kernel_device, slots, rotates, kind):
+    from lorakit.ops.rope_triton import rotate_qkv_triton_
+
+    torch.manual_seed(0)
+    heads, width, rank = (3, 1, 1), 24, 5
+    qkv = torch.randn(2 * 35, sum(heads) * width, dtype=kind, device=kernel_device)
+    angle = torch.randn(1, 35, width // 2, device=kernel_device)
+    angle = torch.cat([angle, angle], -1)
+    angles = (angle.cos().to(kind), angle.sin().to(kind)) if rotates else None
+    update = None
+    if slots:
+        s = torch.randn(2 * 35, rank * (1 + max(slots)), dtype=kind, device=kernel_device)
+        b = 0.3 * torch.randn(sum(heads) * width, rank, dtype=kind, device=kernel_device)
+        update = Update(s, b, slots)
+    expected = rotate_qkv_reference_(qkv.clone().float(), heads, width, angles, _float(update))
+    found = rotate_qkv_triton_(qkv.clone(), heads, width, angles, update)
+    limit = 1e-5 if kind == torch.float32 else 2**-8
+    torch.testing.assert_close(found.float(), expected, rtol=limit, atol=limit)
+
+
+def _float(update):
+    return update and Update(update.s.float(), update.b.float(), update.slots)
