@@ -112,7 +112,7 @@ def inspect(
         show_inspection(found, out)
     if html:
         log.print(f"page     {html}", markup=False)
-    raise typer.Exit(1 if found.spoils else 0)
+    raise typer.Exit(1 if found.stopping else 0)
 
 
 @app.command("eval")

@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.check import TOLD
 from lorakit.data.lengths import Lengths, measure
 from lorakit.data.prepare import Prepared
+from lorakit.data.shelf import Examples
 from lorakit.recipe import Recipe
-from lorakit.records import IGNORE, DataReport, Example
+from lorakit.records import IGNORE, DataReport, Example, Fault
 
 _BROKEN = "\ufffd"
+# All but tab and line end.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +49,16 @@ class Inspection:
     report: DataReport
     lengths: Lengths
     shown: tuple[Shown, ...]
+    strict: bool = False
 
     @property
-    def spoils(self) -> bool:
-        """True when a run would stop at this data."""
-        return any(fault.spoils for fault in self.report.faults)
+    def stopping(self) -> tuple[Fault, ...]:
+        """The faults at which a run would stop."""
+        return tuple(f for f in self.report.faults if self.stops(f))
+
+    def stops(self, fault: Fault) -> bool:
+        """True where a run would stop at `fault`; `strict: true` stops at all but what it told."""
+        return fault.spoils or (self.strict and fault.action not in TOLD)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form; `text` of an example has its trained parts listed in `trained`."""
@@ -65,7 +75,7 @@ class Inspection:
         ]
         return {
             "model": self.model,
-            "spoils": self.spoils,
+            "spoils": bool(self.stopping),
             "report": self.report.as_dict(),
             "lengths": self.lengths.as_dict(),
             "examples": examples,
@@ -80,21 +90,28 @@ def inspect_prepared(
     Args:
         model: the name to show.
     """
-    sizes = [len(e.input_ids) for e in (*prepared.train, *prepared.val)]
+    sizes = [*prepared.train.lengths.tolist(), *prepared.val.lengths.tolist()]
     return Inspection(
         model=model,
         report=prepared.report,
-        lengths=measure(sizes, recipe.cutoff_len, recipe.micro_batch_size, recipe.seed),
+        lengths=measure(
+            sizes,
+            recipe.cutoff_len,
+            recipe.micro_batch_size,
+            recipe.examples_per_step,
+            recipe.seed,
+        ),
         shown=tuple(
             Shown(example, why, tuple(pieces(tokenizer, example)))
             for why, example in _choose(prepared.train, count)
         ),
+        strict=recipe.strict,
     )
 
 
-def _choose(examples: Sequence[Example], count: int) -> list[tuple[str, Example]]:
+def _choose(examples: Examples, count: int) -> list[tuple[str, Example]]:
     """The first, the median and the longest example, then ones spread over the data."""
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    by_length = examples.lengths.argsort(kind="stable").tolist()
     wanted = [("first", 0), ("of median length", by_length[len(by_length) // 2])]
     wanted.append(("longest", by_length[-1]))
     step = max(1, len(examples) // max(1, count))
@@ -134,6 +151,11 @@ def runs(parts: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
         run.append(piece)
     if run:
         yield run[-1].trained, run
+
+
+def visible(text: str) -> str:
+    """Control characters by their codes: data must not steer a terminal or hide in a page."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

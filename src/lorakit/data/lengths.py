@@ -1,16 +1,18 @@
-"""Lengths of examples in tokens enter; a histogram and what batching would waste leave."""
+"""Lengths of examples in tokens enter; a histogram and the share of padding leave."""
 
 from __future__ import annotations
 
-import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorakit.data.pack import best_fit, saved_share
+
 # Widths of histogram bars: round numbers, so that the borders can be said aloud.
 _ROUND = (1, 2, 5, 10, 20, 25, 50)
 BARS = 12
+MEASURED_STEPS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long the examples are. The wasted shares are of all positions a run computes.
+    """How long the examples are.
 
-    `padding_waste` is for batches of `batch` examples in random order, `packing_waste` for
-    examples put together into rows of `cutoff_len`, of which there would be `packed_rows`.
+    `padding` is the share of positions that pads the shorter of `batch` examples that go through
+    the model side by side, in random order. Packed, the `step` examples of an optimizer step have
+    none, and take `packed` micro-batches on average.
     """
 
     examples: int
@@ -38,25 +41,31 @@ class Lengths:
     cutoff_len: int
     bars: tuple[Bar, ...]
     batch: int
-    padding_waste: float
-    packed_rows: int
-    packing_waste: float
+    step: int
+    padding: float
+    packed: float
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return asdict(self)
 
 
-def measure(lengths: Sequence[int], cutoff_len: int, batch: int, seed: int = 0) -> Lengths:
+def measure(
+    lengths: Sequence[int], cutoff_len: int, batch: int, step: int, seed: int = 0
+) -> Lengths:
     """The figures of examples of these lengths (at least one).
 
     Args:
         cutoff_len: the longest row a run makes.
         batch: examples that go through the model at once.
+        step: examples of an optimizer step.
         seed: of the order in which examples meet in batches.
     """
     ordered = sorted(lengths)
-    rows = packed_rows(ordered, cutoff_len)
+    order = list(lengths)
+    random.Random(seed).shuffle(order)
+    steps = [order[i : i + step] for i in range(0, len(order), step)][:MEASURED_STEPS]
+    groups = sum(len(best_fit(part, batch * cutoff_len)) for part in steps)
     return Lengths(
         examples=len(ordered),
         shortest=ordered[0],
@@ -66,40 +75,10 @@ def measure(lengths: Sequence[int], cutoff_len: int, batch: int, seed: int = 0) 
         cutoff_len=cutoff_len,
         bars=_bars(ordered),
         batch=batch,
-        padding_waste=_padding_waste(lengths, batch, seed),
-        packed_rows=rows,
-        packing_waste=1 - sum(ordered) / (rows * max(cutoff_len, ordered[-1])),
+        step=step,
+        padding=saved_share(order, batch),
+        packed=groups / len(steps),
     )
-
-
-def packed_rows(lengths: Sequence[int], room: int) -> int:
-    """Rows of `room` tokens that best-fit packing, longest first, needs for `lengths`."""
-    left: dict[int, int] = {}  # free tokens -> how many rows have so many
-    sizes: list[int] = []  # its keys, in order
-    rows = 0
-    for length in sorted(lengths, reverse=True):
-        at = bisect.bisect_left(sizes, length)
-        if at == len(sizes):
-            rows += 1
-            rest = max(room - length, 0)
-        else:
-            free = sizes[at]
-            left[free] -= 1
-            if not left[free]:
-                del left[free], sizes[at]
-            rest = free - length
-        if rest:
-            if rest not in left:
-                bisect.insort(sizes, rest)
-            left[rest] = left.get(rest, 0) + 1
-    return rows
-
-
-def _padding_waste(lengths: Sequence[int], batch: int, seed: int) -> float:
-    order = list(lengths)
-    random.Random(seed).shuffle(order)
-    parts = [order[i : i + batch] for i in range(0, len(order), batch)]
-    return 1 - sum(order) / sum(max(part) * len(part) for part in parts)
 
 
 def _bars(ordered: Sequence[int]) -> tuple[Bar, ...]:

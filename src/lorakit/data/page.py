@@ -6,15 +6,13 @@ color, in print, in the dark and on a phone. A token's number shows when it is p
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from html import escape
+import html
 from pathlib import Path
 
-from lorakit.data.inspection import Inspection, Piece, Shown
+from lorakit.data.inspection import Inspection, Piece, Shown, visible
 from lorakit.data.lengths import Lengths
-from lorakit.data.show import length_lines, source_line, verdict
-from lorakit.records import DataReport, Fault
+from lorakit.data.show import length_lines, outcome, source_line, verdict
+from lorakit.records import DataReport
 from lorakit.run_dir import write_text
 
 _STYLE = """
@@ -72,13 +70,13 @@ def page(inspection: Inspection) -> str:
     """The whole page as one text."""
     report = inspection.report
     names = ", ".join(str(source["source"]) for source in report.sources)
-    bad = " bad" if inspection.spoils else ""
+    bad = " bad" if inspection.stopping else ""
     body = [
         f"<h1>{escape(names)} for {escape(inspection.model)}</h1>",
         f'<p class="verdict{bad}">{escape(_sentence(verdict(inspection)))}</p>',
         _facts(report),
         "<h2>Faults</h2>",
-        _faults(report.faults),
+        _faults(inspection),
         "<h2>Length of an example in tokens</h2>",
         _bars(inspection.lengths),
         *(f"<p>{escape(_sentence(line))}</p>" for line in length_lines(inspection.lengths)),
@@ -100,6 +98,11 @@ def page(inspection: Inspection) -> str:
     )
 
 
+def escape(text: str) -> str:
+    """Text of the data as text of the page."""
+    return html.escape(visible(text))
+
+
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
@@ -118,20 +121,19 @@ def _facts(report: DataReport) -> str:
     return f"<dl>{lines}</dl>"
 
 
-def _faults(faults: Iterable[Fault]) -> str:
+def _faults(inspection: Inspection) -> str:
     rows = []
-    for fault in faults:
-        done = "a run would stop here" if fault.spoils else fault.action
+    for fault in inspection.report.faults:
         cells = {
             "": f"{fault.count:,} × {escape(fault.kind)}",
-            "done:": escape(done),
+            "done:": escape(outcome(inspection, fault)),
             "first rows:": escape(", ".join(fault.first_rows)),
         }
         tds = "".join(
             f'<td data-k="{key}">{cell}</td>' if key else f"<td>{cell}</td>"
             for key, cell in cells.items()
         )
-        kind = ' class="bad"' if fault.spoils else ""
+        kind = ' class="bad"' if inspection.stops(fault) else ""
         rows.append(f"<tr{kind}>{tds}</tr>")
     if not rows:
         return "<p>None found.</p>"
@@ -165,9 +167,8 @@ def _example(shown: Shown, is_open: bool) -> str:
 
 
 def _token(piece: Piece) -> str:
-    # Line ends are shown, since they are tokens too; other control characters as their names.
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda c: f"\\x{ord(c.group()):02x}", piece.text)
-    text = escape(text).replace("\n", '<span class="n">↵</span>\n')
+    # Line ends are shown, since they are tokens too.
+    text = escape(piece.text).replace("\n", '<span class="n">↵</span>\n')
     kind = ("s " if piece.special else "") + ("t" if piece.trained else "m")
     ids = " ".join(map(str, piece.ids))
     return f'<span class="{kind}" title="{ids}">{text}</span>'

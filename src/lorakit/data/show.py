@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.data.inspection import Inspection, Piece, pieces, runs
+from lorakit.data.inspection import Inspection, Piece, pieces, runs, visible
 from lorakit.data.lengths import Lengths
 from lorakit.records import DataReport, Example, Fault
 
@@ -34,11 +34,11 @@ def render_pieces(parts: Sequence[Piece], limit: int | None = None) -> Text:
         text.append("⟦" if trained else "")
         head, left_out, tail = _shortened(run, limit)
         for piece in head:
-            text.append(piece.text, style=_style(piece))
+            text.append(visible(piece.text), style=_style(piece))
         if left_out:
             text.append(f" [… {left_out} tokens …] ", style="italic")
         for piece in tail:
-            text.append(piece.text, style=_style(piece))
+            text.append(visible(piece.text), style=_style(piece))
         text.append("⟧" if trained else "")
     return text
 
@@ -69,21 +69,20 @@ def show_report(report: DataReport, console: Console) -> None:
     _show_sources(report, console)
     for fault in report.faults:
         rows = ", ".join(fault.first_rows)
-        console.print(
-            f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False
-        )
+        line = f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})"
+        console.print(visible(line), markup=False)
 
 
 def _show_sources(report: DataReport, console: Console) -> None:
     for source in report.sources:
-        console.print(f"data     {source_line(source)}", markup=False)
+        console.print(visible(f"data     {source_line(source)}"), markup=False)
     share = report.trained_tokens_train / max(report.tokens_train, 1)
     console.print(
         f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
         f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained ({share:.0%}); "
         f"longest {report.longest_example} of {report.cutoff_len}"
     )
-    console.print(f"template {report.template}", markup=False)
+    console.print(visible(f"template {report.template}"), markup=False)
 
 
 def source_line(source: dict[str, Any]) -> str:
@@ -104,8 +103,15 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     console.print(f"model    {inspection.model}", markup=False)
     _show_sources(report, console)
     console.print()
-    if report.faults:
-        console.print(_fault_table(report.faults))
+    if report.faults and console.width >= 60:
+        console.print(_fault_table(inspection))
+    elif report.faults:
+        console.print("faults")
+        for fault in report.faults:
+            rows = ", ".join(fault.first_rows)
+            line = f"{fault.count:,} x {fault.kind}: {outcome(inspection, fault)} ({rows})"
+            style = "bold red" if inspection.stops(fault) else ""
+            console.print(Text(visible(line), style=style))
     else:
         console.print("no faults found")
     console.print()
@@ -119,24 +125,28 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
         example = shown.example
         why = f", {shown.why}" if shown.why else ""
         size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
-        console.rule(Text(f"{example.origin}{why}: {size}"), align="left")
+        console.rule(Text(visible(f"{example.origin}{why}: {size}")), align="left")
         console.print(render_pieces(shown.pieces, SHOWN_CHARS))
     console.rule()
     console.print(verdict(inspection), style="bold")
 
 
-def _fault_table(faults: Sequence[Fault]) -> Table:
+def _fault_table(inspection: Inspection) -> Table:
     table = Table(title="faults", title_justify="left")
     table.add_column("rows", justify="right")
     table.add_column("what", overflow="fold")
     table.add_column("done", overflow="fold")
     table.add_column("first rows", overflow="fold")
-    for fault in faults:
-        done = "a run would stop here" if fault.spoils else fault.action
-        rows = [Text(", ".join(fault.first_rows))]
-        style = "bold red" if fault.spoils else ""
-        table.add_row(f"{fault.count:,}", Text(fault.kind), Text(done), *rows, style=style)
+    for fault in inspection.report.faults:
+        cells = (fault.kind, outcome(inspection, fault), ", ".join(fault.first_rows))
+        style = "bold red" if inspection.stops(fault) else ""
+        table.add_row(f"{fault.count:,}", *(Text(visible(cell)) for cell in cells), style=style)
     return table
+
+
+def outcome(inspection: Inspection, fault: Fault) -> str:
+    """What a run does about `fault`."""
+    return "a run would stop here" if inspection.stops(fault) else fault.action
 
 
 def _show_lengths(lengths: Lengths, console: Console) -> None:
@@ -155,14 +165,13 @@ def _show_lengths(lengths: Lengths, console: Console) -> None:
 
 def length_lines(lengths: Lengths) -> list[str]:
     """What the lengths mean for a run, in sentences."""
-    rows = f"{lengths.packed_rows:,} row{'s' * (lengths.packed_rows != 1)}"
     return [
         f"shortest {lengths.shortest:,}, median {lengths.median:,}, 95% up to {lengths.p95:,}, "
         f"longest {lengths.longest:,}; cutoff_len {lengths.cutoff_len:,}",
-        f"one example a row, micro_batch_size {lengths.batch}: "
-        f"{lengths.padding_waste:.0%} of the work is padding",
-        f"packed into rows of {lengths.cutoff_len:,}: {rows}, "
-        f"{lengths.packing_waste:.0%} of the work is padding",
+        f"a step of {lengths.step} examples: packed (packing: true) {lengths.packed:.1f} "
+        f"micro-batches of up to {lengths.batch * lengths.cutoff_len:,} tokens, without padding; "
+        f"else {-(-lengths.step // lengths.batch)} of {lengths.batch}, of which "
+        f"{lengths.padding:.0%} is padding",
     ]
 
 
@@ -170,9 +179,10 @@ def verdict(inspection: Inspection) -> str:
     """Whether a run on this data would go through, in a sentence."""
     report = inspection.report
     left_out = sum(f.count for f in report.faults if f.action == "left out")
-    if inspection.spoils:
-        kinds = ", ".join(fault.kind for fault in report.faults if fault.spoils)
-        return f"a run would stop at this data: {kinds}"
+    if inspection.stopping:
+        kinds = ", ".join(fault.kind for fault in inspection.stopping)
+        why = " (strict: true)" if inspection.strict else ""
+        return f"a run would stop at this data: {kinds}{why}"
     if left_out:
         return f"fit to train on; {left_out:,} of {report.rows_read:,} rows are left out"
     return "fit to train on"
