@@ -1,4 +1,4 @@
-"""`lorakit inspect` needs no weights, says what would be trained, and its exit code is the verdict."""
+"""`lorakit inspect` needs no weights, says what is trained; its exit code is the verdict."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_a_recipe_says_it_all_and_flags_come_on_top(inspect, weightless, tiny_da
     _, out, _ = inspect(recipe, "--set", "cutoff_len=77", "--examples", 1)
     assert "Be terse." in out
     assert "cutoff_len 77" in out
-    assert out.count("tokens trained\n") + out.count("tokens trained ─") == 1
+    assert out.count("tokens trained\n") == 1
 
 
 def test_html_is_written_too(inspect, weightless, tiny_data, tmp_path):
@@ -90,7 +90,7 @@ def test_a_fault_that_would_spoil_a_run_is_exit_1_and_a_lesser_one_0(inspect, we
     words = ("--model", weightless, "--set", "cutoff_len=80")
     code, out, _ = inspect(data, *words)
     assert code == 0
-    assert "fit to train on; 1 of 10 rows are left out" in out
+    assert "fit to train on; 1 of 10 rows left out" in out
     code, out, _ = inspect(data, *words, "--set", "too_long=error")
     assert code == 1
     assert "a run would stop at this data: too long" in out

@@ -86,7 +86,7 @@ def page(inspection: Inspection) -> str:
             "<h2>Tokens as the model sees them</h2>",
             '<p><span class="t">trained</span> &emsp; <span class="m">read only</span> &emsp; '
             '<span class="s m">special</span> &emsp; <span class="n">↵</span> line end</p>',
-            *(_example(shown, number < 2) for number, shown in enumerate(inspection.shown)),
+            *(_example(shown) for shown in inspection.shown),
         ]
     title = escape(f"{names}: what will be trained")
     return (
@@ -154,16 +154,13 @@ def _bars(lengths: Lengths) -> str:
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
-def _example(shown: Shown, is_open: bool) -> str:
+def _example(shown: Shown) -> str:
     example = shown.example
     why = f", {shown.why}" if shown.why else ""
     head = f"{example.origin}{why}: "
     size = f"{example.trained_tokens:,} of {len(example.input_ids):,} tokens trained"
     tokens = "".join(_token(piece) for piece in shown.pieces)
-    return (
-        f"<details{' open' if is_open else ''}><summary>{escape(head)}{size}</summary>"
-        f"<pre>{tokens}</pre></details>"
-    )
+    return f"<details open><summary>{escape(head)}{size}</summary><pre>{tokens}</pre></details>"
 
 
 def _token(piece: Piece) -> str:

@@ -125,10 +125,10 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
         example = shown.example
         why = f", {shown.why}" if shown.why else ""
         size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
-        console.rule(Text(visible(f"{example.origin}{why}: {size}")), align="left")
+        console.print(Text(visible(f"\n── {example.origin}{why}: {size}"), style="bold"))
         console.print(render_pieces(shown.pieces, SHOWN_CHARS))
-    console.rule()
-    console.print(verdict(inspection), style="bold")
+    console.print()
+    console.print(Text(visible(verdict(inspection)), style="bold"))
 
 
 def _fault_table(inspection: Inspection) -> Table:
@@ -165,13 +165,13 @@ def _show_lengths(lengths: Lengths, console: Console) -> None:
 
 def length_lines(lengths: Lengths) -> list[str]:
     """What the lengths mean for a run, in sentences."""
+    shares = f", {lengths.padding:.0%} of it padding" if lengths.batch > 1 else ""
     return [
         f"shortest {lengths.shortest:,}, median {lengths.median:,}, 95% up to {lengths.p95:,}, "
         f"longest {lengths.longest:,}; cutoff_len {lengths.cutoff_len:,}",
-        f"a step of {lengths.step} examples: packed (packing: true) {lengths.packed:.1f} "
-        f"micro-batches of up to {lengths.batch * lengths.cutoff_len:,} tokens, without padding; "
-        f"else {-(-lengths.step // lengths.batch)} of {lengths.batch}, of which "
-        f"{lengths.padding:.0%} is padding",
+        f"a step of {lengths.step} examples takes {lengths.packed:.1f} micro-batches of up to "
+        f"{lengths.batch * lengths.cutoff_len:,} tokens packed (packing: true), and "
+        f"{-(-lengths.step // lengths.batch)} with {lengths.batch} side by side{shares}",
     ]
 
 
@@ -184,5 +184,5 @@ def verdict(inspection: Inspection) -> str:
         why = " (strict: true)" if inspection.strict else ""
         return f"a run would stop at this data: {kinds}{why}"
     if left_out:
-        return f"fit to train on; {left_out:,} of {report.rows_read:,} rows are left out"
+        return f"fit to train on; {left_out:,} of {report.rows_read:,} rows left out"
     return "fit to train on"
