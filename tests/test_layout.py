@@ -16,7 +16,7 @@ LAYERS = [
     {"data", "ops"},
     {"model"},
     {"memory", "train", "generate"},
-    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench"},
+    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect"},
     {"finetune", "demo"},
     {"preview"},
     {"cli", "__main__"},

@@ -78,6 +78,43 @@ def train(
     _train(resolved, resume, as_json, next_steps=True)
 
 
+@app.command()
+def inspect(
+    source: Annotated[
+        list[str], typer.Argument(metavar="DATA", help="Files or hub data sets, or a recipe.yaml.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or `demo`.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Examples to show token by token.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Also write one page with all of it.")] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Show what will be trained, token by token, and every fault. Loads no weights."""
+    from lorakit.recipe_file import load_recipe
+
+    recipe = Path(source[0]) if source[0].endswith((".yaml", ".yml")) else None
+    flags: dict[str, Any] = {"model": model, "offline": True if offline else None}
+    if recipe is None or len(source) > 1:
+        flags["data"] = source[0] if len(source) == 1 else source[recipe is not None :]
+    resolved = load_recipe(recipe, set_ or [], flags)
+    _quiet(resolved.recipe.offline)
+    from lorakit.data.page import write_page
+    from lorakit.data.show import show_inspection
+    from lorakit.inspect import inspect_data
+
+    found = inspect_data(resolved, log, examples)
+    if html:
+        write_page(found, html)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        show_inspection(found, out)
+    if html:
+        log.print(f"page     {html}", markup=False)
+    raise typer.Exit(1 if found.stopping else 0)
+
+
 @app.command("eval")
 def evaluate_run(
     run: Run,

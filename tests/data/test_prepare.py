@@ -131,7 +131,7 @@ def test_all_rows_too_long_is_one_clear_error(smollm, tmp_path):
     assert "raise cutoff_len" in caught.value.hint
 
 
-# -- sabotage: a good file, one thing spoiled, refused with the row named ---------------------------
+# -- sabotage: a good file, one thing spoiled, refused with the row named ----------------------
 
 
 def spoil(tokenizer, old, new):

@@ -1,7 +1,15 @@
 """What is trained is visible without color."""
 
-from lorakit.data.show import MASKED, render_example
+import json
+import re
+
+import pytest
+
+from lorakit.data.inspection import inspect_prepared, pieces
+from lorakit.data.prepare import prepare
+from lorakit.data.show import MASKED, render_example, render_pieces
 from lorakit.data.template import encode
+from lorakit.recipe import Recipe
 
 
 def test_trained_tokens_stand_between_brackets(smollm, chat):
@@ -52,6 +60,64 @@ def test_a_report_counts_rows_tokens_and_faults():
     stream = io.StringIO()
     show_report(report, Console(file=stream, width=200))
     text = stream.getvalue()
-    assert "source a.jsonl, format text, rows 9" in text
+    assert "a.jsonl: 9 rows, format text" in text
     assert "6 to train on, 2 held out; 40 of 100 tokens trained (40%); longest 31 of 64" in text
     assert "1 x empty [answer]: left out (a.jsonl:4)" in text
+
+
+def shown_on(width, inspection, **options):
+    import io
+
+    from rich.console import Console
+
+    from lorakit.data.show import show_inspection
+
+    stream = io.StringIO()
+    show_inspection(inspection, Console(file=stream, width=width, **options))
+    return stream.getvalue()
+
+
+@pytest.fixture
+def inspected(smollm, tmp_path):
+    rows = [
+        {"question": f"What is {i}?\x1b[2J", "answer": "[b]word[/b] " * (i + 1)} for i in range(20)
+    ]
+    rows += [{"question": "no answer", "answer": None}, {"question": "y " * 300, "answer": "x"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe.model_validate(
+        {"model": "demo", "data": str(path), "cutoff_len": 200, "too_long": "error"}
+    )
+    prepared = prepare(recipe, smollm, inspecting=True)
+    return inspect_prepared(prepared, smollm, recipe, "some/model")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_an_inspection_fits_the_terminal_and_tells_all(inspected, width):
+    text = shown_on(width, inspected)
+    assert max(map(len, text.splitlines())) <= width
+    flat = " ".join(text.split())
+    for said in ("faults", "no answer", "rows.jsonl:21", "length of an example", "⟦[b]word[/b]"):
+        assert said in flat
+    assert "a run would stop at this data: too long" in flat
+    assert "\x1b" not in text, "data must not steer the terminal"
+    assert "\\x1b[2J" in flat
+
+
+def test_without_color_the_brackets_and_bars_stay(inspected, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown_on(80, inspected, force_terminal=True)
+    assert "<|im_end|>" in text
+    assert "⟧" in text
+    assert "█" in text
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]", text), "a color in spite of NO_COLOR"
+
+
+def test_the_middle_of_a_long_run_is_left_out_and_counted(smollm, chat):
+    (example,) = encode(smollm, chat("a?", " ".join(map(str, range(400)))))
+    parts = list(pieces(smollm, example))
+    text = render_pieces(parts, 100).plain
+    kept = re.search(r"⟦0 1 2 .* \[… (\d+) tokens …\] .* 399<\|im_end\|>⟧$", text, re.DOTALL)
+    assert kept
+    assert len(text) < 350
+    assert 0 < int(kept[1]) < example.trained_tokens

@@ -50,7 +50,7 @@ def test_ids_and_several_calls_are_kept_in_order():
         ({"name": "f", "arguments": "[1]"}, "expected an object of arguments"),
         (
             {"name": "f", "arguments": "{broken"},
-            r"tool_calls\[0\].arguments is '{broken': not JSON",
+            r"\[0\].arguments is '{broken': not JSON",
         ),
         (7, "expected {"),
     ],
@@ -73,7 +73,7 @@ def test_no_tools_and_broken_ones():
     for nothing in (None, "", [], "[]"):
         assert tools_of(nothing, fault) == ()
     for value in ("{", [3], [{"description": "x"}], {"function": 3}):
-        with pytest.raises(RowFault, match="rows.jsonl:4"):
+        with pytest.raises(RowFault, match=r"rows.jsonl:4"):
             tools_of(value, fault)
 
 

@@ -151,10 +151,8 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(
-                ["role", "content", "from", "value", "type", "text", "weight", "train", "name"]
-                + ["tool_calls", "function", "arguments"]
-            ),
+            st.sampled_from(["role", "content", "from", "value", "type", "text", "weight", "train"])
+            | st.sampled_from(["name", "tool_calls", "function", "arguments"]),
             inner | st.sampled_from(["user", "assistant", "system", "tool", "function_call"]),
             max_size=3,
         )

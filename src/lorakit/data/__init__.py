@@ -23,7 +23,9 @@ The stages in order, one module each; `prepare.py` runs them:
     verify    an example that would spoil a run is refused
     near      duplicates and overlap, exact and nearly
     split     the seeded held-out part
-    batch     examples -> padded tensors
+    pack      lengths -> groups that fill micro-batches
+    batch     examples -> tensors, packed or padded
 
-`show.py` prints an example with its trained tokens marked.
+For people: `inspection.py` gathers figures (`lengths.py`) and examples token by token; `show.py`
+prints them, `page.py` makes an HTML page of them.
 """

@@ -185,10 +185,13 @@ def refuse_if_empty(kept: int, read: int, source: str, log: FaultLog) -> None:
     """Stop when no row of `source` can be used.
 
     Raises:
+        SpoilsRun: they would spoil a run.
         DataError: names the commonest faults and the first row of each.
     """
     if kept:
         return
+    if isinstance(log.first_left_out, SpoilsRun):
+        raise log.first_left_out
     if not read:
         raise DataError(f"{source}: there are no rows in it", hint="is it the right file?")
     reasons = "; ".join(

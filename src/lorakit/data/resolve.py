@@ -53,7 +53,8 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     habits = habits_of(tokenizer)
     default = _default_system(tokenizer)
     if default:
-        notes.append(f"without a system text it writes its own: {default[:60]!r}")
+        shown = default if len(default) <= 100 else default[:99] + "…"
+        notes.append(f"without a system text it writes its own: {shown!r}")
     if habits.folds_system:
         notes.append("it has no system role: system texts are put before the first question")
     unknown = ", ".join(unknown_marks(tokenizer))

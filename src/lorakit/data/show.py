@@ -1,67 +1,188 @@
-"""An example or a report enters; text leaves, trained tokens standing between ⟦ and ⟧.
+"""An example, a report or an inspection enters; text for a terminal leaves.
 
-Color only repeats what the brackets say, so that a pipe or a color-blind reader loses nothing.
+Trained tokens stand between ⟦ and ⟧. Color only repeats what the brackets say, so that a pipe,
+NO_COLOR or a color-blind reader loses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from lorakit.records import IGNORE, DataReport, Example
+from lorakit.data.inspection import Inspection, Piece, pieces, runs, visible
+from lorakit.data.lengths import Lengths
+from lorakit.records import DataReport, Example, Fault
 
 TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
+# Characters of one run of tokens on a screen before its middle is left out.
+SHOWN_CHARS = 600
 
 
 def render_example(tokenizer: Any, example: Example) -> Text:
     """The decoded tokens of `example`: special tokens spelled out, trained runs in ⟦ ⟧."""
-    special = set(tokenizer.all_special_ids) | {
-        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    return render_pieces(list(pieces(tokenizer, example)))
+
+
+def render_pieces(parts: Sequence[Piece], limit: int | None = None) -> Text:
+    """Pieces as styled text; of runs longer than `limit` characters the middle is left out."""
     text = Text()
-    for trained, run in _runs(example):
+    for trained, run in runs(parts):
         text.append("⟦" if trained else "")
-        for is_special, part in groupby(run, key=lambda i: i in special):
-            style = TRAINED if trained else MASKED
-            if is_special:
-                style = f"{style} {SPECIAL}" if trained else SPECIAL
-            text.append(_decode(tokenizer, list(part)), style=style)
+        head, left_out, tail = _shortened(run, limit)
+        for piece in head:
+            text.append(visible(piece.text), style=_style(piece))
+        if left_out:
+            text.append(f" [… {left_out} tokens …] ", style="italic")
+        for piece in tail:
+            text.append(visible(piece.text), style=_style(piece))
         text.append("⟧" if trained else "")
     return text
 
 
-def _runs(example: Example) -> Iterator[tuple[bool, list[int]]]:
-    pairs = zip(example.input_ids, example.labels, strict=True)
-    for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        yield trained, [token for token, _ in run]
+def _style(piece: Piece) -> str:
+    if piece.special:
+        return f"{TRAINED} {SPECIAL}" if piece.trained else SPECIAL
+    return TRAINED if piece.trained else MASKED
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # Llama-2's pieces carry their space in front (▁word), and decoding eats the first of a run.
-    first = tokenizer.convert_ids_to_tokens(ids[:1])[0]
-    if str(first).startswith("▁") and not text.startswith(" "):
-        return " " + text
-    return text
+def _shortened(run: list[Piece], limit: int | None) -> tuple[list[Piece], int, list[Piece]]:
+    """The run's beginning, how many tokens are left out, and its end."""
+    if limit is None or sum(len(piece.text) for piece in run) <= limit:
+        return run, 0, []
+    head, room = 0, limit // 2
+    while room > 0:
+        room -= len(run[head].text)
+        head += 1
+    tail, room = len(run), limit // 2
+    while room > 0 and tail > head:
+        tail -= 1
+        room -= len(run[tail].text)
+    return run[:head], sum(len(piece.ids) for piece in run[head:tail]), run[tail:]
 
 
 def show_report(report: DataReport, console: Console) -> None:
-    """One line a source, the counts, and every fault with its first rows."""
+    """What was read and what of it is trained, each fault on a line of its own."""
+    _show_sources(report, console)
+    for fault in report.faults:
+        rows = ", ".join(fault.first_rows)
+        line = f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})"
+        console.print(visible(line), markup=False)
+
+
+def _show_sources(report: DataReport, console: Console) -> None:
     for source in report.sources:
-        console.print("data     " + ", ".join(f"{k} {v}" for k, v in source.items()), markup=False)
+        console.print(visible(f"data     {source_line(source)}"), markup=False)
     share = report.trained_tokens_train / max(report.tokens_train, 1)
     console.print(
         f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
         f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained ({share:.0%}); "
         f"longest {report.longest_example} of {report.cutoff_len}"
     )
-    console.print(f"template {report.template}", markup=False)
-    for fault in report.faults:
-        rows = ", ".join(fault.first_rows)
-        console.print(
-            f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})", markup=False
-        )
+    console.print(visible(f"template {report.template}"), markup=False)
+
+
+def source_line(source: dict[str, Any]) -> str:
+    """One source in words: its rows, its format, why, and whatever else the report knows of it."""
+    known = ("source", "rows", "format", "reason", "left_out")
+    rows = f"{source['rows']:,} row{'s' * (source['rows'] != 1)}"
+    line = f"{source['source']}: {rows}, format {source['format']}"
+    if source.get("reason"):
+        line += f" ({source['reason']})"
+    rest = [f"{key} {value}" for key, value in source.items() if key not in known]
+    left = source.get("left_out", 0)
+    return ", ".join([line, *([f"{left:,} left out"] if left else []), *rest])
+
+
+def show_inspection(inspection: Inspection, console: Console) -> None:
+    """Sources, faults, lengths and examples, and at the end whether a run would go through."""
+    report = inspection.report
+    console.print(f"model    {inspection.model}", markup=False)
+    _show_sources(report, console)
+    console.print()
+    if report.faults and console.width >= 60:
+        console.print(_fault_table(inspection))
+    elif report.faults:
+        console.print("faults")
+        for fault in report.faults:
+            rows = ", ".join(fault.first_rows)
+            line = f"{fault.count:,} x {fault.kind}: {outcome(inspection, fault)} ({rows})"
+            style = "bold red" if inspection.stops(fault) else ""
+            console.print(Text(visible(line), style=style))
+    else:
+        console.print("no faults found")
+    console.print()
+    _show_lengths(inspection.lengths, console)
+    console.print()
+    legend = Text("tokens as the model sees them: ")
+    legend.append("⟦trained⟧", style=TRAINED).append("  ").append("read only", style=MASKED)
+    legend.append("  ").append("<special>", style=SPECIAL)
+    console.print(legend)
+    for shown in inspection.shown:
+        example = shown.example
+        why = f", {shown.why}" if shown.why else ""
+        size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
+        console.print(Text(visible(f"\n── {example.origin}{why}: {size}"), style="bold"))
+        console.print(render_pieces(shown.pieces, SHOWN_CHARS))
+    console.print()
+    console.print(Text(visible(verdict(inspection)), style="bold"))
+
+
+def _fault_table(inspection: Inspection) -> Table:
+    table = Table(title="faults", title_justify="left")
+    table.add_column("rows", justify="right")
+    table.add_column("what", overflow="fold")
+    table.add_column("done", overflow="fold")
+    table.add_column("first rows", overflow="fold")
+    for fault in inspection.report.faults:
+        cells = (fault.kind, outcome(inspection, fault), ", ".join(fault.first_rows))
+        style = "bold red" if inspection.stops(fault) else ""
+        table.add_row(f"{fault.count:,}", *(Text(visible(cell)) for cell in cells), style=style)
+    return table
+
+
+def outcome(inspection: Inspection, fault: Fault) -> str:
+    """What a run does about `fault`."""
+    return "a run would stop here" if inspection.stops(fault) else fault.action
+
+
+def _show_lengths(lengths: Lengths, console: Console) -> None:
+    console.print("length of an example in tokens")
+    label = max(len(f"{bar.begin}-{bar.end}") for bar in lengths.bars)
+    count = max(len(f"{bar.count:,}") for bar in lengths.bars)
+    room = max(8, min(60, console.width - label - count - 6))
+    most = max(bar.count for bar in lengths.bars)
+    for bar in lengths.bars:
+        # A bar that counts something is never empty.
+        size = max(round(room * bar.count / most), 1 if bar.count else 0)
+        name = f"{bar.begin}-{bar.end}"
+        console.print(f"  {name:>{label}}  {'█' * size}{' ' * bool(size)}{bar.count:,}")
+    console.print("\n".join(length_lines(lengths)))
+
+
+def length_lines(lengths: Lengths) -> list[str]:
+    """What the lengths mean for a run, in sentences."""
+    shares = f", {lengths.padding:.0%} of it padding" if lengths.batch > 1 else ""
+    return [
+        f"shortest {lengths.shortest:,}, median {lengths.median:,}, 95% up to {lengths.p95:,}, "
+        f"longest {lengths.longest:,}; cutoff_len {lengths.cutoff_len:,}",
+        f"a step of {lengths.step} examples takes {lengths.packed:.1f} micro-batches of up to "
+        f"{lengths.batch * lengths.cutoff_len:,} tokens packed (packing: true), and "
+        f"{-(-lengths.step // lengths.batch)} with {lengths.batch} side by side{shares}",
+    ]
+
+
+def verdict(inspection: Inspection) -> str:
+    """Whether a run on this data would go through, in a sentence."""
+    report = inspection.report
+    left_out = sum(f.count for f in report.faults if f.action == "left out")
+    if inspection.stopping:
+        kinds = ", ".join(fault.kind for fault in inspection.stopping)
+        why = " (strict: true)" if inspection.strict else ""
+        return f"a run would stop at this data: {kinds}{why}"
+    if left_out:
+        return f"fit to train on; {left_out:,} of {report.rows_read:,} rows left out"
+    return "fit to train on"

@@ -1,0 +1,167 @@
+"""Prepared data and its tokenizer enter; what a person should see of it leaves, as records.
+
+`show.py` prints an Inspection, `page.py` makes a page of it, and `as_dict` a JSON object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.data.check import TOLD
+from lorakit.data.lengths import Lengths, measure
+from lorakit.data.prepare import Prepared
+from lorakit.data.shelf import Examples
+from lorakit.recipe import Recipe
+from lorakit.records import IGNORE, DataReport, Example, Fault
+
+_BROKEN = "\ufffd"
+# All but tab and line end.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text of one token, or of the few that make one character."""
+
+    text: str
+    ids: tuple[int, ...]
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One example to look at, and why this one."""
+
+    example: Example
+    why: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that `lorakit inspect` tells about a source and a model."""
+
+    model: str
+    report: DataReport
+    lengths: Lengths
+    shown: tuple[Shown, ...]
+    strict: bool = False
+
+    @property
+    def stopping(self) -> tuple[Fault, ...]:
+        """The faults at which a run would stop."""
+        return tuple(f for f in self.report.faults if self.stops(f))
+
+    def stops(self, fault: Fault) -> bool:
+        """True where a run would stop at `fault`; `strict: true` stops at all but what it told."""
+        return fault.spoils or (self.strict and fault.action not in TOLD)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `text` of an example has its trained parts listed in `trained`."""
+        examples = [
+            {
+                "row": str(shown.example.origin),
+                "why": shown.why,
+                "input_ids": shown.example.input_ids,
+                "labels": shown.example.labels,
+                "text": "".join(piece.text for piece in shown.pieces),
+                "trained": ["".join(p.text for p in run) for on, run in runs(shown.pieces) if on],
+            }
+            for shown in self.shown
+        ]
+        return {
+            "model": self.model,
+            "spoils": bool(self.stopping),
+            "report": self.report.as_dict(),
+            "lengths": self.lengths.as_dict(),
+            "examples": examples,
+        }
+
+
+def inspect_prepared(
+    prepared: Prepared, tokenizer: Any, recipe: Recipe, model: str, count: int = 3
+) -> Inspection:
+    """Figures of all examples, and `count` of them token by token.
+
+    Args:
+        model: the name to show.
+    """
+    sizes = [*prepared.train.lengths.tolist(), *prepared.val.lengths.tolist()]
+    return Inspection(
+        model=model,
+        report=prepared.report,
+        lengths=measure(
+            sizes,
+            recipe.cutoff_len,
+            recipe.micro_batch_size,
+            recipe.examples_per_step,
+            recipe.seed,
+        ),
+        shown=tuple(
+            Shown(example, why, tuple(pieces(tokenizer, example)))
+            for why, example in _choose(prepared.train, count)
+        ),
+        strict=recipe.strict,
+    )
+
+
+def _choose(examples: Examples, count: int) -> list[tuple[str, Example]]:
+    """The first, the median and the longest example, then ones spread over the data."""
+    by_length = examples.lengths.argsort(kind="stable").tolist()
+    wanted = [("first", 0), ("of median length", by_length[len(by_length) // 2])]
+    wanted.append(("longest", by_length[-1]))
+    step = max(1, len(examples) // max(1, count))
+    wanted += [("", at) for at in range(step, len(examples), step)]
+    chosen: dict[int, str] = {}
+    for why, at in wanted:
+        chosen.setdefault(at, why)
+    return [(why, examples[at]) for at, why in list(chosen.items())[:count]]
+
+
+def pieces(tokenizer: Any, example: Example) -> Iterator[Piece]:
+    """The tokens of `example` as text; tokens that only together make a character are one piece."""
+    special = set(tokenizer.all_special_ids) | {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    held: list[int] = []
+    tokens = list(zip(example.input_ids, example.labels, strict=True))
+    for place, (token, label) in enumerate(tokens):
+        trained = label != IGNORE
+        held.append(token)
+        text = _decode(tokenizer, held)
+        following = tokens[place + 1] if place + 1 < len(tokens) else None
+        open_end = text.endswith(_BROKEN) and following is not None and len(held) < 8
+        if open_end and following and (following[1] != IGNORE) == trained:
+            continue
+        yield Piece(text, tuple(held), trained, token in special)
+        held = []
+
+
+def runs(parts: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
+    """(trained, pieces) of neighbors that are alike."""
+    run: list[Piece] = []
+    for piece in parts:
+        if run and run[-1].trained != piece.trained:
+            yield run[-1].trained, run
+            run = []
+        run.append(piece)
+    if run:
+        yield run[-1].trained, run
+
+
+def visible(text: str) -> str:
+    """Control characters by their codes: data must not steer a terminal or hide in a page."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # Llama-2's pieces carry their space in front (▁word), and decoding eats the first of a run.
+    first = tokenizer.convert_ids_to_tokens(ids[:1])[0]
+    if str(first).startswith("▁") and not text.startswith(" "):
+        return " " + text
+    return text
