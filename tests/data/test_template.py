@@ -77,8 +77,11 @@ def test_a_pad_id_that_is_the_end_of_turn_does_not_mask_it(smollm, chat):
     examples = encode(smollm, chat("a?", "one")) + encode(smollm, chat("a longer one?", "two, too"))
     batch = collate(examples, pad_id=end)
     for row, example in enumerate(examples):
-        assert batch["labels"][row, len(example.input_ids) - 1] == end
-        assert (batch["labels"][row, len(example.input_ids) :] == IGNORE).all()
+        # The last token is predicted from the place before it; padding is predicted from nowhere.
+        start, last = row * batch["input_ids"].shape[1], len(example.input_ids) - 1
+        predicted = dict(zip(batch["positions"].tolist(), batch["targets"].tolist(), strict=True))
+        assert predicted[start + last - 1] == end
+        assert not {start + i for i in range(last, batch["input_ids"].shape[1])} & set(predicted)
 
 
 def test_a_special_token_written_by_a_user_stays_text(smollm, chat, trained_runs):
