@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from lorakit.data.template import prompt_ids, stop_token_ids
 from lorakit.errors import DataError
+from lorakit.model.modes import evaluating
 from lorakit.records import Message
 
 BATCH = 8
@@ -67,7 +68,7 @@ def replies(
     """
     tools = tools or [()] * len(conversations)
     found: list[str] = []
-    with _ready(model):
+    with evaluating(model):
         for start in range(0, len(conversations), BATCH):
             part = conversations[start : start + BATCH]
             prompts = [
@@ -104,7 +105,7 @@ def stream_reply(
 
     def work() -> None:
         try:
-            with _ready(model):
+            with evaluating(model):
                 model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -166,18 +167,6 @@ class _Left(StoppingCriteria):
 
     def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-@contextlib.contextmanager
-def _ready(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's mode comes back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _arguments(model: Any, tokenizer: Any, settings: GenerationSettings) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorakit.model.attention import Segments
+
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = {
     "llama": {},
@@ -62,3 +64,16 @@ def hidden_and_grads(model, forward):
 def worst(found, expected):
     """Largest relative difference of two dictionaries of gradients."""
     return max(float((found[n] - e).norm() / e.norm()) for n, e in expected.items())
+
+
+def segments_of(lengths, device):
+    """Borders of documents of these lengths in one row."""
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Segments(borders.to(device), max(lengths), tuple(lengths))
+
+
+def assert_layers_equal(model, expected, forward):
+    """Hidden states and every adapter gradient of `forward()` are those `expected`."""
+    found, ours = hidden_and_grads(model, forward)
+    torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
+    assert worst(ours, expected[1]) < 1e-5

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lorakit.model.attach import segments_of
 from lorakit.model.attention import attend
+
+from .engine_models import segments_of
 
 
 def formula(q, k, v, scale):

@@ -17,7 +17,8 @@ from lorakit.model.attention import Segments
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.model.fast_layer import Arena, FastLayer, Keep, Pass
 from lorakit.model.lora_group import Scratch, Unsupported, refresh
-from lorakit.ops.backend import has_kernels, kernels_reason
+from lorakit.model.modes import evaluating
+from lorakit.ops.backend import kernels_reason
 from lorakit.ops.hash_mask import draw_keys
 
 # Largest relative difference of a layer's update on the probe: rounding of the type, with room.
@@ -151,20 +152,21 @@ def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:
 def _check_shape(decoder: Any, config: Any) -> None:
     known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
     projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+    def weighty(module: Any) -> set[str]:
+        return {n for n, m in module.named_children() if next(m.parameters(), None) is not None}
+
     for layer in decoder.layers:
-        extra = {n for n, m in layer.named_children() if any(True for _ in m.parameters())} - known
+        extra = weighty(layer) - known
         if extra:
             raise Unsupported(f"its layers have {', '.join(sorted(extra))}")
-        parts = {
-            n for n, m in layer.self_attn.named_children() if any(True for _ in m.parameters())
-        }
+        parts = weighty(layer.self_attn)
         if not projections <= parts <= projections | {"q_norm", "k_norm"}:
             raise Unsupported("its attention has other parts")
     if getattr(config, "attention_dropout", 0.0):
         raise Unsupported("attention dropout")
 
 
-@torch.no_grad()
 def _probe(engine: Engine, base: Any) -> float:
     """Largest relative difference |ours - own| / |own - input| of one layer, each on equal inputs.
 
@@ -174,10 +176,8 @@ def _probe(engine: Engine, base: Any) -> float:
     device = engine.decoder.embed_tokens.weight.device
     ids = (torch.arange(PROBE_TOKENS, device=device).unsqueeze(0) * 7919 + 13) % config.vocab_size
     places = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
-    was_training = base.training
-    base.eval()
     refresh(engine.groups, training=False)
-    try:
+    with evaluating(base):
         hidden = engine.decoder.embed_tokens(ids)
         cos, sin = engine.decoder.rotary_emb(hidden, position_ids=places)
         call = Pass(cos, sin, None, None, False)
@@ -195,20 +195,7 @@ def _probe(engine: Engine, base: Any) -> float:
             differences.append(error / (out - hidden).float().norm())
             hidden = out
         return float(torch.stack(differences).max())
-    finally:
-        base.train(was_training)
 
 
 def _switched_off(module: Any) -> bool:
     return bool(module.merged or module.disable_adapters or "default" not in module.active_adapters)
-
-
-def segments_of(lengths: list[int], device: torch.device) -> Segments:
-    """Borders of documents of these lengths in one row."""
-    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Segments(borders.to(device), max(lengths), tuple(lengths))
-
-
-def uses_kernels(engine: Engine) -> bool:
-    """True where the engine runs Triton kernels."""
-    return has_kernels(engine.decoder.embed_tokens.weight)

@@ -9,6 +9,7 @@ logits first, and left out where they differ.
 
 from __future__ import annotations
 
+import functools
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,13 @@ from transformers.utils import ModelOutput
 from lorakit.model.attach import Engine, attach_engine
 from lorakit.model.attention import Segments
 from lorakit.model.families import changes_logits, transform_logits
+from lorakit.model.modes import evaluating
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.cross_entropy import summed_cross_entropy
+
+PACKED = "documents share micro-batches without padding"
+# What a model raises whose parts are not where, or do not take what, a probe expects.
+UNLIKE = (AttributeError, TypeError, NotImplementedError, RuntimeError)
 
 
 @dataclass
@@ -33,17 +39,23 @@ class SupervisedLoss(ModelOutput):
 
 @dataclass(frozen=True)
 class Attached:
-    """What `attach_loss` put under a model, each with its reason in words.
+    """What `attach_loss` put under a model, each with its reason in words."""
 
-    `packs` is true where documents packed into one row are kept apart.
-    """
-
+    base: Any
     engine: Engine | None
     layers: str
     loss: str
-    packs: bool
-    packing: str
     frozen_head: bool
+
+    @functools.cached_property
+    def packing(self) -> str:
+        """How documents packed into one row fare; looked up (two passes) when asked for."""
+        return PACKED if self.engine is not None else _kept_apart(self.base)
+
+    @property
+    def packs(self) -> bool:
+        """Documents packed into one row are kept apart."""
+        return self.packing == PACKED
 
 
 class _Head:
@@ -89,10 +101,6 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
         layers = f"PEFT's own: {kernels_reason(base.device.type)} is no faster fused"
     elif engine != "off":
         fast, layers = attach_engine(base, base.device.type)
-    if fast is not None:
-        packs, packing = True, "documents share micro-batches without padding"
-    else:
-        packs, packing = _keeps_documents_apart(base)
 
     def forward(
         self: Any,
@@ -121,7 +129,7 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
     base.forward = types.MethodType(forward, base)
     base.lorakit_engine = fast
     frozen = head is not None and head.frozen_weight is not None
-    return Attached(fast, layers, loss_path, packs, packing, frozen)
+    return Attached(base, fast, layers, loss_path, frozen)
 
 
 def detach_loss(model: Any) -> None:
@@ -149,45 +157,35 @@ def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **input
     return engine(ids, inputs.get("position_ids"), segments, embeds)
 
 
-@torch.no_grad()
 def _verified_head(base: Any, own_forward: Any) -> tuple[_Head | None, str]:
     """The gathered head, if decoder + head give the model's own logits on a probe of 8 tokens."""
     config = base.config.get_text_config()
     probe = torch.arange(8, device=base.device).unsqueeze(0) % config.vocab_size + 1
-    was_training = base.training
-    base.eval()
     try:
-        own = own_forward(base, input_ids=probe, use_cache=False).logits.float()
-        head = _Head(base)
-        ours = head(base.get_decoder()(input_ids=probe, use_cache=False)[0]).float()
-        # The same operations on the same numbers: equal up to the order of one reduction.
-        same = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
-    except (AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
+        with evaluating(base):
+            own = own_forward(base, input_ids=probe, use_cache=False).logits.float()
+            head = _Head(base)
+            ours = head(base.get_decoder()(input_ids=probe, use_cache=False)[0]).float()
+            # The same operations on the same numbers: equal up to the order of one reduction.
+            same = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
+    except UNLIKE as error:
         return None, f"loss over all positions ({type(error).__name__} in the gathered path)"
-    finally:
-        base.train(was_training)
     if not same:
         return None, "loss over all positions (this model changes its logits after the head)"
     return head, "loss on supervised tokens only, gathered before the head"
 
 
-@torch.no_grad()
-def _keeps_documents_apart(base: Any) -> tuple[bool, str]:
-    """Whether the model's own attention isolates packed documents told by their position ids."""
+def _kept_apart(base: Any) -> str:
+    """PACKED if the model's own attention isolates documents told by their position ids."""
     config = base.config.get_text_config()
     documents = torch.arange(12, device=base.device) * 31 % config.vocab_size
     places = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
-    was_training = base.training
-    base.eval()
     try:
-        run = base.get_decoder()
-        packed = run(input_ids=documents.unsqueeze(0), position_ids=places, use_cache=False)[0]
-        alone = run(input_ids=documents[5:].unsqueeze(0), use_cache=False)[0]
-    except (AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
-        return False, f"off: {type(error).__name__} with packed documents"
-    finally:
-        base.train(was_training)
+        with evaluating(base):
+            run = base.get_decoder()
+            packed = run(input_ids=documents.unsqueeze(0), position_ids=places, use_cache=False)[0]
+            alone = run(input_ids=documents[5:].unsqueeze(0), use_cache=False)[0]
+    except UNLIKE as error:
+        return f"off: {type(error).__name__} with packed documents"
     difference = float((packed[:, 5:] - alone).float().norm() / alone.float().norm())
-    if not difference < 3e-2:
-        return False, "off: this model's attention mixes packed documents"
-    return True, "documents share micro-batches without padding"
+    return PACKED if difference < 3e-2 else "off: this model's attention mixes packed documents"

@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from lorakit.data.batch import collate
+from lorakit.model.modes import evaluating
 from lorakit.records import EvalScore, Example
 from lorakit.train.loss import attach_loss, base_of, detach_loss
 
@@ -19,7 +18,6 @@ from lorakit.train.loss import attach_loss, base_of, detach_loss
 BATCH_TOKENS = 4096
 
 
-@torch.no_grad()
 def score(
     model: Any,
     examples: Sequence[Example],
@@ -39,24 +37,22 @@ def score(
     attached = "forward" in base_of(model).__dict__
     if not attached:
         attach_loss(model)
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
     loss, tokens = 0.0, 0
     try:
-        start = 0
-        while start < len(order):
-            size = max(1, batch_tokens // len(examples[order[start]].input_ids))
-            rows = [examples[i] for i in order[start : start + size]]
-            batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
-            out = model(**batch, use_cache=False)
-            loss += float(out.loss_sum)
-            tokens += batch["targets"].numel()
-            start += len(rows)
-            if on_batch:
-                on_batch(start, len(order))
+        with evaluating(model):
+            start = 0
+            while start < len(order):
+                size = max(1, batch_tokens // len(examples[order[start]].input_ids))
+                rows = [examples[i] for i in order[start : start + size]]
+                batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
+                out = model(**batch, use_cache=False)
+                loss += float(out.loss_sum)
+                tokens += batch["targets"].numel()
+                start += len(rows)
+                if on_batch:
+                    on_batch(start, len(order))
     finally:
-        model.train(was_training)
         if not attached:
             detach_loss(model)
     mean = loss / max(tokens, 1)
