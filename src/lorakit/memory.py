@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from lorakit.model.families import FAST_FAMILIES
@@ -71,14 +70,8 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
     text = config.get_text_config()
-    sizes = _Sizes(
-        recipe,
-        text,
-        list(_linear_shapes(_key(config))),
-        _total_parameters(_key(config)),
-        BYTES[device.dtype],
-        device.kind == "cuda",
-    )
+    shapes, total = _count(config)
+    sizes = _Sizes(recipe, text, shapes, total, BYTES[device.dtype], device.kind == "cuda")
     # As `attach_loss` decides: `auto` on cards with kernels only.
     engine = expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on")
     budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
@@ -224,45 +217,20 @@ def _targets(recipe: Recipe, shapes: list[Shape]) -> list[Shape]:
     return [s for s in shapes if s[0].split(".")[-1] in names or s[0] in names]
 
 
-# -- shapes of a model that is never made ---------------------------------------------------------
+def _count(config: Any) -> tuple[list[Shape], int]:
+    """(name, D_in, D_out) of every linear layer but the head, and all parameters' number.
 
-
-class _key:
-    """A config that counts as equal to one of the same values, so that its shapes are cached."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.text = config.to_json_string()
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _key) and self.text == other.text
-
-
-def _meta_model(config: Any) -> Any:
+    They are read off a model on the meta device, which holds no weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-@lru_cache(maxsize=8)
-def _total_parameters(key: _key) -> int:
-    return sum(p.numel() for p in _meta_model(key.config).parameters())
-
-
-@lru_cache(maxsize=8)
-def _linear_shapes(key: _key) -> tuple[Shape, ...]:
-    """(name, D_in, D_out) of every linear layer but the output head."""
-    import torch
-
-    model = _meta_model(key.config)
+        model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    return tuple(
+    shapes = [
         (name, module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
-    )
+    ]
+    return shapes, sum(p.numel() for p in model.parameters())

@@ -116,6 +116,11 @@ class DataReport:
     template: str
     faults: tuple[Fault, ...] = ()
 
+    @property
+    def trained_share(self) -> float:
+        """Part of the training tokens that carry a label."""
+        return self.trained_tokens_train / max(self.tokens_train, 1)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `data_report.json`."""
         return asdict(self)

@@ -38,21 +38,25 @@ def gather(
 
     def make(folder: Path) -> None:
         meta: dict[str, Any] = {"lines": []}
-        write_items(folder, _read_all(names, recipe, folders, meta), meta)
+        write_items(folder, _read_all(names, aside, recipe, folders, meta), meta)
 
     shelf = ItemShelf(folder_for(key, make), key)
     return shelf, FaultLog.from_dict(shelf.meta["faults"])
 
 
 def _read_all(
-    names: Sequence[str], recipe: Recipe, folders: Sequence[Path], meta: dict[str, Any]
+    names: Sequence[str],
+    aside: Sequence[Sequence[str]],
+    recipe: Recipe,
+    folders: Sequence[Path],
+    meta: dict[str, Any],
 ) -> Iterator[tuple[Item, int]]:
     """(item, number of its source); what became of the rows is written into `meta`."""
     log = FaultLog()
     for number, name in enumerate(names):
         own, read, found = FaultLog(), 0, 0
-        for aside in left_aside(name, folders):
-            own.add("file of another kind", aside, "not read")
+        for path in aside[number]:
+            own.add("file of another kind", path, "not read")
         formats: dict[str, str] = {}
         rows = read_rows(name, folders, offline=recipe.offline)
         for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):

@@ -108,7 +108,7 @@ def _sentence(text: str) -> str:
 
 
 def _facts(report: DataReport) -> str:
-    share = report.trained_tokens_train / max(report.tokens_train, 1)
+    share = report.trained_share
     sources = "<br>".join(escape(source_line(source)) for source in report.sources)
     facts = {
         "Data": sources,

@@ -10,7 +10,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from lorakit.records import IGNORE, Conversation, Example, Origin
 
 # Tokens that are collected before they are written.
 _AT_ONCE = 2**20
+Thing = TypeVar("Thing")
 _ITEMS, _TOKENS, _TRAINED = "items.jsonl", "tokens.int32", "trained.uint8"
 
 
@@ -183,11 +184,37 @@ def write_examples(
     _save(folder, {"faults": log.as_dict()}, arrays)
 
 
-class Examples(Sequence[Example]):
+class _Chosen(Sequence[Thing]):
+    """Some things of a shelf by number, int64 [N]; `_read` takes one off it."""
+
+    def __init__(self, chosen: NDArray[np.int64]) -> None:
+        self.chosen = chosen
+
+    def _read(self, number: int) -> Thing:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, number: int) -> Thing: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Thing]: ...
+    def __getitem__(self, number: int | slice) -> Thing | list[Thing]:
+        if isinstance(number, slice):
+            return [self._read(int(i)) for i in self.chosen[number]]
+        return self._read(int(self.chosen[number]))
+
+
+class Examples(_Chosen[Example]):
     """Some examples of a shelf, in an order of their own; an example may stand there twice."""
 
     def __init__(self, shelf: ExampleShelf, chosen: NDArray[np.int64]) -> None:
-        self._shelf, self.chosen = shelf, chosen
+        super().__init__(chosen)
+        self._shelf = shelf
+
+    def _read(self, number: int) -> Example:
+        return self._shelf.example(number)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -199,33 +226,13 @@ class Examples(Sequence[Example]):
         """Trained tokens of each example, int64 [N]."""
         return self._shelf.trained[self.chosen]
 
-    def __len__(self) -> int:
-        return len(self.chosen)
 
-    @overload
-    def __getitem__(self, number: int) -> Example: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Example]: ...
-    def __getitem__(self, number: int | slice) -> Example | list[Example]:
-        if isinstance(number, slice):
-            return [self._shelf.example(int(i)) for i in self.chosen[number]]
-        return self._shelf.example(int(self.chosen[number]))
-
-
-class Items(Sequence[Item]):
+class Items(_Chosen[Item]):
     """Some items of a shelf, in the shelf's order."""
 
     def __init__(self, shelf: ItemShelf, chosen: NDArray[np.int64]) -> None:
-        self._shelf, self._chosen = shelf, chosen
+        super().__init__(chosen)
+        self._shelf = shelf
 
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    @overload
-    def __getitem__(self, number: int) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Item]: ...
-    def __getitem__(self, number: int | slice) -> Item | list[Item]:
-        if isinstance(number, slice):
-            return [self._shelf[int(i)] for i in self._chosen[number]]
-        return self._shelf[int(self._chosen[number])]
+    def _read(self, number: int) -> Item:
+        return self._shelf[number]

@@ -76,10 +76,10 @@ def show_report(report: DataReport, console: Console) -> None:
 def _show_sources(report: DataReport, console: Console) -> None:
     for source in report.sources:
         console.print(visible(f"data     {source_line(source)}"), markup=False)
-    share = report.trained_tokens_train / max(report.tokens_train, 1)
     console.print(
         f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
-        f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained ({share:.0%}); "
+        f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained "
+        f"({report.trained_share:.0%}); "
         f"longest {report.longest_example} of {report.cutoff_len}"
     )
     console.print(visible(f"template {report.template}"), markup=False)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorakit.ops.lora import Update
+from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
 SETTINGS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}  # see benchmarks/kernels.py
 
@@ -45,31 +46,9 @@ def _launch(
     grid = (triton.cdiv(rows, SETTINGS["BLOCK_M"]), triton.cdiv(width, SETTINGS["BLOCK_N"]))
     _kernel[grid](
         dh, gu, dgu, h, s, b, rows, width, s.stride(0),
-        SLOT_G=slots[0], SLOT_U=slots[1], RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        SLOT_G=slots[0], SLOT_U=slots[1], RANK=rank, BLOCK_R=matrix_block(rank),
         SILU=activation == "silu", BACKWARD=backward, **SETTINGS,
     )  # fmt: skip
-
-
-@triton.jit
-def low_rank_tile(  # type: ignore[no-untyped-def]
-    tile, s, b, row, column, rows, end, s_stride,
-    SLOT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """`tile` [rows, columns] float32 plus S_slot B^T; `column` are rows of b, below `end`."""
-    if SLOT >= 0:
-        rank = tl.arange(0, BLOCK_R)
-        left = tl.load(
-            s + row.to(tl.int64)[:, None] * s_stride + SLOT * RANK + rank[None, :],
-            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            b + column[None, :] * RANK + rank[:, None],
-            mask=(column < end)[None, :] & (rank < RANK)[:, None],
-            other=0.0,
-        )
-        tile = tl.dot(left, right, tile, input_precision="ieee")
-    return tile
 
 
 @triton.jit

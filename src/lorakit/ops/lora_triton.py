@@ -1,4 +1,7 @@
-"""The masked products of `lora.py` as Triton kernels: dropout masks live in registers only."""
+"""The masked products of `lora.py` as Triton kernels: dropout masks live in registers only.
+
+`low_rank_tile` is what other kernels call to add an adapter's part to a tile on the way.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
     grid = (triton.cdiv(rows, blocks["BLOCK_M"]), modules)
     _down_kernel[grid](
         x, a, keys, out, rows, width, x.stride(0), threshold(p),
-        RANK=rank, BLOCK_R=_block_r(rank), num_stages=3, **blocks,
+        RANK=rank, BLOCK_R=matrix_block(rank), num_stages=3, **blocks,
     )  # fmt: skip
     return out
 
@@ -47,7 +50,7 @@ def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: 
     grid = (triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))
     _input_grad_kernel[grid](
         dx, ds, a, keys, rows, width, dx.stride(0), ds.stride(0), threshold(p),
-        MODULES=modules, RANK=rank, BLOCK_R=_block_r(rank), num_stages=1, **blocks,
+        MODULES=modules, RANK=rank, BLOCK_R=matrix_block(rank), num_stages=1, **blocks,
     )  # fmt: skip
     return dx
 
@@ -72,7 +75,7 @@ def lora_a_grad_triton(
     grid = (triton.cdiv(width, block_k), modules, A_GRAD_SPLITS)
     _a_grad_kernel[grid](
         ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
-        modules * rank, RANK=rank, BLOCK_R=_block_r(rank),
+        modules * rank, RANK=rank, BLOCK_R=matrix_block(rank),
         BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(partial[0]) if into is None else into
@@ -83,9 +86,9 @@ def lora_a_grad_triton(
     return out
 
 
-def _block_r(rank: int) -> int:
-    """The rank as the matrix units take it: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(rank))
+def matrix_block(size: int) -> int:
+    """A rank or width as the matrix units take it: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -185,3 +188,25 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
     if ADD:
         total += tl.load(out + place, mask=inside, other=0.0)
     tl.store(out + place, total, mask=inside)
+
+
+@triton.jit
+def low_rank_tile(  # type: ignore[no-untyped-def]
+    tile, s, b, row, column, rows, end, s_stride,
+    SLOT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`tile` [rows, columns] float32 plus S_slot B^T; `column` are rows of b, below `end`."""
+    if SLOT >= 0:
+        rank = tl.arange(0, BLOCK_R)
+        left = tl.load(
+            s + row.to(tl.int64)[:, None] * s_stride + SLOT * RANK + rank[None, :],
+            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            b + column[None, :] * RANK + rank[:, None],
+            mask=(column < end)[None, :] & (rank < RANK)[:, None],
+            other=0.0,
+        )
+        tile = tl.dot(left, right, tile, input_precision="ieee")
+    return tile

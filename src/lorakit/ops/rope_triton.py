@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.gated_triton import low_rank_tile
 from lorakit.ops.lora import Update
+from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
 BLOCK_H = 8
 ROTATE = {"BLOCK_M": 64, "num_warps": 4}
@@ -46,11 +46,26 @@ def rotate_qkv_triton_(
         qkv, s, b, cos, sin, rows, length, qkv.stride(0), s.stride(0),
         cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,
         Q=heads[0], K=heads[1], SLOT_Q=slots[0], SLOT_K=slots[1], SLOT_V=slots[2],
-        RANK=rank, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        HALF=half, BLOCK_D=max(16, triton.next_power_of_2(half)), ROTATES=angles is not None,
+        RANK=rank, BLOCK_R=matrix_block(rank),
+        HALF=half, BLOCK_D=matrix_block(half), ROTATES=angles is not None,
         **ROTATE,
     )  # fmt: skip
     return qkv
+
+
+@triton.jit
+def _add_low_rank(  # type: ignore[no-untyped-def]
+    first, second, s, b, row, head, rows, s_stride,
+    SLOT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Both halves of a head with the adapter's part; a head is 2 * HALF rows of b."""
+    column = head * 2 * HALF + tl.arange(0, BLOCK_D)
+    end = head * 2 * HALF + HALF
+    first = low_rank_tile(first, s, b, row, column, rows, end, s_stride, SLOT, RANK, BLOCK_R)
+    column, end = column + HALF, end + HALF
+    second = low_rank_tile(second, s, b, row, column, rows, end, s_stride, SLOT, RANK, BLOCK_R)
+    return first, second
 
 
 @triton.jit
@@ -67,22 +82,17 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     place = row.to(tl.int64)[:, None] * stride + (head * 2 * HALF + d)[None, :]
     first = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    column = head * 2 * HALF + d
-    low = head * 2 * HALF + HALF  # the first row of b that is not the first half's
     if head < Q:
-        first = low_rank_tile(first, s, b, row, column, rows, low, s_stride, SLOT_Q, RANK, BLOCK_R)
-        second = low_rank_tile(
-            second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_Q, RANK, BLOCK_R
+        first, second = _add_low_rank(
+            first, second, s, b, row, head, rows, s_stride, SLOT_Q, RANK, BLOCK_R, HALF, BLOCK_D
         )
     elif head < Q + K:
-        first = low_rank_tile(first, s, b, row, column, rows, low, s_stride, SLOT_K, RANK, BLOCK_R)
-        second = low_rank_tile(
-            second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_K, RANK, BLOCK_R
+        first, second = _add_low_rank(
+            first, second, s, b, row, head, rows, s_stride, SLOT_K, RANK, BLOCK_R, HALF, BLOCK_D
         )
     else:
-        first = low_rank_tile(first, s, b, row, column, rows, low, s_stride, SLOT_V, RANK, BLOCK_R)
-        second = low_rank_tile(
-            second, s, b, row, column + HALF, rows, low + HALF, s_stride, SLOT_V, RANK, BLOCK_R
+        first, second = _add_low_rank(
+            first, second, s, b, row, head, rows, s_stride, SLOT_V, RANK, BLOCK_R, HALF, BLOCK_D
         )
     if ROTATES and head < Q + K:
         angle = (
