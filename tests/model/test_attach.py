@@ -173,6 +173,30 @@ def test_evaluation_has_no_dropout_and_switched_off_adapters_take_the_models_own
     assert not engine.serves(9)
 
 
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"]], ids=str)
+def test_adapters_anywhere_can_be_switched_off(targets):
+    model = tiny(target_modules=targets)
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    assert engine.serves(9)
+    with model.disable_adapter():
+        assert not engine.serves(9)
+    assert engine.serves(9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_an_embedding_on_the_host_serves_ids_and_embedded_rows_alike(family):
+    model, tokens = tiny(family), ids(2, 9)
+    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    expected = hidden_and_grads(model, lambda: engine(tokens, None, None))
+    engine.move_embedding_to_host()
+    assert engine.embedding_on_host
+    assert_layers_equal(model, expected, lambda: engine(tokens, None, None))
+    rows = engine.embed_on_host(tokens)
+    assert_layers_equal(model, expected, lambda: engine(None, None, None, rows))
+    engine.detach()
+    assert not engine.embedding_on_host
+
+
 def test_a_window_shorter_than_the_rows_is_left_to_the_model():
     model = tiny("mistral", base_changes={"sliding_window": 8})
     engine, _ = attach_engine(model.get_base_model(), "cpu")

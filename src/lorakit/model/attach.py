@@ -35,6 +35,10 @@ class Engine:
     scratch: Scratch = field(default_factory=dict)
     home: torch.device | None = None  # of the embedding, while that lies on the host
 
+    def __post_init__(self) -> None:
+        # PEFT switches all adapters at once, but any one may be the only kind there is.
+        self.adapted = [m for m in self.decoder.modules() if hasattr(m, "lora_A")]
+
     @property
     def groups(self) -> list[Any]:
         return [group for layer in self.layers for group in layer.groups]
@@ -48,7 +52,7 @@ class Engine:
         """True where the fast path computes what the model would: adapters on, window not hit."""
         if any(layer.window and length > layer.window for layer in self.layers):
             return False
-        return not any(_switched_off(module) for module in self._adapted_modules())
+        return not any(_switched_off(module) for module in self.adapted)
 
     @property
     def embedding_on_host(self) -> bool:
@@ -58,25 +62,24 @@ class Engine:
     def move_embedding_to_host(self) -> None:
         """Leave the card's memory to the rest: rows are looked up on the host for each batch."""
         if self.home is None:
-            weight = self.decoder.embed_tokens.weight
-            self.home = weight.device
-            weight.data = weight.data.cpu()
+            self.home = self.decoder.embed_tokens.weight.device
+            self.decoder.embed_tokens.cpu()
 
     def embed_on_host(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [B, T, D] of ids on the host, in page-locked memory."""
-        weight = self.decoder.embed_tokens.weight
-        out = torch.empty(input_ids.numel(), weight.shape[1], dtype=weight.dtype, pin_memory=True)
-        torch.index_select(weight.data, 0, input_ids.flatten(), out=out)
-        scale = getattr(self.decoder.embed_tokens, "scalar_embed_scale", 1.0)
-        return (
-            out.mul_(scale).view(*input_ids.shape, -1)
-            if scale != 1.0
-            else out.view(*input_ids.shape, -1)
-        )
+        """Embeddings [B, T, D] of ids on the host, page-locked where they go to a card."""
+        found: Tensor = self.decoder.embed_tokens(input_ids)
+        on_card = self.home is not None and self.home.type == "cuda"
+        return found.pin_memory() if on_card else found
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if self.home is None:
+            embedded: Tensor = self.decoder.embed_tokens(input_ids)
+            return embedded
+        return self.embed_on_host(input_ids.cpu()).to(input_ids.device)
 
     def __call__(
         self,
-        input_ids: Tensor | None,
+        input_ids: Any,
         position_ids: Tensor | None,
         segments: Segments | None,
         inputs_embeds: Tensor | None = None,
@@ -84,7 +87,7 @@ class Engine:
         """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
         training = self.decoder.training
         refresh(self.groups, training)
-        hidden = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         cos, sin = self.decoder.rotary_emb(hidden, position_ids=position_ids)
@@ -104,15 +107,11 @@ class Engine:
     def detach(self) -> None:
         """Give every module a weight of its own again, as savers expect, and where it was."""
         if self.home is not None:
-            weight = self.decoder.embed_tokens.weight
-            weight.data, self.home = weight.data.to(self.home), None
+            self.decoder.embed_tokens.to(self.home)
+            self.home = None
         for group in self.groups:
             group.unmerge()
             group.a_sink, group.b_sinks = None, []
-
-    def _adapted_modules(self) -> list[Any]:
-        attention = self.decoder.layers[0].self_attn
-        return [m for m in attention.children() if hasattr(m, "lora_A")]
 
 
 def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:
