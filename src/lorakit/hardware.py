@@ -42,8 +42,7 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
 def _cuda(dtype: str) -> Device:
     import torch
 
-    # Read when the allocator starts. With fixed segments 3 of 17 GiB were holes between tensors.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    _let_segments_grow()
     index = torch.cuda.current_device()
     name = torch.cuda.get_device_name(index)
     major, minor = torch.cuda.get_device_capability(index)
@@ -61,6 +60,20 @@ def _cuda(dtype: str) -> Device:
         )
         chosen, reasons["dtype"] = _asked(dtype) or automatic
     return Device("cuda", name, memory, chosen, "sdpa", reasons)
+
+
+def _let_segments_grow() -> None:
+    """With fixed segments 3 of 17 GiB were holes between tensors; a user's own settings win.
+
+    Torch reads its variable when it is imported, which a notebook has long done: only the call
+    that `torch.cuda.memory._set_allocator_settings` stands for still works then.
+    """
+    import torch
+
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        return
+    settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (settings or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def _cpu(dtype: str) -> Device:

@@ -115,13 +115,14 @@ def random_model(config: Any, device: Device, four_bit: bool) -> Any:
         model = AutoModelForCausalLM.from_config(
             first, dtype=dtype, attn_implementation=device.attention
         )
-    layers = model.model.layers
-    layer_type = type(layers[0])
+    layer_type = type(model.model.layers[0])
     model.model.layers = nn.ModuleList()
     for index in range(config.num_hidden_layers):
-        with torch.device(device.kind):
-            layer = layer_type(model.config, index) if index else layers[0]
-        _randomize(layer.to(dtype))
+        # By way of "meta": a float32 layer made first would leave holes in the card's memory.
+        with torch.device("meta"):
+            layer = layer_type(model.config, index).to(dtype)
+        layer.to_empty(device=device.kind)
+        _randomize(layer)
         model.model.layers.append(_quantize(layer, device) if four_bit else layer)
     model.config.num_hidden_layers = config.num_hidden_layers
     model.is_loaded_in_4bit = four_bit
