@@ -10,9 +10,11 @@ import torch
 import triton
 
 from lorakit.ops import gated_triton, rope_triton
+from lorakit.ops import lora_output_triton as output
 from lorakit.ops import lora_triton as fast
 from lorakit.ops.hash_mask import draw_keys
-from lorakit.ops.lora import Update
+from lorakit.ops.lora import InputGrad, Update
+from lorakit.ops.lora_output import lora_output_grads_reference
 
 D, INNER = 4096, 11008
 
@@ -73,17 +75,48 @@ def elementwise(rows, rank):
         gated_triton.SETTINGS.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2])
 
     best("gated", choices, gated_choice, lambda: gated_triton.gated_triton(gu, "silu", update))
+    down = InputGrad(make(rows, rank), make(rank, INNER), draw_keys(1, torch.device("cuda")), 0.05)
     best(
         "gated backward",
         choices,
         gated_choice,
-        lambda: gated_triton.gated_backward_triton(dh, gu, "silu", update),
+        lambda: gated_triton.gated_backward_triton(dh, gu, "silu", update, down),
     )
     best(
         "rotate qkv",
         list(itertools.product([16, 32, 64, 128], [2, 4, 8])),
         lambda c: rope_triton.ROTATE.update(BLOCK_M=c[0], num_warps=c[1]),
         lambda: rope_triton.rotate_qkv_triton_(qkv, (32, 32, 32), 128, angles, update3),
+    )
+
+
+def outputs(rows, rank):
+    """The gradients at all four groups' outputs, and the update of a single module, by blocks."""
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    groups = []
+    for widths in ([D] * 3, [D], [INNER] * 2, [D]):
+        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        columns = [slice(e - w, e) for e, w in zip(ends, widths, strict=True)]
+        update = Update(
+            make(rows, rank * len(widths)), make(ends[-1], rank), tuple(range(len(widths)))
+        )
+        groups.append((make(rows, ends[-1]), update, columns, torch.zeros(ends[-1], rank).cuda()))
+
+    def grads_choice(c):
+        output.GRADS.update(SPLIT=c[0], BLOCK_M=c[1], BLOCK_N=c[2], num_warps=c[3], num_stages=c[4])
+
+    choices = list(itertools.product([128, 256, 512], [64, 128], [64, 128, 256], [4, 8], [2, 3]))
+    apart = ms(lambda: [lora_output_grads_reference(*g) for g in groups])
+    print(f"{'output grads apart':24s} {apart:.1f}")
+    one_pass = lambda: [output.lora_output_grads_triton(*g) for g in groups]  # noqa: E731
+    best("output grads", choices, grads_choice, one_pass)
+    start, update = groups[1][0], groups[1][1]
+    print(f"{'addmm':24s} {ms(lambda: torch.addmm(start, update.s, update.b.t())):.1f}")
+    best(
+        "add",
+        list(itertools.product([16, 32, 64], [64, 128, 256], [4, 8])),
+        lambda c: output.ADD.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2]),
+        lambda: output.lora_add_triton(start, update),
     )
 
 
@@ -126,7 +159,7 @@ def products(rows, rank):
         print(name, "; ".join(f"{k} {ms(f):.1f}" for k, f in times.items()), flush=True)
 
 
-PARTS = {"lora": lora_kernels, "elementwise": elementwise, "products": products}
+PARTS = {"lora": lora_kernels, "elementwise": elementwise, "outputs": outputs, "products": products}
 
 
 def main():

@@ -3,7 +3,7 @@
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lorakit.ops.rope import rope
+from lorakit.ops.rope import rope, unrotate_qkv
 
 
 def angles(batch, length, width):
@@ -24,15 +24,14 @@ def test_it_is_the_rotation_of_transformers():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_inverse_is_the_gradient_and_undoes_it():
+def test_the_way_back_is_the_gradient():
     torch.manual_seed(0)
     cos, sin = angles(1, 6, 4)
-    x = torch.randn(1, 6, 2, 4, dtype=torch.float64, requires_grad=True)
-    y = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)[0].transpose(1, 2)
-    dy = torch.randn_like(y)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    torch.testing.assert_close(
-        rope(dy, cos, sin, torch.empty_like(dy), inverse=True), dx, rtol=1e-5, atol=1e-5
-    )
-    back = rope(y.detach(), cos, sin, torch.empty_like(dy), inverse=True)
-    torch.testing.assert_close(back, x.detach(), rtol=1e-5, atol=1e-5)
+    q, k, v = (torch.randn(1, 6, n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 1, 1))
+    turned = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    out = [t.transpose(1, 2) for t in turned] + [v * 1]
+    given = [torch.randn_like(t) for t in out]
+    expected = torch.autograd.grad(out, (q, k, v), given)
+    found = unrotate_qkv(*given, (cos, sin)).view(1, 6, 5, 4).split([3, 1, 1], dim=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

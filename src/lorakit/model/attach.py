@@ -111,7 +111,7 @@ class Engine:
             self.home = None
         for group in self.groups:
             group.unmerge()
-            group.a_sink, group.b_sinks = None, []
+            group.a_sink = group.b_sink = None
 
 
 def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:

@@ -23,7 +23,7 @@ from lorakit.model.lora_group import Dropout, LoraGroup, Scratch, Unsupported
 from lorakit.ops.gated import gated, gated_backward
 from lorakit.ops.lora import Update
 from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
-from lorakit.ops.rope import rope, rotate_qkv_
+from lorakit.ops.rope import rope, rotate_qkv_, unrotate_qkv
 
 
 class Keep(enum.IntEnum):
@@ -180,18 +180,12 @@ class FastLayer:
     def attention_backward(self, kept: _Attention, dout: Tensor, call: Pass) -> Tensor:
         """dqkv [M, N] from the gradient of attention's output [B, T, H, d]."""
         dq, dk, dv = torch.autograd.grad(kept.out, (kept.q, kept.k, kept.v), dout)
-        batch, length = dq.shape[:2]
-        dqkv = torch.empty(batch * length, self.qkv.outputs, dtype=dq.dtype, device=dq.device)
-        wide = dqkv.view(batch, length, -1, self.head)
-        parts = wide.split([size // self.head for size in self.qkv.sizes], dim=2)
-        parts[2].copy_(dv)
-        for number, (grad, part) in enumerate(zip((dq, dk), parts, strict=False)):
-            if self.rotates:
-                rope(grad, call.cos, call.sin, out=part, inverse=True)
-            else:
-                part.copy_(grad)
-            if kept.raw is not None:
-                part.copy_(self._head_norm_backward(number, part, kept.raw, batch))
+        dqkv = unrotate_qkv(dq, dk, dv, (call.cos, call.sin) if self.rotates else None)
+        if kept.raw is not None:
+            wide = dqkv.view(*dq.shape[:2], -1, self.head)
+            for number, part in enumerate(wide.split([t.shape[2] for t in (dq, dk, dv)], dim=2)):
+                if number < 2:
+                    part.copy_(self._head_norm_backward(number, part, kept.raw, dq.shape[0]))
         return dqkv
 
     def _head_norm_backward(self, number: int, grad: Tensor, raw: Tensor, batch: int) -> Tensor:
@@ -329,14 +323,16 @@ def _backward_mlp(
         gate_up = _to_gate_up(layer, call, saved, weights, h2)
     update = saved.updates["gate_up"]
     drop = layer.dropout(layer.down, call)
-    ds, dh = layer.down.input_grad(dout, weights[layer.down], drop)
-    dgate_up, h = gated_backward(dh, gate_up, layer.activation, update)
+    ds, db = layer.down.output_grads(dout, saved.updates["down"])
+    dh, extra = dout @ weights[layer.down], layer.down.to_input_grad(ds, drop)
+    dgate_up, h = gated_backward(dh, gate_up, layer.activation, update, extra)
     saved.gate_up = gate_up = None
-    of_down = layer.down.factor_grads(dout, ds, h, saved.updates["down"], drop, training)
+    of_down = layer.down.factor_grads(ds, db, h, drop, training)
     del h, dh
     drop = layer.dropout(layer.gate_up, call)
-    ds, dh2 = layer.gate_up.input_grad(dgate_up, weights[layer.gate_up], drop)
-    of_gate_up = layer.gate_up.factor_grads(dgate_up, ds, h2, update, drop, training)
+    ds, db = layer.gate_up.output_grads(dgate_up, update)
+    dh2 = layer.gate_up.input_grad(dgate_up, ds, weights[layer.gate_up], drop)
+    of_gate_up = layer.gate_up.factor_grads(ds, db, h2, drop, training)
     norm = layer.norms[1]
     dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=dout)
     return dmid, [*of_gate_up, *of_down]
@@ -348,20 +344,20 @@ def _backward_attention(
     """(dx [M, D], gradients of qkv and o)."""
     kept, rstd1, training = saved.attention, saved.rstd1, call.training
     drop = layer.dropout(layer.o, call)
-    ds, dflat = layer.o.input_grad(dmid, weights[layer.o], drop)
-    of_o = layer.o.factor_grads(dmid, ds, _flat(kept.out), saved.updates["o"], drop, training)
+    ds, db = layer.o.output_grads(dmid, saved.updates["o"])
+    dflat = layer.o.input_grad(dmid, ds, weights[layer.o], drop)
+    of_o = layer.o.factor_grads(ds, db, _flat(kept.out), drop, training)
     dqkv = layer.attention_backward(kept, dflat.view(kept.out.shape), call)
     saved.attention = kept = None
     h1, _ = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
+    ds, db = layer.qkv.output_grads(dqkv, saved.updates["qkv"])
     dx = None
     if wants_dx:
-        ds, dh1 = layer.qkv.input_grad(dqkv, weights[layer.qkv], drop)
+        dh1 = layer.qkv.input_grad(dqkv, ds, weights[layer.qkv], drop)
         norm = layer.norms[0]
         dx = rms_norm_backward(dh1, saved.x, norm.weight, rstd1, layer.offset, residual=dmid)
-    else:
-        ds = layer.qkv.factor_signal(dqkv)
-    of_qkv = layer.qkv.factor_grads(dqkv, ds, h1, saved.updates["qkv"], drop, training)
+    of_qkv = layer.qkv.factor_grads(ds, db, h1, drop, training)
     return dx, [*of_qkv, *of_o]
 
 

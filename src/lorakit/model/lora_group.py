@@ -16,13 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops.lora import (
-    Update,
-    lora_a_grad,
-    lora_down,
-    lora_input_grad_,
-    matmul_float32,
-)
+from lorakit.ops.lora import InputGrad, Update, lora_a_grad, lora_down, lora_input_grad_
+from lorakit.ops.lora_output import lora_add, lora_output_grads
 from lorakit.ops.nf4 import dequantize_nf4
 
 Scratch = dict[tuple[str, int, int], Tensor]
@@ -80,7 +75,7 @@ class LoraGroup:
         self.b = torch.zeros(self.outputs, self.rank, **kind)
         # Where gradients are added when they do not go through autograd, see `graphs.py`.
         self.a_sink: Tensor | None = None
-        self.b_sinks: list[Tensor] = []
+        self.b_sink: Tensor | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -158,45 +153,40 @@ class LoraGroup:
         if not self.adapted:
             return torch.addmm(start, x, weight.t(), out=out), None
         update = Update(lora_down(x, self.a, dropout.keys, dropout.p), self.b, self.slots)
-        return torch.addmm(start, update.s, self.b.t(), out=out).addmm_(x, weight.t()), update
+        return lora_add(start, update, out).addmm_(x, weight.t()), update
 
-    def input_grad(self, dy: Tensor, weight: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
-        """(dS [M, n*R], dx [M, K]) from dy [M, N]."""
-        ds = self.factor_signal(dy)
+    def output_grads(self, dy: Tensor, update: Update | None) -> tuple[Tensor, Tensor | None]:
+        """(dS [M, n*R], dB [N', R] float32) from dy [M, N]; dB None where added to its sink."""
+        if update is None:
+            return dy.new_empty(dy.shape[0], 0), None
+        columns = [x.columns for x in self.adapted]
+        ds, db = lora_output_grads(dy, update, columns, self.b_sink)
+        return ds, db if self.b_sink is None else None
+
+    def input_grad(self, dy: Tensor, ds: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
+        """dx [M, K]."""
         dx = dy @ weight
         if self.adapted:
             lora_input_grad_(dx, ds, self.a, dropout.keys, dropout.p)
-        return ds, dx
+        return dx
 
-    def factor_signal(self, dy: Tensor) -> Tensor:
-        """dS_i = dy_i B_i for all modules, [M, n*R]."""
-        ds = torch.empty(dy.shape[0], self.a.shape[0], dtype=dy.dtype, device=dy.device)
-        for own, part in zip(self.adapted, self._parts(), strict=True):
-            torch.mm(dy[:, own.columns], self.b[own.columns], out=ds[:, part])
-        return ds
+    def to_input_grad(self, ds: Tensor, dropout: Dropout) -> InputGrad | None:
+        """What the adapter adds to dy W, where the consumer adds it on the way; one module."""
+        return InputGrad(ds, self.a, dropout.keys, dropout.p) if self.adapted else None
 
     def factor_grads(
-        self,
-        dy: Tensor,
-        ds: Tensor,
-        x: Tensor,
-        update: Update | None,
-        dropout: Dropout,
-        training: bool,
+        self, ds: Tensor, db: Tensor | None, x: Tensor, dropout: Dropout, training: bool
     ) -> list[Tensor | None]:
         """Gradients of `parameters` in their order, float32; None where added to the sinks."""
-        if update is None:
+        if not self.adapted:
             return []
-        sinks: Sequence[Tensor | None] = self.b_sinks or [None] * len(self.adapted)
-        db = [
-            matmul_float32(dy[:, own.columns].t(), update.s[:, part], sink)
-            for own, part, sink in zip(self.adapted, self._parts(), sinks, strict=True)
-        ]
         factor = self.factor(training)
         da = lora_a_grad(ds, x, dropout.keys, dropout.p, factor, self.a_sink)
-        if self.a_sink is not None:
+        if db is None:
             return [None] * (2 * len(self.adapted))
-        return [g for pair in zip(da.split(self.rank), db, strict=True) for g in pair]
+        widths = [own.b.shape[0] for own in self.adapted]
+        pairs = zip(da.split(self.rank), db.split(widths), strict=True)
+        return [g for pair in pairs for g in pair]
 
     def _parts(self) -> list[slice]:
         """Columns of S that belong to each adapted module."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorakit.ops.backend import has_kernels
-from lorakit.ops.lora import Update
+from lorakit.ops.lora import InputGrad, Update, lora_input_grad_
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -33,13 +33,23 @@ def gated(gu: Tensor, activation: str, update: Update | None = None) -> Tensor:
 
 
 def gated_backward(
-    dh: Tensor, gu: Tensor, activation: str, update: Update | None = None
+    dh: Tensor,
+    gu: Tensor,
+    activation: str,
+    update: Update | None = None,
+    down: InputGrad | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dgu [M, 2I], h [M, I]); h comes along because the adapter of the next layer needs it."""
+    """(dgu [M, 2I], h [M, I]); h comes along because the adapter of the next layer needs it.
+
+    Args:
+        down: what that adapter adds to dh; dh may be overwritten.
+    """
     if has_kernels(gu):
         from lorakit.ops.gated_triton import gated_backward_triton
 
-        return gated_backward_triton(dh, gu, activation, update)
+        return gated_backward_triton(dh, gu, activation, update, down)
+    if down is not None:
+        dh = lora_input_grad_(dh, down.ds, down.a, down.keys, down.p)
     return gated_backward_reference(dh, gu, activation, update)
 
 

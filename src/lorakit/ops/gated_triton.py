@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.lora import Update
-from lorakit.ops.lora_triton import low_rank_tile, matrix_block
+from lorakit.ops.hash_mask import threshold
+from lorakit.ops.lora import InputGrad, Update
+from lorakit.ops.lora_triton import low_rank_tile, masked_low_rank_tile, matrix_block
 
 SETTINGS = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}  # see benchmarks/kernels.py
 
@@ -17,17 +18,21 @@ def gated_triton(gu: Tensor, activation: str, update: Update | None = None) -> T
     """See `gated.gated`."""
     rows, width = gu.shape[0], gu.shape[1] // 2
     h = torch.empty(rows, width, dtype=gu.dtype, device=gu.device)
-    _launch(gu, gu, gu, h, activation, update, backward=False)
+    _launch(gu, gu, gu, h, activation, update)
     return h
 
 
 def gated_backward_triton(
-    dh: Tensor, gu: Tensor, activation: str, update: Update | None = None
+    dh: Tensor,
+    gu: Tensor,
+    activation: str,
+    update: Update | None = None,
+    down: InputGrad | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `gated.gated_backward`."""
     dgu = torch.empty_like(gu)
     h = torch.empty_like(dh)
-    _launch(dh, gu, dgu, h, activation, update, backward=True)
+    _launch(dh, gu, dgu, h, activation, update, down, backward=True)
     return dgu, h
 
 
@@ -38,14 +43,20 @@ def _launch(
     h: Tensor,
     activation: str,
     update: Update | None,
-    backward: bool,
+    down: InputGrad | None = None,
+    backward: bool = False,
 ) -> None:
     rows, width = h.shape
     s, b, slots = (update.s, update.b, update.slots) if update else (gu, gu, (-1, -1))
     rank = update.rank if update else 1
+    ds, a, keys, p = (down.ds, down.a, down.keys, down.p) if down else (gu, gu, None, 0.0)
+    rank_d = a.shape[0] if down else 1
     grid = (triton.cdiv(rows, SETTINGS["BLOCK_M"]), triton.cdiv(width, SETTINGS["BLOCK_N"]))
     _kernel[grid](
-        dh, gu, dgu, h, s, b, rows, width, s.stride(0),
+        dh, gu, dgu, h, s, b, ds, a, gu if keys is None else keys, rows, width,
+        s.stride(0), ds.stride(0), threshold(p),
+        DOWN=down is not None, MASKED=keys is not None and p > 0.0,
+        RANK_D=rank_d, BLOCK_D=matrix_block(rank_d),
         SLOT_G=slots[0], SLOT_U=slots[1], RANK=rank, BLOCK_R=matrix_block(rank),
         SILU=activation == "silu", BACKWARD=backward, **SETTINGS,
     )  # fmt: skip
@@ -63,9 +74,10 @@ def _activate(g, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     return 0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _kernel(  # type: ignore[no-untyped-def]
-    dh, gu, dgu, h, s, b, rows, width, s_stride,
+    dh, gu, dgu, h, s, b, ds, a, keys, rows, width, s_stride, ds_stride, threshold,
+    DOWN: tl.constexpr, MASKED: tl.constexpr, RANK_D: tl.constexpr, BLOCK_D: tl.constexpr,
     SLOT_G: tl.constexpr, SLOT_U: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     SILU: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -84,5 +96,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(h + narrow, (act * u).to(kind), mask=inside)
     if BACKWARD:
         d = tl.load(dh + narrow, mask=inside, other=0.0).to(tl.float32)
+        if DOWN:
+            d = masked_low_rank_tile(
+                d, ds, a, keys, row, column, rows, width, ds_stride, threshold,
+                0, MASKED, RANK_D, BLOCK_D,
+            )  # fmt: skip
         tl.store(dgu + wide, (d * u * slope).to(kind), mask=inside)
         tl.store(dgu + wide + width, (d * act).to(kind), mask=inside)

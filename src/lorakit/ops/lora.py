@@ -45,6 +45,16 @@ class Update:
         return self.s[:, slot * self.rank : (slot + 1) * self.rank], self.b[rows]
 
 
+@dataclass(frozen=True, slots=True)
+class InputGrad:
+    """What an adapter adds to its input's gradient: m * (dS A); `keys` None or p 0 means m = 1."""
+
+    ds: Tensor
+    a: Tensor
+    keys: Tensor | None
+    p: float
+
+
 def lora_down(x: Tensor, a: Tensor, keys: Tensor | None, p: float) -> Tensor:
     """S [M, n*R] from x [M, K] and a [n*R, K]; `keys` None or p 0 means no dropout."""
     if keys is None or p == 0.0:

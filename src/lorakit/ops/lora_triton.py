@@ -127,23 +127,14 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rank = tl.arange(0, BLOCK_R)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     place = row.to(tl.int64)[:, None] * dx_stride + column[None, :]
     total = tl.load(dx + place, mask=inside, other=0.0).to(tl.float32)
     for module in tl.static_range(MODULES):
-        left = tl.load(
-            ds + row.to(tl.int64)[:, None] * ds_stride + module * RANK + rank[None, :],
-            mask=(row < rows)[:, None] & (rank < RANK)[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            a + (module * RANK + rank)[:, None] * width + column[None, :],
-            mask=(rank < RANK)[:, None] & (column < width)[None, :],
-            other=0.0,
-        )
-        part = tl.dot(left, right, input_precision="ieee")
-        total += tl.where(keep_tile(row, column, width, keys, module, threshold), part, 0.0)
+        total = masked_low_rank_tile(
+            total, ds, a, keys, row, column, rows, width, ds_stride, threshold,
+            module, True, RANK, BLOCK_R,
+        )  # fmt: skip
     tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -210,3 +201,27 @@ def low_rank_tile(  # type: ignore[no-untyped-def]
         )
         tile = tl.dot(left, right, tile, input_precision="ieee")
     return tile
+
+
+@triton.jit
+def masked_low_rank_tile(  # type: ignore[no-untyped-def]
+    tile, ds, a, keys, row, column, rows, width, ds_stride, threshold,
+    module, MASKED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`tile` [rows, columns] float32 plus m * (dS A) of one module, m 1 where not MASKED."""
+    rank = tl.arange(0, BLOCK_R)
+    left = tl.load(
+        ds + row.to(tl.int64)[:, None] * ds_stride + module * RANK + rank[None, :],
+        mask=(row < rows)[:, None] & (rank < RANK)[None, :],
+        other=0.0,
+    )
+    right = tl.load(
+        a + (module * RANK + rank)[:, None] * width + column[None, :],
+        mask=(rank < RANK)[:, None] & (column < width)[None, :],
+        other=0.0,
+    )
+    if MASKED:
+        part = tl.dot(left, right, input_precision="ieee")
+        keep = keep_tile(row, column, width, keys, module, threshold)
+        return tile + tl.where(keep, part, 0.0)
+    return tl.dot(left, right, tile, input_precision="ieee")

@@ -17,13 +17,13 @@ from lorakit.ops.backend import has_kernels
 from lorakit.ops.lora import Update
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
-    """Write x rotated (or rotated back) into `out`, which may be x itself; returns `out`."""
+def rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """Write x rotated into `out`, which may be x itself; returns `out`."""
     if has_kernels(x):
         from lorakit.ops.rope_triton import rope_triton
 
-        return rope_triton(x, cos, sin, out, inverse)
-    return rope_reference(x, cos, sin, out, inverse)
+        return rope_triton(x, cos, sin, out)
+    return rope_reference(x, cos, sin, out)
 
 
 def rotate_qkv_(
@@ -44,6 +44,28 @@ def rotate_qkv_(
 
         return rotate_qkv_triton_(qkv, heads, width, angles, update)
     return rotate_qkv_reference_(qkv, heads, width, angles, update)
+
+
+def unrotate_qkv(
+    dq: Tensor, dk: Tensor, dv: Tensor, angles: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The gradients [B, T, H, d] of rotated q and k, and of v, as one dqkv [B*T, N] before them."""
+    if has_kernels(dq):
+        from lorakit.ops.rope_triton import unrotate_qkv_triton
+
+        return unrotate_qkv_triton(dq, dk, dv, angles)
+    return unrotate_qkv_reference(dq, dk, dv, angles)
+
+
+def unrotate_qkv_reference(
+    dq: Tensor, dk: Tensor, dv: Tensor, angles: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The definition."""
+    if angles is not None:
+        dq, dk = (
+            rope_reference(t, *angles, out=torch.empty_like(t), inverse=True) for t in (dq, dk)
+        )
+    return torch.cat([dq, dk, dv], 2).flatten(2).flatten(0, 1)
 
 
 def rotate_qkv_reference_(

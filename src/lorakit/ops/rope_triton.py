@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +14,7 @@ BLOCK_H = 8
 ROTATE = {"BLOCK_M": 64, "num_warps": 4}
 
 
-def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
+def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """See `rope.rope`."""
     batch, length, heads, width = x.shape
     cos_batch = cos.stride(0) if cos.shape[0] > 1 else 0
@@ -23,7 +24,7 @@ def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool 
         x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1), out.stride(2),
         cos_batch, cos.stride(1),
         HALF=width // 2, BLOCK_D=triton.next_power_of_2(width // 2), BLOCK_H=BLOCK_H,
-        INVERSE=inverse, num_warps=2,
+        num_warps=2,
     )  # fmt: skip
     return out
 
@@ -51,6 +52,25 @@ def rotate_qkv_triton_(
         **ROTATE,
     )  # fmt: skip
     return qkv
+
+
+def unrotate_qkv_triton(
+    dq: Tensor, dk: Tensor, dv: Tensor, angles: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """See `rope.unrotate_qkv`."""
+    batch, length, _, width = dq.shape
+    heads = [t.shape[2] for t in (dq, dk, dv)]
+    rows = batch * length
+    dqkv = torch.empty(rows, sum(heads) * width, dtype=dq.dtype, device=dq.device)
+    cos, sin = angles or (dq, dq)
+    strides = [stride for t in (dq, dk, dv) for stride in t.stride()[:3]]
+    _unrotate_kernel[(triton.cdiv(rows, ROTATE["BLOCK_M"]), sum(heads))](
+        dq, dk, dv, dqkv, cos, sin, rows, length, *strides,
+        cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,
+        Q=heads[0], K=heads[1], V=heads[2], HALF=width // 2, BLOCK_D=matrix_block(width // 2),
+        ROTATES=angles is not None, **ROTATE,
+    )  # fmt: skip
+    return dqkv
 
 
 @triton.jit
@@ -109,10 +129,43 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _unrotate_kernel(  # type: ignore[no-untyped-def]
+    dq, dk, dv, dqkv, cos, sin, rows, length,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, cos_batch, cos_row,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROTATES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (d < HALF)[None, :]
+    b, t = (row // length).to(tl.int64)[:, None], (row % length).to(tl.int64)[:, None]
+    if head < Q:
+        source = dq + b * qb + t * qt + head * qh + d[None, :]
+    elif head < Q + K:
+        source = dk + b * kb + t * kt + (head - Q) * kh + d[None, :]
+    else:
+        source = dv + b * vb + t * vt + (head - Q - K) * vh + d[None, :]
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    if ROTATES and head < Q + K:
+        angle = b * cos_batch + t * cos_row + d[None, :]
+        c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        sn = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+        turned = first * c + second * sn
+        second = second * c - first * sn
+        first = turned
+    kind = dqkv.dtype.element_ty
+    place = row.to(tl.int64)[:, None] * ((Q + K + V) * 2 * HALF) + (head * 2 * HALF + d)[None, :]
+    tl.store(dqkv + place, first.to(kind), mask=inside)
+    tl.store(dqkv + place + HALF, second.to(kind), mask=inside)
+
+
+@triton.jit
 def _rope_kernel(  # type: ignore[no-untyped-def]
     x, cos, sin, out, length, heads,
     xb, xt, xh, ob, ot, oh, cos_batch, cos_row,
-    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     b, t = token // length, token % length
@@ -122,8 +175,6 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     angle = b * cos_batch + t * cos_row + d
     c = tl.load(cos + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-    if INVERSE:
-        s = -s
     place = b * xb + t * xt + head[:, None] * xh + d[None, :]
     first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x + place + HALF, mask=inside, other=0.0).to(tl.float32)

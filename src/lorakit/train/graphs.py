@@ -71,14 +71,17 @@ class GraphedMicroSteps:
         self.failed: str | None = None
 
     def _point_sinks(self, groups: Sequence[LoraGroup]) -> None:
-        """Let each group add its gradients where they end: A of all its modules in one piece."""
-        start = number = 0
+        """Let each group add its gradients where they end: A of all its modules, then B."""
+        start = 0
         for group in groups:
-            count, size = len(group.adapted), group.a.numel()
-            group.a_sink = self.flat[start : start + size].view_as(group.a) if count else None
-            group.b_sinks = self.grads[number + count : number + 2 * count]
-            start += size + sum(x.b.numel() for x in group.adapted)
-            number += 2 * count
+            if not group.adapted:
+                continue
+            size = group.a.numel()
+            group.a_sink = self.flat[start : start + size].view_as(group.a)
+            start += size
+            size = sum(x.b.numel() for x in group.adapted)
+            group.b_sink = self.flat[start : start + size].view(-1, group.rank)
+            start += size
 
     def begin(self, scale: float) -> None:
         """Start an optimizer step: gradients to zero, and the factor of its losses."""

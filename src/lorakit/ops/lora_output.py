@@ -1,0 +1,68 @@
+"""A group's output enters, or its gradient; what its adapters add to it or take from it leaves.
+
+In the notation of `lora.py`, for the adapted modules j of a group whose outputs lie side by side:
+
+    y_j = start + S_j B_j^T         dS_j = dy_j B_j         dB_j = dy_j^T S_j
+
+Both gradients read dy once: as two products for each module they took 6.7 of a step's 119 ms at
+2,048 tokens and rank 16, most of it reading dy (174 MB a layer) twice and starting 14 kernels.
+Shapes: M tokens, N outputs, n adapted modules of rank R; s and dS [M, n*R], b [N, R], dB [N', R]
+with the rows of adapted modules alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakit.ops.backend import has_kernels
+from lorakit.ops.lora import Update, matmul_float32
+
+# Above this rank partial sums are as large as what they are made of; two products are as fast.
+LARGEST_RANK = 32
+
+
+def lora_add(start: Tensor, update: Update, out: Tensor | None = None) -> Tensor:
+    """start [M, N] + S B^T of a single module, in `out` where given."""
+    if has_kernels(start):
+        from lorakit.ops.lora_output_triton import lora_add_triton
+
+        return lora_add_triton(start, update, out)
+    return torch.addmm(start, update.s, update.b.t(), out=out)
+
+
+def lora_output_grads(
+    dy: Tensor, update: Update, columns: Sequence[slice], into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dS [M, n*R] in dy's type, dB [N', R] float32, added to `into` where given).
+
+    Args:
+        columns: of dy, for each adapted module in the order of S.
+    """
+    if has_kernels(dy) and update.rank <= LARGEST_RANK:
+        from lorakit.ops.lora_output_triton import lora_output_grads_triton
+
+        return lora_output_grads_triton(dy, update, columns, into)
+    return lora_output_grads_reference(dy, update, columns, into)
+
+
+def lora_output_grads_reference(
+    dy: Tensor, update: Update, columns: Sequence[slice], into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition: two products for each module."""
+    rank = update.rank
+    ds = torch.empty(dy.shape[0], len(columns) * rank, dtype=dy.dtype, device=dy.device)
+    if into is None:
+        into = torch.zeros(
+            sum(c.stop - c.start for c in columns), rank, dtype=torch.float32, device=dy.device
+        )
+    start = 0
+    for number, own in enumerate(columns):
+        part = slice(number * rank, (number + 1) * rank)
+        torch.mm(dy[:, own], update.b[own], out=ds[:, part])
+        rows = slice(start, start + own.stop - own.start)
+        start = rows.stop
+        matmul_float32(dy[:, own].t(), update.s[:, part], into[rows])
+    return ds, into

@@ -1,0 +1,148 @@
+"""The products of `lora_output.py` as Triton kernels: dy is read once for both gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorakit.ops.lora import Update
+from lorakit.ops.lora_triton import low_rank_tile, matrix_block
+
+# Chosen on an H100 (benchmarks/kernels.py). A program takes SPLIT rows of BLOCK_N columns.
+GRADS = {"SPLIT": 256, "BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
+ADD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+MODULES = 3
+
+
+def lora_add_triton(start: Tensor, update: Update, out: Tensor | None = None) -> Tensor:
+    """See `lora_output.lora_add`."""
+    rows, width = start.shape
+    out = torch.empty_like(start) if out is None else out
+    grid = (triton.cdiv(rows, ADD["BLOCK_M"]), triton.cdiv(width, ADD["BLOCK_N"]))
+    _add_kernel[grid](
+        start, out, update.s, update.b, rows, width,
+        start.stride(0), out.stride(0), update.s.stride(0),
+        RANK=update.rank, BLOCK_R=matrix_block(update.rank), **ADD,
+    )  # fmt: skip
+    return out
+
+
+def lora_output_grads_triton(
+    dy: Tensor, update: Update, columns: Sequence[slice], into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `lora_output.lora_output_grads`. Partial sums are added in a fixed order."""
+    rows, rank, count = dy.shape[0], update.rank, len(columns)
+    unused = MODULES - count
+    widths = [c.stop - c.start for c in columns] + [0] * unused
+    starts = [c.start for c in columns] + [0] * unused
+    split, block_n = GRADS["SPLIT"], GRADS["BLOCK_N"]
+    blocks = [triton.cdiv(w, block_n) for w in widths]
+    splits = triton.cdiv(rows, split)
+    of_s = torch.empty(sum(blocks), rows, rank, dtype=torch.float32, device=dy.device)
+    of_b = torch.empty(splits, sum(widths), rank, dtype=torch.float32, device=dy.device)
+    shape = {"RANK": rank, "BLOCK_R": matrix_block(rank)}
+    _grads_kernel[(sum(blocks), splits)](
+        dy, update.s, update.b, of_s, of_b, rows, dy.stride(0), update.s.stride(0),
+        *starts, *widths, **GRADS, **shape,
+    )  # fmt: skip
+    ds = torch.empty(rows, count * rank, dtype=dy.dtype, device=dy.device)
+    db = torch.empty_like(of_b[0]) if into is None else into
+    tiles = triton.cdiv(rows * rank, 1024)
+    _sum_kernel[(count * tiles + triton.cdiv(db.numel(), 1024),)](
+        of_s, of_b, ds, db, rows, splits, db.numel(), tiles, count, *blocks,
+        ADD=into is not None, RANK=rank, BLOCK=1024,
+    )  # fmt: skip
+    return ds, db
+
+
+@triton.jit
+def _add_kernel(  # type: ignore[no-untyped-def]
+    start, out, s, b, rows, width, start_stride, out_stride, s_stride,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    place = row.to(tl.int64)[:, None] * start_stride + column[None, :]
+    tile = tl.load(start + place, mask=inside, other=0.0).to(tl.float32)
+    tile = low_rank_tile(tile, s, b, row, column, rows, width, s_stride, 0, RANK, BLOCK_R)
+    place = row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out + place, tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grads_kernel(  # type: ignore[no-untyped-def]
+    dy, s, b, of_s, of_b, rows, dy_stride, s_stride,
+    start0, start1, start2, width0, width1, width2,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, split = tl.program_id(0), tl.program_id(1)
+    end0 = tl.cdiv(width0, BLOCK_N)
+    end1 = end0 + tl.cdiv(width1, BLOCK_N)
+    module, first, start, width, before = 0, 0, start0, width0, 0
+    if block >= end1:
+        module, first, start, width, before = 2, end1, start2, width2, width0 + width1
+    elif block >= end0:
+        module, first, start, width, before = 1, end0, start1, width1, width0
+    own = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.arange(0, BLOCK_R)
+    factor = tl.load(
+        b + (start + own)[:, None] * RANK + rank[None, :],
+        mask=(own < width)[:, None] & (rank < RANK)[None, :],
+        other=0.0,
+    )
+    total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for step in range(0, SPLIT, BLOCK_M):
+        row = split * SPLIT + step + tl.arange(0, BLOCK_M)
+        wide = row.to(tl.int64)
+        tile = tl.load(
+            dy + wide[:, None] * dy_stride + (start + own)[None, :],
+            mask=(row < rows)[:, None] & (own < width)[None, :],
+            other=0.0,
+        )
+        narrow = (row < rows)[:, None] & (rank < RANK)[None, :]
+        right = tl.load(
+            s + wide[:, None] * s_stride + module * RANK + rank[None, :], mask=narrow, other=0.0
+        )
+        part = tl.dot(tile, factor, input_precision="ieee")
+        place = (block.to(tl.int64) * rows + wide)[:, None] * RANK + rank[None, :]
+        tl.store(of_s + place, part, mask=narrow)
+        total = tl.dot(tl.trans(tile), right, total, input_precision="ieee")
+    all_rows = width0 + width1 + width2
+    place = (split * all_rows + before + own)[:, None] * RANK + rank[None, :]
+    tl.store(of_b + place, total, mask=(own < width)[:, None] & (rank < RANK)[None, :])
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    of_s, of_b, ds, db, rows, splits, b_size, tiles, count, blocks0, blocks1, blocks2,
+    ADD: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    if program < count * tiles:
+        module = program // tiles
+        place = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
+        size = rows * RANK
+        first = tl.where(module == 0, 0, tl.where(module == 1, blocks0, blocks0 + blocks1))
+        own = tl.where(module == 0, blocks0, tl.where(module == 1, blocks1, blocks2))
+        part = of_s + first.to(tl.int64) * size + place
+        for _ in range(0, own):
+            total += tl.load(part, mask=place < size, other=0.0)
+            part += size
+        target = (place // RANK) * (count * RANK) + module * RANK + place % RANK
+        tl.store(ds + target, total.to(ds.dtype.element_ty), mask=place < size)
+    else:
+        place = (program - count * tiles) * BLOCK + tl.arange(0, BLOCK)
+        part = of_b + place
+        for _ in range(0, splits):
+            total += tl.load(part, mask=place < b_size, other=0.0)
+            part += b_size
+        if ADD:
+            total += tl.load(db + place, mask=place < b_size, other=0.0)
+        tl.store(db + place, total, mask=place < b_size)
