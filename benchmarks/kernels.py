@@ -71,15 +71,20 @@ def elementwise(rows, rank):
     update3 = Update(make(rows, 3 * rank), make(3 * D, rank), (0, 1, 2))
     choices = list(itertools.product([16, 32, 64], [64, 128, 256], [4, 8]))
 
-    def gated_choice(c):
-        gated_triton.SETTINGS.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2])
+    def gated_choice(settings):
+        return lambda c: settings.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2])
 
-    best("gated", choices, gated_choice, lambda: gated_triton.gated_triton(gu, "silu", update))
+    best(
+        "gated",
+        choices,
+        gated_choice(gated_triton.FORWARD),
+        lambda: gated_triton.gated_triton(gu, "silu", update),
+    )
     down = InputGrad(make(rows, rank), make(rank, INNER), draw_keys(1, torch.device("cuda")), 0.05)
     best(
         "gated backward",
         choices,
-        gated_choice,
+        gated_choice(gated_triton.BACKWARD),
         lambda: gated_triton.gated_backward_triton(dh, gu, "silu", update, down),
     )
     best(
@@ -103,13 +108,19 @@ def outputs(rows, rank):
         groups.append((make(rows, ends[-1]), update, columns, torch.zeros(ends[-1], rank).cuda()))
 
     def grads_choice(c):
-        output.GRADS.update(SPLIT=c[0], BLOCK_M=c[1], BLOCK_N=c[2], num_warps=c[3], num_stages=c[4])
+        output.GRADS.update(BLOCK_M=c[0], BLOCK_N=c[1], CHUNK=c[2], num_warps=c[3], num_stages=c[4])
 
-    choices = list(itertools.product([128, 256, 512], [64, 128], [64, 128, 256], [4, 8], [2, 3]))
+    choices = list(itertools.product([128, 256], [64, 128], [256, 512, 1024], [4, 8], [3]))
     apart = ms(lambda: [lora_output_grads_reference(*g) for g in groups])
     print(f"{'output grads apart':24s} {apart:.1f}")
     one_pass = lambda: [output.lora_output_grads_triton(*g) for g in groups]  # noqa: E731
     best("output grads", choices, grads_choice, one_pass)
+    best(
+        "output grads, sums",
+        list(itertools.product([256, 512, 1024], [1, 4, 8])),
+        lambda c: output.SUM.update(BLOCK=c[0], UNROLL=c[1]),
+        one_pass,
+    )
     start, update = groups[1][0], groups[1][1]
     print(f"{'addmm':24s} {ms(lambda: torch.addmm(start, update.s, update.b.t())):.1f}")
     best(

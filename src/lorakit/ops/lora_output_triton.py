@@ -12,8 +12,9 @@ from torch import Tensor
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
-# Chosen on an H100 (benchmarks/kernels.py). A program takes SPLIT rows of BLOCK_N columns.
-GRADS = {"SPLIT": 256, "BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
+# Chosen on an H100 (benchmarks/kernels.py). A program takes BLOCK_M rows of CHUNK columns.
+GRADS = {"BLOCK_M": 256, "BLOCK_N": 64, "CHUNK": 512, "num_warps": 8, "num_stages": 3}
+SUM = {"BLOCK": 512, "UNROLL": 8}
 ADD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 MODULES = 3
 
@@ -39,22 +40,21 @@ def lora_output_grads_triton(
     unused = MODULES - count
     widths = [c.stop - c.start for c in columns] + [0] * unused
     starts = [c.start for c in columns] + [0] * unused
-    split, block_n = GRADS["SPLIT"], GRADS["BLOCK_N"]
-    blocks = [triton.cdiv(w, block_n) for w in widths]
-    splits = triton.cdiv(rows, split)
-    of_s = torch.empty(sum(blocks), rows, rank, dtype=torch.float32, device=dy.device)
+    chunks = [triton.cdiv(w, GRADS["CHUNK"]) for w in widths]
+    splits = triton.cdiv(rows, GRADS["BLOCK_M"])
+    of_s = torch.empty(sum(chunks), rows, rank, dtype=torch.float32, device=dy.device)
     of_b = torch.empty(splits, sum(widths), rank, dtype=torch.float32, device=dy.device)
     shape = {"RANK": rank, "BLOCK_R": matrix_block(rank)}
-    _grads_kernel[(sum(blocks), splits)](
+    _grads_kernel[(sum(chunks), splits)](
         dy, update.s, update.b, of_s, of_b, rows, dy.stride(0), update.s.stride(0),
         *starts, *widths, **GRADS, **shape,
     )  # fmt: skip
     ds = torch.empty(rows, count * rank, dtype=dy.dtype, device=dy.device)
     db = torch.empty_like(of_b[0]) if into is None else into
-    tiles = triton.cdiv(rows * rank, 1024)
-    _sum_kernel[(count * tiles + triton.cdiv(db.numel(), 1024),)](
-        of_s, of_b, ds, db, rows, splits, db.numel(), tiles, count, *blocks,
-        ADD=into is not None, RANK=rank, BLOCK=1024,
+    tiles = triton.cdiv(rows * rank, SUM["BLOCK"])
+    _sum_kernel[(count * tiles + triton.cdiv(db.numel(), SUM["BLOCK"]),)](
+        of_s, of_b, ds, db, rows, splits, db.numel(), tiles, count, *chunks,
+        ADD=into is not None, RANK=rank, **SUM,
     )  # fmt: skip
     return ds, db
 
@@ -79,49 +79,45 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     dy, s, b, of_s, of_b, rows, dy_stride, s_stride,
     start0, start1, start2, width0, width1, width2,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    block, split = tl.program_id(0), tl.program_id(1)
-    end0 = tl.cdiv(width0, BLOCK_N)
-    end1 = end0 + tl.cdiv(width1, BLOCK_N)
+    chunk, split = tl.program_id(0), tl.program_id(1)
+    end0 = tl.cdiv(width0, CHUNK)
+    end1 = end0 + tl.cdiv(width1, CHUNK)
     module, first, start, width, before = 0, 0, start0, width0, 0
-    if block >= end1:
+    if chunk >= end1:
         module, first, start, width, before = 2, end1, start2, width2, width0 + width1
-    elif block >= end0:
+    elif chunk >= end0:
         module, first, start, width, before = 1, end0, start1, width1, width0
-    own = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = tl.arange(0, BLOCK_R)
-    factor = tl.load(
-        b + (start + own)[:, None] * RANK + rank[None, :],
-        mask=(own < width)[:, None] & (rank < RANK)[None, :],
-        other=0.0,
+    row = split * BLOCK_M + tl.arange(0, BLOCK_M)
+    wide = row.to(tl.int64)
+    narrow = (row < rows)[:, None] & (rank < RANK)[None, :]
+    right = tl.load(
+        s + wide[:, None] * s_stride + module * RANK + rank[None, :], mask=narrow, other=0.0
     )
-    total = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    for step in range(0, SPLIT, BLOCK_M):
-        row = split * SPLIT + step + tl.arange(0, BLOCK_M)
-        wide = row.to(tl.int64)
+    part = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    of_b += (split * (width0 + width1 + width2) + before) * RANK
+    for step in range(0, CHUNK, BLOCK_N):
+        own = (chunk - first) * CHUNK + step + tl.arange(0, BLOCK_N)
         tile = tl.load(
             dy + wide[:, None] * dy_stride + (start + own)[None, :],
             mask=(row < rows)[:, None] & (own < width)[None, :],
             other=0.0,
         )
-        narrow = (row < rows)[:, None] & (rank < RANK)[None, :]
-        right = tl.load(
-            s + wide[:, None] * s_stride + module * RANK + rank[None, :], mask=narrow, other=0.0
-        )
-        part = tl.dot(tile, factor, input_precision="ieee")
-        place = (block.to(tl.int64) * rows + wide)[:, None] * RANK + rank[None, :]
-        tl.store(of_s + place, part, mask=narrow)
-        total = tl.dot(tl.trans(tile), right, total, input_precision="ieee")
-    all_rows = width0 + width1 + width2
-    place = (split * all_rows + before + own)[:, None] * RANK + rank[None, :]
-    tl.store(of_b + place, total, mask=(own < width)[:, None] & (rank < RANK)[None, :])
+        inside = (own < width)[:, None] & (rank < RANK)[None, :]
+        factor = tl.load(b + (start + own)[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
+        part = tl.dot(tile, factor, part, input_precision="ieee")
+        total = tl.dot(tl.trans(tile), right, input_precision="ieee")
+        tl.store(of_b + own[:, None] * RANK + rank[None, :], total, mask=inside)
+    place = (chunk.to(tl.int64) * rows + wide)[:, None] * RANK + rank[None, :]
+    tl.store(of_s + place, part, mask=narrow)
 
 
 @triton.jit
 def _sum_kernel(  # type: ignore[no-untyped-def]
-    of_s, of_b, ds, db, rows, splits, b_size, tiles, count, blocks0, blocks1, blocks2,
-    ADD: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    of_s, of_b, ds, db, rows, splits, b_size, tiles, count, chunks0, chunks1, chunks2,
+    ADD: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -129,10 +125,10 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         module = program // tiles
         place = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
         size = rows * RANK
-        first = tl.where(module == 0, 0, tl.where(module == 1, blocks0, blocks0 + blocks1))
-        own = tl.where(module == 0, blocks0, tl.where(module == 1, blocks1, blocks2))
+        first = tl.where(module == 0, 0, tl.where(module == 1, chunks0, chunks0 + chunks1))
+        own = tl.where(module == 0, chunks0, tl.where(module == 1, chunks1, chunks2))
         part = of_s + first.to(tl.int64) * size + place
-        for _ in range(0, own):
+        for _ in tl.range(0, own, loop_unroll_factor=UNROLL):
             total += tl.load(part, mask=place < size, other=0.0)
             part += size
         target = (place // RANK) * (count * RANK) + module * RANK + place % RANK
@@ -140,7 +136,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     else:
         place = (program - count * tiles) * BLOCK + tl.arange(0, BLOCK)
         part = of_b + place
-        for _ in range(0, splits):
+        for _ in tl.range(0, splits, loop_unroll_factor=UNROLL):
             total += tl.load(part, mask=place < b_size, other=0.0)
             part += b_size
         if ADD:

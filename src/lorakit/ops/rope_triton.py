@@ -11,7 +11,7 @@ from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
 BLOCK_H = 8
-ROTATE = {"BLOCK_M": 64, "num_warps": 4}
+ROTATE = {"BLOCK_M": 32, "num_warps": 8}
 
 
 def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
