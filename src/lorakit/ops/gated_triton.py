@@ -11,7 +11,7 @@ from lorakit.ops.hash_mask import threshold
 from lorakit.ops.lora import InputGrad, Update
 from lorakit.ops.lora_triton import low_rank_tile, masked_low_rank_tile, matrix_block
 
-# Chosen on an H100 (benchmarks/kernels.py).
+# Chosen on an H100 (benchmarks/time_ops.py).
 FORWARD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 8}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
-# Chosen on an H100 (benchmarks/kernels.py). A program takes BLOCK_M rows of CHUNK columns.
+# Chosen on an H100 (benchmarks/time_ops.py). A program takes BLOCK_M rows of CHUNK columns.
 GRADS = {"BLOCK_M": 256, "BLOCK_N": 64, "CHUNK": 512, "num_warps": 8, "num_stages": 3}
 SUM = {"BLOCK": 512, "UNROLL": 8}
 ADD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit.ops.hash_mask import threshold
 from lorakit.ops.hash_mask_triton import keep_tile
 
-# Chosen on an H100 (benchmarks/kernels.py): (BLOCK_M, BLOCK_K), for few rows and for many.
+# Chosen on an H100 (benchmarks/time_ops.py): (BLOCK_M, BLOCK_K), for few rows and for many.
 MANY_ROWS = 4096
 DOWN = {"few": (16, 256), "many": (64, 64)}
 INPUT_GRAD = {"few": (32, 128), "many": (64, 128)}

@@ -1,6 +1,6 @@
 """Time the engine's kernels and the products beside them at the Llama-2-7B shape, config by config.
 
-python benchmarks/kernels.py --rows 2048 --rank 16
+python benchmarks/time_ops.py --rows 2048 --rank 16
 """
 
 import argparse
@@ -185,4 +185,5 @@ def main():
             part(a.rows, a.rank)
 
 
-main()
+if __name__ == "__main__":
+    main()

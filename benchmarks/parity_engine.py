@@ -1,0 +1,126 @@
+"""The engine against PEFT's own layers: the same run, and PEFT again with other dropout masks.
+
+    python benchmarks/parity_engine.py --data gsm8k.jsonl --out parity_engine.json
+
+Order, start and rate are the same in all runs; only the dropout masks differ between PEFT's, so the
+distance between two of its curves is what chance does. The engine draws masks of its own.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lorakit.bench import commit
+from lorakit.finetune import fit
+from lorakit.hardware import detect_device
+from lorakit.model.embedded import demo_model_dir
+from lorakit.recipe_file import load_recipe
+from lorakit.run_dir import read_metrics
+from lorakit.train.resume import environment
+from lorakit.train.trainer import LoraTrainer
+
+SETTINGS = {
+    "learning_rate": 2e-4,
+    "lora_dropout": 0.05,
+    "micro_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "cutoff_len": 1024,
+    "log_every": 1,
+}
+
+
+def train(engine, masks, files, steps):
+    """One run: its loss curve and its held-out loss."""
+    plain = LoraTrainer.train
+
+    def reseeded(self, *args, **more):
+        torch.manual_seed(masks)
+        return plain(self, *args, **more)
+
+    LoraTrainer.train = reseeded
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = {
+                "model": str(demo_model_dir()),
+                "data": str(files[0]),
+                "val_data": str(files[1]),
+                "method": "lora",
+                "output_dir": f"{folder}/run",
+                "engine": engine,
+                "max_steps": steps,
+                **SETTINGS,
+            }
+            outcome = fit(load_recipe(None, [], flags), Console(stderr=True))
+            losses = [row["loss"] for row in read_metrics(outcome.run) if "loss" in row]
+    finally:
+        LoraTrainer.train = plain
+    return {
+        "engine": engine,
+        "masks": masks,
+        "held_out_loss": outcome.evaluation.tuned.loss,
+        "base_loss": outcome.evaluation.base.loss,
+        "train_seconds": round(outcome.train_seconds, 1),
+        "losses": losses,
+    }
+
+
+def distance(one, other):
+    """Root mean square of the difference of two loss curves."""
+    pairs = zip(one["losses"], other["losses"], strict=True)
+    squares = [(a - b) ** 2 for a, b in pairs]
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="JSONL with question and answer")
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--engine", default="auto", help="on: where auto would not (a CPU)")
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    lines = Path(a.data).read_text(encoding="utf-8").splitlines()
+    rows = a.steps * SETTINGS["micro_batch_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "train.jsonl", Path(folder) / "held_out.jsonl"
+        files[0].write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
+        files[1].write_text("\n".join(lines[rows : rows + a.held_out]) + "\n", encoding="utf-8")
+        peft = [train("off", masks, files, a.steps) for masks in (1, 2, 3)]
+        ours = train(a.engine, 4, files, a.steps)
+    reference = sum(run["held_out_loss"] for run in peft) / len(peft)
+    device = detect_device()
+    result = {
+        "id": "parity-engine",
+        "gpu": device.name,
+        "shape": "smollm2-135m",
+        "method": "lora",
+        "steps": a.steps,
+        "curve_distance": {
+            "peft_to_peft": [distance(x, y) for x, y in itertools.combinations(peft, 2)],
+            "engine_to_peft": [distance(ours, x) for x in peft],
+        },
+        "held_out": {
+            "peft": [run["held_out_loss"] for run in peft],
+            "engine": ours["held_out_loss"],
+            "relative_difference": abs(ours["held_out_loss"] / reference - 1),
+        },
+        "runs": [ours, *peft],
+        "settings": SETTINGS,
+        "versions": environment(device)["versions"],
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
+        f"--held-out {a.held_out} --engine {a.engine}",
+    }
+    a.out.write_text(json.dumps(result, indent=2) + "\n")
+    print({k: result[k] for k in ("curve_distance", "held_out")})
+
+
+if __name__ == "__main__":
+    main()
