@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from lorakit.data import lines as module
-from lorakit.data.lines import lines_of, pieces_of, opened, whole
+from lorakit.data.lines import lines_of, opened, pieces_of, whole
 from lorakit.data.locate import DataFile
 from lorakit.errors import DataError
 

@@ -21,6 +21,7 @@ from lorakit.data.check import (
     SpoilsRun,
     refuse_if_empty,
     refuse_if_strict,
+    told_faults,
 )
 from lorakit.data.gather import gather
 from lorakit.data.ids import tokenizer_key
@@ -29,6 +30,7 @@ from lorakit.data.near import report_duplicates, report_overlap
 from lorakit.data.shelf import Examples, ExampleShelf, Items, ItemShelf, write_examples, write_items
 from lorakit.data.split import shuffled, split
 from lorakit.data.template import Rules, encode_many, resolve_template
+from lorakit.errors import DataError
 from lorakit.recipe import Recipe
 from lorakit.records import DataReport, Document, Example
 
@@ -119,7 +121,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         train, held = side, encode(held_items)
         report_overlap(train.prints, held.prints, held.place, log)
     else:
-        out = split(side.prints[0], recipe.held_out, recipe.seed)
+        out = _split(side, recipe, log)
         train, held = (_Side(side.shelf, side.chosen[part]) for part in (~out, out))
     examples = train.examples(_times(train, recipe, log))
     val = held.examples()
@@ -140,6 +142,17 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         faults=log.faults(),
     )
     return Prepared(examples, val, train.items, held.items, report)
+
+
+def _split(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.bool_]:
+    try:
+        return split(side.prints[0], recipe.held_out, recipe.seed)
+    except DataError as error:
+        if not log.rows_left_out:
+            raise
+        # Few rows are left because others went: that is what there is to mend.
+        lost = f"{log.rows_left_out:,} rows were left out: {told_faults(log)}"
+        raise DataError(f"{error.message}; {lost}", error.hint) from None
 
 
 _DOCUMENTS = {
