@@ -124,6 +124,12 @@ def test_nothing_usable_is_one_clear_error(smollm, tmp_path):
         prepare(recipe(path), smollm)
 
 
+def test_too_few_rows_to_split_says_where_the_others_went(smollm, tmp_path):
+    path = write(tmp_path, [GOOD[0], {"question": "a", "answer": None}, {"question": "b"}])
+    with pytest.raises(DataError, match=r"1 usable row cannot .* 2 rows were left out: 2 x no ans"):
+        prepare(recipe(path), smollm)
+
+
 def test_all_rows_too_long_is_one_clear_error(smollm, tmp_path):
     path = write(tmp_path, [{"question": f"{i}?", "answer": "long " * 50} for i in range(3)])
     with pytest.raises(DataError, match=r"3 x too long .*over cutoff_len 16") as caught:
@@ -284,6 +290,23 @@ def test_a_second_run_tokenizes_nothing_until_a_rule_or_the_tokenizer_changes(
     smollm.chat_template += "{# other #}"
     prepare(recipe(path), smollm)
     assert len(encoded) == 3
+
+
+def test_content_whose_hash_is_known_only_when_read_is_tokenized_once(
+    smollm, tmp_path, monkeypatch
+):
+    """As of addresses and hub data: rows are read again, but not tokenized."""
+    monkeypatch.setattr("lorakit.data.gather.content_key", lambda *_: None)
+    made = []
+    real = module.encode_many
+    monkeypatch.setattr(module, "encode_many", lambda *a: made.append(a) or real(*a))
+    path = write(tmp_path, [*GOOD, {"question": "network"}])
+    first, again = (prepare(recipe(path), smollm) for _ in range(2))
+    assert len(made) == 1
+    assert list(first.train) == list(again.train)
+    write(tmp_path, GOOD[1:])
+    prepare(recipe(path), smollm)
+    assert len(made) == 2
 
 
 def test_a_spoiled_row_that_inspect_has_kept_still_stops_a_run(smollm, tmp_path):
