@@ -94,3 +94,9 @@ def test_common_faults_come_with_what_to_do(tmp_path, text, advice):
 @pytest.mark.parametrize(("text", "sign"), [(" \n [1]", "["), ("\ufeff{}", "{"), (" \n", "")])
 def test_the_first_sign_is_no_blank(tmp_path, text, sign):
     assert first_sign(file_of(tmp_path, text)) == sign
+
+
+def test_a_comma_after_the_last_item_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"a.json:1: column 11: ") as caught:
+        list(items_of(file_of(tmp_path, '[{"a": 1},]')))
+    assert caught.value.hint == "remove the comma before ]"

@@ -89,6 +89,9 @@ def items_of(file: DataFile) -> Iterator[Any]:
     if window.sign() != "]":
         while True:
             number += 1
+            if number > 1 and window.sign() == "]":
+                error = _here(window, file, "Expecting value")
+                raise DataError(error.message, hint="remove the comma before ]")
             window.sign()
             yield _item(window, file, number)
             sign = window.sign()
