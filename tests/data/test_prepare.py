@@ -94,6 +94,19 @@ def test_a_single_document_is_cut_in_two_for_validation(smollm, tmp_path):
     assert "a single document" in counts(prepared.report)
 
 
+def test_few_long_texts_held_out_are_told_by_their_share(smollm, tmp_path):
+    for name, told in (("a.txt", "The harbor of town {} opens in March."), ("b.txt", "A {} cat.")):
+        words = (told.format(i) for i in range(300))
+        (tmp_path / name).write_text("\n\n".join(words))
+    report = prepare(recipe(str(tmp_path), strict=True), smollm).report
+    (kind,) = counts(report)
+    share = report.tokens_val / (report.tokens_val + report.tokens_train)
+    assert kind == f"{share:.0%} of the tokens are held out"
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    assert counts(prepare(recipe(write(folder, GOOD)), smollm).report) == {}
+
+
 def test_data_with_thoughts_keeps_thinking_on(family, tmp_path):
     rows = [{"question": f"{i}?", "answer": f"<think>\nhm\n</think>\n\n{i}"} for i in range(4)]
     prepared = prepare(recipe(write(tmp_path, rows)), family("qwen3", thinking=True))

@@ -18,7 +18,8 @@ from lorakit.records import Conversation, Document, Fault, Message, Origin
 SHOWN_ROWS = 5
 LEFT_OUT = "left out"
 # What was asked for and is only told: no fault of the data, so none for `strict: true`.
-TOLD = ("its end is held out", "not drawn")
+HELD_OUT = "scored, not trained on; val_data, val_size or smaller files change it"
+TOLD = ("its end is held out", "not drawn", HELD_OUT)
 
 
 class RowFault(DataError):
