@@ -121,6 +121,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
+        console.print(f"packing  {trainer.packing}")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:

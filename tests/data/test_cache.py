@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lorakit.data import cache
-from lorakit.data.cache import folder_for, key_of
+from lorakit.data.cache import folder_for, folder_key, key_of
 from lorakit.errors import WorkError
 
 
@@ -79,3 +79,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 def test_keys_follow_their_parts():
     assert key_of("a", {"b": 1}) == key_of("a", {"b": 1}) != key_of("a", {"b": 2})
+
+
+def test_folders_of_the_same_files_have_the_same_key(home):
+    one, two, three = (folder_for(None, maker(text, [])) for text in ("a", "a", "b"))
+    assert folder_key(one) == folder_key(two) != folder_key(three)

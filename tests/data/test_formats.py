@@ -143,8 +143,20 @@ def test_a_format_must_fit_some_row_and_the_odd_row_is_a_fault():
     guess = guess_format([*rows, odd])
     reason = "columns question, answer in 3 of the first 4 rows; confidence 75%"
     assert (guess.reason, guess.confidence) == (reason, 0.75)
-    with pytest.raises(RowFault, match=r"rows.jsonl:4: column question is missing"):
+    with pytest.raises(RowFault, match=r"rows.jsonl:4: this row is of format instruction/resp"):
         to_conversation(odd, guess, None)
+    with pytest.raises(RowFault, match=r"rows.jsonl:5: column question is missing"):
+        to_conversation(row({"answer": SAY}, 5), guess, None)
+
+
+@pytest.mark.parametrize(
+    "names", [["What is 1 + 1?", "2"], ["How tall is the mountain near the lake", "tall."]]
+)
+def test_a_table_without_a_header_is_suspected(names):
+    values = dict.fromkeys(names, "x")
+    with pytest.raises(DataError) as caught:
+        guess_format([row(values, 2), row(values, 3)])
+    assert "is the first line a row already" in caught.value.hint
 
 
 def test_rows_of_a_conversation_keep_their_origin():

@@ -91,6 +91,12 @@ def jsonl(rows):
 DATA = st.one_of(
     st.tuples(st.just("rows"), ROWS.map(jsonl)),
     st.tuples(st.just("json array"), ROWS.map(lambda rows: json.dumps(rows, indent=1).encode())),
+    st.tuples(
+        st.just("utf-16"),
+        st.tuples(ROWS.map(jsonl), st.sampled_from(["utf-16", "utf-16", "utf-32"])).map(
+            lambda t: t[0].decode().encode(t[1])
+        ),
+    ),
     st.tuples(st.just("wrapped"), ROWS.map(lambda rows: json.dumps({"data": rows}).encode())),
     st.tuples(st.just("packed"), ROWS.map(jsonl).map(gzip.compress)),
     st.tuples(st.just("bytes"), st.binary(max_size=200)),
@@ -103,7 +109,11 @@ DATA = st.one_of(
     ),
     st.tuples(
         st.just("cut"),
-        st.tuples(ROWS.map(jsonl), st.integers(0, 200)).map(lambda t: t[0][: t[1]]),
+        st.tuples(
+            ROWS.map(jsonl) | ROWS.map(lambda rows: json.dumps(rows).encode())
+            | ROWS.map(lambda rows: jsonl(rows).decode().encode("utf-16")),
+            st.integers(0, 200),
+        ).map(lambda t: t[0][: t[1]]),
     ),
     st.tuples(
         st.just("deep"),
@@ -206,7 +216,7 @@ def campaign(tokenizer, folder, count):
 def test_bad_input_of_every_kind(smollm, tmp_path):
     outcomes, failures = campaign(smollm, tmp_path / "case", 150)
     assert not failures, failures[0]
-    assert sum(count for (_, end), count in outcomes.items() if end == "kept") > 30
+    assert sum(count for (_, end), count in outcomes.items() if end == "kept") > 20
 
 
 def test_ten_megabytes_in_one_row(smollm, tmp_path):

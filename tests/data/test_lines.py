@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from lorakit.data import lines as module
-from lorakit.data.lines import lines_of, opened, whole
+from lorakit.data.lines import lines_of, opened, pieces_of, whole
 from lorakit.data.locate import DataFile
 from lorakit.errors import DataError
 
@@ -41,8 +41,18 @@ def test_repetitive_but_honest_data_is_read(file, monkeypatch):
     assert len(list(lines_of(file(gzip.compress(rows))))) == 5000
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfeo\0n\0e\0", b"caf\xe9\n"])
-def test_other_encodings_are_named_with_a_conversion(file, data):
-    with pytest.raises(DataError, match=r"a.jsonl:1: not UTF-8: byte 0x") as caught:
-        list(lines_of(file(data)))
-    assert "iconv" in caught.value.hint
+def test_other_encodings_are_named_with_a_conversion(file):
+    for read in (lines_of, pieces_of):
+        with pytest.raises(DataError, match=r"a.jsonl:2: not UTF-8: byte 0xe9 at off") as caught:
+            list(read(file(b"one\ncaf\xe9\n")))
+        assert "iconv" in caught.value.hint
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_lines_and_pieces_are_the_text_whatever_the_byte_order_mark_says(
+    file, encoding, monkeypatch
+):
+    text = "öne\nz\U0001f600\n" * 9
+    made = file(text.encode(encoding))
+    monkeypatch.setattr(module, "PIECE", 5)
+    assert "".join(pieces_of(made)) == "".join(line for _, line in lines_of(made)) == text

@@ -3,8 +3,10 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lorakit.data.pack import best_fit, saved_share
+from lorakit.data.pack import best_fit, packing_words, saved_share
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -37,3 +39,25 @@ def test_what_is_over_capacity_stands_alone():
 def test_share_of_padding():
     assert saved_share([10, 5, 5, 5], 2) == pytest.approx(1 - 25 / 30)
     assert saved_share([], 2) == 0.0
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(1, 9))
+def test_padding_is_what_each_micro_batch_takes_over_its_tokens(lengths, rows):
+    parts = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]
+    padded = sum(max(part) * len(part) for part in parts)
+    assert saved_share(lengths, rows) == pytest.approx(1 - sum(lengths) / padded)
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted", "cpu", "packs", "said"),
+    [
+        (0.3, False, False, False, "packing: false"),
+        (0.05, True, True, False, "5% would be padding, and on a CPU packing pays above 10%"),
+        (0.3, True, True, True, "side by side 30% would be padding"),
+        (0.0, True, False, True, "on: "),
+    ],
+)
+def test_whether_a_run_packs_is_said_with_its_reason(share, wanted, cpu, packs, said):
+    found, words = packing_words(share, wanted, cpu)
+    assert found == packs
+    assert said in words

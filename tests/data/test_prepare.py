@@ -94,6 +94,19 @@ def test_a_single_document_is_cut_in_two_for_validation(smollm, tmp_path):
     assert "a single document" in counts(prepared.report)
 
 
+def test_few_long_texts_held_out_are_told_by_their_share(smollm, tmp_path):
+    for name, told in (("a.txt", "The harbor of town {} opens in March."), ("b.txt", "A {} cat.")):
+        words = (told.format(i) for i in range(300))
+        (tmp_path / name).write_text("\n\n".join(words))
+    report = prepare(recipe(str(tmp_path), strict=True), smollm).report
+    (kind,) = counts(report)
+    share = report.tokens_val / (report.tokens_val + report.tokens_train)
+    assert kind == f"{share:.0%} of the tokens are held out"
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    assert counts(prepare(recipe(write(folder, GOOD)), smollm).report) == {}
+
+
 def test_data_with_thoughts_keeps_thinking_on(family, tmp_path):
     rows = [{"question": f"{i}?", "answer": f"<think>\nhm\n</think>\n\n{i}"} for i in range(4)]
     prepared = prepare(recipe(write(tmp_path, rows)), family("qwen3", thinking=True))
@@ -121,6 +134,12 @@ def test_a_validation_file_is_openai_messages(smollm, tmp_path):
 def test_nothing_usable_is_one_clear_error(smollm, tmp_path):
     path = write(tmp_path, [{"question": "a", "answer": ""}] * 3)
     with pytest.raises(DataError, match=r"none of its 3 rows can be used: 3 x no answer"):
+        prepare(recipe(path), smollm)
+
+
+def test_too_few_rows_to_split_says_where_the_others_went(smollm, tmp_path):
+    path = write(tmp_path, [GOOD[0], {"question": "a", "answer": None}, {"question": "b"}])
+    with pytest.raises(DataError, match=r"1 usable row cannot .* 2 rows were left out: 2 x no ans"):
         prepare(recipe(path), smollm)
 
 
@@ -284,6 +303,23 @@ def test_a_second_run_tokenizes_nothing_until_a_rule_or_the_tokenizer_changes(
     smollm.chat_template += "{# other #}"
     prepare(recipe(path), smollm)
     assert len(encoded) == 3
+
+
+def test_content_whose_hash_is_known_only_when_read_is_tokenized_once(
+    smollm, tmp_path, monkeypatch
+):
+    """As of addresses and hub data: rows are read again, but not tokenized."""
+    monkeypatch.setattr("lorakit.data.gather.content_key", lambda *_: None)
+    made = []
+    real = module.encode_many
+    monkeypatch.setattr(module, "encode_many", lambda *a: made.append(a) or real(*a))
+    path = write(tmp_path, [*GOOD, {"question": "network"}])
+    first, again = (prepare(recipe(path), smollm) for _ in range(2))
+    assert len(made) == 1
+    assert list(first.train) == list(again.train)
+    write(tmp_path, GOOD[1:])
+    prepare(recipe(path), smollm)
+    assert len(made) == 2
 
 
 def test_a_spoiled_row_that_inspect_has_kept_still_stops_a_run(smollm, tmp_path):

@@ -111,7 +111,9 @@ def test_parquet_goes_through_datasets(tmp_path):
         ("a.jsonl", "\n \n", "only blank lines"),
         ("a.jsonl", b'{"a": "\xe9"}\n', r"a.jsonl:1: not UTF-8: byte 0xe9 at offset 7"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a.jsonl:2: not UTF-8: byte 0xe9 at offset 16"),
-        ("a.jsonl", '{"a": "1"}\n'.encode("utf-16"), "looks like UTF-16"),
+        ("a.jsonl", '{"a": "1"}\n'.encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        ("a.txt", b"\xff\xfe\x00\xd8a\x00", "damaged UTF-16 text"),
+        ("a.jsonl", '[{"a": 1}]\n[{"a": 2}]', r"a.jsonl:2: column 1: .*Extra data"),
         ("a.jsonl", '{"a":' * 100_000, "nested too deeply"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}\n", "a.jsonl:1: not valid JSON"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a.json:2: column 7"),
@@ -132,10 +134,23 @@ def test_damage_is_named_with_its_place(tmp_path, name, data, message):
         list(read_rows(write(tmp_path, name, data)))
 
 
-def test_not_utf8_says_how_to_convert(tmp_path):
+@pytest.mark.parametrize(
+    ("encoding", "data"),
+    [("UTF-16BE", "more".encode("utf-16-be")), ("WINDOWS-1252", "é".encode("latin-1"))],
+)
+def test_not_utf8_says_how_to_convert(tmp_path, encoding, data):
     with pytest.raises(DataError) as caught:
-        list(read_rows(write(tmp_path, "a.txt", "é".encode("utf-16"))))
-    assert caught.value.hint == "convert it: iconv -f UTF-16 -t UTF-8 a.txt > utf8-a.txt"
+        list(read_rows(write(tmp_path, "a.txt", data)))
+    assert caught.value.hint == f"convert it: iconv -f {encoding} -t UTF-8 a.txt > utf8-a.txt"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_a_byte_order_mark_says_the_encoding(tmp_path, encoding, name):
+    text = {"a.jsonl": '{"a": "é\U0001f600"}\n', "a.json": '[{"a": "é\U0001f600"}]',
+            "a.csv": "a\né\U0001f600\n", "a.txt": "é\U0001f600"}[name]  # fmt: skip
+    (row,) = values(write(tmp_path, name, text.encode(encoding)))
+    assert row == {("text" if name == "a.txt" else "a"): "é\U0001f600"}
 
 
 def test_a_zip_bomb_stops_at_the_longest_line(tmp_path, monkeypatch):

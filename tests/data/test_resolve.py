@@ -104,3 +104,26 @@ def test_marks_that_are_no_tokens_are_noted_where_answers_are_closed(family):
     )
     source = resolve_template(tokenizer, "some/zephyr").source
     assert "it writes <|user|>, <|assistant|>, which this tokenizer has no token for" in source
+
+
+@pytest.mark.parametrize("spelling", ["by name", "as a list"])
+def test_rows_with_tools_get_the_template_that_is_named_for_them(smollm, chat, spelling):
+    plain = smollm.chat_template
+    tools = "{{ tools | tojson }}\n" + plain + "\n"
+    named = {"default": plain + "\n", "tool_use": tools, "rag": "{{ 1 / 0 }}"}
+    asked = [{"role": "user", "content": "Hi"}]
+    schema = {"type": "function", "function": {"name": "find", "description": "d"}}
+    options = {"tokenize": False, "add_generation_prompt": True}
+    smollm.chat_template = named
+    expected = [
+        smollm.apply_chat_template(asked, tools=given, **options) for given in (None, [schema])
+    ]
+    if spelling == "as a list":
+        smollm.chat_template = [{"name": k, "template": v} for k, v in named.items()]
+    assert "tool_use for rows with tools" in resolve_template(smollm, "some/model").source
+    found = [
+        smollm.apply_chat_template(asked, tools=given, **options) for given in (None, [schema])
+    ]
+    assert found == expected
+    assert "find" in found[1]
+    assert "find" not in found[0]

@@ -9,6 +9,7 @@ from lorakit.data.shelf import (
     Items,
     ItemShelf,
     content_of,
+    lengths_of,
     write_examples,
     write_items,
 )
@@ -68,5 +69,6 @@ def test_examples_come_back_whole_and_in_the_order_asked_for(shelf, tmp_path):
     assert back.faults.faults() == log.faults()
     chosen = Examples(back, back.owners.argsort()[::-1].copy())
     assert chosen[:] == list(chosen) == flat[::-1]
+    assert lengths_of(chosen) == lengths_of(list(chosen)) == chosen.lengths.tolist()
     assert (chosen.lengths.tolist(), chosen.trained.tolist()) == ([1, 2, 3], [0, 1, 1])
     assert back.owners.tolist() == [0, 2, 2]

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from lorakit.data.inspection import inspect_prepared, pieces
+from lorakit.data.lengths import measure
 from lorakit.data.prepare import prepare
-from lorakit.data.show import MASKED, render_example, render_pieces
+from lorakit.data.show import MASKED, length_lines, render_example, render_pieces
 from lorakit.data.template import encode
 from lorakit.recipe import Recipe
 
@@ -102,6 +103,20 @@ def test_an_inspection_fits_the_terminal_and_tells_all(inspected, width):
     assert "a run would stop at this data: too long" in flat
     assert "\x1b" not in text, "data must not steer the terminal"
     assert "\\x1b[2J" in flat
+
+
+def test_what_a_step_is_made_of_depends_on_where_it_runs():
+    def step(lengths, **values):
+        return length_lines(measure(lengths, 100, 4, 8, **values))[1]
+
+    assert step([50] * 8) == (
+        "a step of 8 examples is 2 micro-batches of 4 examples (0% padding) on a CPU; on a GPU "
+        "1 micro-batch of up to 400 tokens, packed (a CPU packs above 10% padding)"
+    )
+    assert re.search(
+        r"is 1 micro-batch of up to 400 tokens, packed; unpacked, 2", step([9, 90] * 4)
+    )
+    assert "pack" not in step([9, 90] * 4, packing=False)
 
 
 def test_without_color_the_brackets_and_bars_stay(inspected, monkeypatch):

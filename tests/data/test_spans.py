@@ -162,6 +162,15 @@ BLOCKS = (
 )
 
 
+def test_glm_ends_calls_and_answers_with_the_next_turns_token(templated, trained_runs):
+    marks = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    tokenizer = templated("smollm2", "glm4moe", marks)
+    call, answer, last = trained_runs(tokenizer, encode(tokenizer, WITH_TOOLS))
+    assert "get_weather" in call
+    assert call.endswith("</tool_call><|observation|>")
+    assert (answer, last) == ("\nIt is 21 degrees.<|user|>", "\nYou are welcome.<|user|>")
+
+
 def blocks(tokenizer, answer):
     tokenizer.chat_template = BLOCKS.format(answer)
     resolve_template(tokenizer, "some/model")

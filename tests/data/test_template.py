@@ -6,7 +6,7 @@ from lorakit.data.batch import collate
 from lorakit.data.check import FaultLog, RowFault, SpoilsRun
 from lorakit.data.documents import encode_document
 from lorakit.data.resolve import resolve_template
-from lorakit.data.template import Rules, encode, encode_many, prompt_ids
+from lorakit.data.template import Rules, encode, encode_many, prompt_ids, stop_token_ids
 from lorakit.errors import DataError, ModelError
 from lorakit.records import IGNORE, Conversation, Document, Message, Origin
 
@@ -245,3 +245,88 @@ def test_text_as_instructions_fits_and_keeps_every_word(smollm):
     said = " ".join(smollm.decode([x for x in e.labels if x != IGNORE]) for e in made)
     assert said.replace("<|im_end|>", "").split() == text.split()
     assert 'Write the section "Part 0" of "book".' in smollm.decode(made[0].input_ids)
+
+
+# -- templates with habits of their own, written down from DeepSeek's and GLM's -------------------
+
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% else %}<|assistant|>{{ m.content.split('</think>')[-1] }}<|eos|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+# V3.1 asks with the end of thoughts that were not thought.
+V31 = R1.replace("<|assistant|>{{", "<|assistant|></think>{{").replace("<think>\n", "</think>")
+GLM4 = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKS = ["<|user|>", "<|assistant|>", "<|system|>", "<|eos|>", "[gMASK]", "<sop>"]
+
+
+@pytest.fixture
+def marked(smollm):
+    """template -> a copy of SmolLM2's tokenizer that knows the marks, and what was said of it."""
+
+    def load(template, thinking=False):
+        tokenizer = type(smollm).from_pretrained(smollm.name_or_path)
+        tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
+        tokenizer.chat_template = template
+        return tokenizer, resolve_template(tokenizer, "some/model", thinking).source
+
+    return load
+
+
+def prompts_fit(tokenizer, item, examples):
+    """The prompt of each answer is how some example begins, up to a trained token."""
+    answers = [i for i, m in enumerate(item.messages) if m.role == "assistant"]
+    asked = [prompt_ids(tokenizer, item.messages[:i]) for i in answers]
+    return all(
+        any(e.input_ids[: len(p)] == p and e.labels[len(p)] != IGNORE for e in examples)
+        for p in asked
+    )
+
+
+def test_thoughts_that_the_prompt_begins_are_ended_before_each_answer(marked, chat, trained_runs):
+    tokenizer, source = marked(R1, thinking=True)
+    item = chat("a?", "<think>\nhmm\n</think>\n\none", "b?", "two")
+    examples = encode(tokenizer, item)
+    assert trained_runs(tokenizer, examples) == [
+        "hmm\n</think>\n\none<|eos|>",
+        "\n</think>\n\ntwo<|eos|>",
+    ]
+    assert prompts_fit(tokenizer, item, examples)
+    assert "hmm" not in tokenizer.decode(examples[1].input_ids), "the template drops old thoughts"
+    assert "it asks with <think>" in source
+
+
+def test_a_prompt_that_ends_thoughts_stays_out_of_the_answers(marked, chat, trained_runs):
+    tokenizer, _ = marked(V31)
+    item = chat("a?", "one", "b?", "two")
+    examples = encode(tokenizer, item)
+    assert len(examples) == 1
+    assert trained_runs(tokenizer, examples) == ["one<|eos|>", "two<|eos|>"]
+    assert prompts_fit(tokenizer, item, examples)
+
+
+def test_the_next_turns_token_ends_an_answer_where_nothing_else_does(marked, chat, trained_runs):
+    tokenizer, source = marked(GLM4)
+    item = chat("a?", "one", "b?", "two", system="Be brief.")
+    examples = encode(tokenizer, item)
+    assert trained_runs(tokenizer, examples) == ["\none<|user|>", "\ntwo<|user|>"]
+    assert prompts_fit(tokenizer, item, examples)
+    assert tokenizer.decode(examples[0].input_ids).startswith("[gMASK]<sop><|system|>\nBe brief.")
+    assert stop_token_ids(tokenizer)[0] == tokenizer.convert_tokens_to_ids("<|user|>")
+    assert "an answer ends with the <|user|> of the next turn" in source
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'user' %}<|eos|>{% endif %}{% endfor %}",
+    ],
+)
+def test_a_lost_end_of_turn_is_not_taken_for_that(marked, template):
+    with pytest.raises(ModelError, match="writes no end-of-turn token"):
+        marked(template)

@@ -71,6 +71,20 @@ def test_content_parts_and_json_text_are_joined():
     assert messages({"messages": '[{"role": "user", "content": "ab"}]'}) == [("user", "ab")]
 
 
+def test_lists_side_by_side_are_turns_as_datasets_stores_them():
+    item = convert({"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}})
+    assert [(m.role, m.content) for m in item.messages] == [("user", "Hi"), ("assistant", "Hello")]
+    for uneven in ({"from": ["human"], "value": []}, {"from": "human"}, {}):
+        with pytest.raises(RowFault, match=r"expected a list of turns|no turns|empty list"):
+            convert({"conversations": uneven})
+
+
+def test_a_number_comes_with_the_text_it_could_be():
+    with pytest.raises(RowFault) as caught:
+        convert({"question": "2 + 2?", "answer": 4})
+    assert '"4"' in caught.value.hint
+
+
 def test_an_empty_system_turn_is_none():
     for empty in ("", None):
         turns = [{"role": "system", "content": empty}, {"role": "user", "content": "a"}]

@@ -193,3 +193,69 @@ def test_a_model_whose_attention_mixes_documents_is_not_packed():
     attached = attach_loss(model)
     assert not attached.packs
     assert attached.packing.startswith("off: ")
+
+
+@pytest.fixture(scope="module")
+def chats(tokenizer):
+    """Examples of three real chats, and they as one packed micro-batch."""
+    from lorakit.data.batch import pack
+    from lorakit.data.template import encode
+    from lorakit.records import Conversation, Message
+
+    rows = []
+    for talk in (
+        ("Hi!", "Hello."),
+        ("Three primes?", "2, 3, 5."),
+        ("2 + 2?", "4", "Sure?", "Yes."),
+    ):
+        turns = (Message("assistant" if i % 2 else "user", t) for i, t in enumerate(talk))
+        rows += encode(tokenizer, Conversation(tuple(turns), Origin("x", len(rows))))
+    packed = pack(rows)
+    assert len(packed["lengths"]) == 3
+    return rows, packed
+
+
+def trained_on(model, micro_batches):
+    """(summed loss, all gradients as one vector in float64)."""
+    model.zero_grad()
+    total = 0.0
+    for micro in micro_batches:
+        loss = model(**micro, use_cache=False).loss_sum
+        loss.backward()
+        total += loss.item()
+    gradients = [p.grad.double().flatten() for p in model.parameters() if p.requires_grad]
+    return total, torch.cat(gradients)
+
+
+def far(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def exact(demo_model, chats):
+    """SmolLM2 on single chats in float64, where rounding hides nothing; packed it is the same."""
+    rows, packed = chats
+    model = model_of(demo_model).double()
+    attach_loss(model)
+    alone = trained_on(model, [collate([row], 0) for row in rows])
+    together = trained_on(model, [packed])
+    assert together[0] == pytest.approx(alone[0], rel=1e-6)
+    assert far(together[1], alone[1]) < 1e-7  # 3e-9
+    return alone
+
+
+@pytest.mark.parametrize("engine", ["on", "off"])
+def test_packed_chats_train_smollm2_as_single_ones_do(demo_model, chats, exact, engine):
+    """Float32 packed: 1e-5 from the exact gradients, or no farther than single rows in float32.
+
+    PEFT's own layers in float32 are 6e-5 off on single rows, 1.2e-5 packed; the fast layers 3e-6.
+    """
+    rows, packed = chats
+    model = model_of(demo_model)
+    attached = attach_loss(model, engine)
+    assert (attached.engine is not None) == (engine == "on")
+    alone = trained_on(model, [collate([row], 0) for row in rows])
+    loss, found = trained_on(model, [packed])
+    assert loss == pytest.approx(exact[0], rel=1e-5)
+    assert loss == pytest.approx(alone[0], rel=1e-5)
+    assert far(found, exact[1]) <= max(1e-5, far(alone[1], exact[1]))

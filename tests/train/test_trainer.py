@@ -69,6 +69,7 @@ def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path, pack
     trainer = trainer_of(
         tiny_model_dir, tmp_path, rows, max_steps=1, micro_batch_size=4, packing=packing
     )
+    assert trainer.layout.packed == packing == trainer.packing.startswith("on: ")
     step = next(iter(trainer.get_train_dataloader()))["step"]
     seen = set()
     for micro in step.micro:

@@ -69,6 +69,15 @@ def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
     return _settle(work, target, home)
 
 
+def folder_key(folder: Path) -> str:
+    """A name for the content of a folder of files."""
+    digests = []
+    for path in sorted(p for p in folder.iterdir() if p.name != _SIZES):
+        with path.open("rb") as handle:
+            digests.append([path.name, hashlib.file_digest(handle, "sha256").hexdigest()])
+    return key_of("content", digests)
+
+
 def cache_home() -> Path:
     """Where prepared data is kept."""
     base = os.environ.get("XDG_CACHE_HOME")

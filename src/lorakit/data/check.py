@@ -18,7 +18,8 @@ from lorakit.records import Conversation, Document, Fault, Message, Origin
 SHOWN_ROWS = 5
 LEFT_OUT = "left out"
 # What was asked for and is only told: no fault of the data, so none for `strict: true`.
-TOLD = ("its end is held out", "not drawn")
+HELD_OUT = "scored, not trained on; val_data, val_size or smaller files change it"
+TOLD = ("its end is held out", "not drawn", HELD_OUT)
 
 
 class RowFault(DataError):
@@ -194,12 +195,15 @@ def refuse_if_empty(kept: int, read: int, source: str, log: FaultLog) -> None:
         raise log.first_left_out
     if not read:
         raise DataError(f"{source}: there are no rows in it", hint="is it the right file?")
-    reasons = "; ".join(
-        f"{f.count} x {f.kind} ({', '.join(f.first_rows[:2])})" for f in log.faults()[:3]
-    )
-    first = f"; first: {log.first_left_out.message}" if log.first_left_out else ""
     hint = log.first_left_out.hint if log.first_left_out else None
-    raise DataError(f"{source}: none of its {read} rows can be used: {reasons}{first}", hint)
+    raise DataError(f"{source}: none of its {read} rows can be used: {told_faults(log)}", hint)
+
+
+def told_faults(log: FaultLog) -> str:
+    """The three commonest reasons for which rows were left out, and the first in full."""
+    lost = [fault for fault in log.faults() if fault.action == LEFT_OUT][:3]
+    reasons = "; ".join(f"{f.count} x {f.kind} ({', '.join(f.first_rows[:2])})" for f in lost)
+    return f"{reasons}; first: {log.first_left_out.message}" if log.first_left_out else reasons
 
 
 def refuse_if_strict(log: FaultLog) -> None:

@@ -7,6 +7,7 @@ in most of the first rows is taken, so the more telling ones stand first.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,7 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
     """
     cells = Cells(_rename(row.values, guess.columns), row.origin, guess.columns)
     fmt = _BY_NAME[guess.name]
+    _refuse_other_format(cells, fmt)
     made = fmt.convert(cells)
     if isinstance(made, str):
         return Document(made, row.origin)
@@ -195,6 +197,20 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
         made = [Message("system", system), *made]
     tools = tools_of(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
     return Conversation(tuple(made), row.origin, tools)
+
+
+def _refuse_other_format(cells: Cells, fmt: Format) -> None:
+    """A row that lacks a column and has all of another format is no row with an empty cell."""
+    have = set(cells.values)
+    if have.issuperset(fmt.needs):
+        return
+    other = next((f.name for f in FORMATS if have.issuperset(f.needs)), None)
+    if other:
+        raise cells.fault(
+            "row of another format",
+            f"this row is of format {other}, the file of format {fmt.name}",
+            "put the rows of each format into a file of their own; a folder of both can be trained",
+        )
 
 
 def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -241,8 +257,13 @@ def _no_format(
     close = f"; nearest format: {nearest.name}, missing {missing}"
     texts = [c for c in found if any(isinstance(row.values.get(c), str) for row in rows)]
     lists = [c for c in found if any(isinstance(row.values.get(c), list) for row in rows)]
+    told = f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}"
+    if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in found):
+        return DataError(
+            told, "is the first line a row already? Put one on top: instruction,response"
+        )
     return DataError(
-        f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}",
+        told,
         hint=f"say which column plays which part, in the recipe: columns: {_suggest(texts, lists)} "
         f"(or with --set 'columns={_suggest(texts, lists)}')",
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.cache import folder_for, key_of
+from lorakit.data.cache import folder_for, folder_key, key_of
 from lorakit.data.check import FaultLog, RowFault, check_turns, refuse_if_empty
 from lorakit.data.clean import clean_item
 from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
@@ -40,7 +40,9 @@ def gather(
         meta: dict[str, Any] = {"lines": []}
         write_items(folder, _read_all(names, aside, recipe, folders, meta), meta)
 
-    shelf = ItemShelf(folder_for(key, make), key)
+    folder = folder_for(key, make)
+    # What came from a network is read anew each time; what was read decides what is tokenized.
+    shelf = ItemShelf(folder, key or folder_key(folder))
     return shelf, FaultLog.from_dict(shelf.meta["faults"])
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lorakit.data.check import TOLD
 from lorakit.data.lengths import Lengths, measure
 from lorakit.data.prepare import Prepared
@@ -90,7 +92,7 @@ def inspect_prepared(
     Args:
         model: the name to show.
     """
-    sizes = [*prepared.train.lengths.tolist(), *prepared.val.lengths.tolist()]
+    sizes = np.concatenate([prepared.train.lengths, prepared.val.lengths])
     return Inspection(
         model=model,
         report=prepared.report,
@@ -100,6 +102,7 @@ def inspect_prepared(
             recipe.micro_batch_size,
             recipe.examples_per_step,
             recipe.seed,
+            recipe.packing,
         ),
         shown=tuple(
             Shown(example, why, tuple(pieces(tokenizer, example)))

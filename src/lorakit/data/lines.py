@@ -1,10 +1,11 @@
-"""A file enters; its bytes leave, unpacked, or its lines as text with their numbers.
+"""A file enters; its bytes leave, unpacked, or its lines or pieces as text.
 
 Whatever the disk, the network or the bytes do is one message that names file and line.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import os
@@ -22,7 +23,12 @@ LONGEST_LINE = 64 * 2**20
 LARGEST_WHOLE_FILE = 2 * 2**30
 # Text packs to a tenth, repeated rows to a hundredth; a bomb to a thousandth.
 BOMB_BYTES, BOMB_RATIO = 2**30, 500
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+PIECE = 2**20
+# Excel's "Unicode text" and PowerShell's > write UTF-16. That of UTF-32 begins with UTF-16's.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 @contextmanager
@@ -45,10 +51,80 @@ def _raw(file: DataFile) -> IO[bytes]:
     return open_url(file.path)[0] if file.remote else open(file.path, "rb", buffering=0)
 
 
+class _Recoded(io.RawIOBase):
+    """Bytes in UTF-16 or UTF-32, as their byte order mark says, read as UTF-8."""
+
+    def __init__(self, handle: IO[bytes], encoding: str, file: DataFile) -> None:
+        self._handle, self._file, self._encoding = handle, file, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._left, self._read = b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            data = self._handle.read(PIECE)
+            self._read += len(data)
+            try:
+                self._left = self._decoder.decode(data, final=not data).encode()
+            except UnicodeError as error:
+                raise DataError(
+                    f"{self._file.name}: damaged {self._encoding.upper()} text within its first "
+                    f"{self._read:,} bytes: {getattr(error, 'reason', error)}",
+                    hint="save it anew as UTF-8",
+                ) from error
+            if not data:
+                break
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+@contextmanager
+def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
+    """The bytes of a text file in UTF-8, without a byte order mark."""
+    with opened(file) as handle:
+        head = cast(Any, handle).peek(4)[:4]
+        found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+        if found:
+            yield cast(IO[bytes], io.BufferedReader(_Recoded(handle, found, file)))
+            return
+        if head.count(0) >= 2:
+            order = "LE" if head[1:2] == b"\0" else "BE"
+            raise DataError(
+                f"{file.name}: it looks like UTF-16 without a byte order mark",
+                hint=_convert(f"UTF-16{order}", file),
+            )
+        yield handle
+
+
+def pieces_of(file: DataFile) -> Iterator[str]:
+    """The text of a file in pieces of 1 MiB, however long its lines are."""
+    decoder, offset, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
+    with _as_utf8(file) as handle:
+        while True:
+            data = handle.read(PIECE)
+            held = len(decoder.getstate()[0])
+            if offset == 0 and data.startswith(codecs.BOM_UTF8):
+                offset, data = 3, data[3:]
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                at = offset - held + error.start
+                raise _not_utf8(f"{file.name}:{line}", error, at, file) from error
+            if not data:
+                return
+            yield text
+            offset, line = offset + len(data), line + text.count("\n")
+            _refuse_bomb(file, file.name, offset)
+
+
 def lines_of(file: DataFile) -> Iterator[tuple[int, str]]:
     """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text."""
     offset, number, empty = 0, 0, True
-    with opened(file) as handle:
+    with _as_utf8(file) as handle:
         while line := handle.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
@@ -56,32 +132,40 @@ def lines_of(file: DataFile) -> Iterator[tuple[int, str]]:
                     f"{file.name}:{number}: a line of more than {LONGEST_LINE // 2**20} MiB",
                     hint="one row belongs on one line; is the file damaged?",
                 )
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
                 offset, line = 3, line[3:]
             empty = empty and not line
-            yield number, _decode(line, file, number, offset)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"{file.name}:{number}"
+                raise _not_utf8(place, error, offset + error.start, file) from error
+            yield number, text
             offset += len(line)
-            if offset > BOMB_BYTES and offset > BOMB_RATIO * _packed_size(file):
-                raise DataError(
-                    f"{file.name}:{number}: {offset // 2**20:,} MiB came out of a file of "
-                    f"{_packed_size(file):,} bytes: this looks like a zip bomb",
-                    hint="if it is meant so, unpack it: gunzip",
-                )
+            _refuse_bomb(file, f"{file.name}:{number}", offset)
     if empty:
         raise DataError(f"{file.name}: the file is empty")
 
 
-def _decode(data: bytes, file: DataFile, line: int, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        utf16 = offset == 0 and data.startswith(_UTF16)
-        guess = "UTF-16" if utf16 else "WINDOWS-1252"
+def _refuse_bomb(file: DataFile, place: str, offset: int) -> None:
+    if offset > BOMB_BYTES and offset > BOMB_RATIO * _packed_size(file):
         raise DataError(
-            f"{file.name}:{line}: not UTF-8: byte 0x{data[error.start]:02x} at offset "
-            f"{offset + error.start} of the file" + (" (it looks like UTF-16)" if utf16 else ""),
-            hint=f"convert it: iconv -f {guess} -t UTF-8 {file.name} > utf8-{file.name}",
-        ) from error
+            f"{place}: {offset // 2**20:,} MiB came out of a file of "
+            f"{_packed_size(file):,} bytes: this looks like a zip bomb",
+            hint="if it is meant so, unpack it: gunzip",
+        )
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError, offset: int, file: DataFile) -> DataError:
+    byte = error.object[error.start]
+    return DataError(
+        f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset} of the file",
+        hint=_convert("WINDOWS-1252", file),
+    )
+
+
+def _convert(encoding: str, file: DataFile) -> str:
+    return f"convert it: iconv -f {encoding} -t UTF-8 {file.name} > utf8-{file.name}"
 
 
 def whole(file: DataFile) -> str:

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from lorakit.data.cache import folder_for, key_of
 from lorakit.data.check import (
+    HELD_OUT,
     SHOWN_ROWS,
     FaultLog,
     RowFault,
     SpoilsRun,
     refuse_if_empty,
     refuse_if_strict,
+    told_faults,
 )
 from lorakit.data.gather import gather
 from lorakit.data.ids import tokenizer_key
@@ -29,6 +31,7 @@ from lorakit.data.near import report_duplicates, report_overlap
 from lorakit.data.shelf import Examples, ExampleShelf, Items, ItemShelf, write_examples, write_items
 from lorakit.data.split import shuffled, split
 from lorakit.data.template import Rules, encode_many, resolve_template
+from lorakit.errors import DataError
 from lorakit.recipe import Recipe
 from lorakit.records import DataReport, Document, Example
 
@@ -119,8 +122,9 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         train, held = side, encode(held_items)
         report_overlap(train.prints, held.prints, held.place, log)
     else:
-        out = split(side.prints[0], recipe.held_out, recipe.seed)
+        out = _split(side, recipe, log)
         train, held = (_Side(side.shelf, side.chosen[part]) for part in (~out, out))
+        _tell_large_share(train, held, log)
     examples = train.examples(_times(train, recipe, log))
     val = held.examples()
     if recipe.strict and not inspecting:
@@ -140,6 +144,28 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         faults=log.faults(),
     )
     return Prepared(examples, val, train.items, held.items, report)
+
+
+def _split(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.bool_]:
+    try:
+        return split(side.prints[0], recipe.held_out, recipe.seed)
+    except DataError as error:
+        if not log.rows_left_out:
+            raise
+        # Few rows are left because others went: that is what there is to mend.
+        lost = f"{log.rows_left_out:,} rows were left out: {told_faults(log)}"
+        raise DataError(f"{error.message}; {lost}", error.hint) from None
+
+
+def _tell_large_share(train: _Side, held: _Side, log: FaultLog) -> None:
+    """Rows are held out by number: one of two books is 5% of nothing."""
+    sizes = [int(part.examples().lengths.sum()) for part in (train, held)]
+    rows = len(held.chosen) / (len(train.chosen) + len(held.chosen))
+    share = sizes[1] / sum(sizes)
+    if share > max(0.2, 2 * rows) or (share > 0.2 and len(train.chosen) < 5):
+        first = [str(held.place(i)) for i in range(min(SHOWN_ROWS, len(held.chosen)))]
+        kind = f"{share:.0%} of the tokens are held out"
+        log.add_many(kind, len(held.chosen), first, HELD_OUT)
 
 
 _DOCUMENTS = {

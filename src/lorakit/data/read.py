@@ -1,6 +1,6 @@
 """A source string enters; its rows leave one by one, each with its place for later messages.
 
-JSON and CSV are read line by line with the standard library. `datasets` would turn date-like
+JSON and CSV are read row by row with the standard library. `datasets` would turn date-like
 strings into timestamps and the answers "NA" and "None" into nulls, and names no line of a broken
 file (docs/log.md has the trials). Parquet, whose types are written in the file, and hub datasets
 go through `datasets`.
@@ -12,15 +12,17 @@ import atexit
 import csv
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.hub import first_line, read_hub
-from lorakit.data.lines import LONGEST_LINE, lines_of, opened, whole
+from lorakit.data.json_rows import first_sign, items_of, parse
+from lorakit.data.lines import LONGEST_LINE, lines_of, opened, pieces_of, whole
 from lorakit.data.locate import SUFFIXES, DataFile, HubData, kind_of, locate
 from lorakit.data.remote import open_url
 from lorakit.errors import DataError, LorakitError
@@ -87,17 +89,20 @@ def content_key(source: str, folders: Sequence[Path] = ()) -> list[Any] | None:
 
 def _read_json(file: DataFile) -> Iterator[Row]:
     """JSON lines, or one JSON array or object, told apart by content: names are often wrong."""
-    lines = ((number, line) for number, line in lines_of(file) if not line.isspace())
-    first = next(lines, None)
-    if first is None:
-        raise DataError(f"{file.name}: only blank lines")
-    if _is_one_value(first[1], file.kind, next(lines, None)):
-        yield from _json_items(file)
+    sign = first_sign(file)
+    if not sign:
+        blank = any(pieces_of(file))
+        raise DataError(f"{file.name}: {'only blank lines' if blank else 'the file is empty'}")
+    if sign == "[":
+        yield from _listed(items_of(file), file)
+        return
+    if file.kind == ".json" and _is_one_object(file):
+        yield from _listed(_wrapped(file), file)
         return
     for number, line in lines_of(file):
         if line.isspace():
             continue
-        value = _parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
+        value = parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
         if not isinstance(value, dict):
             raise DataError(
                 f"{file.name}:{number}: {_a(value)} where an object {{...}} is expected: "
@@ -107,66 +112,49 @@ def _read_json(file: DataFile) -> Iterator[Row]:
         yield Row(value, Origin(file.name, number))
 
 
-def _is_one_value(first: str, kind: str, second: tuple[int, str] | None) -> bool:
+def _is_one_object(file: DataFile) -> bool:
+    """Not one object a line."""
+    lines = (line for _, line in lines_of(file) if not line.isspace())
+    first, second = next(lines, ""), next(lines, None)
     try:
-        value = json.loads(first)
+        json.loads(first)
     except (ValueError, RecursionError):
         # An opened bracket that the line does not close: a pretty-printed file.
-        opened = first.strip() in ("[", "{") or first.lstrip().startswith("[")
-        return opened or (kind == ".json" and second is not None and first.lstrip()[:1] == "{")
-    return second is None and (isinstance(value, list) or kind == ".json")
+        return first.strip() == "{" or (second is not None and first.lstrip()[:1] == "{")
+    return second is None
 
 
-def _json_items(file: DataFile) -> Iterator[Row]:
-    value = _parse(whole(file), file, 1, last=False)
-    if isinstance(value, dict):
-        lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
-        inner = [
-            k
-            for k, v in lists.items()
-            if k not in _INSIDE_ROWS and all(isinstance(item, dict) for item in v)
-        ]
-        if len(inner) > 1 and len(inner) == len(value):
-            raise DataError(
-                f"{file.name}: several lists of rows in one file: {', '.join(inner[:6])}",
-                hint="give each list a file of its own",
-            )
-        # A lone object with a list of objects is a wrapper: {"data": [...]}.
-        value = value[inner[0]] if inner else [value]
-    if not isinstance(value, list):
+def _wrapped(file: DataFile) -> list[Any]:
+    """The rows of a file that holds one object: those of its list of rows, or itself."""
+    value = parse(whole(file), file, 1, last=False)
+    if not isinstance(value, dict):
         raise DataError(f"{file.name}: {_a(value)} where a list of rows is expected")
-    if not value:
-        raise DataError(f"{file.name}: an empty list, no rows in it")
-    for position, item in enumerate(value, 1):
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
+    inner = [
+        k
+        for k, v in lists.items()
+        if k not in _INSIDE_ROWS and all(isinstance(item, dict) for item in v)
+    ]
+    if len(inner) > 1 and len(inner) == len(value):
+        raise DataError(
+            f"{file.name}: several lists of rows in one file: {', '.join(inner[:6])}",
+            hint="give each list a file of its own",
+        )
+    # A lone object with a list of objects is a wrapper: {"data": [...]}.
+    found: list[Any] = value[inner[0]] if inner else [value]
+    return found
+
+
+def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
+    position = 0
+    for position, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise DataError(
                 f"{file.name}: item {position} is {_a(item)}, expected an object {{...}}"
             )
         yield Row(item, Origin(file.name, position))
-
-
-def _parse(text: str, file: DataFile, line: int, last: bool) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        row, start = line + error.lineno - 1, max(0, error.pos - _SHOWN)
-        near = text[start : error.pos + _SHOWN].strip()
-        cut_off = last and error.pos >= len(text.rstrip()) - 1
-        what = "the last line is cut off" if cut_off or _unclosed(error, last) else error.msg
-        raise DataError(
-            f"{file.name}:{row}: column {error.colno}: not valid JSON: {what}, near: {_cut(near)}",
-            hint="the file was not written to its end; write it anew or remove that line"
-            if what != error.msg
-            else "see what stands there with: sed -n " + f"{row}p {file.name}",
-        ) from error
-    except RecursionError:
-        raise DataError(f"{file.name}:{line}: nested too deeply to be a row") from None
-    except ValueError as error:
-        raise DataError(f"{file.name}:{line}: not valid JSON: {error}") from error
-
-
-def _unclosed(error: json.JSONDecodeError, last: bool) -> bool:
-    return last and error.msg.startswith("Unterminated string")
+    if not position:
+        raise DataError(f"{file.name}: an empty list, no rows in it")
 
 
 def _read_csv(file: DataFile) -> Iterator[Row]:
@@ -241,6 +229,8 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
     try:
         # Streaming reads row group by row group and writes no copy into the cache.
         path = _local_copy(file) if file.remote else file.path
+        # It also logs what it raises, with the whole path.
+        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
         rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
         number = 0
         for number, values in enumerate(rows, 1):

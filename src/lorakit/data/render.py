@@ -39,6 +39,8 @@ class Habits:
     template: str
     stops: tuple[int, ...]
     stop_texts: tuple[str, ...]
+    closer: str  # what the next turn begins with, where that is what ends an answer
+    call_closer: str  # and a call of tools
     folds_system: bool
     bos_id: int | None  # set where the tokenizer puts a BOS before a text
     specials: re.Pattern[str] | None
@@ -61,9 +63,11 @@ def habits_of(tokenizer: Any) -> Habits:
     special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     texts = tuple(sorted(special - {""}, key=lambda t: (-len(t), t)))
     tools = _tool_habits(tokenizer)
-    stops = _stop_texts(tokenizer)
+    stops, closer = _stop_texts(tokenizer)
     # gpt-oss closes a call with <|call|>, an answer with <|return|>.
-    stops = tuple(dict.fromkeys((*stops, tools.stop))) if stops and tools.stop else stops
+    call_closer = tools.closer if closer else ""
+    others = [t for t in (tools.stop, call_closer.strip()) if t]
+    stops = tuple(dict.fromkeys((*stops, *others))) if stops else stops
     first = tokenizer.encode("")[:1]
     adds_bos = bool(first) and first == [tokenizer.bos_token_id]
     ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops]
@@ -71,6 +75,8 @@ def habits_of(tokenizer: Any) -> Habits:
         template=template,
         stops=tuple(dict.fromkeys(i for i in ids if i is not None)),
         stop_texts=stops,
+        closer=closer,
+        call_closer=call_closer,
         folds_system=_refuses_system(tokenizer),
         bos_id=tokenizer.bos_token_id if adds_bos else None,
         specials=re.compile("|".join(re.escape(t) for t in texts)) if texts else None,
@@ -83,16 +89,30 @@ def habits_of(tokenizer: Any) -> Habits:
     return found
 
 
-def _stop_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The special token that the template writes after an answer, if it writes one."""
+def _stop_texts(tokenizer: Any) -> tuple[tuple[str, ...], str]:
+    """The special token that the template writes after an answer, if any, and a `closer`."""
     if not tokenizer.chat_template:
-        return (tokenizer.eos_token,) if tokenizer.eos_token else ()
+        return ((tokenizer.eos_token,) if tokenizer.eos_token else ()), ""
     chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
     tail = render(tokenizer, chat, prompt=False).rpartition(SAY)[2]
     known = {str(t): None for t in tokenizer.added_tokens_decoder.values()}
     known |= {str(t): None for t in tokenizer.all_special_tokens}
     longest_first = sorted(filter(None, known), key=lambda t: -len(t))
-    return tuple(t for t in longest_first if tail.lstrip().startswith(t))[:1]
+    stops = tuple(t for t in longest_first if tail.lstrip().startswith(t))[:1]
+    if stops or tail.strip():
+        return stops, ""
+    # GLM-4: <|user|>ask<|assistant|>say<|user|>: the next turn's role token is what ends an answer.
+    try:
+        text = render(tokenizer, [*chat, {"role": "user", "content": SET}], prompt=False)
+    except TemplateRefusal:
+        return (), ""
+    asked, _, after = text.rpartition(SAY)
+    opening = [t for t in longest_first if t in asked.partition(ASK)[2]]
+    ends = [t for t in longest_first if after.lstrip().startswith(t)][:1]
+    # Anything else than one token for each role (<|im_start|>assistant) lost its end of turn.
+    if not ends or len(opening) != 1 or ends[0] in (*opening, tokenizer.bos_token):
+        return (), ""
+    return tuple(ends), after[len(tail) : after.index(ends[0]) + len(ends[0])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +120,7 @@ class _ToolHabits:
     as_text: bool = False
     unwritten: tuple[str, ...] = ()
     stop: str = ""  # the last special token after a call
+    closer: str = ""  # what a result begins with
 
 
 def _tool_habits(tokenizer: Any) -> _ToolHabits:
@@ -123,17 +144,24 @@ def _tool_habits(tokenizer: Any) -> _ToolHabits:
         call = _probe_call(as_text=True)
         text = told([ask, call])
     result = {"role": "tool", "content": _RESULT, "tool_call_id": "call7qzx0", "name": "find"}
+    whole = told([ask, call, result])
     parts = {
         "tool schemas": _PURPOSE in (told([ask]) or _PURPOSE),
         "tool calls": text is None or _writes_call(text),
-        "tool results": _RESULT in (told([ask, call, result]) or _RESULT),
+        "tool results": _RESULT in (whole or _RESULT),
     }
     said = (text or "").partition(ASK)[2]
     specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {""}
     stop = max((s for s in specials if s in said), key=said.rfind, default="")
     # Gemma 4's <|"|> stands around every text of a call: such a token ends nothing.
     stop = stop if said.count(stop) == 1 and said.find(stop) > said.find(_VALUE) else ""
-    return _ToolHabits(as_text, tuple(part for part, there in parts.items() if not there), stop)
+    closer = ""
+    if text and whole and whole.startswith(text):
+        after = whole[len(text) :]
+        token = next((s for s in specials if after.lstrip().startswith(s)), "")
+        closer = after[: after.index(token) + len(token)] if token else ""
+    unwritten = tuple(part for part, there in parts.items() if not there)
+    return _ToolHabits(as_text, unwritten, stop, closer)
 
 
 def _probe_call(as_text: bool) -> dict[str, Any]:

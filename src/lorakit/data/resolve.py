@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from lorakit.data.render import ASK, SAY, SET, TemplateRefusal, habits_of, render, unknown_marks
+from lorakit.data.spans import OPENED
 from lorakit.errors import ModelError
 
 _THINKING = "{% if enable_thinking is not defined %}{% set enable_thinking = "
@@ -39,10 +40,9 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
         ModelError: the template cannot render a plain chat, or the tokenizer lacks an eos token.
     """
     own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default") or next(iter(own.values()))
     if own:
-        text, notes = str(own), ["the tokenizer's own"]
+        text, source = _joined(own)
+        notes = [source]
     else:
         text, notes = _supply(tokenizer, model_name)
     tokenizer.chat_template = text
@@ -57,6 +57,12 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
         notes.append(f"without a system text it writes its own: {shown!r}")
     if habits.folds_system:
         notes.append("it has no system role: system texts are put before the first question")
+    if habits.closer:
+        notes.append(
+            f"an answer ends with the {habits.stop_texts[0]} of the next turn, which is trained"
+        )
+    if _opens_thoughts(tokenizer):
+        notes.append("it asks with <think>: thoughts (or none) and </think> begin each answer")
     unknown = ", ".join(unknown_marks(tokenizer))
     if unknown:
         notes.append(f"it writes {unknown}, which this tokenizer has no token for")
@@ -73,6 +79,29 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
             hint="set tokenizer.chat_template to one that closes each answer with a special token",
         )
     return TemplateInfo("; ".join(notes), text)
+
+
+def _joined(own: Any) -> tuple[str, str]:
+    """One template of those that a tokenizer may have by name, as `apply_chat_template` picks."""
+    if isinstance(own, list):  # as tokenizer_config.json spells it
+        own = {part["name"]: part["template"] for part in own}
+    if not isinstance(own, dict):
+        return str(own), "the tokenizer's own"
+    plain = str(own.get("default") or next(iter(own.values())))
+    tools = own.get("tool_use")
+    if not tools or tools == plain:
+        return plain, "the tokenizer's own (default)"
+    # Jinja takes one line end off a template's end; inside a block it would be written.
+    first, second = str(tools).removesuffix("\n"), plain.removesuffix("\n")
+    joined = f"{{% if tools %}}{first}{{% else %}}{second}{{% endif %}}"
+    return joined, "the tokenizer's own (tool_use for rows with tools, default for others)"
+
+
+def _opens_thoughts(tokenizer: Any) -> bool:
+    """Its prompt begins thoughts that it does not write for answers."""
+    ask = {"role": "user", "content": ASK}
+    answered = render(tokenizer, [ask, {"role": "assistant", "content": SAY}], prompt=False)
+    return "<think>" not in answered and bool(OPENED.search(render(tokenizer, [ask], prompt=True)))
 
 
 def _supply(tokenizer: Any, model_name: str) -> tuple[str, list[str]]:

@@ -227,6 +227,13 @@ class Examples(_Chosen[Example]):
         return self._shelf.trained[self.chosen]
 
 
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, without reading those that lie on a shelf."""
+    if isinstance(examples, Examples):
+        return [int(size) for size in examples.lengths]
+    return [len(example.input_ids) for example in examples]
+
+
 class Items(_Chosen[Item]):
     """Some items of a shelf, in the shelf's order."""
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lorakit.data.inspection import Inspection, Piece, pieces, runs, visible
 from lorakit.data.lengths import Lengths
+from lorakit.data.pack import PAYS_ABOVE, packing_words
 from lorakit.records import DataReport, Example, Fault
 
 TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
@@ -165,14 +166,24 @@ def _show_lengths(lengths: Lengths, console: Console) -> None:
 
 def length_lines(lengths: Lengths) -> list[str]:
     """What the lengths mean for a run, in sentences."""
-    shares = f", {lengths.padding:.0%} of it padding" if lengths.batch > 1 else ""
+    rows = lengths.batch
+    shares = f" ({lengths.padding:.0%} padding)" if rows > 1 else ""
+    unpacked = f"{_batches(-(-lengths.step // rows))} of {rows} example{'s' * (rows > 1)}{shares}"
+    packed = f"{_batches(lengths.packed)} of up to {rows * lengths.cutoff_len:,} tokens"
+    step = f"a step of {lengths.step} examples is {unpacked}"
+    if lengths.packing and packing_words(lengths.padding, True, cpu=True)[0]:
+        step = f"a step of {lengths.step} examples is {packed}, packed; unpacked, {unpacked}"
+    elif lengths.packing:
+        step += f" on a CPU; on a GPU {packed}, packed (a CPU packs above {PAYS_ABOVE:.0%} padding)"
     return [
         f"shortest {lengths.shortest:,}, median {lengths.median:,}, 95% up to {lengths.p95:,}, "
         f"longest {lengths.longest:,}; cutoff_len {lengths.cutoff_len:,}",
-        f"a step of {lengths.step} examples takes {lengths.packed:.1f} micro-batches of up to "
-        f"{lengths.batch * lengths.cutoff_len:,} tokens packed (packing: true), and "
-        f"{-(-lengths.step // lengths.batch)} with {lengths.batch} side by side{shares}",
+        step,
     ]
+
+
+def _batches(count: float) -> str:
+    return f"{count:.1f} micro-batches".replace(".0", "") if count != 1 else "1 micro-batch"
 
 
 def verdict(inspection: Inspection) -> str:

@@ -8,6 +8,7 @@ the template marks what a model says itself with {% generation %}, only that is 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from typing import Any
 from lorakit.data.check import RowFault, SpoilsRun
 from lorakit.data.render import Guard, Habits, TemplateRefusal, generated_parts, habits_of, render
 from lorakit.records import Conversation, Message, Origin
+
+# A generation prompt that has begun the thoughts already.
+OPENED = re.compile(r"<think>\s*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,9 @@ class _Teller:
     def span(self, turn: int) -> Span:
         origin, answer = self.conversation.origin, turn - self.shift
         text = self._render(self.messages[: answer + 1], prompt=False)
-        prompt = self._prompt(text, self.messages[:answer], origin)
+        prompt, text = self._fitted(text, self.messages[: answer + 1], origin)
+        calls = self.messages[answer].get("tool_calls")
+        text += self.habits.call_closer if calls else self.habits.closer
         ends = [at for stop in self.habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
         if not ends:
             raise SpoilsRun(
@@ -171,12 +177,22 @@ class _Teller:
         tools = self.guard.tools
         return render(self.tokenizer, messages, prompt, tools=tools, **options)
 
-    def _prompt(self, text: str, before: list[dict[str, Any]], origin: Origin) -> str:
-        prompt = ""
+    def _fitted(self, text: str, messages: list[dict[str, Any]], origin: Origin) -> tuple[str, str]:
+        """The prompt of the last of `messages`, and `text` so that it begins with that."""
+        prompts = []
         for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
-            prompt = self._render(before, prompt=True, **options)
-            if text.startswith(prompt):
-                return prompt
+            prompts.append(self._render(messages[:-1], prompt=True, **options))
+            if text.startswith(prompts[-1]):
+                return prompts[-1], text
+        opened = OPENED.search(prompts[0])
+        if opened and text.startswith(prompts[0][: opened.start()]):
+            # DeepSeek-R1 asks with <think> and leaves the thoughts of every answer out: what the
+            # model must say after such a prompt is thoughts, their end, and the answer.
+            answer = text[opened.start() :].lstrip()
+            if not answer.startswith("<think>"):
+                thoughts = _thoughts(messages[-1])
+                return prompts[0], f"{prompts[0]}{thoughts}\n</think>\n\n{answer}"
+        prompt = prompts[-1]
         raise SpoilsRun(
             "prompt and answer do not fit",
             origin,
@@ -196,7 +212,7 @@ class _Teller:
                 f"the chat template does not write the whole answer: {told[:60]!r} became "
                 f"{written[:60]!r}",
             )
-        if told not in written or str(message.get("reasoning_content", "")).strip() not in written:
+        if _thoughts(message) not in written:
             self.notes.append(
                 ("thoughts not written by the chat template", "only the answer is trained")
             )
@@ -231,6 +247,12 @@ class _Teller:
                 "end the block after the end-of-turn token",
             )
         return tuple(gaps)
+
+
+def _thoughts(message: dict[str, Any]) -> str:
+    """The thoughts of an answer, from the key of their own or from within its text."""
+    inside = message["content"].rpartition("</think>")[0].replace("<think>", "", 1)
+    return str(message.get("reasoning_content") or inside).strip()
 
 
 def told(message: Message) -> str:

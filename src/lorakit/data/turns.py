@@ -42,8 +42,8 @@ class Cells:
     origin: Origin
     columns: Mapping[str, str]
 
-    def fault(self, kind: str, detail: str) -> RowFault:
-        return RowFault(kind, self.origin, detail)
+    def fault(self, kind: str, detail: str, hint: str | None = None) -> RowFault:
+        return RowFault(kind, self.origin, detail, hint)
 
     def text(self, name: str) -> str:
         """The text of a column that must hold some."""
@@ -62,8 +62,11 @@ class Cells:
 
     def as_text(self, value: Any, place: str) -> str:
         if not isinstance(value, str):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
             raise self.fault(
-                "wrong type", f"{place} holds {shown_value(value)} where a text is expected"
+                "wrong type",
+                f"{place} holds {shown_value(value)} where a text is expected",
+                f'write it as the text it shall be learned as: "{value}"' if number else None,
             )
         if _SURROGATE.search(value):
             raise self.fault("broken characters", f"{place} holds half a surrogate pair")
@@ -83,6 +86,8 @@ def turns_of(cells: Cells, column: str) -> list[Message]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise cells.fault("broken turns", f"column {column} is not JSON: {error}") from error
+    if isinstance(value, dict):
+        value = _as_list(value)
     if not isinstance(value, list):
         state = "missing" if column not in cells.values else shown_value(value)
         raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
@@ -92,6 +97,14 @@ def turns_of(cells: Cells, column: str) -> list[Message]:
     # Chat exports write "" where no system text was set: that is no turn.
     made = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
     return with_system(made, cells.optional("system") if column == "conversations" else "")
+
+
+def _as_list(value: dict[Any, Any]) -> Any:
+    """`datasets` stores a Sequence of objects as an object of lists: {"role": [..], ...}."""
+    sizes = {len(v) if isinstance(v, list) else -1 for v in value.values()}
+    if len(sizes) != 1 or min(sizes) < 0:
+        return value
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
 
 
 def _turn(cells: Cells, turn: Any, place: str) -> Message:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorakit.data.batch import collate
+from lorakit.data.shelf import lengths_of
 from lorakit.model.modes import evaluating
 from lorakit.records import EvalScore, Example
 from lorakit.train.loss import attach_loss, base_of, detach_loss
@@ -37,13 +38,14 @@ def score(
     attached = "forward" in base_of(model).__dict__
     if not attached:
         attach_loss(model)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
+    sizes = lengths_of(examples)
+    order = sorted(range(len(examples)), key=lambda i: -sizes[i])
     loss, tokens = 0.0, 0
     try:
         with evaluating(model):
             start = 0
             while start < len(order):
-                size = max(1, batch_tokens // len(examples[order[start]].input_ids))
+                size = max(1, batch_tokens // sizes[order[start]])
                 rows = [examples[i] for i in order[start : start + size]]
                 batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
                 out = model(**batch, use_cache=False)

@@ -23,7 +23,8 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTConfig, SFTTrainer
 
 from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
-from lorakit.data.pack import saved_share
+from lorakit.data.pack import packing_words, saved_share
+from lorakit.data.shelf import lengths_of
 from lorakit.errors import DependencyError, RecipeError
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
@@ -87,11 +88,12 @@ class LoraTrainer(SFTTrainer):
                 parameter.data = masters[name]
         self.attached = attach_loss(self.model, recipe.engine)
         place(self.model, self.attached, plan)
+        packed, self.packing = self._packing(train, device)
         self.layout: Layout = Layout(
             pad_id=self.pad_id,
             rows=recipe.micro_batch_size,
             capacity=recipe.micro_batch_size * recipe.cutoff_len,
-            packed=recipe.packing and self.attached.packs and self._pays(train, device),
+            packed=packed,
         )
         self.step_tokens = 0
         self.graphs = self._graphed()
@@ -149,12 +151,14 @@ class LoraTrainer(SFTTrainer):
             return f"no CUDA graphs: {self.graphs.failed}"
         return f"{len(self.graphs.graphs)} CUDA graphs"
 
-    def _pays(self, train: Sequence[Example], device: Device) -> bool:
-        """Packing costs a CPU one attention call a document: 0.99 s a demo step against 0.92."""
-        if device.kind != "cpu":
-            return True
-        lengths = [len(train[i].input_ids) for i in range(min(len(train), 1000))]
-        return saved_share(lengths, self.recipe.micro_batch_size) > 0.1
+    def _packing(self, train: Sequence[Example], device: Device) -> tuple[bool, str]:
+        """Whether documents share micro-batches, and why."""
+        rows, seed = self.recipe.micro_batch_size, self.recipe.seed
+        share = saved_share(lengths_of(train), rows, seed)
+        packed, words = packing_words(share, self.recipe.packing, device.kind == "cpu")
+        if packed and not self.attached.packs:
+            return False, self.attached.packing
+        return packed, words
 
     def _graphed(self) -> GraphedMicroSteps | None:
         """Graphs where every part of a micro-batch runs on the card by fixed shapes."""
