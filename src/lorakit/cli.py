@@ -173,18 +173,53 @@ def chat(
 @app.command()
 def export(
     run: Run,
-    to: Annotated[str, typer.Option(help="Format; see below.")] = "merged",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub."
+        ),
+    ] = "merged",
     output: Output = None,
+    quant: Annotated[
+        str | None, typer.Option(help="GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, ...")
+    ] = None,
+    onto: Annotated[
+        str, typer.Option(help="QLoRA: merge onto the base as `trained`, or `original`.")
+    ] = "trained",
+    dtype: Annotated[str | None, typer.Option(help="Merged: float32, bfloat16, float16.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="vllm, tgi, hub: merge first.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="ollama: base and adapter in two files.")
+    ] = False,
+    repo: Annotated[str | None, typer.Option(help="hub: OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="hub: not private.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with the adapter.")
+    ] = True,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Write the tuned model in another form, checked after writing. Formats: merged."""
+    """Write the tuned model in another form and compare what was written with the adapter."""
     from lorakit.run_dir import open_run
 
     opened = open_run(run)
-    _quiet()
+    _quiet(offline)
     from lorakit.export.table import export_run
 
-    result = export_run(opened, to, output, log)
+    result = export_run(
+        opened,
+        to,
+        output,
+        log,
+        quantization=quant,
+        onto=onto,
+        dtype=dtype,
+        merged=merged,
+        as_adapter=adapter or None,
+        repository=repo,
+        public=public,
+        verify=verify,
+    )
     if as_json:
         _print_json(result)
 
