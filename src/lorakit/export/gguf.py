@@ -1,4 +1,4 @@
-"""The `gguf` and `gguf-adapter` formats: files for llama.cpp, Ollama and LM Studio, run before kept."""
+"""The `gguf` and `gguf-adapter` formats: files for llama.cpp, run before they are kept."""
 
 from __future__ import annotations
 
@@ -74,6 +74,12 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
         merged = Path(work) / "model"
         merged.mkdir()
         facts, reference = fill_merged(job, merged, job.dtype or source.device.dtype)
+        window = limit_context(source, merged)
+        if window:
+            job.console.print(
+                f"note: llama.cpp attends past this model's window of {window} tokens: the file's "
+                "context ends there"
+            )
         first = kind
         if kind in FILE_TYPES:
             first = "BF16" if facts["dtype"] == "bfloat16" else "F16"
@@ -93,6 +99,22 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
     path.chmod(0o644)
     facts = {"merged": facts, "quantization": kind, "file": path.name, "bytes": path.stat().st_size}
     return {**facts, **run_gguf(job, reference, path, None, kind)}
+
+
+def limit_context(source: Source, folder: Path) -> int | None:
+    """Bound the context by the window where llama.cpp knows none; that window.
+
+    A Mistral becomes a Llama in GGUF: past the window KL was 7e-2 nats, 1e-7 before it.
+    """
+    config = source.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in ("mistral", "ministral") or not window:
+        return None
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["max_position_embeddings"] = min(window, config.max_position_embeddings)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return int(window)
 
 
 def run_gguf(

@@ -1,7 +1,7 @@
 """The `hub` format: a repository on the Hugging Face hub, private unless said otherwise.
 
-The folder is made and verified here first, with a model card that says what was trained on what, and
-how well it did. The token is the one that `hf auth login` stored: it is never read, printed or
+The folder is made and verified here first, with a model card that says what was trained on what,
+and how well it did. The token is the one that `hf auth login` stored: it is never read, printed or
 written by lorakit.
 """
 
@@ -21,8 +21,10 @@ from lorakit.run_dir import write_text
 
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 # Settings worth a line in the card.
-TOLD = ("method", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "epochs", "max_steps")
-TOLD = (*TOLD, "micro_batch_size", "gradient_accumulation_steps", "cutoff_len", "train_on", "seed")
+TOLD = (
+    *("method", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "epochs", "max_steps"),
+    *("micro_batch_size", "gradient_accumulation_steps", "cutoff_len", "train_on", "seed"),
+)
 
 
 def export_hub(job: Job) -> dict[str, Any]:

@@ -42,8 +42,10 @@ FILE_TYPES = {
 }
 # Blocks of 256 need rows of a multiple of that; llama.cpp takes types with blocks of 32 instead.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-MATRICES = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up")
-MATRICES = (*MATRICES, "ffn_down", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+MATRICES = (
+    *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+)
 CHUNK_BYTES = 2**25
 
 

@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One greedy answer: ids (the stop token too, where it stopped), whether it stopped by itself."""
+    """One greedy answer: its ids with the stop token, and whether it stopped by itself."""
 
     tokens: list[int]
     predictions: list[list[tuple[int, float]]]  # (id, log-probability), most likely first

@@ -179,7 +179,7 @@ def put_together(frame: Frame, messages: Sequence[dict[str, Any]]) -> str:
 
 
 def parity(source: Source, frame: Frame) -> bool:
-    """True where the frame writes what jinja writes, for held-out chats of one and two questions."""
+    """True where the frame writes what jinja writes, for held-out chats."""
     for conversation in checked_prompts(source, 8):
         turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
         roles = {m.role for m in conversation.messages}
