@@ -75,10 +75,26 @@ def test_system_and_settings(session):
 def test_unknown_commands_suggest_and_help_lists(session):
     assert "did you mean /undo?" in say(session, "/unod")
     text = say(session, "/help")
-    for command in ("/base", "/system", "/undo", "/retry", "/save", "/set", "/quit"):
+    for command in ("/base", "/system", "/undo", "/retry", "/save", "/set", "/adapter", "/quit"):
         assert command in text
     say(session, "/quit")
     assert session.ended
+
+
+def test_adapters_are_listed_loaded_and_switched(finish, tmp_path):
+    import shutil
+
+    session = ChatSession(Several.of(finish().run), None, SETTINGS)
+    other = tmp_path / "other"
+    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
+    assert say(session, "/adapter") == "tiny-lora (active)"
+    first = say(session, "What color is box 3?")
+    assert say(session, f"/adapter {other}") == "tiny-lora, other (active)"
+    assert say(session, "/retry") != first
+    assert "did you mean tiny-lora" in say(session, "/adapter tiny-lore")
+    assert "(qlora), not on" in say(session, f"/adapter {finish('qlora').run.path}")
+    assert say(session, "/adapter tiny-lora") == "tiny-lora (active), other"
+    assert say(session, "/retry") == first
 
 
 def test_saved_conversations_can_be_trained_on(session, tmp_path):

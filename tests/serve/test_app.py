@@ -182,7 +182,7 @@ def test_ctrl_c_in_the_middle_of_an_answer_stops_cleanly(client, server):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (0, 130)
     rest = process.stderr.read()
-    assert "Traceback" not in rest
+    assert "Traceback" not in rest, rest
     assert "stopped" in rest
     host, port = address.split("/")[2].split(":")
     with socket.socket() as probe:

@@ -77,6 +77,9 @@ def modelfile(source: Source, lines: Sequence[str]) -> tuple[str, list[str]]:
     notes = []
     frame = frame_of(source)
     template = go_template(frame) if frame and parity(source, frame) else None
+    if template and habits_of(source.tokenizer).bos_id is not None:
+        # llama.cpp puts it before the prompt by itself.
+        template = template.removeprefix(str(source.tokenizer.bos_token))
     lines = [*lines]
     if template:
         lines.append(f'TEMPLATE """{template}"""')
@@ -129,13 +132,12 @@ def frame_of(source: Source) -> Frame | None:
     middle = parts[1]
     if not middle.endswith(opening):
         return None
-    return Frame(
-        "",
-        (head, middle[: len(middle) - len(opening)]),
-        (opening, ""),
-        (before_answer, tail),
-        _default_system(source, head, ask, plain),
-    )
+    default = _default_system(source, head, ask, plain)
+    start = "" if default else plain.split(ask)[0].removesuffix(opening)
+    if not head.startswith(start):
+        return None
+    system_turn = head[len(start) :], middle[: len(middle) - len(opening)]
+    return Frame(start, system_turn, (opening, ""), (before_answer, tail), default)
 
 
 def _default_system(source: Source, head: str, ask: str, plain: str) -> str:

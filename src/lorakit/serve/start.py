@@ -148,7 +148,7 @@ def _embedded(runs: Sequence[RunDir], place: Place, console: Console) -> None:
         port=place.port,
         log_level="warning",
         # Streams that are under way get this long after Ctrl-C.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=20,
     )
     listening = config.bind_socket()
     port = listening.getsockname()[1]
