@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,9 +58,7 @@ def measure(source, work: Path) -> dict:
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    rows["merged (transformers)"] = agreement(
-        reference, lambda p, a: predictions(plain, p, a)
-    ).as_dict()
+    rows["merged (transformers)"] = agreement(reference, partial(predictions, plain)).as_dict()
     del plain
     files = write_files(source, merged, work)
     for name, (model, adapter) in files.items():

@@ -27,7 +27,8 @@ def test_a_folded_adapter_predicts_the_same_with_nothing_left_to_misread(
     rank = fold_adapter(source, tmp_path)
     config = read_json(tmp_path / "adapter_config.json")
     assert config["r"] == config["lora_alpha"] == rank
-    assert not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
+    left = config["use_rslora"], config["rank_pattern"], config["alpha_pattern"]
+    assert left == (False, {}, {})
     live = float32_model(source)
     reference = make_reference(source, live, 2, 4)
     folded = PeftModel.from_pretrained(live.unload(), str(tmp_path)).eval()

@@ -1,4 +1,4 @@
-"""The measure itself: zero for equals, right for a known case, an error for an adapter of nothing."""
+"""The measure itself: zero for equals, right for a known case, an error for an idle adapter."""
 
 import json
 

@@ -56,7 +56,7 @@ def test_a_wrong_key_is_named(param):
 
 def test_a_broken_tool_call_is_a_fault_of_the_request():
     turn = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{"}}]}
-    with pytest.raises(RowFault, match="tool call"):
+    with pytest.raises(RowFault, match=r"messages\[0\].tool_calls\[0\]"):
         read_order({"messages": [turn]})
     with pytest.raises(BadOrder, match="no JSON object"):
         read_order([1])

@@ -35,13 +35,14 @@ def test_a_port_that_is_taken_is_said():
 
 def test_vllm_serves_where_it_is_and_can(finish, monkeypatch):
     sources = [open_source(finish().run)]
+    biased = open_source(finish(bias="lora_only").run)
     assert why_not_vllm(sources) == "vLLM is not installed"
     with pytest.raises(DependencyError, match="vLLM is not installed"):
         serve([finish().run], Place(port=0), "vllm", QUIET)
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert why_not_vllm(sources) is None
-    assert "biases" in why_not_vllm([*sources, open_source(finish(bias="lora_only").run)])
+    assert "biases" in why_not_vllm([*sources, biased])
 
 
 def test_vllms_line_holds_all_adapters_and_no_key(finish):
