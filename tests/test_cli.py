@@ -38,7 +38,7 @@ def test_help_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "train", "eval", "chat", "export", "inspect", "bench", "schema"):
+    for command in ("demo", "train", "eval", "chat", "export", "serve", "inspect", "bench", "schema"):
         assert f"  {command}" in done.stdout
 
 
