@@ -26,6 +26,8 @@ QUANTIZATIONS = (*TYPES, *FILE_TYPES)
 # permutation gives 1 and more.
 LARGEST_KL = {"F32": 1e-3, "F16": 1e-2, "BF16": 2e-2, "Q8_0": 5e-2, "Q6_K": 0.1}
 LARGEST_KL_OTHERS = 0.5
+# Bytes a parameter of a file; K-quants pass through a 16-bit file.
+FILE_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.1}
 ADAPTER_FILE = "adapter.gguf"
 
 
@@ -39,7 +41,8 @@ def export_gguf(job: Job) -> dict[str, Any]:
         WorkError: no space, or llama.cpp runs the file and says something else than the adapter.
     """
     kind = quantization(job.quantization)
-    check_space(job.source, job.target, "float32", 1.6)
+    dtype = job.dtype or job.source.device.dtype
+    check_space(job.source, job.target, dtype, beside=FILE_BYTES.get(kind, 3.0))
     with staged(job.target) as folder:
         return fill_gguf(job, folder, kind)
 

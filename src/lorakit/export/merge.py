@@ -49,20 +49,23 @@ def write_merged(source: Source, folder: Path, onto: str, dtype: str) -> str:
     return way
 
 
-def check_space(source: Source, target: Path, dtype: str, copies: float = 1.05) -> None:
+def check_space(source: Source, target: Path, dtype: str, beside: float = 0.0) -> None:
     """Refuse before writing where the disk is too small for the merged model.
+
+    Args:
+        beside: bytes a parameter of further files that stand beside the merged ones.
 
     Raises:
         WorkError: says how much is needed and how much is free.
     """
-    needed = int(parameters(source) * BYTES[dtype] * copies)
+    needed = int(parameters(source) * (BYTES[dtype] + beside) * 1.05)
     place = target
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
         raise WorkError(
-            f"{target}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"{target}: this export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             hint="free some space, or give another place with --output",
         )
 

@@ -19,6 +19,7 @@ from lorakit.export.adapter import why_not_portable
 from lorakit.export.formats import Job
 from lorakit.export.gguf import (
     ADAPTER_FILE,
+    FILE_BYTES,
     fill_gguf,
     fill_gguf_adapter,
     quantization,
@@ -54,7 +55,8 @@ def export_ollama(job: Job) -> dict[str, Any]:
     kind = quantization(job.quantization)
     if job.as_adapter:
         refuse_unportable(source)
-    check_space(source, job.target, "float32", 1.6)
+    dtype = job.dtype or source.device.dtype
+    check_space(source, job.target, dtype, beside=FILE_BYTES.get(kind, 3.0))
     with staged(job.target) as folder:
         if job.as_adapter:
             facts = fill_gguf_adapter(job, folder, keep_base=BASE_FILE)

@@ -161,7 +161,7 @@ def _embedded(runs: Sequence[RunDir], place: Place, console: Console) -> None:
 
         def handle_exit(self, sig: int, frame: object) -> None:
             server.worker.cancel_all()
-            super().handle_exit(sig, frame)  # type: ignore[arg-type]
+            super().handle_exit(sig, frame)
 
     try:
         Stoppable(config).run(sockets=[listening])
