@@ -15,7 +15,7 @@ import pytest
 from lorakit.chat import ChatSession, run
 from lorakit.data.prepare import prepare
 from lorakit.generate import GenerationSettings
-from lorakit.model.load import load_run
+from lorakit.model.several import Several
 from lorakit.recipe import Recipe
 
 SETTINGS = GenerationSettings(max_new_tokens=6, temperature=0.0)
@@ -23,12 +23,12 @@ SETTINGS = GenerationSettings(max_new_tokens=6, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def loaded(finish):
-    return load_run(finish().run)
+    return Several.of(finish().run)
 
 
 @pytest.fixture
 def session(loaded):
-    return ChatSession(loaded.model, loaded.tokenizer, None, SETTINGS)
+    return ChatSession(loaded, None, SETTINGS)
 
 
 def say(session, line):
@@ -75,10 +75,26 @@ def test_system_and_settings(session):
 def test_unknown_commands_suggest_and_help_lists(session):
     assert "did you mean /undo?" in say(session, "/unod")
     text = say(session, "/help")
-    for command in ("/base", "/system", "/undo", "/retry", "/save", "/set", "/quit"):
+    for command in ("/base", "/system", "/undo", "/retry", "/save", "/set", "/adapter", "/quit"):
         assert command in text
     say(session, "/quit")
     assert session.ended
+
+
+def test_adapters_are_listed_loaded_and_switched(finish, tmp_path):
+    import shutil
+
+    session = ChatSession(Several.of(finish().run), None, SETTINGS)
+    other = tmp_path / "other"
+    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
+    assert say(session, "/adapter") == "tiny-lora (active)"
+    first = say(session, "What color is box 3?")
+    assert say(session, f"/adapter {other}") == "tiny-lora, other (active)"
+    assert say(session, "/retry") != first
+    assert "did you mean tiny-lora" in say(session, "/adapter tiny-lore")
+    assert "(qlora), not on" in say(session, f"/adapter {finish('qlora').run.path}")
+    assert say(session, "/adapter tiny-lora") == "tiny-lora (active), other"
+    assert say(session, "/retry") == first
 
 
 def test_saved_conversations_can_be_trained_on(session, tmp_path):
@@ -96,7 +112,7 @@ def test_saved_conversations_can_be_trained_on(session, tmp_path):
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(loaded):
     long = GenerationSettings(max_new_tokens=200, temperature=0.0)
-    session = ChatSession(loaded.model, loaded.tokenizer, None, long)
+    session = ChatSession(loaded, None, long)
     answer = session.handle("What color is box 3?")
     said = next(answer)
     while not said.strip():
@@ -110,8 +126,7 @@ def test_a_pipe_gets_answers_only(loaded):
     out = io.StringIO()
     lines = io.StringIO("What color is box 3?\n\nAnd box 4?\n/quit\nnever asked\n")
     code = run(
-        loaded.model,
-        loaded.tokenizer,
+        loaded,
         title="T",
         system=None,
         settings=SETTINGS,
@@ -126,8 +141,7 @@ def test_a_pipe_gets_answers_only(loaded):
 def test_json_gives_one_object_an_answer(loaded):
     out = io.StringIO()
     run(
-        loaded.model,
-        loaded.tokenizer,
+        loaded,
         title="T",
         system=None,
         settings=SETTINGS,

@@ -38,7 +38,17 @@ def test_help_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "train", "eval", "chat", "export", "inspect", "bench", "schema"):
+    for command in (
+        "demo",
+        "train",
+        "eval",
+        "chat",
+        "export",
+        "serve",
+        "inspect",
+        "bench",
+        "schema",
+    ):
         assert f"  {command}" in done.stdout
 
 
@@ -119,7 +129,7 @@ def test_bad_models_and_recipes_are_one_clear_error(lorakit, tmp_path, tiny_data
 
 
 def test_commands_on_a_folder_that_is_no_run(lorakit, tmp_path):
-    for command in ("eval", "chat", "export"):
+    for command in ("eval", "chat", "export", "serve"):
         code, _, err = lorakit(command, tmp_path)
         assert code == 2
         assert "not a lorakit run" in err

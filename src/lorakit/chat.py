@@ -16,8 +16,10 @@ from typing import Any, TextIO
 
 from lorakit.errors import LorakitError
 from lorakit.generate import GenerationSettings, base_answers, stream_reply
+from lorakit.model.several import Several
 from lorakit.recipe_file import suggest
 from lorakit.records import Message
+from lorakit.run_dir import open_run
 
 HELP = """\
 /base              the same question, answered by the untuned base model
@@ -25,22 +27,33 @@ HELP = """\
 /undo              take back the last question and its answer
 /system TEXT       set the system prompt (without TEXT: show it; `/system none` removes it)
 /set KEY=VALUE     change a setting (without KEY: show them), such as temperature=0.2
+/adapter NAME      go on with another adapter on this base (a run's folder loads one; alone: list)
 /save FILE.jsonl   add this conversation to a file that lorakit can train on
 /help, /quit       this list; leave (Ctrl-D does too). Ctrl-C stops an answer, not the chat.
 A line that ends in \\ goes on in the next."""
-COMMANDS = ("/base", "/retry", "/undo", "/system", "/set", "/save", "/help", "/quit")
+COMMANDS = (
+    *("/base", "/retry", "/undo", "/system", "/set", "/adapter", "/save"),
+    *("/help", "/quit"),
+)
 
 
 class ChatSession:
     """One conversation with a tuned model; `handle` takes a line and yields text to show."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, system: str | None, settings: GenerationSettings
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.system, self.settings = system, settings
+    def __init__(self, several: Several, system: str | None, settings: GenerationSettings) -> None:
+        self.several, self.settings = several, settings
+        self.asked_system = system
+        self.system = several.tuned[several.active].system if system is None else system
         self.turns: list[Message] = []
         self.ended = False
+
+    @property
+    def model(self) -> Any:
+        return self.several.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.several.tuned[self.several.active].tokenizer
 
     @property
     def messages(self) -> list[Message]:
@@ -138,6 +151,22 @@ class ChatSession:
         self.settings = replace(self.settings, **changed)
         yield f"{key}={getattr(self.settings, key)}"
 
+    def _adapter(self, name: str) -> Iterator[str]:
+        several = self.several
+        if name and name not in several.tuned and Path(name).expanduser().is_dir():
+            try:
+                name = several.add(open_run(Path(name).expanduser()))
+            except LorakitError as error:
+                yield str(error)
+                return
+        if name and name not in several.tuned:
+            yield f"no adapter {name}{suggest(name, several.tuned)}; a run's folder loads one"
+            return
+        if name:
+            found = several.switch(name)
+            self.system = found.system if self.asked_system is None else self.system
+        yield ", ".join(f"{n} (active)" if n == several.active else n for n in several.tuned)
+
     def _save(self, name: str) -> Iterator[str]:
         if not name:
             yield "save where? /save FILE.jsonl"
@@ -167,8 +196,7 @@ class ChatSession:
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
+    several: Several,
     *,
     title: str,
     system: str | None,
@@ -180,7 +208,7 @@ def run(
 ) -> int:
     """Talk in the terminal, answer the lines of a pipe, or answer one `question`; returns 0."""
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
-    session = ChatSession(model, tokenizer, system, settings)
+    session = ChatSession(several, system, settings)
     if question is not None:
         _answer_line(session, question, stdout, as_json)
     elif stdin.isatty():

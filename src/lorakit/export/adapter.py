@@ -1,0 +1,131 @@
+"""The `adapter` format: PEFT's own folder with tokenizer and template; and its scale folded in.
+
+Engines disagree on scales: llama.cpp and SGLang read alpha / rank alone, and miss rsLoRA's root and
+alpha patterns in silence. Folded, B holds the scale and alpha equals the rank: there is nothing
+left to miss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import WorkError
+from lorakit.export.formats import Job
+from lorakit.export.merged import memory_missing
+from lorakit.export.source import BASE_CHANGING_INITS, Source, float32_model
+from lorakit.export.spelling import write_tokenizer
+from lorakit.export.verify import agreement, check_tokenizer, make_reference, predictions
+from lorakit.run_dir import ADAPTER_WEIGHTS
+from lorakit.train.checkpoint import staged
+
+
+def export_adapter(job: Job) -> dict[str, Any]:
+    """The adapter as PEFT reads it, its tokenizer and template beside it, loaded once more.
+
+    Raises:
+        WorkError: it does not load, or predicts otherwise than the run's own.
+    """
+    source = job.source
+    with staged(job.target) as folder:
+        copy_adapter(source, folder)
+        check_tokenizer(source, folder)
+        short = memory_missing(source)
+        if short or not job.verify:
+            facts: dict[str, Any] = {"skipped": short or "asked not to compare (--no-verify)"}
+        else:
+            facts = _verify(source, folder)
+    job.console.print(f"load it with: PeftModel.from_pretrained(base, {str(job.target)!r})")
+    return facts
+
+
+def copy_adapter(source: Source, folder: Path) -> None:
+    """Config, weights, tokenizer and template, free of paths of this machine."""
+    values = {**source.adapter, "base_model_name_or_path": source.base_name}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    (folder / ADAPTER_WEIGHTS).write_bytes((source.run.adapter / ADAPTER_WEIGHTS).read_bytes())
+    write_tokenizer(source, folder)
+
+
+def why_not_portable(source: Source) -> str | None:
+    """What in this adapter engines with plain LoRA cannot carry; None where there is nothing."""
+    config = source.adapter
+    if config.get("use_dora"):
+        return "DoRA scales the whole weight, not only its update"
+    if config.get("modules_to_save"):
+        return f"modules_to_save: {', '.join(config['modules_to_save'])} were trained in full"
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        return "it trained biases"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS):
+        return f"init_lora_weights: {start} changed the base"
+    names = " ".join(source.adapter_tensors())
+    if "embed_tokens" in names or "lm_head" in names:
+        return "it adapts the embedding or the head"
+    return None
+
+
+def fold_adapter(source: Source, folder: Path) -> float:
+    """Write the adapter with its scale in B, and alpha = rank; returns the largest rank.
+
+    Modules of lower rank are filled up with zeros, so that one rank holds for all.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = source.adapter_tensors()
+    ranks = [t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight")]
+    rank = max(ranks)
+    folded = {}
+    for name, tensor in tensors.items():
+        value = tensor.float()
+        if name.endswith("lora_B.weight"):
+            value = value * scale_of(source.adapter, name, value.shape[1])
+            value = torch.nn.functional.pad(value, (0, rank - value.shape[1]))
+        elif name.endswith("lora_A.weight"):
+            value = torch.nn.functional.pad(value, (0, 0, 0, rank - value.shape[0]))
+        folded[name] = value.contiguous()
+    save_file(folded, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    values = {
+        **source.adapter,
+        "base_model_name_or_path": source.base_name,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
+    return rank
+
+
+def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
+    """What peft multiplies B A of one module by."""
+    from peft.utils.other import get_pattern_key
+
+    module = name.removeprefix("base_model.model.").split(".lora_")[0]
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _verify(source: Source, folder: Path) -> dict[str, Any]:
+    live = float32_model(source)
+    reference = make_reference(source, live)
+    live.load_adapter(str(folder), "exported")
+    live.set_adapter("exported")
+    found = agreement(
+        reference,
+        lambda p, a: predictions(live, p, a),
+        base_kl_per_token=reference.base_kl,
+    )
+    if found.kl_per_token > 1e-6:
+        raise WorkError(
+            f"the adapter as written predicts otherwise (KL {found.kl_per_token:.1e}); not kept",
+            hint="check the disk, then export again",
+        )
+    return found.as_dict()

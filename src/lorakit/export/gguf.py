@@ -1,0 +1,266 @@
+"""The `gguf` and `gguf-adapter` formats: files for llama.cpp, run before they are kept."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
+from lorakit.export import llama_cpp
+from lorakit.export.adapter import fold_adapter, why_not_portable
+from lorakit.export.converter import TYPES, Conversion, convert_all
+from lorakit.export.formats import Job
+from lorakit.export.kquants import FILE_TYPES, INSTALL, quantize_gguf
+from lorakit.export.merge import check_space
+from lorakit.export.merged import fill_merged, memory_missing
+from lorakit.export.source import Source, checked_prompts, float32_model
+from lorakit.export.spelling import write_config, write_tokenizer
+from lorakit.export.verify import ANSWER_TOKENS, PROMPTS, Agreement, Reference, make_reference
+from lorakit.recipe_file import suggest
+from lorakit.train.checkpoint import staged
+
+QUANTIZATIONS = (*TYPES, *FILE_TYPES)
+# Next-token KL in nats of a right export on SmolLM2, with room; a lost template or a wrong
+# permutation gives 1 and more.
+LARGEST_KL = {"F32": 1e-3, "F16": 1e-2, "BF16": 2e-2, "Q8_0": 5e-2, "Q6_K": 0.1}
+LARGEST_KL_OTHERS = 0.5
+# Bytes a parameter of a file; K-quants pass through a 16-bit file.
+FILE_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.1}
+ADAPTER_FILE = "adapter.gguf"
+
+
+def export_gguf(job: Job) -> dict[str, Any]:
+    """One GGUF file of the merged model in `job.quantization`.
+
+    Raises:
+        RecipeError: unknown quantization.
+        DependencyError: K-quants without xllamacpp, or no converter.
+        ModelError: llama.cpp does not know the architecture or the tokenizer.
+        WorkError: no space, or llama.cpp runs the file and says something else than the adapter.
+    """
+    kind = quantization(job.quantization)
+    dtype = job.dtype or job.source.device.dtype
+    check_space(job.source, job.target, dtype, beside=FILE_BYTES.get(kind, 3.0))
+    with staged(job.target) as folder:
+        return fill_gguf(job, folder, kind)
+
+
+def quantization(asked: str | None) -> str:
+    """The quantization in llama.cpp's spelling.
+
+    Raises:
+        RecipeError: there is none of that name; lists them.
+        DependencyError: it needs a package that is not there.
+    """
+    kind = (asked or "F16").upper().replace("-", "_")
+    kind = {"FP16": "F16", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}.get(kind, kind)
+    if kind not in QUANTIZATIONS:
+        raise RecipeError(
+            f"--quant {asked}: unknown quantization{suggest(kind, QUANTIZATIONS)}",
+            hint=f"quantizations: {', '.join(QUANTIZATIONS)}",
+        )
+    if kind in FILE_TYPES and not llama_cpp.installed():
+        raise DependencyError(
+            f"--quant {kind} needs llama.cpp as packaged in xllamacpp, which is not installed",
+            hint=f"{INSTALL}, or take one of {', '.join(TYPES)}",
+        )
+    return kind
+
+
+def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
+    """Write `<run>-<kind>.gguf` into `folder` by way of the merged model, and run it."""
+    source = job.source
+    path = folder / f"{source.name}-{kind}.gguf"
+    with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as work:
+        merged = Path(work) / "model"
+        merged.mkdir()
+        facts, reference = fill_merged(job, merged, job.dtype or source.device.dtype)
+        window = limit_context(source, merged)
+        if window:
+            job.console.print(
+                f"note: llama.cpp attends past this model's window of {window} tokens: the file's "
+                "context ends there"
+            )
+        first = kind
+        if kind in FILE_TYPES:
+            first = "BF16" if facts["dtype"] == "bfloat16" else "F16"
+        written = path if first == kind else Path(work) / "first.gguf"
+        job.console.print(f"writing GGUF {kind}")
+        order = Conversion(
+            merged, written, first, f"{source.base_name.split('/')[-1]}-{source.name}"
+        )
+        convert_all([order], job.console.print, source.recipe.offline)
+        if first != kind:
+            fallbacks = quantize_gguf(written, path, kind)
+            facts["rows_not_of_256"] = fallbacks
+            if fallbacks:
+                job.console.print(
+                    f"{fallbacks} matrices have rows of no multiple of 256: they take more bits"
+                )
+    path.chmod(0o644)
+    facts = {"merged": facts, "quantization": kind, "file": path.name, "bytes": path.stat().st_size}
+    return {**facts, **run_gguf(job, reference, path, None, kind)}
+
+
+def limit_context(source: Source, folder: Path) -> int | None:
+    """Bound the context by the window where llama.cpp knows none; that window.
+
+    A Mistral becomes a Llama in GGUF: past the window KL was 7e-2 nats, 1e-7 before it.
+    """
+    config = source.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if config.model_type not in ("mistral", "ministral") or not window:
+        return None
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["max_position_embeddings"] = min(window, config.max_position_embeddings)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return int(window)
+
+
+def run_gguf(
+    job: Job, reference: Reference | None, model: Path, adapter: Path | None, kind: str
+) -> dict[str, Any]:
+    """Load the file in llama.cpp and compare its answers with the adapter's.
+
+    Raises:
+        WorkError: it cannot be loaded, reads chats otherwise, or predicts something else.
+    """
+    if not llama_cpp.installed():
+        job.console.print(f"not run in llama.cpp: xllamacpp is not installed ({INSTALL})")
+        return {"skipped": "xllamacpp is not installed"}
+    chats = tuple(
+        [{"role": m.role, "content": m.content} for m in c.messages[:-1]]
+        for c in checked_prompts(job.source, PROMPTS)
+        if not c.tools and all(not m.extra for m in c.messages)
+    )
+    prompts = reference.prompts if reference else []
+    longest = max([len(p) for p in prompts], default=0)
+    task = llama_cpp.Task(
+        str(model),
+        prompts,
+        ANSWER_TOKENS,
+        str(adapter) if adapter else None,
+        chats,
+        context=longest * 2 + 2 * ANSWER_TOKENS + 512,
+    )
+    (heard,) = llama_cpp.ask_all([task])
+    if reference is None:
+        return {"skipped": "loaded in llama.cpp; not compared (see above)"}
+    found = compare_heard(job.source, reference, heard, chats)
+    largest = LARGEST_KL.get(kind, LARGEST_KL_OTHERS)
+    if not found.kl_per_token <= largest:
+        raise WorkError(
+            f"{model.name}: llama.cpp predicts something else than the adapter (KL "
+            f"{found.kl_per_token:.3g} nats per token, at most {largest:g}); it was not kept",
+            hint="please report this model family; --to merged is not concerned",
+        )
+    return found.as_dict()
+
+
+def compare_heard(
+    source: Source,
+    reference: Reference,
+    heard: llama_cpp.Heard,
+    chats: tuple[list[dict[str, Any]], ...] = (),
+) -> Agreement:
+    """llama.cpp's answers scored along its own path, and its reading of the chats.
+
+    Raises:
+        WorkError: its template or tokenizer makes other prompts than training saw.
+    """
+    for ids, want in zip(heard.chat_ids, reference.prompts if chats else [], strict=False):
+        if ids != want:
+            text = source.tokenizer.decode(ids)
+            raise WorkError(
+                f"llama.cpp reads a chat otherwise than in training: {text[:200]!r}; not kept",
+                hint="please report this model's template",
+            )
+    total = same = equal = 0.0
+    positions = 0
+    expected = reference.along([a.tokens for a in heard.answers])
+    for said, rows in zip(heard.answers, expected, strict=True):
+        kl, top = llama_cpp.divergence(rows, said.predictions)
+        total, same, positions = total + kl, same + top, positions + len(rows)
+        equal += top == len(rows)
+    stopped = [a for a in heard.answers if a.tokens and a.tokens[-1] in reference.stops]
+    notes = {
+        "engine": "llama.cpp (xllamacpp)",
+        "ended_by_itself": sum(a.stopped for a in heard.answers),
+        "ended_at_end_of_turn": len(stopped),
+    }
+    count = len(heard.answers)
+    return Agreement(total / positions, same / positions, equal / count, positions, count, notes)
+
+
+def export_gguf_adapter(job: Job) -> dict[str, Any]:
+    """The adapter as one GGUF file, its scale folded in, for `llama-server --lora`.
+
+    Raises:
+        ModelError: something in it that a GGUF adapter cannot carry; said before writing.
+        WorkError: llama.cpp with base and adapter says something else than the adapter.
+    """
+    refuse_unportable(job.source)
+    with staged(job.target) as folder:
+        return fill_gguf_adapter(job, folder)
+
+
+def refuse_unportable(source: Source) -> None:
+    """Say what an adapter in GGUF cannot carry.
+
+    Raises:
+        ModelError: it holds that.
+    """
+    reason = why_not_portable(source)
+    if reason:
+        raise ModelError(
+            f"this adapter cannot be a GGUF adapter: {reason}",
+            hint="export the merged model: lorakit export RUN --to gguf",
+        )
+
+
+def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> dict[str, Any]:
+    """Write adapter.gguf (and `keep_base`, the base as GGUF) into `folder`, and run them."""
+    source = job.source
+    with tempfile.TemporaryDirectory(dir=folder, prefix="folded-") as work:
+        folded, base = Path(work) / "adapter", Path(work) / "base"
+        folded.mkdir()
+        base.mkdir()
+        fold_adapter(source, folded)
+        write_config(source, base, source.device.dtype, tied=source.tied)
+        write_tokenizer(source, base)
+        path = folder / ADAPTER_FILE
+        jobs = [Conversion(folded, path, "F32", source.name, base)]
+        run = llama_cpp.installed() or keep_base is not None
+        base_file = folder / keep_base if keep_base else Path(work) / "base.gguf"
+        if run and source.folder is not None:
+            _link_weights(source.folder, base)
+            jobs.append(Conversion(base, base_file, "F16", source.base_name.split("/")[-1]))
+        convert_all(jobs, job.console.print, source.recipe.offline)
+        path.chmod(0o644)
+        _check_no_path(path, source)
+        facts: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
+        short = memory_missing(source)
+        if not (job.verify and run) or short:
+            return {**facts, "skipped": short or "not run in llama.cpp"}
+        # The base runs as F16: for a QLoRA run that is not the base it was trained on.
+        onto = "original" if source.recipe.method == "qlora" else "trained"
+        reference = make_reference(source, float32_model(source, onto))
+        return {**facts, **run_gguf(job, reference, base_file, path, "F16")}
+
+
+def _link_weights(folder: Path, target: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        (target / path.name).symlink_to(path.resolve())
+
+
+def _check_no_path(path: Path, source: Source) -> None:
+    """The converter writes names of folders into the file's metadata."""
+    from gguf import GGUFReader
+
+    for field in GGUFReader(path).fields.values():
+        text = json.dumps(field.contents(), default=str) if field.types else ""
+        if str(source.location) in text or str(path.parent) in text:
+            raise WorkError(f"{path.name}: {field.name} holds a path of this machine; not kept")

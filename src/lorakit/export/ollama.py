@@ -1,0 +1,198 @@
+"""The `ollama` format: a Modelfile with template, stops and system prompt, and the files it names.
+
+Ollama renders chats with Go templates. The GGUF file holds the jinja template, which current Ollama
+uses where the Modelfile gives none; older ones send the bare prompt. So a TEMPLATE is written where
+one can be derived and proven: the template's own words around the turns, found by rendering probes,
+put together again and compared with what jinja makes of held-out conversations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.data.render import habits_of, render
+from lorakit.errors import DataError
+from lorakit.export.adapter import why_not_portable
+from lorakit.export.formats import Job
+from lorakit.export.gguf import (
+    ADAPTER_FILE,
+    FILE_BYTES,
+    fill_gguf,
+    fill_gguf_adapter,
+    quantization,
+    refuse_unportable,
+)
+from lorakit.export.merge import check_space
+from lorakit.export.source import Source, checked_prompts
+from lorakit.train.checkpoint import staged
+
+MARK = "7qzx"
+BASE_FILE = "base-F16.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template writes around each turn; `start` before all of them."""
+
+    start: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    default_system: str  # what it says where a conversation brings no system turn
+
+
+def export_ollama(job: Job) -> dict[str, Any]:
+    """Modelfile and GGUF: one merged file, or the base and the adapter as two.
+
+    Raises:
+        ModelError: two files were asked for, and the adapter cannot be one.
+        WorkError: no space, or llama.cpp says something else than the adapter.
+    """
+    source = job.source
+    kind = quantization(job.quantization)
+    if job.as_adapter:
+        refuse_unportable(source)
+    dtype = job.dtype or source.device.dtype
+    check_space(source, job.target, dtype, beside=FILE_BYTES.get(kind, 3.0))
+    with staged(job.target) as folder:
+        if job.as_adapter:
+            facts = fill_gguf_adapter(job, folder, keep_base=BASE_FILE)
+            lines = [f"FROM ./{BASE_FILE}", f"ADAPTER ./{ADAPTER_FILE}"]
+        else:
+            facts = fill_gguf(job, folder, kind)
+            lines = [f"FROM ./{facts['file']}"]
+        body, notes = modelfile(source, lines)
+        (folder / "Modelfile").write_text(body, encoding="utf-8")
+    for note in notes:
+        job.console.print(f"note: {note}")
+    job.console.print(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
+    if not job.as_adapter and why_not_portable(source) is None:
+        job.console.print("several adapters on one base: --adapter writes base and adapter apart")
+    return {**facts, "modelfile": "Modelfile", "template": "TEMPLATE" in body}
+
+
+def modelfile(source: Source, lines: Sequence[str]) -> tuple[str, list[str]]:
+    """The Modelfile's text, and what there is to know about it."""
+    notes = []
+    frame = frame_of(source)
+    template = go_template(frame) if frame and parity(source, frame) else None
+    if template and habits_of(source.tokenizer).bos_id is not None:
+        # llama.cpp puts it before the prompt by itself.
+        template = template.removeprefix(str(source.tokenizer.bos_token))
+    lines = [*lines]
+    if template:
+        lines.append(f'TEMPLATE """{template}"""')
+    else:
+        notes.append(
+            "this template does more than put words around turns: Ollama takes the jinja template "
+            "inside the GGUF file (0.12 and newer)"
+        )
+    system = source.recipe.system or (frame.default_system if frame else "")
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
+    stops = [source.tokenizer.convert_ids_to_tokens(i) for i in source.stops()]
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    # Ollama's default of some thousand tokens would cut rows longer than that.
+    lines.append(f"PARAMETER num_ctx {max(source.recipe.cutoff_len, 4096)}")
+    return "\n".join(lines) + "\n", notes
+
+
+def frame_of(source: Source) -> Frame | None:
+    """The words around turns, found by probes; None where the template is no such frame."""
+    ask, say, told = f"Q{MARK}", f"A{MARK}", f"S{MARK}"
+    user = {"role": "user", "content": ask}
+    answer = {"role": "assistant", "content": say}
+    try:
+        # A second question shows what is written between an answer and the next turn.
+        plain = render(source.tokenizer, [user, answer, user], prompt=True)
+        with_system = plain
+        if not habits_of(source.tokenizer).folds_system:
+            system = {"role": "system", "content": told}
+            with_system = render(source.tokenizer, [system, user, answer, user], prompt=True)
+    except DataError:
+        return None
+    parts = with_system.replace(told, ask).split(ask) if told in with_system else plain.split(ask)
+    if len(parts) != 3 + (told in with_system) or say not in parts[-2]:
+        return None
+    before_answer, after_answer = parts[-2].split(say)
+    stop = habits_of(source.tokenizer).stop_texts[0]
+    if stop not in after_answer or parts[-1] != before_answer or "{{" in with_system:
+        return None
+    # A line break behind the stop token belongs to the answer's turn, the rest opens the next.
+    words, _, rest = after_answer.partition(stop)
+    opening = rest.lstrip("\n")
+    tail = words + stop + rest[: len(rest) - len(opening)]
+    head = parts[0]
+    if told not in with_system:
+        if not head.endswith(opening):
+            return None
+        start = head[: len(head) - len(opening)]
+        return Frame(start, ("", ""), (opening, ""), (before_answer, tail), "")
+    middle = parts[1]
+    if not middle.endswith(opening):
+        return None
+    default = _default_system(source, head, ask, plain)
+    start = "" if default else plain.split(ask)[0].removesuffix(opening)
+    if not head.startswith(start):
+        return None
+    system_turn = head[len(start) :], middle[: len(middle) - len(opening)]
+    return Frame(start, system_turn, (opening, ""), (before_answer, tail), default)
+
+
+def _default_system(source: Source, head: str, ask: str, plain: str) -> str:
+    """What stands where the system text would, in a conversation without one."""
+    before = plain.split(ask)[0]
+    if not before.startswith(head):
+        return ""
+    stop = habits_of(source.tokenizer).stop_texts[0]
+    return before[len(head) :].split(stop)[0] if stop in before[len(head) :] else ""
+
+
+def go_template(frame: Frame) -> str:
+    """The frame in Ollama's language. The last answer is left open for the model to write."""
+    system = ""
+    if frame.system != ("", ""):
+        system = "{{ if .System }}" + "{{ .System }}".join(frame.system) + "{{ end }}"
+    return (
+        frame.start
+        + system
+        + '{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}'
+        + "{{ $m.Content }}".join(frame.user)
+        + '{{ else if eq $m.Role "assistant" }}'
+        + "{{ $m.Content }}".join(frame.answer)
+        + "{{ end }}{{ end }}"
+        + frame.answer[0]
+    )
+
+
+def put_together(frame: Frame, messages: Sequence[dict[str, Any]]) -> str:
+    """What the Go template makes of these turns, `SYSTEM` filling in for a missing system turn."""
+    turns = list(messages)
+    system = frame.default_system
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
+    text = frame.start
+    if system and frame.system != ("", ""):
+        text += system.join(frame.system)
+    for turn in turns:
+        text += turn["content"].join(frame.user if turn["role"] == "user" else frame.answer)
+    return text + frame.answer[0]
+
+
+def parity(source: Source, frame: Frame) -> bool:
+    """True where the frame writes what jinja writes, for held-out chats."""
+    for conversation in checked_prompts(source, 8):
+        turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        roles = {m.role for m in conversation.messages}
+        if "tool" in roles or any(m.extra for m in conversation.messages):
+            continue
+        if "system" in roles and frame.system == ("", ""):
+            return False
+        again = [*turns, {"role": "user", "content": "And then?"}]
+        for asked in (turns[:-1], again):
+            if put_together(frame, asked) != render(source.tokenizer, asked, prompt=True):
+                return False
+    return True

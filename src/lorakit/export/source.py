@@ -1,0 +1,166 @@
+"""A run directory enters; what every exporter starts from leaves, and the tuned model in float32.
+
+The reference of all checks is the run's base with its adapter on it, computed in float32: for a
+QLoRA run the dequantized NF4 base, which is what it was trained against.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.items import read_validation
+from lorakit.data.render import habits_of
+from lorakit.data.template import stop_token_ids
+from lorakit.errors import ModelError
+from lorakit.hardware import detect_device
+from lorakit.model.fingerprint import base_folder, check_base
+from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, public_name
+from lorakit.recipe import Recipe
+from lorakit.recipe_file import load_recipe
+from lorakit.records import Conversation, Device, Message, Origin
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
+
+# These schemes move part of the base's weights into the adapter when it is made, and again when it
+# is loaded: the base on the disk is not the one that the adapter belongs to.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A finished run, its base found and checked, no weight loaded yet."""
+
+    run: RunDir
+    recipe: Recipe
+    location: str
+    folder: Path | None  # the base's files; None where a hub model is not in the cache
+    device: Device
+    config: Any  # of the base
+    adapter: dict[str, Any]  # adapter_config.json
+    tokenizer: Any
+    conversations: tuple[Conversation, ...]
+
+    @property
+    def tied(self) -> bool:
+        """True where the base's input and output embeddings are one tensor."""
+        return bool(self.config.get_text_config().tie_word_embeddings)
+
+    @property
+    def base_name(self) -> str:
+        """The base's public name: a hub id, or a folder's own name."""
+        return public_name(self.recipe.model)
+
+    @property
+    def name(self) -> str:
+        """A name for the tuned model: the run's."""
+        return self.run.path.resolve().name
+
+    def adapter_tensors(self) -> dict[str, Any]:
+        """The adapter's tensors by the names in its file."""
+        from safetensors.torch import load_file
+
+        return load_file(self.run.adapter / ADAPTER_WEIGHTS)
+
+    def stops(self) -> list[int]:
+        """Every token that ends an answer: the template's and those of `generation_config`."""
+        return stop_token_ids(self.tokenizer, generation_config(self))
+
+    def end_of_turn(self) -> str:
+        """The token that the template writes after an answer; the real end of sequence."""
+        texts = habits_of(self.tokenizer).stop_texts
+        return texts[0] if texts else str(self.tokenizer.eos_token)
+
+
+def open_source(run: RunDir) -> Source:
+    """Find and check all that an export of `run` needs.
+
+    Raises:
+        ModelError: the base is gone, gated or another one than in training.
+    """
+    recipe = load_recipe(run.recipe).recipe
+    location = locate_model(recipe, [run.path, Path()])
+    config = load_config(recipe, location)
+    check_base(run, recipe, location)
+    device = detect_device(prefer="cpu")
+    if recipe.dtype != "auto":  # a run's own recipe names the type it was trained in
+        device = replace(device, dtype=recipe.dtype)
+    conversations = [r for r in read_validation(run.validation) if isinstance(r, Conversation)]
+    return Source(
+        run=run,
+        recipe=recipe,
+        location=location,
+        folder=base_folder(recipe, location),
+        device=device,
+        config=config,
+        adapter=json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8")),
+        tokenizer=load_tokenizer(recipe, str(run.adapter)),
+        conversations=tuple(conversations),
+    )
+
+
+def generation_config(source: Source) -> Any:
+    """The base's own generation settings, or those its config implies."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(str(source.folder or source.location))
+    except OSError:
+        return GenerationConfig.from_model_config(source.config)
+
+
+def touches_embeddings(names: Sequence[str]) -> bool:
+    """True where an adapter's tensors change the input or the output embedding."""
+    parts = {part for name in names for part in name.split(".")}
+    return bool(parts & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
+
+
+def float32_model(source: Source, onto: str = "trained") -> Any:
+    """Base and adapter in float32 on the CPU, not merged.
+
+    Args:
+        onto: "trained", the base as in training (a QLoRA run's: dequantized NF4), or "original".
+    """
+    from peft import PeftModel
+
+    recipe = source.recipe
+    quantized = recipe.method == "qlora" and onto == "trained"
+    if not quantized:
+        recipe = recipe.model_copy(update={"method": "lora"})
+    base = load_base(recipe, source.location, source.device)
+    if quantized:
+        # Weights come out as the training step saw them: NF4 values rounded to the compute type.
+        base = base.dequantize()
+    base = base.float()
+    names = list(source.adapter_tensors())
+    if source.tied and touches_embeddings(names):
+        _untie(base)
+    try:
+        return PeftModel.from_pretrained(base, str(source.run.adapter)).eval()
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{source.run.adapter}: the adapter does not fit {source.recipe.model}: "
+            f"{str(error).splitlines()[0]}",
+            hint="was the base model changed since training?",
+        ) from error
+
+
+def _untie(base: Any) -> None:
+    """Give the head its own copy: peft would merge a change of one side into both."""
+    import torch
+
+    head = base.get_output_embeddings()
+    head.weight = torch.nn.Parameter(base.get_input_embeddings().weight.detach().clone())
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+
+
+def checked_prompts(source: Source, count: int) -> list[Conversation]:
+    """Held-out conversations to compare on, or one greeting where a run kept none."""
+    with_answer = [c for c in source.conversations if c.messages[-1].role == "assistant"]
+    if with_answer:
+        return with_answer[:count]
+    words = (Message("user", "Hello! What can you do?"), Message("assistant", ""))
+    return [Conversation(words, Origin("lorakit", 1))]

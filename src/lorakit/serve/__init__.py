@@ -1,0 +1,1 @@
+"""A run directory enters; OpenAI-compatible routes on a port leave: vLLM's, or our own."""

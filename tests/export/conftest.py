@@ -1,0 +1,162 @@
+"""Runs with random adapters on tiny random bases, made without training: one per variant."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorakit.export.formats import Job
+from lorakit.export.source import open_source
+from lorakit.run_dir import RunDir
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+BOTH = ["q_proj", "embed_tokens", "lm_head"]
+# name -> (model type, config values, recipe values)
+VARIANTS = {
+    "tied": ("llama", {"tie_word_embeddings": True}, {}),
+    "tied, head adapted": ("llama", {"tie_word_embeddings": True}, {"target_modules": BOTH}),
+    "tied, head trained": (
+        "llama",
+        {"tie_word_embeddings": True},
+        {"modules_to_save": ["lm_head"]},
+    ),
+    "added tokens": ("llama", {"extra_tokens": 2, "vocab_padding": 62}, {}),
+    "rslora": ("llama", {}, {"use_rslora": True}),
+    "dora": ("llama", {}, {"use_dora": True}),
+    "patterns": (
+        "llama",
+        {},
+        {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 32.0}},
+    ),
+    "biases": ("llama", {"attention_bias": True}, {"bias": "all"}),
+    "modules_to_save": ("llama", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "sliding window": ("mistral", {"sliding_window": 128}, {}),
+    "rope scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
+    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7]}, {}),
+    "qlora": ("llama", {}, {"method": "qlora"}),
+}
+CHATS = [
+    [("user", "What color is box 3?"), ("assistant", "It is red.")],
+    [("system", "Be brief."), ("user", "What color is box 12, and why?"), ("assistant", "Blue.")],
+    [("user", "Hi"), ("assistant", "Hello."), ("user", "And 1 + 12?"), ("assistant", "13")],
+]
+
+
+def make_base(folder, tokenizer, model_type, values, seed=0):
+    """A random model of this type with SmolLM2's tokenizer, as a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    values = {**SHAPE, **values}
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    own.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                f"<|new_{i}|>" for i in range(values.pop("extra_tokens", 0))
+            ]
+        }
+    )
+    stops = values.pop("stops", [own.eos_token_id])
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(own) + values.pop("vocab_padding", 0),
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        **values,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        # Random weights of the usual size would predict all tokens alike: nothing to compare.
+        parameter.data.mul_(4.0) if "norm" not in name else None
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.3)
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=own.pad_token_id)
+    model.save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+def make_run(folder, base, size=0.3, seed=1, **values):
+    """A finished run whose adapter holds random numbers of about `size`."""
+    from lorakit.data.items import write_validation
+    from lorakit.hardware import detect_device
+    from lorakit.model.adapters import add_adapter, resolve_targets
+    from lorakit.model.fingerprint import remember_base
+    from lorakit.model.load import load_base, load_config, load_tokenizer
+    from lorakit.recipe_file import load_recipe
+    from lorakit.records import Conversation, Message, Origin
+    from lorakit.train.checkpoint import save_adapter
+    from lorakit.train.trainer import saves_embeddings
+
+    flags = {"model": str(base), "data": "none.jsonl", "offline": True, "dtype": "float32"}
+    flags |= {"lora_r": 4, "lora_alpha": 8, **values}
+    resolved = load_recipe(None, [], flags)
+    resolved = resolve_targets(resolved, load_config(resolved.recipe, str(base)))
+    recipe = resolved.recipe
+    run = RunDir(folder)
+    folder.mkdir(parents=True)
+    run.recipe.write_text(resolved.to_yaml())
+    torch.manual_seed(seed)
+    model = add_adapter(load_base(recipe, str(base), detect_device("float32", "cpu")), recipe)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.data.normal_(0, size / 4)
+            elif "lora_" not in name:
+                parameter.data.add_(torch.randn_like(parameter) * size / 10)
+    save_adapter(model, load_tokenizer(recipe, str(base)), run.adapter, saves_embeddings(recipe))
+    chats = [
+        Conversation(tuple(Message(r, t) for r, t in chat), Origin("chats", i + 1))
+        for i, chat in enumerate(CHATS)
+    ]
+    write_validation(run.validation, chats)
+    remember_base(run, recipe, str(base))
+    return run
+
+
+@pytest.fixture(scope="session")
+def variant_run(tokenizer, tmp_path_factory):
+    """`variant_run(name)`: the run of that variant, made once."""
+    made = {}
+
+    def build(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("variant")
+            model_type, config, values = VARIANTS[name]
+            base = make_base(folder / "base", tokenizer, model_type, dict(config))
+            made[name] = make_run(folder / f"tuned-{len(made)}", base, **values)
+        return made[name]
+
+    return build
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job(run, **options)`: an export of that run into a folder of its own."""
+
+    def build(run, name="out", **options):
+        return Job(open_source(run), tmp_path / name, Console(quiet=True), **options)
+
+    return build
+
+
+def read_json(path):
+    return json.loads(path.read_text())

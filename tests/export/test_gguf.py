@@ -1,0 +1,197 @@
+"""Every variant as GGUF, run by llama.cpp itself, predicts what the adapter does; or is refused."""
+
+import json
+import shutil
+
+import gguf
+import pytest
+
+from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
+from lorakit.export import gguf as exporter
+from lorakit.export import llama_cpp
+from lorakit.export.adapter import fold_adapter
+from lorakit.export.converter import Conversion, convert_all
+from lorakit.export.gguf import (
+    compare_heard,
+    export_gguf,
+    export_gguf_adapter,
+    limit_context,
+    quantization,
+)
+from lorakit.export.merge import write_merged
+from lorakit.export.source import float32_model, open_source
+from lorakit.export.spelling import write_config, write_tokenizer
+from lorakit.export.verify import make_reference
+
+from .conftest import CHATS, make_base, make_run
+
+# Variants that change what a GGUF file holds; the others become the same plain merged folder, and
+# that equals the adapter to the bit in `test_merged.py`.
+MERGED = ("tied", "tied, head adapted", "added tokens", "rslora", "biases", "sliding window")
+MERGED = (*MERGED, "rope scaling", "several stops", "qlora")
+# One base: "rslora" and "patterns" differ in their adapters alone.
+ADAPTERS = ("rslora", "patterns")
+UNPORTABLE = ("dora", "biases", "modules_to_save", "tied, head adapted")
+TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def heard(variant_run, tmp_path_factory):
+    """(how, variant) -> llama.cpp against the adapter: all files in one conversion, one process.
+
+    One by one each would cost 5 s of imports.
+    """
+    work = tmp_path_factory.mktemp("gguf")
+    base, base_file = work / "base", work / "base.gguf"
+    orders, files, references = [], {}, {}
+    for number, variant in enumerate(dict.fromkeys((*MERGED, *ADAPTERS))):
+        source = open_source(variant_run(variant))
+        references[variant] = source, make_reference(source, float32_model(source), 2, TOKENS)
+        folder, folded = work / f"merged-{number}", work / f"folded-{number}"
+        if variant in MERGED:
+            folder.mkdir()
+            write_merged(source, folder, "trained", "float32")
+            limit_context(source, folder)
+            files["merged", variant] = work / f"{number}.gguf", None
+            orders.append(Conversion(folder, files["merged", variant][0], "F32", "a-name"))
+        if variant in ADAPTERS:
+            folded.mkdir()
+            fold_adapter(source, folded)
+            if not base.exists():
+                base.mkdir()
+                write_config(source, base, "float32", tied=source.tied)
+                write_tokenizer(source, base)
+                (base / "model.safetensors").symlink_to(source.folder / "model.safetensors")
+                orders.append(Conversion(base, base_file, "F32", "a-base"))
+            files["adapter", variant] = base_file, work / f"{number}-adapter.gguf"
+            target = files["adapter", variant][1]
+            orders.append(Conversion(folded, target, "F32", "a-name", base))
+    convert_all(orders, lambda _: None, offline=False)
+    chats = tuple([{"role": r, "content": t} for r, t in chat[:-1]] for chat in CHATS[:2])
+    tasks = [
+        llama_cpp.Task(str(m), references[v][1].prompts, TOKENS, a and str(a), chats)
+        for (_, v), (m, a) in files.items()
+    ]
+    return {
+        key: (compare_heard(*references[key[1]], said, chats), files[key][0], references[key[1]][0])
+        for key, said in zip(files, llama_cpp.ask_all(tasks), strict=True)
+    }
+
+
+@pytest.mark.parametrize("variant", MERGED)
+def test_a_merged_file_predicts_as_the_adapter(heard, variant):
+    found, path, source = heard["merged", variant]
+    assert found.kl_per_token < 1e-3
+    assert found.top1_agreement == 1.0
+    written = path.read_bytes()
+    assert str(path.parent).encode() not in written
+    assert str(source.run.path).encode() not in written
+
+
+def test_the_end_of_turn_and_the_template_are_in_the_file(heard):
+    _, path, source = heard["merged", "several stops"]
+    assert value_of(path, "tokenizer.ggml.eos_token_id") == 2
+    assert value_of(path, "tokenizer.chat_template") == source.tokenizer.chat_template
+
+
+def test_a_window_that_llama_cpp_ignores_bounds_the_context(heard):
+    """Its Llama and Mistral attend to everything: beyond the window that is another model."""
+    path = heard["merged", "sliding window"][1]
+    assert value_of(path, "llama.context_length") == 128
+
+
+def value_of(path, key):
+    return gguf.GGUFReader(path).get_field(key).contents()
+
+
+@pytest.mark.parametrize("variant", ADAPTERS)
+def test_an_adapter_file_predicts_as_the_adapter(heard, variant):
+    found = heard["adapter", variant][0]
+    assert found.kl_per_token < 1e-3
+    assert found.top1_agreement == 1.0
+
+
+@pytest.mark.parametrize("variant", UNPORTABLE)
+def test_what_a_gguf_adapter_cannot_carry_is_refused_before(variant_run, job, tmp_path, variant):
+    with pytest.raises(ModelError, match="cannot be a GGUF adapter") as caught:
+        export_gguf_adapter(job(variant_run(variant)))
+    assert "--to gguf" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_k_quants_are_written_and_run_in_one_command(variant_run, job):
+    order = job(variant_run("rslora"), quantization="q4_k_m")
+    facts = export_gguf(order)
+    assert facts["quantization"] == "Q4_K_M"
+    assert facts["merged"]["rows_not_of_256"] == 16
+    assert 1e-6 < facts["kl_per_token"] < 0.5
+    assert [p.name for p in order.target.glob("*.gguf")] == [facts["file"]]
+
+
+def test_an_adapter_is_written_and_run_in_one_command(variant_run, job):
+    order = job(variant_run("patterns"))
+    facts = export_gguf_adapter(order)
+    assert facts["kl_per_token"] < 1e-3
+    assert sorted(p.name for p in order.target.iterdir()) == ["MANIFEST.json", "adapter.gguf"]
+
+
+def instead_of_converting(monkeypatch, file):
+    """The converter hands out `file`, made by it for another run."""
+    monkeypatch.setattr(
+        exporter, "convert_all", lambda orders, *_: shutil.copy(file, orders[0].target)
+    )
+
+
+def test_a_file_that_says_something_else_is_not_kept(
+    variant_run, job, heard, tmp_path, monkeypatch
+):
+    instead_of_converting(monkeypatch, heard["merged", "biases"][1])
+    with pytest.raises(WorkError, match="predicts something else"):
+        export_gguf(job(variant_run("rslora")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_not_kept(
+    variant_run, job, heard, tmp_path, monkeypatch
+):
+    broken = tmp_path / "broken"
+    broken.write_bytes(heard["merged", "biases"][1].read_bytes()[:200_000])
+    instead_of_converting(monkeypatch, broken)
+    with pytest.raises(WorkError, match="cannot run"):
+        export_gguf(job(variant_run("rslora")))
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_an_unknown_tokenizer_is_explained(tokenizer, tmp_path, job):
+    """llama.cpp knows tokenizers by the hash of what they make of a sample text."""
+    base = make_base(tmp_path / "base", tokenizer, "llama", {})
+    path = base / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:-9000]
+    path.write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="does not know this model's tokenizer") as caught:
+        export_gguf(job(make_run(tmp_path / "run", base), verify=False))
+    assert "vllm" in caught.value.hint
+
+
+def test_quantizations_by_any_spelling(monkeypatch):
+    assert [quantization(q) for q in (None, "fp16", "q4-k-m", "q8_0")] == [
+        *("F16", "F16", "Q4_K_M", "Q8_0")
+    ]
+    with pytest.raises(RecipeError, match="did you mean Q4_K_M") as caught:
+        quantization("Q4_KM")
+    assert "F16, BF16, Q8_0" in caught.value.hint
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
+    assert quantization("Q8_0") == "Q8_0"
+    with pytest.raises(DependencyError, match="xllamacpp"):
+        quantization("Q4_K_M")
+
+
+def test_without_the_engine_the_file_is_written_and_that_is_said(
+    variant_run, job, heard, monkeypatch
+):
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
+    monkeypatch.setattr(llama_cpp, "installed", lambda: False)
+    order = job(variant_run("rslora"), quantization="Q8_0", verify=False)
+    assert export_gguf(order)["skipped"] == "xllamacpp is not installed"
+    assert list(order.target.glob("*-Q8_0.gguf"))

@@ -1,0 +1,58 @@
+"""Adapters on one base: each answers as it would alone, and switching is quick."""
+
+import shutil
+import time
+
+import pytest
+import torch
+
+from lorakit.errors import ModelError, RunError
+from lorakit.model.load import load_run
+from lorakit.model.several import Several
+from lorakit.run_dir import RunDir
+
+IDS = torch.tensor([[1, 4093, 198, 50, 60]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def runs(finish, tmp_path_factory):
+    other = tmp_path_factory.mktemp("runs") / "other"
+    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
+    return finish().run, RunDir(other)
+
+
+def test_each_adapter_predicts_as_it_would_alone(runs):
+    several = Several.of(runs[0], (runs[1],))
+    for run in (runs[1], runs[0], runs[1]):
+        several.switch(run.path.name)
+        assert torch.equal(logits(several.model), logits(load_run(run).model))
+    assert not any(p.requires_grad for p in several.model.parameters())
+
+
+def test_switching_takes_milliseconds(runs):
+    several = Several.of(runs[0], (runs[1],))
+    began = time.perf_counter()
+    for _ in range(10):
+        several.switch(runs[1].path.name)
+        several.switch(runs[0].path.name)
+    assert (time.perf_counter() - began) / 20 < 0.05
+
+
+def test_what_cannot_share_a_base_is_refused(runs, finish, tmp_path):
+    several = Several.of(runs[0])
+    with pytest.raises(RunError, match="is loaded already"):
+        several.add(runs[0])
+    with pytest.raises(ModelError, match=r"\(qlora\), not on .*\(lora\)"):
+        several.add(finish("qlora").run)
+    other = RunDir(tmp_path / "biased")
+    shutil.copytree(runs[1].path, other.path)
+    text = other.recipe.read_text()
+    other.recipe.write_text(text.replace('bias: "none"', 'bias: "all"'))
+    with pytest.raises(ModelError, match="cannot be switched"):
+        several.add(other)
+    assert list(several.tuned) == [runs[0].path.name]

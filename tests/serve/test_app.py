@@ -1,0 +1,189 @@
+"""The official `openai` client talks to `lorakit serve` as to any server of that kind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import openai
+import pytest
+
+from lorakit.generate import GenerationSettings, replies
+from lorakit.model.load import load_run
+from lorakit.records import Message
+from lorakit.run_dir import RunDir
+
+ASK = [{"role": "user", "content": "What color is box 3?"}]
+
+
+@pytest.fixture(scope="module")
+def runs(finish, tmp_path_factory):
+    """Two runs on one base; models are named by their folders."""
+    other = tmp_path_factory.mktemp("runs") / "other"
+    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
+    return finish().run, RunDir(other)
+
+
+@pytest.fixture(scope="module")
+def server(runs, tmp_path_factory):
+    """(process, address) of a running `lorakit serve` with two adapters and a key."""
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "key").write_text("secret\n")
+    words = ["serve", *(str(r.path) for r in runs), "--port", "0", "--engine", "embedded"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", *words, "--api-key-file", str(folder / "key")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        found = re.search(r"(http://127\.0\.0\.1:\d+/v1)", line)
+        if found:
+            break
+    else:
+        pytest.fail("".join(said))
+    yield process, found.group(1)
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server[1], api_key="secret", max_retries=0, timeout=120)
+
+
+def ask(client, **values):
+    values = {"model": "", "messages": ASK, "max_tokens": 8, "temperature": 0, **values}
+    return client.chat.completions.create(**values)
+
+
+def test_models_are_the_adapters_and_the_base(client, runs):
+    found = [m.id for m in client.models.list()]
+    assert found[:2] == [r.path.name for r in runs]
+    assert len(found) == 3
+
+
+def test_a_greedy_answer_is_what_lorakit_itself_generates(client, runs):
+    for run in runs:
+        loaded = load_run(run)
+        settings = GenerationSettings(max_new_tokens=8, temperature=0.0)
+        asked = [Message("user", ASK[0]["content"])]
+        (want,) = replies(loaded.model, loaded.tokenizer, [asked], settings)
+        answer = ask(client, model=run.path.name)
+        assert answer.choices[0].message.content.strip() == want
+        assert answer.model == run.path.name
+        assert answer.usage.completion_tokens <= 8
+
+
+def test_two_adapters_and_the_base_answer_differently(client):
+    names = [m.id for m in client.models.list()]
+    said = [ask(client, model=n, max_tokens=16).choices[0].message.content for n in names]
+    assert len(set(said)) == 3
+
+
+def test_a_stream_gives_the_same_answer_in_pieces(client):
+    whole = ask(client).choices[0]
+    events = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    pieces = [e.choices[0].delta.content or "" for e in events if e.choices]
+    assert "".join(pieces) == whole.message.content
+    assert len([p for p in pieces if p]) > 1
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == whole.finish_reason
+    assert events[-1].usage.prompt_tokens > 20
+
+
+def test_stop_texts_and_lengths_end_an_answer(client):
+    whole = ask(client, max_tokens=24).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:2]
+    short = ask(client, max_tokens=24, stop=[stop]).choices[0]
+    assert short.message.content == whole[: whole.index(stop)]
+    assert short.finish_reason == "stop"
+    assert ask(client, max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_a_seed_repeats_a_drawn_answer(client):
+    drawn = [ask(client, temperature=1.5, seed=5, max_tokens=12) for _ in range(2)]
+    assert len({d.choices[0].message.content for d in drawn}) == 1
+
+
+def test_faults_come_in_openais_form(client, server):
+    with pytest.raises(openai.NotFoundError, match="there is: "):
+        ask(client, model="gpt-4")
+    with pytest.raises(openai.BadRequestError, match="temperature: takes a number"):
+        ask(client, temperature=7)
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\]: role"):
+        ask(client, messages=[{"role": "pirate", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match="this model reads 512") as caught:
+        ask(client, messages=[{"role": "user", "content": "word " * 600}])
+    assert caught.value.code == "context_length_exceeded"
+    headers = {"authorization": "Bearer secret"}
+    reply = httpx2.post(f"{server[1]}/chat/completions", content=b"{", headers=headers)
+    assert reply.status_code == 400
+    assert "not valid JSON" in reply.json()["error"]["message"]
+    reply = httpx2.get(f"{server[1]}/nothing", headers=headers)
+    assert reply.status_code == 404
+    assert "/v1/chat/completions" in reply.json()["error"]["message"]
+
+
+def test_a_wrong_key_opens_nothing_but_health(server):
+    wrong = openai.OpenAI(base_url=server[1], api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+    with pytest.raises(openai.AuthenticationError):
+        ask(wrong)
+    reply = httpx2.get(server[1].replace("/v1", "/health"))
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+
+def test_twenty_requests_at_once_all_get_their_own_answer(client):
+    questions = [f"What color is box {i}?" for i in range(20)]
+    names = [m.id for m in client.models.list()][:2]
+
+    def one(number):
+        messages = [{"role": "user", "content": questions[number]}]
+        return ask(client, messages=messages, model=names[number % 2]).choices[0].message.content
+
+    with ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(one, range(20)))
+    alone = [one(number) for number in range(20)]
+    # Padding in a batch may turn a tie between two tokens the other way.
+    assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 18
+
+
+def test_a_reader_who_leaves_frees_the_model(client):
+    stream = ask(client, stream=True, max_tokens=400)
+    next(iter(stream))
+    stream.close()
+    began = time.perf_counter()
+    ask(client, max_tokens=2)
+    assert time.perf_counter() - began < 10
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(server, runs):
+    port = server[1].split(":")[2].split("/")[0]
+    words = ["serve", str(runs[0].path), "--port", port, "--engine", "embedded"]
+    done = subprocess.run([sys.executable, "-m", "lorakit", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "hint: another program has it" in done.stderr
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_stops_cleanly(client, server):
+    """Last of this file: the server is gone afterwards."""
+    process, address = server
+    stream = ask(client, stream=True, max_tokens=400)
+    next(iter(stream))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (0, 130)
+    rest = process.stderr.read()
+    assert "Traceback" not in rest, rest
+    assert "stopped" in rest
+    host, port = address.split("/")[2].split(":")
+    with socket.socket() as probe:
+        assert probe.connect_ex((host, int(port))) != 0
