@@ -31,6 +31,7 @@ def test_a_run_leaves_the_files_of_its_contract(finish):
         "validation.jsonl",
         "checkpoints",
         "adapter",
+        "base.json",
         "eval.json",
     }
     recipe = load_recipe(run.recipe).recipe
