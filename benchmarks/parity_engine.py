@@ -3,7 +3,8 @@
     python benchmarks/parity_engine.py --data gsm8k.jsonl --out parity_engine.json
 
 Order, start and rate are the same in all runs; only the dropout masks differ between PEFT's, so the
-distance between two of its curves is what chance does. The engine draws masks of its own.
+distance between two of its curves is what chance does. The engine draws masks of its own. With
+`--oracle` dropout is off, and the engine and PEFT in bfloat16 are held against PEFT in float32.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SETTINGS = {
 }
 
 
-def train(engine, masks, files, steps):
+def train(engine, masks, files, steps, **more_settings):
     """One run: its loss curve and its held-out loss."""
     plain = LoraTrainer.train
 
@@ -55,6 +56,7 @@ def train(engine, masks, files, steps):
                 "engine": engine,
                 "max_steps": steps,
                 **SETTINGS,
+                **more_settings,
             }
             outcome = fit(load_recipe(None, [], flags), Console(stderr=True))
             losses = [row["loss"] for row in read_metrics(outcome.run) if "loss" in row]
@@ -77,30 +79,12 @@ def distance(one, other):
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="JSONL with question and answer")
-    parser.add_argument("--held-out", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--engine", default="auto", help="on: where auto would not (a CPU)")
-    parser.add_argument("--out", type=Path, required=True)
-    a = parser.parse_args()
-    lines = Path(a.data).read_text(encoding="utf-8").splitlines()
-    rows = a.steps * SETTINGS["micro_batch_size"]
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder) / "train.jsonl", Path(folder) / "held_out.jsonl"
-        files[0].write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
-        files[1].write_text("\n".join(lines[rows : rows + a.held_out]) + "\n", encoding="utf-8")
-        peft = [train("off", masks, files, a.steps) for masks in (1, 2, 3)]
-        ours = train(a.engine, 4, files, a.steps)
+def compare_masks(engine, files, steps):
+    """The engine against PEFT with three draws of dropout masks."""
+    peft = [train("off", masks, files, steps) for masks in (1, 2, 3)]
+    ours = train(engine, 4, files, steps)
     reference = sum(run["held_out_loss"] for run in peft) / len(peft)
-    device = detect_device()
-    result = {
-        "id": "parity-engine",
-        "gpu": device.name,
-        "shape": "smollm2-135m",
-        "method": "lora",
-        "steps": a.steps,
+    return {
         "curve_distance": {
             "peft_to_peft": [distance(x, y) for x, y in itertools.combinations(peft, 2)],
             "engine_to_peft": [distance(ours, x) for x in peft],
@@ -111,12 +95,56 @@ def main():
             "relative_difference": abs(ours["held_out_loss"] / reference - 1),
         },
         "runs": [ours, *peft],
+    }
+
+
+def compare_oracle(engine, files, steps):
+    """The engine and PEFT in the machine's dtype against PEFT in float32, dropout off."""
+    plain = {"lora_dropout": 0.0}
+    runs = {
+        "engine": train(engine, 1, files, steps, **plain),
+        "peft": train("off", 1, files, steps, **plain),
+        "peft_float32": train("off", 1, files, steps, dtype="float32", **plain),
+    }
+    pairs = itertools.combinations(runs, 2)
+    return {
+        "curve_distance": {f"{x}_to_{y}": distance(runs[x], runs[y]) for x, y in pairs},
+        "held_out": {name: run["held_out_loss"] for name, run in runs.items()},
+        "runs": runs,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="JSONL with question and answer")
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--engine", default="auto", help="on: where auto would not (a CPU)")
+    parser.add_argument("--oracle", action="store_true", help="hold both against float32")
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    lines = Path(a.data).read_text(encoding="utf-8").splitlines()
+    rows = a.steps * SETTINGS["micro_batch_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "train.jsonl", Path(folder) / "held_out.jsonl"
+        files[0].write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
+        files[1].write_text("\n".join(lines[rows : rows + a.held_out]) + "\n", encoding="utf-8")
+        compare = compare_oracle if a.oracle else compare_masks
+        found = compare(a.engine, files, a.steps)
+    device = detect_device()
+    result = {
+        "id": "parity-oracle" if a.oracle else "parity-engine",
+        "gpu": device.name,
+        "shape": "smollm2-135m",
+        "method": "lora",
+        "steps": a.steps,
+        **found,
         "settings": SETTINGS,
         "versions": environment(device)["versions"],
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
-        f"--held-out {a.held_out} --engine {a.engine}",
+        f"--held-out {a.held_out} --engine {a.engine}" + (" --oracle" if a.oracle else ""),
     }
     a.out.write_text(json.dumps(result, indent=2) + "\n")
     print({k: result[k] for k in ("curve_distance", "held_out")})
