@@ -17,40 +17,55 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-# transformers looks for a package named `kernels`, and would find kernels.py beside this file.
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parent.resolve()]
+import torch
 
-import torch  # noqa: E402
+from lorakit.export import llama_cpp
+from lorakit.export.adapter import fold_adapter
+from lorakit.export.converter import Conversion, convert_all
+from lorakit.export.gguf import compare_heard
+from lorakit.export.kquants import quantize_gguf
+from lorakit.export.merge import write_merged
+from lorakit.export.source import float32_model, open_source
+from lorakit.export.spelling import write_config, write_tokenizer
+from lorakit.export.verify import agreement, greedy, make_reference, predictions
+from lorakit.model.several import Several
+from lorakit.run_dir import open_run
 
-from lorakit.export import llama_cpp  # noqa: E402
-from lorakit.export.adapter import fold_adapter  # noqa: E402
-from lorakit.export.converter import Conversion, convert_all  # noqa: E402
-from lorakit.export.gguf import compare_heard  # noqa: E402
-from lorakit.export.kquants import quantize_gguf  # noqa: E402
-from lorakit.export.merge import write_merged  # noqa: E402
-from lorakit.export.source import float32_model, open_source  # noqa: E402
-from lorakit.export.spelling import write_config, write_tokenizer  # noqa: E402
-from lorakit.export.verify import agreement, make_reference, predictions  # noqa: E402
-from lorakit.run_dir import open_run  # noqa: E402
-
-PROMPTS, TOKENS, TOP = 50, 24, 512
+TOP = 512
+SWITCHES = 20
 
 
 def main() -> None:
     words = argparse.ArgumentParser()
     words.add_argument("run", type=Path)
+    words.add_argument("--prompts", type=int, default=50)
+    words.add_argument("--tokens", type=int, default=24, help="longest answer")
+    words.add_argument("--other", type=Path, help="another run on the same base, to switch to")
     words.add_argument("--output", type=Path, default=None)
     asked = words.parse_args()
     with tempfile.TemporaryDirectory(prefix="export-engines-") as folder:
-        result = measure(open_source(open_run(asked.run)), Path(folder))
+        result = measure(open_source(open_run(asked.run)), Path(folder), asked)
+    if asked.other:
+        result["switch_milliseconds"] = switch_milliseconds(asked.run, asked.other)
     text = json.dumps(result, indent=2) + "\n"
     sys.stdout.write(text)
     if asked.output:
         asked.output.write_text(text)
 
 
-def measure(source, work: Path) -> dict:
-    reference = make_reference(source, float32_model(source), PROMPTS, TOKENS)
+def switch_milliseconds(run: Path, other: Path) -> list[float]:
+    """Of each switch from one run's adapter to another's on a loaded base, and back."""
+    several = Several.of(open_run(run), (open_run(other),))
+    names, found = list(several.tuned), []
+    for number in range(SWITCHES):
+        began = time.perf_counter()
+        several.switch(names[(number + 1) % 2])
+        found.append(round(1e3 * (time.perf_counter() - began), 2))
+    return found
+
+
+def measure(source, work: Path, asked: argparse.Namespace) -> dict:
+    reference = make_reference(source, float32_model(source), asked.prompts, asked.tokens)
     rows = {}
     merged = work / "merged"
     merged.mkdir()
@@ -59,28 +74,32 @@ def measure(source, work: Path) -> dict:
 
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     rows["merged (transformers)"] = agreement(reference, partial(predictions, plain)).as_dict()
+    again = greedy(plain, reference.prompts, asked.tokens, reference.stops)
+    rows["merged (transformers)"]["ended_at_end_of_turn"] = count_ended(again, reference.stops)
     del plain
     files = write_files(source, merged, work)
     for name, (model, adapter) in files.items():
         began = time.perf_counter()
-        tasks = [
-            llama_cpp.Task(str(model), reference.prompts, TOKENS, adapter and str(adapter), (), TOP)
-        ]
-        (heard,) = llama_cpp.ask_all(tasks)
+        adapter = adapter and str(adapter)
+        task = llama_cpp.Task(str(model), reference.prompts, asked.tokens, adapter, (), TOP)
+        (heard,) = llama_cpp.ask_all([task])
         found = compare_heard(source, reference, heard)
         seconds = round(time.perf_counter() - began, 1)
         rows[name] = {**found.as_dict(), "bytes": model.stat().st_size, "seconds": seconds}
         print(name, rows[name], file=sys.stderr)
-    ended = sum(a[-1] in reference.stops for a in reference.answers)
     return {
         "reference": "PEFT adapter on its base, float32",
         "base_kl_per_token": reference.base_kl,
-        "reference_ended_at_end_of_turn": ended,
-        "tokens_per_answer": TOKENS,
+        "reference_ended_at_end_of_turn": count_ended(reference.answers, reference.stops),
+        "tokens_per_answer": asked.tokens,
         "rows": rows,
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "xllamacpp")},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def count_ended(answers, stops) -> int:
+    return sum(a[-1] in stops for a in answers)
 
 
 def write_files(source, merged: Path, work: Path) -> dict[str, tuple[Path, Path | None]]:

@@ -17,10 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-# transformers looks for a package named `kernels`, and would find kernels.py beside this file.
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parent.resolve()]
-
-import torch  # noqa: E402
+import torch
 
 # The kernel's own high-water mark of that process. `ru_maxrss` of a child starts from the memory of
 # its parent, which has just written a shard of 10 GB.
