@@ -50,6 +50,8 @@ class Habits:
     unwritten: tuple[str, ...]  # which of tool schemas, calls and results it leaves out
 
 
+LOOP_NAMES = {"first", "last", "index", "index0", "length"}  # numbers, yes or no
+
 _KNOWN: WeakKeyDictionary[Any, Habits] = WeakKeyDictionary()
 
 
@@ -322,10 +324,24 @@ def _program(tokenizer: Any) -> tuple[str, Any, dict[str, Any]]:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         program = _compile_jinja_template(template)
+        _trust_loops(program.environment)
         names = {**program.globals, "tools": None, "documents": None}
         known = template, program, {**names, **tokenizer.special_tokens_map}
         _PROGRAMS[tokenizer] = known
     return known
+
+
+def _trust_loops(environment: Any) -> None:
+    """Let `loop.first` and its like pass the sandbox, which asks 2 µs of each: 6% of a row."""
+    from jinja2.runtime import LoopContext
+
+    checked = type(environment).is_safe_attribute  # the environment of a template is cached
+
+    def is_safe(value: Any, name: str, found: Any) -> bool:
+        known = type(value) is LoopContext and name in LOOP_NAMES
+        return known or checked(environment, value, name, found)
+
+    environment.is_safe_attribute = is_safe
 
 
 def _render_plain(
