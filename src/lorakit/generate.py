@@ -75,18 +75,23 @@ def replies(
                 fit_prompt(model, tokenizer, turns, settings, known)[0]
                 for turns, known in zip(part, tools[start : start + BATCH], strict=True)
             ]
-            width = max(map(len, prompts))
-            pad = _pad_id(tokenizer)
-            ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-            mask = torch.tensor(
-                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-            )
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, **_arguments(model, tokenizer, settings)
-            )
+            batch = left_padded(prompts, _pad_id(tokenizer), model.device)
+            out = model.generate(**batch, **_arguments(model, tokenizer, settings))
+            width = batch["input_ids"].shape[1]
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             found += [text.strip() for text in texts]
     return found
+
+
+def left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
+    """Prompts side by side as `generate` takes them: ids and mask [B, T], all ending together."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def stream_reply(

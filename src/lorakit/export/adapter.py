@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import WorkError
 from lorakit.export.formats import Job
 from lorakit.export.merged import memory_missing
-from lorakit.export.source import BASE_CHANGING_INITS, Source, float32_model
+from lorakit.export.source import Source, float32_model
 from lorakit.export.spelling import write_tokenizer
 from lorakit.export.verify import agreement, check_tokenizer, make_reference, predictions
 from lorakit.run_dir import ADAPTER_WEIGHTS
@@ -46,12 +47,21 @@ def copy_adapter(source: Source, folder: Path) -> None:
     values = {**source.adapter, "base_model_name_or_path": source.base_name}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    (folder / ADAPTER_WEIGHTS).write_bytes((source.run.adapter / ADAPTER_WEIGHTS).read_bytes())
+    shutil.copyfile(source.run.adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     write_tokenizer(source, folder)
 
 
 def why_not_portable(source: Source) -> str | None:
     """What in this adapter engines with plain LoRA cannot carry; None where there is nothing."""
+    reason = beyond_updates(source)
+    names = " ".join(source.adapter_names())
+    if reason is None and ("embed_tokens" in names or "lm_head" in names):
+        return "it adapts the embedding or the head"
+    return reason
+
+
+def beyond_updates(source: Source) -> str | None:
+    """What in this adapter is no low-rank update of a frozen weight; None where all is."""
     config = source.adapter
     if config.get("use_dora"):
         return "DoRA scales the whole weight, not only its update"
@@ -59,12 +69,8 @@ def why_not_portable(source: Source) -> str | None:
         return f"modules_to_save: {', '.join(config['modules_to_save'])} were trained in full"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "it trained biases"
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS):
-        return f"init_lora_weights: {start} changed the base"
-    names = " ".join(source.adapter_tensors())
-    if "embed_tokens" in names or "lm_head" in names:
-        return "it adapts the embedding or the head"
+    if source.base_changing_init:
+        return f"init_lora_weights: {source.base_changing_init} changed the base"
     return None
 
 

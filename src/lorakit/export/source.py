@@ -58,6 +58,24 @@ class Source:
         """A name for the tuned model: the run's."""
         return self.run.path.resolve().name
 
+    @property
+    def unties(self) -> bool:
+        """True where the adapter changes one of two embeddings that the base has as one."""
+        return self.tied and touches_embeddings(self.adapter_names())
+
+    @property
+    def base_changing_init(self) -> str | None:
+        """The scheme that moved part of the base's weights into the adapter, if one did."""
+        start = self.adapter.get("init_lora_weights")
+        return start if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS) else None
+
+    def adapter_names(self) -> list[str]:
+        """The names of the adapter's tensors; no weight is read."""
+        from safetensors import safe_open
+
+        with safe_open(self.run.adapter / ADAPTER_WEIGHTS, "pt") as file:
+            return list(file.keys())
+
     def adapter_tensors(self) -> dict[str, Any]:
         """The adapter's tensors by the names in its file."""
         from safetensors.torch import load_file
@@ -134,8 +152,7 @@ def float32_model(source: Source, onto: str = "trained") -> Any:
         # Weights come out as the training step saw them: NF4 values rounded to the compute type.
         base = base.dequantize()
     base = base.float()
-    names = list(source.adapter_tensors())
-    if source.tied and touches_embeddings(names):
+    if source.unties:
         _untie(base)
     try:
         return PeftModel.from_pretrained(base, str(source.run.adapter)).eval()

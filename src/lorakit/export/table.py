@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,8 @@ EXPORTERS: dict[str, Format] = {
         _options("onto", "dtype", "repository", "public", "merged"),
     ),
 }
-DEFAULTS: dict[str, Any] = {
-    "quantization": None,
-    "onto": "trained",
-    "dtype": None,
-    "as_adapter": None,
-    "repository": None,
-    "public": False,
-    "merged": False,
-    "verify": True,
-}
+# What a job has where the command says nothing.
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Job) if f.default is not MISSING}
 FLAGS = {"quantization": "quant", "as_adapter": "adapter", "repository": "repo"}
 
 

