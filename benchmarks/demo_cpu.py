@@ -7,7 +7,6 @@ four letters or more, and all numbers, that the question does not give away: at 
 """
 
 import argparse
-import datetime
 import json
 import re
 import tempfile
@@ -17,14 +16,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lorakit.bench import commit
+from lorakit.bench import provenance
 from lorakit.data.items import read_validation
 from lorakit.demo import demo_recipe
 from lorakit.finetune import fit
 from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.hardware import detect_device
 from lorakit.model.load import load_run
-from lorakit.train.resume import environment
 
 
 def words(text):
@@ -73,10 +71,7 @@ def main():
         "shape": "smollm2-135m",
         "lora": measure("lora"),
         "qlora": measure("qlora"),
-        "versions": environment(device)["versions"],
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python benchmarks/demo_cpu.py",
+        **provenance(device, "python benchmarks/demo_cpu.py"),
     }
     a.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -6,7 +6,6 @@ Same model, rows, batches, rate, steps and dtype; only the training loop is time
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import tempfile
@@ -15,68 +14,24 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig, SFTTrainer
 
-from lorakit.bench import commit
+from lorakit.bench import provenance
 from lorakit.demo import demo_recipe
 from lorakit.finetune import fit
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import demo_model_dir
 from lorakit.run_dir import read_metrics
-from lorakit.train.resume import environment
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from plain_trl import plain_trl
 
 
 def trl_seconds(recipe):
     """Wall-clock seconds of the training loop, and the last loss, of the usual script."""
-    base = str(demo_model_dir())
     text = (files("lorakit") / "assets" / "demo_train.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    set_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    adapter = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=TARGETS,
-        task_type="CAUSAL_LM",
-    )
-    data = [
-        {
-            "prompt": [{"role": "user", "content": r["instruction"]}],
-            "completion": [{"role": "assistant", "content": r["response"]}],
-        }
-        for r in rows
-    ]
+    pairs = [(r["instruction"], r["response"]) for r in rows]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            per_device_train_batch_size=recipe.micro_batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-            learning_rate=recipe.learning_rate,
-            max_steps=recipe.max_steps,
-            lr_scheduler_type=recipe.lr_scheduler,
-            warmup_steps=round(recipe.warmup_ratio * recipe.max_steps),
-            max_length=recipe.cutoff_len,
-            bf16=True,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_steps=1,
-            report_to=[],
-            disable_tqdm=True,
-        )
-        trainer = SFTTrainer(
-            model=get_peft_model(model, adapter),
-            args=arguments,
-            train_dataset=Dataset.from_list(data),
-            processing_class=AutoTokenizer.from_pretrained(base),
-        )
+        trainer = plain_trl(str(demo_model_dir()), pairs, recipe, folder)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
@@ -108,10 +63,7 @@ def main():
         "train_seconds": {k: [round(r[k][0], 1) for r in rounds] for k in median},
         "final_loss": {k: [r[k][1] for r in rounds] for k in median},
         "speed_ratio": round(median["trl"] / median["lorakit"], 3),
-        "versions": environment(device)["versions"],
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/demo_trl.py --rounds {a.rounds}",
+        **provenance(device, f"python benchmarks/demo_trl.py --rounds {a.rounds}"),
     }
     a.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

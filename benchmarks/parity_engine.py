@@ -8,7 +8,6 @@ distance between two of its curves is what chance does. The engine draws masks o
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import tempfile
@@ -17,13 +16,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lorakit.bench import commit
+from lorakit.bench import provenance
 from lorakit.finetune import fit
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import demo_model_dir
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import read_metrics
-from lorakit.train.resume import environment
 from lorakit.train.trainer import LoraTrainer
 
 SETTINGS = {
@@ -132,6 +130,8 @@ def main():
         compare = compare_oracle if a.oracle else compare_masks
         found = compare(a.engine, files, a.steps)
     device = detect_device()
+    command = f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
+    command += f"--held-out {a.held_out} --engine {a.engine}" + " --oracle" * a.oracle
     result = {
         "id": "parity-oracle" if a.oracle else "parity-engine",
         "gpu": device.name,
@@ -140,11 +140,7 @@ def main():
         "steps": a.steps,
         **found,
         "settings": SETTINGS,
-        "versions": environment(device)["versions"],
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
-        f"--held-out {a.held_out} --engine {a.engine}" + (" --oracle" if a.oracle else ""),
+        **provenance(device, command),
     }
     a.out.write_text(json.dumps(result, indent=2) + "\n")
     print({k: result[k] for k in ("curve_distance", "held_out")})

@@ -7,79 +7,30 @@ on one side, by lorakit on the other) and are scored by one neutral loop in floa
 """
 
 import argparse
-import datetime
 import json
 import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorakit.bench import commit
+from lorakit.bench import provenance
 from lorakit.finetune import fit
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import demo_model_dir
 from lorakit.recipe_file import load_recipe
-from lorakit.train.resume import environment
+from plain_trl import plain_trl
 
 SETTINGS = {"learning_rate": 2e-4, "micro_batch_size": 4, "gradient_accumulation_steps": 2}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def trl_side(base, rows, steps, seed, folder):
-    """The thirty lines: TRL's own preparation, masking, loss and loop."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM"
-        ),
-    )
-    data = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": r["question"]}],
-                "completion": [{"role": "assistant", "content": r["answer"]}],
-            }
-            for r in rows
-        ]
-    )
-    arguments = SFTConfig(
-        output_dir=folder,
-        per_device_train_batch_size=SETTINGS["micro_batch_size"],
-        gradient_accumulation_steps=SETTINGS["gradient_accumulation_steps"],
-        learning_rate=SETTINGS["learning_rate"],
-        max_steps=steps,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(0.03 * steps),
-        max_length=2048,
-        bf16=True,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        seed=seed,
-        data_seed=seed,
-        save_strategy="no",
-        logging_steps=1,
-        report_to=[],
-    )
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=data, processing_class=tokenizer
-    )
-    trainer.train()
-    trainer.save_model(folder)
-
-
-def lorakit_side(rows_file, steps, seed, folder):
-    """The same job as a recipe."""
+def recipe_of(rows_file, steps, seed, folder):
+    """The job as a recipe."""
     values = {**SETTINGS, "max_steps": steps, "seed": seed, "val_size": 0, "save_every": 10**6}
     flags = {"model": "demo", "data": str(rows_file), "method": "lora", "output_dir": folder}
-    fit(load_recipe(None, [], {**flags, **values}), Console(stderr=True))
+    return load_recipe(None, [], {**flags, **values})
 
 
 @torch.no_grad()
@@ -119,8 +70,12 @@ def main():
         train_file = Path(folder) / "train.jsonl"
         train_file.write_text("\n".join(lines[: a.rows]) + "\n", encoding="utf-8")
         ours, theirs = f"{folder}/lorakit", f"{folder}/trl"
-        lorakit_side(train_file, a.steps, a.seed, ours)
-        trl_side(base, rows[: a.rows], a.steps, a.seed, theirs)
+        resolved = recipe_of(train_file, a.steps, a.seed, ours)
+        fit(resolved, Console(stderr=True))
+        pairs = [(r["question"], r["answer"]) for r in rows[: a.rows]]
+        trainer = plain_trl(base, pairs, resolved.recipe, theirs)
+        trainer.train()
+        trainer.save_model(theirs)
         held = rows[a.rows :]
         losses = {
             "base": neutral_loss(base, None, held),
@@ -139,11 +94,11 @@ def main():
         "rows": a.rows,
         "held_out_rows": a.held_out,
         "settings": SETTINGS,
-        "versions": environment(device)["versions"],
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python benchmarks/parity_trl.py --data gsm8k/train.jsonl "
-        f"--rows {a.rows} --held-out {a.held_out} --steps {a.steps} --seed {a.seed}",
+        **provenance(
+            device,
+            "python benchmarks/parity_trl.py --data gsm8k/train.jsonl "
+            f"--rows {a.rows} --held-out {a.held_out} --steps {a.steps} --seed {a.seed}",
+        ),
     }
     a.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

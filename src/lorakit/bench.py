@@ -98,7 +98,7 @@ def run_bench(
         "loss": trainer.attached.loss,
         "graphs": trainer.graphs_in_words(),
         "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
-        **_provenance(device),
+        **provenance(device),
     }
 
 
@@ -151,12 +151,13 @@ def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clo
     return clock, trainer
 
 
-def _provenance(device: Device) -> dict[str, Any]:
+def provenance(device: Device, command: str | None = None) -> dict[str, Any]:
+    """What a result needs to be repeated; `command` where it was not `lorakit` that ran."""
     return {
         "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": _command(),
+        "command": command or _command(),
     }
 
 
