@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ModelError
 from lorakit.export.source import checked_prompts, float32_model, open_source, touches_embeddings
-from lorakit.run_dir import RunDir
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 
 @pytest.fixture
@@ -26,6 +26,16 @@ def test_a_base_that_is_gone_is_named(moved):
     shutil.rmtree(base)
     with pytest.raises(ModelError, match="no such folder"):
         open_source(run)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -8], ids=["empty", "header cut", "end cut"])
+def test_a_damaged_adapter_is_named(moved, kept):
+    run, _ = moved
+    path = run.adapter / ADAPTER_WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=ADAPTER_WEIGHTS) as caught:
+        open_source(run)
+    assert "damaged" in caught.value.hint
 
 
 def test_a_base_that_changed_is_refused_before_anything_is_written(moved):

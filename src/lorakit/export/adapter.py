@@ -54,7 +54,7 @@ def copy_adapter(source: Source, folder: Path) -> None:
 def why_not_portable(source: Source) -> str | None:
     """What in this adapter engines with plain LoRA cannot carry; None where there is nothing."""
     reason = beyond_updates(source)
-    names = " ".join(source.adapter_names())
+    names = " ".join(source.names)
     if reason is None and ("embed_tokens" in names or "lm_head" in names):
         return "it adapts the embedding or the head"
     return reason

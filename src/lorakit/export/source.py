@@ -18,7 +18,14 @@ from lorakit.data.template import stop_token_ids
 from lorakit.errors import ModelError
 from lorakit.hardware import detect_device
 from lorakit.model.fingerprint import base_folder, check_base
-from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, public_name
+from lorakit.model.load import (
+    adapter_names,
+    load_base,
+    load_config,
+    load_tokenizer,
+    locate_model,
+    public_name,
+)
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import Conversation, Device, Message, Origin
@@ -40,6 +47,7 @@ class Source:
     device: Device
     config: Any  # of the base
     adapter: dict[str, Any]  # adapter_config.json
+    names: tuple[str, ...]  # of the adapter's tensors
     tokenizer: Any
     conversations: tuple[Conversation, ...]
 
@@ -61,20 +69,13 @@ class Source:
     @property
     def unties(self) -> bool:
         """True where the adapter changes one of two embeddings that the base has as one."""
-        return self.tied and touches_embeddings(self.adapter_names())
+        return self.tied and touches_embeddings(self.names)
 
     @property
     def base_changing_init(self) -> str | None:
         """The scheme that moved part of the base's weights into the adapter, if one did."""
         start = self.adapter.get("init_lora_weights")
         return start if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS) else None
-
-    def adapter_names(self) -> list[str]:
-        """The names of the adapter's tensors; no weight is read."""
-        from safetensors import safe_open
-
-        with safe_open(self.run.adapter / ADAPTER_WEIGHTS, "pt") as file:
-            return list(file.keys())
 
     def adapter_tensors(self) -> dict[str, Any]:
         """The adapter's tensors by the names in its file."""
@@ -96,7 +97,8 @@ def open_source(run: RunDir) -> Source:
     """Find and check all that an export of `run` needs.
 
     Raises:
-        ModelError: the base is gone, gated or another one than in training.
+        ModelError: the base is gone, gated or another one than in training; the adapter's file is
+            damaged.
     """
     recipe = load_recipe(run.recipe).recipe
     location = locate_model(recipe, [run.path, Path()])
@@ -114,6 +116,7 @@ def open_source(run: RunDir) -> Source:
         device=device,
         config=config,
         adapter=json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8")),
+        names=tuple(adapter_names(run)),
         tokenizer=load_tokenizer(recipe, str(run.adapter)),
         conversations=tuple(conversations),
     )

@@ -237,13 +237,30 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
+def adapter_names(run: RunDir) -> list[str]:
+    """The names of the adapter's tensors; no weight is read.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    from safetensors import safe_open
+
+    path = run.adapter / ADAPTER_WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: cannot be read: {_first_line(error)}",
+            hint="it is damaged: bring it back from a copy, or train anew",
+        ) from error
+
+
 def _check_all_tensors_used(model: Any, run: RunDir) -> None:
     """peft only warns when a saved tensor matches nothing; the result is then the base model."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    with safe_open(str(run.adapter / ADAPTER_WEIGHTS), framework="pt") as file:
-        saved = set(file.keys())
+    saved = set(adapter_names(run))
     # Said outright: left to itself peft asks the hub whether the base's vocabulary was resized.
     embeddings = any("embed_tokens" in name or "lm_head" in name for name in saved)
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=embeddings))
