@@ -23,7 +23,7 @@ import torch
 # its parent, which has just written a shard of 10 GB.
 EXPORT = """
 import atexit, sys
-from lorakit.cli import main
+from lorakit.cli.main import main
 atexit.register(lambda: print(open("/proc/self/status").read()))
 main()
 """

@@ -1,5 +1,5 @@
 """`python -m lorakit` is the command line."""
 
-from lorakit.cli import main
+from lorakit.cli.main import main
 
 main()

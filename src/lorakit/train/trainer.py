@@ -8,9 +8,6 @@ absent.
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,33 +15,26 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from transformers.trainer_callback import ExportableState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.data.pack import packing_words, saved_share
 from lorakit.data.shelf import lengths_of
-from lorakit.errors import DependencyError, RecipeError
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
 from lorakit.recipe import Recipe
 from lorakit.records import Device, Example, MemoryPlan
 from lorakit.run_dir import RunDir
+from lorakit.train.arguments import total_steps, training_arguments
+from lorakit.train.callbacks import Reporter, Stopper
 from lorakit.train.checkpoint import rotate, save_training_state, staged
 from lorakit.train.graphs import GraphedMicroSteps, to_bucket
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.score import score
 from lorakit.train.signals import StopRequest
-
-OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-}
 
 
 class LoraTrainer(SFTTrainer):
@@ -79,7 +69,7 @@ class LoraTrainer(SFTTrainer):
             data_collator=lambda rows: {
                 "step": step_batches([train[r["index"]] for r in rows], self.layout)
             },
-            callbacks=[_Reporter(self, progress), _Stopper(stop)],
+            callbacks=[Reporter(self, progress), Stopper(stop)],
         )
         self.remove_callback(PrinterCallback)
         self.diverged_at: int | None = None
@@ -113,6 +103,10 @@ class LoraTrainer(SFTTrainer):
         ranks = self.accelerator.num_processes
         scale = ranks / max(1, self._sum_over_ranks(step.supervised))
         self.step_tokens += step.tokens
+        return self._step_gradients(model, step, scale)
+
+    def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
+        """Add the gradients of the step's mean loss; returns that loss."""
         total = torch.zeros((), device=self.args.device)
         if self.graphs is not None:
             self.graphs.begin(scale)
@@ -212,121 +206,6 @@ class LoraTrainer(SFTTrainer):
         """The trained model with its own forward back, free of the trainer's wrapping."""
         detach_loss(self.model)
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-
-
-class _Reporter(TrainerCallback):
-    """Turns the trainer's logs into rows of metrics.jsonl and the live line."""
-
-    def __init__(self, trainer: LoraTrainer, progress: TrainingProgress) -> None:
-        self.trainer, self.progress = trainer, progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.start(state.global_step, state.max_steps)
-        self.clock, self.step = time.perf_counter(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or not ({"loss", "eval_loss"} & set(logs)):
-            return
-        if "eval_loss" in logs:
-            self.progress.note(
-                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
-                f"perplexity {logs['eval_perplexity']:.2f}"
-            )
-            return
-        tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
-        if not math.isfinite(logs["loss"]):
-            self.trainer.diverged_at = state.global_step
-            control.should_training_stop, control.should_save = True, False
-        now = time.perf_counter()
-        seconds, steps = now - self.clock, max(1, state.global_step - self.step)
-        self.clock, self.step = now, state.global_step
-        self.progress.step(
-            {
-                "step": state.global_step,
-                "epoch": round(state.epoch or 0.0, 4),
-                "loss": logs["loss"],
-                "grad_norm": logs.get("grad_norm"),
-                "learning_rate": logs.get("learning_rate"),
-                "tokens": tokens,
-                "seconds": round(seconds / steps, 4),
-                "tokens_per_second": round(tokens / seconds, 1),
-            }
-        )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.stop()
-
-
-class _Stopper(TrainerCallback):
-    """After a signal: finish the step, save a checkpoint, stop."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.stop.asked:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-
-def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run over `examples` examples; the last step of an epoch may be short."""
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    per_epoch = math.ceil(examples / recipe.examples_per_step)
-    return max(1, math.ceil(per_epoch * recipe.epochs))
-
-
-def training_arguments(
-    recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
-) -> SFTConfig:
-    """The recipe in TRL's words; every TRL default that would change data or rate is overridden."""
-    if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
-        raise RecipeError(
-            f"optimizer: {recipe.optimizer} needs a CUDA card, this run is on {device.kind}",
-            hint="set optimizer: adamw",
-        )
-    for tracker in recipe.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise DependencyError(
-                f"report_to: {tracker}: the package is not installed",
-                hint=f"pip install {tracker}, or take it out of report_to",
-            )
-    return SFTConfig(
-        output_dir=str(run.path),
-        # One batch of the loader is one optimizer step; `training_step` cuts it.
-        per_device_train_batch_size=recipe.examples_per_step,
-        gradient_accumulation_steps=1,
-        max_steps=steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=round(recipe.warmup_ratio * steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=OPTIMIZERS[recipe.optimizer],
-        # On a CPU with native bf16 autocast takes a SmolLM2 step from 1.42 s to 1.24 s.
-        bf16=device.kind in ("cuda", "cpu") and device.dtype == "bfloat16",
-        fp16=device.kind == "cuda" and device.dtype == "float16",
-        use_cpu=device.kind == "cpu",
-        gradient_checkpointing=False,  # ours, without TRL's conversions
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
-        save_strategy="steps",
-        save_steps=recipe.save_every,
-        eval_strategy="steps" if recipe.eval_every and held_out else "no",
-        eval_steps=recipe.eval_every,
-        report_to=list(recipe.report_to),
-        run_name=run.path.name,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.kind == "cuda",
-        max_length=None,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
 
 
 def place(model: Any, attached: Attached, plan: MemoryPlan) -> None:

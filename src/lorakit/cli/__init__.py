@@ -1,0 +1,1 @@
+"""The command line: `main.py` starts it, the other files hold its commands."""

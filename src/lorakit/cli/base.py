@@ -1,0 +1,55 @@
+"""What every command shares: the app, the two consoles, common options, and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="lorakit",
+    help="Fine-tune open chat models with LoRA and QLoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+log = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/demo-lora.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
+Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
+Output = Annotated[Path | None, typer.Option(help="Folder to write into.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def quiet(offline: bool = False) -> None:
+    """Keep the libraries' own chatter off the screen; `--offline` closes their network too."""
+    import logging
+    import warnings
+
+    if offline:
+        # These are read once, when the libraries are imported.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "accelerate", "peft", "trl", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,26 @@
+"""Arguments enter; files, tables or one JSON object leave. Exit 0 done, 1 fault, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+
+from lorakit.cli import after, before, train
+from lorakit.cli.base import app, log
+from lorakit.errors import LorakitError
+
+# The commands register themselves when these are imported.
+__all__ = ["after", "before", "main", "train"]
+
+
+def main() -> None:
+    """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
+    try:
+        app()
+    except LorakitError as error:
+        log.print(f"error: {error.message}", markup=False)
+        if error.hint:
+            log.print(f"hint: {error.hint}", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        log.print("stopped")
+        sys.exit(130)

@@ -1,0 +1,91 @@
+"""A recipe or flags enter; a trained run directory leaves: demo, train.
+
+Heavy imports live inside the commands, so that `lorakit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit.cli.base import (
+    Json,
+    Method,
+    Offline,
+    Output,
+    Set,
+    app,
+    log,
+    out,
+    print_json,
+    quiet,
+)
+
+
+@app.command()
+def demo(method: Method = "lora", output: Output = None, as_json: Json = False) -> None:
+    """Fine-tune a real small chat model on this CPU, in minutes, and show what changed."""
+    from lorakit.demo import demo_recipe
+
+    run_training(
+        demo_recipe(method or "lora", output), resume=False, as_json=as_json, next_steps=True
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe (YAML); flags may replace it.")
+    ] = None,
+    set_: Set = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or `demo`.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="File or hub data set; repeatable.")
+    ] = None,
+    method: Method = None,
+    output: Annotated[str | None, typer.Option(help="Run directory.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; stop.")] = False,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model: recipe and flags in, a run directory out."""
+    from lorakit.recipe_file import load_recipe
+
+    flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
+    flags["data"] = data[0] if data and len(data) == 1 else data or None
+    flags["offline"] = True if offline else None
+    resolved = load_recipe(recipe, set_ or [], flags)
+    if dry_run:
+        quiet(resolved.recipe.offline)
+        from lorakit.finetune import prepare_run
+        from lorakit.preview import show_prologue
+
+        show_prologue(prepare_run(resolved, log), out, as_json)
+        return
+    run_training(resolved, resume, as_json, next_steps=True)
+
+
+def run_training(resolved: Any, resume: bool, as_json: bool, next_steps: bool) -> None:
+    """Train, show the outcome, and end with the run\'s own exit code."""
+    quiet(resolved.recipe.offline)
+    from lorakit.finetune import fit
+    from lorakit.preview import show_outcome
+
+    outcome = fit(resolved, log, resume)
+    show_outcome(outcome, log if as_json else out, next_steps and not as_json)
+    if as_json:
+        print_json(
+            {
+                "run": str(outcome.run.path),
+                "steps": outcome.steps,
+                "train_seconds": round(outcome.train_seconds, 2),
+                "final_loss": outcome.final_loss,
+                **(outcome.evaluation.as_dict() if outcome.evaluation else {}),
+            }
+        )
+    raise typer.Exit(outcome.exit_code)

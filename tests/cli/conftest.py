@@ -1,0 +1,29 @@
+"""Fixtures of the command line's tests: one command, run in this process."""
+
+import sys
+
+import pytest
+from rich.console import Console
+
+from lorakit.cli import after, base, before, main, train
+
+
+def run_cli(monkeypatch, capsys, *words):
+    """(exit code, stdout, stderr) of one command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, words)])
+    try:
+        main.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def lorakit(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for place in (main, base, before, train, after):
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        monkeypatch.setattr(place, "log", console)
+    return lambda *words: run_cli(monkeypatch, capsys, *words)
