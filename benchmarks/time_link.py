@@ -1,12 +1,13 @@
 """What streaming rests on: the link between host and card, page-locking, Adam on the host, context.
 
-    python benchmarks/time_link.py [--output FILE]
+python benchmarks/time_link.py [--output FILE]
 """
 
 import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -128,12 +129,12 @@ def main():
         "adam_on_host": adam(),
         "attention": [attention(n, *h) for n in (16384, 65536) for h in ((32, 8), (4, 1), (8, 8))],
         "free_at_start_gib": round(before / 2**30, 2),
-        **provenance(detect_device("auto")),
+        **provenance(detect_device("auto"), "python benchmarks/time_link.py"),
     }
     text = json.dumps(result, indent=2)
     print(text)
     if a.output:
-        open(a.output, "w").write(text + "\n")
+        Path(a.output).write_text(text + "\n")
 
 
 if __name__ == "__main__":
