@@ -79,7 +79,9 @@ def run_bench(
     recipe = resolve_targets(resolved, config).recipe
     job = _Job(recipe, config, device, plan_memory(recipe, config, device), lengths)
     meter = _Meter(device)
-    model = add_adapter(random_model(config, device, method == "qlora"), recipe)
+    model = add_adapter(
+        random_model(config, device, method == "qlora", job.plan.placement.base_on_host), recipe
+    )
     trainable, total = count_parameters(model)
     console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
     clock, trainer = _train(model, job, meter, console)

@@ -101,7 +101,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     remember_base(run, recipe, start.location)
 
     seed_everything(recipe.seed)
-    base = load_base(recipe, start.location, device)
+    base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
     model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from lorakit.data.template import prompt_ids, stop_token_ids
 from lorakit.errors import DataError
-from lorakit.model.modes import evaluating
+from lorakit.model.modes import device_of, evaluating
 from lorakit.records import Message
 
 BATCH = 8
@@ -75,7 +75,7 @@ def replies(
                 fit_prompt(model, tokenizer, turns, settings, known)[0]
                 for turns, known in zip(part, tools[start : start + BATCH], strict=True)
             ]
-            batch = left_padded(prompts, _pad_id(tokenizer), model.device)
+            batch = left_padded(prompts, _pad_id(tokenizer), device_of(model))
             out = model.generate(**batch, **_arguments(model, tokenizer, settings))
             width = batch["input_ids"].shape[1]
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
@@ -103,7 +103,7 @@ def stream_reply(
         DataError: the last question alone does not fit the model's context.
     """
     prompt, _ = fit_prompt(model, tokenizer, messages, settings)
-    ids = torch.tensor([prompt], device=model.device)
+    ids = torch.tensor([prompt], device=device_of(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     left = threading.Event()
     failure: list[BaseException] = []

@@ -7,13 +7,14 @@ backward is counted tensor by tensor for the engine, and estimated for a model's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.recipe import Recipe
-from lorakit.records import Device, MemoryPlan
+from lorakit.records import ON_CARD, Device, MemoryPlan, Placement
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # NF4: half a byte a weight, one int8 scale per 64, one float32 scale per 256 of those
@@ -28,6 +29,10 @@ OPTIMIZER_BYTES = {
 }
 # Context, kernels and library workspaces that the driver sees beside torch's allocator.
 CUDA_CONTEXT_BYTES = 840 * 1024**2
+
+# From here on heads go through attention in groups: its buffers for all would be GBs, and one group
+# fills a card (benchmarks/results/time_link.json).
+LONG_ROW = 32768
 
 Shape = tuple[str, int, int]
 
@@ -59,6 +64,15 @@ class _Sizes:
     def tokens(self) -> int:
         return self.recipe.micro_batch_size * self.recipe.cutoff_len
 
+    @property
+    def step_tokens(self) -> int:
+        return self.recipe.examples_per_step * self.recipe.cutoff_len
+
+    @property
+    def frozen_bytes(self) -> int:
+        four_bit = self.recipe.method == "qlora"
+        return int(self.linear * (NF4_BYTES if four_bit else self.width))
+
 
 def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     """Predict the peak of a training run on `device`, and choose what is recomputed to make it fit.
@@ -76,14 +90,40 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     engine = expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on")
     budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
     plan = None
-    for keep, on_host in _choices(recipe, sizes, engine):
-        parts = _fixed_parts(sizes, on_host, engine) | _working_parts(sizes, keep, engine)
-        fits = sum(parts.values()) <= budget
-        plan = MemoryPlan(parts, device.memory_bytes, fits, keep, on_host)
-        if fits:
+    for keep, placement in _choices(recipe, sizes, engine):
+        plan = _planned(sizes, engine, keep, placement, device)
+        if plan.total_bytes <= budget:
+            plan = replace(_fill(plan, sizes, budget), fits=True)
             break
     assert plan is not None
     return plan
+
+
+def _planned(
+    sizes: _Sizes, engine: bool, keep: tuple[int, ...], placement: Placement, device: Device
+) -> MemoryPlan:
+    parts = _fixed_parts(sizes, placement, engine)
+    if placement.layer_major:
+        parts |= _layer_major_parts(sizes, placement)
+    else:
+        parts |= _working_parts(sizes, keep, engine)
+    host = _host_parts(sizes, placement)
+    return MemoryPlan(parts, device.memory_bytes, False, keep, placement, host)
+
+
+def _fill(plan: MemoryPlan, sizes: _Sizes, budget: int) -> MemoryPlan:
+    """Keep on the card the inputs of as many layers as the budget has room for."""
+    if not plan.placement.layer_major:
+        return plan
+    one = sizes.step_tokens * sizes.config.hidden_size * sizes.width
+    count = min(sizes.layers, (budget - plan.total_bytes) // one)
+    placement = replace(plan.placement, inputs_on_card=count)
+    return replace(
+        plan,
+        placement=placement,
+        parts=plan.parts | {"inputs of layers": count * one},
+        host_parts=_host_parts(sizes, placement),
+    )
 
 
 def expects_engine(recipe: Recipe, config: Any) -> bool:
@@ -92,43 +132,127 @@ def expects_engine(recipe: Recipe, config: Any) -> bool:
     return recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
 
 
-def _choices(recipe: Recipe, sizes: _Sizes, engine: bool) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """(what layers keep, embedding on the host), cheapest in speed first."""
+def _choices(
+    recipe: Recipe, sizes: _Sizes, engine: bool
+) -> Iterator[tuple[tuple[int, ...], Placement]]:
+    """(what layers keep, what lies where), cheapest in speed first."""
     layers, chosen = sizes.layers, recipe.gradient_checkpointing
+    serves = engine and recipe.modules_to_save is None
+    if recipe.streaming == "on" and serves:
+        yield from _layer_major_choices(recipe, sizes, (True,))
+        return
     if chosen != "auto":
-        yield (3 if chosen else 0,) * layers, False
+        yield (3 if chosen else 0,) * layers, ON_CARD
         return
     if not engine:
-        yield (0,) * layers, False
-        yield (3,) * layers, False
+        yield (0,) * layers, ON_CARD
+        yield (3,) * layers, ON_CARD
         return
-    yield (0,) * layers, False
+    yield (0,) * layers, ON_CARD
     for level in range(3):
         for more in range(1, layers + 1):
-            yield (level + 1,) * more + (level,) * (layers - more), False
+            yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
     if sizes.cuda and not sizes.config.tie_word_embeddings:
-        yield (3,) * layers, True
+        yield (3,) * layers, Placement(embedding_on_host=True)
+    if sizes.cuda and serves and recipe.streaming == "auto":
+        yield from _layer_major_choices(recipe, sizes, (False, True))
 
 
-def _fixed_parts(sizes: _Sizes, on_host: bool, engine: bool) -> dict[str, int]:
+def _layer_major_choices(
+    recipe: Recipe, sizes: _Sizes, base_on_host: tuple[bool, ...]
+) -> Iterator[tuple[tuple[int, ...], Placement]]:
+    """Step by step less on the card, and fewer tokens at once."""
+    # bitsandbytes' optimizers work on cards only.
+    adapters = (False,) if recipe.optimizer.endswith("8bit") else (False, True)
+    heads = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
+    if recipe.cutoff_len >= LONG_ROW:
+        heads = max(1, heads * LONG_ROW // (2 * recipe.cutoff_len))
+    for tokens in (8192, 4096, 2048, 1024):
+        for on_host, adapters_on_host in itertools.product(base_on_host, adapters):
+            yield (
+                (3,) * sizes.layers,
+                Placement(
+                    layer_major=True,
+                    embedding_on_host=not sizes.config.tie_word_embeddings,
+                    base_on_host=on_host,
+                    adapters_on_host=adapters_on_host,
+                    tokens_at_once=min(tokens, sizes.step_tokens),
+                    heads_at_once=heads,
+                ),
+            )
+
+
+def _fixed_parts(sizes: _Sizes, placement: Placement, engine: bool) -> dict[str, int]:
     """What stands in memory all the time."""
     recipe, width = sizes.recipe, sizes.width
-    weight_bytes = NF4_BYTES if recipe.method == "qlora" else width
-    embedding = sizes.config.vocab_size * sizes.config.hidden_size if on_host else 0
+    embedding = _embedding(sizes) if placement.embedding_on_host else 0
+    frozen, layers = sizes.frozen_bytes, sizes.layers
     parts = {
-        "frozen weights": int(sizes.linear * weight_bytes),
+        "frozen weights": 2 * frozen // layers if placement.base_on_host else frozen,
         "embeddings, head and norms": int((sizes.total - sizes.linear - embedding) * width),
-        "adapters (float32)": sizes.adapter * 4,
-        "gradients (float32)": sizes.adapter * 4,
-        "optimizer state": int(sizes.adapter * OPTIMIZER_BYTES[recipe.optimizer]),
     }
+    if placement.adapters_on_host:
+        # Two layers' values and gradients come and go.
+        parts["adapters and gradients of two layers"] = 4 * 4 * sizes.adapter // layers
+    else:
+        parts |= _adapter_parts(sizes)
     if engine:
-        parts["adapters (copy in the base's type)"] = sizes.adapter * width
+        copies = sizes.adapter // layers if placement.adapters_on_host else sizes.adapter
+        parts["adapters (copy in the base's type)"] = copies * width
         if recipe.method == "qlora":
-            parts["one layer dequantized"] = sizes.linear // sizes.layers * width
+            parts["one layer dequantized"] = sizes.linear // layers * width
     if sizes.cuda:
         parts["CUDA context"] = CUDA_CONTEXT_BYTES
     return parts
+
+
+def _adapter_parts(sizes: _Sizes) -> dict[str, int]:
+    return {
+        "adapters (float32)": sizes.adapter * 4,
+        "gradients (float32)": sizes.adapter * 4,
+        "optimizer state": int(sizes.adapter * OPTIMIZER_BYTES[sizes.recipe.optimizer]),
+    }
+
+
+def _host_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
+    """What lies in host memory instead of the card's."""
+    parts = {}
+    if placement.base_on_host:
+        parts["frozen weights"] = sizes.frozen_bytes
+    if placement.adapters_on_host:
+        parts |= _adapter_parts(sizes)
+    if placement.embedding_on_host:
+        parts["embedding"] = _embedding(sizes) * sizes.width
+    if placement.layer_major:
+        layers = sizes.layers - placement.inputs_on_card
+        one = sizes.step_tokens * sizes.config.hidden_size * sizes.width
+        parts["inputs of layers"] = layers * one
+    return parts
+
+
+def _embedding(sizes: _Sizes) -> int:
+    return int(sizes.config.vocab_size * sizes.config.hidden_size)
+
+
+def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
+    """What a step needs that goes layer by layer through all its micro-batches."""
+    model, qkv, out, inner = _widths(sizes)
+    rows = max(1, placement.tokens_at_once // sizes.recipe.cutoff_len)
+    micro = min(rows * sizes.recipe.cutoff_len, sizes.step_tokens)
+    chunk = min(placement.tokens_at_once, micro)
+    rank, width = sizes.recipe.lora_r, sizes.width
+    keys = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
+    share = min(1.0, placement.heads_at_once / keys)
+    # qkv and attention's output, the gradient of each, in place of qkv where heads go in groups.
+    attention = (qkv + 2 * out + 3 * rank + (qkv if share == 1 else 2 * share * qkv)) * width
+    attention += share * out * 4  # the kernel's float32 sums
+    products = (6 * model + 6 * inner + 3 * rank) * width
+    head = min(chunk * 4 * model * 4 + _logits_bytes(sizes, True), chunk * 64 * model)
+    return {
+        "hidden states of a step": sizes.step_tokens * model * width,
+        "inputs under way": 4 * micro * model * width,
+        "work of one layer, or the loss": int(max(micro * attention + chunk * products, head)),
+    }
 
 
 def _working_parts(sizes: _Sizes, keep: tuple[int, ...], engine: bool) -> dict[str, int]:

@@ -209,6 +209,11 @@ class Recipe(BaseModel):
         pattern=r"^\d+(\.\d+)? ?(GiB|GB|MiB|MB)$",
         description="Memory that a run may plan for, such as 15GiB; default: the whole card.",
     )
+    streaming: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Frozen weights come from host memory layer by layer: `on`, `off`, or where "
+        "nothing else fits. Exactly the same gradients.",
+    )
     packing: bool = Field(
         True,
         description="Lay the examples of a step out without padding; each sees only itself.",

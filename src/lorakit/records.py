@@ -143,6 +143,38 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """What lies in host memory instead of the card's, and in which order a step is worked.
+
+    `layer_major`: each layer takes all micro-batches of a step before the next one does
+    (`train/layer_major.py`); only then may base and adapters lie on the host. `tokens_at_once` go
+    through a layer's products and `heads_at_once` of its keys through attention; the inputs of
+    the last `inputs_on_card` layers stay on the card.
+    """
+
+    layer_major: bool = False
+    embedding_on_host: bool = False
+    base_on_host: bool = False
+    adapters_on_host: bool = False
+    inputs_on_card: int = 0
+    tokens_at_once: int = 0
+    heads_at_once: int = 0
+
+    def in_words(self) -> list[str]:
+        """What lies on the host."""
+        named = {
+            "the base": self.base_on_host,
+            "adapters and optimizer": self.adapters_on_host,
+            "layer inputs": self.layer_major,
+            "the embedding": self.embedding_on_host,
+        }
+        return [name for name, there in named.items() if there]
+
+
+ON_CARD = Placement()
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Predicted bytes per part of a training run, whether they fit, and what that takes.
 
@@ -154,28 +186,39 @@ class MemoryPlan:
     available_bytes: int
     fits: bool
     keep: tuple[int, ...] = ()
-    embedding_on_host: bool = False
+    placement: Placement = ON_CARD
+    host_parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
         """Sum over the parts."""
         return sum(self.parts.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """Sum over what lies in host memory."""
+        return sum(self.host_parts.values())
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `plan.json`."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
+        return {**asdict(self), "total_bytes": self.total_bytes, "host_bytes": self.host_bytes}
 
     def describe(self) -> str:
         """What is recomputed and moved to make it fit, in a few words."""
-        names = ("nothing", "gate/up", "attention and gate/up", "all but the last product")
-        counts = {level: self.keep.count(level) for level in sorted(set(self.keep))}
-        said = [
-            f"{names[level]} recomputed in {count} layer{'s' * (count != 1)}"
-            for level, count in counts.items()
-            if level
-        ]
-        said += ["the embedding stays in host memory"] * self.embedding_on_host
-        return ", ".join(said) or "nothing recomputed"
+        said = []
+        if self.placement.layer_major:
+            said.append("layer by layer, all recomputed but the last product")
+        else:
+            names = ("nothing", "gate/up", "attention and gate/up", "all but the last product")
+            counts = {level: self.keep.count(level) for level in sorted(set(self.keep))}
+            said += [
+                f"{names[level]} recomputed in {count} layer{'s' * (count != 1)}"
+                for level, count in counts.items()
+                if level
+            ]
+        on_host = self.placement.in_words()
+        said += [f"in host memory: {', '.join(on_host)}"] if on_host else []
+        return "; ".join(said) or "nothing recomputed"
 
 
 @dataclass(frozen=True, slots=True)

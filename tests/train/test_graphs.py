@@ -75,7 +75,7 @@ def test_graphs_give_the_gradients_of_eager_runs(kept, dropout):
         graphs.begin(0.01)
         graphs.failed = "asked" if eager else None
         losses = [float(graphs(batch)) for batch in batches + batches]
-        results.append((losses, graphs.flat.clone()))
+        results.append((losses, graphs.gradients.flat.clone()))
     assert graphs.failed is None
     assert len(graphs.graphs) == 3
     # The same kernels on the same numbers; only attention's backward may add in another order.

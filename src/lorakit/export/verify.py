@@ -21,6 +21,7 @@ from lorakit.data.template import prompt_ids
 from lorakit.errors import WorkError
 from lorakit.export.source import Source, checked_prompts
 from lorakit.generate import GenerationSettings, base_answers, fit_prompt, left_padded
+from lorakit.model.modes import device_of
 from lorakit.run_dir import RunDir, write_json
 
 PROMPTS, ANSWER_TOKENS = 8, 32
@@ -99,7 +100,7 @@ def greedy(
     Padding may turn a tie the other way; what is compared is predicted anew along each answer.
     """
     pad = min(stops)
-    batch = left_padded(prompts, pad, model.device)
+    batch = left_padded(prompts, pad, device_of(model))
     out = model.generate(
         **batch,
         max_new_tokens=tokens,
@@ -123,7 +124,7 @@ def predictions(model: Any, prompt: list[int], answer: list[int]) -> Any:
     """Log-probabilities [N, V] of each answer token's place, float32 on the CPU."""
     import torch
 
-    ids = torch.tensor([prompt + answer], device=model.device)
+    ids = torch.tensor([prompt + answer], device=device_of(model))
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.float().log_softmax(-1).cpu()

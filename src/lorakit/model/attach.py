@@ -7,7 +7,9 @@ adapters switched off or merged) goes through the model's own layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ from torch import Tensor
 from lorakit.model.attention import Segments
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.model.fast_layer import Arena, FastLayer, Keep, Pass
+from lorakit.model.host_adapters import HostAdapters
 from lorakit.model.lora_group import Scratch, Unsupported, refresh
 from lorakit.model.modes import evaluating
+from lorakit.model.streamed import StreamedBase
 from lorakit.ops.backend import kernels_reason
 from lorakit.ops.hash_mask import draw_keys
+from lorakit.records import ON_CARD, Placement
 
 # Largest relative difference of a layer's update on the probe: rounding of the type, with room.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -32,8 +37,12 @@ class Engine:
 
     decoder: Any
     layers: list[FastLayer]
+    device: torch.device
     scratch: Scratch = field(default_factory=dict)
-    home: torch.device | None = None  # of the embedding, while that lies on the host
+    streamed: StreamedBase | None = None
+    host_adapters: HostAdapters | None = None
+    embedding_on_host: bool = False
+    hooks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # PEFT switches all adapters at once, but any one may be the only kind there is.
@@ -50,71 +59,108 @@ class Engine:
 
     def serves(self, length: int) -> bool:
         """True where the fast path computes what the model would: adapters on, window not hit."""
-        if any(layer.window and length > layer.window for layer in self.layers):
+        windows = [layer.attention.window for layer in self.layers]
+        if any(window and length > window for window in windows):
             return False
         return not any(_switched_off(module) for module in self.adapted)
 
-    @property
-    def embedding_on_host(self) -> bool:
-        """True after `move_embedding_to_host`."""
-        return self.home is not None
-
     def move_embedding_to_host(self) -> None:
         """Leave the card's memory to the rest: rows are looked up on the host for each batch."""
-        if self.home is None:
-            self.home = self.decoder.embed_tokens.weight.device
-            self.decoder.embed_tokens.cpu()
+        if not self.embedding_on_host:
+            self.embedding_on_host = True
+            embedding = self.decoder.embed_tokens.cpu()
+            before = embedding.register_forward_pre_hook(lambda _, given: (given[0].cpu(),))
+            after = embedding.register_forward_hook(lambda _, __, found: found.to(self.device))
+            self.hooks += [before, after]
 
     def embed_on_host(self, input_ids: Tensor) -> Tensor:
         """Embeddings [B, T, D] of ids on the host, page-locked where they go to a card."""
-        found: Tensor = self.decoder.embed_tokens(input_ids)
-        on_card = self.home is not None and self.home.type == "cuda"
-        return found.pin_memory() if on_card else found
+        found: Tensor = self.decoder.embed_tokens.forward(input_ids)  # past the hooks
+        return found.pin_memory() if self.device.type == "cuda" else found
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        if self.home is None:
-            embedded: Tensor = self.decoder.embed_tokens(input_ids)
-            return embedded
-        return self.embed_on_host(input_ids.cpu()).to(input_ids.device)
+    def move_base_to_host(self) -> None:
+        """Frozen weights of the layers go to host memory, and by turns to the card."""
+        self.streamed = StreamedBase([layer.groups for layer in self.layers], self.device)
+        for number, layer in enumerate(self.decoder.layers):
+            call = functools.partial(self._enter_own, number)
+            self.hooks.append(layer.register_forward_pre_hook(call))
 
-    def __call__(
-        self,
-        input_ids: Any,
-        position_ids: Tensor | None,
-        segments: Segments | None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
+    def move_adapters_to_host(self) -> None:
+        """Adapters go to host memory, and their gradients and optimizer with them."""
+        self.host_adapters = HostAdapters([layer.groups for layer in self.layers], self.device)
+
+    def enter(self, number: int, training: bool, following: int | None = None) -> None:
+        """Layer `number` can be worked with from here on; the `following` one is on its way."""
+        if self.streamed is not None:
+            self.streamed.enter(number, following)
+        if self.host_adapters is not None:
+            self.host_adapters.enter(number, following)
+            refresh(self.layers[number].groups, training)
+
+    def begin(self, inputs: dict[str, Any], segments: Segments | None) -> tuple[Tensor, Pass]:
+        """(embedded ids [B, T, D], what all layers share) of one micro-batch.
+
+        Args:
+            inputs: `input_ids` or `inputs_embeds`, and perhaps `position_ids`.
+        """
         training = self.decoder.training
-        refresh(self.groups, training)
-        hidden = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        cos, sin = self.decoder.rotary_emb(hidden, position_ids=position_ids)
+        hidden = inputs.get("inputs_embeds")
+        if hidden is None:
+            hidden = self.decoder.embed_tokens(inputs["input_ids"])
+        places = inputs.get("position_ids")
+        if places is None:
+            places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        angles = self.decoder.rotary_emb(hidden, position_ids=places)
         masks = max((layer.masks for layer in self.layers), default=0)
         keys = None
         if training and masks:
             keys = draw_keys(len(self.layers) * masks, hidden.device)
             keys = keys.view(len(self.layers), masks, 2)
-        arena = None
+        return hidden, Pass(angles, segments, keys, training)
+
+    def __call__(self, inputs: dict[str, Any], segments: Segments | None) -> Tensor:
+        """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
+        hidden, call = self.begin(inputs, segments)
+        if self.host_adapters is None:
+            refresh(self.groups, call.training)
         if torch.is_grad_enabled():
-            arena = Arena(self.layers, hidden.shape[:-1].numel(), hidden.shape[-1], hidden)
-        call = Pass(cos, sin, segments, keys, training, arena)
-        for layer in self.layers:
+            rows, width = hidden.shape[:-1].numel(), hidden.shape[-1]
+            call = replace(call, arena=Arena(self.layers, rows, width, hidden))
+        for number, layer in enumerate(self.layers):
+            last = number + 1 == len(self.layers)
+            self.enter(number, call.training, None if last else number + 1)
             hidden = layer(hidden, call)
         return self.decoder.norm(hidden)
 
     def detach(self) -> None:
-        """Give every module a weight of its own again, as savers expect, and where it was."""
-        if self.home is not None:
-            self.decoder.embed_tokens.to(self.home)
-            self.home = None
+        """Give every module a weight of its own again, as savers expect, and where it was.
+
+        A base in host memory stays there: the card may have no room for it.
+        """
+        if self.embedding_on_host and self.streamed is None:
+            self.embedding_on_host = False
+            for hook in self.hooks:
+                hook.remove()
+            self.decoder.embed_tokens.to(self.device)
+        if self.host_adapters is not None:
+            self.host_adapters.leave()
+            self.host_adapters = None
         for group in self.groups:
-            group.unmerge()
+            if self.streamed is None:
+                group.unmerge()
             group.a_sink = group.b_sink = None
 
+    def _enter_own(self, number: int, *_: Any) -> None:
+        """Before the model's own layer `number` runs (generation, probes)."""
+        if self.streamed is not None:
+            self.streamed.enter(number, (number + 1) % len(self.layers))
+        if self.host_adapters is not None:
+            self.host_adapters.enter(number)
 
-def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:
+
+def attach_engine(
+    base: Any, device: torch.device, placement: Placement = ON_CARD
+) -> tuple[Engine | None, str]:
     """(engine, path) for the transformers model inside a PEFT model; None where it is not served.
 
     The engine's hidden states are compared with the model's own on a probe, so an architecture that
@@ -127,25 +173,48 @@ def attach_engine(base: Any, device_kind: str) -> tuple[Engine | None, str]:
     scratch: Scratch = {}
     try:
         _check_shape(decoder, config)
-        layers = [FastLayer(x, i, config, scratch) for i, x in enumerate(decoder.layers)]
+        found = enumerate(decoder.layers)
+        layers = [FastLayer(x, i, config, scratch, device) for i, x in found]
     except (Unsupported, AttributeError) as error:
         return None, f"{error}: PEFT's own layers"
-    engine = Engine(decoder, layers, scratch)
+    engine = Engine(decoder, layers, device, scratch)
     for layer in layers:
         for group in layer.groups:
             group.merge()
-        if device_kind == "cuda":
+        if device.type == "cuda":
             # The parts go back at once; left cached, small tensors would settle in them for good.
             torch.cuda.empty_cache()
+    _place(engine, base, placement)
     difference = _probe(engine, base)
     tolerance = TOLERANCE[layers[0].qkv.kind]
     if not difference < tolerance:
         engine.detach()
         return None, f"the probe differs by {difference:.1%} from the model's own: its own layers"
     return engine, (
-        f"{len(layers)} fused layers, {kernels_reason(device_kind)}; "
+        f"{len(layers)} fused layers, {kernels_reason(device.type)}; "
         f"probe differs by {difference:.2%} from the model's own"
     )
+
+
+def _place(engine: Engine, base: Any, placement: Placement) -> None:
+    """Let parts lie where the plan says; what is not of the layers goes to the card."""
+    if placement.base_on_host:
+        engine.move_base_to_host()
+        own = [(*layer.norms, *layer.attention.norms) for layer in engine.layers]
+        parts = [engine.decoder.norm, engine.decoder.rotary_emb, *itertools.chain(*own)]
+        parts += [base.get_output_embeddings()]
+        if not placement.embedding_on_host:
+            parts += [engine.decoder.embed_tokens]
+        for part in parts:
+            if part is not None:
+                part.to(engine.device)
+    if placement.adapters_on_host:
+        engine.move_adapters_to_host()
+    else:
+        for parameter in (p for group in engine.groups for p in group.parameters):
+            parameter.data = parameter.data.to(engine.device)
+    if placement.embedding_on_host:
+        engine.move_embedding_to_host()
 
 
 def _check_shape(decoder: Any, config: Any) -> None:
@@ -171,28 +240,29 @@ def _probe(engine: Engine, base: Any) -> float:
 
     Layer by layer: over the whole depth even two bf16 runs of one model drift apart by percents.
     """
-    config = base.config.get_text_config()
-    device = engine.decoder.embed_tokens.weight.device
+    config, device = base.config.get_text_config(), engine.device
     ids = (torch.arange(PROBE_TOKENS, device=device).unsqueeze(0) * 7919 + 13) % config.vocab_size
     places = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
-    refresh(engine.groups, training=False)
+    if engine.host_adapters is None:
+        refresh(engine.groups, training=False)
     with evaluating(base):
-        hidden = engine.decoder.embed_tokens(ids)
-        cos, sin = engine.decoder.rotary_emb(hidden, position_ids=places)
-        call = Pass(cos, sin, None, None, False)
+        hidden, call = engine.begin({"input_ids": ids, "position_ids": places}, None)
         differences = [torch.zeros((), device=device)]
-        for fast, own in zip(engine.layers, engine.decoder.layers, strict=True):
-            out = own(
+        for number, (fast, layer) in enumerate(
+            zip(engine.layers, engine.decoder.layers, strict=True)
+        ):
+            own = layer(
                 hidden,
                 attention_mask=None,
                 position_ids=places,
-                position_embeddings=(cos, sin),
+                position_embeddings=call.angles,
                 use_cache=False,
             )
-            out = out[0] if isinstance(out, tuple) else out
-            error = (fast(hidden, call) - out).float().norm()
-            differences.append(error / (out - hidden).float().norm())
-            hidden = out
+            own = own[0] if isinstance(own, tuple) else own
+            engine.enter(number, training=False)
+            error = (fast(hidden, call) - own).float().norm()
+            differences.append(error / (own - hidden).float().norm())
+            hidden = own
         return float(torch.stack(differences).max())
 
 

@@ -34,6 +34,15 @@ class Segments:
     longest: int
     lengths: tuple[int, ...]
 
+    @classmethod
+    def of(
+        cls, borders: Tensor | None, lengths: tuple[int, ...] = (), longest: int | None = None
+    ) -> Segments | None:
+        """The documents of a micro-batch (`data/batch.py`); None where rows are not packed."""
+        if borders is None:
+            return None
+        return cls(borders, longest or max(lengths), tuple(lengths))
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
     """Causal attention; q [B, T, H, d], k and v [B, T, Hk, d] -> [B, T, H, d].

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.model.attention import Segments, attend
+from lorakit.model.attention import Segments
+from lorakit.model.layer_attention import Angles, Attended, LayerAttention, eps_of
 from lorakit.model.lora_group import Dropout, LoraGroup, Scratch, Unsupported
 from lorakit.ops.gated import gated, gated_backward
 from lorakit.ops.lora import Update
 from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
-from lorakit.ops.rope import rope, rotate_qkv_, unrotate_qkv
 
 
 class Keep(enum.IntEnum):
@@ -39,8 +39,7 @@ class Keep(enum.IntEnum):
 class Pass:
     """What all layers share in one forward pass: angles, documents, masks, train or not."""
 
-    cos: Tensor
-    sin: Tensor
+    angles: Angles  # cos, sin [1 or B, T, d]
     segments: Segments | None
     keys: Tensor | None  # [layers, modules, 2]
     training: bool
@@ -77,24 +76,13 @@ class Arena:
 
 
 @dataclass(slots=True)
-class _Attention:
-    """One layer's attention as a graph of its own: leaves, and the output that leads back."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    raw: Tensor | None = None  # q and k before their norms (Qwen3)
-
-
-@dataclass(slots=True)
 class _Saved:
     """What one layer's forward left for its backward; None where it is recomputed."""
 
     x: Any  # [M, D]
     updates: dict[str, Update | None] = field(default_factory=dict)
     rstd1: Any = None  # [M] float32, as rstd2
-    attention: Any = None  # _Attention
+    attention: Any = None  # Attended
     mid: Any = None  # [M, D]
     rstd2: Any = None
     gate_up: Any = None  # [M, 2I], adapters not included
@@ -103,28 +91,32 @@ class _Saved:
 class FastLayer:
     """A decoder layer's modules as four groups of linear layers, two norms and its attention."""
 
-    def __init__(self, layer: Any, number: int, config: Any, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        number: int,
+        config: Any,
+        scratch: Scratch,
+        device: torch.device | None = None,
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.number, self.keep = number, Keep.ALL
-        self.head, self.scale = attention.head_dim, attention.scaling
-        self.qkv = LoraGroup("qkv", [attention.q_proj, attention.k_proj, attention.v_proj], scratch)
-        self.o = LoraGroup("o", [attention.o_proj], scratch)
-        self.gate_up = LoraGroup("gate_up", [mlp.gate_proj, mlp.up_proj], scratch)
-        self.down = LoraGroup("down", [mlp.down_proj], scratch)
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = LoraGroup("qkv", inputs, scratch, device)
+        self.o = LoraGroup("o", [attention.o_proj], scratch, device)
+        self.gate_up = LoraGroup("gate_up", [mlp.gate_proj, mlp.up_proj], scratch, device)
+        self.down = LoraGroup("down", [mlp.down_proj], scratch, device)
         self.groups = [self.qkv, self.o, self.gate_up, self.down]
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.head_norms: list[Any] = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
-        for norm in (*self.norms, *self.head_norms):
+        self.offset = 1.0 if config.model_type.startswith("gemma") else 0.0
+        self.attention = LayerAttention(attention, self.qkv.sizes, config, self.offset)
+        for norm in (*self.norms, *self.attention.norms):
             if norm is not None and norm.weight.requires_grad:
                 raise Unsupported("norm weights train")
-        self.offset = 1.0 if config.model_type.startswith("gemma") else 0.0
         name = getattr(config, "hidden_activation", None) or config.hidden_act
         if name not in _ACTIVATIONS:
             raise Unsupported(f"activation {name}")
         self.activation = _ACTIVATIONS[name]
-        self.rotates = bool(getattr(attention, "use_rope", True))
-        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-        self.window: int | None = int(window) if window else None
         starts = [0]
         for group in self.groups:
             starts.append(starts[-1] + len(group.adapted))
@@ -147,55 +139,7 @@ class FastLayer:
 
     def norm(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
         module = self.norms[number]
-        return rms_norm(x, module.weight, _eps(module), self.offset)
-
-    def attend(
-        self, qkv: Tensor, update: Update | None, call: Pass, batch: int, graph: bool
-    ) -> _Attention:
-        """Add the adapters' part to qkv [M, N], rotate q and k in place, and attend."""
-        heads = tuple(size // self.head for size in self.qkv.sizes)
-        angles = (call.cos, call.sin) if self.rotates else None
-        raw = None
-        if self.head_norms[0] is None:
-            rotate_qkv_(qkv, heads, self.head, angles, update)
-        else:
-            raw = self.qkv.add_(qkv, update)
-        wide = qkv.view(batch, -1, sum(heads), self.head)
-        q, k, v = wide.split(heads, dim=2)
-        if raw is not None:
-            q, k = (self._head_norm(n, t) for n, t in enumerate((q, k)))
-            if angles is not None:
-                q, k = rope(q, *angles, out=q), rope(k, *angles, out=k)
-        with torch.set_grad_enabled(graph):
-            if graph:
-                q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            out = attend(q, k, v, self.scale, call.segments)
-        return _Attention(q, k, v, out, raw)
-
-    def _head_norm(self, number: int, t: Tensor) -> Tensor:
-        module = self.head_norms[number]
-        flat = t.reshape(-1, self.head)
-        return rms_norm(flat, module.weight, _eps(module), self.offset)[0].view(t.shape)
-
-    def attention_backward(self, kept: _Attention, dout: Tensor, call: Pass) -> Tensor:
-        """dqkv [M, N] from the gradient of attention's output [B, T, H, d]."""
-        dq, dk, dv = torch.autograd.grad(kept.out, (kept.q, kept.k, kept.v), dout)
-        dqkv = unrotate_qkv(dq, dk, dv, (call.cos, call.sin) if self.rotates else None)
-        if kept.raw is not None:
-            wide = dqkv.view(*dq.shape[:2], -1, self.head)
-            for number, part in enumerate(wide.split([t.shape[2] for t in (dq, dk, dv)], dim=2)):
-                if number < 2:
-                    part.copy_(self._head_norm_backward(number, part, kept.raw, dq.shape[0]))
-        return dqkv
-
-    def _head_norm_backward(self, number: int, grad: Tensor, raw: Tensor, batch: int) -> Tensor:
-        module = self.head_norms[number]
-        wide = raw.view(batch, -1, raw.shape[1] // self.head, self.head)
-        own = wide.split([size // self.head for size in self.qkv.sizes], dim=2)[number]
-        x = own.reshape(-1, self.head)
-        rstd = torch.rsqrt(x.float().pow(2).mean(-1) + _eps(module))
-        flat = grad.reshape(-1, self.head)
-        return rms_norm_backward(flat, x, module.weight, rstd, self.offset).view(grad.shape)
+        return rms_norm(x, module.weight, eps_of(module), self.offset)
 
 
 class _Layer(torch.autograd.Function):
@@ -223,7 +167,7 @@ class _Layer(torch.autograd.Function):
         return (dx.view(ctx.shape) if dx is not None else None, None, None, *gradients)
 
 
-class _Weights:
+class Weights:
     """Frozen weights of one layer in one pass: NF4 ones are dequantized at most once."""
 
     def __init__(self, layer: FastLayer) -> None:
@@ -238,7 +182,7 @@ class _Weights:
 
 def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: bool) -> Tensor:
     """The layer's output [M, D]; `saved` keeps what `layer.keep` says."""
-    keep, weights = layer.keep, _Weights(layer)
+    keep, weights = layer.keep, Weights(layer)
     mid = _to_middle(layer, call, saved, weights, batch, wants and keep < Keep.MIDDLE)
     h2, saved.rstd2 = layer.norm(1, mid)
     gate_up = _to_gate_up(layer, call, saved, weights, h2)
@@ -259,7 +203,7 @@ def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: boo
     return out
 
 
-def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights) -> Tensor:
+def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: Weights) -> Tensor:
     """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
     h1, saved.rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
@@ -269,18 +213,19 @@ def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights) -> T
 
 
 def _attention_of(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, batch: int, graph: bool
-) -> _Attention:
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, batch: int, graph: bool
+) -> Attended:
     qkv = _to_qkv(layer, call, saved, weights)
-    return layer.attend(qkv, saved.updates["qkv"], call, batch, graph)
+    layer.attention.prepare_(qkv, saved.updates["qkv"], call.angles)
+    return layer.attention.attend(qkv, call.angles, call.segments, batch, graph)
 
 
 def _to_middle(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, batch: int, graph: bool
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, batch: int, graph: bool
 ) -> Tensor:
     """The first half of the layer, mid [M, D]; `saved` gets its attention and updates."""
     saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
-    flat = _flat(saved.attention.out)
+    flat = as_rows(saved.attention.out)
     drop = layer.dropout(layer.o, call)
     room = layer.room("mid", call)
     mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, saved.x, room)
@@ -288,7 +233,7 @@ def _to_middle(
 
 
 def _to_gate_up(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, h2: Tensor
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, h2: Tensor
 ) -> Tensor:
     """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
     drop = layer.dropout(layer.gate_up, call)
@@ -302,7 +247,7 @@ def _backward(
     layer: FastLayer, call: Pass, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of the groups' parameters in their order)."""
-    weights = _Weights(layer)
+    weights = Weights(layer)
     if saved.mid is None:
         saved.mid = _to_middle(layer, call, saved, weights, shape[0], graph=True)
     elif saved.attention is None:
@@ -313,7 +258,7 @@ def _backward(
 
 
 def _backward_mlp(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, dout: Tensor
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, dout: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(dmid [M, D], gradients of gate/up and down)."""
     mid, rstd2, training = saved.mid, saved.rstd2, call.training
@@ -339,15 +284,15 @@ def _backward_mlp(
 
 
 def _backward_attention(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: _Weights, dmid: Tensor, wants_dx: bool
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, dmid: Tensor, wants_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of qkv and o)."""
     kept, rstd1, training = saved.attention, saved.rstd1, call.training
     drop = layer.dropout(layer.o, call)
     ds, db = layer.o.output_grads(dmid, saved.updates["o"])
     dflat = layer.o.input_grad(dmid, ds, weights[layer.o], drop)
-    of_o = layer.o.factor_grads(ds, db, _flat(kept.out), drop, training)
-    dqkv = layer.attention_backward(kept, dflat.view(kept.out.shape), call)
+    of_o = layer.o.factor_grads(ds, db, as_rows(kept.out), drop, training)
+    dqkv = layer.attention.backward(kept, dflat.view(kept.out.shape), call.angles)
     saved.attention = kept = None
     h1, _ = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
@@ -361,7 +306,7 @@ def _backward_attention(
     return dx, [*of_qkv, *of_o]
 
 
-def _flat(out: Tensor) -> Tensor:
+def as_rows(out: Tensor) -> Tensor:
     """Attention's output [B, T, H, d] as rows [M, H*d]."""
     return out.detach().reshape(out.shape[0] * out.shape[1], -1)
 
@@ -372,7 +317,3 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

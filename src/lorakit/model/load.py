@@ -113,8 +113,8 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
         ) from error
 
 
-def load_base(recipe: Recipe, location: str, device: Device) -> Any:
-    """The frozen base on its device: 16- or 32-bit for LoRA, NF4 for QLoRA.
+def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = False) -> Any:
+    """The frozen base on its device, or in host memory: 16- or 32-bit for LoRA, NF4 for QLoRA.
 
     Raises:
         ModelError: weights missing or unreadable.
@@ -135,7 +135,7 @@ def load_base(recipe: Recipe, location: str, device: Device) -> Any:
         )
     # Without a map transformers puts quantized weights on a CUDA card, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
-        arguments["device_map"] = {"": device.kind}
+        arguments["device_map"] = {"": "cpu" if on_host else device.kind}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             location, attn_implementation=device.attention, **arguments
@@ -143,6 +143,9 @@ def load_base(recipe: Recipe, location: str, device: Device) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
     guard_quantized_cpu_weights(model)
+    if on_host:
+        # accelerate refuses to train 4-bit models that it takes for offloaded by itself.
+        model.__dict__.pop("hf_device_map", None)
     return model
 
 

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops.lora import InputGrad, Update, lora_a_grad, lora_down, lora_input_grad_
+from lorakit.ops.lora import (
+    InputGrad,
+    Update,
+    lora_a_grad,
+    lora_down,
+    lora_input_grad_,
+    matmul_float32,
+)
 from lorakit.ops.lora_output import lora_add, lora_output_grads
 from lorakit.ops.nf4 import dequantize_nf4
 
@@ -48,7 +55,13 @@ class Adapted:
 class LoraGroup:
     """The frozen product of `modules` and their low-rank updates, forward and backward by hand."""
 
-    def __init__(self, name: str, modules: Sequence[nn.Module], scratch: Scratch) -> None:
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[nn.Module],
+        scratch: Scratch,
+        device: torch.device | None = None,
+    ) -> None:
         self.name, self.scratch = name, scratch
         self.bases = [_base_layer(m) for m in modules]
         self.sizes = [base.out_features for base in self.bases]
@@ -64,13 +77,15 @@ class LoraGroup:
             raise Unsupported(f"ranks or scales differ within {name}")
         self.rank, self.scale = (ranks or {0}).pop(), (scales or {1.0}).pop()
         self.p = _dropout(modules)
-        self.bias = self._merged_bias()
         self.four_bit = hasattr(self.bases[0].weight, "quant_state")
         self.merged: Tensor | None = None
         weight = self.bases[0].weight
+        # Where the work is done; the frozen weights may lie elsewhere until they are needed.
+        self.device = device or weight.device
+        self.bias = self._merged_bias()
         self.kind = self.bases[0].compute_dtype if self.four_bit else weight.dtype
         # Copies of the factors in the base's type; `refresh` fills them from the float32 masters.
-        kind = {"dtype": self.kind, "device": weight.device}
+        kind = {"dtype": self.kind, "device": self.device}
         self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, **kind)
         self.b = torch.zeros(self.outputs, self.rank, **kind)
         # Where gradients are added when they do not go through autograd, see `graphs.py`.
@@ -104,6 +119,31 @@ class LoraGroup:
                 base.weight.data = base.weight.data.clone()
         self.merged = None
 
+    def frozen(self) -> list[Tensor]:
+        """All that `weight` is made of, after `merge`: one matrix, or NF4 weights and scales."""
+        if self.merged is not None:
+            return [self.merged]
+        found = []
+        for base in self.bases:
+            state = base.weight.quant_state
+            found += [base.weight.data, state.absmax]
+            found += [state.state2.absmax] if state.nested else []
+        return found
+
+    def point_to(self, tensors: Sequence[Tensor]) -> None:
+        """Let the modules use `tensors`, laid out as `frozen` gives them, from now on."""
+        if self.merged is not None:
+            (self.merged,) = tensors
+            for base, rows in zip(self.bases, self.columns, strict=True):
+                base.weight.data = self.merged[rows]
+            return
+        each = iter(tensors)
+        for base in self.bases:
+            state = base.weight.quant_state
+            base.weight.data, state.absmax = next(each), next(each)
+            if state.nested:
+                state.state2.absmax = next(each)
+
     def weight(self) -> Tensor:
         """The frozen weight [N, K]; of NF4 modules in scratch memory, until the next layer's."""
         if self.merged is not None:
@@ -111,9 +151,7 @@ class LoraGroup:
         key = (self.name, self.outputs, self.inputs)
         out = self.scratch.get(key)
         if out is None:
-            out = torch.empty(
-                self.outputs, self.inputs, dtype=self.kind, device=self.bases[0].weight.device
-            )
+            out = torch.empty(self.outputs, self.inputs, dtype=self.kind, device=self.device)
             self.scratch[key] = out
         for base, rows in zip(self.bases, self.columns, strict=True):
             dequantize_nf4(base.weight.data, base.weight.quant_state, out[rows])
@@ -131,14 +169,6 @@ class LoraGroup:
             return y, None
         s = lora_down(x, self.a, dropout.keys, dropout.p)
         return y, Update(s, self.b, self.slots)
-
-    def add_(self, y: Tensor, update: Update | None) -> Tensor:
-        """Add the adapters' update to y [M, N] where no consumer does it on the way."""
-        for module, columns in enumerate(self.columns):
-            low_rank = update.of(module, columns) if update else None
-            if low_rank is not None:
-                y[:, columns].addmm_(low_rank[0], low_rank[1].t())
-        return y
 
     def full(
         self,
@@ -162,6 +192,15 @@ class LoraGroup:
         columns = [x.columns for x in self.adapted]
         ds, db = lora_output_grads(dy, update, columns, self.b_sink)
         return ds, db if self.b_sink is None else None
+
+    def s_grad(self, dy: Tensor) -> Tensor:
+        """dS [M, R] of a single module, where S itself is not at hand yet; see `b_grad`."""
+        return dy @ self.b if self.adapted else dy.new_empty(dy.shape[0], 0)
+
+    def b_grad(self, dy: Tensor, s: Tensor) -> None:
+        """Add dB of a single module to its sink, the other half of `output_grads`."""
+        if self.adapted:
+            matmul_float32(dy.t(), s, self.b_sink)
 
     def input_grad(self, dy: Tensor, ds: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
         """dx [M, K]."""
@@ -202,10 +241,10 @@ class LoraGroup:
         kind = weight.dtype if weight.is_floating_point() else self.bases[0].compute_dtype
         return torch.cat(
             [
-                torch.zeros(n, dtype=kind, device=weight.device) if b is None else b.data.to(kind)
+                torch.zeros(n, dtype=kind) if b is None else b.data.cpu().to(kind)
                 for n, b in zip(self.sizes, biases, strict=True)
             ]
-        )
+        ).to(self.device)
 
 
 def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
@@ -220,6 +259,25 @@ def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
     if copies:
         torch._foreach_copy_(copies, masters)
         torch._foreach_mul_(scaled, factors)
+
+
+def in_flat_order(groups: Sequence[LoraGroup]) -> list[nn.Parameter]:
+    """The parameters as sinks lie in one flat buffer: for each group all A, then all B."""
+    return [p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))]
+
+
+def point_sinks(groups: Sequence[LoraGroup], flat: Tensor) -> None:
+    """Let each group add its gradients to its part of `flat` [float32], see `in_flat_order`."""
+    start = 0
+    for group in groups:
+        if not group.adapted:
+            continue
+        size = group.a.numel()
+        group.a_sink = flat[start : start + size].view_as(group.a)
+        start += size
+        size = sum(x.b.numel() for x in group.adapted)
+        group.b_sink = flat[start : start + size].view(-1, group.rank)
+        start += size
 
 
 def _base_layer(module: nn.Module) -> Any:

@@ -1,4 +1,7 @@
-"""A model enters in any mode; inside the `with` it is in evaluation mode and keeps no gradients."""
+"""A model enters in any mode; inside the `with` it is in evaluation mode and keeps no gradients.
+
+Also says on which device a model works, which is not where all of its weights must lie.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+def device_of(model: Any) -> torch.device:
+    """Where inputs go and logits come out; embedding and layers may lie in host memory."""
+    device: torch.device = model.get_output_embeddings().weight.device
+    return device
 
 
 @contextlib.contextmanager

@@ -100,8 +100,12 @@ def shape_config(name: str) -> Any:
     return AutoConfig.for_model(**SHAPES[name])
 
 
-def random_model(config: Any, device: Device, four_bit: bool) -> Any:
-    """A causal LM of this config with random weights, in the device's dtype, NF4 if `four_bit`."""
+def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = False) -> Any:
+    """A causal LM of this config with random weights, in the device's dtype, NF4 if `four_bit`.
+
+    Args:
+        on_host: its layers are made on the device one by one and kept in host memory.
+    """
     import copy
 
     import torch
@@ -123,7 +127,8 @@ def random_model(config: Any, device: Device, four_bit: bool) -> Any:
             layer = layer_type(model.config, index).to(dtype)
         layer.to_empty(device=device.kind)
         _randomize(layer)
-        model.model.layers.append(_quantize(layer, device) if four_bit else layer)
+        layer = _quantize(layer, device) if four_bit else layer
+        model.model.layers.append(layer.cpu() if on_host else layer)
     model.config.num_hidden_layers = config.num_hidden_layers
     model.is_loaded_in_4bit = four_bit
     return model

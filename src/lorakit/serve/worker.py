@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorakit.data.template import stop_token_ids
 from lorakit.generate import base_answers, left_padded
+from lorakit.model.modes import device_of
 from lorakit.model.several import Several
 
 BATCH = 8
@@ -142,7 +143,7 @@ class Worker:
         drawn = first.temperature > 0
         with torch.no_grad():
             model.generate(
-                **left_padded([r.prompt for r in batch], pad, model.device),
+                **left_padded([r.prompt for r in batch], pad, device_of(model)),
                 max_new_tokens=max(r.max_tokens for r in batch),
                 do_sample=drawn,
                 temperature=first.temperature if drawn else None,

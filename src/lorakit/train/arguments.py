@@ -29,9 +29,18 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
+class PlacedConfig(SFTConfig):
+    """The model lies where it was put: neither transformers nor accelerate move it."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """False, whatever the model's kind."""
+        return False
+
+
 def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
-) -> SFTConfig:
+) -> PlacedConfig:
     """The recipe in TRL's words; every TRL default that would change data or rate is overridden."""
     if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
         raise RecipeError(
@@ -44,7 +53,7 @@ def training_arguments(
                 f"report_to: {tracker}: the package is not installed",
                 hint=f"pip install {tracker}, or take it out of report_to",
             )
-    return SFTConfig(
+    return PlacedConfig(
         output_dir=str(run.path),
         # One batch of the loader is one optimizer step; `training_step` cuts it.
         per_device_train_batch_size=recipe.examples_per_step,

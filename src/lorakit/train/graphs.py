@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakit.data.batch import Batch
 from lorakit.model.lora_group import LoraGroup
 from lorakit.records import IGNORE
+from lorakit.train.flat_gradients import FlatGradients
 
 # A micro-batch is padded by half of this on average: 64 of 2,048 tokens are 3%.
 TOKENS_STEP = 128
@@ -52,42 +53,16 @@ class GraphedMicroSteps:
         groups: Sequence[LoraGroup] = (),
     ) -> None:
         self.forward_backward = forward_backward
-        ordered = [
-            p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))
-        ]
-        known = {id(p) for p in ordered}
-        self.parameters = ordered + [p for p in parameters if id(p) not in known]
-        device = self.parameters[0].device
-        sizes = [p.numel() for p in self.parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        self.grads = [
-            part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
-        ]
-        self._point_sinks(groups)
-        self.scale = torch.zeros((), device=device)
+        self.gradients = FlatGradients(parameters, groups)
+        self.scale = torch.zeros((), device=self.gradients.flat.device)
         self.graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self.pool: Any = None
         self.warm: set[bool] = set()
         self.failed: str | None = None
 
-    def _point_sinks(self, groups: Sequence[LoraGroup]) -> None:
-        """Let each group add its gradients where they end: A of all its modules, then B."""
-        start = 0
-        for group in groups:
-            if not group.adapted:
-                continue
-            size = group.a.numel()
-            group.a_sink = self.flat[start : start + size].view_as(group.a)
-            start += size
-            size = sum(x.b.numel() for x in group.adapted)
-            group.b_sink = self.flat[start : start + size].view(-1, group.rank)
-            start += size
-
     def begin(self, scale: float) -> None:
         """Start an optimizer step: gradients to zero, and the factor of its losses."""
-        self.flat.zero_()
-        for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            parameter.grad = grad
+        self.gradients.begin()
         self.scale.fill_(scale)
 
     def __call__(self, micro: Batch) -> Tensor:
@@ -117,9 +92,9 @@ class GraphedMicroSteps:
         if packed in self.warm:
             return
         self.warm.add(packed)
-        before, generator = self.flat.clone(), torch.cuda.get_rng_state()
+        before, generator = self.gradients.flat.clone(), torch.cuda.get_rng_state()
         self.forward_backward(first_tokens(micro, WARM_UP_TOKENS), self.scale)
-        self.flat.copy_(before)
+        self.gradients.flat.copy_(before)
         torch.cuda.set_rng_state(generator)
 
     def _capture(self, micro: Batch) -> _Captured | None:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from lorakit.errors import WorkError
 from lorakit.model.attach import Engine, attach_engine
 from lorakit.model.attention import Segments
 from lorakit.model.families import changes_logits, transform_logits
 from lorakit.model.modes import evaluating
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.cross_entropy import summed_cross_entropy
+from lorakit.records import ON_CARD, Placement
 
 PACKED = "documents share micro-batches without padding"
 # What a model raises whose parts are not where, or do not take what, a probe expects.
@@ -35,27 +37,6 @@ class SupervisedLoss(ModelOutput):
     """`loss_sum`: nats over the micro-batch's supervised tokens; divide by the step's count."""
 
     loss_sum: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Attached:
-    """What `attach_loss` put under a model, each with its reason in words."""
-
-    base: Any
-    engine: Engine | None
-    layers: str
-    loss: str
-    frozen_head: bool
-
-    @functools.cached_property
-    def packing(self) -> str:
-        """How documents packed into one row fare; looked up (two passes) when asked for."""
-        return PACKED if self.engine is not None else _kept_apart(self.base)
-
-    @property
-    def packs(self) -> bool:
-        """Documents packed into one row are kept apart."""
-        return self.packing == PACKED
 
 
 class _Head:
@@ -82,7 +63,38 @@ class _Head:
         return weight
 
 
-def attach_loss(model: Any, engine: str = "off") -> Attached:
+@dataclass(frozen=True)
+class Attached:
+    """What `attach_loss` put under a model, each with its reason in words."""
+
+    base: Any
+    engine: Engine | None
+    layers: str
+    loss: str
+    head: _Head | None
+
+    @functools.cached_property
+    def packing(self) -> str:
+        """How documents packed into one row fare; looked up (two passes) when asked for."""
+        return PACKED if self.engine is not None else _kept_apart(self.base)
+
+    @property
+    def frozen_head(self) -> bool:
+        """The loss and its gradient are made in one pass over the vocabulary."""
+        return self.head is not None and self.head.frozen_weight is not None
+
+    @property
+    def packs(self) -> bool:
+        """Documents packed into one row are kept apart."""
+        return self.packing == PACKED
+
+
+def attach_loss(
+    model: Any,
+    engine: str = "off",
+    device: torch.device | None = None,
+    placement: Placement = ON_CARD,
+) -> Attached:
     """Give `model`'s base instance the supervised forward; returns what it took and why.
 
     Calls without targets (generation, plain inference) keep the model's own forward. Only this
@@ -91,16 +103,28 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
     Args:
         engine: "auto" puts the fast layers under it on cards with kernels, "on" anywhere they
             serve, "off" nowhere.
+        device: where the work is done; by default where the model lies.
+        placement: what lies on the host instead.
+
+    Raises:
+        WorkError: `placement` needs the fast layers, and they do not serve.
     """
     base = base_of(model)
     own_forward = type(base).forward
-    head, loss_path = _verified_head(base, own_forward)
+    device = device or base.device
     fast, layers = None, "the model's own (engine: off)"
-    if engine == "auto" and not has_kernels(base.get_input_embeddings().weight):
+    slow = not has_kernels(torch.empty(0, device=device))
+    if engine == "auto" and slow and not placement.layer_major:
         # On a CPU they took 0.92 s a demo step, PEFT's own 0.84.
-        layers = f"PEFT's own: {kernels_reason(base.device.type)} is no faster fused"
+        layers = f"PEFT's own: {kernels_reason(device.type)} is no faster fused"
     elif engine != "off":
-        fast, layers = attach_engine(base, base.device.type)
+        fast, layers = attach_engine(base, device, placement)
+    if placement.layer_major and fast is None:
+        raise WorkError(
+            f"this run was planned layer by layer, which takes the fast layers ({layers})",
+            hint="raise memory_limit, or lower micro_batch_size or cutoff_len",
+        )
+    head, loss_path = _verified_head(base, own_forward, device)
 
     def forward(
         self: Any,
@@ -118,9 +142,7 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
         if head is None:
             states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
         else:
-            segments = None
-            if borders is not None:
-                segments = Segments(borders, longest or max(lengths), tuple(lengths))
+            segments = Segments.of(borders, lengths, longest)
             states = _hidden(self, fast, segments, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
         loss = summed_cross_entropy(picked, targets, to_logits)
@@ -128,8 +150,7 @@ def attach_loss(model: Any, engine: str = "off") -> Attached:
 
     base.forward = types.MethodType(forward, base)
     base.lorakit_engine = fast
-    frozen = head is not None and head.frozen_weight is not None
-    return Attached(base, fast, layers, loss_path, frozen)
+    return Attached(base, fast, layers, loss_path, head)
 
 
 def detach_loss(model: Any) -> None:
@@ -148,19 +169,19 @@ def base_of(model: Any) -> Any:
 
 def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **inputs: Any) -> Tensor:
     """Hidden states [B, T, D]: the engine's where it serves this call, else the model's own."""
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    length = inputs["input_ids" if embeds is None else "inputs_embeds"].shape[1]
+    embeds = inputs.get("inputs_embeds")
+    length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     if engine is None or not engine.serves(segments.longest if segments else length):
         hidden: Tensor = base.get_decoder()(**inputs)[0]
         return hidden
     # Rows are padded on the right: causal attention never looks there, so no mask is needed.
-    return engine(ids, inputs.get("position_ids"), segments, embeds)
+    return engine(inputs, segments)
 
 
-def _verified_head(base: Any, own_forward: Any) -> tuple[_Head | None, str]:
+def _verified_head(base: Any, own_forward: Any, device: torch.device) -> tuple[_Head | None, str]:
     """The gathered head, if decoder + head give the model's own logits on a probe of 8 tokens."""
     config = base.config.get_text_config()
-    probe = torch.arange(8, device=base.device).unsqueeze(0) % config.vocab_size + 1
+    probe = torch.arange(8, device=device).unsqueeze(0) % config.vocab_size + 1
     try:
         with evaluating(base):
             own = own_forward(base, input_ids=probe, use_cache=False).logits.float()

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.data.batch import collate
 from lorakit.data.shelf import lengths_of
-from lorakit.model.modes import evaluating
+from lorakit.model.modes import device_of, evaluating
 from lorakit.records import EvalScore, Example
 from lorakit.train.loss import attach_loss, base_of, detach_loss
 
@@ -47,7 +47,7 @@ def score(
             while start < len(order):
                 size = max(1, batch_tokens // sizes[order[start]])
                 rows = [examples[i] for i in order[start : start + size]]
-                batch = {k: v.to(model.device) for k, v in collate(rows, pad_id).items()}
+                batch = {k: v.to(device_of(model)) for k, v in collate(rows, pad_id).items()}
                 out = model(**batch, use_cache=False)
                 loss += float(out.loss_sum)
                 tokens += batch["targets"].numel()

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.data.pack import packing_words, saved_share
 from lorakit.data.shelf import lengths_of
+from lorakit.model.chunked_layer import Cut
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
 from lorakit.recipe import Recipe
@@ -31,6 +32,7 @@ from lorakit.train.arguments import total_steps, training_arguments
 from lorakit.train.callbacks import Reporter, Stopper
 from lorakit.train.checkpoint import rotate, save_training_state, staged
 from lorakit.train.graphs import GraphedMicroSteps, to_bucket
+from lorakit.train.layer_major import LayerMajor
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.score import score
@@ -76,17 +78,20 @@ class LoraTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if name in masters:
                 parameter.data = masters[name]
-        self.attached = attach_loss(self.model, recipe.engine)
-        place(self.model, self.attached, plan)
+        self.accelerator.device_placement = False  # parts may lie on the host on purpose
+        where = torch.device(device.kind)
+        self.attached = attach_loss(self.model, recipe.engine, where, plan.placement)
+        recompute(self.model, self.attached, plan)
         packed, self.packing = self._packing(train, device)
+        rows = recipe.micro_batch_size
+        if plan.placement.layer_major:
+            rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
         self.layout: Layout = Layout(
-            pad_id=self.pad_id,
-            rows=recipe.micro_batch_size,
-            capacity=recipe.micro_batch_size * recipe.cutoff_len,
-            packed=packed,
+            pad_id=self.pad_id, rows=rows, capacity=rows * recipe.cutoff_len, packed=packed
         )
         self.step_tokens = 0
         self.graphs = self._graphed()
+        self.layer_major = self._layer_major()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Forward and backward of all micro-batches of one optimizer step; its mean loss.
@@ -95,9 +100,6 @@ class LoraTrainer(SFTTrainer):
         up: they do not depend on how the examples were laid out.
         """
         model.train()
-        if self.plan.embedding_on_host and self.attached.engine is not None:
-            # Not before the first step: accelerate moves the whole model when training begins.
-            self.attached.engine.move_embedding_to_host()
         step: StepBatch = inputs["step"]
         # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
         ranks = self.accelerator.num_processes
@@ -107,6 +109,8 @@ class LoraTrainer(SFTTrainer):
 
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """Add the gradients of the step's mean loss; returns that loss."""
+        if self.layer_major is not None:
+            return self.layer_major([self._to_device(micro) for micro in step.micro], scale)
         total = torch.zeros((), device=self.args.device)
         if self.graphs is not None:
             self.graphs.begin(scale)
@@ -159,6 +163,7 @@ class LoraTrainer(SFTTrainer):
         engine = self.attached.engine
         if (
             engine is None
+            or self.plan.placement.layer_major
             or not self.attached.frozen_head
             or self.args.fp16
             or self.accelerator.num_processes > 1
@@ -172,6 +177,15 @@ class LoraTrainer(SFTTrainer):
             parameters,
             engine.groups,
         )
+
+    def _layer_major(self) -> LayerMajor | None:
+        """The schedule by layers, where the plan asks for it."""
+        placement, engine = self.plan.placement, self.attached.engine
+        if not placement.layer_major or engine is None:
+            return None
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        cut = Cut(placement.tokens_at_once, placement.heads_at_once)
+        return LayerMajor(engine, self.attached.head, parameters, cut, placement.inputs_on_card)
 
     def _sum_over_ranks(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
@@ -208,8 +222,8 @@ class LoraTrainer(SFTTrainer):
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 
-def place(model: Any, attached: Attached, plan: MemoryPlan) -> None:
-    """Let layers keep, and parts lie, as the plan says."""
+def recompute(model: Any, attached: Attached, plan: MemoryPlan) -> None:
+    """Let layers keep for backward what the plan says."""
     if attached.engine is not None:
         attached.engine.keep([Keep(level) for level in plan.keep])
     elif any(plan.keep):
