@@ -130,6 +130,17 @@ class LoraGroup:
             found += [state.state2.absmax] if state.nested else []
         return found
 
+    def constants_to_device(self) -> None:
+        """NF4's code books and offset, a few hundred numbers, where the work is done."""
+        if not self.four_bit:
+            return
+        for base in self.bases:
+            state = base.weight.quant_state
+            state.code = state.code.to(self.device)
+            if state.nested:
+                state.offset = state.offset.to(self.device)
+                state.state2.code = state.state2.code.to(self.device)
+
     def point_to(self, tensors: Sequence[Tensor]) -> None:
         """Let the modules use `tensors`, laid out as `frozen` gives them, from now on."""
         if self.merged is not None:

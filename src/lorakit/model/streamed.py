@@ -33,6 +33,7 @@ class StreamedBase:
                 for source, target in zip(theirs, ours, strict=True):
                     target.copy_(source)
                 group.point_to(ours)
+                group.constants_to_device()
             self.rooms.append(room)
             self.on_host.append(views)
         self.slots = Slots(self.rooms, device)
