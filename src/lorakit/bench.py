@@ -122,6 +122,7 @@ def _measured(clock: _Clock, meter: _Meter) -> dict[str, Any]:
         "tokens_per_second": round(statistics.median(rates), 1),
         "peak_allocated_gib": round(meter.allocated / GIB, 3),
         "peak_process_gib": round(meter.process / GIB, 3),
+        "peak_host_gib": round(host_peak() / GIB, 3),
         "step_seconds": [round(s, 4) for s in clock.seconds],
         "tokens_per_step": round(statistics.mean(clock.tokens)),
     }
@@ -212,6 +213,18 @@ class _Clock(TrainerCallback):
             import torch
 
             torch.cuda.synchronize()
+
+
+def host_peak() -> int:
+    """Most bytes of RAM this process has held so far, page-locked ones included."""
+    import psutil
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
 
 
 class _Meter:

@@ -243,15 +243,18 @@ def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     rank, width = sizes.recipe.lora_r, sizes.width
     keys = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
     share = min(1.0, placement.heads_at_once / keys)
-    # qkv and attention's output, the gradient of each, in place of qkv where heads go in groups.
-    attention = (qkv + 2 * out + 3 * rank + (qkv if share == 1 else 2 * share * qkv)) * width
-    attention += share * out * 4  # the kernel's float32 sums
-    products = (6 * model + 6 * inner + 3 * rank) * width
+    # Throughout the way down: qkv, attention's output and its gradient, for all tokens.
+    standing = (qkv + 2 * out + 3 * rank) * width
+    # Then either the products of one chunk, or attention's gradients of one group of heads.
+    products = (6 * inner + 2 * model + 3 * rank) * width
+    attention = share * (2 * qkv * width + 4 * out)
     head = min(chunk * 4 * model * 4 + _logits_bytes(sizes, True), chunk * 64 * model)
     return {
         "hidden states of a step": sizes.step_tokens * model * width,
-        "inputs under way": 4 * micro * model * width,
-        "work of one layer, or the loss": int(max(micro * attention + chunk * products, head)),
+        "inputs under way": 3 * micro * model * width,
+        "work of one layer, or the loss": int(
+            max(micro * standing + max(chunk * products, micro * attention), head)
+        ),
     }
 
 

@@ -34,11 +34,11 @@ def own(model, tokens, **arguments):
 def test_hidden_states_and_every_gradient_equal_the_models_own(family):
     model, tokens = tiny(family), ids(2, 33)
     expected = hidden_and_grads(model, own(model, tokens))
-    engine, path = attach_engine(model.get_base_model(), "cpu")
+    engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert "3 fused layers" in path
     for keep in Keep:
         engine.keep([keep] * 3)
-        assert_layers_equal(model, expected, lambda: engine(tokens, None, None))
+        assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_hidden_states_and_every_gradient_equal_the_models_own(family):
 def test_any_choice_of_targets(targets):
     model, tokens = tiny(target_modules=targets), ids(1, 17)
     expected = hidden_and_grads(model, own(model, tokens))
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
-    assert_layers_equal(model, expected, lambda: engine(tokens, None, None))
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
+    assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_any_choice_of_targets(targets):
 def test_variants_that_the_fast_layers_take(lora):
     model, tokens = tiny(**lora), ids(1, 17)
     expected = hidden_and_grads(model, own(model, tokens))
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
-    assert_layers_equal(model, expected, lambda: engine(tokens, None, None))
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
+    assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_variants_that_the_fast_layers_take(lora):
 )
 def test_what_it_does_not_serve_is_said_and_left_to_peft(lora, reason):
     model = tiny("qwen2", **lora)
-    engine, path = attach_engine(model.get_base_model(), "cpu")
+    engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine is None
     assert reason in path
 
@@ -86,7 +86,7 @@ def test_other_families_keep_their_own_layers(family):
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config)
-    engine, path = attach_engine(base, "cpu")
+    engine, path = attach_engine(base, torch.device("cpu"))
     assert engine is None
     assert family in path
 
@@ -97,7 +97,7 @@ def test_a_layer_that_only_looks_like_llama_is_found_by_the_probe():
     plain = type(layer).forward
     layer.forward = lambda hidden, **rest: 1.01 * plain(layer, hidden, **rest)
     weight = layer.self_attn.q_proj.base_layer.weight.data.clone()
-    engine, path = attach_engine(model.get_base_model(), "cpu")
+    engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine is None
     assert "probe differs" in path
     after = layer.self_attn.q_proj.base_layer.weight
@@ -111,15 +111,17 @@ def test_packed_documents_do_not_see_one_another(family):
     lengths = [5, 12, 1, 20]
     tokens = ids(1, sum(lengths))
     places = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     segments = segments_of(lengths, torch.device("cpu"))
 
     def apart():
         parts = tokens.split(lengths, dim=1)
-        return torch.cat([engine(part, None, None) for part in parts], dim=1)
+        return torch.cat([engine({"input_ids": part}, None) for part in parts], dim=1)
 
     expected, grads = hidden_and_grads(model, apart)
-    found, ours = hidden_and_grads(model, lambda: engine(tokens, places, segments))
+    found, ours = hidden_and_grads(
+        model, lambda: engine({"input_ids": tokens, "position_ids": places}, segments)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert worst(ours, grads) < 1e-5
 
@@ -130,10 +132,10 @@ def test_dropout_is_peft_dropout_with_masks_from_keys(keep):
     from lorakit.ops.hash_mask import draw_keys, keep_mask
 
     model, tokens = tiny(lora_dropout=0.3), ids(2, 9)
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     engine.keep([keep] * 3)
     torch.manual_seed(7)
-    found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+    found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
 
     torch.manual_seed(7)
     keys = draw_keys(3 * 7, torch.device("cpu")).view(3, 7, 2)
@@ -160,11 +162,11 @@ def test_dropout_is_peft_dropout_with_masks_from_keys(keep):
 
 def test_evaluation_has_no_dropout_and_switched_off_adapters_take_the_models_own_path():
     model, tokens = tiny(lora_dropout=0.3), ids(1, 9)
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(
-            engine(tokens, None, None), own(model, tokens)(), rtol=1e-5, atol=1e-5
+            engine({"input_ids": tokens}, None), own(model, tokens)(), rtol=1e-5, atol=1e-5
         )
     assert engine.serves(9)
     with model.disable_adapter():
@@ -176,7 +178,7 @@ def test_evaluation_has_no_dropout_and_switched_off_adapters_take_the_models_own
 @pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"]], ids=str)
 def test_adapters_anywhere_can_be_switched_off(targets):
     model = tiny(target_modules=targets)
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine.serves(9)
     with model.disable_adapter():
         assert not engine.serves(9)
@@ -186,20 +188,20 @@ def test_adapters_anywhere_can_be_switched_off(targets):
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_an_embedding_on_the_host_serves_ids_and_embedded_rows_alike(family):
     model, tokens = tiny(family), ids(2, 9)
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
-    expected = hidden_and_grads(model, lambda: engine(tokens, None, None))
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
+    expected = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
     engine.move_embedding_to_host()
     assert engine.embedding_on_host
-    assert_layers_equal(model, expected, lambda: engine(tokens, None, None))
+    assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
     rows = engine.embed_on_host(tokens)
-    assert_layers_equal(model, expected, lambda: engine(None, None, None, rows))
+    assert_layers_equal(model, expected, lambda: engine({"inputs_embeds": rows}, None))
     engine.detach()
     assert not engine.embedding_on_host
 
 
 def test_a_window_shorter_than_the_rows_is_left_to_the_model():
     model = tiny("mistral", base_changes={"sliding_window": 8})
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine is None or not engine.serves(9)
 
 
@@ -246,11 +248,11 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give():
     assert isinstance(base.model.layers[0].mlp.up_proj.base_layer, bnb.nn.Linear4bit)
     tokens = ids(1, 19)
     expected, grads = hidden_and_grads(model, own(model, tokens))
-    engine, path = attach_engine(base, "cpu")
+    engine, path = attach_engine(base, torch.device("cpu"))
     assert engine is not None, path
     for keep in Keep:
         engine.keep([keep] * 2)
-        found, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+        found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert worst(ours, grads) < 1e-4
 
@@ -268,11 +270,11 @@ def test_bf16_gradients_on_a_card_are_as_near_the_truth_as_the_models_own(family
     model = tiny(family, torch.bfloat16, "cuda", base_changes=wide)
     with torch.autocast("cuda", torch.bfloat16):
         _, peft = hidden_and_grads(model, own(model, tokens))
-    engine, path = attach_engine(model.get_base_model(), "cuda")
+    engine, path = attach_engine(model.get_base_model(), torch.device("cuda"))
     assert "Triton kernels" in path
     for keep in Keep:
         engine.keep([keep] * 3)
-        _, ours = hidden_and_grads(model, lambda: engine(tokens, None, None))
+        _, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         for name, truth in exact.items():
             error = float((ours[name] - truth).norm() / truth.norm())
             theirs = float((peft[name] - truth).norm() / truth.norm())

@@ -19,7 +19,7 @@ from .engine_models import tiny
     ],
 )
 def test_the_arena_has_room_for_what_the_level_keeps(level, kinds):
-    engine, _ = attach_engine(tiny().get_base_model(), "cpu")
+    engine, _ = attach_engine(tiny().get_base_model(), torch.device("cpu"))
     engine.keep([level] * 3)
     arena = Arena(engine.layers, 5, 64, torch.zeros(1))
     assert {name for name, _ in arena.places} == kinds
@@ -31,14 +31,14 @@ def test_the_arena_has_room_for_what_the_level_keeps(level, kinds):
 
 def test_more_kept_means_less_recomputed_and_the_same_bits():
     model = tiny(lora_dropout=0.2)
-    engine, _ = attach_engine(model.get_base_model(), "cpu")
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     tokens = torch.arange(2, 30).view(2, 14)
     found = []
     for level in Keep:
         engine.keep([level] * 3)
         torch.manual_seed(5)
         model.zero_grad()
-        engine(tokens, None, None).square().sum().backward()
+        engine({"input_ids": tokens}, None).square().sum().backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for other in found[1:]:
         for ours, first in zip(other, found[0], strict=True):

@@ -67,7 +67,7 @@ def bench(
     seq: Annotated[int, typer.Option(min=8, help="Tokens per example.")] = 2048,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
     accumulation: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps, first ones untimed.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, first ones untimed.")] = 8,
     lengths: Annotated[str, typer.Option(help="fixed, or mixed like instruction data.")] = "fixed",
     set_: Set = None,
     id_: Annotated[str | None, typer.Option("--id", help="Label for the result.")] = None,

@@ -12,7 +12,7 @@ L2L (arXiv 2002.05645).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,12 @@ class LayerMajor:
         if engine.host_adapters is None:
             self.gradients = FlatGradients(parameters, engine.groups)
 
-    def __call__(self, micros: Sequence[Batch], scale: float) -> Tensor:
+    def __call__(self, micros: Iterable[Batch], scale: float) -> Tensor:
         """Sum of the micro-batches' losses times `scale`; gradients are in the parameters' .grad.
 
         Args:
-            micros: on the engine's device, ids of an embedding on the host as `inputs_embeds`.
+            micros: on the engine's device, ids of an embedding on the host as `inputs_embeds`;
+                each is let go once its hidden states are there.
         """
         if self.engine.host_adapters is not None:
             self.engine.host_adapters.adopt()

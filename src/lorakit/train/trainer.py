@@ -110,7 +110,7 @@ class LoraTrainer(SFTTrainer):
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """Add the gradients of the step's mean loss; returns that loss."""
         if self.layer_major is not None:
-            return self.layer_major([self._to_device(micro) for micro in step.micro], scale)
+            return self.layer_major((self._to_device(micro) for micro in step.micro), scale)
         total = torch.zeros((), device=self.args.device)
         if self.graphs is not None:
             self.graphs.begin(scale)
