@@ -76,10 +76,60 @@ def test_the_embedding_goes_to_the_host_last():
     config = shape_config("llama-2-7b")
     asked = recipe(gradient_checkpointing="auto", memory_limit="14.7GiB")
     plan = plan_memory(asked, config, H100)
-    assert plan.embedding_on_host
+    assert plan.placement.embedding_on_host
+    assert not plan.placement.layer_major
     assert plan.fits
     assert "host memory" in plan.describe()
-    assert not plan_memory(asked.model_copy(update={"memory_limit": "9GiB"}), config, H100).fits
+
+
+@pytest.mark.parametrize(("method", "smallest"), [("lora", 3.0), ("qlora", 2.4)])
+def test_below_that_layers_take_the_whole_step_one_by_one(method, smallest):
+    """Less on the card at each notch, never more than the limit, until nothing is left to move."""
+    config = shape_config("llama-2-7b")
+    moved = 0
+    for limit in (8.0, 6.0, 5.0, 4.0, smallest):
+        asked = Recipe(
+            model="m", data="d", method=method, target_modules=TARGETS, memory_limit=f"{limit}GiB"
+        )
+        plan = plan_memory(asked, config, H100)
+        assert plan.fits, limit
+        assert plan.total_bytes <= limit * 2**30
+        assert plan.placement.layer_major
+        assert "layer by layer" in plan.describe()
+        here = len(plan.placement.in_words())
+        assert here >= moved
+        moved = here
+        assert plan.host_bytes > 0
+    assert plan.placement.base_on_host
+    assert not plan_memory(asked.model_copy(update={"memory_limit": "2GiB"}), config, H100).fits
+
+
+def test_streaming_is_had_on_request_and_kept_away_on_request():
+    config = shape_config("llama-2-7b")
+    asked = recipe(gradient_checkpointing="auto", streaming="on")
+    plan = plan_memory(asked, config, H100)
+    assert plan.placement.base_on_host
+    # A card with room to spare keeps every layer's inputs.
+    assert plan.placement.inputs_on_card == 32
+    never = recipe(gradient_checkpointing="auto", streaming="off", memory_limit="9GiB")
+    assert not plan_memory(never, config, H100).fits
+    # bitsandbytes' optimizers know no host.
+    eight = recipe(gradient_checkpointing="auto", optimizer="adamw_8bit", memory_limit="3.2GiB")
+    assert not plan_memory(eight, config, H100).placement.adapters_on_host
+    # Modules trained in full have no place in this order of work.
+    full = recipe(gradient_checkpointing="auto", modules_to_save=["lm_head"], memory_limit="9GiB")
+    assert not plan_memory(full, config, H100).placement.layer_major
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("memory_*.json")), ids=lambda p: p.stem)
+def test_runs_within_a_budget_stay_within_it_and_near_the_plan(path):
+    row = json.loads(path.read_text())
+    plan = plan_memory(
+        Recipe(**{**row["recipe"], "model": "m", "data": "d"}), shape_config(row["shape"]), H100
+    )
+    measured = row["peak_process_gib"] * 2**30
+    assert measured <= Recipe(**{**row["recipe"], "model": "m", "data": "d"}).memory_limit_bytes
+    assert plan.total_bytes == pytest.approx(measured, rel=0.10)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("baseline_*.json")), ids=lambda p: p.stem)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +87,11 @@ def run_bench(
     clock, trainer = _train(model, job, meter, console)
     return {
         "id": label,
-        "gpu": device.name,
         "shape": shape,
-        "method": method,
-        **_measured(clock, meter),
-        "planned_gib": round(job.plan.total_bytes / GIB, 3),
-        "plan": job.plan.describe(),
-        "lengths": lengths,
-        "seq": seq,
         "trainable_parameters": trainable,
-        "layers": trainer.attached.layers,
-        "loss": trainer.attached.loss,
-        "graphs": trainer.graphs_in_words(),
-        "recipe": recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
+        "seq": seq,
+        **_measured(clock, meter),
+        **_described(job, trainer),
         **provenance(device),
     }
 
@@ -113,6 +105,23 @@ class _Job:
     device: Device
     plan: MemoryPlan
     lengths: str
+
+
+def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
+    """What was planned, and which path each part took."""
+    return {
+        "gpu": job.device.name,
+        "method": job.recipe.method,
+        "lengths": job.lengths,
+        "planned_gib": round(job.plan.total_bytes / GIB, 3),
+        "plan": job.plan.describe(),
+        "placement": asdict(job.plan.placement),
+        "keep": job.plan.keep,
+        "layers": trainer.attached.layers,
+        "loss": trainer.attached.loss,
+        "graphs": trainer.graphs_in_words(),
+        "recipe": job.recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
+    }
 
 
 def _measured(clock: _Clock, meter: _Meter) -> dict[str, Any]:

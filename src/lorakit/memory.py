@@ -116,12 +116,14 @@ def _fill(plan: MemoryPlan, sizes: _Sizes, budget: int) -> MemoryPlan:
     if not plan.placement.layer_major:
         return plan
     one = sizes.step_tokens * sizes.config.hidden_size * sizes.width
-    count = min(sizes.layers, (budget - plan.total_bytes) // one)
+    # Those under way need room only once the kept ones are used up.
+    under_way = plan.parts["inputs of layers"]
+    count = min(sizes.layers, (budget - plan.total_bytes + under_way) // one)
     placement = replace(plan.placement, inputs_on_card=count)
     return replace(
         plan,
         placement=placement,
-        parts=plan.parts | {"inputs of layers": count * one},
+        parts=plan.parts | {"inputs of layers": max(under_way, count * one)},
         host_parts=_host_parts(sizes, placement),
     )
 
@@ -251,7 +253,8 @@ def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     head = min(chunk * 4 * model * 4 + _logits_bytes(sizes, True), chunk * 64 * model)
     return {
         "hidden states of a step": sizes.step_tokens * model * width,
-        "inputs under way": 3 * micro * model * width,
+        # One at work and two under way (`layer_inputs.UNDER_WAY`).
+        "inputs of layers": 3 * micro * model * width,
         "work of one layer, or the loss": int(
             max(micro * standing + max(chunk * products, micro * attention), head)
         ),

@@ -78,7 +78,7 @@ class LayerInputs:
 
     def take(self, key: Key) -> Tensor:
         """What was put under `key`; given out once."""
-        if key in self.kept:
+        if key in self.kept or not self.cuda:
             return self.kept.pop(key)
         self.fetch([key])
         event, x = self.coming.pop(key)

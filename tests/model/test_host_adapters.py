@@ -1,0 +1,64 @@
+"""Adapters at home on the host: values come by turns, gradients return, copies are shared."""
+
+import torch
+
+from lorakit.model.fast_layer import FastLayer
+from lorakit.model.host_adapters import HostAdapters
+from lorakit.model.lora_group import point_sinks
+
+from .engine_models import tiny
+
+CPU = torch.device("cpu")
+
+
+def made():
+    model = tiny()
+    base = model.get_base_model()
+    layers = [FastLayer(x, i, base.config, {}) for i, x in enumerate(base.model.layers)]
+    return layers, HostAdapters([layer.groups for layer in layers], CPU)
+
+
+def test_values_survive_and_come_to_the_layer_that_is_entered():
+    _, adapters = made()
+    values = [[p.clone() for p in own] for own in adapters.parameters]
+    for number in (0, 1, 2, 1, 0):
+        adapters.enter(number, following=(number + 1) % 3)
+        for parameters, before in zip(adapters.parameters, values, strict=True):
+            for parameter, value in zip(parameters, before, strict=True):
+                assert torch.equal(parameter, value)
+    adapters.rest()
+    with torch.no_grad():
+        adapters.parameters[1][0].fill_(7.0)  # the optimizer writes at home
+    adapters.enter(1)
+    assert bool((adapters.parameters[1][0] == 7.0).all())
+
+
+def test_gradients_go_home_layer_by_layer_and_start_at_zero():
+    layers, adapters = made()
+    for step in (1.0, 2.0):
+        for number in (2, 1, 0):
+            point_sinks(layers[number].groups, adapters.gradients(number))
+            for group in layers[number].groups:
+                group.a_sink += step * (number + 1)
+                group.b_sink -= step * (number + 1)
+            adapters.collect(number)
+        adapters.finish()
+        for number, layer in enumerate(layers):
+            for group in layer.groups:
+                for own in group.adapted:
+                    assert bool((own.a.grad == step * (number + 1)).all())
+                    assert bool((own.b.grad == -step * (number + 1)).all())
+
+
+def test_layers_share_one_copy_in_the_bases_type():
+    layers, _ = made()
+    assert layers[0].qkv.a.data_ptr() == layers[2].qkv.a.data_ptr()
+    assert layers[0].qkv.a.data_ptr() != layers[0].down.a.data_ptr()
+
+
+def test_they_leave_with_values_of_their_own():
+    _, adapters = made()
+    before = adapters.parameters[0][0].clone()
+    adapters.leave()
+    assert torch.equal(adapters.parameters[0][0], before)
+    assert adapters.parameters[0][0].grad is None
