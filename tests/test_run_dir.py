@@ -49,8 +49,8 @@ def test_full_disk_is_one_clear_error():
 def test_a_torn_metrics_line_is_left_out(tmp_path):
     run = RunDir(tmp_path)
     assert read_metrics(run) == []
-    append_metrics(run, {"step": 1})
-    append_metrics(run, {"step": 2})
+    append_metrics(run, [{"step": 1}])
+    append_metrics(run, [{"step": 2}])
     with run.metrics.open("a") as handle:
         handle.write('{"step": 3, "lo')
     assert [r["step"] for r in read_metrics(run)] == [1, 2]
