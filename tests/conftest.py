@@ -79,9 +79,13 @@ def make_tiny_model(tokenizer, folder):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Thirty short question/answer rows that a tiny model can learn by heart."""
+    return make_tiny_data(tmp_path_factory.mktemp("data") / "colors.jsonl")
+
+
+def make_tiny_data(path):
+    """Write them to `path`, which is returned."""
     import json
 
-    path = tmp_path_factory.mktemp("data") / "colors.jsonl"
     colors = ["red", "green", "blue", "gray", "pink"]
     with path.open("w") as handle:
         for i in range(30):

@@ -53,7 +53,7 @@ def test_other_errors_pass(error):
 
 def test_it_is_told_with_what_was_being_done():
     with (
-        pytest.raises(WorkError, match="^out of memory loading the base model: .* asked for"),
+        pytest.raises(WorkError, match=r"^out of memory loading the base model: .* asked for"),
         memory_told("loading the base model", "take a smaller one"),
     ):
         ask_for_a_petabyte()

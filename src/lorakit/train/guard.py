@@ -60,7 +60,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.overflows: deque[bool] = deque(maxlen=OVERFLOWS_OF)
         self.overflows_told = self.reached = False
         self.spikes = 0
-        self.steps = self.skipped = 0  # since the last row of metrics
+        self.steps = self.skipped = self.without_loss = 0  # since the last row of metrics
         self.spiked = False
 
     def state(self) -> dict[str, Any]:
@@ -103,12 +103,17 @@ class StepGuard(TrainerCallback, ExportableState):
         return float(of_norm)
 
     def row(self, loss: float) -> dict[str, Any]:
-        """What the log says of the steps since its last row; `loss` counts skipped ones as 0."""
-        counted = self.steps - self.skipped
+        """What the log says of the steps since its last row.
+
+        Args:
+            loss: their mean, in which a loss that is no number counts as 0.
+        """
+        counted = self.steps - self.without_loss
         told: dict[str, Any] = {"loss": loss * self.steps / counted if counted else math.nan}
         told |= {"skipped": self.skipped} if self.skipped else {}
         told |= {"spike": True} if self.spiked else {}
-        self.steps, self.skipped, self.spiked = 0, 0, False
+        self.steps = self.skipped = self.without_loss = 0
+        self.spiked = False
         return told
 
     def _good(
@@ -160,6 +165,7 @@ class StepGuard(TrainerCallback, ExportableState):
         # Optimizers leave parameters without a gradient, and their state, alone.
         model.zero_grad(set_to_none=True)
         self.skipped += 1
+        self.without_loss += not math.isfinite(loss)
         what = f"gradient norm {norm}" if math.isfinite(loss) else f"loss {loss}"
         alone = self.trainer.rows_not_finite(examples)
         which = "not finite by themselves" if alone else "rows of the step"
