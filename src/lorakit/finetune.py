@@ -23,6 +23,7 @@ from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
+from lorakit.model.vocabulary import check_vocabulary
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
@@ -105,6 +106,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     seed_everything(recipe.seed)
     with memory_told("loading the base model", TOO_LARGE):
         base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
+        check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")

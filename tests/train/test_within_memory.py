@@ -112,6 +112,9 @@ def test_a_resumed_run_starts_with_the_smaller_micro_batches(run):
     resumed.train(resume_from_checkpoint=str(resumed.run.checkpoint(2)))
     assert resumed.layout.rows == 1
     assert trained(resumed) == trained(whole)
+    other = run("r", **{**values, "micro_batch_size": 2, "gradient_accumulation_steps": 2})
+    other.train(resume_from_checkpoint=str(other.run.checkpoint(2)))
+    assert other.layout.rows == 2, "what the recipe asks for anew is tried"
 
 
 def test_one_example_too_many_stops_with_a_checkpoint_of_the_step_before(run):
@@ -128,10 +131,9 @@ def test_one_example_too_many_stops_with_a_checkpoint_of_the_step_before(run):
     assert row.endswith(f" with {LENGTHS[longest - 1]} tokens")
     assert kept == "  step_000002 is the last checkpoint"
     assert "method: qlora" in error.value.hint
-    found, notes = newest_whole(cut.run)
-    assert (found.name, notes) == ("step_000002", [])
+    assert newest_whole(cut.run)[1] == []
     resumed = run("cut", **values)
-    resumed.train(resume_from_checkpoint=str(found))
+    resumed.train(resume_from_checkpoint=str(cut.run.checkpoint(2)))
     assert resumed.layout.rows == 1
     whole = run("whole", **values)
     whole.add_callback(SmallerAfter(2, whole, resumed.layout))
@@ -184,3 +186,29 @@ def test_an_error_of_another_kind_stays_what_it_is(run):
     trainer._step_gradients = broken
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         trainer.train()
+
+
+@pytest.mark.parametrize("streaming", ["on", "off"])
+def test_the_fast_layers_start_over_too(run, streaming):
+    """Where a step is worked layer by layer all of it was under way; dropout draws the same."""
+    values = {"engine": "on", "streaming": streaming, "target_modules": "all-linear"}
+    cut = run("cut", micro_batch_size=4, gradient_accumulation_steps=1, **values)
+    work = cut.layer_major if streaming == "on" else cut.attached.engine
+    assert work is not None
+    part = "_down" if streaming == "on" else "begin"
+    own, calls = getattr(work, part), []
+
+    def end(*args):
+        found = own(*args)
+        calls.append(args)
+        if len(calls) == 1:
+            ask_for_a_petabyte()
+        return found
+
+    setattr(work, part, end)
+    cut.train()
+    small = run("small", micro_batch_size=4, gradient_accumulation_steps=1, **values)
+    small.layout = cut.layout
+    small.train()
+    assert said(cut).count("out of memory") == 1
+    assert trained(cut) == trained(small)

@@ -65,16 +65,19 @@ class StepGuard(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps."""
-        layout = self.trainer.layout
-        kept = {"rows": layout.rows, "capacity": layout.capacity, "bad": self.bad}
+        layout, asked = self.trainer.layout, self.trainer.recipe.micro_batch_size
+        kept = {"asked": asked, "rows": layout.rows, "capacity": layout.capacity, "bad": self.bad}
         return {"args": {}, "attributes": kept}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take up what the checkpoint kept; in a new run that is what is there."""
         kept = state.stateful_callbacks.get(type(self).__name__)
-        if kept is not None:
-            kept = kept["attributes"]
-            self.bad = kept["bad"]
+        if kept is None:
+            return
+        kept = kept["attributes"]
+        self.bad = kept["bad"]
+        # Another size in the recipe is a new wish, made for this machine.
+        if kept["asked"] == self.trainer.recipe.micro_batch_size:
             rows, capacity = kept["rows"], kept["capacity"]
             self.trainer.layout = replace(self.trainer.layout, rows=rows, capacity=capacity)
 
