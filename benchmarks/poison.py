@@ -3,7 +3,7 @@
     python benchmarks/poison.py --out benchmarks/results/poison.json
 
 Each run is a whole one (`fit`) of a tiny random model, with dropout, and has a poison of one kind
-at steps or in rows drawn from its number. tests/train/test_poison.py runs ten of them.
+at steps or in rows drawn from its number. tests/train/test_poison.py runs seven of them.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STEPS = 8
+# A spike is one against the median of 20 steps at least.
+SPIKE_STEPS = range(22, 29)
 KINDS = (
     "loss nan",
     "loss inf",
@@ -46,14 +48,16 @@ def poisoned_run(number, model_dir, data, folder):
 
     draw = random.Random(number)
     kind = KINDS[number % len(KINDS)]
-    steps = set(draw.sample(range(1, STEPS + 1), draw.choice([1, 1, 2, 3])))
+    spike = kind.endswith("spike")
+    possible = SPIKE_STEPS if spike else range(1, STEPS + 1)
+    steps = set(draw.sample(possible, draw.choice([1, 1, 2, 3])))
     flags = {
         "model": str(model_dir),
         "data": str(data),
         "output_dir": str(folder),
         "micro_batch_size": draw.choice([1, 2, 4]),
         "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
+        "max_steps": possible[-1],
         "learning_rate": 2e-2,
         "lora_dropout": 0.1,
         "packing": draw.random() < 0.5,
@@ -72,7 +76,7 @@ def poisoned_run(number, model_dir, data, folder):
             super().__init__(*args)
             made.append(self)
             self.rows_of, self.weights_of, self.bad = {}, {0: weights_of(self)}, set()
-            self.at = sorted(steps)
+            self.spikes = sorted(steps) if spike else []
             if kind.startswith("data"):
                 rows = random.Random(number).sample(range(len(self.train_rows)), len(steps))
                 self.tokens = [own_token(self.train_rows, row) for row in rows]
@@ -118,11 +122,12 @@ def judge(kind, trainer, stopped, said, folder):
     if stopped is not None and weights_of(trainer) != trainer.weights_of[done]:
         applied.append(done + 1)
     told = said + (stopped.message if stopped else "")
-    named = 0
-    for step in bad:
+
+    def named(step):
         line = next((x for x in told.splitlines() if x.strip().startswith(f"step {step}: ")), "")
         rows = {int(x) for x in re.findall(r"\d+", line.partition(".jsonl: ")[2].split(";")[0])}
-        named += bool(rows) and rows <= trainer.rows_of[step]
+        return bool(rows) and rows <= trainer.rows_of[step]
+
     run = RunDir(folder)
     files = [f / "adapter_model.safetensors" for f in [run.adapter, *run.list_checkpoints()]]
     saved = [load_file(f) for f in files if f.exists()]
@@ -134,11 +139,14 @@ def judge(kind, trainer, stopped, said, folder):
         "bad_steps": len(bad),
         "bad_updates_applied": len(applied),
         "bad_adapters_saved": len(broken),
-        "steps_named": named,
+        "bad_steps_named": sum(map(named, bad)),
+        "spikes": len(trainer.spikes),
+        "spikes_named": sum(map(named, trainer.spikes)),
         "adapter_after_stop": bool(stopped) and run.has_adapter(),
         "checkpoint_kept": not run.list_checkpoints() or whole is not None,
         "stopped_at_second": stopped is None or len(bad) == 2,
-        "went_on_after_one": stopped is not None or (len(bad) <= 1 and done == STEPS),
+        "went_on_after_one": stopped is not None
+        or (len(bad) <= 1 and done == trainer.state.max_steps),
     }
 
 
@@ -171,7 +179,7 @@ def poison(kind, model, loss):
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if what == "spike":
         for grad in grads:
-            grad.mul_(1e6)
+            grad.mul_(1e4)
     else:
         grads[-1].view(-1)[0] = float(what)
     return loss
@@ -187,7 +195,8 @@ def summary(runs):
     ends = collections.defaultdict(collections.Counter)
     for run in runs:
         ends[run["kind"]][run["end"]] += 1
-    sums = ("bad_steps", "steps_named", "bad_updates_applied", "bad_adapters_saved")
+    sums = ("bad_steps", "bad_steps_named", "spikes", "spikes_named")
+    sums += ("bad_updates_applied", "bad_adapters_saved")
     return {
         "runs": len(runs),
         **{name: sum(r[name] for r in runs) for name in sums},

@@ -1,4 +1,4 @@
-"""A share of the hundred poisoned runs of benchmarks/poison.py, one of each kind and a few more."""
+"""A share of the hundred poisoned runs of benchmarks/poison.py, one of each kind."""
 
 import importlib.util
 from pathlib import Path
@@ -10,11 +10,12 @@ def test_no_poison_reaches_the_weights_or_a_file(tiny_model_dir, tiny_data, tmp_
     spec = importlib.util.spec_from_file_location("poison", PATH)
     poison = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(poison)
-    runs = poison.campaign(tiny_model_dir, tiny_data, tmp_path, range(10))
+    runs = poison.campaign(tiny_model_dir, tiny_data, tmp_path, range(7))
     found = poison.summary(runs)
     assert set(found["ends"]) == set(poison.KINDS)
-    assert found["bad_steps"] >= 8
-    assert found["steps_named"] == found["bad_steps"]
+    assert found["bad_steps"] >= 6
+    assert found["bad_steps_named"] == found["bad_steps"]
+    assert found["spikes_named"] == found["spikes"] >= 1
     for name in (
         "bad_updates_applied",
         "bad_adapters_saved",
