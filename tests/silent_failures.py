@@ -88,7 +88,7 @@ CLASSES = [
         "tests/test_generate.py::test_a_batch_answers_like_one_by_one_and_like_the_stream",
         "generate.py",
         "stop_token_ids(tokenizer, model.generation_config)",
-        "tokenizer.bos_token_id",
+        "0",
         "the template of exported files: tests/export/test_gguf.py",
     ),
     Class(
