@@ -113,7 +113,7 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
 
     progress = TrainingProgress(console, run, device.kind)
     began = time.perf_counter()
-    with catch_signals() as stop:
+    with memory_told("placing the model on its device", TOO_LARGE), catch_signals() as stop:
         trainer = LoraTrainer(
             model,
             start.tokenizer,

@@ -212,3 +212,26 @@ def test_the_fast_layers_start_over_too(run, streaming):
     small.train()
     assert said(cut).count("out of memory") == 1
     assert trained(cut) == trained(small)
+
+
+def test_evaluation_in_a_run_takes_smaller_batches_and_keeps_to_them(run):
+    ends = []
+    for name in ("whole", "cut"):
+        held_out = examples([12, 20, 3, 9])
+        trainer = run(name, val=held_out, eval_every=1, max_steps=2)
+        sizes = []
+
+        def full(module, args, kwargs, sizes=sizes):
+            if not module.training:
+                sizes.append(len(kwargs["input_ids"]))
+                if sizes[-1] > 2:
+                    ask_for_a_petabyte()
+
+        if name == "cut":
+            trainer.model.get_base_model().register_forward_pre_hook(full, with_kwargs=True)
+        trainer.train()
+        ends.append([r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r])
+    # Four examples of up to 20 tokens; then 40 tokens a batch, for good: 20 and 12, 9 and 3.
+    assert sizes == [4, 2, 2, 2, 2]
+    assert said(trainer).count("out of memory in evaluation; it goes on with 40 tokens") == 1
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
