@@ -30,6 +30,7 @@ SAFE_TO_CHANGE = {
     "epochs",
     "max_steps",
     "trust_remote_code",
+    "probe",
 }
 VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
 
