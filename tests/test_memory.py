@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.errors import RecipeError
 from lorakit.memory import NF4_BYTES, plan_memory
 from lorakit.model.random_weights import shape_config
 from lorakit.recipe import Recipe
@@ -111,6 +112,11 @@ def test_streaming_is_had_on_request_and_kept_away_on_request():
     assert plan.placement.base_on_host
     # A card with room to spare keeps every layer's inputs.
     assert plan.placement.inputs_on_card == 32
+    for changes in ({"use_dora": True}, {"engine": "off"}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(RecipeError, match="streaming: on needs the fast layers"):
+            plan_memory(recipe(streaming="on", **changes), config, H100)
+    on_cpu = Device("cpu", "x", 64 * 2**30, "float32", "sdpa")
+    assert plan_memory(recipe(streaming="on"), config, on_cpu).placement.base_on_host
     never = recipe(gradient_checkpointing="auto", streaming="off", memory_limit="9GiB")
     assert not plan_memory(never, config, H100).fits
     # bitsandbytes' optimizers know no host.

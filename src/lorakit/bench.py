@@ -72,6 +72,7 @@ def run_bench(
         "micro_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
+        "probe": False,  # the first step is one
     }
     resolved = load_recipe(None, overrides, flags)
     device = detect_device(resolved.recipe.dtype)

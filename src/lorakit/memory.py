@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorakit.errors import RecipeError
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.recipe import Recipe
 from lorakit.records import ON_CARD, Device, MemoryPlan, Placement
@@ -82,12 +83,23 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
             true keeps each layer's input alone, `auto` recomputes as little as the budget allows.
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
+
+    Raises:
+        RecipeError: `streaming: on` where the fast layers do not serve.
     """
     text = config.get_text_config()
     shapes, total = _count(config)
     sizes = _Sizes(recipe, text, shapes, total, BYTES[device.dtype], device.kind == "cuda")
     # As `attach_loss` decides: `auto` on cards with kernels only.
-    engine = expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on")
+    wanted = device.kind == "cuda" or recipe.engine == "on" or recipe.streaming == "on"
+    engine = expects_engine(recipe, text) and wanted
+    if recipe.streaming == "on" and not (engine and recipe.modules_to_save is None):
+        raise RecipeError(
+            "streaming: on needs the fast layers, and they do not serve this recipe (model family "
+            f"{text.model_type}, engine: {recipe.engine}; DoRA, trained biases and modules_to_save "
+            "do not go with them)",
+            hint="set streaming: auto, and memory_limit if it must fit",
+        )
     budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
     plan = None
     for keep, placement in _choices(recipe, sizes, engine):
@@ -139,8 +151,7 @@ def _choices(
 ) -> Iterator[tuple[tuple[int, ...], Placement]]:
     """(what layers keep, what lies where), cheapest in speed first."""
     layers, chosen = sizes.layers, recipe.gradient_checkpointing
-    serves = engine and recipe.modules_to_save is None
-    if recipe.streaming == "on" and serves:
+    if recipe.streaming == "on":
         yield from _layer_major_choices(recipe, sizes, (True,))
         return
     if chosen != "auto":
@@ -156,7 +167,7 @@ def _choices(
             yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
     if sizes.cuda and not sizes.config.tie_word_embeddings:
         yield (3,) * layers, Placement(embedding_on_host=True)
-    if sizes.cuda and serves and recipe.streaming == "auto":
+    if sizes.cuda and recipe.modules_to_save is None and recipe.streaming == "auto":
         yield from _layer_major_choices(recipe, sizes, (False, True))
 
 
