@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.memory import NF4_BYTES, plan_memory
-from lorakit.model.random_weights import shape_config
+from lorakit.model.shapes import shape_config
 from lorakit.recipe import Recipe
 from lorakit.records import Device
 

@@ -25,7 +25,8 @@ from transformers import TrainerCallback
 from lorakit.hardware import detect_device
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
-from lorakit.model.random_weights import random_model, shape_config
+from lorakit.model.random_weights import random_model
+from lorakit.model.shapes import shape_config
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import IGNORE, Device, Example, MemoryPlan, Origin

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorakit.model.count import Counted, Shape, count, targets, trained
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.recipe import Recipe
 from lorakit.records import ON_CARD, Device, MemoryPlan, Placement
@@ -34,8 +35,6 @@ CUDA_CONTEXT_BYTES = 840 * 1024**2
 # fills a card (benchmarks/results/time_link.json).
 LONG_ROW = 32768
 
-Shape = tuple[str, int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
@@ -43,8 +42,7 @@ class _Sizes:
 
     recipe: Recipe
     config: Any  # of the text model
-    shapes: list[Shape]
-    total: int
+    counted: Counted
     width: int  # bytes of a stored number
     cuda: bool
 
@@ -53,12 +51,20 @@ class _Sizes:
         return int(self.config.num_hidden_layers)
 
     @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return self.counted.linear
+
+    @property
     def linear(self) -> int:
-        return sum(i * o for _, i, o in self.shapes)
+        return self.counted.in_linear
+
+    @property
+    def others(self) -> int:
+        return self.counted.total - self.linear - self.counted.experts
 
     @property
     def adapter(self) -> int:
-        return sum(self.recipe.lora_r * (i + o) for _, i, o in _targets(self.recipe, self.shapes))
+        return trained(self.recipe, self.counted)
 
     @property
     def tokens(self) -> int:
@@ -84,8 +90,7 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
     text = config.get_text_config()
-    shapes, total = _count(config)
-    sizes = _Sizes(recipe, text, shapes, total, BYTES[device.dtype], device.kind == "cuda")
+    sizes = _Sizes(recipe, text, count(config), BYTES[device.dtype], device.kind == "cuda")
     # As `attach_loss` decides: `auto` on cards with kernels only.
     engine = expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on")
     budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
@@ -191,8 +196,11 @@ def _fixed_parts(sizes: _Sizes, placement: Placement, engine: bool) -> dict[str,
     frozen, layers = sizes.frozen_bytes, sizes.layers
     parts = {
         "frozen weights": 2 * frozen // layers if placement.base_on_host else frozen,
-        "embeddings, head and norms": int((sizes.total - sizes.linear - embedding) * width),
+        "embeddings, head and norms": int((sizes.others - embedding) * width),
     }
+    if sizes.counted.experts:
+        # Raw tensors, which bitsandbytes 0.50 leaves as they are: no NF4 for them.
+        parts["experts (not quantized)"] = sizes.counted.experts * width
     if placement.adapters_on_host:
         # Two layers' values and gradients come and go.
         parts["adapters and gradients of two layers"] = 4 * 4 * sizes.adapter // layers
@@ -320,7 +328,7 @@ def _own_activation_bytes(sizes: _Sizes, recompute: bool) -> float:
     """
     layers, hidden, width = sizes.layers, sizes.config.hidden_size, sizes.width
     dropout = width + 1 if sizes.recipe.lora_dropout > 0 else 0
-    inputs = sum(i for _, i, _ in _targets(sizes.recipe, sizes.shapes)) / layers
+    inputs = sum(i for _, i, _ in targets(sizes.recipe, sizes.counted)) / layers
     outputs = sum(o for _, _, o in sizes.shapes) / layers
     per_layer = inputs * dropout + outputs * width + 6 * hidden * width
     if recompute:
@@ -337,30 +345,3 @@ def _logits_bytes(sizes: _Sizes, engine: bool) -> int:
         return float32 * 3
     hidden = 2 * sizes.tokens * sizes.config.hidden_size * sizes.width
     return float32 * sizes.width // 4 + hidden
-
-
-def _targets(recipe: Recipe, shapes: list[Shape]) -> list[Shape]:
-    wanted = recipe.target_modules
-    if wanted in ("all-linear", "auto"):
-        return shapes
-    names = [wanted] if isinstance(wanted, str) else wanted
-    return [s for s in shapes if s[0].split(".")[-1] in names or s[0] in names]
-
-
-def _count(config: Any) -> tuple[list[Shape], int]:
-    """(name, D_in, D_out) of every linear layer but the head, and all parameters' number.
-
-    They are read off a model on the meta device, which holds no weights.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    shapes = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-    return shapes, sum(p.numel() for p in model.parameters())
