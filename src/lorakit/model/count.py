@@ -58,7 +58,9 @@ def targets(recipe: Recipe, counted: Counted) -> list[Shape]:
         number = re.search(r"\.(\d+)\.", name)
         return number is not None and int(number[1]) in recipe.layers_to_transform
 
-    return [s for s in counted.linear if asked(s[0]) and in_layer(s[0]) and not ends(s[0], left_out)]
+    return [
+        s for s in counted.linear if asked(s[0]) and in_layer(s[0]) and not ends(s[0], left_out)
+    ]
 
 
 def trained(recipe: Recipe, counted: Counted) -> int:

@@ -70,6 +70,11 @@ def find_changes(
             return None
         return 1 - after.tokens_per_second / before.tokens_per_second
 
+    least = _least(recipe, config, device)
+    # 8-bit optimizers stay on the card, where a plain one may go to the host.
+    all_of_it = [_try(tried, w) for w in (least, [w for w in least if "optimizer" not in w[0]])]
+    if not any(change.fits for change in all_of_it):
+        return (min(all_of_it, key=lambda change: change.total_bytes),)
     singles = [tried(*way) for way in _ways(recipe, config, device)]
     fitting = [c for c in singles if c.fits]
     if fitting:
@@ -77,21 +82,32 @@ def find_changes(
     return _together(recipe, config, device, tried)
 
 
+def _least(recipe: Recipe, config: Any, device: Device) -> list[tuple[dict[str, Any], str]]:
+    """Every change, each as far as it goes."""
+    taken: list[tuple[dict[str, Any], str]] = []
+    while True:
+        changed = _with(recipe, _joined(taken))
+        more = [w for w in _ways(changed, config, device) if _with(changed, w[0]) != changed]
+        if not more:
+            return taken
+        taken.append(more[0])
+
+
 def _together(
     recipe: Recipe, config: Any, device: Device, tried: Callable[[dict[str, Any], str], Change]
 ) -> tuple[Change, ...]:
     """Changes added up, each on top of those before, until the run fits."""
     taken: list[tuple[dict[str, Any], str]] = []
-    best = None
+    best: Change | None = None
     while best is None or not best.fits:
         changed = _with(recipe, _joined(taken))
-        floor = best.total_bytes if best else None
-        steps = [(way, _try(tried, [*taken, way])) for way in _ways(changed, config, device)]
-        helpful = [s for s in steps if floor is None or s[1].total_bytes < floor]
-        if not helpful:
+        for way in _ways(changed, config, device):
+            more = _try(tried, [*taken, way])
+            if best is None or more.total_bytes < best.total_bytes:
+                taken, best = [*taken, way], more
+                break
+        else:
             break
-        way, best = next((s for s in helpful if s[1].fits), helpful[0])
-        taken.append(way)
     if best is None:
         return ()
     for way in list(taken[:-1]):  # what an earlier change gave may not be needed any more
@@ -132,6 +148,8 @@ def _ways(recipe: Recipe, config: Any, device: Device) -> Iterator[tuple[dict[st
         on = recipe.model_copy(update={"engine": "auto"})
         if expects_engine(on, config.get_text_config()):
             yield {"engine": "auto"}, "none: lorakit's layers keep less"
+    if recipe.streaming == "off" and device.kind == "cuda":
+        yield {"streaming": "auto"}, "the same result; host memory takes what the card cannot"
     if recipe.optimizer == "adamw" and device.kind == "cuda":
         yield {"optimizer": "adamw_8bit"}, "optimizer state in 8 bits"
     if recipe.method == "lora":

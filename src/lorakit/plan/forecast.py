@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError, ModelError, WorkError
+from lorakit.hardware import host_memory
 from lorakit.model.count import count
 from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
 from lorakit.plan.cards import Card, recognize
@@ -101,13 +103,25 @@ def forecast(
         trainable=trained_elements(recipe, config),
         training=plan,
         device_parts=phases(recipe, config, device, plan),
-        host=host_parts(recipe, config, device, plan),
+        host=host_parts(recipe, device, plan),
         merge=merge_parts(config),
         disk=disk_parts(recipe, config, local),
         speed=expected_speed(recipe, config, device, plan, card),
-        changes=() if fits else find_changes(recipe, config, device, plan, card),
+        changes=_changes(recipe, config, device, plan, card),
         smallest_card=small.name if small else None,
     )
+
+
+def _changes(
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+) -> tuple[Change, ...]:
+    """What makes it fit; where it fits by streaming only, what would be faster."""
+    if plan.fits and not plan.placement.layer_major:
+        return ()
+    found = find_changes(recipe, config, device, plan, card)
+    if not plan.fits:
+        return found
+    return tuple(c for c in found if c.fits and c.slower is not None and c.slower < -0.05)
 
 
 def planned_speed(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> float | None:
@@ -123,6 +137,7 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
         WorkError: says what is missing, and what would make it fit.
     """
     if plan.fits:
+        _refuse_host(recipe, device, plan)
         return
     card = recognize(device.name, device.memory_bytes)
     ways = find_changes(recipe, config, device, plan, card)
@@ -134,6 +149,18 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
         f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{told}",
         hint="`lorakit plan` shows every part; --force trains all the same",
     )
+
+
+def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
+    """What the plan puts into the host's memory has to be there too."""
+    needs, has = sum(host_parts(recipe, device, plan).values()), host_memory()
+    if device.kind == "cuda" and needs > has:
+        raise WorkError(
+            f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
+            f"memory: {needs / 2**30:.1f} GiB of it, this machine has {has / 2**30:.1f} GiB",
+            hint="`lorakit plan` shows every part; set streaming: off to plan for the card alone; "
+            "--force trains all the same",
+        )
 
 
 def saving(change: Change) -> str:
@@ -168,7 +195,7 @@ def find_config(recipe: Recipe, folders: Any) -> tuple[Any, str, bool]:
             near = suggest(recipe.model, SHAPES)
             raise ModelError(error.message + near, _with_shapes(error)) from error
         return shape_config(known), "published values (config.json is out of reach)", False
-    return config, "config.json", location != recipe.model
+    return config, "config.json", Path(location).is_dir()
 
 
 def _with_shapes(error: LorakitError) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.memory import BYTES, NF4_BYTES, OPTIMIZER_BYTES, trained
-from lorakit.model.count import count
+from lorakit.memory import BYTES, NF4_BYTES, OPTIMIZER_BYTES
+from lorakit.model.count import count, trained
 from lorakit.ops.cross_entropy import LOGITS_BYTES
 from lorakit.plan.training import LIBRARIES_BYTES
 from lorakit.recipe import Recipe
@@ -49,7 +49,7 @@ def phases(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) ->
     logits = min(LOGITS_BYTES, tokens * c.vocab_size * 4)
     evaluation = {
         **standing,
-        "optimizer state": training.parts["optimizer state"],
+        "optimizer state": training.parts.get("optimizer state", 0),
         "one layer of a batch": tokens * passing,
         "logits of one chunk": logits if device.kind == "cuda" else int(2.5 * logits),
     }
@@ -68,11 +68,12 @@ def spelled(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -
     counted, width = count(config), BYTES[device.dtype]
     parts = dict(training.parts)
     frozen, others = parts.pop("frozen weights"), parts.pop("embeddings, head and norms")
-    told: Parts = {"frozen weights": frozen}
-    if recipe.method == "qlora":
+    on_host = training.placement.base_on_host
+    told: Parts = {"frozen weights of two layers" if on_host else "frozen weights": frozen}
+    if recipe.method == "qlora" and not on_host:
         constants = int((NF4_BYTES - 0.5) * counted.in_linear)
         told = {"frozen weights (4-bit)": frozen - constants, "quantization constants": constants}
-    embedding = 0 if training.embedding_on_host else counted.embedding * width
+    embedding = 0 if training.placement.embedding_on_host else counted.embedding * width
     head = counted.head * width
     if others >= embedding + head:
         told["embedding" if counted.head else "embedding, also the head"] = embedding
@@ -83,16 +84,13 @@ def spelled(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -
     return {name: size for name, size in (told | parts).items() if size}
 
 
-def host_parts(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -> Parts:
+def host_parts(recipe: Recipe, device: Device, training: MemoryPlan) -> Parts:
     """RAM beside a card while it trains; on a CPU that is the plan itself."""
     if device.kind != "cuda":
         return {}
-    parts = {"Python and libraries": CUDA_HOST_BYTES}
-    if training.embedding_on_host:
-        c = config.get_text_config()
-        parts["embedding"] = c.vocab_size * c.hidden_size * BYTES[device.dtype]
+    parts = {"Python and libraries": CUDA_HOST_BYTES, **training.host_parts}
     if recipe.optimizer.startswith("paged"):
-        parts["optimizer pages"] = training.parts["optimizer state"]
+        parts["optimizer pages"] = training.parts.get("optimizer state", 0)
     return parts
 
 

@@ -23,7 +23,8 @@ def show_forecast(found: Forecast, console: Console) -> None:
     console.print(_around(found))
     console.print(Padding(_speed(found), (1, 0, 0, 1)))
     if found.changes and found.changes[0].fits:
-        console.print(_changes(found.changes))
+        title = "what would be faster" if found.fits else "what makes it fit, cheapest first"
+        console.print(_changes(found.changes, title))
     elif found.changes:
         least = found.changes[0].total_bytes / GIB
         console.print(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
@@ -103,8 +104,7 @@ def _minutes(minutes: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _changes(changes: tuple[Change, ...]) -> Table:
-    title = "what makes it fit, cheapest first"
+def _changes(changes: tuple[Change, ...], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     table.add_column("change", overflow="fold", ratio=2)
     for column in ("GiB", "saves", "speed"):

@@ -21,8 +21,6 @@ from typing import Any
 from lorakit.recipe import Recipe
 from lorakit.records import Device
 
-# Even, for families whose layers alternate between two kinds.
-FEW, MORE = 2, 4
 # glibc maps blocks of this size and gives them back at once (M_MMAP_THRESHOLD at its largest).
 MAPPED_BYTES = 32 * 1024**2
 
@@ -82,19 +80,22 @@ class _Question:
 
 @functools.lru_cache(maxsize=64)
 def _answer(asked: _Question) -> Activations | None:
-    layers = int(asked.config.get_text_config().num_hidden_layers)
+    text = asked.config.get_text_config()
+    layers = int(text.num_hidden_layers)
+    # Of families whose layers alternate between two kinds, pairs.
+    fewest, most = (1, 2) if len(set(getattr(text, "layer_types", None) or ())) < 2 else (2, 4)
     quiet = logging.getLogger("torch._subclasses.fake_tensor")
     before = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        if layers <= MORE:
+        if layers <= most:
             return _run(asked, layers)
-        few, more = _run(asked, FEW), _run(asked, MORE)
+        few, more = _run(asked, fewest), _run(asked, most)
     except Exception:  # a model whose code looks at numbers, or a package that is not there
         return None
     finally:
         quiet.setLevel(before)
-    steps = (layers - FEW) / (MORE - FEW)
+    steps = (layers - fewest) / (most - fewest)
     line = (round(a + steps * (b - a)) for a, b in zip(astuple(few), astuple(more), strict=True))
     return Activations(*line)
 
@@ -137,7 +138,8 @@ def _head(model: Any) -> Any:
 
         @property
         def frozen_weight(self) -> Any:
-            return self.base.get_output_embeddings().weight.data if self.frozen else None
+            # Not `.data`: of a fake tensor that is another storage, and would be counted.
+            return self.base.get_output_embeddings().weight if self.frozen else None
 
     return Head(model.get_base_model())
 
@@ -169,7 +171,7 @@ def _model(asked: _Question, layers: int) -> Any:
         text.layer_types = text.layer_types[:layers]
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     # Gemma 2 caps its scores, which sdpa cannot.
-    attention = asked.device.attention if kind._supports_sdpa else "eager"
+    attention = _unmasked_attention() if kind._supports_sdpa else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=_type(asked.device), attn_implementation=attention
@@ -194,6 +196,25 @@ def _type(device: Device) -> Any:
     import torch
 
     return torch.float32 if device.dtype == "float32" else torch.bfloat16
+
+
+def _unmasked_attention() -> str:
+    """The name of sdpa without a mask, as full rows have it.
+
+    On fake tensors transformers writes the causal mask out, for it may be tracing: 1 GiB at 32,768
+    tokens that no real run has.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def forward(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any
+    ) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, **more)
+
+    AttentionInterface.register("lorakit_unmasked", forward)
+    AttentionMaskInterface.register("lorakit_unmasked", lambda *_, **__: None)
+    return "lorakit_unmasked"
 
 
 def _fake(model: Any, dtype: Any) -> None:

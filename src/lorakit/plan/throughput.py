@@ -24,6 +24,8 @@ ATTENTION = 1.63
 # Bytes moved per byte of a layer's activations, and host seconds a layer and micro-batch.
 ENGINE_TRAFFIC, ENGINE_OVERHEAD = 11.2, 436e-6
 OWN_TRAFFIC, OWN_OVERHEAD = 32.5, 4.4e-3
+# What AdamW on the host reads and writes a second: an estimate for a desktop's two channels.
+HOST_GBS = 20
 # One core: SmolLM2 and Llama-3.2-1B shapes took 60 to 110 GFLOP/s in bfloat16 with AMX.
 CPU_CORE_FLOPS = {"bfloat16": 90e9, "float32": 35e9}
 
@@ -40,7 +42,7 @@ def expected_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
 ) -> Speed | None:
     """Tokens per second of full rows; None for a card that nothing is known of."""
-    work = _Work(recipe, config.get_text_config(), count(config), plan.keep)
+    work = _Work(recipe, config.get_text_config(), count(config), plan)
     if device.kind == "cpu":
         import psutil
 
@@ -57,10 +59,27 @@ def expected_speed(
     seconds += traffic * work.traffic / bandwidth
     seconds += overhead * work.layers / work.tokens
     seconds += work.weights_moved / (0.8 * bandwidth)
+    seconds = max(seconds, _copied_bytes(work) / (card.link_gbs * 1e9)) + _host_seconds(work)
+    if plan.placement.layer_major:
+        return Speed(1 / seconds, "an estimate: data sheet, and what is streamed")
     basis = (
         "from rows measured on this card" if card.measured else "an estimate from its data sheet"
     )
     return Speed(1 / seconds, basis)
+
+
+def _copied_bytes(work: _Work) -> float:
+    """Bytes a token has copied from the host: weights twice a step, inputs of layers once."""
+    host = work.plan.host_parts
+    copied = 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0)
+    return copied / work.step_tokens
+
+
+def _host_seconds(work: _Work) -> float:
+    """Seconds a token costs in AdamW on the host, which nothing hides."""
+    if not work.plan.placement.adapters_on_host:
+        return 0.0
+    return work.plan.host_parts.get("optimizer state", 0) * 3.5 / HOST_GBS / 1e9 / work.step_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +89,16 @@ class _Work:
     recipe: Recipe
     config: Any
     counted: Counted
-    keep: Sequence[int]
+    plan: MemoryPlan
+
+    @property
+    def keep(self) -> Sequence[int]:
+        """What each layer keeps for backward."""
+        return self.plan.keep
+
+    @property
+    def step_tokens(self) -> int:
+        return self.recipe.examples_per_step * self.recipe.cutoff_len
 
     @property
     def layers(self) -> int:
@@ -78,6 +106,9 @@ class _Work:
 
     @property
     def tokens(self) -> int:
+        """Tokens that go through a layer at once; layer by layer, all of a step share its pass."""
+        if self.plan.placement.layer_major:
+            return self.step_tokens
         return self.recipe.micro_batch_size * self.recipe.cutoff_len
 
     @property
@@ -134,7 +165,7 @@ class _Work:
         """Bytes beside the products: dequantization twice a micro-batch, the optimizer a step."""
         recipe = self.recipe
         trained = recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
-        moved = trained * 28 / (self.tokens * recipe.gradient_accumulation_steps)
+        moved = trained * 28 / self.step_tokens
         if recipe.method == "qlora":
             moved += 2 * self.counted.in_linear * (2 + NF4_BYTES) / self.tokens
         return moved

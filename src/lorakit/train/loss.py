@@ -184,7 +184,9 @@ def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **input
     return engine(inputs, segments)
 
 
-def _verified_head(base: Any, own_forward: Any, device: torch.device) -> tuple[SupervisedHead | None, str]:
+def _verified_head(
+    base: Any, own_forward: Any, device: torch.device
+) -> tuple[SupervisedHead | None, str]:
     """The gathered head, if decoder + head give the model's own logits on a probe of 8 tokens."""
     config = base.config.get_text_config()
     probe = torch.arange(8, device=device).unsqueeze(0) % config.vocab_size + 1
