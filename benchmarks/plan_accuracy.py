@@ -8,14 +8,12 @@ process ever held. Weights are random, steps go through the trainer of a real ru
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-GIB = 2**30
 # shape, method, tokens a row, micro-batch, accumulation, settings
 CPU = [
     ("tiny", "lora", 64, 2, 2, []),
@@ -60,10 +58,8 @@ def one(row, steps):
     began = time.perf_counter()
     quiet = Console(quiet=True)
     result = run_bench(shape, method, seq, micro, accumulation, steps, sets, None, quiet)
-    measured = result["peak_process_gib"]
-    if result["device"] == "cpu":
-        status = Path("/proc/self/status").read_text()
-        measured = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / GIB
+    on_card = result["device"] == "cuda"
+    measured = result["peak_process_gib" if on_card else "peak_host_gib"]
     kept = ("gpu", "plan", "planned_gib", "planned_parts", "tokens_per_second", "layers")
     return {
         "row": " ".join([shape, method, f"{micro} x {accumulation} x {seq}", *sets]),

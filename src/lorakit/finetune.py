@@ -128,7 +128,6 @@ def fit(
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-
     progress = TrainingProgress(console, run, device.kind)
     began = time.perf_counter()
     with memory_told("placing the model on its device", TOO_LARGE), catch_signals() as stop:
