@@ -1,9 +1,11 @@
 """What is counted, and where: linear layers, experts, embeddings, one head or none of its own."""
 
+import pytest
 from transformers import AutoConfig
 
-from lorakit.model.count import count
+from lorakit.model.count import count, trained
 from lorakit.model.shapes import shape_config
+from lorakit.recipe import Recipe
 
 
 def test_a_head_that_is_the_embedding_is_counted_once():
@@ -47,3 +49,28 @@ def test_gpt2_keeps_its_weights_the_other_way_round():
 
 def test_the_same_config_is_built_once():
     assert count(shape_config("tiny")) is count(shape_config("tiny"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["self_attn.q_proj", "down_proj"], "lora_r": 3},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"exclude_modules": ["v_proj"], "layers_to_transform": [1]},
+        {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 5}},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_what_trains_is_what_peft_trains(values):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lorakit.model.adapters import lora_config
+
+    asked = Recipe(**{"model": "m", "data": "d", "target_modules": ["q_proj", "v_proj"], **values})
+    config = shape_config("tiny")
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), lora_config(asked))
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained(asked, count(config)) == real
