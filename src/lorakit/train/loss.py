@@ -131,7 +131,7 @@ def attach_loss(
     return Attached(base, fast, layers, loss_path, head)
 
 
-def _forward(own_forward: Any, head: _Head | None, fast: Engine | None) -> Any:
+def _forward(own_forward: Any, head: SupervisedHead | None, fast: Engine | None) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
 
     def forward(
