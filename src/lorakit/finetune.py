@@ -19,11 +19,12 @@ from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
-from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.model.vocabulary import check_vocabulary
+from lorakit.plan.forecast import planned_speed, refuse
+from lorakit.plan.training import longest_rows, plan_training
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
@@ -47,6 +48,11 @@ class Prologue:
     tokenizer: Any
     prepared: Prepared
     plan: MemoryPlan
+    tokens_per_second: float | None
+
+    def plan_as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as in `plan.json`."""
+        return {**self.plan.as_dict(), "tokens_per_second": self.tokens_per_second}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,12 @@ class Outcome:
     exit_code: int = 0
 
 
-def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
-    """Machine, tokenizer, data and plan; checks everything that can be checked without weights."""
+def prepare_run(resolved: ResolvedRecipe, console: Console, force: bool = True) -> Prologue:
+    """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
+
+    Args:
+        force: go on though the plan says that memory is too small.
+    """
     recipe = resolved.recipe
     folders = [Path(), *([resolved.folder] if resolved.folder else [])]
     device = detect_device(recipe.dtype)
@@ -77,29 +87,37 @@ def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
     show_report(prepared.report, console)
-    plan = plan_memory(resolved.recipe, config, device)
+    planned = longest_rows(resolved.recipe, prepared.report.longest_example, device)
+    plan = plan_training(planned, config, device)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
-    verdict = "" if plan.fits else "; it may not fit, see --dry-run"
+    verdict = "" if plan.fits else "; IT DOES NOT FIT"
     console.print(
         f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
     )
-    return Prologue(resolved, location, device, tokenizer, prepared, plan)
+    speed = planned_speed(planned, config, device, plan)
+    if speed is not None:
+        console.print(f"speed    about {speed:,.0f} tokens/s expected")
+    if not force:
+        refuse(planned, config, device, plan)
+    return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
 
 
-def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Outcome:
-    """Train, save and evaluate one run.
+def fit(
+    resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
+) -> Outcome:
+    """Train, save and evaluate one run; `force` tries what does not fit into memory.
 
     Raises:
         LorakitError: any mistake of the recipe, data or model, before training starts; or a full
             disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
     """
     run, resolved = claim_run(resolved, resume)
-    start = prepare_run(resolved, console)
+    start = prepare_run(resolved, console, force)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     checkpoint = prepare_resume(run, start.resolved, console) if resume else None
     if checkpoint is None:
         run.metrics.unlink(missing_ok=True)
-    write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
+    write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan_as_dict(), device)
     write_validation(run.validation, prepared.val_conversations)
     remember_base(run, recipe, start.location)
 
@@ -110,7 +128,6 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-
     progress = TrainingProgress(console, run, device.kind)
     began = time.perf_counter()
     with memory_told("placing the model on its device", TOO_LARGE), catch_signals() as stop:
