@@ -145,8 +145,8 @@ CLASSES = [
         "the loss depends on accumulation",
         "tests/train/test_trainer.py::test_gradient_of_a_step_is_the_same_for_any_split",
         "train/trainer.py",
-        "scale = ranks / max(1, self._sum_over_ranks(step.supervised))",
-        "scale = ranks / max(1, len(step.micro))",
+        "loss = model(**micro, use_cache=False).loss_sum * scale",
+        'loss = model(**micro, use_cache=False).loss_sum / len(micro["targets"])',
     ),
     Class(
         "the learning rate ends early",
@@ -196,9 +196,9 @@ CLASSES = [
         "memory that runs out changes the effective batch",
         "tests/train/test_within_memory.py::"
         "test_a_run_out_of_memory_ends_like_one_with_smaller_micro_batches[forward-False]",
-        "train/out_of_memory.py",
-        "        made = step_batches(step.examples, layout)",
-        "        made = step_batches(step.examples[: layout.rows], layout)",
+        "train/within_memory.py",
+        "step = step_batches(step.examples, trainer.layout)",
+        "step = step_batches(step.examples[: trainer.layout.rows], trainer.layout)",
     ),
     Class(
         "rotation deletes the wrong checkpoint",

@@ -5,7 +5,10 @@ import random
 import pytest
 
 from lorakit.recipe import Recipe
-from lorakit.train.watch import FLAT_STEPS, TIMED_ROWS, UNTIMED_ROWS, Watch
+from lorakit.run_dir import RunDir
+from lorakit.train.watch import FLAT_STEPS, TIMED_ROWS, UNTIMED_ROWS, Watch, planned_rate
+
+from .faults import examples, said, trainer_of
 
 
 def words(losses, rates=None, planned=None, norm=0.5, total=None, speed=1000.0, **values):
@@ -82,3 +85,28 @@ def test_a_run_far_slower_than_planned_is_said_once():
 @pytest.mark.parametrize("planned", [1900.0, None])
 def test_a_run_near_the_plan_or_without_one_is_not(planned):
     assert words([2.0] * 20, planned=planned) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ('{"tokens_per_second": 2500}', 2500.0),
+        ('{"tokens_per_second": null}', None),
+        ("{}", None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_the_planned_rate_is_read_from_the_run(tmp_path, text, rate):
+    if text is not None:
+        (tmp_path / "plan.json").write_text(text)
+    assert planned_rate(RunDir(tmp_path)) == rate
+
+
+def test_a_trainer_far_slower_than_its_plan_says_so(tiny_model_dir, tmp_path):
+    (tmp_path / "plan.json").write_text('{"tokens_per_second": 1e12}')
+    trainer = trainer_of(
+        tiny_model_dir, tmp_path, examples([9] * 8), max_steps=15, micro_batch_size=1
+    )
+    trainer.train()
+    assert said(trainer).count("tokens/s, the plan expects 1,000,000,000,000: is another") == 1

@@ -42,7 +42,7 @@ from lorakit.train.progress import TrainingProgress
 from lorakit.train.score import BATCH_TOKENS, not_finite, score
 from lorakit.train.signals import StopRequest
 from lorakit.train.trackers import Sheltered
-from lorakit.train.watch import Watch
+from lorakit.train.watch import Watch, planned_rate
 from lorakit.train.within_memory import WithinMemory
 
 
@@ -71,7 +71,7 @@ class LoraTrainer(SFTTrainer):
         self.layout = Layout(self.pad_id, rows, rows * recipe.cutoff_len, packed=False)
         self.guard = StepGuard(self, progress.note)
         self.memory = WithinMemory(self, progress.note)
-        watch = Watch(recipe, getattr(plan, "tokens_per_second", None), self._why_slow)
+        watch = Watch(recipe, planned_rate(run), self._why_slow)
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(

@@ -5,11 +5,13 @@ What is said is what was measured; the cause behind it is the likeliest, named a
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from lorakit.recipe import Recipe
+from lorakit.run_dir import RunDir
 
 # The loss is judged over so many steps after the warm-up, by the means of its two ends.
 FLAT_STEPS = 100
@@ -20,6 +22,15 @@ LEARNED = 0.3
 # Rows before the rate is judged; the first ones choose kernels and fill caches.
 UNTIMED_ROWS, TIMED_ROWS = 3, 10
 SLOW = 0.5
+
+
+def planned_rate(run: RunDir) -> float | None:
+    """Tokens/s that the run's plan.json expects; None where it does not say."""
+    try:
+        found = json.loads(run.plan.read_text(encoding="utf-8")).get("tokens_per_second")
+    except (OSError, ValueError):
+        return None
+    return None if found is None else float(found)
 
 
 class Watch:
