@@ -202,8 +202,10 @@ def _layer_major_choices(
     heads = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
     if recipe.cutoff_len >= LONG_ROW:
         heads = max(1, heads * LONG_ROW // (2 * recipe.cutoff_len))
-    for tokens in (8192, 4096, 2048, 1024):
-        for on_host, adapters_on_host in itertools.product(base_on_host, adapters):
+    # The base comes while the card computes; the optimizer on the host is waited for. Within 4 GiB
+    # 4,096 tokens and adapters on the card ran at 12,943 tokens/s, 8,192 and on the host at 12,198.
+    for at_once in ((8192, 4096), (2048, 1024)):
+        for adapters_on_host, on_host, tokens in itertools.product(adapters, base_on_host, at_once):
             yield (
                 (3,) * sizes.layers,
                 Placement(
