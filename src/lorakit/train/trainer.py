@@ -198,7 +198,8 @@ class LoraTrainer(SFTTrainer):
         ):
             return None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not has_kernels(parameters[0]):
+        if not has_kernels(parameters[0]) or engine.layers[0].qkv.kind == torch.float32:
+            # Packed documents in float32 attend one by one: as many shapes as there are steps.
             return None
         return GraphedMicroSteps(
             lambda micro, scale: self._forward_backward(self.model, micro, scale),
