@@ -291,7 +291,7 @@ def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     keys = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
     share = min(1.0, placement.heads_at_once / keys)
     # Throughout the way down: qkv, attention's output and its gradient, for all tokens.
-    standing = (qkv + 2 * out + 3 * rank) * width
+    standing = (qkv + 2 * out + 3 * rank + _normed(sizes)) * width
     # Then either the products of one chunk, or attention's gradients of one group of heads.
     products = (6 * inner + 2 * model + 3 * rank) * width
     attention = share * (2 * qkv * width + 4 * out)
@@ -332,6 +332,12 @@ def _widths(sizes: _Sizes) -> tuple[int, int, int, int]:
     return c.hidden_size, queries + 2 * keys, queries, c.intermediate_size
 
 
+def _normed(sizes: _Sizes) -> int:
+    """Numbers a token of queries and keys after norms of their own, beside those before (Qwen3)."""
+    _, qkv, out, _ = _widths(sizes)
+    return (qkv + out) // 2 if str(sizes.config.model_type).startswith("qwen3") else 0
+
+
 def _kept_bytes(sizes: _Sizes, level: int) -> float:
     """Bytes one layer of the engine keeps for a token, by level; see `fast_layer.Keep`."""
     model, qkv, out, inner = _widths(sizes)
@@ -340,7 +346,7 @@ def _kept_bytes(sizes: _Sizes, level: int) -> float:
     if level < 3:
         numbers += model + rank
     if level < 2:
-        numbers += qkv + out + 3 * rank
+        numbers += qkv + out + 3 * rank + _normed(sizes)
     if level < 1:
         numbers += 2 * inner + 2 * rank
     scalars = 8 + (4 * sizes.config.num_attention_heads if level < 2 else 0)
@@ -354,7 +360,7 @@ def _work_bytes(sizes: _Sizes, level: int) -> float:
     if level >= 1:
         numbers += 2 * inner
     if level >= 2:
-        numbers += qkv + out
+        numbers += qkv + out + _normed(sizes)
     return numbers * sizes.width
 
 
