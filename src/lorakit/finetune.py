@@ -20,14 +20,17 @@ from lorakit.data.show import show_report
 from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
+from lorakit.lock import only_writer
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
-from lorakit.model.fingerprint import remember_base
+from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
-from lorakit.train.checkpoint import save_adapter
+from lorakit.train.arguments import total_steps
+from lorakit.train.checkpoint import require_space, save_adapter
+from lorakit.train.past import past_of, remember_rows
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import claim_run, prepare_resume, write_run_files
 from lorakit.train.signals import catch_signals
@@ -91,20 +94,24 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
             disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
     """
     run, resolved = claim_run(resolved, resume)
+    with only_writer(run, console.print):
+        return _fit(run, resolved, console, resume)
+
+
+def _fit(run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool) -> Outcome:
     start = prepare_run(resolved, console)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    checkpoint = prepare_resume(run, start.resolved, console) if resume else None
-    if checkpoint is None:
-        run.metrics.unlink(missing_ok=True)
-    write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan.as_dict(), device)
-    write_validation(run.validation, prepared.val_conversations)
-    remember_base(run, recipe, start.location)
+    past = past_of(recipe, prepared.train, start.tokenizer)
+    checkpoint = _take_up(run, start, past, resume, console)
 
-    seed_everything(recipe.seed)
+    seed_everything(recipe.seed, recipe.deterministic)
+    if recipe.deterministic:
+        console.print("bits     the same in each run on this device with these versions; slower")
     base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
     model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    require_space(run, recipe, trainable)
 
     progress = TrainingProgress(console, run, device.kind)
     began = time.perf_counter()
@@ -120,12 +127,13 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
             prepared.val,
             progress,
             stop,
+            past,
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
         console.print(f"packing  {trainer.packing}")
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
@@ -142,6 +150,25 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     evaluation = _evaluate(run, model, start) if prepared.val else None
     return Outcome(run, trainer.state.global_step, seconds, final_loss, evaluation)
+
+
+def _take_up(
+    run: RunDir, start: Prologue, past: dict[str, Any], resume: bool, console: Console
+) -> str | None:
+    """Write what is known before training; returns the folder of the checkpoint to go on from."""
+    recipe, prepared = start.resolved.recipe, start.prepared
+    steps = total_steps(recipe, len(prepared.train))
+    found = prepare_resume(run, past, prepared.train, steps, console) if resume else None
+    if found is None:
+        run.metrics.unlink(missing_ok=True)
+        remember_base(run, recipe, start.location)
+        remember_rows(run, prepared.train)
+    else:
+        check_base(run, recipe, start.location)
+    report, plan = prepared.report.as_dict(), start.plan.as_dict()
+    write_run_files(run, start.resolved, report, plan, start.device)
+    write_validation(run.validation, prepared.val_conversations)
+    return str(found.folder) if found else None
 
 
 def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:

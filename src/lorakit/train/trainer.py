@@ -8,20 +8,23 @@ absent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from trl import SFTTrainer
 
 from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.data.pack import packing_words, saved_share
 from lorakit.data.shelf import lengths_of
+from lorakit.durable import staged
 from lorakit.model.chunked_layer import Cut
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
@@ -30,13 +33,27 @@ from lorakit.records import Device, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.arguments import total_steps, training_arguments
 from lorakit.train.callbacks import Reporter, Stopper
-from lorakit.train.checkpoint import rotate, save_training_state, staged
+from lorakit.train.checkpoint import (
+    checkpoint_bytes,
+    checkpoint_step,
+    rotate,
+    save_adapter_files,
+)
 from lorakit.train.graphs import GraphedMicroSteps, to_bucket
 from lorakit.train.layer_major import LayerMajor
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.progress import TrainingProgress
+from lorakit.train.save_clock import SaveClock
 from lorakit.train.score import score
 from lorakit.train.signals import StopRequest
+from lorakit.train.state import (
+    load_adapter,
+    load_state,
+    random_state,
+    restore_random,
+    restore_schedule,
+    save_state,
+)
 
 
 class LoraTrainer(SFTTrainer):
@@ -54,8 +71,10 @@ class LoraTrainer(SFTTrainer):
         val: Sequence[Example],
         progress: TrainingProgress,
         stop: StopRequest,
+        past: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.recipe, self.val, self.plan = run, recipe, val, plan
+        self.past, self.loaded = past, dict[str, Any]()
         self.pad_id = pad_token_id(tokenizer)
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -74,6 +93,8 @@ class LoraTrainer(SFTTrainer):
             callbacks=[Reporter(self, progress), Stopper(stop)],
         )
         self.remove_callback(PrinterCallback)
+        if recipe.save_minutes is not None:
+            self.add_callback(SaveClock(recipe.save_minutes))
         self.diverged_at: int | None = None
         for name, parameter in self.model.named_parameters():
             if name in masters:
@@ -202,19 +223,55 @@ class LoraTrainer(SFTTrainer):
         )
         return metrics
 
+    def train(self, resume_from_checkpoint: str | None = None, *more: Any, **others: Any) -> Any:
+        """Take the steps that are left; after the last one transformers would take one more."""
+        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if folder is None or checkpoint_step(folder) < self.args.max_steps:
+            return super().train(resume_from_checkpoint, *more, **others)
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        return None
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with staged(self.run.checkpoint(self.state.global_step)) as folder:
-            save_training_state(
-                self.accelerator.unwrap_model(self.model), folder, saves_embeddings(self.recipe)
-            )
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            for part in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(part, ExportableState):
-                    self.state.stateful_callbacks[type(part).__name__] = part.state()
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        rotate(self.run, self.recipe.keep_checkpoints)
+        step, weights = self.state.global_step, self.accelerator.unwrap_model(self.model)
+        for part in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(part, ExportableState):
+                self.state.stateful_callbacks[type(part).__name__] = part.state()
+        facts = {"step": step, "steps": self.state.max_steps, "past": self.past}
+        size = checkpoint_bytes(
+            self.recipe, sum(p.numel() for p in weights.parameters() if p.requires_grad)
+        )
+        randoms = gather_object([random_state()])
+        if self.args.should_save:
+            with staged(self.run.checkpoint(step), facts, size) as folder:
+                save_adapter_files(weights, folder, saves_embeddings(self.recipe))
+                scaler = self.accelerator.scaler
+                save_state(folder, self.optimizer, self.lr_scheduler, scaler, randoms)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            rotate(self.run, self.recipe.keep_checkpoints, step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        self.loaded = load_state(Path(resume_from_checkpoint))
+
+    def _init_training_state(self, max_steps: int, *more: Any) -> Any:
+        done = super()._init_training_state(max_steps, *more)
+        # Intervals of saving, logging and scoring are the recipe's, not the checkpoint's.
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(self.loaded.pop("optimizer"))
+            restore_schedule(self.lr_scheduler, self.optimizer, self.loaded["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.loaded["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(self.loaded["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random(self.loaded["random"][self.args.process_index])
 
     def close(self) -> Any:
         """The trained model with its own forward back, free of the trainer's wrapping."""
