@@ -133,7 +133,7 @@ def _fit(run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool) 
         console.print(f"loss     {trainer.attached.loss}")
         console.print(f"packing  {trainer.packing}")
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.take_steps(checkpoint)
         finally:
             progress.stop()
     seconds = time.perf_counter() - began

@@ -38,6 +38,7 @@ FREE = {
     "log_every",
     "report_to",
     "offline",
+    "probe",
     "trust_remote_code",
 }
 VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")

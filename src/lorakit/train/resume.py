@@ -78,7 +78,7 @@ def prepare_resume(
             f"{run.path}: {found.step} steps are taken already, the recipe asks for {steps}",
             hint="raise max_steps or epochs; the adapter of fewer steps needs a run of its own",
         )
-    rows = [row for row in read_metrics(run) if row["step"] <= found.step]
+    rows = [row for row in read_metrics(run) if row.get("step", 0) <= found.step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     console.print(f"resuming {run.path} from step {found.step} of {steps}")
     if found.facts["steps"] != steps:

@@ -223,14 +223,17 @@ class LoraTrainer(SFTTrainer):
         )
         return metrics
 
-    def train(self, resume_from_checkpoint: str | None = None, *more: Any, **others: Any) -> Any:
-        """Take the steps that are left; after the last one transformers would take one more."""
-        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    def take_steps(self, checkpoint: str | None) -> None:
+        """Train to the end, from a checkpoint on; one of the last step is loaded and no more.
+
+        transformers would take a step beyond the last one.
+        """
+        folder = Path(checkpoint) if checkpoint else None
         if folder is None or checkpoint_step(folder) < self.args.max_steps:
-            return super().train(resume_from_checkpoint, *more, **others)
+            self.train(resume_from_checkpoint=checkpoint)
+            return
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        return None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, weights = self.state.global_step, self.accelerator.unwrap_model(self.model)
