@@ -32,6 +32,7 @@ def test_a_run_leaves_the_files_of_its_contract(finish):
         "checkpoints",
         "adapter",
         "base.json",
+        "data_rows.npy",
         "eval.json",
     }
     recipe = load_recipe(run.recipe).recipe
