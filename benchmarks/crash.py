@@ -41,7 +41,7 @@ PHASES = (
     "adapter",
     "evaluating",
 )
-FAULT = "fault.txt"
+ASIDE = None  # where caches and error texts of runs lie, if not beside them
 
 
 # -- a model and data, made in code ---------------------------------------------------------------
@@ -121,6 +121,14 @@ def resolve(world, folder, spec):
     return load_recipe(None, [], {**flags, **spec})
 
 
+def cache_of(folder):
+    return (ASIDE or folder.parent) / f"{folder.name}.cache"
+
+
+def fault_of(folder):
+    return (ASIDE or folder.parent) / f"{folder.name}.fault.txt"
+
+
 # -- children -------------------------------------------------------------------------------------
 
 
@@ -178,7 +186,7 @@ def start(world, folder, spec, phase, die_at=None, prepare=None):
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         phase.place[0] = 0
-        keep_cache_in(folder.with_name(folder.name + ".cache"))
+        keep_cache_in(cache_of(folder))
         phase.mark_all()
         if prepare:
             prepare()
@@ -186,7 +194,7 @@ def start(world, folder, spec, phase, die_at=None, prepare=None):
             die_at_operation(die_at, str(folder))
         code = train(world, folder, spec)
     except BaseException:
-        folder.with_name(folder.name + FAULT).write_text(traceback.format_exc())
+        fault_of(folder).write_text(traceback.format_exc())
     finally:
         os._exit(code)
 
@@ -201,7 +209,7 @@ def train(world, folder, spec):
         resolved = resolve(world, folder, spec)
         return fit(resolved, Console(quiet=True), resume=folder.exists()).exit_code
     except LorakitError as error:
-        folder.with_name(folder.name + FAULT).write_text(str(error))
+        fault_of(folder).write_text(str(error))
         return error.exit_code
 
 
@@ -256,7 +264,7 @@ def torn(folder):
             verified(place)
         except Damaged as trouble:
             found.append(f"{place.name}: {trouble}")
-    home = folder.with_name(folder.name + ".cache")
+    home = cache_of(folder)
     found += [
         f"cache {place.name}"
         for place in (home.iterdir() if home.exists() else ())
@@ -387,13 +395,13 @@ class Campaign:
             self.failures.append(f"{label}: {at_risk} steps lost, saved every {spec['save_every']}")
 
     def fault(self, folder):
-        path = folder.with_name(folder.name + FAULT)
+        path = fault_of(folder)
         return path.read_text()[-1500:] if path.exists() else "nothing said"
 
     def forget(self, folder):
-        for name in ("", ".cache"):
-            shutil.rmtree(folder.with_name(folder.name + name), ignore_errors=True)
-        folder.with_name(folder.name + FAULT).unlink(missing_ok=True)
+        for path in (folder, cache_of(folder)):
+            shutil.rmtree(path, ignore_errors=True)
+        fault_of(folder).unlink(missing_ok=True)
 
 
 def import_everything():

@@ -158,6 +158,8 @@ def unwritable(target: Path, error: BaseException, size: int | None = None) -> W
 
 def megabytes(size: int) -> str:
     """Bytes in words a disk's owner thinks in."""
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e6:,.1f} MB" if size < 1e8 else f"{size / 1e6:,.0f} MB"
 
 

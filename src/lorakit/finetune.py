@@ -32,7 +32,7 @@ from lorakit.train.arguments import total_steps
 from lorakit.train.checkpoint import require_space, save_adapter
 from lorakit.train.past import past_of, remember_rows
 from lorakit.train.progress import TrainingProgress
-from lorakit.train.resume import claim_run, prepare_resume, write_run_files
+from lorakit.train.resume import claim_run, forget_after, prepare_resume, write_run_files
 from lorakit.train.signals import catch_signals
 from lorakit.train.trainer import LoraTrainer, saves_embeddings
 
@@ -165,6 +165,7 @@ def _take_up(
         remember_rows(run, prepared.train)
     else:
         check_base(run, recipe, start.location)
+        forget_after(run, found.step)
     report, plan = prepared.report.as_dict(), start.plan.as_dict()
     write_run_files(run, start.resolved, report, plan, start.device)
     write_validation(run.validation, prepared.val_conversations)

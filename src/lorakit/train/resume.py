@@ -54,7 +54,7 @@ def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedR
 def prepare_resume(
     run: RunDir, past: Mapping[str, Any], train: Examples, steps: int, console: Console
 ) -> Checkpoint | None:
-    """The checkpoint to go on from; rows of metrics.jsonl after it are dropped.
+    """The checkpoint to go on from; nothing is written yet.
 
     Args:
         past: what the steps hang on now, see `past.py`.
@@ -78,8 +78,6 @@ def prepare_resume(
             f"{run.path}: {found.step} steps are taken already, the recipe asks for {steps}",
             hint="raise max_steps or epochs; the adapter of fewer steps needs a run of its own",
         )
-    rows = [row for row in read_metrics(run) if row.get("step", 0) <= found.step]
-    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     console.print(f"resuming {run.path} from step {found.step} of {steps}")
     if found.facts["steps"] != steps:
         console.print(
@@ -89,6 +87,12 @@ def prepare_resume(
     if other := changed_versions(found.facts["past"], past):
         console.print(other)
     return found
+
+
+def forget_after(run: RunDir, step: int) -> None:
+    """Drop the rows of metrics.jsonl after `step`: these steps are taken again."""
+    rows = [row for row in read_metrics(run) if row.get("step", 0) <= step]
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_run_files(
