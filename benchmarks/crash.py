@@ -47,7 +47,7 @@ ASIDE = None  # where caches and error texts of runs lie, if not beside them
 # -- a model and data, made in code ---------------------------------------------------------------
 
 
-def make_world(folder):
+def make_world(folder, width=64):
     """A random two-layer Llama with a byte tokenizer, and thirty rows."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -66,8 +66,8 @@ def make_world(folder):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -9,7 +9,7 @@ from lorakit.data.prepare import prepare
 from lorakit.errors import RunError
 from lorakit.run_dir import RunDir
 from lorakit.train.past import (
-    changed_versions,
+    differences,
     past_of,
     refuse_changed_past,
     remember_rows,
@@ -97,7 +97,7 @@ def test_changed_data_is_refused_without_the_list_of_rows_too(past, tmp_path):
 
 def test_another_template_is_refused(past, tmp_path, tokenizer, monkeypatch):
     before, _ = past()
-    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + "\n")
+    monkeypatch.setattr(tokenizer, "chat_template", "# " + tokenizer.chat_template)
     with pytest.raises(RunError, match="chat template is not the one"):
         refuse_changed_past(RunDir(tmp_path), before, *past())
 
@@ -116,8 +116,10 @@ def test_a_setting_that_an_older_version_did_not_know_had_its_default(past, tmp_
     refuse_changed_past(RunDir(tmp_path), before, past()[0], train)
 
 
-def test_other_versions_are_said():
-    now = {"versions": {"torch": "2", "peft": "1"}}
-    assert changed_versions({"versions": {"torch": "2", "peft": "1"}}, now) is None
-    said = changed_versions({"versions": {"torch": "1", "peft": "1"}}, now)
-    assert said == "note: other versions than before: torch 1 -> 2"
+def test_other_versions_and_another_spelling_of_the_tokenizer_are_said():
+    now = {"versions": {"torch": "2", "peft": "1"}, "tokenizer": "a"}
+    assert differences(now, now) == []
+    before = {"versions": {"torch": "1", "peft": "1"}, "tokenizer": "b"}
+    versions, tokenizer = differences(before, now)
+    assert versions == "other versions than before: torch 1 -> 2"
+    assert "the training rows come out the same" in tokenizer

@@ -96,12 +96,13 @@ def refuse_changed_past(
             + "\n".join(f"  {line}" for line in lines),
             hint="undo the change, or start a new run with --output",
         )
-    if before["tokenizer"] != now["tokenizer"]:
-        raise RunError(
-            f"{run.path}: the tokenizer or its chat template is not the one this run trained with",
-            hint="bring that model folder back, or start a new run with --output",
-        )
     if before["data"]["sha256"] != now["data"]["sha256"]:
+        if before["tokenizer"] != now["tokenizer"]:
+            raise RunError(
+                f"{run.path}: the tokenizer or its chat template is not the one this run trained "
+                "with: its rows come out otherwise",
+                hint="bring that model folder back, or start a new run with --output",
+            )
         was, seen = before["data"], now["data"]
         raise RunError(
             f"{run.path}: the data is not what this run trained on: {_changed_rows(run, train)}\n"
@@ -112,11 +113,17 @@ def refuse_changed_past(
         )
 
 
-def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """A line where packages are not those of the steps before: their bits may not repeat."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines on what is not as it was and alters no step taken, but may be worth knowing."""
+    lines = []
     was, seen = before["versions"], now["versions"]
     changed = [f"{n} {was.get(n)} -> {v}" for n, v in seen.items() if was.get(n) != v]
-    return f"note: other versions than before: {', '.join(changed)}" if changed else None
+    if changed:
+        lines.append(f"other versions than before: {', '.join(changed)}")
+    if before["tokenizer"] != now["tokenizer"]:
+        # A newer tokenizers package may write the same tokenizer down in other words.
+        lines.append("the tokenizer's files differ; the training rows come out the same")
+    return lines
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

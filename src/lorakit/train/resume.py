@@ -18,7 +18,7 @@ from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device
 from lorakit.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.train.checkpoint import Checkpoint, require_checkpoint
-from lorakit.train.past import changed_versions, refuse_changed_past, versions
+from lorakit.train.past import differences, refuse_changed_past, versions
 
 
 def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedRecipe]:
@@ -84,8 +84,8 @@ def prepare_resume(
             f"         {found.facts['steps']} steps were planned before: the learning rate goes "
             f"on as a run of {steps} steps has it from here"
         )
-    if other := changed_versions(found.facts["past"], past):
-        console.print(other)
+    for line in differences(found.facts["past"], past):
+        console.print(f"note: {line}")
     return found
 
 
