@@ -3,6 +3,7 @@
 Losses of real runs in float32 without dropout lie within 1e-5 of one another, step by step.
 """
 
+import json
 import shutil
 
 import pytest
@@ -34,7 +35,9 @@ WAYS = {
     },
     "recomputed": {"gradient_checkpointing": True},
     "fast layers": {"engine": "on"},
+    "streamed": {"engine": "on", "streaming": "on"},
     "resumed": {},
+    "streamed and resumed": {"engine": "on", "streaming": "on"},
 }
 
 
@@ -56,10 +59,12 @@ def plain(curve):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_curve_is_the_same(curve, plain, way):
     run, losses = curve(**WAYS[way])
-    if way == "resumed":  # from step 3, in the middle of the first epoch
+    placement = json.loads(run.plan.read_text())["placement"]
+    assert placement["base_on_host"] == way.startswith("streamed")
+    if way.endswith("resumed"):  # from step 3, in the middle of the first epoch
         shutil.rmtree(run.checkpoint(5))
         fit(load_recipe(run.recipe), QUIET, resume=True)
-        losses = [row["loss"] for row in read_metrics(run)]
-        assert losses == plain
+        before, losses = losses, [row["loss"] for row in read_metrics(run)]
+        assert losses == before
     assert len(losses) == 5
     assert losses == pytest.approx(plain, abs=1e-5, rel=0)

@@ -32,6 +32,7 @@ FREE = {
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "memory_limit",
+    "streaming",
     "save_every",
     "keep_checkpoints",
     "eval_every",

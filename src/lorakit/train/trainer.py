@@ -254,6 +254,9 @@ class LoraTrainer(SFTTrainer):
             rotate(self.run, self.recipe.keep_checkpoints, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        engine = self.attached.engine
+        if engine is not None and engine.host_adapters is not None:
+            engine.host_adapters.rest()  # values and state are loaded where they live
         load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         self.loaded = load_state(Path(resume_from_checkpoint))
 
