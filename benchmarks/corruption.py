@@ -187,7 +187,7 @@ def main():
     crash.import_everything()
     from lorakit.bench import commit
 
-    began = time.monotonic()
+    began, code = time.monotonic(), commit()
     with tempfile.TemporaryDirectory() as folder:
         campaign, number = Campaign(Path(folder), args.seed), 0
         while campaign.kinds.total() < args.corruptions:
@@ -203,7 +203,7 @@ def main():
         "refused_with_none_left": campaign.refused,
         "seconds": round(time.monotonic() - began, 1),
     }
-    crash.finish(result, args.out, commit())
+    crash.finish(result, args.out, code)
 
 
 if __name__ == "__main__":

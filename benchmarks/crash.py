@@ -170,10 +170,11 @@ class Phase:
         self.mark(finetune, "evaluate", "evaluating")
 
 
-def start(world, folder, spec, phase, die_at=None, prepare=None):
+def start(world, folder, spec, phase, die_at=None, prepare=None, job=None):
     """Fork a child that trains into `folder`, from where it was; returns its process number.
 
     Args:
+        job: what it does instead of training.
         die_at: the child kills itself before its file operation of this number.
         prepare: called in the child first.
     """
@@ -192,7 +193,7 @@ def start(world, folder, spec, phase, die_at=None, prepare=None):
             prepare()
         if die_at is not None:
             die_at_operation(die_at, str(folder))
-        code = train(world, folder, spec)
+        code = (job or train)(world, folder, spec)
     except BaseException:
         fault_of(folder).write_text(traceback.format_exc())
     finally:
@@ -211,6 +212,17 @@ def train(world, folder, spec):
     except LorakitError as error:
         fault_of(folder).write_text(str(error))
         return error.exit_code
+
+
+def export(_world, folder, _spec):
+    """Merge the run in `folder` into its export/merged."""
+    from rich.console import Console
+
+    from lorakit.export.table import export_run
+    from lorakit.run_dir import RunDir
+
+    export_run(RunDir(folder), "merged", None, Console(quiet=True))
+    return 0
 
 
 def keep_cache_in(folder):
@@ -369,6 +381,34 @@ class Campaign:
         self.forget(folder)
         return done
 
+    def exported(self, kills):
+        """Kill exports of an unbroken run: the target is absent or whole, and the next one works.
+
+        Returns:
+            How many were killed.
+        """
+        from lorakit.durable import Damaged, verified
+
+        self.unbroken(0)
+        folder, done = self.place / "whole-0", 0
+        target = folder / "export" / "merged"
+        for number in range(kills + 1):
+            die_at = self.rng.randrange(30) if number < kills else None
+            process = start(self.world, folder, {}, self.phase, die_at, job=export)
+            code = end_of(process)
+            done += code == -signal.SIGKILL
+            if code not in (0, -signal.SIGKILL):
+                self.failures.append(f"export {number}: exit {code}: {self.fault(folder)}")
+            try:
+                if target.exists():
+                    verified(target)
+                elif code == 0:
+                    self.failures.append(f"export {number}: nothing there")
+            except Damaged as trouble:
+                self.failures.append(f"export {number}: torn: {trouble}")
+            shutil.rmtree(target, ignore_errors=True)
+        return done
+
     def once(self, folder, spec, seconds):
         """One child and its end: (exit code, what it was doing)."""
         if self.rng.random() < 0.5:
@@ -425,9 +465,10 @@ def main():
     import_everything()
     from lorakit.bench import commit
 
-    began = time.monotonic()
+    began, code = time.monotonic(), commit()
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), args.seed)
+        exports = campaign.exported(max(2, args.kills // 10))
         runs = done = 0
         while done < args.kills:
             done += campaign.broken(runs % 24, runs, args.kills_per_run)
@@ -441,6 +482,7 @@ def main():
         "resumed_unattended_and_bit_identical": runs - len(campaign.failures),
         "failures": campaign.failures,
         "kills_while": dict(campaign.kills.most_common()),
+        "exports_killed_and_absent_or_whole": exports,
         "steps_repeated": {
             "most": max(campaign.repeated, default=0),
             "mean": round(sum(campaign.repeated) / max(1, len(campaign.repeated)), 2),
@@ -449,7 +491,7 @@ def main():
         "compared": "adapter, last checkpoint's adapter, optimizer, schedule, generators; metrics",
         "seconds": round(time.monotonic() - began, 1),
     }
-    finish(result, args.out, commit())
+    finish(result, args.out, code)
 
 
 def finish(result, out, commit):

@@ -141,7 +141,7 @@ def main():
     crash.import_everything()
     from lorakit.bench import commit
 
-    began = time.monotonic()
+    began, code = time.monotonic(), commit()
     with tempfile.TemporaryDirectory() as folder:
         campaign = run_all(Path(folder), args.steps)
     result = {
@@ -154,7 +154,7 @@ def main():
         "messages": campaign.said,
         "seconds": round(time.monotonic() - began, 1),
     }
-    crash.finish(result, args.out, commit())
+    crash.finish(result, args.out, code)
     sys.exit(bool(campaign.failures))
 
 

@@ -184,6 +184,22 @@ def test_no_checkpoint_holds_a_pickle_or_a_private_file(finish):
         assert {p.stat().st_mode & 0o777 for p in files.values()} == {0o644}
 
 
+def test_odd_paths_and_a_private_umask_are_no_hindrance(
+    finish, tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    run = RunDir(tmp_path / "mein Lauf ü\nzwei")
+    before = os.umask(0o077)
+    try:
+        fit(tiny_recipe(tiny_model_dir, tiny_data, run.path, save_every=4), QUIET)
+        shutil.rmtree(run.checkpoint(6))
+        fit(load_recipe(run.recipe), QUIET, resume=True)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o077 for p in run.path.rglob("*") if p.is_file()} == {0}
+    name = "adapter/adapter_model.safetensors"
+    assert (run.path / name).read_bytes() == (finish().run.path / name).read_bytes()
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     tiny_recipe, tiny_model_dir, tiny_data, tmp_path, method

@@ -115,7 +115,8 @@ def save_adapter_files(model: Any, folder: Path, with_embeddings: bool) -> None:
     model.save_pretrained(folder, save_embedding_layers=with_embeddings)
     # peft's card is a form to fill in that names the local folder of the base model.
     (folder / "README.md").unlink(missing_ok=True)
-    (folder / ADAPTER_WEIGHTS).chmod(0o644)
+    # safetensors makes its files private to the user, whatever the umask says.
+    (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -36,8 +36,9 @@ def save_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any, random
     }
     packed = _pack(values, tensors, "")
     save_file(tensors, folder / TENSORS)
-    (folder / TENSORS).chmod(0o644)  # safetensors makes it private to the user
     (folder / VALUES).write_text(json.dumps(packed) + "\n", encoding="utf-8")
+    # safetensors makes its files private to the user, whatever the umask says.
+    (folder / TENSORS).chmod((folder / VALUES).stat().st_mode & 0o777)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
