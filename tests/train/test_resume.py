@@ -177,6 +177,13 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(
     assert (tmp_path / "r" / name).read_bytes() == (finish().run.path / name).read_bytes()
 
 
+def test_the_runs_own_recipe_resumes_it_before_its_first_checkpoint_too(copied):
+    run, _ = copied
+    shutil.rmtree(run.checkpoints)
+    claimed, _ = claim_run(load_recipe(run.recipe), resume=True)
+    assert claimed.path == run.path
+
+
 def test_no_checkpoint_holds_a_pickle_or_a_private_file(finish):
     for folder in finish(save_every=2, keep_checkpoints=3).run.list_checkpoints():
         files = {p.name: p for p in folder.iterdir()}

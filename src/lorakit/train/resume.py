@@ -28,7 +28,7 @@ def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedR
         RunError: the folder holds a run already (without --resume), or none (with it).
     """
     recipe = resolved.recipe
-    if resume and resolved.folder and RunDir(resolved.folder).checkpoints.exists():
+    if resume and resolved.folder and RunDir(resolved.folder).environment.exists():
         return RunDir(resolved.folder), resolved  # `train runs/x/recipe.yaml --resume`
     if recipe.output_dir is not None:
         run = RunDir(Path(recipe.output_dir))
@@ -117,10 +117,11 @@ def write_run_files(
         portable["val_data"] = _portable(resolved.recipe.val_data, resolved, run)
     origins = dict(resolved.origins)
     saved = resolved.derive("", **portable)
-    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
     write_json(run.data_report, report)
     write_json(run.plan, plan)
     write_json(run.environment, environment(device))
+    # Last: a folder with a recipe is a run.
+    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
 
 
 def environment(device: Device) -> dict[str, Any]:
