@@ -4,6 +4,7 @@
 
 Order, start and rate are the same in all runs; only the dropout masks differ between PEFT's, so the
 distance between two of its curves is what chance does. The engine draws masks of its own. With
+`--dtype float32` rounding is out of the comparison: what is left is what is computed. With
 `--oracle` dropout is off, and the engine and PEFT in bfloat16 are held against PEFT in float32.
 """
 
@@ -77,22 +78,23 @@ def distance(one, other):
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def compare_masks(engine, files, steps):
-    """The engine against PEFT with three draws of dropout masks."""
-    peft = [train("off", masks, files, steps) for masks in (1, 2, 3)]
-    ours = train(engine, 4, files, steps)
-    reference = sum(run["held_out_loss"] for run in peft) / len(peft)
+def compare_masks(engine, files, steps, dtype):
+    """The engine against PEFT, each with three draws of dropout masks."""
+    peft = [train("off", masks, files, steps, dtype=dtype) for masks in (1, 2, 3)]
+    ours = [train(engine, masks, files, steps, dtype=dtype) for masks in (4, 5, 6)]
+    means = [sum(r["held_out_loss"] for r in runs) / len(runs) for runs in (ours, peft)]
     return {
+        "dtype": dtype,
         "curve_distance": {
             "peft_to_peft": [distance(x, y) for x, y in itertools.combinations(peft, 2)],
-            "engine_to_peft": [distance(ours, x) for x in peft],
+            "engine_to_peft": [distance(x, y) for x, y in itertools.product(ours, peft)],
         },
         "held_out": {
             "peft": [run["held_out_loss"] for run in peft],
-            "engine": ours["held_out_loss"],
-            "relative_difference": abs(ours["held_out_loss"] / reference - 1),
+            "engine": [run["held_out_loss"] for run in ours],
+            "relative_difference": abs(means[0] / means[1] - 1),
         },
-        "runs": [ours, *peft],
+        "runs": [*ours, *peft],
     }
 
 
@@ -118,6 +120,7 @@ def main():
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--engine", default="auto", help="on: where auto would not (a CPU)")
+    parser.add_argument("--dtype", default="auto", help="float32 leaves rounding out")
     parser.add_argument("--oracle", action="store_true", help="hold both against float32")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
@@ -127,11 +130,14 @@ def main():
         files = Path(folder) / "train.jsonl", Path(folder) / "held_out.jsonl"
         files[0].write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
         files[1].write_text("\n".join(lines[rows : rows + a.held_out]) + "\n", encoding="utf-8")
-        compare = compare_oracle if a.oracle else compare_masks
-        found = compare(a.engine, files, a.steps)
+        if a.oracle:
+            found = compare_oracle(a.engine, files, a.steps)
+        else:
+            found = compare_masks(a.engine, files, a.steps, a.dtype)
     device = detect_device()
     command = f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
     command += f"--held-out {a.held_out} --engine {a.engine}" + " --oracle" * a.oracle
+    command += f" --dtype {a.dtype}" * (not a.oracle)
     result = {
         "id": "parity-oracle" if a.oracle else "parity-engine",
         "gpu": device.name,

@@ -49,10 +49,14 @@ def tokenizer(demo_model):
 @pytest.fixture(scope="session")
 def tiny_model_dir(tokenizer, tmp_path_factory):
     """A 2-layer random Llama (64 wide) with SmolLM2's real tokenizer, saved as a folder."""
+    return make_tiny_model(tokenizer, tmp_path_factory.mktemp("tiny-model"))
+
+
+def make_tiny_model(tokenizer, folder):
+    """Save it into `folder`, which is returned."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-model")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -75,9 +79,13 @@ def tiny_model_dir(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """Thirty short question/answer rows that a tiny model can learn by heart."""
+    return make_tiny_data(tmp_path_factory.mktemp("data") / "colors.jsonl")
+
+
+def make_tiny_data(path):
+    """Write them to `path`, which is returned."""
     import json
 
-    path = tmp_path_factory.mktemp("data") / "colors.jsonl"
     colors = ["red", "green", "blue", "gray", "pink"]
     with path.open("w") as handle:
         for i in range(30):

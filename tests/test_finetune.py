@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorakit import finetune
 from lorakit.errors import DataError, LorakitError, RunError, WorkError
 from lorakit.finetune import fit, prepare_run
 from lorakit.model.load import seed_everything
@@ -122,17 +123,18 @@ def test_a_diverged_run_stops_at_once_and_saves_no_adapter(
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WorkError, match="became nan at step 1"):
+    with pytest.raises(WorkError, match=r"step 1: loss nan.*\n.*step 2: loss nan") as error:
         fit(tiny_recipe(folder, tiny_data, tmp_path / "r"), QUIET)
+    assert "is the base model whole?" in error.value.hint
     assert not (tmp_path / "r" / "adapter").exists()
     assert RunDir(tmp_path / "r").list_checkpoints() == []
 
 
-def test_overflowing_gradients_that_change_nothing_save_no_adapter(
+def test_overflowing_gradients_stop_before_an_update_and_save_no_adapter(
     tiny_recipe, tiny_model_dir, tiny_data, tmp_path
 ):
     resolved = tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r", lora_alpha=1e30)
-    with pytest.raises(WorkError, match="training changed nothing"):
+    with pytest.raises(WorkError, match="step 2: gradient norm inf"):
         fit(resolved, QUIET)
     assert not (tmp_path / "r" / "adapter").exists()
 
@@ -226,3 +228,14 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
     assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(("stage", "doing"), [("load_base", "loading"), ("LoraTrainer", "placing")])
+def test_memory_that_ends_before_step_1_says_where(
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path, monkeypatch, stage, doing
+):
+    """The allocator really refuses, where the base is read and where it goes onto the device."""
+    monkeypatch.setattr(finetune, stage, lambda *_: torch.empty(2**50, dtype=torch.uint8))
+    with pytest.raises(WorkError, match=rf"out of memory {doing} .* more were asked for") as error:
+        fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r"), QUIET)
+    assert "method: qlora" in error.value.hint

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit.data.template import stop_token_ids
-from lorakit.errors import DataError
+from lorakit.errors import DataError, WorkError
 from lorakit.generate import GenerationSettings, base_answers, fit_prompt, replies, stream_reply
 from lorakit.model.load import load_run
 from lorakit.records import Message
@@ -141,3 +141,28 @@ def test_trained_biases_do_not_leak_into_the_base():
         with base_answers(model):
             assert torch.equal(model(input_ids=ids).logits, before)
         assert not torch.allclose(model(input_ids=ids).logits, before)
+
+
+def test_memory_that_ends_makes_smaller_batches_of_the_same_answers(real, tokenizer):
+    """The allocator really refuses: above two prompts, then above none."""
+    questions = [ask("What is the capital of France?"), ask("Say hi."), ask("2+2=?")] * 2
+    settings = GenerationSettings(max_new_tokens=3, temperature=0.0)
+    whole, room, seen = replies(real, tokenizer, questions, settings), 2, []
+
+    def hook(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if len(kwargs["input_ids"]) > room:
+            torch.empty(2**50, dtype=torch.uint8)
+
+    handle = real.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        assert replies(real, tokenizer, questions, settings) == whole
+        assert sorted(set(seen)) == [1, 3, 6]
+        room = 0
+        words = r"out of memory answering a prompt of \d+ tokens with up to 3 more: .* asked for"
+        with pytest.raises(WorkError, match=words):
+            replies(real, tokenizer, questions, settings)
+        with pytest.raises(WorkError, match=words):
+            list(stream_reply(real, tokenizer, questions[0], settings))
+    finally:
+        handle.remove()

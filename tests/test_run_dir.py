@@ -49,8 +49,28 @@ def test_full_disk_is_one_clear_error():
 def test_a_torn_metrics_line_is_left_out(tmp_path):
     run = RunDir(tmp_path)
     assert read_metrics(run) == []
-    append_metrics(run, {"step": 1})
-    append_metrics(run, {"step": 2})
+    append_metrics(run, [{"step": 1}])
+    append_metrics(run, [{"step": 2}])
     with run.metrics.open("a") as handle:
         handle.write('{"step": 3, "lo')
     assert [r["step"] for r in read_metrics(run)] == [1, 2]
+
+
+def test_rows_that_do_not_fit_on_the_disk_leave_the_file_as_it_was(tmp_path):
+    import resource
+    import signal
+
+    run = RunDir(tmp_path)
+    append_metrics(run, [{"step": 1}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            append_metrics(run, [{"step": 2}, {"step": 3}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert run.metrics.read_text() == '{"step": 1}\n'
+    append_metrics(run, [{"step": 2}, {"step": 3}])
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]

@@ -17,7 +17,6 @@ from rich.console import Console
 from lorakit.data.items import write_validation
 from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
-from lorakit.errors import WorkError
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
 from lorakit.lock import only_writer
@@ -25,16 +24,20 @@ from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
+from lorakit.model.vocabulary import check_vocabulary
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
 from lorakit.train.arguments import total_steps
-from lorakit.train.checkpoint import require_space, save_adapter
+from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
+from lorakit.train.out_of_memory import memory_told
 from lorakit.train.past import past_of, remember_rows
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import claim_run, forget_after, prepare_resume, write_run_files
 from lorakit.train.signals import catch_signals
-from lorakit.train.trainer import LoraTrainer, saves_embeddings
+from lorakit.train.trainer import LoraTrainer
+
+TOO_LARGE = "close what else uses this device's memory, set method: qlora, or take a smaller model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +110,17 @@ def _fit(run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool) 
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
         console.print("bits     the same in each run on this device with these versions; slower")
-    base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
-    model = add_adapter(base, recipe)
+    with memory_told("loading the base model", TOO_LARGE):
+        base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
+        check_vocabulary(start.tokenizer, base)
+        model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     require_space(run, recipe, trainable)
 
     progress = TrainingProgress(console, run, device.kind)
     began = time.perf_counter()
-    with catch_signals() as stop:
+    with memory_told("placing the model on its device", TOO_LARGE), catch_signals() as stop:
         trainer = LoraTrainer(
             model,
             start.tokenizer,
@@ -138,15 +143,10 @@ def _fit(run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool) 
             progress.stop()
     seconds = time.perf_counter() - began
     model = trainer.close()
-    losses = [row["loss"] for row in read_metrics(run) if "loss" in row]
+    losses = [row["loss"] for row in read_metrics(run) if row.get("loss") is not None]
     final_loss = losses[-1] if losses else None
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         return Outcome(run, trainer.state.global_step, seconds, final_loss, None, stop.exit_code)
-    if trainer.diverged_at is not None:
-        raise WorkError(
-            f"the loss became {final_loss} at step {trainer.diverged_at}; no adapter was saved",
-            hint="lower learning_rate and start anew, or resume from the last checkpoint",
-        )
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     evaluation = _evaluate(run, model, start) if prepared.val else None
     return Outcome(run, trainer.state.global_step, seconds, final_loss, evaluation)

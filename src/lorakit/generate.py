@@ -7,6 +7,7 @@ at the tokens that training taught as the end of a turn.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from lorakit.data.template import prompt_ids, stop_token_ids
-from lorakit.errors import DataError
+from lorakit.errors import DataError, WorkError
 from lorakit.model.modes import device_of, evaluating
 from lorakit.records import Message
+from lorakit.train.out_of_memory import attempt, memory_trouble
 
 BATCH = 8
 
@@ -63,24 +65,51 @@ def replies(
 ) -> list[str]:
     """One answer to each conversation, in order; prompts are padded on the left in batches.
 
+    Where memory runs out, that batch and the next are of half the size.
+
     Args:
         tools: the schemas of the functions that each conversation may call, if any.
+
+    Raises:
+        WorkError: memory does not hold one conversation.
     """
     tools = tools or [()] * len(conversations)
+    prompts = [
+        fit_prompt(model, tokenizer, turns, settings, known)[0]
+        for turns, known in zip(conversations, tools, strict=True)
+    ]
     found: list[str] = []
+    size = BATCH
     with evaluating(model):
-        for start in range(0, len(conversations), BATCH):
-            part = conversations[start : start + BATCH]
-            prompts = [
-                fit_prompt(model, tokenizer, turns, settings, known)[0]
-                for turns, known in zip(part, tools[start : start + BATCH], strict=True)
-            ]
-            batch = left_padded(prompts, _pad_id(tokenizer), device_of(model))
-            out = model.generate(**batch, **_arguments(model, tokenizer, settings))
-            width = batch["input_ids"].shape[1]
-            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-            found += [text.strip() for text in texts]
+        while len(found) < len(prompts):
+            part = prompts[len(found) : len(found) + size]
+            answer = functools.partial(_answers, model, tokenizer, part, settings)
+            texts, trouble = attempt(answer)
+            if texts is not None:
+                found += texts
+            elif len(part) == 1:
+                raise _too_long(len(part[0]), settings, trouble)
+            else:
+                size = len(part) // 2
     return found
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationSettings
+) -> list[str]:
+    """One answer to each prompt, all at once."""
+    batch = left_padded(prompts, _pad_id(tokenizer), device_of(model))
+    out = model.generate(**batch, **_arguments(model, tokenizer, settings))
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _too_long(prompt: int, settings: GenerationSettings, trouble: str | None) -> WorkError:
+    return WorkError(
+        f"out of memory answering a prompt of {prompt} tokens with up to "
+        f"{settings.max_new_tokens} more: {trouble}",
+        hint="ask something shorter, or lower max_new_tokens",
+    )
 
 
 def left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
@@ -101,6 +130,7 @@ def stream_reply(
 
     Raises:
         DataError: the last question alone does not fit the model's context.
+        WorkError: nor does memory hold it.
     """
     prompt, _ = fit_prompt(model, tokenizer, messages, settings)
     ids = torch.tensor([prompt], device=device_of(model))
@@ -130,6 +160,9 @@ def stream_reply(
         left.set()
         thread.join()
     if failure:
+        trouble = memory_trouble(failure[0])
+        if trouble is not None:
+            raise _too_long(len(prompt), settings, trouble) from failure[0]
         raise failure[0]
 
 

@@ -214,6 +214,11 @@ class Recipe(BaseModel):
         description="Frozen weights come from host memory layer by layer: `on`, `off`, or where "
         "nothing else fits. Exactly the same gradients.",
     )
+    probe: bool | Literal["auto"] = Field(
+        "auto",
+        description="Run the heaviest micro-batch once before step 1, so that memory runs out "
+        "there or not at all. `auto`: on CUDA cards.",
+    )
     packing: bool = Field(
         True,
         description="Lay the examples of a step out without padding; each sees only itself.",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,21 @@ def write_text(path: Path, text: str) -> None:
         raise unwritable(path, error, len(text.encode())) from error
 
 
-def append_metrics(run: RunDir, row: dict[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
-    with run.metrics.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row) + "\n")
+def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
+    """Add lines to metrics.jsonl: all of them, or none.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with run.metrics.open("ab", buffering=0) as handle:
+        before = handle.tell()
+        try:
+            while lines:
+                lines = lines[handle.write(lines) :]
+        except OSError:
+            handle.truncate(before)
+            raise
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorakit.errors import DependencyError, ModelError
 from lorakit.hardware import detect_device
@@ -12,12 +13,14 @@ from lorakit.model.load import (
     guard_quantized_cpu_weights,
     load_base,
     load_config,
+    load_run,
     load_tokenizer,
     locate_model,
     nf4_config,
     public_name,
 )
 from lorakit.recipe import Recipe
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 CPU = detect_device("float32", prefer="cpu")
 
@@ -146,3 +149,19 @@ def test_the_guard_switches_off_repacking_on_any_module():
     module.support_avx512bf16_for_cpu = True
     guard_quantized_cpu_weights(module)
     assert module.support_avx512bf16_for_cpu is False
+
+
+@pytest.mark.parametrize("spelling", ["_orig_mod.", "module."])
+def test_an_adapter_of_renamed_tensors_is_refused(finish, spelling):
+    """torch.compile and DDP prefix names; peft then loads nothing and only warns."""
+    own = finish().run.path
+    run = RunDir(own.with_name(f"renamed-{spelling}"))  # beside it: the base's path is relative
+    shutil.copytree(own, run.path)
+    assert load_run(run)
+    path = run.adapter / ADAPTER_WEIGHTS
+    tensors = {
+        k.replace("model.layers", f"{spelling}model.layers"): v for k, v in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"0 of \d+ adapter tensors match"):
+        load_run(run)

@@ -1,4 +1,4 @@
-"""Rows of metrics, a stop after the step, and a loss that is no number."""
+"""Rows of metrics, also of a step that is no number, and a stop after the step."""
 
 import json
 from types import SimpleNamespace
@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lorakit.run_dir import RunDir
+from lorakit.recipe import Recipe
+from lorakit.run_dir import RunDir, read_metrics
 from lorakit.train.callbacks import Reporter, Stopper
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
+from lorakit.train.watch import Watch
 
 
 def control():
@@ -20,31 +22,35 @@ def state(step):
     return SimpleNamespace(global_step=step, max_steps=10, epoch=step / 10)
 
 
+def reporter_of(tmp_path, tokens=640, recipe=None):
+    recipe = recipe or Recipe(model="m", data="d")
+    trainer = SimpleNamespace(step_tokens=tokens)
+    progress = TrainingProgress(Console(quiet=True), RunDir(tmp_path), "cpu")
+    return Reporter(trainer, progress, Watch(recipe, None, str))
+
+
 def test_a_row_has_the_rate_of_its_own_steps(tmp_path):
-    trainer = SimpleNamespace(step_tokens=640, diverged_at=None)
-    run = RunDir(tmp_path)
-    reporter = Reporter(trainer, TrainingProgress(Console(quiet=True), run, "cpu"))
+    reporter = reporter_of(tmp_path)
     reporter.on_train_begin(None, state(4), control())
     reporter.clock -= 4.0  # as if four seconds had passed
     reporter.on_log(None, state(6), control(), {"loss": 1.5, "grad_norm": 0.25})
     reporter.on_train_end(None, state(6), control())
-    (row,) = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    (row,) = read_metrics(RunDir(tmp_path))
     assert (row["step"], row["loss"], row["grad_norm"], row["tokens"]) == (6, 1.5, 0.25, 640)
     # Two steps since the start: the seconds are of one, the tokens of both.
     assert row["seconds"] == pytest.approx(2.0, rel=0.05)
     assert row["tokens_per_second"] == pytest.approx(160, rel=0.05)
-    assert trainer.step_tokens == 0
+    assert reporter.trainer.step_tokens == 0
 
 
-def test_a_loss_that_is_no_number_stops_without_a_checkpoint(tmp_path):
-    trainer = SimpleNamespace(step_tokens=1, diverged_at=None)
-    reporter = Reporter(trainer, TrainingProgress(Console(quiet=True), RunDir(tmp_path), "cpu"))
+def test_a_skipped_step_is_a_row_of_plain_json(tmp_path):
+    reporter = reporter_of(tmp_path)
     reporter.on_train_begin(None, state(0), control())
-    asked = control()
-    asked.should_save = True
-    reporter.on_log(None, state(3), asked, {"loss": float("nan")})
-    assert trainer.diverged_at == 3
-    assert (asked.should_training_stop, asked.should_save) == (True, False)
+    logs = {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1}
+    reporter.on_log(None, state(1), control(), logs)
+    text = RunDir(tmp_path).metrics.read_text()
+    row = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, 1)
 
 
 def test_a_stop_saves_after_the_step_it_came_in():

@@ -17,6 +17,7 @@ from lorakit.train.checkpoint import (
     require_space,
     rotate,
     save_adapter,
+    saves_embeddings,
 )
 
 
@@ -110,3 +111,8 @@ def test_an_adapter_that_is_nan_or_never_moved_is_not_saved(tmp_path, value, mes
     with pytest.raises(WorkError, match=message):
         save_adapter(Adapter(value), None, tmp_path / "adapter", False)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_embeddings_travel_when_they_train():
+    assert not saves_embeddings(Recipe(model="m", data="d"))
+    assert saves_embeddings(Recipe(model="m", data="d", target_modules=["q_proj", "lm_head"]))

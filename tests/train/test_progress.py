@@ -39,13 +39,25 @@ def test_a_terminal_gets_a_live_bar(tmp_path):
     assert "held-out loss 1.0" in stream.getvalue()
 
 
-def test_a_log_that_cannot_be_written_warns_once_and_goes_on(tmp_path):
+def test_a_log_that_cannot_be_written_warns_once_and_has_every_row_later(tmp_path):
     stream = io.StringIO()
-    progress = TrainingProgress(Console(file=stream), RunDir(tmp_path / "none"), "cpu")
-    progress.start(0, 3)
+    progress = TrainingProgress(Console(file=stream), RunDir(tmp_path / "later"), "cpu")
+    progress.start(0, 5)
     for step in (1, 2, 3):
         progress.step(row(step))
     assert stream.getvalue().count("training goes on") == 1
+    (tmp_path / "later").mkdir()
+    for step in (4, 5):
+        progress.step(row(step))
+    assert [r["step"] for r in read_metrics(RunDir(tmp_path / "later"))] == [1, 2, 3, 4, 5]
+
+
+def test_a_step_without_a_finite_loss_is_shown_as_that(tmp_path):
+    stream = io.StringIO()
+    progress = TrainingProgress(Console(file=stream), RunDir(tmp_path), "cpu")
+    progress.start(0, 1)
+    progress.step({**row(1), "loss": None})
+    assert "step 1/1 · no finite loss · " in stream.getvalue()
 
 
 def test_memory_is_this_process():

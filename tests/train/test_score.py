@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from lorakit.errors import WorkError
 from lorakit.records import IGNORE, Example, Origin
-from lorakit.train.score import score
+from lorakit.train.score import not_finite, score
+
+from .faults import ask_for_a_petabyte, nan_where
 
 
 def rows():
@@ -41,3 +44,43 @@ def test_score_is_the_mean_over_all_trained_tokens(model, batch_tokens):
     assert result.perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-4)
     assert model.training
     assert "forward" not in model.__dict__
+
+
+def memory_for(model, tokens):
+    """Let the model run out of memory above so many tokens at once."""
+
+    def hook(module, args, kwargs):
+        if kwargs["input_ids"].numel() > tokens:
+            ask_for_a_petabyte()
+
+    return model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def test_memory_that_ends_makes_smaller_batches_of_the_same_score(model):
+    whole, told = score(model, rows(), pad_id=0), []
+    hook = memory_for(model, 20)
+    try:
+        cut = score(model, rows(), pad_id=0, on_smaller=told.append)
+        assert cut.tokens == whole.tokens
+        assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
+        # Five of 19 tokens at once, then two, then one.
+        assert told == [38, 19]
+        hook.remove()
+        hook = memory_for(model, 18)
+        with pytest.raises(WorkError, match=r"scoring x:1 alone \(19 tokens\): .* asked for"):
+            score(model, rows(), pad_id=0)
+    finally:
+        hook.remove()
+
+
+def test_rows_that_are_not_finite_are_found_one_by_one(model):
+    made = rows()
+    poisoned = [made[1], made[4]]
+    hook = nan_where(model, [poisoned[0].input_ids[7], poisoned[1].input_ids[3]])
+    model.train()
+    try:
+        assert not_finite(model, made, pad_id=0) == poisoned
+    finally:
+        hook.remove()
+    assert model.training
+    assert not_finite(model, made, pad_id=0) == []

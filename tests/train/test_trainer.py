@@ -1,22 +1,25 @@
 """The trainer gets exactly our rows, keeps adapters float32, and lets none of TRL's defaults in."""
 
+import itertools
+import time
+
 import pytest
 import torch
 from rich.console import Console
 
+from lorakit.errors import DataError
 from lorakit.hardware import detect_device
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base, load_tokenizer
 from lorakit.recipe import Recipe
 from lorakit.records import IGNORE, Example, Origin
-from lorakit.run_dir import RunDir
+from lorakit.run_dir import RunDir, read_metrics
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
 from lorakit.train.trainer import (
     LoraTrainer,
     pad_token_id,
-    saves_embeddings,
 )
 
 CPU = detect_device("float32", prefer="cpu")
@@ -134,6 +137,27 @@ def test_padding_id_may_be_the_end_of_turn():
     assert pad_token_id(tokenizer) == 2
 
 
-def test_embeddings_travel_when_they_train():
-    assert not saves_embeddings(recipe())
-    assert saves_embeddings(Recipe(model="m", data="d", target_modules=["q_proj", "lm_head"]))
+def test_a_clock_that_jumps_leaves_times_alone(tiny_model_dir, tmp_path, monkeypatch):
+    """The wall clock goes an hour back at each look; transformers looks, our rows do not."""
+    trainer = trainer_of(tiny_model_dir, tmp_path, examples([9] * 8), max_steps=3)
+    looks = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 3600.0 * next(looks))
+    trainer.train()
+    assert next(looks) > 0
+    rows = read_metrics(trainer.run)
+    assert len(rows) == 3
+    assert all(0 < r["seconds"] < 60 and r["tokens_per_second"] > 0 for r in rows)
+
+
+def test_an_example_that_cannot_be_read_is_named(tiny_model_dir, tmp_path):
+    class Torn(list):
+        def __getitem__(self, number):
+            if number == 3:
+                raise OSError(5, "Input/output error")
+            return super().__getitem__(number)
+
+    rows = Torn(examples([9] * 8))
+    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1)
+    with pytest.raises(DataError, match=r"example 4 of the prepared data .*Input/output") as error:
+        trainer.train()
+    assert "--resume" in error.value.hint

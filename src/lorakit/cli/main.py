@@ -6,6 +6,7 @@ import sys
 
 from lorakit.cli import after, before, train
 from lorakit.cli.base import app, log
+from lorakit.cli.streams import keep_streams_going
 from lorakit.errors import LorakitError
 
 # The commands register themselves when these are imported.
@@ -14,6 +15,7 @@ __all__ = ["after", "before", "main", "train"]
 
 def main() -> None:
     """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
+    keep_streams_going()
     try:
         app()
     except LorakitError as error:

@@ -34,11 +34,16 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The micro-batches of one optimizer step, on the host, and how many tokens they hold."""
+    """The micro-batches of one optimizer step, on the host, and how many tokens they hold.
+
+    `examples` and `layout` are what they were made of: to lay the step out anew, and to name rows.
+    """
 
     micro: list[Batch]
     tokens: int
     supervised: int
+    examples: tuple[Example, ...]
+    layout: Layout
 
 
 def step_batches(examples: Sequence[Example], layout: Layout) -> StepBatch:
@@ -50,7 +55,8 @@ def step_batches(examples: Sequence[Example], layout: Layout) -> StepBatch:
         starts = range(0, len(examples), layout.rows)
         micro = [collate(examples[i : i + layout.rows], layout.pad_id) for i in starts]
     tokens = sum(len(e.input_ids) for e in examples)
-    return StepBatch(micro, tokens, sum(e.trained_tokens for e in examples))
+    supervised = sum(e.trained_tokens for e in examples)
+    return StepBatch(micro, tokens, supervised, tuple(examples), layout)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

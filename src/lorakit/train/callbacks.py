@@ -1,4 +1,4 @@
-"""The trainer's logs enter; metric rows leave, and a stop that was asked for."""
+"""The trainer's logs enter; metric rows and words about them leave, and a stop asked for."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from transformers import TrainerCallback
 
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
+from lorakit.train.watch import Watch
 
 
 class Counting(Protocol):
-    """The trainer, as the reporter sees it: tokens since the last row, and where it diverged."""
+    """The trainer, as the reporter sees it: tokens since the last row."""
 
     step_tokens: int
-    diverged_at: int | None
 
 
 class Reporter(TrainerCallback):
     """Turns the trainer's logs into rows of metrics.jsonl and the live line."""
 
-    def __init__(self, trainer: Counting, progress: TrainingProgress) -> None:
-        self.trainer, self.progress = trainer, progress
+    def __init__(self, trainer: Counting, progress: TrainingProgress, watch: Watch) -> None:
+        self.trainer, self.progress, self.watch = trainer, progress, watch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.start(state.global_step, state.max_steps)
+        self.watch.start(state.max_steps)
         self.clock, self.step = time.perf_counter(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -39,27 +40,31 @@ class Reporter(TrainerCallback):
             )
             return
         tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
-        if not math.isfinite(logs["loss"]):
-            self.trainer.diverged_at = state.global_step
-            control.should_training_stop, control.should_save = True, False
         now = time.perf_counter()
         seconds, steps = now - self.clock, max(1, state.global_step - self.step)
         self.clock, self.step = now, state.global_step
-        self.progress.step(
-            {
-                "step": state.global_step,
-                "epoch": round(state.epoch or 0.0, 4),
-                "loss": logs["loss"],
-                "grad_norm": logs.get("grad_norm"),
-                "learning_rate": logs.get("learning_rate"),
-                "tokens": tokens,
-                "seconds": round(seconds / steps, 4),
-                "tokens_per_second": round(tokens / seconds, 1),
-            }
-        )
+        row = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "loss": _finite(logs["loss"]),
+            "grad_norm": _finite(logs.get("grad_norm")),
+            "learning_rate": logs.get("learning_rate"),
+            "tokens": tokens,
+            "seconds": round(seconds / steps, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            **{k: logs[k] for k in ("skipped", "spike") if k in logs},
+        }
+        self.progress.step(row)
+        for words in self.watch.row(row):
+            self.progress.note(words)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.stop()
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Stopper(TrainerCallback):

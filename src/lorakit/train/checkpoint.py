@@ -119,6 +119,14 @@ def save_adapter_files(model: Any, folder: Path, with_embeddings: bool) -> None:
     (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
 
 
+def saves_embeddings(recipe: Recipe) -> bool:
+    """True when an embedding or head trains, so that its weights must travel with the adapter."""
+    names = (
+        [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    )
+    return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
+
+
 def _read(folder: Path) -> Checkpoint:
     facts, step = verified(folder), checkpoint_step(folder)
     if facts.get("step") != step:

@@ -126,6 +126,14 @@ def attach_loss(
         )
     head, loss_path = _verified_head(base, own_forward, device)
 
+    base.forward = types.MethodType(_forward(own_forward, head, fast), base)
+    base.lorakit_engine = fast
+    return Attached(base, fast, layers, loss_path, head)
+
+
+def _forward(own_forward: Any, head: _Head | None, fast: Engine | None) -> Any:
+    """The forward of one instance: its own without targets, the supervised loss with them."""
+
     def forward(
         self: Any,
         *args: Any,
@@ -148,9 +156,7 @@ def attach_loss(
         loss = summed_cross_entropy(picked, targets, to_logits)
         return SupervisedLoss(loss_sum=loss)
 
-    base.forward = types.MethodType(forward, base)
-    base.lorakit_engine = fast
-    return Attached(base, fast, layers, loss_path, head)
+    return forward
 
 
 def detach_loss(model: Any) -> None:

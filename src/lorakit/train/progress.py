@@ -24,6 +24,7 @@ class TrainingProgress:
         self.device = device
         self.last_line = 0.0
         self.warned = False
+        self.unwritten: list[dict[str, Any]] = []
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -46,16 +47,16 @@ class TrainingProgress:
     def step(self, row: dict[str, Any]) -> None:
         """Record one logged step and refresh the display."""
         row["memory_gb"] = round(process_memory_bytes(self.device) / 1e9, 2)
+        self.unwritten.append(row)
         try:
-            append_metrics(self.run, row)
-        except OSError as error:  # a lost line of the log is no reason to lose the run
+            append_metrics(self.run, self.unwritten)
+            self.unwritten = []
+        except OSError as error:  # no reason to lose the run; the rows are tried again
             if not self.warned:
                 self.note(f"metrics.jsonl cannot be written: {error.strerror}; training goes on")
             self.warned = True
-        shown = (
-            f"loss {row['loss']:.3f} · {row['tokens_per_second']:,.0f} tok/s"
-            f" · {row['memory_gb']:.1f} GB"
-        )
+        loss = "no finite loss" if row["loss"] is None else f"loss {row['loss']:.3f}"
+        shown = f"{loss} · {row['tokens_per_second']:,.0f} tok/s · {row['memory_gb']:.1f} GB"
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], shown=shown)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or row["step"] == self.total:

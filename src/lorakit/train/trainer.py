@@ -1,62 +1,51 @@
 """A PEFT model and examples enter; trained adapter weights, checkpoints and metrics leave.
 
-TRL's SFTTrainer, with five things of our own: rows arrive tokenized and masked and are touched by
+TRL's SFTTrainer, with six things of our own: rows arrive tokenized and masked and are touched by
 nothing after, a step's examples are laid out in micro-batches here, the loss covers supervised
-tokens and weighs tokens (not micro-batches), adapters stay float32, and checkpoints are whole or
-absent.
+tokens and weighs tokens (not micro-batches), adapters stay float32, checkpoints are whole or
+absent, and a step that memory does not hold or that is not finite leaves no trace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
-from transformers.trainer_callback import ExportableState, TrainerState
-from trl import SFTTrainer
 
 from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.data.pack import packing_words, saved_share
 from lorakit.data.shelf import lengths_of
-from lorakit.durable import staged
+from lorakit.errors import DataError, WorkError
 from lorakit.model.chunked_layer import Cut
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
 from lorakit.recipe import Recipe
-from lorakit.records import Device, Example, MemoryPlan
+from lorakit.records import Device, EvalScore, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.arguments import total_steps, training_arguments
 from lorakit.train.callbacks import Reporter, Stopper
-from lorakit.train.checkpoint import (
-    checkpoint_bytes,
-    checkpoint_step,
-    rotate,
-    save_adapter_files,
-)
 from lorakit.train.graphs import GraphedMicroSteps, to_bucket
+from lorakit.train.guard import StepGuard
 from lorakit.train.layer_major import LayerMajor
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
+from lorakit.train.out_of_memory import memory_trouble
 from lorakit.train.progress import TrainingProgress
+from lorakit.train.resumable import ResumableTrainer
 from lorakit.train.save_clock import SaveClock
-from lorakit.train.score import score
+from lorakit.train.score import BATCH_TOKENS, not_finite, score
 from lorakit.train.signals import StopRequest
-from lorakit.train.state import (
-    load_adapter,
-    load_state,
-    random_state,
-    restore_random,
-    restore_schedule,
-    save_state,
-)
+from lorakit.train.trackers import Sheltered
+from lorakit.train.watch import Watch
+from lorakit.train.within_memory import WithinMemory
 
 
-class LoraTrainer(SFTTrainer):
+class LoraTrainer(ResumableTrainer):
     """SFTTrainer on examples that are ready: `train[i]` goes to the model as it is."""
 
     def __init__(
@@ -73,9 +62,17 @@ class LoraTrainer(SFTTrainer):
         stop: StopRequest,
         past: Mapping[str, Any] | None = None,
     ) -> None:
-        self.run, self.recipe, self.val, self.plan = run, recipe, val, plan
+        self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
+        self.progress = progress
+        self.pad_id: int = pad_token_id(tokenizer)
+        rows = recipe.micro_batch_size
+        if plan.placement.layer_major:
+            rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
+        self.layout = Layout(self.pad_id, rows, rows * recipe.cutoff_len, packed=False)
+        self.guard = StepGuard(self, progress.note)
+        self.memory = WithinMemory(self, progress.note)
+        watch = Watch(recipe, getattr(plan, "tokens_per_second", None), self._why_slow)
         self.past, self.loaded = past, dict[str, Any]()
-        self.pad_id = pad_token_id(tokenizer)
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -87,15 +84,13 @@ class LoraTrainer(SFTTrainer):
             # The data set holds row numbers; examples are looked up when a step is made.
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
-            data_collator=lambda rows: {
-                "step": step_batches([train[r["index"]] for r in rows], self.layout)
-            },
-            callbacks=[Reporter(self, progress), Stopper(stop)],
+            data_collator=self._collate,
+            callbacks=[self.guard, Reporter(self, progress, watch), Stopper(stop)],
         )
         self.remove_callback(PrinterCallback)
         if recipe.save_minutes is not None:
             self.add_callback(SaveClock(recipe.save_minutes))
-        self.diverged_at: int | None = None
+        self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
         for name, parameter in self.model.named_parameters():
             if name in masters:
                 parameter.data = masters[name]
@@ -104,13 +99,9 @@ class LoraTrainer(SFTTrainer):
         self.attached = attach_loss(self.model, recipe.engine, where, plan.placement)
         recompute(self.model, self.attached, plan)
         packed, self.packing = self._packing(train, device)
-        rows = recipe.micro_batch_size
-        if plan.placement.layer_major:
-            rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
-        self.layout: Layout = Layout(
-            pad_id=self.pad_id, rows=rows, capacity=rows * recipe.cutoff_len, packed=packed
-        )
-        self.step_tokens = 0
+        self.layout = replace(self.layout, packed=packed)
+        self.step_tokens, self.eval_tokens = 0, BATCH_TOKENS
+        self.to_probe = device.kind == "cuda" if recipe.probe == "auto" else recipe.probe
         self.graphs = self._graphed()
         self.layer_major = self._layer_major()
 
@@ -121,12 +112,31 @@ class LoraTrainer(SFTTrainer):
         up: they do not depend on how the examples were laid out.
         """
         model.train()
+        if self.to_probe:
+            self.to_probe = False
+            self.memory.probe(model)
         step: StepBatch = inputs["step"]
         # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
         ranks = self.accelerator.num_processes
         scale = ranks / max(1, self._sum_over_ranks(step.supervised))
+        loss = self.memory.run(model, step, scale)
         self.step_tokens += step.tokens
-        return self._step_gradients(model, step, scale)
+        self.step_loss, self.step_examples = loss, step.examples
+        # The log adds losses up; what is not finite is counted by the guard.
+        return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """The gradient norm, known to be finite: else the step's gradients are dropped here.
+
+        Raises:
+            WorkError: the second step in short time that is not finite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss = self.step_loss
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        scaled = self.accelerator.scaler is not None
+        return self.guard.check(self.model, loss, norm, self.step_examples, scaled)
 
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """Add the gradients of the step's mean loss; returns that loss."""
@@ -208,6 +218,13 @@ class LoraTrainer(SFTTrainer):
         cut = Cut(placement.tokens_at_once, placement.heads_at_once)
         return LayerMajor(engine, self.attached.head, parameters, cut, placement.inputs_on_card)
 
+    def start_over(self) -> None:
+        """Forget what a broken step left: captured graphs and their memory, kept layer inputs."""
+        if self.graphs is not None:
+            self.graphs = self._graphed()
+        if self.layer_major is not None:
+            self.layer_major = self._layer_major()
+
     def _sum_over_ranks(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
             return count
@@ -215,7 +232,7 @@ class LoraTrainer(SFTTrainer):
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
-        result = score(self.model, self.val, self.pad_id)
+        result = self.score(self.val)
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(
@@ -223,61 +240,86 @@ class LoraTrainer(SFTTrainer):
         )
         return metrics
 
-    def take_steps(self, checkpoint: str | None) -> None:
-        """Train to the end, from a checkpoint on; one of the last step is loaded and no more.
-
-        transformers would take a step beyond the last one.
-        """
-        folder = Path(checkpoint) if checkpoint else None
-        if folder is None or checkpoint_step(folder) < self.args.max_steps:
-            self.train(resume_from_checkpoint=checkpoint)
-            return
-        self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step, weights = self.state.global_step, self.accelerator.unwrap_model(self.model)
-        for part in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(part, ExportableState):
-                self.state.stateful_callbacks[type(part).__name__] = part.state()
-        facts = {"step": step, "steps": self.state.max_steps, "past": self.past}
-        size = checkpoint_bytes(
-            self.recipe, sum(p.numel() for p in weights.parameters() if p.requires_grad)
+    def score(self, examples: Sequence[Example]) -> EvalScore:
+        """Held-out loss; batches become smaller, and stay so, where memory runs out."""
+        return score(
+            self.model, examples, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
         )
-        randoms = gather_object([random_state()])
-        if self.args.should_save:
-            with staged(self.run.checkpoint(step), facts, size) as folder:
-                save_adapter_files(weights, folder, saves_embeddings(self.recipe))
-                scaler = self.accelerator.scaler
-                save_state(folder, self.optimizer, self.lr_scheduler, scaler, randoms)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            rotate(self.run, self.recipe.keep_checkpoints, step)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        engine = self.attached.engine
-        if engine is not None and engine.host_adapters is not None:
-            engine.host_adapters.rest()  # values and state are loaded where they live
-        load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
-        self.loaded = load_state(Path(resume_from_checkpoint))
+    def _score_smaller(self, tokens: int) -> None:
+        self.eval_tokens = tokens
+        self.progress.note(
+            f"out of memory in evaluation; it goes on with {tokens:,} tokens a batch"
+        )
 
-    def _init_training_state(self, max_steps: int, *more: Any) -> Any:
-        done = super()._init_training_state(max_steps, *more)
-        # Intervals of saving, logging and scoring are the recipe's, not the checkpoint's.
-        self.state.compute_steps(self.args, max_steps)
-        return done
+    def rows_not_finite(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of a step's examples whose own loss is NaN or infinite."""
+        found = not_finite(self.model, examples, self.pad_id)
+        self.model.train()
+        return found
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(self.loaded.pop("optimizer"))
-            restore_schedule(self.lr_scheduler, self.optimizer, self.loaded["scheduler"])
+    def last_checkpoint(self) -> str:
+        """Where one can go on from, in words."""
+        kept = self.run.list_checkpoints()
+        return f"{kept[-1].name} is the last checkpoint" if kept else "there is no checkpoint yet"
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.loaded["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(self.loaded["scaler"])
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Rows for trackers and metrics.jsonl; skipped steps do not count in the mean loss."""
+        if "loss" in logs:
+            logs.update(self.guard.row(logs["loss"]))
+        super().log(logs, start_time)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_random(self.loaded["random"][self.args.process_index])
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train to the end.
+
+        Raises:
+            WorkError: memory does not hold one example, the update or a save; or two steps in
+                short time are not finite.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:
+            trouble = memory_trouble(error)
+            if trouble is None:
+                raise
+            raise WorkError(
+                f"out of memory after step {self.state.global_step}, in the update, a save or the "
+                f"next batch: {trouble}; {self.last_checkpoint()}",
+                hint="lower micro_batch_size or lora_r; adamw_8bit keeps less on a CUDA card",
+            ) from error
+
+    def _collate(self, rows: Sequence[dict[str, int]]) -> dict[str, StepBatch]:
+        """The examples of one step, laid out.
+
+        Raises:
+            DataError: one of them cannot be read.
+        """
+        examples = []
+        for row in rows:
+            try:
+                examples.append(self.train_rows[row["index"]])
+            except (OSError, ValueError, IndexError, KeyError) as error:
+                raise DataError(
+                    f"example {row['index'] + 1} of the prepared data cannot be read: {error}; "
+                    f"{self.last_checkpoint()}",
+                    hint="is the disk with the cache still there? go on with --resume, which "
+                    "prepares it anew",
+                ) from error
+        return {"step": step_batches(examples, self.layout)}
+
+    def _why_slow(self) -> str:
+        """The likeliest reason for few tokens/s."""
+        if self.layer_major is not None:
+            return "is the link to the card shared, or another program on this device (nvidia-smi)?"
+        if self.layout.rows < self.recipe.micro_batch_size:
+            return "micro-batches were made smaller when memory ran out"
+        if self.graphs is not None and self.graphs.failed:
+            return self.graphs_in_words()
+        if self.args.device.type == "cuda" and self.attached.engine is None:
+            return f"the fast layers are off ({self.attached.layers})"
+        if not self.layout.packed and self.recipe.micro_batch_size > 1:
+            return f"padding may be it (packing {self.packing}), or another program on this device"
+        return "is another program on this device (nvidia-smi, top), or is it too hot?"
 
     def close(self) -> Any:
         """The trained model with its own forward back, free of the trainer's wrapping."""
@@ -293,17 +335,17 @@ def recompute(model: Any, attached: Attached, plan: MemoryPlan) -> None:
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def shelter(callbacks: list[Any], progress: TrainingProgress) -> list[Any]:
+    """Trackers behind a wall: those of transformers.integrations; all others as they are."""
+    return [
+        Sheltered(c, progress.note) if "integrations" in type(c).__module__ else c
+        for c in callbacks
+    ]
+
+
 def pad_token_id(tokenizer: Any) -> int:
     """An id to pad with. Labels are masked by position, so it may even be the end-of-turn token."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
         if candidate is not None:
             return int(candidate)
     raise AssertionError("unreachable: 0 is not None")
-
-
-def saves_embeddings(recipe: Recipe) -> bool:
-    """True when an embedding or head trains, so that its weights must travel with the adapter."""
-    names = (
-        [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
-    )
-    return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
