@@ -159,13 +159,13 @@ class Phase:
 
     def mark_all(self):
         from lorakit import finetune
-        from lorakit.train import trainer
+        from lorakit.train import resumable
 
         self.mark(finetune, "prepare", "tokenizing")
         self.mark(finetune, "load_base", "loading")
         self.mark(finetune.LoraTrainer, "train", "training")
         self.mark(finetune.LoraTrainer, "_save_checkpoint", "saving")
-        self.mark(trainer, "rotate", "rotating")
+        self.mark(resumable, "rotate", "rotating")
         self.mark(finetune, "save_adapter", "adapter")
         self.mark(finetune, "evaluate", "evaluating")
 
