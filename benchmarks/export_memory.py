@@ -75,7 +75,7 @@ def write_base(folder: Path, shape: str) -> int:
     from transformers import AutoModelForCausalLM
 
     from lorakit.export.shards import write_shards
-    from lorakit.model.random_weights import shape_config
+    from lorakit.model.shapes import shape_config
 
     config = shape_config(shape)
     with torch.device("meta"):

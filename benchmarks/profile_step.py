@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from lorakit.hardware import detect_device
 from lorakit.model.adapters import add_adapter, resolve_targets
 from lorakit.model.fast_layer import Keep
-from lorakit.model.random_weights import random_model, shape_config
+from lorakit.model.random_weights import random_model
+from lorakit.model.shapes import shape_config
 from lorakit.recipe_file import load_recipe
 from lorakit.train.graphs import GraphedMicroSteps
 from lorakit.train.loss import attach_loss

@@ -48,3 +48,11 @@ def test_cards_without_bf16_get_float16(monkeypatch, capability, asked, dtype):
     device = hardware.detect_device(asked)
     assert (device.kind, device.dtype) == ("cuda", dtype)
     assert device.reasons["dtype"]
+
+
+def test_a_container_is_held_to_its_limit(tmp_path):
+    free = hardware.host_memory(tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert hardware.host_memory(tmp_path) == free
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    assert hardware.host_memory(tmp_path) == 2**30

@@ -16,7 +16,7 @@ LAYERS = [
     {"data", "ops"},
     {"model"},
     {"memory", "train", "generate"},
-    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect"},
+    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect", "plan"},
     {"finetune", "demo"},
     {"preview"},
     {"cli", "__main__"},

@@ -23,9 +23,10 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from lorakit.hardware import detect_device
-from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
-from lorakit.model.random_weights import random_model, shape_config
+from lorakit.model.random_weights import random_model
+from lorakit.model.shapes import shape_config
+from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import IGNORE, Device, Example, MemoryPlan, Origin
@@ -72,12 +73,13 @@ def run_bench(
         "micro_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
+        "probe": False,  # the first step is one
     }
     resolved = load_recipe(None, overrides, flags)
     device = detect_device(resolved.recipe.dtype)
     config = shape_config(shape)
     recipe = resolve_targets(resolved, config).recipe
-    job = _Job(recipe, config, device, plan_memory(recipe, config, device), lengths)
+    job = _Job(recipe, config, device, plan_training(recipe, config, device), lengths)
     meter = _Meter(device)
     model = add_adapter(
         random_model(config, device, method == "qlora", job.plan.placement.base_on_host), recipe
@@ -110,10 +112,12 @@ class _Job:
 def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
     """What was planned, and which path each part took."""
     return {
+        "device": job.device.kind,
         "gpu": job.device.name,
         "method": job.recipe.method,
         "lengths": job.lengths,
         "planned_gib": round(job.plan.total_bytes / GIB, 3),
+        "planned_parts": job.plan.parts,
         "plan": job.plan.describe(),
         "placement": asdict(job.plan.placement),
         "keep": job.plan.keep,

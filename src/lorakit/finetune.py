@@ -20,11 +20,12 @@ from lorakit.data.show import show_report
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
 from lorakit.lock import only_writer
-from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.model.vocabulary import check_vocabulary
+from lorakit.plan.forecast import planned_speed, refuse
+from lorakit.plan.training import longest_rows, plan_training
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
@@ -50,6 +51,11 @@ class Prologue:
     tokenizer: Any
     prepared: Prepared
     plan: MemoryPlan
+    tokens_per_second: float | None
+
+    def plan_as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as in `plan.json`."""
+        return {**self.plan.as_dict(), "tokens_per_second": self.tokens_per_second}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +70,12 @@ class Outcome:
     exit_code: int = 0
 
 
-def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
-    """Machine, tokenizer, data and plan; checks everything that can be checked without weights."""
+def prepare_run(resolved: ResolvedRecipe, console: Console, force: bool = True) -> Prologue:
+    """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
+
+    Args:
+        force: go on though the plan says that memory is too small.
+    """
     recipe = resolved.recipe
     folders = [Path(), *([resolved.folder] if resolved.folder else [])]
     device = detect_device(recipe.dtype)
@@ -80,17 +90,25 @@ def prepare_run(resolved: ResolvedRecipe, console: Console) -> Prologue:
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
     show_report(prepared.report, console)
-    plan = plan_memory(resolved.recipe, config, device)
+    planned = longest_rows(resolved.recipe, prepared.report.longest_example, device)
+    plan = plan_training(planned, config, device)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
-    verdict = "" if plan.fits else "; it may not fit, see --dry-run"
+    verdict = "" if plan.fits else "; IT DOES NOT FIT"
     console.print(
         f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
     )
-    return Prologue(resolved, location, device, tokenizer, prepared, plan)
+    speed = planned_speed(planned, config, device, plan)
+    if speed is not None:
+        console.print(f"speed    about {speed:,.0f} tokens/s expected")
+    if not force:
+        refuse(planned, config, device, plan)
+    return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
 
 
-def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Outcome:
-    """Train, save and evaluate one run.
+def fit(
+    resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
+) -> Outcome:
+    """Train, save and evaluate one run; `force` tries what does not fit into memory.
 
     Raises:
         LorakitError: any mistake of the recipe, data or model, before training starts; or a full
@@ -98,11 +116,13 @@ def fit(resolved: ResolvedRecipe, console: Console, resume: bool = False) -> Out
     """
     run, resolved = claim_run(resolved, resume)
     with only_writer(run, console.print):
-        return _fit(run, resolved, console, resume)
+        return _fit(run, resolved, console, resume, force)
 
 
-def _fit(run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool) -> Outcome:
-    start = prepare_run(resolved, console)
+def _fit(
+    run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool, force: bool
+) -> Outcome:
+    start = prepare_run(resolved, console, force)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     past = past_of(recipe, prepared.train, start.tokenizer)
     checkpoint = _take_up(run, start, past, resume, console)
@@ -166,7 +186,7 @@ def _take_up(
     else:
         check_base(run, recipe, start.location)
         forget_after(run, found.step)
-    report, plan = prepared.report.as_dict(), start.plan.as_dict()
+    report, plan = prepared.report.as_dict(), start.plan_as_dict()
     write_run_files(run, start.resolved, report, plan, start.device)
     write_validation(run.validation, prepared.val_conversations)
     return str(found.folder) if found else None

@@ -89,7 +89,20 @@ def _cpu(dtype: str) -> Device:
         )
     chosen, why = _asked(dtype) or automatic
     reasons = {"kind": "no CUDA device found", "dtype": why}
-    return Device("cpu", _cpu_name(), psutil.virtual_memory().total, chosen, "sdpa", reasons)
+    return Device("cpu", _cpu_name(), host_memory(), chosen, "sdpa", reasons)
+
+
+def host_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """RAM of this machine in bytes, or of the container where that is held to less."""
+    total = int(psutil.virtual_memory().total)
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (groups / name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return min(total, int(text))
+    return total
 
 
 def _asked(dtype: str) -> tuple[str, str] | None:

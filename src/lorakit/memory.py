@@ -8,10 +8,12 @@ backward is counted tensor by tensor for the engine, and estimated for a model's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorakit.errors import RecipeError
+from lorakit.model.count import Counted, Shape, count, targets, trained
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.recipe import Recipe
 from lorakit.records import ON_CARD, Device, MemoryPlan, Placement
@@ -34,8 +36,6 @@ CUDA_CONTEXT_BYTES = 840 * 1024**2
 # fills a card (benchmarks/results/time_link.json).
 LONG_ROW = 32768
 
-Shape = tuple[str, int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
@@ -43,22 +43,35 @@ class _Sizes:
 
     recipe: Recipe
     config: Any  # of the text model
-    shapes: list[Shape]
-    total: int
+    counted: Counted
     width: int  # bytes of a stored number
     cuda: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: Any, device: Device) -> _Sizes:
+        """Counted for this recipe, model and device."""
+        text = config.get_text_config()
+        return cls(recipe, text, count(config), BYTES[device.dtype], device.kind == "cuda")
 
     @property
     def layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
     @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return self.counted.linear
+
+    @property
     def linear(self) -> int:
-        return sum(i * o for _, i, o in self.shapes)
+        return self.counted.in_linear
+
+    @property
+    def others(self) -> int:
+        return self.counted.total - self.linear - self.counted.experts
 
     @property
     def adapter(self) -> int:
-        return sum(self.recipe.lora_r * (i + o) for _, i, o in _targets(self.recipe, self.shapes))
+        return trained(self.recipe, self.counted)
 
     @property
     def tokens(self) -> int:
@@ -67,6 +80,11 @@ class _Sizes:
     @property
     def step_tokens(self) -> int:
         return self.recipe.examples_per_step * self.recipe.cutoff_len
+
+    @property
+    def inputs_bytes(self) -> int:
+        """One layer's inputs, of all micro-batches of a step."""
+        return int(self.step_tokens * self.config.hidden_size * self.width)
 
     @property
     def frozen_bytes(self) -> int:
@@ -82,26 +100,44 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
             true keeps each layer's input alone, `auto` recomputes as little as the budget allows.
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
+
+    Raises:
+        RecipeError: `streaming: on` where the fast layers do not serve.
     """
-    text = config.get_text_config()
-    shapes, total = _count(config)
-    sizes = _Sizes(recipe, text, shapes, total, BYTES[device.dtype], device.kind == "cuda")
-    # As `attach_loss` decides: `auto` on cards with kernels only.
-    engine = expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on")
+    sizes = _Sizes.of(recipe, config, device)
+    engine = _engine(sizes)
+    if recipe.streaming == "on" and not (engine and recipe.modules_to_save is None):
+        raise RecipeError(
+            "streaming: on needs the fast layers, and they do not serve this recipe (model family "
+            f"{sizes.config.model_type}, engine: {recipe.engine}; DoRA, trained biases and "
+            "modules_to_save do not go with them)",
+            hint="set streaming: auto, and memory_limit if it must fit",
+        )
     budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
     plan = None
     for keep, placement in _choices(recipe, sizes, engine):
-        plan = _planned(sizes, engine, keep, placement, device)
+        plan = _planned(sizes, keep, placement, device)
         if plan.total_bytes <= budget:
-            plan = replace(_fill(plan, sizes, budget), fits=True)
+            filled = _fill(placement, sizes, budget - plan.total_bytes)
+            plan = replace(_planned(sizes, keep, filled, device), fits=True)
             break
     assert plan is not None
     return plan
 
 
-def _planned(
-    sizes: _Sizes, engine: bool, keep: tuple[int, ...], placement: Placement, device: Device
+def plan_of(
+    recipe: Recipe, config: Any, device: Device, keep: Sequence[int], placement: Placement
 ) -> MemoryPlan:
+    """The bytes of a choice made already, as a result carries it."""
+    sizes = _Sizes.of(recipe, config, device)
+    plan = _planned(sizes, tuple(keep), placement, device)
+    return replace(plan, fits=plan.total_bytes <= device.memory_bytes)
+
+
+def _planned(
+    sizes: _Sizes, keep: tuple[int, ...], placement: Placement, device: Device
+) -> MemoryPlan:
+    engine = _engine(sizes)
     parts = _fixed_parts(sizes, placement, engine)
     if placement.layer_major:
         parts |= _layer_major_parts(sizes, placement)
@@ -111,21 +147,19 @@ def _planned(
     return MemoryPlan(parts, device.memory_bytes, False, keep, placement, host)
 
 
-def _fill(plan: MemoryPlan, sizes: _Sizes, budget: int) -> MemoryPlan:
-    """Keep on the card the inputs of as many layers as the budget has room for."""
-    if not plan.placement.layer_major:
-        return plan
-    one = sizes.step_tokens * sizes.config.hidden_size * sizes.width
-    # Those under way need room only once the kept ones are used up.
-    under_way = plan.parts["inputs of layers"]
-    count = min(sizes.layers, (budget - plan.total_bytes + under_way) // one)
-    placement = replace(plan.placement, inputs_on_card=count)
-    return replace(
-        plan,
-        placement=placement,
-        parts=plan.parts | {"inputs of layers": max(under_way, count * one)},
-        host_parts=_host_parts(sizes, placement),
-    )
+def _fill(placement: Placement, sizes: _Sizes, room: int) -> Placement:
+    """Keep on the card the inputs of as many layers as there is room for."""
+    if not placement.layer_major:
+        return placement
+    count = (room + _under_way(sizes, placement)) // sizes.inputs_bytes
+    return replace(placement, inputs_on_card=min(sizes.layers, count))
+
+
+def _engine(sizes: _Sizes) -> bool:
+    """As `attach_loss` decides: `auto` on cards with kernels only."""
+    recipe = sizes.recipe
+    wanted = sizes.cuda or recipe.engine == "on" or recipe.streaming == "on"
+    return expects_engine(recipe, sizes.config) and wanted
 
 
 def expects_engine(recipe: Recipe, config: Any) -> bool:
@@ -139,8 +173,7 @@ def _choices(
 ) -> Iterator[tuple[tuple[int, ...], Placement]]:
     """(what layers keep, what lies where), cheapest in speed first."""
     layers, chosen = sizes.layers, recipe.gradient_checkpointing
-    serves = engine and recipe.modules_to_save is None
-    if recipe.streaming == "on" and serves:
+    if recipe.streaming == "on":
         yield from _layer_major_choices(recipe, sizes, (True,))
         return
     if chosen != "auto":
@@ -156,7 +189,7 @@ def _choices(
             yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
     if sizes.cuda and not sizes.config.tie_word_embeddings:
         yield (3,) * layers, Placement(embedding_on_host=True)
-    if sizes.cuda and serves and recipe.streaming == "auto":
+    if sizes.cuda and recipe.modules_to_save is None and recipe.streaming == "auto":
         yield from _layer_major_choices(recipe, sizes, (False, True))
 
 
@@ -191,8 +224,11 @@ def _fixed_parts(sizes: _Sizes, placement: Placement, engine: bool) -> dict[str,
     frozen, layers = sizes.frozen_bytes, sizes.layers
     parts = {
         "frozen weights": 2 * frozen // layers if placement.base_on_host else frozen,
-        "embeddings, head and norms": int((sizes.total - sizes.linear - embedding) * width),
+        "embeddings, head and norms": int((sizes.others - embedding) * width),
     }
+    if sizes.counted.experts:
+        # Raw tensors, which bitsandbytes 0.50 leaves as they are: no NF4 for them.
+        parts["experts (not quantized)"] = sizes.counted.experts * width
     if placement.adapters_on_host:
         # Two layers' values and gradients come and go.
         parts["adapters and gradients of two layers"] = 4 * 4 * sizes.adapter // layers
@@ -226,9 +262,7 @@ def _host_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     if placement.embedding_on_host:
         parts["embedding"] = _embedding(sizes) * sizes.width
     if placement.layer_major:
-        layers = sizes.layers - placement.inputs_on_card
-        one = sizes.step_tokens * sizes.config.hidden_size * sizes.width
-        parts["inputs of layers"] = layers * one
+        parts["inputs of layers"] = (sizes.layers - placement.inputs_on_card) * sizes.inputs_bytes
     return parts
 
 
@@ -236,11 +270,20 @@ def _embedding(sizes: _Sizes) -> int:
     return int(sizes.config.vocab_size * sizes.config.hidden_size)
 
 
+def _micro_tokens(sizes: _Sizes, placement: Placement) -> int:
+    rows = max(1, placement.tokens_at_once // sizes.recipe.cutoff_len)
+    return min(rows * sizes.recipe.cutoff_len, sizes.step_tokens)
+
+
+def _under_way(sizes: _Sizes, placement: Placement) -> int:
+    """Inputs of the micro-batch at work and of two that come (`layer_inputs.UNDER_WAY`)."""
+    return 3 * _micro_tokens(sizes, placement) * int(sizes.config.hidden_size) * sizes.width
+
+
 def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     """What a step needs that goes layer by layer through all its micro-batches."""
     model, qkv, out, inner = _widths(sizes)
-    rows = max(1, placement.tokens_at_once // sizes.recipe.cutoff_len)
-    micro = min(rows * sizes.recipe.cutoff_len, sizes.step_tokens)
+    micro = _micro_tokens(sizes, placement)
     chunk = min(placement.tokens_at_once, micro)
     rank, width = sizes.recipe.lora_r, sizes.width
     keys = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
@@ -252,9 +295,11 @@ def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     attention = share * (2 * qkv * width + 4 * out)
     head = min(chunk * 4 * model * 4 + _logits_bytes(sizes, True), chunk * 64 * model)
     return {
-        "hidden states of a step": sizes.step_tokens * model * width,
-        # One at work and two under way (`layer_inputs.UNDER_WAY`).
-        "inputs of layers": 3 * micro * model * width,
+        "hidden states of a step": sizes.inputs_bytes,
+        # Those under way need room only once the kept ones are used up.
+        "inputs of layers": max(
+            _under_way(sizes, placement), placement.inputs_on_card * sizes.inputs_bytes
+        ),
         "work of one layer, or the loss": int(
             max(micro * standing + max(chunk * products, micro * attention), head)
         ),
@@ -320,7 +365,7 @@ def _own_activation_bytes(sizes: _Sizes, recompute: bool) -> float:
     """
     layers, hidden, width = sizes.layers, sizes.config.hidden_size, sizes.width
     dropout = width + 1 if sizes.recipe.lora_dropout > 0 else 0
-    inputs = sum(i for _, i, _ in _targets(sizes.recipe, sizes.shapes)) / layers
+    inputs = sum(i for _, i, _ in targets(sizes.recipe, sizes.counted)) / layers
     outputs = sum(o for _, _, o in sizes.shapes) / layers
     per_layer = inputs * dropout + outputs * width + 6 * hidden * width
     if recompute:
@@ -337,30 +382,3 @@ def _logits_bytes(sizes: _Sizes, engine: bool) -> int:
         return float32 * 3
     hidden = 2 * sizes.tokens * sizes.config.hidden_size * sizes.width
     return float32 * sizes.width // 4 + hidden
-
-
-def _targets(recipe: Recipe, shapes: list[Shape]) -> list[Shape]:
-    wanted = recipe.target_modules
-    if wanted in ("all-linear", "auto"):
-        return shapes
-    names = [wanted] if isinstance(wanted, str) else wanted
-    return [s for s in shapes if s[0].split(".")[-1] in names or s[0] in names]
-
-
-def _count(config: Any) -> tuple[list[Shape], int]:
-    """(name, D_in, D_out) of every linear layer but the head, and all parameters' number.
-
-    They are read off a model on the meta device, which holds no weights.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    shapes = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-    return shapes, sum(p.numel() for p in model.parameters())

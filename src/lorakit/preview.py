@@ -27,7 +27,7 @@ def show_prologue(start: Prologue, console: Console, as_json: bool) -> None:
             "recipe": start.resolved.recipe.model_dump(mode="json"),
             "origins": start.resolved.origins,
             "data": start.prepared.report.as_dict(),
-            "plan": start.plan.as_dict(),
+            "plan": start.plan_as_dict(),
         }
         console.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         return

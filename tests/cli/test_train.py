@@ -70,3 +70,18 @@ def test_a_run_is_never_overwritten(lorakit, finish, tiny_model_dir, tiny_data):
     assert code == 2
     assert "--resume" in err
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_forced(lorakit, tiny_model_dir, tiny_data):
+    words = ("train", "--model", tiny_model_dir, "--data", tiny_data, "--offline", "--output", "r")
+    sets = ("--set", "memory_limit=200MiB", "--set", "max_steps=1", "--set", "val_size=0")
+    code, _, err = lorakit(*words, *sets)
+    assert code == 1
+    assert "memory_limit is 200MiB: it does not fit" in err
+    assert "--force" in err
+    code, _, err = lorakit(*words, *sets, "--force")
+    assert code == 0, err
+    with open("r/plan.json") as file:
+        plan = json.load(file)
+    assert plan["tokens_per_second"] > 0
+    assert not plan["fits"]

@@ -48,7 +48,8 @@ def test_merged_matrices_and_their_modules_are_one_memory():
 
 def test_four_bit_weights_travel_packed_with_their_scales():
     bnb = pytest.importorskip("bitsandbytes")
-    from lorakit.model.random_weights import random_model, shape_config
+    from lorakit.model.random_weights import random_model
+    from lorakit.model.shapes import shape_config
     from lorakit.records import Device
 
     device = Device("cpu", "x", 2**30, "float32", "sdpa")

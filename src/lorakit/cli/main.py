@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from lorakit.cli import after, before, train
+from lorakit.cli import after, before, doctor, plan, train
 from lorakit.cli.base import app, log
 from lorakit.cli.streams import keep_streams_going
 from lorakit.errors import LorakitError
 
 # The commands register themselves when these are imported.
-__all__ = ["after", "before", "main", "train"]
+__all__ = ["after", "before", "doctor", "main", "plan", "train"]
 
 
 def main() -> None:

@@ -50,6 +50,9 @@ def train(
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; stop.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train though the plan says that memory is too small.")
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -67,16 +70,18 @@ def train(
 
         show_prologue(prepare_run(resolved, log), out, as_json)
         return
-    run_training(resolved, resume, as_json, next_steps=True)
+    run_training(resolved, resume, as_json, next_steps=True, force=force)
 
 
-def run_training(resolved: Any, resume: bool, as_json: bool, next_steps: bool) -> None:
+def run_training(
+    resolved: Any, resume: bool, as_json: bool, next_steps: bool, force: bool = False
+) -> None:
     """Train, show the outcome, and end with the run\'s own exit code."""
     quiet(resolved.recipe.offline)
     from lorakit.finetune import fit
     from lorakit.preview import show_outcome
 
-    outcome = fit(resolved, log, resume)
+    outcome = fit(resolved, log, resume, force)
     show_outcome(outcome, log if as_json else out, next_steps and not as_json)
     if as_json:
         print_json(

@@ -39,7 +39,7 @@ class SupervisedLoss(ModelOutput):
     loss_sum: Tensor | None = None
 
 
-class _Head:
+class SupervisedHead:
     """The output embedding followed by the family's logit transform; D -> V."""
 
     def __init__(self, base: Any) -> None:
@@ -71,7 +71,7 @@ class Attached:
     engine: Engine | None
     layers: str
     loss: str
-    head: _Head | None
+    head: SupervisedHead | None
 
     @functools.cached_property
     def packing(self) -> str:
@@ -131,7 +131,7 @@ def attach_loss(
     return Attached(base, fast, layers, loss_path, head)
 
 
-def _forward(own_forward: Any, head: _Head | None, fast: Engine | None) -> Any:
+def _forward(own_forward: Any, head: SupervisedHead | None, fast: Engine | None) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
 
     def forward(
@@ -184,14 +184,16 @@ def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **input
     return engine(inputs, segments)
 
 
-def _verified_head(base: Any, own_forward: Any, device: torch.device) -> tuple[_Head | None, str]:
+def _verified_head(
+    base: Any, own_forward: Any, device: torch.device
+) -> tuple[SupervisedHead | None, str]:
     """The gathered head, if decoder + head give the model's own logits on a probe of 8 tokens."""
     config = base.config.get_text_config()
     probe = torch.arange(8, device=device).unsqueeze(0) % config.vocab_size + 1
     try:
         with evaluating(base):
             own = own_forward(base, input_ids=probe, use_cache=False).logits.float()
-            head = _Head(base)
+            head = SupervisedHead(base)
             ours = head(base.get_decoder()(input_ids=probe, use_cache=False)[0]).float()
             # The same operations on the same numbers: equal up to the order of one reduction.
             same = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)

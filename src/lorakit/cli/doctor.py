@@ -1,0 +1,31 @@
+"""This machine enters; what is wrong with it, and what mends it, leaves: doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorakit.cli.base import Json, Offline, app, out, print_json
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Also ask whether this hub model can be fetched.")
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Look this machine over: what is broken, why, and what to type. Exit 1 if anything is."""
+    from lorakit.doctor.checks import examine
+    from lorakit.doctor.facts import gather
+    from lorakit.doctor.show import show_findings
+
+    findings = examine(gather(model, offline))
+    broken = any(f.state == "broken" for f in findings)
+    if as_json:
+        print_json({"well": not broken, "findings": [f.as_dict() for f in findings]})
+    else:
+        show_findings(findings, out)
+    raise typer.Exit(1 if broken else 0)

@@ -1,0 +1,62 @@
+"""A recipe or a model's name enters; whether it fits, and what would make it, leaves: plan.
+
+Heavy imports live inside the command, so that `lorakit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit.cli.base import Json, Method, Offline, Set, app, out, print_json, quiet
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe (YAML); flags may replace it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-7b.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for this card: t4, 3060, 4090, a100-80, h100 ...")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Plan for a card of this memory, such as 12GB.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="cutoff_len: tokens of the longest row.")] = None,
+    method: Method = None,
+    data: Annotated[list[str] | None, typer.Option(help="Not read; as in `train`.")] = None,
+    set_: Set = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a run fits, how fast it will be, and what would make it fit. Loads no weights."""
+    from lorakit.recipe_file import load_recipe
+
+    flags: dict[str, Any] = {"model": model, "method": method, "cutoff_len": seq}
+    flags["data"] = data or (None if recipe else "not read")
+    flags["offline"] = True if offline else None
+    resolved = load_recipe(recipe, set_ or [], flags)
+    quiet(resolved.recipe.offline)
+    from lorakit.hardware import detect_device
+    from lorakit.model.adapters import resolve_targets
+    from lorakit.plan.cards import card_device, find_card, parse_memory
+    from lorakit.plan.forecast import find_config, forecast
+    from lorakit.plan.show import show_forecast
+
+    card = find_card(gpu) if gpu else None
+    size = parse_memory(memory) if memory else None
+    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    config, source, local = find_config(resolved.recipe, folders)
+    asked = resolve_targets(resolved, config).recipe
+    device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
+    found = forecast(asked, config, device, card, source, local)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        show_forecast(found, out)
+    raise typer.Exit(0 if found.fits else 1)

@@ -1,0 +1,124 @@
+"""A model's config enters; how many parameters it has, and where, leaves. No weights.
+
+They are read off the model built on the meta device, so every architecture transformers knows is
+counted exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.recipe import Recipe
+
+Shape = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """`linear`: (name, D_in, D_out) of every linear layer but the head. All counts are elements.
+
+    Experts that a model keeps as one raw tensor [E, D_out, D_in] are no linear layers: neither
+    bitsandbytes nor peft's `target_modules` sees them, so QLoRA leaves them in 16 bits.
+    """
+
+    linear: tuple[Shape, ...]
+    total: int
+    embedding: int
+    head: int  # 0 where it is the embedding's own tensor
+    experts: int
+
+    @property
+    def in_linear(self) -> int:
+        """Elements of the linear layers."""
+        return sum(i * o for _, i, o in self.linear)
+
+
+def targets(recipe: Recipe, counted: Counted) -> list[Shape]:
+    """The linear layers that get an adapter, by peft's rules: suffixes, or one pattern."""
+    wanted, left_out = recipe.target_modules, recipe.exclude_modules or []
+
+    def ends(name: str, names: Sequence[str]) -> bool:
+        return any(name == n or name.endswith(f".{n}") for n in names)
+
+    def asked(name: str) -> bool:
+        if wanted in ("all-linear", "auto"):
+            return True
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, name) is not None
+        return ends(name, wanted)
+
+    def in_layer(name: str) -> bool:
+        if recipe.layers_to_transform is None:
+            return True
+        number = re.search(r"\.(\d+)\.", name)
+        return number is not None and int(number[1]) in recipe.layers_to_transform
+
+    return [
+        s for s in counted.linear if asked(s[0]) and in_layer(s[0]) and not ends(s[0], left_out)
+    ]
+
+
+def trained(recipe: Recipe, counted: Counted) -> int:
+    """Elements that train: two matrices a target, and whole modules that the recipe names."""
+
+    def rank(name: str) -> int:
+        fits = (r for key, r in recipe.rank_pattern.items() if re.search(rf"(^|\.){key}$", name))
+        return next(fits, recipe.lora_r)
+
+    pairs = sum(rank(n) * (i + o) for n, i, o in targets(recipe, counted))
+    whole = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
+    return pairs + sum(whole.get(name, 0) for name in recipe.modules_to_save or [])
+
+
+def count(config: Any) -> Counted:
+    """Count the model of this config; the same config is built once."""
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _count(_Keyed(key, config))
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A config that compares by its contents."""
+
+    key: str
+    config: Any
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=8)
+def _count(keyed: _Keyed) -> Counted:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(keyed.config)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    linear: list[Shape] = []
+    experts = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):  # GPT-2's, which bitsandbytes quantizes too
+            linear.append((name, module.weight.shape[0], module.weight.shape[1]))
+        elif isinstance(module, torch.nn.Linear) and module is not head:
+            linear.append((name, module.in_features, module.out_features))
+        else:
+            own = module.parameters(recurse=False)
+            experts += sum(p.numel() for p in own if p.dim() == 3)
+    tied = head is None or embedding is None or head.weight is embedding.weight
+    return Counted(
+        tuple(linear),
+        sum(p.numel() for p in model.parameters()),
+        0 if embedding is None else embedding.weight.numel(),
+        0 if tied else head.weight.numel(),
+        experts,
+    )

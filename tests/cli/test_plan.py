@@ -1,0 +1,55 @@
+"""`lorakit plan` from a recipe or a name: exit 0 fits, 1 does not, 2 bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_recipe_of_ours_is_planned_without_a_network(lorakit, path):
+    code, out, err = lorakit("plan", path, "--gpu", "h100", "--offline", "--json")
+    assert code == 0, err
+    assert json.loads(out)["fits"]
+
+
+def test_names_cards_and_lengths(lorakit):
+    words = ("plan", "--model", "llama-2-7b", "--method", "qlora", "--seq", "1024", "--json")
+    code, out, _ = lorakit(*words, "--gpu", "4090")
+    value = json.loads(out)
+    assert (code, value["device"]["name"]) == (0, "4090")
+    code, out, _ = lorakit(*words, "--memory", "3GiB", "--set", "streaming=off")
+    small = json.loads(out)
+    assert code == 1
+    assert not small["fits"]
+    assert small["changes"]
+    assert small["smallest_card"]
+    assert small["tokens_per_second"] is None
+
+
+def test_it_runs_on_this_machine(lorakit):
+    code, out, _ = lorakit("plan", "--model", "demo", "--seq", "128")
+    assert code == 0
+    assert "FITS" in out
+    assert "Python and libraries" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "llama2-7b", "--offline"), "did you mean llama-2-7b"),
+        (("--model", "llama-2-7b", "--gpu", "rtx4900"), "--gpu rtx4900: not in the table"),
+        (("--model", "llama-2-7b", "--memory", "lots"), "--memory lots: not a size"),
+        (("--model", "llama-2-7b", "--set", "lora_rank=4"), "did you mean lora_r"),
+        (("nowhere.yaml",), "nowhere.yaml: no such recipe"),
+        ((), "model: missing"),
+    ],
+)
+def test_bad_input_is_one_message(lorakit, words, said):
+    code, out, err = lorakit("plan", *words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not out

@@ -1,0 +1,49 @@
+"""The screen says the verdict, every part and the ways out, and keeps within its width."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lorakit.model.shapes import shape_config
+from lorakit.plan.cards import CARDS, card_device
+from lorakit.plan.forecast import forecast
+from lorakit.plan.show import show_forecast
+from lorakit.recipe import Recipe
+
+
+def screen(width, name, card, **values):
+    asked = Recipe(**{"model": name, "data": "d", "target_modules": "all-linear", **values})
+    device = card_device(CARDS[card], None, "auto")
+    found = forecast(asked, shape_config(name), device, CARDS[card])
+    console = Console(file=io.StringIO(), width=width)
+    show_forecast(found, console)
+    return found, console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_all_is_on_the_screen_and_nothing_runs_over(width):
+    found, text = screen(width, "llama-3.1-8b", "3060", streaming="off")
+    assert max(map(len, text.splitlines())) <= width
+    assert "DOES NOT FIT" in text
+    for part in found.device_parts["training"]:
+        assert part.split()[0] in text
+    for words in ("evaluation", "generation", "RAM to merge", "disk", "tokens/s", "l4"):
+        assert words in text
+    assert "what makes it fit, cheapest first" in text
+    assert "streaming=auto" in text
+
+
+def test_what_fits_has_no_list_of_changes():
+    _, text = screen(80, "llama-2-7b", "h100")
+    assert "FITS" in text
+    assert "NOT" not in text
+    assert "change" not in text
+    assert "(from rows measured on this card)" in " ".join(text.split())
+
+
+def test_what_no_setting_makes_fit_says_what_it_takes_at_least():
+    _, text = screen(80, "qwen3-30b-a3b", "3060", method="qlora", target_modules=["q_proj"])
+    assert "No setting makes it fit here: the least it can take is" in text
+    assert "experts (not quantized)" in text
+    assert "a100-80" in text
