@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from rich.console import Console
 
 from lorakit import finetune
-from lorakit.errors import DataError, LorakitError, WorkError
+from lorakit.errors import DataError, LorakitError, RunError, WorkError
 from lorakit.finetune import fit, prepare_run
+from lorakit.model.load import seed_everything
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir
 
@@ -33,6 +35,7 @@ def test_a_run_leaves_the_files_of_its_contract(finish):
         "checkpoints",
         "adapter",
         "base.json",
+        "data_rows.npy",
         "eval.json",
     }
     recipe = load_recipe(run.recipe).recipe
@@ -77,21 +80,14 @@ def test_same_recipe_and_seed_give_the_same_bits(tiny_recipe, tiny_model_dir, ti
     assert files[0] == files[1]
 
 
-def test_gradient_checkpointing_does_not_change_the_result(
-    tiny_recipe, tiny_model_dir, tiny_data, tmp_path
-):
-    losses = []
-    for name, value in (("off", False), ("on", True)):
-        resolved = tiny_recipe(
-            tiny_model_dir,
-            tiny_data,
-            tmp_path / name,
-            max_steps=3,
-            gradient_checkpointing=value,
-            dtype="float32",
-        )
-        losses.append(fit(resolved, QUIET).final_loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+def test_deterministic_is_kept_to_its_run(finish):
+    """On a CPU it changes no bit; operations that have no such algorithm would have stopped it."""
+    name = "adapter/adapter_model.safetensors"
+    files = [(finish(**v).run.path / name).read_bytes() for v in ({}, {"deterministic": True})]
+    assert files[0] == files[1]
+    assert torch.are_deterministic_algorithms_enabled()
+    seed_everything(1)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_without_held_out_rows_a_run_ends_without_evaluation(
@@ -164,6 +160,33 @@ def test_prologue_needs_no_weights(tiny_recipe, tiny_model_dir, tiny_data, tmp_p
         fit(tiny_recipe(folder, tiny_data, tmp_path / "r"), QUIET)
 
 
+def test_sigterm_saves_within_the_step_and_no_step_is_taken_twice(
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    values = {"max_steps": 12, "save_every": "60min", "lora_dropout": 0.1}
+    fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "whole", **values), QUIET)
+    run = RunDir(tmp_path / "cut")
+
+    def watch():
+        while not run.metrics.exists() or run.metrics.read_text().count("\n") < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    resolved = tiny_recipe(tiny_model_dir, tiny_data, run.path, **values)
+    outcome = fit(resolved, QUIET)
+    watcher.join()
+    assert outcome.exit_code == 143
+    assert 3 <= outcome.steps < 12
+    assert [p.name for p in run.list_checkpoints()] == [f"step_{outcome.steps:06d}"]
+    console = Console(record=True, file=open(os.devnull, "w"), width=120)
+    assert fit(resolved, console, resume=True).exit_code == 0
+    assert f"from step {outcome.steps} of 12" in console.export_text()
+    name = "adapter/adapter_model.safetensors"
+    assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
     tiny_recipe, tiny_model_dir, tiny_data, tmp_path
 ):
@@ -186,6 +209,10 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
         if metrics.exists() and metrics.read_text().count("\n") >= 3:
             break
         time.sleep(0.02)
+    taken = tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "cut", **values)
+    with pytest.raises(RunError, match=f"another run is writing .* \\(process {process.pid}\\)"):
+        fit(taken, QUIET, resume=True)
+    process.send_signal(signal.SIGHUP)  # the terminal is closed: no reason to end
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

@@ -19,8 +19,9 @@ from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.evaluate import evaluate
 from lorakit.hardware import detect_device
+from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
-from lorakit.model.fingerprint import remember_base
+from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.model.vocabulary import check_vocabulary
 from lorakit.plan.forecast import planned_speed, refuse
@@ -28,12 +29,14 @@ from lorakit.plan.training import longest_rows, plan_training
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
-from lorakit.train.checkpoint import save_adapter
+from lorakit.train.arguments import total_steps
+from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
 from lorakit.train.out_of_memory import memory_told
+from lorakit.train.past import past_of, remember_rows
 from lorakit.train.progress import TrainingProgress
-from lorakit.train.resume import claim_run, prepare_resume, write_run_files
+from lorakit.train.resume import claim_run, forget_after, prepare_resume, write_run_files
 from lorakit.train.signals import catch_signals
-from lorakit.train.trainer import LoraTrainer, saves_embeddings
+from lorakit.train.trainer import LoraTrainer
 
 TOO_LARGE = "close what else uses this device's memory, set method: qlora, or take a smaller model"
 
@@ -112,22 +115,29 @@ def fit(
             disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
     """
     run, resolved = claim_run(resolved, resume)
+    with only_writer(run, console.print):
+        return _fit(run, resolved, console, resume, force)
+
+
+def _fit(
+    run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool, force: bool
+) -> Outcome:
     start = prepare_run(resolved, console, force)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    checkpoint = prepare_resume(run, start.resolved, console) if resume else None
-    if checkpoint is None:
-        run.metrics.unlink(missing_ok=True)
-    write_run_files(run, start.resolved, prepared.report.as_dict(), start.plan_as_dict(), device)
-    write_validation(run.validation, prepared.val_conversations)
-    remember_base(run, recipe, start.location)
+    past = past_of(recipe, prepared.train, start.tokenizer)
+    checkpoint = _take_up(run, start, past, resume, console)
 
-    seed_everything(recipe.seed)
+    seed_everything(recipe.seed, recipe.deterministic)
+    if recipe.deterministic:
+        console.print("bits     the same in each run on this device with these versions; slower")
     with memory_told("loading the base model", TOO_LARGE):
         base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    require_space(run, recipe, trainable)
+
     progress = TrainingProgress(console, run, device.kind)
     began = time.perf_counter()
     with memory_told("placing the model on its device", TOO_LARGE), catch_signals() as stop:
@@ -142,12 +152,13 @@ def fit(
             prepared.val,
             progress,
             stop,
+            past,
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
         console.print(f"packing  {trainer.packing}")
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.take_steps(checkpoint)
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
@@ -159,6 +170,26 @@ def fit(
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     evaluation = _evaluate(run, model, start) if prepared.val else None
     return Outcome(run, trainer.state.global_step, seconds, final_loss, evaluation)
+
+
+def _take_up(
+    run: RunDir, start: Prologue, past: dict[str, Any], resume: bool, console: Console
+) -> str | None:
+    """Write what is known before training; returns the folder of the checkpoint to go on from."""
+    recipe, prepared = start.resolved.recipe, start.prepared
+    steps = total_steps(recipe, len(prepared.train))
+    found = prepare_resume(run, past, prepared.train, steps, console) if resume else None
+    if found is None:
+        run.metrics.unlink(missing_ok=True)
+        remember_base(run, recipe, start.location)
+        remember_rows(run, prepared.train)
+    else:
+        check_base(run, recipe, start.location)
+        forget_after(run, found.step)
+    report, plan = prepared.report.as_dict(), start.plan_as_dict()
+    write_run_files(run, start.resolved, report, plan, start.device)
+    write_validation(run.validation, prepared.val_conversations)
+    return str(found.folder) if found else None
 
 
 def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:

@@ -233,10 +233,18 @@ class Recipe(BaseModel):
     )
     seed: Annotated[int, Field(ge=0)] = Field(42, description="Seed of split, order and dropout.")
 
+    deterministic: bool = Field(
+        False,
+        description="The same bits in each run on the same card and versions, at a cost in speed; "
+        "a CPU run has them anyway.",
+    )
+
     output_dir: str | None = Field(
         None, description="Run directory; by default runs/<model>-<method>, numbered if taken."
     )
-    save_every: Positive = Field(100, description="Optimizer steps between checkpoints.")
+    save_every: Positive | Annotated[str, Field(pattern=r"^[1-9]\d* ?min$")] = Field(
+        100, description="Optimizer steps between checkpoints, or minutes: 10min."
+    )
     keep_checkpoints: Positive = Field(2, description="Newest checkpoints to keep.")
     eval_every: Positive | None = Field(
         None, description="Steps between held-out losses in training; the end is always scored."
@@ -294,6 +302,13 @@ class Recipe(BaseModel):
         units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
         unit = next(u for u in units if self.memory_limit.endswith(u))
         return int(float(self.memory_limit.removesuffix(unit)) * units[unit])
+
+    @property
+    def save_minutes(self) -> int | None:
+        """Minutes between checkpoints, where `save_every` counts them."""
+        if isinstance(self.save_every, int):
+            return None
+        return int(self.save_every.removesuffix("min"))
 
     @property
     def examples_per_step(self) -> int:

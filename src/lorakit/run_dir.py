@@ -1,7 +1,7 @@
 """A folder enters; the path of every artifact of one run leaves. Also appends and reads metrics.
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
-                 metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
+                 data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
                  export/<format>/ · export/verify.json
 
 This layout is the contract between commands: eval, chat and export need this folder only.
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import RunError, WorkError
+from lorakit.durable import flush, unwritable
+from lorakit.errors import RunError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _STEP = re.compile(r"^step_(\d{6,})$")
@@ -70,6 +71,11 @@ class RunDir:
     def base(self) -> Path:
         """Sizes and hashes of the base model's weights, to notice later that they changed."""
         return self.path / "base.json"
+
+    @property
+    def rows(self) -> Path:
+        """Content hash of each training example's row, to name what changed in the data."""
+        return self.path / "data_rows.npy"
 
     @property
     def export(self) -> Path:
@@ -148,11 +154,9 @@ def write_text(path: Path, text: str) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         aside.replace(path)
+        flush(path.parent)
     except OSError as error:
-        raise WorkError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="free some space or choose another place with --output",
-        ) from error
+        raise unwritable(path, error, len(text.encode())) from error
 
 
 def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:

@@ -103,8 +103,7 @@ def make_run(folder, base, size=0.3, seed=1, **values):
     from lorakit.model.load import load_base, load_config, load_tokenizer
     from lorakit.recipe_file import load_recipe
     from lorakit.records import Conversation, Message, Origin
-    from lorakit.train.checkpoint import save_adapter
-    from lorakit.train.trainer import saves_embeddings
+    from lorakit.train.checkpoint import save_adapter, saves_embeddings
 
     flags = {"model": str(base), "data": "none.jsonl", "offline": True, "dtype": "float32"}
     flags |= {"lora_r": 4, "lora_alpha": 8, **values}

@@ -1,17 +1,18 @@
 """Where a run may write, what may change on resume, and that nothing of this machine is written."""
 
 import json
+import os
 import shutil
 
 import pytest
 from rich.console import Console
 
-from lorakit.errors import RunError, WorkError
+from lorakit.errors import ModelError, RunError, WorkError
 from lorakit.finetune import fit
 from lorakit.hardware import detect_device
 from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import RunDir
-from lorakit.train.resume import claim_run, environment, prepare_resume, write_run_files
+from lorakit.run_dir import RunDir, read_metrics
+from lorakit.train.resume import claim_run, environment, write_run_files
 
 QUIET = Console(quiet=True, stderr=True)
 
@@ -46,17 +47,164 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
         claim_run(load_recipe(None, [], flags), resume=False)
 
 
-def test_resume_needs_a_run_and_a_checkpoint(tmp_path, finish):
+def test_resume_needs_a_run(tmp_path):
     resolved = load_recipe(None, [], {"model": "m", "data": "d", "output_dir": str(tmp_path / "x")})
     with pytest.raises(RunError, match="nothing to resume"):
         claim_run(resolved, resume=True)
-    run = finish().run
-    changed = load_recipe(run.recipe, ["seed=7", "lora_r=4", "save_every=9"])
+
+
+def spoken():
+    return Console(record=True, file=open(os.devnull, "w"), width=120)
+
+
+@pytest.fixture
+def copied(finish, tiny_model_dir, tiny_data, tmp_path):
+    """A finished run of 6 steps with checkpoints after 2, 4 and 6, free to be spoiled."""
+    run = RunDir(tmp_path / "runs" / "copy")
+    shutil.copytree(finish(save_every=2, keep_checkpoints=3).run.path, run.path)
+    # The paths in its recipe are relative to where it lay.
+    places = {"model": tiny_model_dir, "data": tiny_data, "output_dir": run.path}
+
+    def resume(console=QUIET, **changed):
+        flags = {key: str(path) for key, path in places.items()} | changed
+        return fit(load_recipe(run.recipe, [], flags), console, resume=True)
+
+    return run, resume
+
+
+def test_a_changed_recipe_is_refused_even_if_the_runs_own_file_was_edited(copied):
+    run, resume = copied
+    run.recipe.write_text(run.recipe.read_text().replace("lora_r: 16", "lora_r: 8"))
     with pytest.raises(RunError) as caught:
-        prepare_resume(run, changed, QUIET)
+        resume(seed=7, save_every=9)
     assert "seed: was 42, is now 7" in caught.value.message
-    assert "lora_r: was 16, is now 4" in caught.value.message
+    assert "lora_r: was 16, is now 8" in caught.value.message
     assert "save_every" not in caught.value.message
+
+
+def test_changed_data_and_a_changed_base_are_refused_and_nothing_is_touched(
+    copied, tiny_data, tiny_model_dir, tmp_path
+):
+    run, resume = copied
+
+    def contents():
+        files = (p for p in run.path.rglob("*") if p.is_file())
+        return {p: p.read_bytes() for p in files}
+
+    before = contents()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(tiny_data.read_text().replace("green", "lime"))
+    with pytest.raises(RunError, match=r"rows are new or changed, the first rows\.jsonl:\d+;"):
+        resume(data=str(rows))
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    raw = bytearray((tmp_path / "base" / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "base" / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ModelError, match=r"model\.safetensors is not the file this run"):
+        resume(model=str(tmp_path / "base"))
+    assert contents() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_the_end_is_the_same(copied):
+    run, resume = copied
+    whole = (run.adapter / "adapter_model.safetensors").read_bytes()
+    (run.checkpoint(6) / "state.safetensors").unlink()
+    (run.checkpoint(4) / "optimizer.pt").write_bytes(b"planted")
+    shutil.rmtree(run.adapter)
+    console = spoken()
+    assert resume(console).steps == 6
+    text = console.export_text()
+    assert "step_000006 is damaged (state.safetensors is missing)" in text
+    assert "step_000004 is damaged (optimizer.pt is foreign to it)" in text
+    assert "from step 2 of 6" in text
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_when_all_are_damaged_it_stops_with_the_list_and_touches_nothing(copied):
+    run, resume = copied
+    for folder in run.list_checkpoints():
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(RunError, match="no whole checkpoint to resume from") as caught:
+        resume()
+    assert caught.value.message.count("is damaged") == 3
+    assert len(run.list_checkpoints()) == 3
+
+
+def test_a_finished_run_takes_no_step_more_and_gets_its_adapter_back(copied):
+    """Killed between the last checkpoint and the adapter."""
+    run, resume = copied
+    whole = (run.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.adapter)
+    assert resume().steps == 6
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == whole
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_extended_at_the_longer_runs_rates(
+    copied, tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    run, resume = copied
+    console = spoken()
+    assert resume(console, max_steps=9).steps == 9
+    assert "6 steps were planned before" in console.export_text()
+    longer = fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "long", max_steps=9), QUIET)
+    rates = [[row["learning_rate"] for row in read_metrics(r)] for r in (run, longer.run)]
+    assert len(rates[0]) == 9
+    assert rates[0][6:] == rates[1][6:]
+    assert min(rates[0][6:]) > 0
+    with pytest.raises(RunError, match="9 steps are taken already, the recipe asks for 8"):
+        resume(max_steps=8)
+
+
+def test_other_intervals_hold_from_the_resume_on(copied):
+    """transformers would keep those of the checkpoint."""
+    run, resume = copied
+    resume(max_steps=10, save_every=1, keep_checkpoints=9, log_every=2)
+    assert [int(p.name[5:]) for p in run.list_checkpoints()] == [2, 4, 6, 7, 8, 9, 10]
+    assert [row["step"] for row in read_metrics(run)][6:] == [8, 10]
+
+
+def test_a_run_ended_before_its_first_checkpoint_begins_again(
+    finish, tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".lock").write_text("999999\n")
+    console = spoken()
+    resolved = tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r")
+    assert fit(resolved, console, resume=True).steps == 6
+    assert "no checkpoint yet: it begins at step 0" in console.export_text()
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "r" / name).read_bytes() == (finish().run.path / name).read_bytes()
+
+
+def test_the_runs_own_recipe_resumes_it_before_its_first_checkpoint_too(copied):
+    run, _ = copied
+    shutil.rmtree(run.checkpoints)
+    claimed, _ = claim_run(load_recipe(run.recipe), resume=True)
+    assert claimed.path == run.path
+
+
+def test_no_checkpoint_holds_a_pickle_or_a_private_file(finish):
+    for folder in finish(save_every=2, keep_checkpoints=3).run.list_checkpoints():
+        files = {p.name: p for p in folder.iterdir()}
+        assert {p.suffix for p in files.values()} == {".json", ".safetensors"}
+        assert {p.stat().st_mode & 0o777 for p in files.values()} == {0o644}
+
+
+def test_odd_paths_and_a_private_umask_are_no_hindrance(
+    finish, tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    run = RunDir(tmp_path / "mein Lauf ü\nzwei")
+    before = os.umask(0o077)
+    try:
+        fit(tiny_recipe(tiny_model_dir, tiny_data, run.path, save_every=4), QUIET)
+        shutil.rmtree(run.checkpoint(6))
+        fit(load_recipe(run.recipe), QUIET, resume=True)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o077 for p in run.path.rglob("*") if p.is_file()} == {0}
+    name = "adapter/adapter_model.safetensors"
+    assert (run.path / name).read_bytes() == (finish().run.path / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

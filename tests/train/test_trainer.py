@@ -20,7 +20,6 @@ from lorakit.train.signals import StopRequest
 from lorakit.train.trainer import (
     LoraTrainer,
     pad_token_id,
-    saves_embeddings,
 )
 
 CPU = detect_device("float32", prefer="cpu")
@@ -139,11 +138,6 @@ def test_gradient_of_a_step_is_the_same_for_any_split(tiny_model_dir, tmp_path):
 def test_padding_id_may_be_the_end_of_turn():
     tokenizer = type("T", (), {"pad_token_id": None, "eos_token_id": 2})
     assert pad_token_id(tokenizer) == 2
-
-
-def test_embeddings_travel_when_they_train():
-    assert not saves_embeddings(recipe())
-    assert saves_embeddings(Recipe(model="m", data="d", target_modules=["q_proj", "lm_head"]))
 
 
 def test_a_clock_that_jumps_leaves_times_alone(tiny_model_dir, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorakit.durable import flush
 from lorakit.errors import WorkError
 
 # A million chats of 210 characters take about 0.9 GB.
@@ -57,6 +58,9 @@ def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
         make(work)
         sizes = {path.name: path.stat().st_size for path in work.iterdir()}
         (work / _SIZES).write_text(json.dumps(sizes))
+        # Sizes alone would not show bytes that a power cut kept from the disk.
+        for path in (*work.iterdir(), work):
+            flush(path)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise _unwritable(home, error) from error

@@ -6,6 +6,7 @@ of numbers for each: where it begins, which row it was, its content hash and its
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -152,6 +153,17 @@ class ExampleShelf:
         labels = np.where(self._mask[part], ids, IGNORE)
         return Example(ids.tolist(), labels.tolist(), self.items.origin(self.owners[number]))
 
+    def digest(self, chosen: NDArray[np.int64]) -> str:
+        """SHA-256 of the ids and labels of some examples, in their order."""
+        digest = hashlib.sha256(self.lengths[chosen].tobytes())
+        # Neighbors go in as one piece: a million examples are some 50,000 pieces.
+        for piece in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
+            if len(piece):
+                part = slice(self._begins[piece[0]], self._begins[piece[-1] + 1])
+                digest.update(self._ids[part].data)
+                digest.update(self._mask[part].data)
+        return digest.hexdigest()
+
 
 def write_examples(
     folder: Path, made: Iterable[tuple[int, Sequence[Example]]], log: FaultLog
@@ -225,6 +237,19 @@ class Examples(_Chosen[Example]):
     def trained(self) -> NDArray[np.int64]:
         """Trained tokens of each example, int64 [N]."""
         return self._shelf.trained[self.chosen]
+
+    @property
+    def marks(self) -> NDArray[np.uint64]:
+        """Content hash of the row behind each example, uint64 [N]."""
+        return self._shelf.items.marks[self._shelf.owners[self.chosen]]
+
+    def origin(self, number: int) -> Origin:
+        """Where example `number` came from, without reading it."""
+        return self._shelf.items.origin(int(self._shelf.owners[self.chosen[number]]))
+
+    def digest(self) -> str:
+        """SHA-256 of all ids and labels in their order."""
+        return self._shelf.digest(self.chosen)
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lorakit.durable import staged
 from lorakit.errors import WorkError
 from lorakit.export.formats import Job
 from lorakit.export.merged import memory_missing
@@ -20,7 +21,6 @@ from lorakit.export.source import Source, float32_model
 from lorakit.export.spelling import write_tokenizer
 from lorakit.export.verify import agreement, check_tokenizer, make_reference, predictions
 from lorakit.run_dir import ADAPTER_WEIGHTS
-from lorakit.train.checkpoint import staged
 
 
 def export_adapter(job: Job) -> dict[str, Any]:

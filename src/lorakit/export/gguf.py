@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lorakit.durable import staged
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import llama_cpp
 from lorakit.export.adapter import fold_adapter, why_not_portable
@@ -19,7 +20,6 @@ from lorakit.export.source import Source, checked_prompts, float32_model
 from lorakit.export.spelling import write_config, write_tokenizer
 from lorakit.export.verify import ANSWER_TOKENS, PROMPTS, Agreement, Reference, make_reference
 from lorakit.recipe_file import suggest
-from lorakit.train.checkpoint import staged
 
 QUANTIZATIONS = (*TYPES, *FILE_TYPES)
 # Next-token KL in nats of a right export on SmolLM2, with room; a lost template or a wrong

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from lorakit.durable import staged
 from lorakit.errors import WorkError
 from lorakit.evaluate import encode_held_out
 from lorakit.export.formats import Job
@@ -22,7 +23,6 @@ from lorakit.export.verify import (
     make_reference,
     predictions,
 )
-from lorakit.train.checkpoint import staged
 from lorakit.train.score import score
 from lorakit.train.trainer import pad_token_id
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.data.render import habits_of, render
+from lorakit.durable import staged
 from lorakit.errors import DataError
 from lorakit.export.adapter import why_not_portable
 from lorakit.export.formats import Job
@@ -27,7 +28,6 @@ from lorakit.export.gguf import (
 )
 from lorakit.export.merge import check_space
 from lorakit.export.source import Source, checked_prompts
-from lorakit.train.checkpoint import staged
 
 MARK = "7qzx"
 BASE_FILE = "base-F16.gguf"

@@ -1,8 +1,8 @@
 """A base model's files enter; a short record of them leaves, by which a changed base is noticed.
 
-Hashing all of a 7B model takes as long as reading it, 13 GB. The header of a weight file (names,
-shapes, offsets) and 16 pieces of 64 KiB spread over it change whenever a model is trained further,
-merged or converted, and cost milliseconds.
+A weight file of up to 1 GiB is hashed whole, in half a second. Hashing all of a 7B model takes as
+long as reading it, 13 GB: of a larger file the header (names, shapes, offsets) and 16 pieces of
+64 KiB spread over it change whenever a model is trained further, merged or converted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lorakit.recipe import Recipe
 from lorakit.run_dir import RunDir, write_json
 
 PIECES, PIECE_BYTES = 16, 2**16
+WHOLE_BYTES = 2**30
 
 
 def base_folder(recipe: Recipe, location: str) -> Path | None:
@@ -38,11 +39,8 @@ def base_folder(recipe: Recipe, location: str) -> Path | None:
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """Size and sampled SHA-256 of each weight file, by name."""
-    return {
-        path.name: {"bytes": path.stat().st_size, "sampled_sha256": _sampled(path)}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
+    """Size and SHA-256 of each weight file, by name; of a large one it is sampled."""
+    return {path.name: _record(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def remember_base(run: RunDir, recipe: Recipe, location: str) -> None:
@@ -71,6 +69,14 @@ def check_base(run: RunDir, recipe: Recipe, location: str) -> None:
             hint="an adapter fits its own base only: bring that base back, or train anew on this "
             "one",
         )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > WHOLE_BYTES:
+        return {"bytes": size, "sampled_sha256": _sampled(path)}
+    with path.open("rb") as handle:
+        return {"bytes": size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def _sampled(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,11 +234,22 @@ def remember_biases(model: Any, before: dict[str, Any]) -> None:
             model.base_biases[name] = before[plain]
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch: adapters start alike and rows come in the same order."""
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch: adapters start alike and rows come in the same order.
+
+    Args:
+        deterministic: torch takes algorithms that give the same bits each time, and stops at an
+            operation that has none. lorakit's own kernels add up in a fixed order anyway.
+    """
+    import torch
     from transformers import set_seed
 
     set_seed(seed)
+    if deterministic:
+        # cuBLAS reads it when its first handle is made; nothing has run on the card yet.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def adapter_names(run: RunDir) -> list[str]:

@@ -75,7 +75,8 @@ def training_arguments(
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
         save_strategy="steps",
-        save_steps=recipe.save_every,
+        # By the clock: `SaveClock` asks, and the last step is saved in any case.
+        save_steps=steps if isinstance(recipe.save_every, str) else recipe.save_every,
         eval_strategy="steps" if recipe.eval_every and held_out else "no",
         eval_steps=recipe.eval_every,
         report_to=list(recipe.report_to),

@@ -1,74 +1,100 @@
-"""A training state enters; a whole checkpoint folder, or none, leaves. Also finds the newest one.
+"""A run directory enters; its newest whole checkpoint leaves. Also saves adapters, and makes room.
 
-A checkpoint is written aside, every file is flushed, a manifest with checksums comes last, and one
-rename makes it visible: a folder named step_000100 is always complete. Rotation runs afterwards.
+A folder named step_000100 was written aside, flushed, sealed by a manifest and renamed
+(`durable.py`); `state.py` says what lies in it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from lorakit.durable import Damaged, discard, free_bytes, megabytes, staged, verified
 from lorakit.errors import RunError, WorkError
+from lorakit.memory import OPTIMIZER_BYTES
+from lorakit.recipe import Recipe
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
-MANIFEST = "MANIFEST.json"
+# State, counters and configuration beside the tensors.
+SMALL_FILES = 2**20
 
 
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` on success and vanishes on failure.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint: its folder, the step it was taken after, and the run's facts then."""
 
-    Raises:
-        WorkError: the disk is full or cannot be written; `target` is then as it was before.
-    """
-    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        _remove_stale(target)
-        aside.mkdir(parents=True)
-        yield aside
-        _seal(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        _flush(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not _is_disk_trouble(error, target):
-            raise
-        free = shutil.disk_usage(_existing(target)).free / 1e6
-        raise WorkError(
-            f"cannot write {target}: {str(error).splitlines()[0]} ({free:.0f} MB free)",
-            hint="free some space, then go on with --resume; nothing half-written was left",
-        ) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    folder: Path
+    step: int
+    facts: dict[str, Any]
 
 
-def rotate(run: RunDir, keep: int) -> None:
-    """Delete all but the newest `keep` finished checkpoints."""
-    for folder in run.list_checkpoints()[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def newest_whole(run: RunDir) -> tuple[Path | None, list[str]]:
+def newest_whole(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose manifest verifies, and a line for each one passed over."""
     notes: list[str] = []
     for folder in reversed(run.list_checkpoints()):
-        trouble = _damage(folder)
-        if trouble is None:
-            return folder, notes
-        notes.append(f"{folder.name} is damaged ({trouble}); trying an older one")
+        try:
+            return _read(folder), notes
+        except Damaged as trouble:
+            notes.append(f"{folder.name} is damaged ({trouble}); trying an older one")
     return None, notes
+
+
+def require_checkpoint(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from; None where the run had not come to its first one.
+
+    Raises:
+        RunError: there are some, and none is whole.
+    """
+    found, notes = newest_whole(run)
+    if found is None and notes:
+        raise RunError(
+            f"{run.path}: no whole checkpoint to resume from" + "".join(f"\n  {n}" for n in notes),
+            hint="bring one back from a copy, or start over in a new folder: --output "
+            "runs/NEW-NAME (nothing here was touched)",
+        )
+    return found, notes
+
+
+def rotate(run: RunDir, keep: int, step: int) -> None:
+    """After step `step` was saved, delete all but the newest `keep` checkpoints up to it.
+
+    Those beyond it did not verify when the run was resumed: they count for nothing.
+    """
+    past = [p for p in run.list_checkpoints() if checkpoint_step(p) <= step]
+    for folder in past[:-keep]:
+        discard(folder)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Optimizer steps behind a checkpoint folder."""
+    return int(folder.name.split("_")[1])
+
+
+def checkpoint_bytes(recipe: Recipe, trainable: int) -> int:
+    """What a checkpoint of `trainable` float32 parameters takes on the disk."""
+    return int(trainable * (4 + OPTIMIZER_BYTES[recipe.optimizer])) + SMALL_FILES
+
+
+def require_space(run: RunDir, recipe: Recipe, trainable: int) -> None:
+    """See before the first step that all checkpoints and the adapter will find room.
+
+    Raises:
+        WorkError: says how much is missing.
+    """
+    one = checkpoint_bytes(recipe, trainable)
+    # One more is written before the oldest goes.
+    more = max(1, recipe.keep_checkpoints + 1 - len(run.list_checkpoints()))
+    needs, free = more * one + trainable * 4 + SMALL_FILES, free_bytes(run.path)
+    if free < needs:
+        raise WorkError(
+            f"{run.path}: too little space: {more} more checkpoint{'s' * (more > 1)} of "
+            f"{megabytes(one)} and the adapter take {megabytes(needs)}, {megabytes(free)} free, "
+            f"{megabytes(needs - free)} missing",
+            hint="free some space, choose another disk with --output, or keep fewer: "
+            "--set keep_checkpoints=1",
+        )
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path, with_embeddings: bool) -> None:
@@ -79,22 +105,33 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, with_embeddings: bool
     """
     _check_learned(model)
     with staged(folder) as aside:
-        _save_adapter_files(model, aside, with_embeddings)
+        save_adapter_files(model, aside, with_embeddings)
         tokenizer.save_pretrained(aside)
-        for name in ("tokenizer_config.json",):
-            _drop_local_keys(aside / name)
+        _drop_local_keys(aside / "tokenizer_config.json")
 
 
-def save_training_state(model: Any, folder: Path, with_embeddings: bool) -> None:
-    """The adapter part of a checkpoint; optimizer and RNG are added by the trainer."""
-    _save_adapter_files(model, folder, with_embeddings)
-
-
-def _save_adapter_files(model: Any, folder: Path, with_embeddings: bool) -> None:
+def save_adapter_files(model: Any, folder: Path, with_embeddings: bool) -> None:
+    """The adapter's weights and configuration alone, as they lie in each checkpoint too."""
     model.save_pretrained(folder, save_embedding_layers=with_embeddings)
     # peft's card is a form to fill in that names the local folder of the base model.
     (folder / "README.md").unlink(missing_ok=True)
-    (folder / ADAPTER_WEIGHTS).chmod(0o644)
+    # safetensors makes its files private to the user, whatever the umask says.
+    (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
+
+
+def saves_embeddings(recipe: Recipe) -> bool:
+    """True when an embedding or head trains, so that its weights must travel with the adapter."""
+    names = (
+        [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
+    )
+    return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
+
+
+def _read(folder: Path) -> Checkpoint:
+    facts, step = verified(folder), checkpoint_step(folder)
+    if facts.get("step") != step:
+        raise Damaged(f"it was saved after step {facts.get('step')}")
+    return Checkpoint(folder, step, facts)
 
 
 def _drop_local_keys(path: Path) -> None:
@@ -120,79 +157,3 @@ def _check_learned(model: Any) -> None:
             "training changed nothing: every lora_B is still zero; the adapter was not saved",
             hint="is learning_rate too small, or did the gradients overflow (grad_norm inf)?",
         )
-
-
-def _seal(folder: Path) -> None:
-    sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as handle:
-            sums[str(path.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
-            os.fsync(handle.fileno())
-    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
-    _flush(folder / MANIFEST)
-    _flush(folder)
-
-
-def _damage(folder: Path) -> str | None:
-    manifest = folder / MANIFEST
-    try:
-        sums = json.loads(manifest.read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != expected:
-                return f"{name} was changed"
-    return None
-
-
-def require_checkpoint(run: RunDir) -> tuple[Path, list[str]]:
-    """The checkpoint to resume from.
-
-    Raises:
-        RunError: the run has none that is whole.
-    """
-    found, notes = newest_whole(run)
-    if found is None:
-        raise RunError(
-            f"{run.path}: no whole checkpoint to resume from" + "".join(f"\n  {n}" for n in notes),
-            hint="start over in a new folder: --output runs/NEW-NAME",
-        )
-    return found, notes
-
-
-def _remove_stale(target: Path) -> None:
-    for old in target.parent.glob(f".{target.name}.tmp-*") if target.parent.exists() else ():
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _is_disk_trouble(error: BaseException, target: Path) -> bool:
-    if isinstance(error, OSError):
-        return True
-    text = str(error).lower()
-    # What torch's zip writer and safetensors say when the system refuses bytes.
-    words = ("no space", "writ", "i/o", "os error", "file too large", "iostream", "unexpected pos")
-    wrote = any(word in text for word in words)
-    return wrote or shutil.disk_usage(_existing(target)).free < 1_000_000
-
-
-def checkpoint_step(folder: Path) -> int:
-    """Optimizer steps behind a checkpoint folder."""
-    return int(folder.name.split("_")[1])

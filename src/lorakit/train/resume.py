@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lorakit.data.shelf import Examples
 from lorakit.errors import RunError, WorkError
 from lorakit.model.load import public_name
-from lorakit.recipe_file import ResolvedRecipe, load_recipe
+from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device
 from lorakit.run_dir import RunDir, read_metrics, write_json, write_text
-from lorakit.train.checkpoint import checkpoint_step, require_checkpoint
-
-# Settings that do not alter the steps already taken.
-SAFE_TO_CHANGE = {
-    "output_dir",
-    "save_every",
-    "keep_checkpoints",
-    "eval_every",
-    "log_every",
-    "report_to",
-    "offline",
-    "epochs",
-    "max_steps",
-    "trust_remote_code",
-    "probe",
-}
-VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
+from lorakit.train.checkpoint import Checkpoint, require_checkpoint
+from lorakit.train.past import differences, refuse_changed_past, versions
 
 
 def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedRecipe]:
@@ -42,7 +28,7 @@ def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedR
         RunError: the folder holds a run already (without --resume), or none (with it).
     """
     recipe = resolved.recipe
-    if resume and resolved.folder and RunDir(resolved.folder).checkpoints.exists():
+    if resume and resolved.folder and RunDir(resolved.folder).environment.exists():
         return RunDir(resolved.folder), resolved  # `train runs/x/recipe.yaml --resume`
     if recipe.output_dir is not None:
         run = RunDir(Path(recipe.output_dir))
@@ -55,30 +41,58 @@ def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedR
         stem = f"{public_name(recipe.model).split('/')[-1].lower()}-{recipe.method}"
         run = _newest(stem) if resume else _free(stem)
         resolved = resolved.derive("model and method", output_dir=str(run.path))
-    if resume and not run.has_run():
+    # A run that was killed before its first file left at least its folder.
+    if resume and not run.path.is_dir():
         raise RunError(
-            f"{run.path}: nothing to resume here (no recipe.yaml)",
+            f"{run.path}: nothing to resume here",
             hint="name the run's folder with --output, or start without --resume",
         )
     _check_writable(run)
     return run, resolved
 
 
-def prepare_resume(run: RunDir, resolved: ResolvedRecipe, console: Console) -> Path:
-    """The checkpoint to go on from; rows of metrics.jsonl after it are dropped.
+def prepare_resume(
+    run: RunDir, past: Mapping[str, Any], train: Examples, steps: int, console: Console
+) -> Checkpoint | None:
+    """The checkpoint to go on from; nothing is written yet.
+
+    Args:
+        past: what the steps hang on now, see `past.py`.
+        steps: the steps that the whole run has now.
+
+    Returns:
+        None where the run was ended before its first checkpoint: it begins again.
 
     Raises:
-        RunError: no whole checkpoint, or a setting changed that would alter the past.
+        RunError: no whole checkpoint is left, or something changed that would alter the past.
     """
-    _refuse_changed_past(run, resolved)
-    folder, notes = require_checkpoint(run)
+    found, notes = require_checkpoint(run)
     for note in notes:
         console.print(f"note: {note}")
-    step = checkpoint_step(folder)
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    if found is None:
+        console.print(f"{run.path} has no checkpoint yet: it begins at step 0")
+        return None
+    refuse_changed_past(run, found.facts["past"], past, train)
+    if found.step > steps:
+        raise RunError(
+            f"{run.path}: {found.step} steps are taken already, the recipe asks for {steps}",
+            hint="raise max_steps or epochs; the adapter of fewer steps needs a run of its own",
+        )
+    console.print(f"resuming {run.path} from step {found.step} of {steps}")
+    if found.facts["steps"] != steps:
+        console.print(
+            f"         {found.facts['steps']} steps were planned before: the learning rate goes "
+            f"on as a run of {steps} steps has it from here"
+        )
+    for line in differences(found.facts["past"], past):
+        console.print(f"note: {line}")
+    return found
+
+
+def forget_after(run: RunDir, step: int) -> None:
+    """Drop the rows of metrics.jsonl after `step`: these steps are taken again."""
+    rows = [row for row in read_metrics(run) if row.get("step", 0) <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-    console.print(f"resuming {run.path} from step {step}")
-    return folder
 
 
 def write_run_files(
@@ -103,24 +117,19 @@ def write_run_files(
         portable["val_data"] = _portable(resolved.recipe.val_data, resolved, run)
     origins = dict(resolved.origins)
     saved = resolved.derive("", **portable)
-    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
     write_json(run.data_report, report)
     write_json(run.plan, plan)
     write_json(run.environment, environment(device))
+    # Last: a folder with a recipe is a run.
+    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
 
 
 def environment(device: Device) -> dict[str, Any]:
     """Versions and hardware of this machine, free of names and paths."""
-    versions: dict[str, str | None] = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": versions,
+        "versions": versions(),
         "device": device.name,
         "kind": device.kind,
         "memory_bytes": device.memory_bytes,
@@ -138,12 +147,12 @@ def _free(stem: str) -> RunDir:
 
 
 def _newest(stem: str) -> RunDir:
-    found = [p for p in Path("runs").glob(f"{stem}*") if RunDir(p).has_run()]
+    found = [p for p in Path("runs").glob(f"{stem}*") if p.is_dir()]
     if not found:
         raise RunError(
             f"runs/{stem}: nothing to resume here", hint="name the run's folder with --output"
         )
-    return RunDir(max(found, key=lambda p: RunDir(p).recipe.stat().st_mtime))
+    return RunDir(max(found, key=lambda p: p.stat().st_mtime))
 
 
 def _check_writable(run: RunDir) -> None:
@@ -168,19 +177,3 @@ def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
         if path.exists():
             return os.path.relpath(path.resolve(), run.path.resolve())
     return text
-
-
-def _refuse_changed_past(run: RunDir, resolved: ResolvedRecipe) -> None:
-    before = load_recipe(run.recipe).recipe.model_dump()
-    now = resolved.recipe.model_dump()
-    skip = SAFE_TO_CHANGE | {"model", "data", "val_data", "gradient_checkpointing"}
-    changed = [
-        f"  {key}: was {before[key]!r}, is now {now[key]!r}"
-        for key in before
-        if key not in skip and before[key] != now[key]
-    ]
-    if changed:
-        raise RunError(
-            f"{run.path}: these settings would alter steps already taken:\n" + "\n".join(changed),
-            hint="undo the change, or start a new run with --output",
-        )

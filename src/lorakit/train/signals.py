@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+WORD = b"\nstopping: this step is finished and saved first; once more stops at once\n"
 
 
 class StopRequest:
@@ -27,18 +30,28 @@ class StopRequest:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; outside the main thread nothing changes."""
+    """Turn the first SIGINT or SIGTERM into a request; outside the main thread nothing changes.
+
+    A closed terminal (SIGHUP) does not end the run: hours of work hang on no window.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if request.asked:
-            raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        if not request.asked:
+            request.signal = signal.Signals(number)
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, WORD)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt  # a notebook's kernel lives on
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield request
     finally:

@@ -8,7 +8,7 @@ absent, and a step that memory does not hold or that is not finite leaves no tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,8 +17,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
-from transformers.trainer_callback import ExportableState
-from trl import SFTTrainer
 
 from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.data.pack import packing_words, saved_share
@@ -32,13 +30,14 @@ from lorakit.records import Device, EvalScore, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.arguments import total_steps, training_arguments
 from lorakit.train.callbacks import Reporter, Stopper
-from lorakit.train.checkpoint import rotate, save_training_state, staged
 from lorakit.train.graphs import GraphedMicroSteps, to_bucket
 from lorakit.train.guard import StepGuard
 from lorakit.train.layer_major import LayerMajor
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
 from lorakit.train.out_of_memory import memory_trouble
 from lorakit.train.progress import TrainingProgress
+from lorakit.train.resumable import ResumableTrainer
+from lorakit.train.save_clock import SaveClock
 from lorakit.train.score import BATCH_TOKENS, not_finite, score
 from lorakit.train.signals import StopRequest
 from lorakit.train.trackers import Sheltered
@@ -46,7 +45,7 @@ from lorakit.train.watch import Watch, planned_rate
 from lorakit.train.within_memory import WithinMemory
 
 
-class LoraTrainer(SFTTrainer):
+class LoraTrainer(ResumableTrainer):
     """SFTTrainer on examples that are ready: `train[i]` goes to the model as it is."""
 
     def __init__(
@@ -61,6 +60,7 @@ class LoraTrainer(SFTTrainer):
         val: Sequence[Example],
         progress: TrainingProgress,
         stop: StopRequest,
+        past: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
@@ -72,6 +72,7 @@ class LoraTrainer(SFTTrainer):
         self.guard = StepGuard(self, progress.note)
         self.memory = WithinMemory(self, progress.note)
         watch = Watch(recipe, planned_rate(run), self._why_slow)
+        self.past, self.loaded = past, dict[str, Any]()
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -87,6 +88,8 @@ class LoraTrainer(SFTTrainer):
             callbacks=[self.guard, Reporter(self, progress, watch), Stopper(stop)],
         )
         self.remove_callback(PrinterCallback)
+        if recipe.save_minutes is not None:
+            self.add_callback(SaveClock(recipe.save_minutes))
         self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
         for name, parameter in self.model.named_parameters():
             if name in masters:
@@ -319,20 +322,6 @@ class LoraTrainer(SFTTrainer):
             return f"padding may be it (packing {self.packing}), or another program on this device"
         return "is another program on this device (nvidia-smi, top), or is it too hot?"
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with staged(self.run.checkpoint(self.state.global_step)) as folder:
-            save_training_state(
-                self.accelerator.unwrap_model(self.model), folder, saves_embeddings(self.recipe)
-            )
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            for part in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(part, ExportableState):
-                    self.state.stateful_callbacks[type(part).__name__] = part.state()
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        rotate(self.run, self.recipe.keep_checkpoints)
-
     def close(self) -> Any:
         """The trained model with its own forward back, free of the trainer's wrapping."""
         detach_loss(self.model)
@@ -361,11 +350,3 @@ def pad_token_id(tokenizer: Any) -> int:
         if candidate is not None:
             return int(candidate)
     raise AssertionError("unreachable: 0 is not None")
-
-
-def saves_embeddings(recipe: Recipe) -> bool:
-    """True when an embedding or head trains, so that its weights must travel with the adapter."""
-    names = (
-        [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
-    )
-    return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
