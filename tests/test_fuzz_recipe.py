@@ -65,7 +65,7 @@ def mutated(rng):
         elif way == 7:
             text = text[:place] + text[place + rng.randint(1, 9) :]
         elif way == 8:
-            data = bytearray(text.encode())
+            data = bytearray(text.encode("utf-8", "surrogateescape"))
             if data:
                 data[place % len(data)] ^= 1 << rng.randrange(8)
             text = data.decode("utf-8", "surrogateescape")
