@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 help:
 	@echo "make demo    fine-tune a real small chat model on this CPU and show what changed"
 	@echo "make test    run the tests"
-	@echo "make check   lint, types and layout rules"
+	@echo "make check   lint, types, layout rules, what no source may do"
 	@echo "make fmt     format the code"
 	@echo "make bench   measure this machine (SHAPE=llama-2-7b METHOD=lora)"
 
@@ -33,7 +33,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layout.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_security_lint.py
 
 fmt: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
