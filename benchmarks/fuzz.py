@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -103,7 +102,7 @@ def main():
         "slowest_seconds": round(slowest, 2),
         "outcomes": by_kind,
         "seconds": round(time.perf_counter() - began, 1),
-        **provenance(detect_device(), "python " + " ".join([*sys.argv[:1], *sys.argv[1:]])),
+        **provenance(detect_device(), f"python benchmarks/fuzz.py {args.kind} --inputs {count}"),
     }
     print(*failures[:20], json.dumps(result, indent=2), sep="\n")
     if args.out:

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "records"},
+    {"errors", "records", "redact", "floors"},
     {"recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
     {"data", "ops"},
     {"model"},

@@ -7,7 +7,6 @@ or a pipe.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -219,7 +218,7 @@ def run(
     """Talk in the terminal, answer the lines of a pipe, or answer one `question`; returns 0."""
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     for stream in (stdin, stdout):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             # Bytes that are no text, and letters that this terminal has not, end no conversation.
             stream.reconfigure(errors="replace")
     session = ChatSession(several, system, settings)

@@ -37,5 +37,7 @@ def test_a_bug_keeps_its_traceback(lorakit, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(before, "print_json", broken)
-    with pytest.raises(ZeroDivisionError):
-        lorakit("schema")
+    code, _, err = lorakit("schema")
+    assert code == 1
+    assert "Traceback" in err
+    assert "ZeroDivisionError" in err
