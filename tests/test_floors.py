@@ -1,4 +1,4 @@
-"""Old versions with known holes are named, with the command that mends it; pyproject asks higher."""
+"""Old versions with known holes are named, with the command that mends it."""
 
 import importlib.metadata
 import tomllib
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.floors import FLOORS, too_old
+from lorakit.errors import DependencyError
+from lorakit.floors import FLOORS, require_floors, too_old
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_what_is_installed_here_is_new_enough():
     assert too_old() == []
+    require_floors()
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,9 @@ def test_versions_are_compared_as_numbers(monkeypatch, package, version, old):
     found = too_old()
     assert [f.floor.package for f in found] == ([package] if old else [])
     if old:
+        with pytest.raises(DependencyError, match="is too old") as caught:
+            require_floors()
+        assert caught.value.hint == found[0].command
         assert version in str(found[0])
         assert found[0].command.startswith(f"pip install --upgrade '{package}>=")
 

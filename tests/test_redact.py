@@ -17,6 +17,7 @@ TOKEN = "hf_" + "CANARY" * 5
     [
         (f"--set hub_token={TOKEN}: unknown", "--set hub_token=***: unknown"),
         ("https://user:secret@host.org/a.jsonl", "https://***@host.org/a.jsonl"),
+        ("https:/user:secret@host.org/a.yaml", "https:/***@host.org/a.yaml"),
         ("s3://AK:SK@bucket/a and x", "s3://***@bucket/a and x"),
         ("https://h/a?x=1&token=abc&y=2", "https://h/a?x=1&token=***&y=2"),
         ("https://h/a?X-Amz-Signature=0af&z=1", "https://h/a?X-Amz-Signature=***&z=1"),

@@ -10,6 +10,8 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 
+from lorakit.errors import DependencyError
+
 
 @dataclass(frozen=True, slots=True)
 class Floor:
@@ -58,6 +60,18 @@ def too_old() -> list[TooOld]:
         if _numbers(installed) < _numbers(floor.version):
             found.append(TooOld(floor, installed))
     return found
+
+
+def require_floors() -> None:
+    """Refuse to work with packages whose holes are known.
+
+    Raises:
+        DependencyError: all that are too old, and the command that mends it.
+    """
+    found = too_old()
+    if found:
+        command = "pip install --upgrade " + " ".join(f.command.split(" ")[-1] for f in found)
+        raise DependencyError("\n".join(map(str, found)), hint=command)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

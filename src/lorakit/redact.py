@@ -20,7 +20,7 @@ _SHAPES = re.compile(
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}"
     r"|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}|\bBearer\s+[\w.~+/=-]{8,}"
 )
-_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/@'\"<>]{1,500}@", re.IGNORECASE)
+_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}:/{1,2})[^\s/@'\"<>]{1,500}@", re.IGNORECASE)
 _SIGNED = re.compile(
     r"([?&;](?:[\w.-]{0,40}(?:token|secret|signature|password|passwd|credential|api[_-]?key|"
     r"access[_-]?key|auth)[\w.-]{0,20}|sig|key|pwd|se|sp|sv)=)[^&;#\s'\"<>]{1,2000}",
@@ -36,7 +36,7 @@ def redacted(text: str) -> str:
     for secret in _of_environment():
         text = text.replace(secret, HIDDEN)
     text = _SHAPES.sub(HIDDEN, text)
-    if "://" in text:
+    if ":/" in text:
         text = _LOGIN.sub(rf"\1{HIDDEN}@", text)
     return _SIGNED.sub(rf"\1{HIDDEN}", text) if "=" in text else text
 

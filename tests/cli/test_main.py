@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from lorakit.cli import before
 
 
