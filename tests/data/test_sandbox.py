@@ -44,6 +44,20 @@ ENDLESS = {
     "doubling in a macro": "{% macro m(x) %}{{ m(x + x) }}{% endmacro %}{{ m('ab') }}",
     "two calls of itself": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}"
     "{% endmacro %}{{ m(90) }}",
+    "doubling in a branch": DOUBLE + "{% set ns.x = (ns.x + ns.x) if i else 'ab' %}{% endfor %}",
+    "doubling while escaping": "{% autoescape true %}" + DOUBLE + "{% set ns.x = ns.x ~ ns.x %}"
+    "{% endfor %}{% endautoescape %}",
+    "doubling in a filter": DOUBLE + "{% set y %}{% filter upper %}{{ ns.x }}{{ ns.x }}"
+    "{% endfilter %}{% endset %}{% set ns.x = y %}{% endfor %}",
+    "callers of callers": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call m() %}" * 19 + "x" + "{% endcall %}" * 19,
+    "blocks of blocks": "".join(
+        f"{{% block b{i} %}}{{{{ self.b{i + 1}() }}}}{{{{ self.b{i + 1}() }}}}{{% endblock %}}"
+        for i in range(40)
+    ) + "{% block b40 %}x{% endblock %}",
+    "generators of generators": "{% set ns = namespace(g=[1]) %}{% for i in range(9999) %}"
+    "{% for j in range(999) %}{% set ns.g = ns.g|map('upper') %}{% endfor %}{% endfor %}",
+    "padding": "{{ [1]|batch(9999, 'x' * 900000)|list|length }}",
     "a recursive loop": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "squaring": "{% set ns = namespace(x=3) %}{% for i in range(60) %}"
     "{% set ns.x = ns.x * ns.x %}{% endfor %}",
