@@ -327,8 +327,10 @@ _PROGRAMS: WeakKeyDictionary[Any, tuple[str, Program]] = WeakKeyDictionary()
 
 
 def _program(tokenizer: Any) -> Program:
-    template = str(tokenizer.chat_template)
+    template = tokenizer.chat_template
     known = _PROGRAMS.get(tokenizer)
+    if not isinstance(template, str):
+        raise ValueError("the tokenizer has none, or several of which none was chosen")
     if known is None or known[0] != template:
         known = template, Program(template, tokenizer.special_tokens_map)
         _PROGRAMS[tokenizer] = known
