@@ -46,6 +46,9 @@ def test_values_of_the_environment_are_known_as_secrets(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "correct horse battery")
     monkeypatch.setenv("SHORT_TOKEN", "true")
     monkeypatch.setenv("TOKEN_PATH", "/home/me/token")
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", __file__)
+    assert redacted(f"postgres in {__file__}") == f"postgres in {__file__}"
     assert redacted("it said: correct horse battery!") == "it said: ***!"
     assert redacted("true /home/me/token") == "true /home/me/token"
 

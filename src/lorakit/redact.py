@@ -52,7 +52,9 @@ def _of_environment() -> list[str]:
         for name, value in os.environ.items()
         if _NAME.search(name) and not _NO_SECRET.search(name) and len(value) >= SHORTEST
     }
-    return sorted(found, key=len, reverse=True)
+    # A path is none, and a password that is one word would take that word out of every file.
+    kept = [v for v in found if not v.isalpha() and not os.path.exists(v)]
+    return sorted(kept, key=len, reverse=True)
 
 
 class _Redacting:
