@@ -21,4 +21,6 @@ def test_exit_codes(kind, code):
 
 
 def test_what_cannot_be_printed_is_shown_by_its_code():
-    assert str(LorakitError("found: \ud800", hint="\udfff")) == "found: \\ud800\nhint: \\udfff"
+    assert (
+        str(errors.LorakitError("found: \ud800", hint="\udfff")) == "found: \\ud800\nhint: \\udfff"
+    )

@@ -64,3 +64,10 @@ def test_a_source_may_stand_alone_or_with_a_weight():
     for wrong in (0, -1, 101, "2"):
         with pytest.raises(ValidationError):
             Recipe(model="demo", data=[{"source": "a.jsonl", "weight": wrong}])
+
+
+@pytest.mark.parametrize("key", ["epochs", "lora_alpha", "learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+def test_a_number_without_measure_is_refused(key, value):
+    with pytest.raises(ValidationError, match=key):
+        Recipe(model="m", data="d", **{key: value})

@@ -92,7 +92,9 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 class Source(BaseModel):
     """One of several sources, with its share of an epoch."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", title="source")
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="source"
+    )
 
     source: str = Field(min_length=1, description="A file, folder, glob, address or hub id.")
     weight: Annotated[float, Field(gt=0, le=100)] = Field(
@@ -105,7 +107,9 @@ class Source(BaseModel):
 class Recipe(BaseModel):
     """Everything that decides a run. Unknown keys are errors; values are never coerced."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", title="lorakit recipe")
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="lorakit recipe"
+    )
 
     model: str = Field(
         min_length=1,
