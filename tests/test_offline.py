@@ -36,18 +36,14 @@ for words in json.loads(sys.argv[1]):
         codes.append(0)
     except SystemExit as stop:
         codes.append(stop.code or 0)
-if os.environ.get("CRASH"):
-    import lorakit.cli.train as train
-    def broken(*_, **__):
-        address = "https://me:hunter2canary@x.org/?sig=signedcanary "
-        raise RuntimeError("GET " + address + os.environ["HF_TOKEN"])
-    train.run_training = broken
-    sys.argv = ["lorakit", "train", "--model", "demo", "--data", "demo"]
-    try:
-        main()
-    except SystemExit as stop:
-        codes.append(stop.code)
-print("CODES " + json.dumps([codes, tried]), file=sys.stderr)
+print("CODES " + json.dumps([codes, tried]) + " END", file=sys.stderr)
+import lorakit.cli.train as train
+def broken(*_, **__):
+    address = "https://me:hunter2canary@x.org/?sig=signedcanary "
+    raise RuntimeError("GET " + address + os.environ["HF_TOKEN"])
+train.run_training = broken
+sys.argv = ["lorakit", "train", "--model", "demo", "--data", "demo"]
+main()
 """
 
 
@@ -94,8 +90,9 @@ def traced(tiny_model_dir, tiny_data, tmp_path_factory):
 
 def test_every_command_ends_as_it_should(traced):
     _, done, _ = traced
-    codes, tried = json.loads(done.stderr.rpartition("CODES ")[2])
-    assert codes == [0, 0, 0, 0, 2, 2, 2, 1], done.stderr[-3000:]
+    codes, tried = json.loads(done.stderr.partition("CODES ")[2].partition(" END")[0])
+    assert codes == [0, 0, 0, 0, 2, 2, 2], done.stderr[-3000:]
+    assert done.returncode == 1
     assert tried == []
     assert "Traceback" in done.stderr, "the crash on purpose keeps its traceback"
     assert "GET https://***@x.org/?sig=*** ***" in done.stderr

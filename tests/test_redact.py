@@ -1,12 +1,9 @@
 """Secrets go, whatever shape they have; what only looks alike stays."""
 
-import io
-import sys
-
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.redact import has_login, redacted, redacted_streams
+from lorakit.redact import has_login, redacted
 from lorakit.run_dir import write_json
 
 TOKEN = "hf_" + "CANARY" * 5
@@ -61,19 +58,6 @@ def test_errors_and_files_of_a_run_hold_none(tmp_path):
     assert (
         tmp_path / "a.json"
     ).read_text() == '{\n  "source": "https://***@c.org/x",\n  "***": 1\n}\n'
-
-
-def test_streams_print_none_and_come_back(monkeypatch):
-    out, err = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    with redacted_streams():
-        print("out", TOKEN)
-        print("err", TOKEN, file=sys.stderr)
-        sys.stdout.writelines(["a", TOKEN])
-        assert sys.stdout.isatty() is False
-    assert (out.getvalue(), err.getvalue()) == ("out ***\na***", "err ***\n")
-    assert sys.stdout is out
 
 
 def test_a_login_in_an_address_is_seen():

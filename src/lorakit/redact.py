@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO, cast
 
 HIDDEN = "***"
 _SHAPES = re.compile(
@@ -55,32 +51,3 @@ def _of_environment() -> list[str]:
     # A path is none, and a password that is one word would take that word out of every file.
     kept = [v for v in found if not v.isalpha() and not os.path.exists(v)]
     return sorted(kept, key=len, reverse=True)
-
-
-class _Redacting:
-    """A stream that is written without secrets; all else is that of the stream behind it."""
-
-    def __init__(self, inner: TextIO) -> None:
-        self._inner = inner
-
-    def write(self, text: str) -> int:
-        self._inner.write(redacted(text))
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-@contextmanager
-def redacted_streams() -> Iterator[None]:
-    """While open, nothing that is printed holds a secret."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast(Any, (_Redacting(sys.stdout), _Redacting(sys.stderr)))
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
