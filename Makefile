@@ -4,13 +4,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test check fmt schema bench clean
+.PHONY: demo test check fmt schema bench audit licenses clean
 .DEFAULT_GOAL = help
 
 help:
 	@echo "make demo    fine-tune a real small chat model on this CPU and show what changed"
 	@echo "make test    run the tests"
-	@echo "make check   lint, types and layout rules"
+	@echo "make check   lint, types, layout rules, what no source may do"
+	@echo "make audit   ask the advisory service of the package index about every pinned package"
 	@echo "make fmt     format the code"
 	@echo "make bench   measure this machine (SHAPE=llama-2-7b METHOD=lora)"
 
@@ -33,7 +34,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layout.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_security_lint.py
 
 fmt: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
@@ -46,5 +47,18 @@ schema: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/lorakit bench --shape $(or $(SHAPE),smollm2-135m) --method $(or $(METHOD),lora)
 
+licenses: $(VENV)/.ready
+	$(BIN)/python docs/make_licenses.py > docs/licenses.md
+
+# Apart from `check`: it needs the service, and an answer of today. --strict, since pip-audit ends
+# with 0 where the index gave no answer at all.
+AUDIT = .venv-audit/bin
+audit:
+	test -x $(AUDIT)/pip-audit || { $(PYTHON) -m venv .venv-audit && \
+	  $(AUDIT)/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@$(AUDIT)/pip-audit --strict --progress-spinner off --no-deps --disable-pip -r constraints.txt || \
+	  { echo "make audit: a known hole is listed above; or, where it says 'could not be audited' or" \
+	    "'connection', the advisory service was not reached and NOTHING was checked"; exit 1; }
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-audit build dist .pytest_cache .ruff_cache .mypy_cache

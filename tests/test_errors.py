@@ -18,3 +18,9 @@ def test_message_and_hint_are_two_lines():
 def test_exit_codes(kind, code):
     assert kind("x").exit_code == code
     assert issubclass(kind, errors.LorakitError)
+
+
+def test_what_cannot_be_printed_is_shown_by_its_code():
+    assert (
+        str(errors.LorakitError("found: \ud800", hint="\udfff")) == "found: \\ud800\nhint: \\udfff"
+    )

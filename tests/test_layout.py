@@ -11,8 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "records"},
-    {"durable", "lock", "recipe", "recipe_file", "run_dir", "hardware"},
+    {"errors", "records", "redact", "floors"},
+    {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
     {"data", "ops"},
     {"model"},
     {"memory", "train", "generate"},

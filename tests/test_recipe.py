@@ -64,3 +64,24 @@ def test_a_source_may_stand_alone_or_with_a_weight():
     for wrong in (0, -1, 101, "2"):
         with pytest.raises(ValidationError):
             Recipe(model="demo", data=[{"source": "a.jsonl", "weight": wrong}])
+
+
+@pytest.mark.parametrize("key", ["epochs", "lora_alpha", "learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+def test_a_number_without_measure_is_refused(key, value):
+    with pytest.raises(ValidationError, match=key):
+        Recipe(model="m", data="d", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 10**400) for key in ("cutoff_len", "lora_r", "lora_alpha", "max_steps", "seed")),
+        *((key, 10**400) for key in ("val_size", "document_overlap", "micro_batch_size")),
+        ("epochs", 1e300), ("seed", 2**32), ("rank_pattern", {"a": 10**400}),
+        ("memory_limit", "9" * 400 + "GiB"),
+    ],
+)  # fmt: skip
+def test_numbers_beyond_all_use_are_refused(key, value):
+    with pytest.raises(ValidationError, match=key):
+        Recipe(model="m", data="d", **{key: value})

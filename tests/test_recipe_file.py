@@ -62,7 +62,7 @@ def test_resolved_yaml_reads_back_to_the_same_recipe(tmp_path):
         ("- a\n- b\n", "list of `key: value` lines"),
         ("model: [demo\n", "not valid YAML"),
         ("model: demo\nmodel: other\n", "line 2"),
-        ("model: !!python/object/apply:os.system ['true']\ndata: x\n", "model"),
+        ("model: !!python/object/apply:os.system ['true']\ndata: x\n", "line 1: tags"),
         ("data: x\n", "model: missing"),
     ],
 )

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from lorakit.data.inspection import visible
 from lorakit.errors import LorakitError
 from lorakit.generate import GenerationSettings, base_answers, stream_reply
 from lorakit.model.several import Several
@@ -31,6 +32,8 @@ HELP = """\
 /save FILE.jsonl   add this conversation to a file that lorakit can train on
 /help, /quit       this list; leave (Ctrl-D does too). Ctrl-C stops an answer, not the chat.
 A line that ends in \\ goes on in the next."""
+# A model that reads 100,000 tokens takes about 400,000 characters.
+LONGEST_LINE = 2**20
 COMMANDS = (
     *("/base", "/retry", "/undo", "/system", "/set", "/adapter", "/save"),
     *("/help", "/quit"),
@@ -63,8 +66,12 @@ class ChatSession:
 
     def handle(self, line: str) -> Iterator[str]:
         """Pieces of the answer to a question, or of what a command has to say."""
-        line = line.strip()
+        # Half characters come from arguments and pipes of another encoding.
+        line = line.strip().encode(errors="replace").decode()
         if not line:
+            return
+        if len(line) > LONGEST_LINE:
+            yield f"a line of more than {LONGEST_LINE:,} characters is not read"
             return
         if not line.startswith("/"):
             self.turns.append(Message("user", line))
@@ -153,9 +160,10 @@ class ChatSession:
 
     def _adapter(self, name: str) -> Iterator[str]:
         several = self.several
-        if name and name not in several.tuned and Path(name).expanduser().is_dir():
+        folder = _folder(name) if name and name not in several.tuned else None
+        if folder:
             try:
-                name = several.add(open_run(Path(name).expanduser()))
+                name = several.add(open_run(folder))
             except LorakitError as error:
                 yield str(error)
                 return
@@ -174,16 +182,17 @@ class ChatSession:
         if not any(m.role == "assistant" for m in self.turns):
             yield "nothing to save yet"
             return
-        path = Path(name).expanduser()
+        path = Path(name)
         if path.suffix != ".jsonl":
             yield f"{path}: give a name that ends in .jsonl"
             return
         row = {"messages": [m.as_dict() for m in self.messages]}
         try:
+            path = path.expanduser()
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            yield f"{path}: cannot be written: {error.strerror}"
+        except (OSError, ValueError, RuntimeError) as error:  # no such home, a NUL in the name
+            yield f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
             return
         yield f"added to {path}; train on it with --data {path}"
 
@@ -208,6 +217,10 @@ def run(
 ) -> int:
     """Talk in the terminal, answer the lines of a pipe, or answer one `question`; returns 0."""
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
+    for stream in (stdin, stdout):
+        if hasattr(stream, "reconfigure"):
+            # Bytes that are no text, and letters that this terminal has not, end no conversation.
+            stream.reconfigure(errors="replace")
     session = ChatSession(several, system, settings)
     if question is not None:
         _answer_line(session, question, stdout, as_json)
@@ -215,11 +228,20 @@ def run(
         _talk(session, title, stdout)
     else:
         # One line of a pipe is one turn of one conversation.
-        for line in stdin:
+        for line in _lines(stdin):
             _answer_line(session, line, stdout, as_json)
             if session.ended:
                 break
     return 0
+
+
+def _lines(stdin: TextIO) -> Iterator[str]:
+    """Lines of a pipe; of one without end only the beginning is held."""
+    while line := stdin.readline(LONGEST_LINE + 2):
+        rest = line
+        while not rest.endswith("\n") and (rest := stdin.readline(LONGEST_LINE + 2)):
+            pass
+        yield line
 
 
 def _answer_line(session: ChatSession, line: str, stdout: TextIO, as_json: bool) -> None:
@@ -250,7 +272,7 @@ def _talk(session: ChatSession, title: str, stdout: TextIO) -> None:
         answer = session.handle(line)
         try:
             for piece in answer:
-                stdout.write(piece)
+                stdout.write(visible(piece))  # a model may not steer the terminal
                 stdout.flush()
         except KeyboardInterrupt:
             stdout.write(" [stopped]")
@@ -259,6 +281,13 @@ def _talk(session: ChatSession, title: str, stdout: TextIO) -> None:
         if line.strip() and not session.ended:
             stdout.write("\n\n")
             stdout.flush()
+
+
+def _folder(name: str) -> Path | None:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    return None
 
 
 def _read_line(read: Callable[[str], str]) -> str:

@@ -15,6 +15,8 @@ Anything else that reaches the user is a bug of lorakit and shows its traceback.
 
 from __future__ import annotations
 
+from lorakit.redact import redacted
+
 
 class LorakitError(Exception):
     """What is wrong and what was found (`message`), and what to do about it (`hint`)."""
@@ -22,12 +24,17 @@ class LorakitError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _printable(message)
+        self.hint = _printable(hint) if hint else None
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+def _printable(text: str) -> str:
+    """Without secrets, and half characters of a file's text by their codes."""
+    return redacted(text).encode(errors="backslashreplace").decode()
 
 
 class RecipeError(LorakitError):

@@ -18,6 +18,7 @@ from lorakit.data.items import write_validation
 from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.evaluate import evaluate
+from lorakit.floors import require_floors
 from lorakit.hardware import detect_device
 from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
@@ -76,6 +77,7 @@ def prepare_run(resolved: ResolvedRecipe, console: Console, force: bool = True) 
     Args:
         force: go on though the plan says that memory is too small.
     """
+    require_floors()
     recipe = resolved.recipe
     folders = [Path(), *([resolved.folder] if resolved.folder else [])]
     device = detect_device(recipe.dtype)

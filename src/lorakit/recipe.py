@@ -83,7 +83,9 @@ SYNONYMS: dict[str, str] = {
     "column_mapping": "columns",
 }
 
-Positive = Annotated[int, Field(ge=1)]
+# Bounds far beyond all use: numbers of 400 digits fit no float, and no seed of numpy.
+LARGEST = 10**9
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -92,7 +94,9 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 class Source(BaseModel):
     """One of several sources, with its share of an epoch."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", title="source")
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="source"
+    )
 
     source: str = Field(min_length=1, description="A file, folder, glob, address or hub id.")
     weight: Annotated[float, Field(gt=0, le=100)] = Field(
@@ -105,7 +109,9 @@ class Source(BaseModel):
 class Recipe(BaseModel):
     """Everything that decides a run. Unknown keys are errors; values are never coerced."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", title="lorakit recipe")
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="lorakit recipe"
+    )
 
     model: str = Field(
         min_length=1,
@@ -134,6 +140,7 @@ class Recipe(BaseModel):
     val_size: float | int | None = Field(
         None,
         ge=0,
+        le=LARGEST,
         description="Held-out part of `data`: a share below 1, or a number of rows. "
         "Default: 0.05, or none with `val_data`.",
     )
@@ -141,7 +148,7 @@ class Recipe(BaseModel):
         "responses",
         description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
     )
-    cutoff_len: int = Field(2048, ge=8, description="Longest example in tokens.")
+    cutoff_len: int = Field(2048, ge=8, le=LARGEST, description="Longest example in tokens.")
     too_long: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
         description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
@@ -152,12 +159,12 @@ class Recipe(BaseModel):
         description="Plain texts: every token trained as it stands, or each piece as the answer "
         "to a request, so that a chat model goes on chatting.",
     )
-    document_overlap: Annotated[int, Field(ge=0)] = Field(
+    document_overlap: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
         64, description="Tokens of the piece before that lead a piece of a text, untrained."
     )
 
     lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")
-    lora_alpha: Annotated[int | float, Field(gt=0)] = Field(
+    lora_alpha: Annotated[int | float, Field(gt=0, le=LARGEST)] = Field(
         description="The update is scaled by lora_alpha / lora_r."
     )
     lora_dropout: Share = Field(description="Dropout on the adapter's input.")
@@ -174,7 +181,7 @@ class Recipe(BaseModel):
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained in full and saved with the adapter."
     )
-    rank_pattern: dict[str, int] = Field(
+    rank_pattern: dict[str, Positive] = Field(
         default_factory=dict, description="Rank for modules whose name matches a pattern."
     )
     alpha_pattern: dict[str, float] = Field(
@@ -193,7 +200,9 @@ class Recipe(BaseModel):
     optimizer: Optimizer = Field(
         "adamw", description="`paged_adamw_8bit` saves adapter memory on CUDA cards."
     )
-    epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="Passes over the data.")
+    epochs: Annotated[float, Field(gt=0, le=LARGEST)] = Field(
+        3.0, description="Passes over the data."
+    )
     max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps.")
     micro_batch_size: Positive = Field(description="Examples that go through the model at once.")
     gradient_accumulation_steps: Positive = Field(
@@ -206,7 +215,7 @@ class Recipe(BaseModel):
     )
     memory_limit: str | None = Field(
         None,
-        pattern=r"^\d+(\.\d+)? ?(GiB|GB|MiB|MB)$",
+        pattern=r"^\d{1,9}(\.\d{1,9})? ?(GiB|GB|MiB|MB)$",
         description="Memory that a run may plan for, such as 15GiB; default: the whole card.",
     )
     streaming: Literal["auto", "on", "off"] = Field(
@@ -231,7 +240,9 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="Seed of split, order and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        42, description="Seed of split, order and dropout."
+    )
 
     deterministic: bool = Field(
         False,

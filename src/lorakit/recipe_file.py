@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lorakit.errors import RecipeError
 from lorakit.recipe import METHOD_DEFAULTS, SYNONYMS, Recipe
+from lorakit.yaml_text import LONGEST, YamlFault, read_yaml
 
 SCHEMA_URL = "recipe.schema.json"
 
@@ -108,22 +107,17 @@ def _explicit(resolved: ResolvedRecipe) -> dict[str, Any]:
 
 def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as handle:
+            loaded = read_yaml(handle.read(LONGEST + 1))
     except FileNotFoundError:
         raise RecipeError(
             f"{path}: no such recipe", hint="`lorakit train --help` shows how to do without one"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
-    yaml = YAML(typ="rt", pure=True)
-    try:
-        loaded = yaml.load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise RecipeError(f"{path}: {line}not valid YAML: {error.problem}") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    except YamlFault as fault:
+        line = f"line {fault.line}: " if fault.line else ""
+        raise RecipeError(f"{path}: {line}{fault.what}", fault.hint) from fault
     if not isinstance(loaded, CommentedMap):
         kind = "empty" if loaded is None else type(loaded).__name__
         raise RecipeError(
@@ -156,8 +150,11 @@ def _apply_override(
         faults.append(f"--set {pair}: expected key=value")
         return
     try:
-        value = _plain(YAML(typ="rt", pure=True).load(text))
-    except YAMLError:
+        value = _plain(read_yaml(text))
+    except YamlFault as fault:
+        if fault.hint:  # what YAML can say and a recipe may not
+            faults.append(f"--set {pair[:80]}: {fault.what}")
+            return
         value = text
     head, dot, tail = key.partition(".")
     if dot:
@@ -175,6 +172,9 @@ def _validate(
     for key in [k for k in values if k not in known]:
         where, found = _where(origins[key]), _show(values.pop(key))
         faults.append(f"{where}{key}: unknown key (found: {found}){suggest(key, known)}")
+    for key in [k for k, value in values.items() if _is_no_text(value)]:
+        where, found = _where(origins[key]), _show(ascii(values.pop(key)))
+        faults.append(f"{where}{key}: holds a NUL or half a character (found: {found})")
     recipe = None
     try:
         recipe = Recipe.model_validate(values)
@@ -205,6 +205,15 @@ def _fault_lines(error: ValidationError, origins: dict[str, str]) -> list[str]:
         else:
             lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{found}"
     return list(lines.values())
+
+
+def _is_no_text(value: Any) -> bool:
+    """Some text inside cannot be a file's name nor be written into one."""
+    if isinstance(value, str):
+        return "\0" in value or any("\ud800" <= char <= "\udfff" for char in value)
+    if isinstance(value, dict):
+        return any(_is_no_text(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(map(_is_no_text, value))
 
 
 def _lower(text: str) -> str:

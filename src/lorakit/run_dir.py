@@ -19,6 +19,7 @@ from typing import Any
 
 from lorakit.durable import flush, unwritable
 from lorakit.errors import RunError
+from lorakit.redact import redacted
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _STEP = re.compile(r"^step_(\d{6,})$")
@@ -141,7 +142,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` aside, flush it to the disk and rename it into place.
+    """Write `text`, less its secrets, aside, flush it to the disk and rename it into place.
 
     Raises:
         WorkError: the disk is full or the folder cannot be written.
@@ -150,7 +151,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("w", encoding="utf-8") as handle:
-            handle.write(text)
+            handle.write(redacted(text))
             handle.flush()
             os.fsync(handle.fileno())
         aside.replace(path)

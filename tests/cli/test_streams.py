@@ -56,3 +56,12 @@ def test_it_is_the_stream_in_all_else():
     assert stream.isatty() == sys.stderr.isatty()
     with pytest.raises(AttributeError, match="nothing"):
         _ = stream.nothing
+
+
+def test_secrets_are_not_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "CANARY" * 5)
+    with (tmp_path / "out").open("w") as handle:
+        stream = Lasting(handle)
+        print("a", os.environ["HF_TOKEN"], "https://me:pw@x.org/?sig=abc", file=stream)
+        stream.flush()
+    assert (tmp_path / "out").read_text() == "a *** https://***@x.org/?sig=***\n"

@@ -1,12 +1,13 @@
 """Bad input of every kind: rows or one clear error, and rows in are rows kept and rows reported.
 
-`benchmarks/fuzz_data.py` runs the same campaign with 1,000 inputs.
+`benchmarks/fuzz.py data` runs the same campaign with 10,000 inputs.
 """
 
 import functools
 import gzip
 import json
 import shutil
+import time
 import traceback
 import zipfile
 from collections import Counter
@@ -187,8 +188,8 @@ def check(tokenizer, source, values):
 
 
 def campaign(tokenizer, folder, count):
-    """`count` inputs: outcomes by kind of input, and the traceback of each failure."""
-    outcomes, failures = Counter(), []
+    """`count` inputs: outcomes by kind of input, tracebacks of failures, seconds of the slowest."""
+    outcomes, failures, slowest = Counter(), [], 0.0
     template = tokenizer.chat_template
 
     @settings(
@@ -197,10 +198,12 @@ def campaign(tokenizer, folder, count):
     )  # fmt: skip
     @given(DATA, st.sampled_from([None, None, None, *SUFFIXES]), FOLDER, VALUES, st.integers(0, 4))
     def attempt(data, suffix, shape, values, raises):
+        nonlocal slowest
         kind, content = data
         suffix = suffix or SUFFIX.get(kind, ".jsonl")
         source = build(folder, shape, suffix, content)
         tokenizer.chat_template = (RAISES if raises == 4 else "") + template
+        began = time.process_time()
         try:
             outcomes[kind, check(tokenizer, source, values)] += 1
         except Exception:
@@ -208,13 +211,14 @@ def campaign(tokenizer, folder, count):
             failures.append(traceback.format_exc())
         finally:
             tokenizer.chat_template = template
+            slowest = max(slowest, time.process_time() - began)
 
     attempt()
-    return outcomes, failures
+    return outcomes, failures, slowest
 
 
 def test_bad_input_of_every_kind(smollm, tmp_path):
-    outcomes, failures = campaign(smollm, tmp_path / "case", 200)
+    outcomes, failures, _ = campaign(smollm, tmp_path / "case", 200)
     assert not failures, failures[0]
     assert sum(count for (_, end), count in outcomes.items() if end == "kept") > 30
 

@@ -29,6 +29,30 @@ def inspection(text="Hi\n", faults=(), source="a.jsonl"):
     return Inspection("some/model", report, lengths, (Shown(example, "first", parts),))
 
 
+PAYLOADS = [
+    "<script>alert(1)</script>", "<SCRIPT SRC=//x.example/a.js></SCRIPT>", "<scr<script>ipt>a()",
+    "<img src=x onerror=alert(1)>", "<img/src='x'/onerror=alert(1)>", "<svg onload=alert(1)>",
+    "<svg><script>alert(1)</script></svg>", "<svg/onload=alert`1`>", "<body onload=alert(1)>",
+    "<iframe src=javascript:alert(1)>", "<iframe srcdoc='<script>a()</script>'>",
+    "<a href=javascript:alert(1)>x</a>", "<a href='data:text/html,<script>a()</script>'>x</a>",
+    "<math><mi xlink:href=javascript:alert(1)>", "<form action=javascript:alert(1)><input>",
+    "<input autofocus onfocus=alert(1)>", "<details open ontoggle=alert(1)>",
+    "<video><source onerror=alert(1)>", "<audio src onerror=alert(1)>", "<object data=x>",
+    "<embed src=javascript:alert(1)>", "<base href=//x.example>", "<link rel=stylesheet href=//x>",
+    "<meta http-equiv=refresh content='0;url=//x'>", "<style>@import '//x.example'</style>",
+    "<style>*{background:url(//x.example)}</style>", "</style><script>alert(1)</script>",
+    "</pre><script>alert(1)</script>", "</title><script>alert(1)</script>",
+    "</summary></details><script>a()</script>", "<!--<script>-->alert(1)<!--</script>-->",
+    "--><script>alert(1)</script>", "<![CDATA[<script>a()</script>]]>",
+    "<?xml?><script>a()</script>",
+    "\" onmouseover=alert(1) x=\"", "' onmouseover=alert(1) x='", "\"><script>alert(1)</script>",
+    "'><img src=x onerror=alert(1)>", "&lt;script&gt;a()&lt;/script&gt;", "&#60;script&#62;",
+    "\u2028<script>a()</script>", "\x00<script>a()</script>", "<\x00script>a()</script>",
+    "\uff1cscript\uff1e", "+ADw-script+AD4-", "{{constructor.constructor('a()')()}}",
+    "<x onclick=alert(1)>", "javascript:alert(1)", "<marquee onstart=alert(1)>",
+]  # fmt: skip
+
+
 class Reader(HTMLParser):
     """All tags with their attributes, and the text between them."""
 
@@ -70,6 +94,35 @@ def test_nothing_of_the_data_becomes_markup(where):
     assert not {tag for tag, _ in read.tags} & {"script", "img"}
     assert 'alert("x")' in "".join(read.texts)
     assert "\x1b" not in text
+
+
+def test_forty_nine_payloads_stay_text_wherever_they_stand():
+    """In a token, a file's name, a fault, its place, what was done: parsed, not matched."""
+    harmless = inspection("Hi\n", (Fault("k", 3, ("r",), "d"),))
+    plain = [tag for tag, _ in Reader(page(harmless)).tags]
+    assert len(PAYLOADS) == 49
+    for payload in PAYLOADS:
+        fault = Fault(payload, 3, (payload,), payload)
+        text = page(inspection(payload + "\n", (fault,), payload))
+        read = Reader(text)
+        assert [tag for tag, _ in read.tags] == plain
+        for tag, attributes in read.tags:
+            assert not [name for name in attributes if name.startswith("on")], payload
+            assert set(attributes) <= {
+                "lang", "charset", "name", "content", "http-equiv", "class", "title", "style",
+                "data-k", "open",
+            }, (tag, payload)  # fmt: skip
+            assert "javascript" not in str(attributes)
+
+
+def test_the_policy_of_the_page_forbids_scripts_and_the_network():
+    read = Reader(page(inspection()))
+    (policy,) = (a["content"] for t, a in read.tags if t == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert "script" not in policy
+    # It stands before anything that the data could have written.
+    order = [tag for tag, _ in read.tags]
+    assert order.index("title") > [a.get("content") for _, a in read.tags].index(policy)
 
 
 def test_trained_special_and_masked_tokens_are_told_apart_by_more_than_color():

@@ -23,6 +23,9 @@ ANSWERS = {
     "/secret.jsonl": (403, {}, b""),
     "/away.jsonl": (302, {"Location": "http://169.254.169.254/latest/meta-data"}, b""),
     "/away-file.jsonl": (302, {"Location": "file:///etc/passwd"}, b""),
+    "/away-https.jsonl": (302, {"Location": "https://10.0.0.1/rows.jsonl"}, b""),
+    "/away-name.jsonl": (302, {"Location": "https://localhost/rows.jsonl"}, b""),
+    "/away-login.jsonl": (302, {"Location": "https://u:p@example.org/rows.jsonl"}, b""),
     "/moved.jsonl": (302, {"Location": "/rows.jsonl"}, b""),
 }
 
@@ -74,6 +77,9 @@ def test_the_servers_name_tells_the_kind(server):
         ("/secret.jsonl", r"answers 403 .*private"),
         ("/missing.jsonl", "answers 404"),
         ("/away.jsonl", "addresses of http:// are not read"),
+        ("/away-https.jsonl", r"10\.0\.0\.1 is a private address"),
+        ("/away-name.jsonl", "is a private address"),
+        ("/away-login.jsonl", "holds a login"),
         ("/away-file.jsonl", "addresses of file:// are not read|302"),
     ],
 )
@@ -95,6 +101,20 @@ def test_private_addresses_are_refused_before_a_byte_is_sent(host, monkeypatch):
 def test_other_schemes_are_refused(url):
     with pytest.raises(DataError, match="are not read"):
         locate(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://me:pw@a.org/x.csv", r"https://\*\*\*@a\.org/x\.csv: holds a login"),
+        ("https://a.org/x.csv?token=***", "its key was not written"),
+        ("https://[::1/x.csv", "is no address"),
+    ],
+)
+def test_addresses_with_a_secret_or_without_sense(url, message):
+    with pytest.raises(DataError, match=message) as caught:
+        locate(url)
+    assert "pw" not in str(caught.value)
 
 
 def test_buckets_need_their_package(monkeypatch):

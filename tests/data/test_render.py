@@ -63,6 +63,14 @@ def test_guarded_text_gives_no_control_token(smollm):
     assert ids.count(end) == 2  # system and user turns of the template
 
 
+@pytest.mark.parametrize("template", [None, {"default": "a"}, ["a"]])
+def test_a_tokenizer_without_a_chosen_template_is_refused(smollm, template):
+    known, smollm.chat_template = smollm.chat_template, template
+    with pytest.raises(TemplateRefusal, match="has none, or several"):
+        render(smollm, [{"role": "user", "content": "a"}], prompt=True)
+    smollm.chat_template = known
+
+
 def test_whatever_a_template_raises_is_a_refusal(smollm):
     smollm.chat_template = "{{ messages[0].nothing.at.all }}"
     with pytest.raises(TemplateRefusal):

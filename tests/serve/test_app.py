@@ -131,6 +131,32 @@ def test_faults_come_in_openais_form(client, server):
     assert "/v1/chat/completions" in reply.json()["error"]["message"]
 
 
+def test_pages_elsewhere_huge_bodies_and_half_characters_are_turned_away(client, server):
+    address, headers = f"{server[1]}/chat/completions", {"authorization": "Bearer secret"}
+    good = {"messages": ASK, "max_tokens": 2, "temperature": 0}
+
+    def status(more=(), **values):
+        reply = httpx2.post(address, headers={**headers, **dict(more)}, timeout=60, **values)
+        return reply.status_code, set(reply.json()["error"])
+
+    shape = {"message", "type", "param", "code"}
+    assert status({"host": "evil.example"}, json=good) == (403, shape)
+    assert status({"origin": "https://evil.example"}, json=good) == (403, shape)
+    assert status({"origin": "null"}, json=good) == (403, shape)
+    assert status(content=b" " * 100_000_000) == (413, shape)
+    assert status(content=(b" " * 2**20 for _ in range(8))) == (413, shape)
+    assert status(content=b"[" * 100_000) == (400, shape)
+    assert status(content=b'{"messages": "\\ud800"}') == (400, shape)
+    assert status(content=b"\xff\xfe") == (400, shape)
+    assert status(json={**good, "chat_template": "{{ 10**100000000 }}"}) == (400, shape)
+    assert status(json={**good, "max_tokens": 10**9}) == (400, shape)
+    assert status(json={**good, "messages": [{"role": ["user"], "content": "a"}]}) == (400, shape)
+    reply = httpx2.get(address, headers=headers)
+    assert (reply.status_code, set(reply.json()["error"])) == (404, shape)
+    answer = httpx2.post(address, json=good, headers={**headers, "origin": "http://localhost:1"})
+    assert answer.status_code == 200
+
+
 def test_a_wrong_key_opens_nothing_but_health(server):
     wrong = openai.OpenAI(base_url=server[1], api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):

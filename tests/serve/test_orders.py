@@ -39,11 +39,17 @@ WRONG = {
     ],
     "n": [{"messages": ASK, "n": 2}],
     "temperature": [{"messages": ASK, "temperature": t} for t in (-1, "hot", True)],
-    "max_tokens": [{"messages": ASK, "max_tokens": 0}],
-    "stop": [{"messages": ASK, "stop": [1]}],
+    "max_tokens": [{"messages": ASK, "max_tokens": n} for n in (0, 10**9, float("inf"))],
+    "stop": [{"messages": ASK, "stop": s} for s in ([1], 5, {"a": 1}, ["x"] * 99)],
+    "tools": [{"messages": ASK, "tools": t} for t in ("f", [1], {"a": 1})],
+    "stream_options": [{"messages": ASK, "stream_options": "x"}],
+    "chat_template": [{"messages": ASK, "chat_template": "{{ 10**100000000 }}"}],
+    "chat_template_kwargs": [{"messages": ASK, "chat_template_kwargs": {"a": 1}}],
+    "seed": [{"messages": ASK, "seed": s} for s in (float("nan"), float("inf"), -1, "x")],
     "logprobs": [{"messages": ASK, "logprobs": True}],
-    "response_format": [{"messages": ASK, "response_format": {"type": "json_object"}}],
-}
+    "response_format": [{"messages": ASK, "response_format": {"type": "json_object"}},
+                        {"messages": ASK, "response_format": "json"}],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("param", WRONG)

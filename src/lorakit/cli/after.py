@@ -6,7 +6,7 @@ Heavy imports live inside the commands, so that `lorakit --help` answers at once
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,13 @@ from lorakit.cli.base import (
 )
 
 
+def _is_offline(run: Any) -> bool:
+    """A run that was made offline is used offline."""
+    from lorakit.recipe_file import load_recipe
+
+    return load_recipe(run.recipe).recipe.offline
+
+
 @app.command("eval")
 def evaluate_run(
     run: Run,
@@ -30,13 +37,14 @@ def evaluate_run(
         str | None, typer.Option(help="Other held-out data than the run's own.")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show side by side.")] = 4,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Held-out loss and perplexity of base and tuned, and their answers side by side."""
     from lorakit.run_dir import open_run
 
     opened = open_run(run)
-    quiet()
+    quiet(offline or _is_offline(opened))
     from lorakit.evaluate import evaluate_loaded, show
     from lorakit.model.load import load_run
 
@@ -57,13 +65,14 @@ def chat(
     adapter: Annotated[
         list[Path] | None, typer.Option(help="Another run on this base; /adapter switches.")
     ] = None,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Talk to a tuned model; /help lists the commands. Works in pipes too."""
     from lorakit.run_dir import open_run
 
     opened = open_run(run)
-    quiet()
+    quiet(offline or _is_offline(opened))
     from lorakit.chat import run as run_chat
     from lorakit.generate import GenerationSettings
     from lorakit.model.several import Several
@@ -96,7 +105,7 @@ def serve(
     from lorakit.run_dir import open_run
 
     opened = [open_run(run) for run in runs]
-    quiet(offline)
+    quiet(offline or _is_offline(opened[0]))
     from lorakit.serve.start import Place, read_key
     from lorakit.serve.start import serve as serve_runs
 
@@ -136,7 +145,7 @@ def export(
     from lorakit.run_dir import open_run
 
     opened = open_run(run)
-    quiet(offline)
+    quiet(offline or _is_offline(opened))
     from lorakit.export.table import export_run
 
     result = export_run(

@@ -1,4 +1,4 @@
-"""The process's stdout and stderr enter; the same leave, unable to end the work when they fail.
+"""The process's stdout and stderr enter; the same leave, without secrets, unable to end the work.
 
 `lorakit train ... | head -1` closes a pipe, a log may lie on a full disk: what would have been
 printed is lost, the run goes on.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from typing import Any
+
+from lorakit.redact import redacted
 
 
 class Lasting:
@@ -21,8 +23,8 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written; says that all was."""
-        self._try(self.stream.write, text)
+        """Write what can be written, less tokens and passwords; says that all was."""
+        self._try(self.stream.write, redacted(text))
         return len(text)
 
     def flush(self) -> None:

@@ -15,6 +15,8 @@ from lorakit.data.show import length_lines, outcome, source_line, verdict
 from lorakit.records import DataReport
 from lorakit.run_dir import write_text
 
+# Should an escape ever be missed: no script runs, nothing is fetched or sent.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #667085; --line: #d8dce2;
   --paper: #fff; --card: #f6f7f9; --good: #0a6b35; --wash: #d9f2e3; --bad: #b42318;
@@ -91,6 +93,7 @@ def page(inspection: Inspection) -> str:
     title = escape(f"{names}: what will be trained")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 from lorakit.errors import DataError, DependencyError
+from lorakit.redact import HIDDEN, has_login
 
 SCHEMES = ("https", "s3", "gs")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -35,7 +36,20 @@ def check_scheme(url: str) -> None:
     Raises:
         DataError: the scheme is not https, s3 or gs.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise DataError(f"{url}: is no address: {error}") from error
+    if has_login(url):
+        raise DataError(
+            f"{url}: holds a login; a recipe is passed on, and so would the password be",
+            hint="download it first; for s3:// and gs:// the keys come from the environment",
+        )
+    if HIDDEN in url:
+        raise DataError(
+            f"{url}: its key was not written into the recipe of the run",
+            hint="name the whole address again, with --data",
+        )
     if parts.scheme in SCHEMES or (parts.scheme == "http" and parts.netloc in TEST_HOSTS):
         return
     hints = {

@@ -10,10 +10,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lorakit.errors import DataError
+from lorakit.data.program import Program
+from lorakit.data.sandbox import LimitReached
+from lorakit.errors import DataError, LorakitError, ModelError
 from lorakit.records import Message
 
 # What the probes say: the question, the answer, the system text.
@@ -49,8 +52,6 @@ class Habits:
     arguments_as_text: bool  # of tool calls; most templates take an object
     unwritten: tuple[str, ...]  # which of tool schemas, calls and results it leaves out
 
-
-LOOP_NAMES = {"first", "last", "index", "index0", "length"}  # numbers, yes or no
 
 _KNOWN: WeakKeyDictionary[Any, Habits] = WeakKeyDictionary()
 
@@ -300,79 +301,70 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **optio
 
     Raises:
         TemplateRefusal: the template raised.
+        ModelError: it would not end, or outgrow all memory.
     """
+    values = {**options, "messages": _aliased(messages), "add_generation_prompt": prompt}
     try:
-        if isinstance(tokenizer.chat_template, str) and all(len(m) == 2 for m in messages):
-            return _render_plain(tokenizer, messages, prompt, options)
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt, **options
-        )
+        return _program(tokenizer).render(values)
     # A template is a program of the model's author: it may raise anything.
     except Exception as error:
-        raise TemplateRefusal(f"the chat template refuses it: {error}") from error
-    return str(text)
-
-
-# tokenizer -> its template, the compiled program, and the names that it sees in each rendering
-_PROGRAMS: WeakKeyDictionary[Any, tuple[str, Any, dict[str, Any]]] = WeakKeyDictionary()
-
-
-def _program(tokenizer: Any) -> tuple[str, Any, dict[str, Any]]:
-    template = tokenizer.chat_template
-    known = _PROGRAMS.get(tokenizer)
-    if known is None or known[0] != template:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        program = _compile_jinja_template(template)
-        _trust_loops(program.environment)
-        names = {**program.globals, "tools": None, "documents": None}
-        known = template, program, {**names, **tokenizer.special_tokens_map}
-        _PROGRAMS[tokenizer] = known
-    return known
-
-
-def _trust_loops(environment: Any) -> None:
-    """Let `loop.first` and its like pass the sandbox, which asks 2 µs of each: 6% of a row."""
-    from jinja2.runtime import LoopContext
-
-    checked = type(environment).is_safe_attribute  # the environment of a template is cached
-
-    def is_safe(value: Any, name: str, found: Any) -> bool:
-        known = type(value) is LoopContext and name in LOOP_NAMES
-        return known or checked(environment, value, name, found)
-
-    environment.is_safe_attribute = is_safe
-
-
-def _render_plain(
-    tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, options: dict[str, Any]
-) -> str:
-    """What `apply_chat_template` does with turns of a role and a text, in 5 µs instead of 23 µs.
-
-    It copies all it is given, lest it be no plain JSON, and jinja2 all its global names one by one.
-    """
-    _, program, names = _program(tokenizer)
-    values = {**names, **options, "messages": messages, "add_generation_prompt": prompt}
-    env = program.environment
-    context = env.context_class(env, values, program.name, program.blocks)
-    return "".join(program.root_render_func(context))
+        raise _refusal(tokenizer, error) from error
 
 
 def generated_parts(
     tokenizer: Any, messages: list[dict[str, Any]], tools: Any
 ) -> list[tuple[int, int]]:
     """Where in the text of `messages` the template's {% generation %} blocks begin and end."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    values = {"messages": _aliased(messages), "tools": tools, "add_generation_prompt": False}
+    try:
+        return _program(tokenizer).generated(values)
+    except Exception as error:
+        raise _refusal(tokenizer, error) from error
 
-    _, found = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=str(tokenizer.chat_template),
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=False,
-        **tokenizer.special_tokens_map,
-    )
-    return [(int(begin), int(end)) for begin, end in found[0]]
+
+# tokenizer -> its template and the compiled program
+_PROGRAMS: WeakKeyDictionary[Any, tuple[str, Program]] = WeakKeyDictionary()
+
+
+def _program(tokenizer: Any) -> Program:
+    template = tokenizer.chat_template
+    known = _PROGRAMS.get(tokenizer)
+    if not isinstance(template, str):
+        raise ValueError("the tokenizer has none, or several of which none was chosen")
+    if known is None or known[0] != template:
+        known = template, Program(template, tokenizer.special_tokens_map)
+        _PROGRAMS[tokenizer] = known
+    return known[1]
+
+
+def _aliased(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Thoughts under the name that gpt-oss' template reads, too, as `apply_chat_template` does."""
+    for message in messages:
+        if len(message) > 2:
+            break
+    else:
+        return messages
+    return [
+        {"thinking": m["reasoning_content"], **m} if m.get("reasoning_content") is not None else m
+        for m in messages
+    ]
+
+
+def _refusal(tokenizer: Any, error: Exception) -> LorakitError:
+    """A row's fault; but where the template would not end, that of the model."""
+    if isinstance(error, LimitReached):
+        return ModelError(
+            f"{_template_file(tokenizer)}: this chat template was stopped: it {error}",
+            hint="no published model needs that: take the template that came with the model, and "
+            "do not trust the place this one came from",
+        )
+    return TemplateRefusal(f"the chat template refuses it: {error}")
+
+
+def _template_file(tokenizer: Any) -> str:
+    folder = Path(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
+    names = [n for n in ("chat_template.jinja", "tokenizer_config.json") if (folder / n).is_file()]
+    return str(folder / names[0]) if names else str(folder)
 
 
 def to_ids(

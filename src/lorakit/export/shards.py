@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lorakit.model.weight_files import INDEX, read_header, weight_files
+
 # Peak memory is about one shard and one tensor in float32.
 SHARD_BYTES = 2 * 10**9
 
@@ -54,18 +56,11 @@ class Stored:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the safetensors files of a folder hold, by name, in the files' order."""
-    found: dict[str, Stored] = {}
-    for path in _files(folder):
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-        for name, about in sorted(header.items()):
-            if name == "__metadata__":
-                continue
-            begin, end = about["data_offsets"]
-            place = 8 + length + begin, end - begin
-            found[name] = Stored(name, path, about["dtype"], tuple(about["shape"]), *place)
-    return found
+    return {
+        name: Stored(name, path, *about)
+        for path in weight_files(folder)
+        for name, about in sorted(read_header(path).items())
+    }
 
 
 def write_shards(
@@ -90,7 +85,7 @@ def write_shards(
     if len(shards) > 1:
         total = sum(size for _, size, _ in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_one(path: Path, shard: Sequence[tuple[str, int, Callable[[], Any]]]) -> None:
@@ -102,13 +97,3 @@ def _write_one(path: Path, shard: Sequence[tuple[str, int, Callable[[], Any]]]) 
     except SafetensorError as error:
         raise OSError(str(error)) from error
     path.chmod(0o644)
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files the index names, else all of them: some repositories hold a second copy."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    single = folder / "model.safetensors"
-    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))

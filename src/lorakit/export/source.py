@@ -6,7 +6,6 @@ QLoRA run the dequantized NF4 base, which is what it was trained against.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lorakit.data.template import stop_token_ids
 from lorakit.errors import ModelError
 from lorakit.hardware import detect_device
 from lorakit.model.fingerprint import base_folder, check_base
+from lorakit.model.foreign import check_adapter
 from lorakit.model.load import (
     adapter_names,
     load_base,
@@ -115,7 +115,7 @@ def open_source(run: RunDir) -> Source:
         folder=base_folder(recipe, location),
         device=device,
         config=config,
-        adapter=json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8")),
+        adapter=check_adapter(run.adapter),
         names=tuple(adapter_names(run)),
         tokenizer=load_tokenizer(recipe, str(run.adapter)),
         conversations=tuple(conversations),

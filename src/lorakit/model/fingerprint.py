@@ -8,11 +8,11 @@ long as reading it, 13 GB: of a larger file the header (names, shapes, offsets) 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError
+from lorakit.model.foreign import read_object
 from lorakit.recipe import Recipe
 from lorakit.run_dir import RunDir, write_json
 
@@ -59,7 +59,9 @@ def check_base(run: RunDir, recipe: Recipe, location: str) -> None:
     folder = base_folder(recipe, location)
     if folder is None or not run.base.exists():
         return
-    before = json.loads(run.base.read_text(encoding="utf-8"))["weights"]
+    before = read_object(run.base).get("weights")
+    if not isinstance(before, dict):
+        raise ModelError(f"{run.base}: names no weights", hint="bring it back from a copy")
     now = fingerprint(folder)
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,9 +12,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorakit.errors import DependencyError, ModelError
+from lorakit.errors import DependencyError, LorakitError, ModelError
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import HUB_ID, Progress, demo_model_dir
+from lorakit.model.foreign import (
+    check_adapter,
+    check_config,
+    check_folder,
+    check_tokenizer,
+    say_trust,
+)
+from lorakit.model.weight_files import check_weights, read_header
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import Device
@@ -81,12 +88,20 @@ def load_config(recipe: Recipe, location: str) -> Any:
     Raises:
         ModelError: no config.json, gated, unreachable, or another kind of model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-    _refuse_code_in_config(recipe, location)
+    say_trust(recipe)
     try:
+        if Path(location).is_dir():
+            check_folder(Path(location), recipe)
+        else:
+            values, _ = PretrainedConfig.get_config_dict(location, **_hub_arguments(recipe))
+            check_config(values, recipe)
         config = AutoConfig.from_pretrained(location, **_hub_arguments(recipe))
-    except (OSError, ValueError, KeyError) as error:
+    # A config of a stranger may make any of a hundred classes raise anything.
+    except LorakitError:
+        raise
+    except Exception as error:
         raise _load_error(recipe.model, location, error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
@@ -105,9 +120,12 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if Path(location).is_dir():
+        check_tokenizer(Path(location), recipe)
     try:
         return AutoTokenizer.from_pretrained(location, **_hub_arguments(recipe))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # tokenizer.json is parsed by Rust, which raises bare Exceptions.
+    except Exception as error:
         raise ModelError(
             f"model: {recipe.model}: its tokenizer cannot be loaded: {_first_line(error)}",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
@@ -125,6 +143,8 @@ def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = Fal
     from transformers import AutoModelForCausalLM
 
     config = load_config(recipe, location)
+    if Path(location).is_dir():
+        check_weights(Path(location))
     arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}
     quantized = getattr(config, "quantization_config", None)
     if recipe.method == "qlora" and quantized is None:
@@ -139,7 +159,7 @@ def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = Fal
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            location, attn_implementation=device.attention, **arguments
+            location, attn_implementation=device.attention, use_safetensors=True, **arguments
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
@@ -207,6 +227,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     base = load_base(recipe, location, device)
     biases = copy_biases(base) if recipe.bias != "none" else {}
     tokenizer = load_tokenizer(recipe, str(run.adapter))
+    check_adapter(run.adapter)
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
@@ -258,17 +279,7 @@ def adapter_names(run: RunDir) -> list[str]:
     Raises:
         ModelError: the file is damaged.
     """
-    from safetensors import safe_open
-
-    path = run.adapter / ADAPTER_WEIGHTS
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{path}: cannot be read: {_first_line(error)}",
-            hint="it is damaged: bring it back from a copy, or train anew",
-        ) from error
+    return list(read_header(run.adapter / ADAPTER_WEIGHTS))
 
 
 def _check_all_tensors_used(model: Any, run: RunDir) -> None:
@@ -296,28 +307,6 @@ def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _refuse_code_in_config(recipe: Recipe, location: str) -> None:
-    """A local config.json that wants to run Python is refused unless the recipe allows it."""
-    path = Path(location) / "config.json"
-    if not Path(location).is_dir():
-        return
-    if not path.exists():
-        found = ", ".join(sorted(p.name for p in Path(location).iterdir())[:8]) or "nothing"
-        raise ModelError(
-            f"model: {recipe.model}: no config.json in this folder (found: {found})",
-            hint="a model folder holds config.json, tokenizer.json and *.safetensors",
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from error
-    if "auto_map" in values and not recipe.trust_remote_code:
-        raise ModelError(
-            f"model: {recipe.model}: its config.json asks to run Python code of its own",
-            hint="read that code first; then set trust_remote_code: true",
-        )
-
-
 def _load_error(reference: str, location: str, error: Exception) -> ModelError:
     """The cause behind what transformers raises, in one line, with the way out."""
     text = f"{error} {error.__cause__ or ''}"
@@ -330,6 +319,11 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
         return ModelError(
             f"model: {reference}: cannot be loaded: {_first_line(error)}",
             hint="a model folder holds config.json, tokenizer.json and whole *.safetensors files",
+        )
+    if "named model.safetensors" in text:
+        return ModelError(
+            f"model: {reference}: has no weights as safetensors; pickles are not read",
+            hint="a pickle runs code when it is loaded: choose a revision with *.safetensors",
         )
     if "not a valid model identifier" in text or "404" in text:
         return ModelError(

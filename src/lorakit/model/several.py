@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit.errors import ModelError, RunError
 from lorakit.model.fingerprint import check_base
+from lorakit.model.foreign import check_adapter
 from lorakit.model.load import LoadedRun, load_run, load_tokenizer, locate_model, public_name
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir
@@ -92,6 +93,7 @@ class Several:
                 f"{run.path}: it trained biases or whole modules, which cannot be switched",
                 hint="start it alone",
             )
+        check_adapter(run.adapter)
         self.model.load_adapter(str(run.adapter), adapter_name=f"run_{len(self.tuned)}")
         tokenizer = load_tokenizer(recipe, str(run.adapter))
         self.tuned[name] = Tuned(name, f"run_{len(self.tuned)}", tokenizer, recipe.system)

@@ -12,18 +12,20 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from lorakit.data.template import prompt_ids
 from lorakit.errors import LorakitError
 from lorakit.model.several import Several
 from lorakit.records import Message
+from lorakit.serve.door import Door, read_body
 from lorakit.serve.orders import BadOrder, Order, read_order
 from lorakit.serve.worker import Request, Worker
 
@@ -39,16 +41,17 @@ class Server:
         self.worker = Worker(several)
         self.started = int(time.time())
 
-    def app(self) -> Starlette:
-        """The application, for uvicorn or a test client."""
-        return Starlette(
+    def app(self, hosts: Collection[str] | None) -> ASGIApp:
+        """The application, for uvicorn; it answers to `hosts` alone, or to any name."""
+        routes = Starlette(
             routes=[
                 Route("/health", self.health),
                 Route("/v1/models", self.guarded(self.models)),
                 Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
             ],
-            exception_handlers={404: _unknown_route},
+            exception_handlers={404: _unknown_route, 405: _unknown_route, Exception: _our_fault},
         )
+        return Door(routes, hosts)
 
     def guarded(self, handler: Handler) -> Handler:
         """`handler` behind the key, its faults in OpenAI's form."""
@@ -81,11 +84,7 @@ class Server:
 
     async def chat(self, http: HttpRequest) -> Response:
         """One answer, whole or in pieces."""
-        try:
-            body = await http.json()
-        except (ValueError, UnicodeDecodeError) as error:
-            raise BadOrder(f"the body is not valid JSON: {error}") from error
-        order = read_order(body)
+        order = read_order(await read_body(http))
         if self.worker.waiting.qsize() >= WAITING_LIMIT:
             raise BadOrder("too many requests wait", status=429, code="rate_limit_exceeded")
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -205,7 +204,14 @@ def _usage(request: Request) -> dict[str, int]:
 
 async def _unknown_route(request: HttpRequest, _: Exception) -> Response:
     fault = BadOrder(
-        f"no route {request.url.path}; there are /v1/chat/completions, /v1/models and /health",
+        f"no {request.method} {request.scope['path'][:80]!a}; there are POST /v1/chat/completions, "
+        "GET /v1/models and GET /health",
         status=404,
     )
     return JSONResponse(fault.as_dict(), 404)
+
+
+async def _our_fault(_: HttpRequest, __: Exception) -> Response:
+    """The trace goes to the server's own screen; a client learns nothing of the inside."""
+    fault = BadOrder("lorakit failed on this request; see the server's log", status=500)
+    return JSONResponse(fault.as_dict(), 500)

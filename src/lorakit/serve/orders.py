@@ -11,6 +11,9 @@ from lorakit.records import Message, Origin
 
 ROLES = {"system": "system", "developer": "system", "user": "user"}
 ROLES |= {"assistant": "assistant", "tool": "tool"}
+# A template is a program, and a request is nobody's place to bring one.
+NOT_TAKEN = ("chat_template", "chat_template_kwargs", "continue_final_message")
+STOPS = 16  # OpenAI takes 4
 # Keys of a turn that chat templates read.
 EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
@@ -58,24 +61,35 @@ def read_order(body: Any) -> Order:
         raise BadOrder("the body is no JSON object")
     if body.get("n", 1) not in (1, None):
         raise BadOrder("n: one answer a request is served here", "n")
-    if body.get("logprobs") or body.get("response_format", {}).get("type", "text") != "text":
+    for key in NOT_TAKEN:
+        if body.get(key):
+            raise BadOrder(f"{key}: the template is the one that the model was trained with", key)
+    form = body.get("response_format") or {}
+    if not isinstance(form, dict) or form.get("type", "text") != "text" or body.get("logprobs"):
         key = "logprobs" if body.get("logprobs") else "response_format"
         raise BadOrder(f"{key}: not served here; vLLM does (lorakit export RUN --to vllm)", key)
     stop = body.get("stop") or ()
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or len(stop) > STOPS:
+        raise BadOrder(f"stop: takes a text or a list of up to {STOPS}", "stop")
     if not all(isinstance(s, str) and s for s in stop):
         raise BadOrder("stop: takes texts", "stop")
+    tools = body.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadOrder("tools: takes a list of objects", "tools")
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
     seed, options = body.get("seed"), body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise BadOrder("stream_options: takes an object", "stream_options")
     return Order(
         model=str(body.get("model") or ""),
         messages=_messages(body.get("messages")),
-        tools=tuple(body.get("tools") or ()),
+        tools=tuple(tools),
         max_tokens=None if limit is None else int(_number(limit, "max_tokens", 1, 10**6)),
         temperature=_number(body.get("temperature"), "temperature", 0, 2, 1.0),
         top_p=_number(body.get("top_p"), "top_p", 0.0, 1, 1.0) or 1e-6,
         seed=None if seed is None else int(_number(seed, "seed", 0, 2**63)),
-        stop=stop,
+        stop=tuple(stop),
         stream=bool(body.get("stream")),
         with_usage=bool(options.get("include_usage")),
     )
@@ -85,7 +99,9 @@ def _number(value: Any, key: str, low: float, high: float, default: float = 0.0)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadOrder(f"{key}: takes a number from {low:g} to {high:g} (found: {value!r})", key)
+        raise BadOrder(
+            f"{key}: takes a number from {low:g} to {high:g} (found: {str(value)[:40]!a})", key
+        )
     return value
 
 
@@ -96,7 +112,8 @@ def _messages(turns: Any) -> tuple[Message, ...]:
 
 
 def _message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+    role = turn.get("role") if isinstance(turn, dict) else None
+    if not isinstance(role, str) or role not in ROLES:
         raise BadOrder(f"{place}: role is one of {', '.join(ROLES)}", place)
     content = turn.get("content")
     if isinstance(content, list):
@@ -107,11 +124,11 @@ def _message(turn: Any, place: str) -> Message:
     if content is None and turn.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        raise BadOrder(f"{place}: content is a text (found: {content!r})", place)
+        raise BadOrder(f"{place}: content is a text (found: {str(content)[:40]!a})", place)
     extra = {key: turn[key] for key in EXTRA if turn.get(key)}
     if "tool_calls" in extra:
         extra["tool_calls"] = calls_of(extra["tool_calls"], place, _fault)
-    return Message(ROLES[turn["role"]], content, extra)  # type: ignore[arg-type]
+    return Message(ROLES[role], content, extra)  # type: ignore[arg-type]
 
 
 def _fault(kind: str, detail: str) -> RowFault:

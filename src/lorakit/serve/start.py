@@ -143,7 +143,8 @@ def _embedded(runs: Sequence[RunDir], place: Place, console: Console) -> None:
     several = Several.of(runs[0], tuple(runs[1:]))
     server = Server(several, place.api_key)
     config = uvicorn.Config(
-        server.app(),
+        # On a network the key keeps strangers out, and names of this machine are not known.
+        server.app(LOOPBACK if place.host in LOOPBACK else None),
         host=place.host,
         port=place.port,
         log_level="warning",

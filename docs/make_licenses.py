@@ -1,0 +1,59 @@
+"""The pinned packages enter; docs/licenses.md leaves: what each says of its own license.
+
+python docs/make_licenses.py > docs/licenses.md
+"""
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HEAD = """\
+# Licenses of what lorakit stands on
+
+From the metadata of the packages in `constraints.txt`, by `make licenses`. lorakit itself is
+Apache-2.0; the models you tune have their own.
+
+| package | version | license |
+|---|---|---|
+"""
+# One spelling for what the metadata says in many.
+SPELLED = {
+    "Apache": "Apache-2.0", "Apache 2.0": "Apache-2.0", "Apache 2.0 License": "Apache-2.0",
+    "Apache Software License": "Apache-2.0", "MIT License": "MIT", "BSD": "BSD-3-Clause",
+    "BSD License": "BSD-3-Clause", "3-Clause BSD License": "BSD-3-Clause", "ISC License": "ISC",
+    "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+}  # fmt: skip
+
+
+def pinned():
+    """(name, version) of each line of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [tuple(line.split("==")) for line in lines if "==" in line and line[0] != "#"]
+
+
+def license_of(name):
+    """What the package says: an SPDX expression, else its field, else its classifier."""
+    about = importlib.metadata.metadata(name)
+    field = (about.get("License") or "").strip()
+    found = about.get("License-Expression") or (field if 0 < len(field) < 60 else None)
+    classes = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if "License ::" in c]
+    said = found or (classes[0] if classes else "")
+    return SPELLED.get(said, said)
+
+
+def is_copyleft(text):
+    """A GPL or AGPL that no other license stands beside; the LGPL lets a program use it."""
+    choices = re.split(r"\s+OR\s+", text)
+    return all(re.search(r"(?<!L)GPL|GNU (Affero )?General Public", c) for c in choices)
+
+
+def page():
+    """The whole file."""
+    rows = sorted(pinned(), key=lambda row: row[0].lower())
+    return HEAD + "".join(f"| {n} | {v} | {license_of(n)} |\n" for n, v in rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
