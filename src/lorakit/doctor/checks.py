@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 from lorakit.doctor.facts import Facts
 from lorakit.doctor.troubles import TROUBLES
+from lorakit.floors import FLOORS
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 11)
-# Below these a hole or a fault is known: torch CVE-2026-24747, transformers CVE-2026-9856,
-# jinja2 CVE-2025-27516.
-FLOORS = {"torch": (2, 10), "transformers": (5, 10, 1), "jinja2": (3, 1, 6)}
 LITTLE_RAM, LITTLE_DISK = 6 * GIB, 5 * GIB
 
 State = Literal["ok", "note", "broken", "skipped"]
@@ -180,11 +178,12 @@ def folders(facts: Facts) -> Iterator[Finding]:
 def packages(facts: Facts) -> Iterator[Finding]:
     """No version with a known hole, none outside of what was tried."""
     have = facts.packages
-    old = {n: have[n] for n, least in FLOORS.items() if n in have and _numbers(have[n]) < least}
-    for name, version in old.items():
-        least = ".".join(map(str, FLOORS[name]))
-        text = f"{name} {version} has known holes; {least} is the oldest without"
-        yield _bad("versions", "too_old", found=text, packages=f"'{name}>={least}'")
+    known = [f for f in FLOORS if f.package in have]
+    old = {f.package: f for f in known if _numbers(have[f.package]) < _numbers(f.version)}
+    for name, floor in old.items():
+        text = f"{name} {have[name]} is too old, {floor.version} is the oldest safe one: "
+        text += floor.reason
+        yield _bad("versions", "too_old", found=text, packages=f"'{name}>={floor.version}'")
     odd = [line for line in _out_of_range(facts) if line[0] not in old]
     for name, text, wanted in odd:
         yield _bad("versions", "out_of_range", found=text, packages=f"'{name}{wanted}'")
