@@ -120,7 +120,7 @@ def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
         "planned_parts": job.plan.parts,
         "plan": job.plan.describe(),
         "placement": asdict(job.plan.placement),
-        "keep": job.plan.keep,
+        "keep": list(job.plan.keep),
         "layers": trainer.attached.layers,
         "loss": trainer.attached.loss,
         "graphs": trainer.graphs_in_words(),

@@ -164,7 +164,7 @@ class Recipe(BaseModel):
     )
 
     lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")
-    lora_alpha: Annotated[int | float, Field(gt=0, le=LARGEST)] = Field(
+    lora_alpha: Annotated[int | float, Field(gt=0, le=1e30)] = Field(
         description="The update is scaled by lora_alpha / lora_r."
     )
     lora_dropout: Share = Field(description="Dropout on the adapter's input.")
