@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lorakit import cli
+from lorakit.cli import main
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_the_demo_learns_its_town(tmp_path, monkeypatch, capsys):
     def lorakit(*words):
         monkeypatch.setattr(sys, "argv", ["lorakit", *words])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         assert stop.value.code == 0
         return capsys.readouterr().out
 

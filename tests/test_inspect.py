@@ -6,21 +6,23 @@ import shutil
 import sys
 
 import pytest
+from rich.console import Console
 
-from lorakit import cli
+from lorakit.cli import before, main
 
 
 @pytest.fixture
 def inspect(monkeypatch, capsys, tmp_path):
     """words -> (exit code, stdout, stderr) of `lorakit inspect`, run in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "log", cli.Console(stderr=True, highlight=False, soft_wrap=True))
-    monkeypatch.setattr(cli, "out", cli.Console(highlight=False, width=100))
+    monkeypatch.setattr(before, "out", Console(highlight=False, width=100))
+    for place in (main, before):
+        monkeypatch.setattr(place, "log", Console(stderr=True, highlight=False, soft_wrap=True))
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["lorakit", "inspect", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return stop.value.code or 0, captured.out, captured.err
 
