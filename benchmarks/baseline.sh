@@ -12,7 +12,7 @@ row() { # id method checkpointing
 import json, sys
 r = json.load(open(sys.argv[1]))
 print(f"{r['id']:24} {r['tokens_per_second']:9,.0f} tok/s  allocated {r['peak_allocated_gib']:6.2f} GiB  "
-      f"process {r['peak_process_gib']:6.2f} GiB  planned {r['planned_gib']:6.2f} GiB  load {r['load_seconds']} s")
+      f"process {r['peak_process_gib']:6.2f} GiB  planned {r['planned_gib']:6.2f} GiB")
 PY
 }
 row lora lora false "$@"

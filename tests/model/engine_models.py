@@ -5,6 +5,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.model.attention import Segments
+from lorakit.records import IGNORE, Example, Origin
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = {
@@ -48,6 +49,17 @@ def tiny(family="llama", dtype=torch.float32, device="cpu", base_changes=None, *
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
+
+
+def examples(lengths, vocabulary=VOCABULARY):
+    """Random examples of these lengths; the first third of each is prompt."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number, length in enumerate(lengths):
+        tokens = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        prompt = 1 + length // 3
+        made.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:], Origin("x", number)))
+    return made
 
 
 def hidden_and_grads(model, forward):

@@ -2,21 +2,11 @@
 
 import pytest
 import torch
+from tests.model.engine_models import examples, tiny
 
 from lorakit.data.batch import collate, pack
-from lorakit.records import IGNORE, Example, Origin
 from lorakit.train.graphs import GraphedMicroSteps, first_tokens, shape_key, to_bucket
 from lorakit.train.loss import attach_loss
-
-
-def examples(lengths, vocabulary=300):
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for number, length in enumerate(lengths):
-        tokens = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-        prompt = 1 + length // 3
-        made.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:], Origin("x", number)))
-    return made
 
 
 def test_a_packed_row_is_padded_by_one_more_document_without_targets():
@@ -46,8 +36,6 @@ def test_first_tokens_are_one_document():
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kept", [0, 3])
 def test_graphs_give_the_gradients_of_eager_runs(kept, dropout):
-    from tests.model.engine_models import tiny
-
     from lorakit.model.fast_layer import Keep
 
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}

@@ -2,26 +2,16 @@
 
 import pytest
 import torch
-from tests.model.engine_models import FAMILIES, TARGETS, tiny, worst
+from tests.model.engine_models import FAMILIES, TARGETS, examples, tiny, worst
 
 from lorakit.data.batch import collate, pack
 from lorakit.model.chunked_layer import Cut
-from lorakit.records import IGNORE, Example, Origin, Placement
+from lorakit.records import Placement
 from lorakit.train.layer_major import LayerMajor
 from lorakit.train.loss import attach_loss
 
 CPU = torch.device("cpu")
 WHOLE = Cut(10_000, 8)
-
-
-def examples(lengths, vocabulary=300):
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for number, length in enumerate(lengths):
-        tokens = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-        prompt = 1 + length // 3
-        made.append(Example(tokens, [IGNORE] * prompt + tokens[prompt:], Origin("x", number)))
-    return made
 
 
 def micros(packed=True):
