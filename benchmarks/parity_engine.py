@@ -78,16 +78,18 @@ def distance(one, other):
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def compare_masks(engine, files, steps, dtype):
-    """The engine against PEFT, each with three draws of dropout masks."""
-    peft = [train("off", masks, files, steps, dtype=dtype) for masks in (1, 2, 3)]
-    ours = [train(engine, masks, files, steps, dtype=dtype) for masks in (4, 5, 6)]
+def compare_masks(engine, files, steps, dtype, draws):
+    """The engine against PEFT, each with so many draws of dropout masks."""
+    seeds = range(1, draws + 1)
+    peft = [train("off", masks, files, steps, dtype=dtype) for masks in seeds]
+    ours = [train(engine, draws + masks, files, steps, dtype=dtype) for masks in seeds]
     means = [sum(r["held_out_loss"] for r in runs) / len(runs) for runs in (ours, peft)]
     return {
         "dtype": dtype,
         "curve_distance": {
             "peft_to_peft": [distance(x, y) for x, y in itertools.combinations(peft, 2)],
             "engine_to_peft": [distance(x, y) for x, y in itertools.product(ours, peft)],
+            "engine_to_engine": [distance(x, y) for x, y in itertools.combinations(ours, 2)],
         },
         "held_out": {
             "peft": [run["held_out_loss"] for run in peft],
@@ -121,6 +123,7 @@ def main():
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--engine", default="auto", help="on: where auto would not (a CPU)")
     parser.add_argument("--dtype", default="auto", help="float32 leaves rounding out")
+    parser.add_argument("--draws", type=int, default=3, help="dropout masks on each side")
     parser.add_argument("--oracle", action="store_true", help="hold both against float32")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
@@ -133,11 +136,11 @@ def main():
         if a.oracle:
             found = compare_oracle(a.engine, files, a.steps)
         else:
-            found = compare_masks(a.engine, files, a.steps, a.dtype)
+            found = compare_masks(a.engine, files, a.steps, a.dtype, a.draws)
     device = detect_device()
     command = f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
     command += f"--held-out {a.held_out} --engine {a.engine}" + " --oracle" * a.oracle
-    command += f" --dtype {a.dtype}" * (not a.oracle)
+    command += f" --dtype {a.dtype} --draws {a.draws}" * (not a.oracle)
     result = {
         "id": "parity-oracle" if a.oracle else "parity-engine",
         "gpu": device.name,
