@@ -223,6 +223,11 @@ class Recipe(BaseModel):
         description="Frozen weights come from host memory layer by layer: `on`, `off`, or where "
         "nothing else fits. Exactly the same gradients.",
     )
+    sharding: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="With several GPUs: each holds a part of the frozen weights, `on`, `off`, or "
+        "where the whole does not fit one. Exactly the same gradients.",
+    )
     probe: bool | Literal["auto"] = Field(
         "auto",
         description="Run the heaviest micro-batch once before step 1, so that memory runs out "
@@ -323,5 +328,5 @@ class Recipe(BaseModel):
 
     @property
     def examples_per_step(self) -> int:
-        """Effective batch: examples behind one optimizer step on one device."""
+        """Effective batch: examples behind one optimizer step, over all devices."""
         return self.micro_batch_size * self.gradient_accumulation_steps

@@ -131,7 +131,8 @@ class Device:
     """The machine a run will use, and the reason for each automatic choice.
 
     `memory_bytes` is the card's memory, or the host's for a CPU. `dtype` is the storage and
-    compute type of the frozen base: "bfloat16", "float16" or "float32".
+    compute type of the frozen base: "bfloat16", "float16" or "float32". `ranks` processes share
+    each step, each with a device like this one, on `nodes` machines.
     """
 
     kind: Literal["cuda", "mps", "cpu"]
@@ -140,6 +141,8 @@ class Device:
     dtype: str
     attention: str
     reasons: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,8 @@ class Placement:
     `layer_major`: each layer takes all micro-batches of a step before the next one does
     (`train/layer_major.py`); only then may base and adapters lie on the host. `tokens_at_once` go
     through a layer's products and `heads_at_once` of its keys through attention; the inputs of
-    the last `inputs_on_card` layers stay on the card.
+    the last `inputs_on_card` layers stay on the card. `shards` above 1: so many ranks of a machine
+    hold a part each of every layer's frozen weights, gathered when the layer's turn comes.
     """
 
     layer_major: bool = False
@@ -159,6 +163,7 @@ class Placement:
     inputs_on_card: int = 0
     tokens_at_once: int = 0
     heads_at_once: int = 0
+    shards: int = 1
 
     def in_words(self) -> list[str]:
         """What lies on the host."""

@@ -33,6 +33,7 @@ FREE = {
     "gradient_checkpointing",
     "memory_limit",
     "streaming",
+    "sharding",
     "save_every",
     "keep_checkpoints",
     "eval_every",
