@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "records", "redact", "floors"},
     {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
+    {"heartbeat", "ranks", "launch"},
     {"data", "ops"},
     {"model"},
     {"memory", "train", "generate"},

@@ -7,6 +7,7 @@ Every stage takes and gives records (`records.py`) or files of the run directory
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from lorakit.data.items import write_validation
 from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
+from lorakit.errors import RunError
 from lorakit.evaluate import evaluate
 from lorakit.floors import require_floors
 from lorakit.hardware import detect_device
@@ -27,6 +29,7 @@ from lorakit.model.load import load_base, load_config, load_tokenizer, locate_mo
 from lorakit.model.vocabulary import check_vocabulary
 from lorakit.plan.forecast import planned_speed, refuse
 from lorakit.plan.training import longest_rows, plan_training
+from lorakit.ranks import ALONE, Ranks, joined, shared_device
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
 from lorakit.run_dir import RunDir, read_metrics, write_json
@@ -37,6 +40,7 @@ from lorakit.train.past import past_of, remember_rows
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import claim_run, forget_after, prepare_resume, write_run_files
 from lorakit.train.signals import catch_signals
+from lorakit.train.together import seed_apart
 from lorakit.train.trainer import LoraTrainer
 
 TOO_LARGE = "close what else uses this device's memory, set method: qlora, or take a smaller model"
@@ -71,18 +75,28 @@ class Outcome:
     exit_code: int = 0
 
 
-def prepare_run(resolved: ResolvedRecipe, console: Console, force: bool = True) -> Prologue:
+def prepare_run(
+    resolved: ResolvedRecipe, console: Console, force: bool = True, ranks: Ranks = ALONE
+) -> Prologue:
     """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
 
     Args:
         force: go on though the plan says that memory is too small.
+        ranks: who shares each step; the first one reads and caches before the others do.
     """
     require_floors()
+    device = shared_device(detect_device(resolved.recipe.dtype), ranks)
+    console.print(f"device   {device.name} ({device.reasons['kind']})")
+    if ranks.count > 1:
+        console.print(f"ranks    {ranks.count} share each step: {device.reasons['ranks']}")
+    console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
+    with ranks.one_ahead():
+        return _prologue(resolved, console, force, device)
+
+
+def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: Device) -> Prologue:
     recipe = resolved.recipe
     folders = [Path(), *([resolved.folder] if resolved.folder else [])]
-    device = detect_device(recipe.dtype)
-    console.print(f"device   {device.name} ({device.reasons['kind']})")
-    console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
     location = locate_model(recipe, folders, console.print)
     config = load_config(recipe, location)
     resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)
@@ -116,18 +130,32 @@ def fit(
         LorakitError: any mistake of the recipe, data or model, before training starts; or a full
             disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
     """
-    run, resolved = claim_run(resolved, resume)
-    with only_writer(run, console.print):
-        return _fit(run, resolved, console, resume, force)
+    with joined() as ranks:
+        run, resolved = ranks.told(lambda: claim_run(resolved, resume))
+        if ranks.first:
+            with only_writer(run, console.print):
+                return _fit(run, resolved, console, resume, force, ranks)
+        silent = Console(file=io.StringIO(), quiet=True)
+        return _fit(run, resolved, silent, resume, force, ranks)
 
 
 def _fit(
-    run: RunDir, resolved: ResolvedRecipe, console: Console, resume: bool, force: bool
+    run: RunDir,
+    resolved: ResolvedRecipe,
+    console: Console,
+    resume: bool,
+    force: bool,
+    ranks: Ranks,
 ) -> Outcome:
-    start = prepare_run(resolved, console, force)
+    start = prepare_run(resolved, console, force, ranks)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    past = past_of(recipe, prepared.train, start.tokenizer)
-    checkpoint = _take_up(run, start, past, resume, console)
+    past = past_of(recipe, prepared.train, start.tokenizer, ranks.count)
+    checkpoint = ranks.told(lambda: _take_up(run, start, past, resume, console))
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise RunError(
+            f"{run.path}: not seen by rank {ranks.number}, on another machine than rank 0",
+            hint="several machines need a shared file system for the run's folder: --output",
+        )
 
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
@@ -138,11 +166,15 @@ def _fit(
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    require_space(run, recipe, trainable)
+    if ranks.first:
+        require_space(run, recipe, trainable)
+    else:
+        recipe = recipe.model_copy(update={"report_to": []})
 
-    progress = TrainingProgress(console, run, device.kind)
+    progress = TrainingProgress(console, run if ranks.first else None, device.kind)
     began = time.perf_counter()
-    with memory_told("placing the model on its device", TOO_LARGE), catch_signals() as stop:
+    told = memory_told("placing the model on its device", TOO_LARGE)
+    with told, catch_signals(alone=ranks.count == 1) as stop:
         trainer = LoraTrainer(
             model,
             start.tokenizer,
@@ -155,23 +187,34 @@ def _fit(
             progress,
             stop,
             past,
+            ranks,
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
         console.print(f"packing  {trainer.packing}")
+        seed_apart(recipe.seed, ranks)
         try:
             trainer.take_steps(checkpoint)
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
     model = trainer.close()
-    losses = [row["loss"] for row in read_metrics(run) if row.get("loss") is not None]
+    losses = [
+        row["loss"]
+        for row in (read_metrics(run) if ranks.first else [])
+        if row.get("loss") is not None
+    ]
     final_loss = losses[-1] if losses else None
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
-        return Outcome(run, trainer.state.global_step, seconds, final_loss, None, stop.exit_code)
-    save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
-    evaluation = _evaluate(run, model, start) if prepared.val else None
-    return Outcome(run, trainer.state.global_step, seconds, final_loss, evaluation)
+    steps, together = trainer.state.global_step, trainer.together
+    if together.stop_agreed and steps < trainer.state.max_steps:
+        return Outcome(run, steps, seconds, final_loss, None, together.exit_code)
+    if ranks.first:
+        save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    evaluation = None
+    # A sharded base computes on all ranks at once; else the others wait for the first one's end.
+    if prepared.val and (ranks.first or trainer.sharded):
+        evaluation = _evaluate(run, model, start, ranks)
+    return Outcome(run, steps, seconds, final_loss, evaluation)
 
 
 def _take_up(
@@ -194,10 +237,11 @@ def _take_up(
     return str(found.folder) if found else None
 
 
-def _evaluate(run: RunDir, model: Any, start: Prologue) -> EvalResult:
+def _evaluate(run: RunDir, model: Any, start: Prologue, ranks: Ranks) -> EvalResult:
     label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
     result = evaluate(
         model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label
     )
-    write_json(run.eval, result.as_dict())
+    if ranks.first:
+        write_json(run.eval, result.as_dict())
     return result

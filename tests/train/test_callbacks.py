@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from lorakit.ranks import ALONE
 from lorakit.recipe import Recipe
 from lorakit.run_dir import RunDir, read_metrics
 from lorakit.train.callbacks import Reporter, Stopper
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
+from lorakit.train.together import Together
 from lorakit.train.watch import Watch
 
 
@@ -55,8 +57,9 @@ def test_a_skipped_step_is_a_row_of_plain_json(tmp_path):
 
 def test_a_stop_saves_after_the_step_it_came_in():
     stop, asked = StopRequest(), control()
-    assert not Stopper(stop).on_step_end(None, state(1), asked).should_training_stop
+    stopper = Stopper(Together(ALONE, stop))
+    assert not stopper.on_step_end(None, state(1), asked).should_training_stop
     stop.signal = 15
-    asked = Stopper(stop).on_step_end(None, state(1), asked)
+    asked = stopper.on_step_end(None, state(1), asked)
     assert asked.should_save
     assert asked.should_training_stop

@@ -27,12 +27,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
 Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write into.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs of this machine that share each step.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")]
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def on_gpus(gpus: int) -> None:
+    """Run this very command in `gpus` processes and end with their exit code; in one, go on."""
+    from lorakit.launch import launch, launched, without_gpus
+
+    if not launched():
+        raise typer.Exit(launch(without_gpus(sys.argv[1:]), gpus))
 
 
 def quiet(offline: bool = False) -> None:

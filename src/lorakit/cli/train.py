@@ -5,12 +5,14 @@ Heavy imports live inside the commands, so that `lorakit --help` answers at once
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lorakit.cli.base import (
+    Gpus,
     Json,
     Method,
     Offline,
@@ -18,6 +20,7 @@ from lorakit.cli.base import (
     Set,
     app,
     log,
+    on_gpus,
     out,
     print_json,
     quiet,
@@ -53,12 +56,15 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Train though the plan says that memory is too small.")
     ] = False,
+    gpus: Gpus = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model: recipe and flags in, a run directory out."""
     from lorakit.recipe_file import load_recipe
 
+    if gpus and gpus > 1 and not dry_run:
+        on_gpus(gpus)
     flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
     flags["data"] = data[0] if data and len(data) == 1 else data or None
     flags["offline"] = True if offline else None
@@ -76,12 +82,15 @@ def train(
 def run_training(
     resolved: Any, resume: bool, as_json: bool, next_steps: bool, force: bool = False
 ) -> None:
-    """Train, show the outcome, and end with the run\'s own exit code."""
+    """Train, show the outcome, and end with the run's own exit code."""
     quiet(resolved.recipe.offline)
+    first = os.environ.get("RANK", "0") == "0"  # gone once the ranks are joined
     from lorakit.finetune import fit
     from lorakit.preview import show_outcome
 
     outcome = fit(resolved, log, resume, force)
+    if not first:
+        raise typer.Exit(outcome.exit_code)
     show_outcome(outcome, log if as_json else out, next_steps and not as_json)
     if as_json:
         print_json(

@@ -37,6 +37,11 @@ class PlacedConfig(SFTConfig):
         """False, whatever the model's kind."""
         return False
 
+    @property
+    def n_gpu(self) -> int:
+        """1: with more cards in sight transformers would wrap the model in DataParallel."""
+        return min(1, super().n_gpu)
+
 
 def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False

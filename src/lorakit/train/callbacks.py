@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from lorakit.train.progress import TrainingProgress
-from lorakit.train.signals import StopRequest
+from lorakit.train.together import Together
 from lorakit.train.watch import Watch
 
 
@@ -70,11 +70,11 @@ def _finite(value: float | None) -> float | None:
 class Stopper(TrainerCallback):
     """After a signal: finish the step, save a checkpoint, stop."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
+    def __init__(self, together: Together) -> None:
+        self.together = together
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.stop.asked:
+        if self.together.stop_agreed:
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -46,7 +46,7 @@ FREE = {
 VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
 
 
-def past_of(recipe: Recipe, train: Examples, tokenizer: Any) -> dict[str, Any]:
+def past_of(recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1) -> dict[str, Any]:
     """The record, of JSON values; nothing in it names a place on this machine."""
     settings = recipe.model_dump(mode="json")
     return {
@@ -59,6 +59,7 @@ def past_of(recipe: Recipe, train: Examples, tokenizer: Any) -> dict[str, Any]:
         },
         "tokenizer": tokenizer_key(tokenizer),
         "versions": versions(),
+        "ranks": ranks,
     }
 
 
@@ -122,6 +123,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = [f"{n} {was.get(n)} -> {v}" for n, v in seen.items() if was.get(n) != v]
     if changed:
         lines.append(f"other versions than before: {', '.join(changed)}")
+    ranks = before.get("ranks", 1), now["ranks"]
+    if ranks[0] != ranks[1]:
+        lines.append(
+            f"{ranks[0]} rank{'s' * (ranks[0] > 1)} before, {ranks[1]} now: each step has the same "
+            "examples; dropout masks are drawn otherwise"
+        )
     if before["tokenizer"] != now["tokenizer"]:
         # A newer tokenizers package may write the same tokenizer down in other words.
         lines.append("the tokenizer's files differ; the training rows come out the same")

@@ -16,9 +16,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """Shows step, loss, tokens/s, time left and memory while a run trains."""
+    """Shows step, loss, tokens/s, time left and memory while a run trains.
 
-    def __init__(self, console: Console, run: RunDir, device: str) -> None:
+    Args:
+        run: whose metrics.jsonl is written; None where another rank writes it.
+    """
+
+    def __init__(self, console: Console, run: RunDir | None, device: str) -> None:
         self.console = console
         self.run = run
         self.device = device
@@ -47,14 +51,8 @@ class TrainingProgress:
     def step(self, row: dict[str, Any]) -> None:
         """Record one logged step and refresh the display."""
         row["memory_gb"] = round(process_memory_bytes(self.device) / 1e9, 2)
-        self.unwritten.append(row)
-        try:
-            append_metrics(self.run, self.unwritten)
-            self.unwritten = []
-        except OSError as error:  # no reason to lose the run; the rows are tried again
-            if not self.warned:
-                self.note(f"metrics.jsonl cannot be written: {error.strerror}; training goes on")
-            self.warned = True
+        if self.run is not None:
+            self._write(self.run, row)
         loss = "no finite loss" if row["loss"] is None else f"loss {row['loss']:.3f}"
         shown = f"{loss} · {row['tokens_per_second']:,.0f} tok/s · {row['memory_gb']:.1f} GB"
         if self.bar is not None:
@@ -63,6 +61,16 @@ class TrainingProgress:
             self.last_line = time.monotonic()
             left = (self.total - row["step"]) * row["seconds"]
             self.console.print(f"step {row['step']}/{self.total} · {shown} · {left:.0f} s left")
+
+    def _write(self, run: RunDir, row: dict[str, Any]) -> None:
+        self.unwritten.append(row)
+        try:
+            append_metrics(run, self.unwritten)
+            self.unwritten = []
+        except OSError as error:  # no reason to lose the run; the rows are tried again
+            if not self.warned:
+                self.note(f"metrics.jsonl cannot be written: {error.strerror}; training goes on")
+            self.warned = True
 
     def note(self, text: str) -> None:
         """A line above the bar."""

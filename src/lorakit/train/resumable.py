@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState, TrainerState
 from trl import SFTTrainer
 
 from lorakit.durable import staged
+from lorakit.ranks import Ranks
 from lorakit.recipe import Recipe
 from lorakit.run_dir import RunDir
 from lorakit.train.checkpoint import (
@@ -32,6 +32,7 @@ from lorakit.train.state import (
     restore_schedule,
     save_state,
 )
+from lorakit.train.together import alike, seed_apart
 
 
 class ResumableTrainer(SFTTrainer):
@@ -42,6 +43,8 @@ class ResumableTrainer(SFTTrainer):
     attached: Attached
     past: Mapping[str, Any] | None
     loaded: dict[str, Any]
+    ranks: Ranks
+    trained: list[Any]
 
     def take_steps(self, checkpoint: str | None) -> None:
         """Train to the end, from a checkpoint on; one of the last step is loaded and no more.
@@ -60,12 +63,13 @@ class ResumableTrainer(SFTTrainer):
         for part in [*self.callback_handler.callbacks, self.control]:
             if isinstance(part, ExportableState):
                 self.state.stateful_callbacks[type(part).__name__] = part.state()
+        alike(self.ranks, self.trained, step)
         facts = {"step": step, "steps": self.state.max_steps, "past": self.past}
         size = checkpoint_bytes(
             self.recipe, sum(p.numel() for p in weights.parameters() if p.requires_grad)
         )
-        randoms = gather_object([random_state()])
-        if self.args.should_save:
+        randoms = self.ranks.gather(random_state())
+        if self.ranks.first:
             with staged(self.run.checkpoint(step), facts, size) as folder:
                 save_adapter_files(weights, folder, saves_embeddings(self.recipe))
                 scaler = self.accelerator.scaler
@@ -97,4 +101,8 @@ class ResumableTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_random(self.loaded["random"][self.args.process_index])
+            randoms = self.loaded["random"]
+            if self.ranks.number < len(randoms):
+                restore_random(randoms[self.ranks.number])
+            else:
+                seed_apart(self.recipe.seed + self.state.global_step, self.ranks)

@@ -10,16 +10,25 @@ from transformers import TrainerCallback
 
 
 class SaveClock(TrainerCallback):
-    """Asks for a checkpoint at the first step that ends `minutes` after the last one was saved."""
+    """Asks for a checkpoint at the first step that ends `minutes` after the last one was saved.
 
-    def __init__(self, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.now = 60 * minutes, now
+    Args:
+        agreed: told whether the time is over, says whether all ranks save now.
+    """
+
+    def __init__(
+        self,
+        minutes: float,
+        agreed: Callable[[bool], bool],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds, self.agreed, self.now = 60 * minutes, agreed, now
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.last = self.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.now() - self.last >= self.seconds:
+        if self.agreed(self.now() - self.last >= self.seconds):
             control.should_save = True
         return control
 

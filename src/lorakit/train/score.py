@@ -64,6 +64,17 @@ def score(
             start += len(rows)
             if on_batch:
                 on_batch(start, len(order))
+    return _mean(loss, tokens)
+
+
+def combined(scores: Sequence[EvalScore]) -> EvalScore:
+    """The score of all examples from those of parts; each token weighs the same."""
+    if len(scores) == 1:
+        return scores[0]
+    return _mean(sum(s.loss * s.tokens for s in scores), sum(s.tokens for s in scores))
+
+
+def _mean(loss: float, tokens: int) -> EvalScore:
     mean = loss / max(tokens, 1)
     return EvalScore(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)
 

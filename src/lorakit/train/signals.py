@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 WORD = b"\nstopping: this step is finished and saved first; once more stops at once\n"
+ECHO_SECONDS = 5.0
 
 
 class StopRequest:
@@ -17,6 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.at = 0.0  # seconds of the monotonic clock
 
     @property
     def asked(self) -> bool:
@@ -29,10 +32,14 @@ class StopRequest:
 
 
 @contextmanager
-def catch_signals() -> Iterator[StopRequest]:
+def catch_signals(alone: bool = True) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; outside the main thread nothing changes.
 
     A closed terminal (SIGHUP) does not end the run: hours of work hang on no window.
+
+    Args:
+        alone: one of several ranks gets what its launcher hands on a second time at once, from the
+            terminal or from torchrun: that is no second wish, and rank 0 speaks for all.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -41,9 +48,12 @@ def catch_signals() -> Iterator[StopRequest]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if not request.asked:
-            request.signal = signal.Signals(number)
-            with suppress(OSError):  # nobody reads it any more
-                os.write(2, WORD)
+            request.signal, request.at = signal.Signals(number), time.monotonic()
+            if alone:
+                with suppress(OSError):  # nobody reads it any more
+                    os.write(2, WORD)
+        elif not alone and time.monotonic() - request.at < ECHO_SECONDS:
+            return
         elif number == signal.SIGINT:
             raise KeyboardInterrupt  # a notebook's kernel lives on
         else:

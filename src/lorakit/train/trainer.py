@@ -8,8 +8,8 @@ absent, and a step that memory does not hold or that is not finite leaves no tra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from lorakit.errors import DataError, WorkError
 from lorakit.model.chunked_layer import Cut
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_kernels
+from lorakit.ranks import ALONE, Ranks
 from lorakit.recipe import Recipe
 from lorakit.records import Device, EvalScore, Example, MemoryPlan
 from lorakit.run_dir import RunDir
@@ -38,8 +39,9 @@ from lorakit.train.out_of_memory import memory_trouble
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resumable import ResumableTrainer
 from lorakit.train.save_clock import SaveClock
-from lorakit.train.score import BATCH_TOKENS, not_finite, score
+from lorakit.train.score import BATCH_TOKENS, combined, not_finite, score
 from lorakit.train.signals import StopRequest
+from lorakit.train.together import Together, own_share
 from lorakit.train.trackers import Sheltered
 from lorakit.train.watch import Watch, planned_rate
 from lorakit.train.within_memory import WithinMemory
@@ -61,7 +63,9 @@ class LoraTrainer(ResumableTrainer):
         progress: TrainingProgress,
         stop: StopRequest,
         past: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.together, self.ranks = Together(ranks, stop), ranks
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
         self.pad_id: int = pad_token_id(tokenizer)
@@ -85,15 +89,16 @@ class LoraTrainer(ResumableTrainer):
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
             data_collator=self._collate,
-            callbacks=[self.guard, Reporter(self, progress, watch), Stopper(stop)],
+            callbacks=[self.guard, Reporter(self, progress, watch), Stopper(self.together)],
         )
         self.remove_callback(PrinterCallback)
         if recipe.save_minutes is not None:
-            self.add_callback(SaveClock(recipe.save_minutes))
+            self.add_callback(SaveClock(recipe.save_minutes, self.together.saves))
         self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
         for name, parameter in self.model.named_parameters():
             if name in masters:
                 parameter.data = masters[name]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.accelerator.device_placement = False  # parts may lie on the host on purpose
         where = torch.device(device.kind)
         self.attached = attach_loss(self.model, recipe.engine, where, plan.placement)
@@ -115,13 +120,13 @@ class LoraTrainer(ResumableTrainer):
         if self.to_probe:
             self.to_probe = False
             self.memory.probe(model)
-        step: StepBatch = inputs["step"]
-        # DDP averages gradients over ranks: the count spans all, the factor undoes the mean.
-        ranks = self.accelerator.num_processes
-        scale = ranks / max(1, self._sum_over_ranks(step.supervised))
-        loss = self.memory.run(model, step, scale)
-        self.step_tokens += step.tokens
-        self.step_loss, self.step_examples = loss, step.examples
+        examples: Sequence[Example] = inputs["examples"]
+        supervised = sum(e.trained_tokens for e in examples)
+        loss = self.memory.run(model, inputs["step"], 1 / max(1, supervised))
+        loss = self.together.add(self.trained, loss)
+        self.step_tokens += sum(len(e.input_ids) for e in examples)
+        self.step_loss, self.step_examples = loss, examples
+        self.ranks.at(self.state.global_step + 1, self.last_checkpoint(), self.run.path)
         # The log adds losses up; what is not finite is counted by the guard.
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
@@ -132,11 +137,8 @@ class LoraTrainer(ResumableTrainer):
             WorkError: the second step in short time that is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        loss = self.step_loss
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, "mean")
         scaled = self.accelerator.scaler is not None
-        return self.guard.check(self.model, loss, norm, self.step_examples, scaled)
+        return self.guard.check(self.model, self.step_loss, norm, self.step_examples, scaled)
 
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """Add the gradients of the step's mean loss; returns that loss."""
@@ -148,10 +150,8 @@ class LoraTrainer(ResumableTrainer):
             for micro in step.micro:
                 total += self.graphs(self._to_device(to_bucket(micro)))
             return total
-        for number, micro in enumerate(step.micro):
-            last = number + 1 == len(step.micro)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                total += self._forward_backward(model, self._to_device(micro), scale)
+        for micro in step.micro:
+            total += self._forward_backward(model, self._to_device(micro), scale)
         return total
 
     def _to_device(self, micro: Batch) -> Batch:
@@ -197,16 +197,14 @@ class LoraTrainer(ResumableTrainer):
             or self.plan.placement.layer_major
             or not self.attached.frozen_head
             or self.args.fp16
-            or self.accelerator.num_processes > 1
         ):
             return None
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not has_kernels(parameters[0]) or engine.layers[0].qkv.kind == torch.float32:
+        if not has_kernels(self.trained[0]) or engine.layers[0].qkv.kind == torch.float32:
             # Packed documents in float32 attend one by one: as many shapes as there are steps.
             return None
         return GraphedMicroSteps(
             lambda micro, scale: self._forward_backward(self.model, micro, scale),
-            parameters,
+            self.trained,
             engine.groups,
         )
 
@@ -215,9 +213,8 @@ class LoraTrainer(ResumableTrainer):
         placement, engine = self.plan.placement, self.attached.engine
         if not placement.layer_major or engine is None:
             return None
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
         cut = Cut(placement.tokens_at_once, placement.heads_at_once)
-        return LayerMajor(engine, self.attached.head, parameters, cut, placement.inputs_on_card)
+        return LayerMajor(engine, self.attached.head, self.trained, cut, placement.inputs_on_card)
 
     def start_over(self) -> None:
         """Forget what a broken step left: captured graphs and their memory, kept layer inputs."""
@@ -225,11 +222,6 @@ class LoraTrainer(ResumableTrainer):
             self.graphs = self._graphed()
         if self.layer_major is not None:
             self.layer_major = self._layer_major()
-
-    def _sum_over_ranks(self, count: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device)))
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
@@ -243,9 +235,11 @@ class LoraTrainer(ResumableTrainer):
 
     def score(self, examples: Sequence[Example]) -> EvalScore:
         """Held-out loss; batches become smaller, and stay so, where memory runs out."""
-        return score(
-            self.model, examples, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
+        own = examples if self.sharded else own_share(examples, self.ranks)
+        found = score(
+            self.model, own, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
         )
+        return found if self.sharded else combined(self.ranks.gather(found))
 
     def _score_smaller(self, tokens: int) -> None:
         self.eval_tokens = tokens
@@ -255,9 +249,15 @@ class LoraTrainer(ResumableTrainer):
 
     def rows_not_finite(self, examples: Sequence[Example]) -> list[Example]:
         """Those of a step's examples whose own loss is NaN or infinite."""
-        found = not_finite(self.model, examples, self.pad_id)
+        own = examples if self.sharded else own_share(examples, self.ranks)
+        found = not_finite(self.model, own, self.pad_id)
         self.model.train()
-        return found
+        return found if self.sharded else list(itertools.chain(*self.ranks.gather(found)))
+
+    @property
+    def sharded(self) -> bool:
+        """Every pass through the base is one of all ranks together."""
+        return self.plan.placement.shards > 1
 
     def last_checkpoint(self) -> str:
         """Where one can go on from, in words."""
@@ -289,8 +289,8 @@ class LoraTrainer(ResumableTrainer):
                 hint="lower micro_batch_size or lora_r; adamw_8bit keeps less on a CUDA card",
             ) from error
 
-    def _collate(self, rows: Sequence[dict[str, int]]) -> dict[str, StepBatch]:
-        """The examples of one step, laid out.
+    def _collate(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
+        """The examples of one step, and those of this rank laid out.
 
         Raises:
             DataError: one of them cannot be read.
@@ -306,7 +306,8 @@ class LoraTrainer(ResumableTrainer):
                     hint="is the disk with the cache still there? go on with --resume, which "
                     "prepares it anew",
                 ) from error
-        return {"step": step_batches(examples, self.layout)}
+        own = own_share(examples, self.ranks)
+        return {"step": step_batches(own, self.layout), "examples": examples}
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorakit.data.batch import Layout, StepBatch, step_batches
 from lorakit.errors import WorkError
+from lorakit.ranks import Ranks
 from lorakit.recipe import Recipe
 from lorakit.records import EvalScore, Example, MemoryPlan
 from lorakit.run_dir import RunDir
@@ -32,11 +33,14 @@ class Stepping(Protocol):
     state: Any
     model: Any
     optimizer: Any
-    accelerator: Any
     args: Any
     train_rows: Sequence[Example]
     val: Sequence[Example]
     eval_tokens: int
+    ranks: Ranks
+
+    @property
+    def sharded(self) -> bool: ...
 
     def score(self, examples: Sequence[Example]) -> EvalScore: ...
 
@@ -89,7 +93,7 @@ class WithinMemory:
         """
         trainer, start = self.trainer, Generators.now()
         room = room_for_optimizer(trainer.optimizer, trainer.plan, trainer.args.device)
-        per_step = trainer.recipe.examples_per_step
+        per_step = -(-trainer.recipe.examples_per_step // trainer.ranks.count)
         step = worst_step(trainer.train_rows, trainer.layout, per_step)
         self._fitted(model, step, 1 / max(1, step.supervised))
         model.zero_grad(set_to_none=True)
@@ -114,10 +118,10 @@ class WithinMemory:
         number, made = trainer.state.global_step + 1, smaller(step)
         if made is None:
             self._give_up(step, trouble)
-        if trainer.accelerator.num_processes > 1:
+        if trainer.sharded:  # the ranks gather layers in step: one alone cannot begin again
             raise WorkError(
                 f"out of memory at step {number}: {trouble}; {trainer.last_checkpoint()}",
-                hint=f"set micro_batch_size below {trainer.layout.rows}, with more accumulation",
+                hint="lower memory_limit: the plan then takes fewer tokens at once",
             )
         trainer.layout = made.layout
         trainer.start_over()
@@ -131,7 +135,8 @@ class WithinMemory:
         """Memory does not hold one example: keep what was trained, and say what would help."""
         trainer = self.trainer
         number = trainer.state.global_step
-        if self.after is not None and not trainer.run.checkpoint(number).exists():
+        alone = trainer.ranks.count == 1  # the others are in the middle of the step
+        if alone and self.after is not None and not trainer.run.checkpoint(number).exists():
             self.after.restore()
             trainer._save_checkpoint(trainer.model, None)
         longest = max(step.examples, key=lambda e: len(e.input_ids))

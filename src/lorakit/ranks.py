@@ -1,0 +1,269 @@
+"""torchrun's environment enters; this process's place among those that share each step leaves.
+
+Each rank runs a whole trainer over the same order of steps, computes its share of a step's
+examples, and adds its gradients to the others' once (`train/together.py`). To transformers and
+accelerate each is alone: they see one device and no environment of torchrun's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from lorakit.errors import WorkError
+from lorakit.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Heartbeat, key
+from lorakit.records import Device
+
+T = TypeVar("T")
+# What hangs is found by the heartbeat; rank 0 may well evaluate for an hour meanwhile.
+FOREVER = datetime.timedelta(days=30)
+MEET_SECONDS = 120.0
+# Read by transformers, accelerate and trl, which would divide the work a second time.
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+class Ranks:
+    """The processes that share each step; alone by default.
+
+    Args:
+        number: this one's, from 0. `per_node`: so many on each machine.
+    """
+
+    def __init__(
+        self, number: int = 0, count: int = 1, per_node: int = 1, heartbeat: Any = None
+    ) -> None:
+        self.number, self.count, self.per_node = number, count, per_node
+        self.heartbeat: Heartbeat | None = heartbeat
+        self.of_node: Any = None
+        self.of_host: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and speaks for all."""
+        return self.number == 0
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return self.count // self.per_node
+
+    def add(self, tensor: Any) -> None:
+        """Sum `tensor` over all ranks, in place; each gets the same bits."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            group = self.of_host if tensor.device.type == "cpu" else None
+            self._together(lambda: dist.all_reduce(tensor, group=group))
+
+    def gather(self, thing: T) -> list[T]:
+        """Every rank's `thing`, by rank."""
+        if self.count == 1:
+            return [thing]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.count
+        self._together(lambda: dist.all_gather_object(found, thing, group=self.of_host))
+        return found
+
+    def told(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every rank; the others wait for it."""
+        if self.count == 1:
+            return work()
+        import torch.distributed as dist
+
+        box: list[Any] = [work() if self.first else None]
+        self._together(lambda: dist.broadcast_object_list(box, src=0, group=self.of_host))
+        return box[0]
+
+    @contextmanager
+    def one_ahead(self) -> Iterator[None]:
+        """Rank 0 does what follows before the others do: downloads and caches are made once."""
+        if not self.first:
+            self.told(lambda: None)
+        yield
+        if self.first:
+            self.told(lambda: None)
+
+    def at(self, step: int, words: str, folder: Any = None) -> None:
+        """For the message at a sudden end: the last step, and what is kept."""
+        if self.heartbeat is not None:
+            self.heartbeat.at(step, words, folder)
+
+    def _together(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except RuntimeError:
+            # A rank is gone: the heartbeat names it, and ends this process.
+            time.sleep(SILENT_SECONDS + 5 * GRACE_SECONDS)
+            raise
+
+
+ALONE = Ranks()
+
+
+def shared_device(device: Device, ranks: Ranks) -> Device:
+    """The device that every rank plans for: memory is that of the smallest.
+
+    Raises:
+        WorkError: the base would have another type on some ranks.
+    """
+    if ranks.count == 1:
+        return device
+    found = ranks.gather(device)
+    types = {other.dtype for other in found}
+    if len(types) > 1:
+        told = ", ".join(f"rank {n}: {d.dtype} on {d.name}" for n, d in enumerate(found))
+        raise WorkError(
+            f"the ranks would hold the base in different types ({told})",
+            hint="set dtype to one that all of them have: float16 or float32",
+        )
+    names = [f"{sum(d.name == name for d in found)} x {name}" for name in {d.name for d in found}]
+    on = f" on {ranks.nodes} machines" if ranks.nodes > 1 else ""
+    return replace(
+        min(found, key=lambda other: other.memory_bytes),
+        ranks=ranks.count,
+        nodes=ranks.nodes,
+        reasons={**device.reasons, "ranks": ", ".join(sorted(names)) + on},
+    )
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of this process: those that torchrun started, or itself alone.
+
+    Raises:
+        WorkError: one does not come, or its card cannot be reached; it is named.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    import torch.distributed as dist
+
+    ranks = _meet()
+    assert ranks.heartbeat is not None
+    try:
+        yield ranks
+    except BaseException:
+        ranks.heartbeat.leave("failed")
+        raise
+    ranks.told(lambda: None)  # the store stays until all are through
+    ranks.heartbeat.leave("left")
+    dist.destroy_process_group()
+
+
+def _meet() -> Ranks:
+    import torch
+    import torch.distributed as dist
+
+    number, count, local, per_node = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    card = _own_card(local, per_node)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and number == 0
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    def connect(hosts: bool) -> Any:
+        return dist.TCPStore(
+            *place,
+            world_size=count,
+            is_master=hosts,
+            timeout=datetime.timedelta(seconds=MEET_SECONDS),
+            wait_for_workers=False,
+        )
+
+    store = connect(hosted)
+    for name in OF_TORCHRUN:
+        os.environ.pop(name, None)
+    heartbeat = Heartbeat(
+        connect(False), number, count, f"cuda:{local}" if card else f"cpu:{local}"
+    )
+    _wait_for_all(store, count)
+    heartbeat.start()
+    ranks = Ranks(number, count, per_node, heartbeat)
+    dist.init_process_group(
+        "nccl" if card else "gloo",
+        store=dist.PrefixStore("lorakit", store),
+        rank=number,
+        world_size=count,
+        timeout=FOREVER,
+        device_id=torch.device("cuda", 0) if card else None,
+    )
+    ranks.of_host = dist.new_group(backend="gloo", timeout=FOREVER) if card else dist.group.WORLD
+    for node in range(ranks.nodes):
+        members = list(range(node * per_node, (node + 1) * per_node))
+        group = dist.new_group(members, timeout=FOREVER) if ranks.nodes > 1 else dist.group.WORLD
+        if number in members:
+            ranks.of_node = group
+    _preflight(ranks, "cuda" if card else "cpu")
+    return ranks
+
+
+def _preflight(ranks: Ranks, device: str) -> None:
+    """One all-reduce and the versions of all; what hangs here is named by the heartbeat."""
+    import torch
+
+    probe = torch.full((1,), float(ranks.number), device=device)
+    ranks.add(probe)
+    expected = ranks.count * (ranks.count - 1) / 2
+    if float(probe) != expected:
+        raise WorkError(
+            f"an all-reduce over {ranks.count} ranks gave {float(probe):g} instead of {expected:g}",
+            hint="a card or a link between cards computes wrong: NCCL_P2P_DISABLE=1 goes round it",
+        )
+    names = ("lorakit", "torch", "transformers", "peft")
+    found = ranks.gather([f"{name} {importlib.metadata.version(name)}" for name in names])
+    for number, versions in enumerate(found):
+        if versions != found[0]:
+            raise WorkError(
+                f"rank {number} has {', '.join(versions)}; rank 0 has {', '.join(found[0])}",
+                hint="install the same versions on every machine",
+            )
+    assert ranks.heartbeat is not None
+    ranks.heartbeat.own.state = "ready"
+
+
+def _wait_for_all(store: Any, count: int) -> None:
+    """Wait for every rank's first word.
+
+    Raises:
+        WorkError: names those that do not come.
+    """
+    until = time.monotonic() + MEET_SECONDS
+    while missing := [rank for rank in range(count) if not store.check([key(rank)])]:
+        if time.monotonic() > until:
+            names = ", ".join(map(str, missing))
+            raise WorkError(
+                f"rank {names} of {count} did not come within {MEET_SECONDS:.0f} s",
+                hint="was torchrun started on every machine, with the same --nnodes and "
+                "--rdzv-endpoint, and do their first words show an error?",
+            )
+        time.sleep(0.05)
+
+
+def _own_card(local: int, per_node: int) -> bool:
+    """Show this process one card only: the `local`-th of the machine; False without cards.
+
+    Raises:
+        WorkError: fewer cards than processes.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        return False
+    if count < per_node and count > 1:
+        raise WorkError(
+            f"{per_node} processes on a machine with {count} CUDA cards",
+            hint=f"start {count}: --gpus {count}, or torchrun --nproc-per-node {count}",
+        )
+    if count > 1:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = shown.split(",") if shown else [str(n) for n in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[local]
+    return True
