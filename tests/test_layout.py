@@ -15,7 +15,7 @@ LAYERS = [
     {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
     {"data", "ops"},
     {"model"},
-    {"memory", "train", "generate"},
+    {"placement", "memory", "train", "generate"},
     {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect", "plan"},
     {"finetune", "demo"},
     {"preview"},
