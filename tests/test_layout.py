@@ -16,7 +16,7 @@ LAYERS = [
     {"heartbeat", "ranks", "launch"},
     {"data", "ops"},
     {"model"},
-    {"memory", "train", "generate"},
+    {"placement", "memory", "train", "generate"},
     {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect", "plan"},
     {"finetune", "demo"},
     {"preview"},

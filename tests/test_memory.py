@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import RecipeError
-from lorakit.memory import NF4_BYTES, plan_memory, plan_of
+from lorakit.memory import plan_memory, plan_of
 from lorakit.model.shapes import shape_config
+from lorakit.model.sizes import NF4_BYTES
 from lorakit.recipe import Recipe
 from lorakit.records import Device, Placement
 

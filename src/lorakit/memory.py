@@ -2,26 +2,23 @@
 
 Shapes come from the model built on the meta device, so every architecture transformers knows is
 counted exactly. Weights, adapters, gradients and optimizer are arithmetic; what layers keep for
-backward is counted tensor by tensor for the engine, and estimated for a model's own layers.
+backward is counted tensor by tensor for the engine, and estimated for a model's own layers. Of
+several GPUs the plan is that of one: its part of each step, and of the base where that is spread.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from lorakit.errors import RecipeError
-from lorakit.model.count import Counted, Shape, count, targets, trained
+from lorakit.model.count import targets
 from lorakit.model.families import FAST_FAMILIES
+from lorakit.model.sizes import Sizes
+from lorakit.placement import choices, refuse_placement
 from lorakit.recipe import Recipe
-from lorakit.records import ON_CARD, Device, MemoryPlan, Placement
+from lorakit.records import Device, MemoryPlan, Placement
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# NF4: half a byte a weight, one int8 scale per 64, one float32 scale per 256 of those
-# (QLoRA, arXiv 2305.14314, section 3: 0.127 bits of constants a weight instead of 0.5).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 OPTIMIZER_BYTES = {
     "adamw": 8.0,
     "adamw_8bit": 2.0,
@@ -32,64 +29,8 @@ OPTIMIZER_BYTES = {
 # Context, kernels and library workspaces that the driver sees beside torch's allocator.
 CUDA_CONTEXT_BYTES = 840 * 1024**2
 
-# From here on heads go through attention in groups: its buffers for all would be GBs, and one group
-# fills a card (benchmarks/results/time_link.json).
-LONG_ROW = 32768
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Counts that every part of the plan is made of."""
-
-    recipe: Recipe
-    config: Any  # of the text model
-    counted: Counted
-    width: int  # bytes of a stored number
-    cuda: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, config: Any, device: Device) -> _Sizes:
-        """Counted for this recipe, model and device."""
-        text = config.get_text_config()
-        return cls(recipe, text, count(config), BYTES[device.dtype], device.kind == "cuda")
-
-    @property
-    def layers(self) -> int:
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        return self.counted.linear
-
-    @property
-    def linear(self) -> int:
-        return self.counted.in_linear
-
-    @property
-    def others(self) -> int:
-        return self.counted.total - self.linear - self.counted.experts
-
-    @property
-    def adapter(self) -> int:
-        return trained(self.recipe, self.counted)
-
-    @property
-    def tokens(self) -> int:
-        return self.recipe.micro_batch_size * self.recipe.cutoff_len
-
-    @property
-    def step_tokens(self) -> int:
-        return self.recipe.examples_per_step * self.recipe.cutoff_len
-
-    @property
-    def inputs_bytes(self) -> int:
-        """One layer's inputs, of all micro-batches of a step."""
-        return int(self.step_tokens * self.config.hidden_size * self.width)
-
-    @property
-    def frozen_bytes(self) -> int:
-        four_bit = self.recipe.method == "qlora"
-        return int(self.linear * (NF4_BYTES if four_bit else self.width))
+# NCCL's own: an estimate, 4 MiB (NCCL_BUFFSIZE) for 24 channels, two neighbors, both ways.
+NCCL_BYTES = 24 * 2 * 2 * 4 * 1024**2
 
 
 def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
@@ -99,23 +40,18 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         recipe: with `target_modules` resolved. `gradient_checkpointing` false keeps everything,
             true keeps each layer's input alone, `auto` recomputes as little as the budget allows.
         config: the transformers config of the base model.
-        device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
+        device: where it will run; its memory, or the recipe's `memory_limit`, is the budget of
+            each rank.
 
     Raises:
-        RecipeError: `streaming: on` where the fast layers do not serve.
+        RecipeError: `streaming: on` or `sharding: on` where it cannot be had.
     """
-    sizes = _Sizes.of(recipe, config, device)
+    sizes = Sizes.of(recipe, config, device)
     engine = _engine(sizes)
-    if recipe.streaming == "on" and not (engine and recipe.modules_to_save is None):
-        raise RecipeError(
-            "streaming: on needs the fast layers, and they do not serve this recipe (model family "
-            f"{sizes.config.model_type}, engine: {recipe.engine}; DoRA, trained biases and "
-            "modules_to_save do not go with them)",
-            hint="set streaming: auto, and memory_limit if it must fit",
-        )
-    budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
+    refuse_placement(sizes, engine)
+    budget = budget_of(recipe, device)
     plan = None
-    for keep, placement in _choices(recipe, sizes, engine):
+    for keep, placement in choices(sizes, engine):
         plan = _planned(sizes, keep, placement, device)
         if plan.total_bytes <= budget:
             filled = _fill(placement, sizes, budget - plan.total_bytes)
@@ -129,13 +65,18 @@ def plan_of(
     recipe: Recipe, config: Any, device: Device, keep: Sequence[int], placement: Placement
 ) -> MemoryPlan:
     """The bytes of a choice made already, as a result carries it."""
-    sizes = _Sizes.of(recipe, config, device)
+    sizes = Sizes.of(recipe, config, device)
     plan = _planned(sizes, tuple(keep), placement, device)
-    return replace(plan, fits=plan.total_bytes <= device.memory_bytes)
+    return replace(plan, fits=plan.total_bytes <= device.rank_bytes)
+
+
+def budget_of(recipe: Recipe, device: Device) -> int:
+    """Bytes that one rank may take."""
+    return recipe.memory_limit_bytes or int(0.95 * device.rank_bytes)
 
 
 def _planned(
-    sizes: _Sizes, keep: tuple[int, ...], placement: Placement, device: Device
+    sizes: Sizes, keep: tuple[int, ...], placement: Placement, device: Device
 ) -> MemoryPlan:
     engine = _engine(sizes)
     parts = _fixed_parts(sizes, placement, engine)
@@ -144,10 +85,10 @@ def _planned(
     else:
         parts |= _working_parts(sizes, keep, engine)
     host = _host_parts(sizes, placement)
-    return MemoryPlan(parts, device.memory_bytes, False, keep, placement, host)
+    return MemoryPlan(parts, device.rank_bytes, False, keep, placement, host)
 
 
-def _fill(placement: Placement, sizes: _Sizes, room: int) -> Placement:
+def _fill(placement: Placement, sizes: Sizes, room: int) -> Placement:
     """Keep on the card the inputs of as many layers as there is room for."""
     if not placement.layer_major:
         return placement
@@ -155,11 +96,11 @@ def _fill(placement: Placement, sizes: _Sizes, room: int) -> Placement:
     return replace(placement, inputs_on_card=min(sizes.layers, count))
 
 
-def _engine(sizes: _Sizes) -> bool:
+def _engine(sizes: Sizes) -> bool:
     """As `attach_loss` decides: `auto` on cards with kernels only."""
     recipe = sizes.recipe
-    wanted = sizes.cuda or recipe.engine == "on" or recipe.streaming == "on"
-    return expects_engine(recipe, sizes.config) and wanted
+    asked = "on" in (recipe.engine, recipe.streaming, recipe.sharding)
+    return expects_engine(recipe, sizes.config) and (sizes.cuda or asked)
 
 
 def expects_engine(recipe: Recipe, config: Any) -> bool:
@@ -168,66 +109,18 @@ def expects_engine(recipe: Recipe, config: Any) -> bool:
     return recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
 
 
-def _choices(
-    recipe: Recipe, sizes: _Sizes, engine: bool
-) -> Iterator[tuple[tuple[int, ...], Placement]]:
-    """(what layers keep, what lies where), cheapest in speed first."""
-    layers, chosen = sizes.layers, recipe.gradient_checkpointing
-    if recipe.streaming == "on":
-        yield from _layer_major_choices(recipe, sizes, (True,))
-        return
-    if chosen != "auto":
-        yield (3 if chosen else 0,) * layers, ON_CARD
-        return
-    if not engine:
-        yield (0,) * layers, ON_CARD
-        yield (3,) * layers, ON_CARD
-        return
-    yield (0,) * layers, ON_CARD
-    for level in range(3):
-        for more in range(1, layers + 1):
-            yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
-    if sizes.cuda and not sizes.config.tie_word_embeddings:
-        yield (3,) * layers, Placement(embedding_on_host=True)
-    if sizes.cuda and recipe.modules_to_save is None and recipe.streaming == "auto":
-        yield from _layer_major_choices(recipe, sizes, (False, True))
-
-
-def _layer_major_choices(
-    recipe: Recipe, sizes: _Sizes, base_on_host: tuple[bool, ...]
-) -> Iterator[tuple[tuple[int, ...], Placement]]:
-    """Step by step less on the card, and fewer tokens at once."""
-    # bitsandbytes' optimizers work on cards only.
-    adapters = (False,) if recipe.optimizer.endswith("8bit") else (False, True)
-    heads = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
-    if recipe.cutoff_len >= LONG_ROW:
-        heads = max(1, heads * LONG_ROW // (2 * recipe.cutoff_len))
-    # The base comes while the card computes; the optimizer on the host is waited for. Within 4 GiB
-    # 4,096 tokens and adapters on the card ran at 12,943 tokens/s, 8,192 and on the host at 12,198.
-    for at_once in ((8192, 4096), (2048, 1024)):
-        for adapters_on_host, on_host, tokens in itertools.product(adapters, base_on_host, at_once):
-            yield (
-                (3,) * sizes.layers,
-                Placement(
-                    layer_major=True,
-                    embedding_on_host=not sizes.config.tie_word_embeddings,
-                    base_on_host=on_host,
-                    adapters_on_host=adapters_on_host,
-                    tokens_at_once=min(tokens, sizes.step_tokens),
-                    heads_at_once=heads,
-                ),
-            )
-
-
-def _fixed_parts(sizes: _Sizes, placement: Placement, engine: bool) -> dict[str, int]:
+def _fixed_parts(sizes: Sizes, placement: Placement, engine: bool) -> dict[str, int]:
     """What stands in memory all the time."""
     recipe, width = sizes.recipe, sizes.width
     embedding = _embedding(sizes) if placement.embedding_on_host else 0
-    frozen, layers = sizes.frozen_bytes, sizes.layers
+    layers, two_layers = sizes.layers, 2 * sizes.frozen_bytes // sizes.layers
+    own = -(-sizes.frozen_bytes // placement.shards)
     parts = {
-        "frozen weights": 2 * frozen // layers if placement.base_on_host else frozen,
+        "frozen weights": two_layers if placement.base_on_host else own,
         "embeddings, head and norms": int((sizes.others - embedding) * width),
     }
+    if placement.shards > 1:
+        parts["two layers, gathered"] = two_layers
     if sizes.counted.experts:
         # Raw tensors, which bitsandbytes 0.50 leaves as they are: no NF4 for them.
         parts["experts (not quantized)"] = sizes.counted.experts * width
@@ -243,18 +136,23 @@ def _fixed_parts(sizes: _Sizes, placement: Placement, engine: bool) -> dict[str,
             parts["one layer dequantized"] = sizes.linear // layers * width
     if sizes.cuda:
         parts["CUDA context"] = CUDA_CONTEXT_BYTES
+    if sizes.cuda and sizes.ranks > 1:
+        parts["NCCL buffers"] = NCCL_BYTES
     return parts
 
 
-def _adapter_parts(sizes: _Sizes) -> dict[str, int]:
-    return {
+def _adapter_parts(sizes: Sizes) -> dict[str, int]:
+    parts = {
         "adapters (float32)": sizes.adapter * 4,
         "gradients (float32)": sizes.adapter * 4,
         "optimizer state": int(sizes.adapter * OPTIMIZER_BYTES[sizes.recipe.optimizer]),
     }
+    if sizes.ranks > 1:
+        parts["gradients on their way"] = sizes.adapter * 4
+    return parts
 
 
-def _host_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
+def _host_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
     """What lies in host memory instead of the card's."""
     parts = {}
     if placement.base_on_host:
@@ -268,21 +166,21 @@ def _host_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     return parts
 
 
-def _embedding(sizes: _Sizes) -> int:
+def _embedding(sizes: Sizes) -> int:
     return int(sizes.config.vocab_size * sizes.config.hidden_size)
 
 
-def _micro_tokens(sizes: _Sizes, placement: Placement) -> int:
+def _micro_tokens(sizes: Sizes, placement: Placement) -> int:
     rows = max(1, placement.tokens_at_once // sizes.recipe.cutoff_len)
     return min(rows * sizes.recipe.cutoff_len, sizes.step_tokens)
 
 
-def _under_way(sizes: _Sizes, placement: Placement) -> int:
+def _under_way(sizes: Sizes, placement: Placement) -> int:
     """Inputs of the micro-batch at work and of two that come (`layer_inputs.UNDER_WAY`)."""
     return 3 * _micro_tokens(sizes, placement) * int(sizes.config.hidden_size) * sizes.width
 
 
-def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
+def _layer_major_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
     """What a step needs that goes layer by layer through all its micro-batches."""
     model, qkv, out, inner = _widths(sizes)
     micro = _micro_tokens(sizes, placement)
@@ -308,7 +206,7 @@ def _layer_major_parts(sizes: _Sizes, placement: Placement) -> dict[str, int]:
     }
 
 
-def _working_parts(sizes: _Sizes, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
+def _working_parts(sizes: Sizes, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
     """What a micro-batch needs: activations kept, and one layer's work or the loss."""
     tokens = sizes.tokens
     logits = _logits_bytes(sizes, engine)
@@ -323,7 +221,7 @@ def _working_parts(sizes: _Sizes, keep: tuple[int, ...], engine: bool) -> dict[s
     }
 
 
-def _widths(sizes: _Sizes) -> tuple[int, int, int, int]:
+def _widths(sizes: Sizes) -> tuple[int, int, int, int]:
     """(model, q+k+v, attention output, inner) widths of one layer."""
     c = sizes.config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -332,13 +230,13 @@ def _widths(sizes: _Sizes) -> tuple[int, int, int, int]:
     return c.hidden_size, queries + 2 * keys, queries, c.intermediate_size
 
 
-def _normed(sizes: _Sizes) -> int:
+def _normed(sizes: Sizes) -> int:
     """Numbers a token of queries and keys after norms of their own, beside those before (Qwen3)."""
     _, qkv, out, _ = _widths(sizes)
     return (qkv + out) // 2 if str(sizes.config.model_type).startswith("qwen3") else 0
 
 
-def _kept_bytes(sizes: _Sizes, level: int) -> float:
+def _kept_bytes(sizes: Sizes, level: int) -> float:
     """Bytes one layer of the engine keeps for a token, by level; see `fast_layer.Keep`."""
     model, qkv, out, inner = _widths(sizes)
     rank = sizes.recipe.lora_r
@@ -353,7 +251,7 @@ def _kept_bytes(sizes: _Sizes, level: int) -> float:
     return numbers * sizes.width + scalars
 
 
-def _work_bytes(sizes: _Sizes, level: int) -> float:
+def _work_bytes(sizes: Sizes, level: int) -> float:
     """Bytes a token needs while one layer goes backward, beyond what was kept."""
     model, qkv, out, inner = _widths(sizes)
     numbers = 4 * model + 4 * inner  # dh, h and d(gate/up) beside residual gradients and norms
@@ -364,7 +262,7 @@ def _work_bytes(sizes: _Sizes, level: int) -> float:
     return numbers * sizes.width
 
 
-def _own_activation_bytes(sizes: _Sizes, recompute: bool) -> float:
+def _own_activation_bytes(sizes: Sizes, recompute: bool) -> float:
     """Bytes a model's own layers save for backward per token.
 
     Without recomputation a layer keeps, per target, its input after dropout and the mask, and per
@@ -381,7 +279,7 @@ def _own_activation_bytes(sizes: _Sizes, recompute: bool) -> float:
     return layers * per_layer
 
 
-def _logits_bytes(sizes: _Sizes, engine: bool) -> int:
+def _logits_bytes(sizes: Sizes, engine: bool) -> int:
     """Logits of one chunk; with a frozen plain head they become their own gradient."""
     from lorakit.ops.cross_entropy import LOGITS_BYTES
 

@@ -132,7 +132,8 @@ class Device:
 
     `memory_bytes` is the card's memory, or the host's for a CPU. `dtype` is the storage and
     compute type of the frozen base: "bfloat16", "float16" or "float32". `ranks` processes share
-    each step, each with a device like this one, on `nodes` machines.
+    each step, each with a device like this one, on `nodes` machines; each machine's network is
+    taken to carry `network_gbits` a second, unless told.
     """
 
     kind: Literal["cuda", "mps", "cpu"]
@@ -143,6 +144,17 @@ class Device:
     reasons: dict[str, str] = field(default_factory=dict)
     ranks: int = 1
     nodes: int = 1
+    network_gbits: float = 100.0
+
+    @property
+    def per_node(self) -> int:
+        """Ranks of one machine."""
+        return self.ranks // self.nodes
+
+    @property
+    def rank_bytes(self) -> int:
+        """Memory of one rank: processes on a CPU share the host's."""
+        return self.memory_bytes // (self.per_node if self.kind == "cpu" else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +233,8 @@ class MemoryPlan:
                 for level, count in counts.items()
                 if level
             ]
+        if self.placement.shards > 1:
+            said.append(f"each layer's weights spread over {self.placement.shards} GPUs")
         on_host = self.placement.in_words()
         said += [f"in host memory: {', '.join(on_host)}"] if on_host else []
         return "; ".join(said) or "nothing recomputed"

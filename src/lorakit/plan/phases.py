@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.memory import BYTES, NF4_BYTES, OPTIMIZER_BYTES
+from lorakit.memory import OPTIMIZER_BYTES
 from lorakit.model.count import count, trained
+from lorakit.model.sizes import BYTES, NF4_BYTES
 from lorakit.ops.cross_entropy import LOGITS_BYTES
 from lorakit.plan.training import LIBRARIES_BYTES
 from lorakit.recipe import Recipe
@@ -20,12 +21,14 @@ Parts = dict[str, int]
 # What stands in the device's memory whatever goes on there.
 STANDING = {
     "frozen weights",
+    "two layers, gathered",
     "embeddings, head and norms",
     "experts (not quantized)",
     "adapters (float32)",
     "adapters (copy in the base's type)",
     "one layer dequantized",
     "CUDA context",
+    "NCCL buffers",
     "Python and libraries",
 }
 # `lorakit eval` answers four questions side by side, 96 tokens each (`evaluate.py`).
@@ -71,7 +74,8 @@ def spelled(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -
     on_host = training.placement.base_on_host
     told: Parts = {"frozen weights of two layers" if on_host else "frozen weights": frozen}
     if recipe.method == "qlora" and not on_host:
-        constants = int((NF4_BYTES - 0.5) * counted.in_linear)
+        shards = training.placement.shards
+        constants = int((NF4_BYTES - 0.5) * counted.in_linear / shards)
         told = {"frozen weights (4-bit)": frozen - constants, "quantization constants": constants}
     embedding = 0 if training.placement.embedding_on_host else counted.embedding * width
     head = counted.head * width
@@ -85,13 +89,16 @@ def spelled(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -
 
 
 def host_parts(recipe: Recipe, device: Device, training: MemoryPlan) -> Parts:
-    """RAM beside a card while it trains; on a CPU that is the plan itself."""
+    """RAM of a machine beside its cards while they train; on a CPU that is the plan itself.
+
+    Each rank is a process of its own, and shares nothing of it.
+    """
     if device.kind != "cuda":
         return {}
     parts = {"Python and libraries": CUDA_HOST_BYTES, **training.host_parts}
     if recipe.optimizer.startswith("paged"):
         parts["optimizer pages"] = training.parts.get("optimizer state", 0)
-    return parts
+    return {name: device.per_node * size for name, size in parts.items()}
 
 
 def merge_parts(config: Any) -> Parts:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.memory import NF4_BYTES, expects_engine
+from lorakit.memory import expects_engine
 from lorakit.model.count import Counted, count
+from lorakit.model.sizes import NF4_BYTES
 from lorakit.plan.cards import Card
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorakit.memory import expects_engine, plan_memory
+from lorakit.memory import budget_of, expects_engine, plan_memory
+from lorakit.model.sizes import examples_of_rank
 from lorakit.plan.simulate import simulate
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
@@ -34,9 +35,10 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
     text = config.get_text_config()
-    if expects_engine(recipe, text) and (device.kind == "cuda" or recipe.engine == "on"):
+    wanted = device.kind == "cuda" or recipe.engine == "on"
+    if "on" in (recipe.streaming, recipe.sharding) or (wanted and expects_engine(recipe, text)):
         plan = plan_memory(recipe, config, device)
-        return plan if device.kind == "cuda" else replace(plan, parts=_process(plan.parts))
+        return plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
     chosen = recipe.gradient_checkpointing
     if chosen != "auto":
         return _own_layers(recipe, config, device, chosen)
@@ -52,29 +54,37 @@ def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
     """
     if device.kind == "cuda" or longest < 1:
         return recipe
-    rows = recipe.gradient_accumulation_steps if recipe.packing else 1
+    micros = -(-examples_of_rank(recipe, device.ranks) // recipe.micro_batch_size)
+    rows = micros if recipe.packing else 1
     return recipe.model_copy(update={"cutoff_len": min(recipe.cutoff_len, max(8, rows * longest))})
 
 
 def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) -> MemoryPlan:
     asked = recipe.model_copy(update={"engine": "off", "gradient_checkpointing": recompute})
+    rows = min(recipe.micro_batch_size, examples_of_rank(recipe, device.ranks))
+    micro = asked.model_copy(update={"micro_batch_size": rows})
     plan = plan_memory(asked, config, device)
     parts = dict(plan.parts)
-    counted = simulate(asked, config, device, recompute)
+    counted = simulate(micro, config, device, recompute)
     if counted is not None:
         for name in ESTIMATED:
             parts.pop(name)
         parts["activations kept for backward"] = counted.kept
         parts["work of one layer, or the loss"] = counted.work
     if device.kind != "cuda":
-        layers = simulate(asked, config, device, recompute=False)
+        layers = simulate(micro, config, device, recompute=False)
         if layers is not None:
             parts["holes in the heap"] = int(
                 (HOLES_RECOMPUTED if recompute else HOLES) * layers.in_heap
             )
         parts = _process(parts)
-    budget = recipe.memory_limit_bytes or int(0.95 * device.memory_bytes)
-    return replace(plan, parts=parts, fits=sum(parts.values()) <= budget)
+    return _judged(plan, parts, recipe, device)
+
+
+def _judged(
+    plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device
+) -> MemoryPlan:
+    return replace(plan, parts=parts, fits=sum(parts.values()) <= budget_of(recipe, device))
 
 
 def _process(parts: dict[str, int]) -> dict[str, int]:
