@@ -1,6 +1,5 @@
 """Two processes share each step: the numbers of one, and no hang where one of them ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -71,9 +70,19 @@ def same(one, other):
         assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-5), name
 
 
-def test_two_ranks_have_the_numbers_of_one(recipe_file):
-    alone_file, alone = recipe_file()
-    shared_file, shared = recipe_file()
+WAYS = {
+    "as one": {},
+    "packed": {"packing": True, "micro_batch_size": 4, "gradient_accumulation_steps": 2},
+    "sharded": {"engine": "on", "sharding": "on"},
+    "sharded 4-bit": {"engine": "on", "sharding": "on", "method": "qlora"},
+    "streamed": {"engine": "on", "streaming": "on"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_have_the_numbers_of_one(recipe_file, way):
+    alone_file, alone = recipe_file(method=WAYS[way].get("method", "lora"))
+    shared_file, shared = recipe_file(**WAYS[way])
     train(alone_file)
     said = train(shared_file, gpus=2)
     print(said)
@@ -115,7 +124,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(recipe_file, fau
     said = running.ended()
     print(said, time.monotonic() - since)
     assert running.process.returncode != 0
-    assert f"rank 1 (cpu:1 on" in said and f"process {victim}" in said
+    assert "rank 1 (cpu:1 on" in said and f"process {victim}" in said
     assert said.count("error:") == 1
     assert "Traceback" not in said
     assert run.list_checkpoints()

@@ -24,9 +24,11 @@ from transformers import TrainerCallback
 
 from lorakit.hardware import detect_device
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
+from lorakit.model.load import seed_everything
 from lorakit.model.random_weights import random_model
 from lorakit.model.shapes import shape_config
 from lorakit.plan.training import plan_training
+from lorakit.ranks import Ranks, joined, shared_device
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import IGNORE, Device, Example, MemoryPlan, Origin
@@ -54,7 +56,7 @@ def run_bench(
     console: Console,
     lengths: str = "fixed",
 ) -> dict[str, Any]:
-    """Measure one row.
+    """Measure one row; where torchrun started several processes, they share each step.
 
     Args:
         lengths: "fixed": every example is exactly `seq` tokens, all of them trained. "mixed":
@@ -63,8 +65,47 @@ def run_bench(
     Returns:
         JSON-ready result: tokens_per_second (median over the timed steps), peak_allocated_gib
         (torch's allocator), peak_process_gib (the driver's figure for the card, this process'
-        share), and everything needed to repeat it.
+        share; the largest of all ranks), and everything needed to repeat it.
     """
+    with joined() as ranks:
+        job = _job(shape, method, seq, micro_batch, accumulation, steps, overrides, lengths, ranks)
+        meter = _Meter(job.device)
+        # Each rank holds a part of one base: all make the same.
+        seed_everything(job.recipe.seed)
+        four_bit, elsewhere = method == "qlora", job.plan.placement.base_elsewhere
+        base = random_model(job.config, job.device, four_bit, elsewhere)
+        model = add_adapter(base, job.recipe)
+        trainable, total = count_parameters(model)
+        console.print(
+            f"{shape} {method} on {ranks.count} x {job.device.name}: {trainable:,} of {total:,} "
+            f"parameters train; {job.plan.describe()}"
+        )
+        clock, trainer = _train(model, job, meter, console)
+        measured = ranks.gather(_measured(clock, meter))
+    return {
+        "id": label,
+        "shape": shape,
+        "trainable_parameters": trainable,
+        "seq": seq,
+        "gpus": ranks.count,
+        **measured[0],
+        **{key: max(m[key] for m in measured) for key in measured[0] if key.startswith("peak")},
+        **_described(job, trainer),
+        **provenance(job.device, _command(ranks.count)),
+    }
+
+
+def _job(
+    shape: str,
+    method: str,
+    seq: int,
+    micro_batch: int | None,
+    accumulation: int | None,
+    steps: int,
+    overrides: Sequence[str],
+    lengths: str,
+    ranks: Ranks,
+) -> _Job:
     flags = {
         "model": shape,
         "data": "random tokens",
@@ -76,26 +117,11 @@ def run_bench(
         "probe": False,  # the first step is one
     }
     resolved = load_recipe(None, overrides, flags)
-    device = detect_device(resolved.recipe.dtype)
+    device = shared_device(detect_device(resolved.recipe.dtype), ranks)
     config = shape_config(shape)
     recipe = resolve_targets(resolved, config).recipe
-    job = _Job(recipe, config, device, plan_training(recipe, config, device), lengths)
-    meter = _Meter(device)
-    model = add_adapter(
-        random_model(config, device, method == "qlora", job.plan.placement.base_on_host), recipe
-    )
-    trainable, total = count_parameters(model)
-    console.print(f"{shape} {method} on {device.name}: {trainable:,} of {total:,} parameters train")
-    clock, trainer = _train(model, job, meter, console)
-    return {
-        "id": label,
-        "shape": shape,
-        "trainable_parameters": trainable,
-        "seq": seq,
-        **_measured(clock, meter),
-        **_described(job, trainer),
-        **provenance(device),
-    }
+    plan = plan_training(recipe, config, device)
+    return _Job(recipe, config, device, plan, lengths, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +133,7 @@ class _Job:
     device: Device
     plan: MemoryPlan
     lengths: str
+    ranks: Ranks
 
 
 def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
@@ -159,6 +186,7 @@ def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clo
             [],
             TrainingProgress(console, run, job.device.kind),
             StopRequest(),
+            ranks=job.ranks,
         )
         clock = _Clock(job.device, trainer)
         trainer.add_callback(clock)
@@ -173,7 +201,7 @@ def provenance(device: Device, command: str | None = None) -> dict[str, Any]:
         "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command or _command(),
+        "command": command or _command(gpus=1),
     }
 
 
@@ -283,11 +311,9 @@ class _Meter:
             # A CPU run's own figure is the whole process; nothing is subtracted twice.
             return psutil.Process().memory_info().rss if hasattr(self, "before") else 0
         try:
-            import pynvml
+            import torch
 
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+            return int(torch.cuda.device_memory_used())
         except Exception:  # no NVML here: the runtime's figure, which needs a context first
             import torch
 
@@ -295,9 +321,9 @@ class _Meter:
             return total - free
 
 
-def _command() -> str:
+def _command(gpus: int) -> str:
     """What to type to repeat this row, without the place the result was written to."""
-    words = sys.argv[1:]
+    words = sys.argv[1:] + (["--gpus", str(gpus)] if gpus > 1 else [])
     if "--output" in words:
         at = words.index("--output")
         words = words[:at] + words[at + 2 :]

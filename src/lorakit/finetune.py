@@ -161,7 +161,7 @@ def _fit(
     if recipe.deterministic:
         console.print("bits     the same in each run on this device with these versions; slower")
     with memory_told("loading the base model", TOO_LARGE):
-        base = load_base(recipe, start.location, device, start.plan.placement.base_on_host)
+        base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)

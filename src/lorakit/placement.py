@@ -1,6 +1,6 @@
 """A recipe and its sizes enter; what may lie where leaves, choice by choice, cheapest first.
 
-    on the card, recomputing more and more -> spread over the GPUs of a node -> in host memory
+on the card, recomputing more and more -> spread over the GPUs of a node -> in host memory
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def choices(sizes: Sizes, engine: bool) -> Iterator[Choice]:
         yield from _layer_major(sizes, (False, True))
 
 
-def _layer_major(
-    sizes: Sizes, base_on_host: tuple[bool, ...], shards: int = 1
-) -> Iterator[Choice]:
+def _layer_major(sizes: Sizes, base_on_host: tuple[bool, ...], shards: int = 1) -> Iterator[Choice]:
     """Step by step less on the card, and fewer tokens at once."""
     recipe = sizes.recipe
     # bitsandbytes' optimizers work on cards only.

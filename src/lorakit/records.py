@@ -177,6 +177,11 @@ class Placement:
     heads_at_once: int = 0
     shards: int = 1
 
+    @property
+    def base_elsewhere(self) -> bool:
+        """Layers' frozen weights come to the card by turns."""
+        return self.base_on_host or self.shards > 1
+
     def in_words(self) -> list[str]:
         """What lies on the host."""
         named = {

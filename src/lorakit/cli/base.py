@@ -44,6 +44,11 @@ def on_gpus(gpus: int) -> None:
         raise typer.Exit(launch(without_gpus(sys.argv[1:]), gpus))
 
 
+def first_rank() -> bool:
+    """Whether this process speaks for all; asked before the ranks are joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def quiet(offline: bool = False) -> None:
     """Keep the libraries' own chatter off the screen; `--offline` closes their network too."""
     import logging

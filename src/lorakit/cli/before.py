@@ -11,11 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from lorakit.cli.base import (
+    Gpus,
     Json,
     Offline,
     Set,
     app,
+    first_rank,
     log,
+    on_gpus,
     out,
     print_json,
     quiet,
@@ -69,12 +72,16 @@ def bench(
     accumulation: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps, first ones untimed.")] = 8,
     lengths: Annotated[str, typer.Option(help="fixed, or mixed like instruction data.")] = "fixed",
+    gpus: Gpus = None,
     set_: Set = None,
     id_: Annotated[str | None, typer.Option("--id", help="Label for the result.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
 ) -> None:
     """What this card does: tokens/s and peak memory, random weights, no download. JSON out."""
     quiet(offline=True)
+    if gpus and gpus > 1:
+        on_gpus(gpus)
+    first = first_rank()
     from lorakit.bench import run_bench
     from lorakit.run_dir import write_json
 
@@ -83,6 +90,8 @@ def bench(
     result = run_bench(
         shape, method, seq, micro_batch, accumulation, steps, set_ or [], id_, log, lengths
     )
+    if not first:
+        return
     if output:
         write_json(output, result)
     print_json(result)

@@ -5,7 +5,6 @@ Heavy imports live inside the commands, so that `lorakit --help` answers at once
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from lorakit.cli.base import (
     Output,
     Set,
     app,
+    first_rank,
     log,
     on_gpus,
     out,
@@ -84,7 +84,7 @@ def run_training(
 ) -> None:
     """Train, show the outcome, and end with the run's own exit code."""
     quiet(resolved.recipe.offline)
-    first = os.environ.get("RANK", "0") == "0"  # gone once the ranks are joined
+    first = first_rank()
     from lorakit.finetune import fit
     from lorakit.preview import show_outcome
 

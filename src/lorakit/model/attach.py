@@ -24,6 +24,7 @@ from lorakit.model.modes import evaluating
 from lorakit.model.streamed import StreamedBase
 from lorakit.ops.backend import kernels_reason
 from lorakit.ops.hash_mask import draw_keys
+from lorakit.ranks import ALONE, Ranks
 from lorakit.records import ON_CARD, Placement
 
 # Largest relative difference of a layer's update on the probe: rounding of the type, with room.
@@ -78,9 +79,10 @@ class Engine:
         found: Tensor = self.decoder.embed_tokens.forward(input_ids)  # past the hooks
         return found.pin_memory() if self.device.type == "cuda" else found
 
-    def move_base_to_host(self) -> None:
-        """Frozen weights of the layers go to host memory, and by turns to the card."""
-        self.streamed = StreamedBase([layer.groups for layer in self.layers], self.device)
+    def stream_base(self, spread: Ranks | None = None) -> None:
+        """Frozen weights of the layers go to host memory, or over ranks; by turns to the card."""
+        groups = [layer.groups for layer in self.layers]
+        self.streamed = StreamedBase(groups, self.device, spread)
         for number, layer in enumerate(self.decoder.layers):
             call = functools.partial(self._enter_own, number)
             self.hooks.append(layer.register_forward_pre_hook(call))
@@ -135,7 +137,7 @@ class Engine:
     def detach(self) -> None:
         """Give every module a weight of its own again, as savers expect, and where it was.
 
-        A base in host memory stays there: the card may have no room for it.
+        A base that is streamed stays where it is: the card may have no room for it.
         """
         if self.embedding_on_host and self.streamed is None:
             self.embedding_on_host = False
@@ -159,7 +161,7 @@ class Engine:
 
 
 def attach_engine(
-    base: Any, device: torch.device, placement: Placement = ON_CARD
+    base: Any, device: torch.device, placement: Placement = ON_CARD, ranks: Ranks = ALONE
 ) -> tuple[Engine | None, str]:
     """(engine, path) for the transformers model inside a PEFT model; None where it is not served.
 
@@ -184,7 +186,7 @@ def attach_engine(
         if device.type == "cuda":
             # The parts go back at once; left cached, small tensors would settle in them for good.
             torch.cuda.empty_cache()
-    _place(engine, base, placement)
+    _place(engine, base, placement, ranks)
     difference = _probe(engine, base)
     tolerance = TOLERANCE[layers[0].qkv.kind]
     if not difference < tolerance:
@@ -196,10 +198,10 @@ def attach_engine(
     )
 
 
-def _place(engine: Engine, base: Any, placement: Placement) -> None:
+def _place(engine: Engine, base: Any, placement: Placement, ranks: Ranks) -> None:
     """Let parts lie where the plan says; what is not of the layers goes to the card."""
-    if placement.base_on_host:
-        engine.move_base_to_host()
+    if placement.base_elsewhere:
+        engine.stream_base(None if placement.base_on_host else ranks)
         own = [(*layer.norms, *layer.attention.norms) for layer in engine.layers]
         parts = [engine.decoder.norm, engine.decoder.rotary_emb, *itertools.chain(*own)]
         parts += [base.get_output_embeddings()]

@@ -23,6 +23,15 @@ class PageLocked:
             # Refused (a limit of the system): copies still work, at the speed of ordinary memory.
             self.locked = int(code) == 0
 
+    @property
+    def size(self) -> int:
+        """Bytes that `fill` writes."""
+        return self.bytes.numel()
+
+    def fill(self, place: Tensor) -> None:
+        """Start copying everything into `place`."""
+        place.copy_(self.bytes, non_blocking=True)
+
     def __del__(self) -> None:
         if getattr(self, "locked", False):
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())

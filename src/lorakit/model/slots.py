@@ -1,28 +1,36 @@
-"""Layers' bytes in host memory enter; each layer's on the card leaves, in one of two places.
+"""Layers' bytes, in host memory or spread over ranks, enter; each layer's on the card leaves.
 
-While the card computes with one layer, the next one's bytes travel into the other place on a
-stream of their own. Two events a place keep the order: copied before it is read, read before it is
-overwritten. On a CPU the same happens without streams, so that tests run the same code.
+There are two places: while the card computes with one layer, the next one's bytes travel into the
+other on a stream of their own. Two events a place keep the order: copied before it is read, read
+before it is overwritten. On a CPU the same happens without streams, so that tests run this code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lorakit.model.page_locked import PageLocked
+
+class Room(Protocol):
+    """Where a layer's bytes are while it is not at work."""
+
+    @property
+    def size(self) -> int: ...
+
+    def fill(self, place: Tensor) -> None:
+        """Start bringing all `size` of them into `place`."""
 
 
 class Slots:
     """Two places on `device` that hold one of `rooms` each, by turns."""
 
-    def __init__(self, rooms: Sequence[PageLocked], device: torch.device) -> None:
+    def __init__(self, rooms: Sequence[Room], device: torch.device) -> None:
         self.rooms = rooms
-        size = max(room.bytes.numel() for room in rooms)
+        size = max(room.size for room in rooms)
         self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]
         self.in_use = 0
@@ -36,11 +44,11 @@ class Slots:
             return None
         place = 1 - self.in_use
         displaced, self.holds[place] = self.holds[place], number
-        room = self.rooms[number].bytes
+        room = self.rooms[number]
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             if self.stream is not None:
                 self.stream.wait_event(self.left[place])
-            self.places[place][: room.numel()].copy_(room, non_blocking=True)
+            room.fill(self.places[place][: room.size])
             if self.stream is not None:
                 self.copied[place].record(self.stream)
         return displaced
@@ -57,7 +65,7 @@ class Slots:
         self.in_use = self.holds.index(number)
         if self.stream is not None:
             torch.cuda.current_stream().wait_event(self.copied[self.in_use])
-        return self.places[self.in_use][: self.rooms[number].bytes.numel()], displaced
+        return self.places[self.in_use][: self.rooms[number].size], displaced
 
     def forget(self) -> None:
         """The rooms were written: what the places hold is out of date."""

@@ -38,7 +38,9 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     wanted = device.kind == "cuda" or recipe.engine == "on"
     if "on" in (recipe.streaming, recipe.sharding) or (wanted and expects_engine(recipe, text)):
         plan = plan_memory(recipe, config, device)
-        return plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
+        return (
+            plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
+        )
     chosen = recipe.gradient_checkpointing
     if chosen != "auto":
         return _own_layers(recipe, config, device, chosen)
@@ -81,9 +83,7 @@ def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) ->
     return _judged(plan, parts, recipe, device)
 
 
-def _judged(
-    plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device
-) -> MemoryPlan:
+def _judged(plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device) -> MemoryPlan:
     return replace(plan, parts=parts, fits=sum(parts.values()) <= budget_of(recipe, device))
 
 

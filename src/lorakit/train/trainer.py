@@ -101,7 +101,7 @@ class LoraTrainer(ResumableTrainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.accelerator.device_placement = False  # parts may lie on the host on purpose
         where = torch.device(device.kind)
-        self.attached = attach_loss(self.model, recipe.engine, where, plan.placement)
+        self.attached = attach_loss(self.model, recipe.engine, where, plan.placement, ranks)
         recompute(self.model, self.attached, plan)
         packed, self.packing = self._packing(train, device)
         self.layout = replace(self.layout, packed=packed)
