@@ -108,7 +108,7 @@ class Heartbeat(threading.Thread):
         while not self.done.wait(BEAT_SECONDS):
             try:
                 self.say()
-                beats = self._read()
+                beats = self.read()
             except Exception:  # the store went with its launcher
                 self._without_launcher()
                 continue
@@ -116,7 +116,8 @@ class Heartbeat(threading.Thread):
                 self._without_launcher()
             self._judge(beats)
 
-    def _read(self) -> list[Beat]:
+    def read(self) -> list[Beat]:
+        """What every rank said last."""
         found = self.store.multi_get([key(rank) for rank in range(self.count)])
         return [Beat(**json.loads(text)) for text in found]
 

@@ -17,13 +17,14 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from lorakit.errors import WorkError
-from lorakit.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Heartbeat, key
+from lorakit.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Beat, Heartbeat, key
 from lorakit.records import Device
 
 T = TypeVar("T")
 # What hangs is found by the heartbeat; rank 0 may well evaluate for an hour meanwhile.
 FOREVER = datetime.timedelta(days=30)
 MEET_SECONDS = 120.0
+_TAKEN = "LORAKIT_CARD_OF_RANK"
 # Read by transformers, accelerate and trl, which would divide the work a second time.
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -164,7 +165,8 @@ def _meet() -> Ranks:
     number, count, local, per_node = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    card = _own_card(local, per_node)
+    take_own_card()
+    card = torch.cuda.is_available()
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and number == 0
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
@@ -184,6 +186,7 @@ def _meet() -> Ranks:
         connect(False), number, count, f"cuda:{local}" if card else f"cpu:{local}"
     )
     _wait_for_all(store, count)
+    _same_kind(heartbeat.read())
     heartbeat.start()
     ranks = Ranks(number, count, per_node, heartbeat)
     dist.init_process_group(
@@ -228,6 +231,35 @@ def _preflight(ranks: Ranks, device: str) -> None:
     ranks.heartbeat.own.state = "ready"
 
 
+def take_own_card() -> None:
+    """Show this process one card only, by its place on the machine; before CUDA is asked anything.
+
+    A launcher that shows each process its own card already (Ray) is left alone.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or _TAKEN in os.environ:
+        return
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = shown.split(",") if shown is not None else None
+    if names is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = local
+    elif len(names) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local)] if int(local) < len(names) else ""
+    os.environ[_TAKEN] = local
+
+
+def _same_kind(beats: list[Beat]) -> None:
+    """Raises:
+    WorkError: some ranks have a card, others none.
+    """
+    without = [beat for beat in beats if not beat.device.startswith("cuda")]
+    if without and len(without) < len(beats):
+        raise WorkError(
+            f"no CUDA card for {', '.join(map(str, without))}; the other ranks have one",
+            hint="start as many processes on a machine as it has cards: --gpus, --nproc-per-node",
+        )
+
+
 def _wait_for_all(store: Any, count: int) -> None:
     """Wait for every rank's first word.
 
@@ -244,26 +276,3 @@ def _wait_for_all(store: Any, count: int) -> None:
                 "--rdzv-endpoint, and do their first words show an error?",
             )
         time.sleep(0.05)
-
-
-def _own_card(local: int, per_node: int) -> bool:
-    """Show this process one card only: the `local`-th of the machine; False without cards.
-
-    Raises:
-        WorkError: fewer cards than processes.
-    """
-    import torch
-
-    count = torch.cuda.device_count()
-    if count == 0:
-        return False
-    if count < per_node and count > 1:
-        raise WorkError(
-            f"{per_node} processes on a machine with {count} CUDA cards",
-            hint=f"start {count}: --gpus {count}, or torchrun --nproc-per-node {count}",
-        )
-    if count > 1:
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = shown.split(",") if shown else [str(n) for n in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[local]
-    return True

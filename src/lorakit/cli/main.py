@@ -8,6 +8,7 @@ from lorakit.cli import after, before, doctor, plan, train
 from lorakit.cli.base import app, log
 from lorakit.cli.streams import keep_streams_going
 from lorakit.errors import LorakitError
+from lorakit.ranks import take_own_card
 
 # The commands register themselves when these are imported.
 __all__ = ["after", "before", "doctor", "main", "plan", "train"]
@@ -16,6 +17,7 @@ __all__ = ["after", "before", "doctor", "main", "plan", "train"]
 def main() -> None:
     """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
     keep_streams_going()
+    take_own_card()
     try:
         app()
     except LorakitError as error:
