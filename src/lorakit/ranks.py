@@ -12,7 +12,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 # What hangs is found by the heartbeat; rank 0 may well evaluate for an hour meanwhile.
 FOREVER = datetime.timedelta(days=30)
 MEET_SECONDS = 120.0
+COMPARED = ("lorakit", "torch", "transformers", "peft")
 _TAKEN = "LORAKIT_CARD_OF_RANK"
 # Read by transformers, accelerate and trl, which would divide the work a second time.
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -219,8 +220,7 @@ def _preflight(ranks: Ranks, device: str) -> None:
             f"an all-reduce over {ranks.count} ranks gave {float(probe):g} instead of {expected:g}",
             hint="a card or a link between cards computes wrong: NCCL_P2P_DISABLE=1 goes round it",
         )
-    names = ("lorakit", "torch", "transformers", "peft")
-    found = ranks.gather([f"{name} {importlib.metadata.version(name)}" for name in names])
+    found = ranks.gather([f"{name} {_version(name)}" for name in COMPARED])
     for number, versions in enumerate(found):
         if versions != found[0]:
             raise WorkError(
@@ -258,6 +258,12 @@ def _same_kind(beats: list[Beat]) -> None:
             f"no CUDA card for {', '.join(map(str, without))}; the other ranks have one",
             hint="start as many processes on a machine as it has cards: --gpus, --nproc-per-node",
         )
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):  # a source tree is not installed
+        return importlib.metadata.version(package)
+    return None
 
 
 def _wait_for_all(store: Any, count: int) -> None:
