@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lorakit.bench import provenance
 from lorakit.hardware import detect_device
+from lorakit.ranks import take_own_card
 
 GRADIENTS = 39_976_960
 LAYER = 202_375_168
@@ -47,9 +48,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    take_own_card()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     gradients = torch.zeros(int(GRADIENTS * a.share), device=device)
     layer = torch.zeros(int(LAYER * a.share) // count * count, dtype=torch.bfloat16, device=device)

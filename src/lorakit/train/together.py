@@ -87,6 +87,7 @@ class Together:
     def __init__(self, ranks: Ranks, stop: StopRequest) -> None:
         self.ranks, self.stop = ranks, stop
         self.save_wished = self.save_agreed = False
+        self.agreed: Tensor | None = None
         self.stopping: signal.Signals | None = None
 
     def saves(self, due: bool) -> bool:
@@ -96,6 +97,7 @@ class Together:
         """
         if self.ranks.count == 1:
             return due
+        self._settle()
         self.save_wished = due and self.ranks.first and not self.save_agreed
         return self.save_agreed
 
@@ -104,6 +106,7 @@ class Together:
         """All stop after this step."""
         if self.ranks.count == 1:
             return self.stop.asked
+        self._settle()
         return self.stopping is not None
 
     @property
@@ -113,28 +116,28 @@ class Together:
             return self.stop.exit_code
         return 0 if self.stopping is None else 128 + int(self.stop.signal or self.stopping)
 
-    def add(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Sum gradients over the ranks, in place where there are any; returns the summed loss."""
+    def add(self, buffers: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """Sum gradients over the ranks, in place; returns the summed loss.
+
+        Args:
+            buffers: float32, each gradient in one of them; as many and as long on every rank.
+        """
         if self.ranks.count == 1:
             return loss
-        grads = [p.grad for p in parameters]
-        where = next((g.device for g in grads if g is not None), parameters[0].device)
-        wishes = torch.tensor([float(self.stop.asked), float(self.save_wished)], device=where)
-        parts = [
-            torch.zeros(p.numel(), device=where) if g is None else g.reshape(-1).float()
-            for p, g in zip(parameters, grads, strict=True)
-        ]
-        flat = torch.cat([*parts, loss.detach().float().reshape(1).to(where), wishes])
-        self.ranks.add(flat)
-        sizes = [p.numel() for p in parameters]
-        *sums, total, agreed = flat.split([*sizes, 1, 2])
-        for parameter, grad, part in zip(parameters, grads, sums, strict=True):
-            if grad is None:
-                parameter.grad = part.view_as(parameter)
-            else:
-                grad.copy_(part.view_as(grad))  # CUDA graphs know its address
-        stop, save = agreed.tolist()
+        for buffer in buffers:
+            self.ranks.add(buffer)
+        wishes = [float(self.stop.asked), float(self.save_wished)]
+        tail = torch.cat([loss.detach().float().reshape(1), torch.tensor(wishes).to(loss.device)])
+        self.ranks.add(tail)
+        # Read when it is needed: a wait here would leave the card without work.
+        self.agreed = tail[1:]
+        return tail[0]
+
+    def _settle(self) -> None:
+        if self.agreed is None:
+            return
+        stop, save = self.agreed.tolist()
+        self.agreed = None
         if stop:
             self.stopping = self.stop.signal or signal.SIGTERM
         self.save_agreed = bool(save)
-        return total[0].to(loss.device)

@@ -31,6 +31,7 @@ from lorakit.records import Device, EvalScore, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.arguments import total_steps, training_arguments
 from lorakit.train.callbacks import Reporter, Stopper
+from lorakit.train.flat_gradients import FlatGradients
 from lorakit.train.graphs import GraphedMicroSteps, to_bucket
 from lorakit.train.guard import StepGuard
 from lorakit.train.layer_major import LayerMajor
@@ -109,6 +110,10 @@ class LoraTrainer(ResumableTrainer):
         self.to_probe = device.kind == "cuda" if recipe.probe == "auto" else recipe.probe
         self.graphs = self._graphed()
         self.layer_major = self._layer_major()
+        self.flat: FlatGradients | None = None
+        if ranks.count > 1 and self.graphs is None and self.layer_major is None:
+            groups = self.attached.engine.groups if self.attached.engine else []
+            self.flat = FlatGradients(self.trained, groups)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Forward and backward of all micro-batches of one optimizer step; its mean loss.
@@ -123,7 +128,8 @@ class LoraTrainer(ResumableTrainer):
         examples: Sequence[Example] = inputs["examples"]
         supervised = sum(e.trained_tokens for e in examples)
         loss = self.memory.run(model, inputs["step"], 1 / max(1, supervised))
-        loss = self.together.add(self.trained, loss)
+        if self.ranks.count > 1:
+            loss = self.together.add(self._gradients(), loss)
         self.step_tokens += sum(len(e.input_ids) for e in examples)
         self.step_loss, self.step_examples = loss, examples
         self.ranks.at(self.state.global_step + 1, self.last_checkpoint(), self.run.path)
@@ -150,9 +156,22 @@ class LoraTrainer(ResumableTrainer):
             for micro in step.micro:
                 total += self.graphs(self._to_device(to_bucket(micro)))
             return total
+        if self.flat is not None:
+            self.flat.begin()
         for micro in step.micro:
             total += self._forward_backward(model, self._to_device(micro), scale)
         return total
+
+    def _gradients(self) -> list[Tensor]:
+        """The buffers that hold the step's gradients."""
+        engine = self.attached.engine
+        if engine is not None and engine.host_adapters is not None:
+            return [room.bytes.view(torch.float32) for room in engine.host_adapters.grads]
+        for part in (self.graphs, self.layer_major):
+            if part is not None and part.gradients is not None:
+                return [part.gradients.flat]
+        assert self.flat is not None
+        return [self.flat.flat]
 
     def _to_device(self, micro: Batch) -> Batch:
         """The micro-batch on the device; embedded here where the embedding lies on the host."""
