@@ -78,6 +78,26 @@ def distance(one, other):
     return (sum(squares) / len(squares)) ** 0.5
 
 
+def share_of_splits(runs):
+    """Of all splits of the runs into two halves, those that lie as far apart as ours and PEFT's.
+
+    How far: the mean distance between the halves less the mean distance within. Where the engine
+    computes what PEFT does, its runs are like any others, and the share is as likely any number.
+    """
+    places, half = range(len(runs)), len(runs) // 2
+    table = [[distance(x, y) for y in runs] for x in runs]
+
+    def apart(ours):
+        theirs = [i for i in places if i not in ours]
+        pairs = [*itertools.combinations(ours, 2), *itertools.combinations(theirs, 2)]
+        within = sum(table[i][j] for i, j in pairs) / len(pairs)
+        between = sum(table[i][j] for i in ours for j in theirs) / len(ours) / len(theirs)
+        return between - within
+
+    found = [apart(ours) for ours in itertools.combinations(places, half)]
+    return sum(x >= found[0] - 1e-12 for x in found) / len(found)
+
+
 def compare_masks(engine, files, steps, dtype, draws):
     """The engine against PEFT, each with so many draws of dropout masks."""
     seeds = range(1, draws + 1)
@@ -91,6 +111,7 @@ def compare_masks(engine, files, steps, dtype, draws):
             "engine_to_peft": [distance(x, y) for x, y in itertools.product(ours, peft)],
             "engine_to_engine": [distance(x, y) for x, y in itertools.combinations(ours, 2)],
         },
+        "splits_as_far_apart": share_of_splits([*ours, *peft]),
         "held_out": {
             "peft": [run["held_out_loss"] for run in peft],
             "engine": [run["held_out_loss"] for run in ours],
@@ -152,7 +173,7 @@ def main():
         **provenance(device, command),
     }
     a.out.write_text(json.dumps(result, indent=2) + "\n")
-    print({k: result[k] for k in ("curve_distance", "held_out")})
+    print({k: result.get(k) for k in ("curve_distance", "splits_as_far_apart", "held_out")})
 
 
 if __name__ == "__main__":

@@ -125,13 +125,11 @@ class LoraTrainer(ResumableTrainer):
         if self.to_probe:
             self.to_probe = False
             self.memory.probe(model)
-        examples: Sequence[Example] = inputs["examples"]
-        supervised = sum(e.trained_tokens for e in examples)
-        loss = self.memory.run(model, inputs["step"], 1 / max(1, supervised))
+        loss = self.memory.run(model, inputs["step"], 1 / max(1, inputs["supervised"]))
         if self.ranks.count > 1:
             loss = self.together.add(self._gradients(), loss)
-        self.step_tokens += sum(len(e.input_ids) for e in examples)
-        self.step_loss, self.step_examples = loss, examples
+        self.step_tokens += inputs["tokens"]
+        self.step_loss, self.step_examples = loss, inputs["examples"]
         self.ranks.at(self.state.global_step + 1, self.last_checkpoint(), self.run.path)
         # The log adds losses up; what is not finite is counted by the guard.
         return torch.where(torch.isfinite(loss), loss, 0.0)
@@ -325,8 +323,12 @@ class LoraTrainer(ResumableTrainer):
                     hint="is the disk with the cache still there? go on with --resume, which "
                     "prepares it anew",
                 ) from error
-        own = own_share(examples, self.ranks)
-        return {"step": step_batches(own, self.layout), "examples": examples}
+        return {
+            "step": step_batches(own_share(examples, self.ranks), self.layout),
+            "examples": examples,
+            "tokens": sum(len(e.input_ids) for e in examples),
+            "supervised": sum(e.trained_tokens for e in examples),
+        }
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""
