@@ -36,6 +36,19 @@ def test_it_runs_on_this_machine(lorakit):
     assert "Python and libraries" in out
 
 
+def test_several_gpus(lorakit):
+    words = ("plan", "--model", "llama-3.3-70b", "--method", "qlora", "--gpu", "h100", "--json")
+    code, out, _ = lorakit(*words, "--gpus", "8", "--nodes", "4", "--network", "400")
+    value = json.loads(out)
+    assert code == 0
+    assert (value["scale"]["ranks"], value["scale"]["nodes"]) == (32, 4)
+    assert value["scale"]["traffic"]["gradients_bytes"] > 0
+    code, out, _ = lorakit("plan", "--model", "demo", "--seq", "128", "--gpus", "2")
+    assert code == 0
+    assert "shared by 2" in out
+    assert "over 2 processes: 4 each" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -43,6 +56,9 @@ def test_it_runs_on_this_machine(lorakit):
         (("--model", "llama-2-7b", "--gpu", "rtx4900"), "--gpu rtx4900: not in the table"),
         (("--model", "llama-2-7b", "--memory", "lots"), "--memory lots: not a size"),
         (("--model", "llama-2-7b", "--set", "lora_rank=4"), "did you mean lora_r"),
+        (("--model", "llama-2-7b", "--gpus", "0"), "--gpus"),
+        (("--model", "llama-2-7b", "--gpus", "2", "--network", "10"), "--network 10: there is one"),
+        (("--model", "llama-2-7b", "--set", "sharding=on"), "needs several GPUs in a machine"),
         (("nowhere.yaml",), "nowhere.yaml: no such recipe"),
         ((), "model: missing"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from lorakit.errors import ModelError, WorkError
 from lorakit.model.shapes import shape_config
 from lorakit.plan import forecast as module
-from lorakit.plan.cards import CARDS, card_device
+from lorakit.plan.cards import CARDS, card_device, several
 from lorakit.plan.forecast import find_config, forecast, planned_speed, refuse
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
@@ -89,6 +89,9 @@ def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
         refuse(asked, config, T4, plan)
     monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
     refuse(asked, config, T4, plan)
+    eight = several(T4, 8, None, None)
+    with pytest.raises(WorkError, match=r"for 8 processes, this machine has 64.0 GiB"):
+        refuse(asked, config, eight, plan_training(asked, config, eight))
 
 
 def test_speed_is_rounded_to_what_is_known():

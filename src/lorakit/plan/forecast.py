@@ -20,6 +20,7 @@ from lorakit.plan.phases import (
     phases,
     trained_elements,
 )
+from lorakit.plan.scale import Scale, scale
 from lorakit.plan.throughput import Speed, expected_speed
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
@@ -32,7 +33,8 @@ class Forecast:
     """What a run will take on `device`, before anything of it is loaded.
 
     `device_parts` holds training, evaluation and generation in the device's memory; the others
-    are RAM of the host while training, RAM of a merge, and disk. All are bytes.
+    are RAM of the host while training, RAM of a merge, and disk. All are bytes, on a device those
+    of one rank. `scale` is what several ranks make of it.
     """
 
     recipe: Recipe
@@ -48,6 +50,7 @@ class Forecast:
     speed: Speed | None
     changes: tuple[Change, ...]
     smallest_card: str | None
+    scale: Scale | None = None
 
     @property
     def fits(self) -> bool:
@@ -73,6 +76,7 @@ class Forecast:
             "speed_basis": self.speed.basis if self.speed else None,
             "changes": [change.as_dict() for change in self.changes],
             "smallest_card": self.smallest_card,
+            "scale": self.scale.as_dict() if self.scale else None,
         }
 
 
@@ -94,7 +98,8 @@ def forecast(
     card = card or recognize(device.name, device.memory_bytes)
     plan = plan_training(recipe, config, device)
     fits = plan.fits
-    small = None if fits or device.kind != "cuda" else smallest_card(recipe, config)
+    small = None if fits or device.kind != "cuda" else smallest_card(recipe, config, device)
+    speed = expected_speed(recipe, config, device, plan, card)
     return Forecast(
         recipe=recipe,
         device=device,
@@ -106,9 +111,10 @@ def forecast(
         host=host_parts(recipe, device, plan),
         merge=merge_parts(config),
         disk=disk_parts(recipe, config, local),
-        speed=expected_speed(recipe, config, device, plan, card),
+        speed=speed,
         changes=_changes(recipe, config, device, plan, card),
         smallest_card=small.name if small else None,
+        scale=scale(recipe, config, device, plan, card, speed),
     )
 
 
@@ -144,7 +150,7 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
     lines = [f"\n  {way.flags}  ({saving(way)})" for way in ways if way.fits]
     told = "".join(["\nthis would make it fit:", *lines]) if lines else ""
     limit = f"memory_limit is {recipe.memory_limit}" if recipe.memory_limit else ""
-    has = limit or f"{device.name} has {device.memory_bytes / 2**30:.1f} GiB"
+    has = limit or f"{device.name} has {plan.available_bytes / 2**30:.1f} GiB"
     raise WorkError(
         f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{told}",
         hint="`lorakit plan` shows every part; --force trains all the same",
@@ -155,9 +161,10 @@ def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     """What the plan puts into the host's memory has to be there too."""
     needs, has = sum(host_parts(recipe, device, plan).values()), host_memory()
     if device.kind == "cuda" and needs > has:
+        each = f" for {device.per_node} processes" if device.per_node > 1 else ""
         raise WorkError(
             f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
-            f"memory: {needs / 2**30:.1f} GiB of it, this machine has {has / 2**30:.1f} GiB",
+            f"memory: {needs / 2**30:.1f} GiB of it{each}, this machine has {has / 2**30:.1f} GiB",
             hint="`lorakit plan` shows every part; set streaming: off to plan for the card alone; "
             "--force trains all the same",
         )
