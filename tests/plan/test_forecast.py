@@ -90,8 +90,12 @@ def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
     monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
     refuse(asked, config, T4, plan)
     eight = several(T4, 8, None, None)
-    with pytest.raises(WorkError, match=r"for 8 processes, this machine has 64.0 GiB"):
+    with pytest.raises(WorkError, match=r"for 8 processes; this machine has 64.0 GiB"):
         refuse(asked, config, eight, plan_training(asked, config, eight))
+    spread = recipe(sharding="on")
+    with pytest.raises(WorkError, match="of it while each loads the base") as caught:
+        refuse(spread, config, eight, plan_training(spread, config, eight))
+    assert "method: qlora" in caught.value.hint
 
 
 def test_speed_is_rounded_to_what_is_known():

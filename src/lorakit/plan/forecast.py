@@ -13,6 +13,7 @@ from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
 from lorakit.plan.cards import Card, recognize
 from lorakit.plan.changes import Change, find_changes, smallest_card
 from lorakit.plan.phases import (
+    LOADING,
     Parts,
     disk_parts,
     host_parts,
@@ -159,15 +160,20 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
 
 def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     """What the plan puts into the host's memory has to be there too."""
-    needs, has = sum(host_parts(recipe, device, plan).values()), host_memory()
-    if device.kind == "cuda" and needs > has:
-        each = f" for {device.per_node} processes" if device.per_node > 1 else ""
-        raise WorkError(
-            f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
-            f"memory: {needs / 2**30:.1f} GiB of it{each}, this machine has {has / 2**30:.1f} GiB",
-            hint="`lorakit plan` shows every part; set streaming: off to plan for the card alone; "
-            "--force trains all the same",
-        )
+    parts, has = host_parts(recipe, device, plan), host_memory()
+    needs = sum(parts.values())
+    if device.kind != "cuda" or needs <= has:
+        return
+    each = f" for {device.per_node} processes" if device.per_node > 1 else ""
+    way = "set streaming: off to plan for the card alone"
+    if plan.placement.shards > 1:
+        each += f", {parts[LOADING] / 2**30:.1f} of it while each loads the base"
+        way = "method: qlora, or fewer GPUs on more nodes, take less of it"
+    raise WorkError(
+        f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
+        f"memory: {needs / 2**30:.1f} GiB of it{each}; this machine has {has / 2**30:.1f} GiB",
+        hint=f"`lorakit plan` shows every part; {way}; --force trains all the same",
+    )
 
 
 def saving(change: Change) -> str:
