@@ -1,11 +1,19 @@
 """`lorakit plan` from a recipe or a name: exit 0 fits, 1 does not, 2 bad input."""
 
+import io
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+from lorakit.cli import plan
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+GUIDE = (ROOT / "docs" / "guides" / "scale.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -47,6 +55,18 @@ def test_several_gpus(lorakit):
     assert code == 0
     assert "shared by 2" in out
     assert "over 2 processes: 4 each" in out
+
+
+def test_the_guides_example_is_what_is_printed(lorakit, monkeypatch):
+    command, shown = re.search(
+        r"^(lorakit plan .*)\n```\n```text\n(.*?)\n```$", GUIDE, re.M | re.S
+    ).groups()
+    screen = Console(file=io.StringIO(), width=96, highlight=False)
+    monkeypatch.setattr(plan, "out", screen)
+    code, _, _ = lorakit(*shlex.split(command)[1:])
+    printed = [line.rstrip() for line in screen.file.getvalue().splitlines()]
+    assert code == 0
+    assert printed == shown.splitlines()
 
 
 @pytest.mark.parametrize(
