@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.model.shapes import shape_config
 from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.changes import _with, find_changes, smallest_card
+from lorakit.plan.changes import _with, fewest_gpus, find_changes, smallest_card
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -102,3 +102,14 @@ def test_sharding_is_offered_where_it_was_forbidden():
     config = shape_config("llama-2-7b")
     found = find_changes(asked, config, device, plan_training(asked, config, device), CARDS["t4"])
     assert {"sharding": "auto"} in [change.settings for change in found]
+
+
+def test_more_gpus_are_counted():
+    asked, config = recipe(streaming="off"), shape_config("llama-2-13b")
+    one = card_device(CARDS["4080"], None, "auto")
+    assert not plan_training(asked, config, one).fits
+    count = fewest_gpus(asked, config, one)
+    assert plan_training(asked, config, replace(one, ranks=count)).fits
+    assert not plan_training(asked, config, replace(one, ranks=count // 2)).fits
+    apart = recipe(streaming="off", sharding="off")
+    assert fewest_gpus(apart, config, one) is None

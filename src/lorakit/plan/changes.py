@@ -199,5 +199,16 @@ def smallest_card(recipe: Recipe, config: Any, like: Device) -> Card | None:
     return None
 
 
+def fewest_gpus(recipe: Recipe, config: Any, device: Device) -> int | None:
+    """How many of `device` in one machine, 8 at most, would hold the recipe as it stands."""
+    if device.kind != "cuda":
+        return None
+    for count in (2, 4, 8):
+        more = replace(device, ranks=count * device.nodes)
+        if count > device.per_node and plan_training(recipe, config, more).fits:
+            return count
+    return None
+
+
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,7 +11,7 @@ from lorakit.hardware import host_memory
 from lorakit.model.count import count
 from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
 from lorakit.plan.cards import Card, recognize
-from lorakit.plan.changes import Change, find_changes, smallest_card
+from lorakit.plan.changes import Change, fewest_gpus, find_changes, smallest_card
 from lorakit.plan.phases import (
     LOADING,
     Parts,
@@ -35,7 +35,8 @@ class Forecast:
 
     `device_parts` holds training, evaluation and generation in the device's memory; the others
     are RAM of the host while training, RAM of a merge, and disk. All are bytes, on a device those
-    of one rank. `scale` is what several ranks make of it.
+    of one rank. `scale` is what several ranks make of it; `fewest_gpus` of this kind would hold
+    what does not fit.
     """
 
     recipe: Recipe
@@ -51,6 +52,7 @@ class Forecast:
     speed: Speed | None
     changes: tuple[Change, ...]
     smallest_card: str | None
+    fewest_gpus: int | None = None
     scale: Scale | None = None
 
     @property
@@ -77,6 +79,7 @@ class Forecast:
             "speed_basis": self.speed.basis if self.speed else None,
             "changes": [change.as_dict() for change in self.changes],
             "smallest_card": self.smallest_card,
+            "fewest_gpus": self.fewest_gpus,
             "scale": self.scale.as_dict() if self.scale else None,
         }
 
@@ -115,6 +118,7 @@ def forecast(
         speed=speed,
         changes=_changes(recipe, config, device, plan, card),
         smallest_card=small.name if small else None,
+        fewest_gpus=None if fits else fewest_gpus(recipe, config, device),
         scale=scale(recipe, config, device, plan, card, speed),
     )
 
@@ -149,6 +153,8 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
     card = recognize(device.name, device.memory_bytes)
     ways = find_changes(recipe, config, device, plan, card)
     lines = [f"\n  {way.flags}  ({saving(way)})" for way in ways if way.fits]
+    more = fewest_gpus(recipe, config, device)
+    lines += [f"\n  --gpus {more}  (the same result, the base spread over them)"] if more else []
     told = "".join(["\nthis would make it fit:", *lines]) if lines else ""
     limit = f"memory_limit is {recipe.memory_limit}" if recipe.memory_limit else ""
     has = limit or f"{device.name} has {plan.available_bytes / 2**30:.1f} GiB"

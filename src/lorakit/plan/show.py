@@ -31,6 +31,10 @@ def show_forecast(found: Forecast, console: Console) -> None:
     elif found.changes:
         least = found.changes[0].total_bytes / GIB
         console.print(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
+    if found.fewest_gpus:
+        console.print(
+            f" As it stands it fits on more of them: --gpus {found.fewest_gpus}.", highlight=False
+        )
     if found.smallest_card:
         console.print(f" As it stands it fits on: {found.smallest_card} (--gpu).", highlight=False)
 
