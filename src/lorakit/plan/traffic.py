@@ -4,7 +4,7 @@
     weights     2 * (n-1)/n * frozen bytes      a ring over the n ranks of a node, up and down,
                                                 behind the layers before: it costs what sticks out
 
-These are a ring's bytes, the least there are (Patarasu and Yuan 2009, J. Parallel Distrib. Comput.
+These are a ring's bytes, the least there are (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput.
 69); seconds are bytes over the slowest link, the time of a message itself left out. P trained
 numbers travel in float32. A ring crosses each node's network once, so all its GPUs share that.
 """
