@@ -137,3 +137,80 @@ def test_runs_within_a_budget_stay_within_it_and_near_the_plan(path):
     assert measured <= recipe.memory_limit_bytes
     plan = plan_of(recipe, config, H100, row["keep"], placement)
     assert plan.total_bytes == pytest.approx(measured, rel=0.10)
+
+
+def ranks(count, nodes=1, gib=80, kind="cuda"):
+    return Device(kind, "x", gib * 2**30, "bfloat16", "sdpa", ranks=count, nodes=nodes)
+
+
+def auto(method="lora", **changes):
+    return recipe(method, gradient_checkpointing="auto", **changes)
+
+
+def test_several_gpus_hold_what_one_holds_and_the_gradients_on_their_way():
+    config = shape_config("llama-2-7b")
+    one, two = (plan_memory(auto(), config, device) for device in (H100, ranks(2)))
+    more = set(two.parts) - set(one.parts)
+    assert more == {"gradients on their way", "NCCL buffers"}
+    assert two.parts["gradients on their way"] == two.parts["gradients (float32)"] == 4 * 39_976_960
+    assert {name: two.parts[name] for name in one.parts} == one.parts
+    assert two.placement == one.placement
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_the_step():
+    config = shape_config("llama-2-7b")
+    asked = recipe(micro_batch_size=4, gradient_accumulation_steps=2)
+    kept = "activations kept for backward"
+    for count, rows in ((2, 4), (3, 3), (4, 2), (8, 1), (32, 1)):
+        shared = plan_memory(asked, config, ranks(count)).parts[kept]
+        single = recipe(micro_batch_size=rows, gradient_accumulation_steps=1)
+        assert shared == plan_memory(single, config, H100).parts[kept], count
+    streamed = asked.model_copy(update={"streaming": "on"})
+    whole, part = (plan_memory(streamed, config, d).parts for d in (H100, ranks(4)))
+    assert part["hidden states of a step"] * 4 == whole["hidden states of a step"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_base_too_large_for_one_gpu_is_spread_over_those_of_a_node(method):
+    """Before anything goes to host memory but inputs and the embedding."""
+    config = shape_config("llama-3.3-70b")
+    gib = 79 if method == "lora" else 24
+    plan = plan_memory(auto(method), config, ranks(16, nodes=2, gib=gib))
+    assert plan.fits
+    assert plan.placement.layer_major
+    assert plan.placement.shards == 8
+    assert not plan.placement.base_on_host
+    assert "each layer's weights spread over 8 GPUs" in plan.describe()
+    linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    whole = linear * (2 if method == "lora" else NF4_BYTES)
+    assert plan.parts["frozen weights"] == pytest.approx(whole / 8, rel=1e-6)
+    assert plan.parts["two layers, gathered"] == pytest.approx(whole / 40, rel=1e-6)
+    alone = plan_memory(auto(method), config, ranks(1, gib=gib))
+    assert alone.placement.base_on_host
+    one_a_node = plan_memory(auto(method), config, ranks(16, nodes=16, gib=gib))
+    assert one_a_node.placement.base_on_host
+
+
+def test_sharding_is_had_on_request_and_kept_away_on_request():
+    config = shape_config("llama-2-7b")
+    for checkpointing in ("auto", True, False):
+        asked = recipe(sharding="on", gradient_checkpointing=checkpointing)
+        assert plan_memory(asked, config, ranks(4)).placement.shards == 4
+    on_cpu = plan_memory(recipe(sharding="on"), config, ranks(2, gib=64, kind="cpu"))
+    assert on_cpu.placement.shards == 2
+    assert "NCCL buffers" not in on_cpu.parts
+    never = auto(sharding="off", memory_limit="8GiB")
+    assert plan_memory(never, config, ranks(2)).placement.base_on_host
+    spread = plan_memory(auto(streaming="off", memory_limit="10GiB"), config, ranks(2))
+    assert (spread.fits, spread.placement.shards) == (True, 2)
+    assert not plan_memory(never.model_copy(update={"streaming": "off"}), config, ranks(2)).fits
+    full = auto(modules_to_save=["lm_head"], memory_limit="9GiB")
+    assert plan_memory(full, config, ranks(2)).placement.shards == 1
+
+
+def test_processes_on_a_cpu_share_its_memory():
+    config = shape_config("tiny")
+    plan = plan_memory(recipe(engine="on"), config, ranks(4, gib=8, kind="cpu"))
+    assert plan.available_bytes == 2 * 2**30
+    apart = plan_memory(recipe(engine="on"), config, ranks(4, nodes=4, gib=8, kind="cpu"))
+    assert apart.available_bytes == 8 * 2**30

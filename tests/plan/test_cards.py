@@ -3,7 +3,15 @@
 import pytest
 
 from lorakit.errors import RecipeError
-from lorakit.plan.cards import CARDS, GIB, card_device, find_card, parse_memory, recognize
+from lorakit.plan.cards import (
+    CARDS,
+    GIB,
+    card_device,
+    find_card,
+    parse_memory,
+    recognize,
+    several,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +63,22 @@ def test_sizes_are_read_with_their_unit():
     for text in ("12", "GB", "-3GB", "0GB", "12 gigs"):
         with pytest.raises(RecipeError, match="--memory"):
             parse_memory(text)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=lambda c: c.name)
+def test_a_ring_is_no_faster_than_its_wires(card):
+    assert card.ring == ("NVLink" if card.nvlink_gbs else "PCIe")
+    assert card.ring_gbs == (card.nvlink_gbs or card.link_gbs / 2)
+    assert card.ring_gbs < card.memory_gbs
+
+
+def test_several_devices_of_one_kind():
+    one = card_device(CARDS["h100"], None, "auto")
+    assert several(one, None, None, None) == one
+    found = several(one, 8, 4, 400)
+    assert (found.ranks, found.nodes, found.per_node, found.network_gbits) == (32, 4, 8, 400)
+    assert several(one, None, 2, None).ranks == 2
+    assert found.rank_bytes == one.memory_bytes
+    for nodes, network in ((None, 100), (1, 100), (4, 0), (4, -1)):
+        with pytest.raises(RecipeError, match="--network"):
+            several(one, 8, nodes, network)

@@ -1,12 +1,13 @@
 """Changes are planned, not guessed: what is said to fit fits, and saves what it says."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from lorakit.model.shapes import shape_config
 from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.changes import _with, find_changes, smallest_card
+from lorakit.plan.changes import _with, fewest_gpus, find_changes, smallest_card
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -87,5 +88,28 @@ def test_the_nearest_is_given_where_nothing_fits():
 
 
 def test_the_smallest_card():
-    assert smallest_card(recipe(streaming="off"), shape_config("llama-3.1-8b")).name == "l4"
-    assert smallest_card(recipe(), shape_config("smollm2-135m")).memory_gib < 12
+    one = card_device(CARDS["t4"], None, "auto")
+    tight = recipe(streaming="off")
+    assert smallest_card(tight, shape_config("llama-3.1-8b"), one).name == "l4"
+    assert smallest_card(recipe(), shape_config("smollm2-135m"), one).memory_gib < 12
+    two = smallest_card(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2))
+    assert two.memory_gib < CARDS["l4"].memory_gib
+
+
+def test_sharding_is_offered_where_it_was_forbidden():
+    asked = recipe(streaming="off", sharding="off")
+    device = replace(card_device(CARDS["t4"], None, "auto"), ranks=2)
+    config = shape_config("llama-2-7b")
+    found = find_changes(asked, config, device, plan_training(asked, config, device), CARDS["t4"])
+    assert {"sharding": "auto"} in [change.settings for change in found]
+
+
+def test_more_gpus_are_counted():
+    asked, config = recipe(streaming="off"), shape_config("llama-2-13b")
+    one = card_device(CARDS["4080"], None, "auto")
+    assert not plan_training(asked, config, one).fits
+    count = fewest_gpus(asked, config, one)
+    assert plan_training(asked, config, replace(one, ranks=count)).fits
+    assert not plan_training(asked, config, replace(one, ranks=count // 2)).fits
+    apart = recipe(streaming="off", sharding="off")
+    assert fewest_gpus(apart, config, one) is None

@@ -8,7 +8,7 @@ import pytest
 from lorakit.errors import ModelError, WorkError
 from lorakit.model.shapes import shape_config
 from lorakit.plan import forecast as module
-from lorakit.plan.cards import CARDS, card_device
+from lorakit.plan.cards import CARDS, card_device, several
 from lorakit.plan.forecast import find_config, forecast, planned_speed, refuse
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
@@ -73,6 +73,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     assert "T4 has 14.6 GiB" in caught.value.message
     assert "--set streaming=auto" in caught.value.message
     assert "--set method=qlora" in caught.value.message
+    assert "--gpus 2  (the same result, the base spread over them)" in caught.value.message
     assert "--force" in caught.value.hint
     refuse(asked, config, H100, plan_training(asked, config, H100))
     tight = recipe(memory_limit="1GiB", streaming="off")
@@ -89,6 +90,13 @@ def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
         refuse(asked, config, T4, plan)
     monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
     refuse(asked, config, T4, plan)
+    eight = several(T4, 8, None, None)
+    with pytest.raises(WorkError, match=r"for 8 processes; this machine has 64.0 GiB"):
+        refuse(asked, config, eight, plan_training(asked, config, eight))
+    spread = recipe(sharding="on")
+    with pytest.raises(WorkError, match="of it while each loads the base") as caught:
+        refuse(spread, config, eight, plan_training(spread, config, eight))
+    assert "method: qlora" in caught.value.hint
 
 
 def test_speed_is_rounded_to_what_is_known():

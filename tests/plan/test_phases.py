@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.cards import CARDS, card_device
+from lorakit.plan.cards import CARDS, card_device, several
 from lorakit.plan.phases import disk_parts, host_parts, merge_parts, phases, spelled
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
@@ -68,3 +68,32 @@ def test_disk():
     assert parts["download (16-bit weights)"] == 2 * 6_738_415_616
     assert parts["adapter"] == 4 * 39_976_960
     assert disk_parts(recipe(), config, local=True)["download (16-bit weights)"] == 0
+
+
+def test_what_a_spread_base_takes_is_spelled_out_with_its_sum():
+    asked, config = recipe(method="qlora", sharding="on"), shape_config("llama-2-7b")
+    device = several(H100, 4, None, None)
+    plan = plan_training(asked, config, device)
+    told = spelled(asked, config, device, plan)
+    assert sum(told.values()) == plan.total_bytes
+    bits = 8 * told["quantization constants"] / (2 * told["frozen weights (4-bit)"])
+    assert bits == pytest.approx(0.127, abs=0.001)
+    for phase in ("evaluation", "generation"):
+        assert "two layers, gathered" in phases(asked, config, device, plan)[phase]
+
+
+def test_each_process_of_a_machine_has_host_memory_of_its_own():
+    config, asked = shape_config("llama-2-7b"), recipe(streaming="on")
+    one, four = (several(H100, n, None, None) for n in (1, 4))
+    single = host_parts(asked, one, plan_training(asked, config, one))
+    shared = host_parts(asked, four, plan_training(asked, config, four))
+    for name in ("frozen weights", "embedding", "Python and libraries"):
+        assert shared[name] == 4 * single[name]
+
+
+def test_a_base_that_is_spread_is_first_loaded_whole_by_every_process():
+    config, asked = shape_config("llama-2-7b"), recipe(sharding="on")
+    device = several(H100, 4, None, None)
+    parts = host_parts(asked, device, plan_training(asked, config, device))
+    held = sum(parts.values()) - parts["Python and libraries"]
+    assert held == pytest.approx(4 * 2 * 6_738_415_616, rel=1e-6)

@@ -6,15 +6,15 @@ import pytest
 from rich.console import Console
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.cards import CARDS, card_device
+from lorakit.plan.cards import CARDS, card_device, several
 from lorakit.plan.forecast import forecast
 from lorakit.plan.show import show_forecast
 from lorakit.recipe import Recipe
 
 
-def screen(width, name, card, **values):
+def screen(width, name, card, gpus=None, nodes=None, **values):
     asked = Recipe(**{"model": name, "data": "d", "target_modules": "all-linear", **values})
-    device = card_device(CARDS[card], None, "auto")
+    device = several(card_device(CARDS[card], None, "auto"), gpus, nodes, None)
     found = forecast(asked, shape_config(name), device, CARDS[card])
     console = Console(file=io.StringIO(), width=width)
     show_forecast(found, console)
@@ -47,3 +47,22 @@ def test_what_no_setting_makes_fit_says_what_it_takes_at_least():
     assert "No setting makes it fit here: the least it can take is" in text
     assert "experts (not quantized)" in text
     assert "a100-80" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_several_gpus_have_a_table_of_their_own(width):
+    _, text = screen(width, "llama-3.3-70b", "h100", 8, 4, method="qlora", sharding="on")
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    for said in (
+        "each of 32 H100",
+        "shared by 32 on 4 nodes",
+        "GiB sent by each once a step",
+        "received by each",
+        "of it for the wires",
+        "times one GPU",
+        "warning",
+    ):
+        assert said in words
+    assert width < 80 or "RAM while training, 8 processes" in words
+    assert "shared by" not in screen(width, "llama-2-7b", "h100")[1]

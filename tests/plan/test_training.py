@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lorakit.errors import RecipeError
 from lorakit.model.shapes import shape_config
 from lorakit.plan.training import LIBRARIES_BYTES, longest_rows, plan_training
 from lorakit.recipe import Recipe
@@ -77,3 +79,28 @@ def test_short_data_makes_short_rows_on_a_cpu():
     assert longest_rows(asked.model_copy(update={"packing": False}), 100, CPU).cutoff_len == 100
     assert longest_rows(asked, 1000, CPU).cutoff_len == 2048
     assert longest_rows(asked, 100, CARD).cutoff_len == 2048
+
+
+def test_processes_share_rows_cores_and_memory():
+    config = shape_config("smollm2-135m")
+    asked = recipe(micro_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=False)
+    kept = "activations kept for backward"
+    two = plan_training(asked, config, replace(CPU, ranks=2))
+    half = plan_training(asked.model_copy(update={"micro_batch_size": 2}), config, CPU)
+    assert two.parts[kept] == half.parts[kept]
+    assert two.available_bytes == CPU.memory_bytes // 2
+    assert two.parts["gradients on their way"] == two.parts["gradients (float32)"]
+    many = recipe(gradient_accumulation_steps=8)
+    assert longest_rows(many, 100, replace(CPU, ranks=4)).cutoff_len == 200
+
+
+def test_sharding_on_a_cpu_is_planned_where_it_is_asked_for():
+    asked = recipe(sharding="on")
+    plan = plan_training(asked, shape_config("tiny"), replace(CPU, ranks=2))
+    assert plan.placement.shards == 2
+    assert plan.fits
+    assert plan.parts["Python and libraries"] == LIBRARIES_BYTES
+    tight = asked.model_copy(update={"memory_limit": "500MB"})
+    assert not plan_training(tight, shape_config("tiny"), replace(CPU, ranks=2)).fits
+    with pytest.raises(RecipeError, match="sharding: on needs the fast layers"):
+        plan_training(asked, shape_config("gemma-2-9b"), replace(CPU, ranks=2))

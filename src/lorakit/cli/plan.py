@@ -27,6 +27,17 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Plan for a card of this memory, such as 12GB.")
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs of a node (torchrun's --nproc-per-node); default 1."),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes, each with --gpus of them; default 1.")
+    ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(metavar="GBIT", help="What a node's network carries a second; default 100."),
+    ] = None,
     seq: Annotated[int | None, typer.Option(help="cutoff_len: tokens of the longest row.")] = None,
     method: Method = None,
     data: Annotated[list[str] | None, typer.Option(help="Not read; as in `train`.")] = None,
@@ -44,7 +55,7 @@ def plan(
     quiet(resolved.recipe.offline)
     from lorakit.hardware import detect_device
     from lorakit.model.adapters import resolve_targets
-    from lorakit.plan.cards import card_device, find_card, parse_memory
+    from lorakit.plan.cards import card_device, find_card, parse_memory, several
     from lorakit.plan.forecast import find_config, forecast
     from lorakit.plan.show import show_forecast
 
@@ -54,6 +65,7 @@ def plan(
     config, source, local = find_config(resolved.recipe, folders)
     asked = resolve_targets(resolved, config).recipe
     device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
+    device = several(device, gpus, nodes, network)
     found = forecast(asked, config, device, card, source, local)
     if as_json:
         print_json(found.as_dict())

@@ -35,13 +35,24 @@ class Sizes:
     cuda: bool
     ranks: int
     per_node: int
+    linear: int  # elements of linear layers
+    adapter: int  # elements that train
 
     @classmethod
     def of(cls, recipe: Recipe, config: Any, device: Device) -> Sizes:
         """Counted for this recipe, model and device."""
-        text, width = config.get_text_config(), BYTES[device.dtype]
-        cuda = device.kind == "cuda"
-        return cls(recipe, text, count(config), width, cuda, device.ranks, device.per_node)
+        counted = count(config)
+        return cls(
+            recipe,
+            config.get_text_config(),
+            counted,
+            BYTES[device.dtype],
+            device.kind == "cuda",
+            device.ranks,
+            device.per_node,
+            counted.in_linear,
+            trained(recipe, counted),
+        )
 
     @property
     def layers(self) -> int:
@@ -52,16 +63,8 @@ class Sizes:
         return self.counted.linear
 
     @property
-    def linear(self) -> int:
-        return self.counted.in_linear
-
-    @property
     def others(self) -> int:
         return self.counted.total - self.linear - self.counted.experts
-
-    @property
-    def adapter(self) -> int:
-        return trained(self.recipe, self.counted)
 
     @property
     def examples(self) -> int:

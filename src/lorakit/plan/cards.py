@@ -6,7 +6,7 @@ Rates are data sheets': dense tensor-core TFLOP/s with float32 sums, GB/s of the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.errors import RecipeError
 from lorakit.recipe_file import suggest
@@ -22,6 +22,8 @@ class Card:
     `memory_gib` is what CUDA offers, less than the box says. `share` is the part of `tflops` that
     large products reach: 0.77 was measured on the H100; the others are estimates (a card held to
     70 W reaches less). `link_gbs` is what page-locked copies over its PCIe slot reach.
+    `nvlink_gbs` is what a ring over NVLink carries each way (NCCL's "bus bandwidth"): estimates,
+    0.73 of the data sheet's one-way rate on the board that has it (SXM).
     """
 
     name: str
@@ -31,6 +33,21 @@ class Card:
     memory_gbs: float
     link_gbs: float
     share: float = 0.7
+    nvlink_gbs: float = 0
+
+    @property
+    def ring_gbs(self) -> float:
+        """What a ring over the cards of one machine carries each way.
+
+        Without NVLink every byte crosses two slots, through host memory on many boards: an
+        estimate, half a slot's rate.
+        """
+        return self.nvlink_gbs or self.link_gbs / 2
+
+    @property
+    def ring(self) -> str:
+        """What that ring runs over."""
+        return "NVLink" if self.nvlink_gbs else "PCIe"
 
     @property
     def bf16(self) -> bool:
@@ -45,7 +62,7 @@ class Card:
 
 _TABLE = [
     Card("t4", 14.6, (7, 5), 65, 320, 12, 0.4),
-    Card("v100", 15.8, (7, 0), 125, 900, 12, 0.6),
+    Card("v100", 15.8, (7, 0), 125, 900, 12, 0.6, 110),
     Card("l4", 22.0, (8, 9), 121, 300, 25, 0.5),
     Card("a10", 22.0, (8, 6), 125, 600, 25, 0.55),
     Card("3060", 11.6, (8, 6), 25.5, 360, 12),
@@ -54,12 +71,12 @@ _TABLE = [
     Card("4080", 15.6, (8, 9), 97.5, 717, 25),
     Card("4090", 23.5, (8, 9), 165, 1008, 25),
     Card("5090", 31.3, (12, 0), 209, 1792, 50),
-    Card("a100-40", 39.4, (8, 0), 312, 1555, 25),
-    Card("a100-80", 79.1, (8, 0), 312, 2039, 25),
+    Card("a100-40", 39.4, (8, 0), 312, 1555, 25, nvlink_gbs=220),
+    Card("a100-80", 79.1, (8, 0), 312, 2039, 25, nvlink_gbs=220),
     Card("l40s", 44.4, (8, 9), 362, 864, 25, 0.55),
-    Card("h100", 79.1, (9, 0), 989, 3350, 50, 0.77),
-    Card("h200", 139.7, (9, 0), 989, 4800, 50, 0.77),
-    Card("b200", 178.3, (10, 0), 2250, 8000, 50),
+    Card("h100", 79.1, (9, 0), 989, 3350, 50, 0.77, 330),
+    Card("h200", 139.7, (9, 0), 989, 4800, 50, 0.77, 330),
+    Card("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=660),
 ]
 CARDS: dict[str, Card] = {card.name: card for card in _TABLE}
 # What people write, and what drivers say ("NVIDIA GeForce RTX 3060").
@@ -104,6 +121,22 @@ def card_device(card: Card | None, memory_bytes: int | None, dtype: str) -> Devi
     if dtype == "auto" or (dtype == "bfloat16" and not bf16):
         chosen = "bfloat16" if bf16 else "float16"
     return Device("cuda", name, memory, chosen, "sdpa", {"kind": "asked for", "dtype": "the card"})
+
+
+def several(device: Device, gpus: int | None, nodes: int | None, network: float | None) -> Device:
+    """`gpus` such devices on each of `nodes` machines, joined by `network` Gbit/s a machine.
+
+    Raises:
+        RecipeError: a network that is none, or one without several machines.
+    """
+    if network is not None and (network <= 0 or (nodes or 1) == 1):
+        raise RecipeError(
+            f"--network {network:g}: " + ("not a rate" if network <= 0 else "there is one node"),
+            hint="Gbit/s of a node's network, such as --nodes 4 --network 400",
+        )
+    ranks = (gpus or 1) * (nodes or 1)
+    joined = network or device.network_gbits
+    return replace(device, ranks=ranks, nodes=nodes or 1, network_gbits=joined)
 
 
 def parse_memory(text: str) -> int:

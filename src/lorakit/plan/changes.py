@@ -6,7 +6,7 @@ Nothing is guessed: every change is planned like a recipe of its own, for its by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.memory import expects_engine
@@ -150,6 +150,8 @@ def _ways(recipe: Recipe, config: Any, device: Device) -> Iterator[tuple[dict[st
             yield {"engine": "auto"}, "none: lorakit's layers keep less"
     if recipe.streaming == "off" and device.kind == "cuda":
         yield {"streaming": "auto"}, "the same result; host memory takes what the card cannot"
+    if recipe.sharding == "off" and device.kind == "cuda" and device.per_node > 1:
+        yield {"sharding": "auto"}, "the same result; each GPU holds a part of the base"
     if recipe.optimizer == "adamw" and device.kind == "cuda":
         yield {"optimizer": "adamw_8bit"}, "optimizer state in 8 bits"
     if recipe.method == "lora":
@@ -187,11 +189,24 @@ def _with(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update=values)
 
 
-def smallest_card(recipe: Recipe, config: Any) -> Card | None:
-    """The card of least memory on which the recipe fits as it stands."""
+def smallest_card(recipe: Recipe, config: Any, like: Device) -> Card | None:
+    """The card of least memory on which the recipe fits as it stands, with as many as `like`."""
     for card in sorted(CARDS.values(), key=lambda c: c.memory_gib):
-        if plan_training(recipe, config, card_device(card, None, recipe.dtype)).fits:
+        device = card_device(card, None, recipe.dtype)
+        device = replace(device, ranks=like.ranks, nodes=like.nodes)
+        if plan_training(recipe, config, device).fits:
             return card
+    return None
+
+
+def fewest_gpus(recipe: Recipe, config: Any, device: Device) -> int | None:
+    """How many of `device` in one machine, 8 at most, would hold the recipe as it stands."""
+    if device.kind != "cuda":
+        return None
+    for count in (2, 4, 8):
+        more = replace(device, ranks=count * device.nodes)
+        if count > device.per_node and plan_training(recipe, config, more).fits:
+            return count
     return None
 
 

@@ -11,8 +11,9 @@ from lorakit.hardware import host_memory
 from lorakit.model.count import count
 from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
 from lorakit.plan.cards import Card, recognize
-from lorakit.plan.changes import Change, find_changes, smallest_card
+from lorakit.plan.changes import Change, fewest_gpus, find_changes, smallest_card
 from lorakit.plan.phases import (
+    LOADING,
     Parts,
     disk_parts,
     host_parts,
@@ -20,6 +21,7 @@ from lorakit.plan.phases import (
     phases,
     trained_elements,
 )
+from lorakit.plan.scale import Scale, scale
 from lorakit.plan.throughput import Speed, expected_speed
 from lorakit.plan.training import plan_training
 from lorakit.recipe import Recipe
@@ -32,7 +34,9 @@ class Forecast:
     """What a run will take on `device`, before anything of it is loaded.
 
     `device_parts` holds training, evaluation and generation in the device's memory; the others
-    are RAM of the host while training, RAM of a merge, and disk. All are bytes.
+    are RAM of the host while training, RAM of a merge, and disk. All are bytes, on a device those
+    of one rank. `scale` is what several ranks make of it; `fewest_gpus` of this kind would hold
+    what does not fit.
     """
 
     recipe: Recipe
@@ -48,6 +52,8 @@ class Forecast:
     speed: Speed | None
     changes: tuple[Change, ...]
     smallest_card: str | None
+    fewest_gpus: int | None = None
+    scale: Scale | None = None
 
     @property
     def fits(self) -> bool:
@@ -73,6 +79,8 @@ class Forecast:
             "speed_basis": self.speed.basis if self.speed else None,
             "changes": [change.as_dict() for change in self.changes],
             "smallest_card": self.smallest_card,
+            "fewest_gpus": self.fewest_gpus,
+            "scale": self.scale.as_dict() if self.scale else None,
         }
 
 
@@ -94,7 +102,8 @@ def forecast(
     card = card or recognize(device.name, device.memory_bytes)
     plan = plan_training(recipe, config, device)
     fits = plan.fits
-    small = None if fits or device.kind != "cuda" else smallest_card(recipe, config)
+    small = None if fits or device.kind != "cuda" else smallest_card(recipe, config, device)
+    speed = expected_speed(recipe, config, device, plan, card)
     return Forecast(
         recipe=recipe,
         device=device,
@@ -106,9 +115,11 @@ def forecast(
         host=host_parts(recipe, device, plan),
         merge=merge_parts(config),
         disk=disk_parts(recipe, config, local),
-        speed=expected_speed(recipe, config, device, plan, card),
+        speed=speed,
         changes=_changes(recipe, config, device, plan, card),
         smallest_card=small.name if small else None,
+        fewest_gpus=None if fits else fewest_gpus(recipe, config, device),
+        scale=scale(recipe, config, device, plan, card, speed),
     )
 
 
@@ -142,9 +153,11 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
     card = recognize(device.name, device.memory_bytes)
     ways = find_changes(recipe, config, device, plan, card)
     lines = [f"\n  {way.flags}  ({saving(way)})" for way in ways if way.fits]
+    more = fewest_gpus(recipe, config, device)
+    lines += [f"\n  --gpus {more}  (the same result, the base spread over them)"] if more else []
     told = "".join(["\nthis would make it fit:", *lines]) if lines else ""
     limit = f"memory_limit is {recipe.memory_limit}" if recipe.memory_limit else ""
-    has = limit or f"{device.name} has {device.memory_bytes / 2**30:.1f} GiB"
+    has = limit or f"{device.name} has {plan.available_bytes / 2**30:.1f} GiB"
     raise WorkError(
         f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{told}",
         hint="`lorakit plan` shows every part; --force trains all the same",
@@ -153,14 +166,20 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
 
 def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     """What the plan puts into the host's memory has to be there too."""
-    needs, has = sum(host_parts(recipe, device, plan).values()), host_memory()
-    if device.kind == "cuda" and needs > has:
-        raise WorkError(
-            f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
-            f"memory: {needs / 2**30:.1f} GiB of it, this machine has {has / 2**30:.1f} GiB",
-            hint="`lorakit plan` shows every part; set streaming: off to plan for the card alone; "
-            "--force trains all the same",
-        )
+    parts, has = host_parts(recipe, device, plan), host_memory()
+    needs = sum(parts.values())
+    if device.kind != "cuda" or needs <= has:
+        return
+    each = f" for {device.per_node} processes" if device.per_node > 1 else ""
+    way = "set streaming: off to plan for the card alone"
+    if plan.placement.shards > 1:
+        each += f", {parts[LOADING] / 2**30:.1f} of it while each loads the base"
+        way = "method: qlora, or fewer GPUs on more nodes, take less of it"
+    raise WorkError(
+        f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
+        f"memory: {needs / 2**30:.1f} GiB of it{each}; this machine has {has / 2**30:.1f} GiB",
+        hint=f"`lorakit plan` shows every part; {way}; --force trains all the same",
+    )
 
 
 def saving(change: Change) -> str:

@@ -35,6 +35,8 @@ STANDING = {
 ANSWERS, ANSWER_TOKENS = 4, 96
 # Resident with torch's CUDA build and its context; read off a process list, not measured here.
 CUDA_HOST_BYTES = 3 * 2**30
+# What a process holds before it trains, beyond what it holds then.
+LOADING = "base, while it is loaded"
 # A Llama-2-7B shape merged tensor by tensor peaked at 3.8 GB (benchmarks/results/export_memory_7b).
 MERGE_TENSORS = 24
 
@@ -98,7 +100,17 @@ def host_parts(recipe: Recipe, device: Device, training: MemoryPlan) -> Parts:
     parts = {"Python and libraries": CUDA_HOST_BYTES, **training.host_parts}
     if recipe.optimizer.startswith("paged"):
         parts["optimizer pages"] = training.parts.get("optimizer state", 0)
+    if training.placement.shards > 1:
+        parts[LOADING] = max(0, _loaded_bytes(training) - training.host_bytes)
     return {name: device.per_node * size for name, size in parts.items()}
+
+
+def _loaded_bytes(training: MemoryPlan) -> int:
+    """A base that is spread is loaded whole by every process, which then keeps its part of it."""
+    parts = training.parts
+    on_card = training.placement.shards * parts["frozen weights"]
+    on_card += parts["embeddings, head and norms"]
+    return on_card + training.host_parts.get("embedding", 0)
 
 
 def merge_parts(config: Any) -> Parts:

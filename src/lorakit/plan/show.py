@@ -11,6 +11,7 @@ from rich.text import Text
 from lorakit.plan.changes import Change
 from lorakit.plan.forecast import Forecast
 from lorakit.plan.phases import Parts
+from lorakit.plan.scale import Scale
 
 GIB = 2**30
 BAR = 24
@@ -21,6 +22,8 @@ def show_forecast(found: Forecast, console: Console) -> None:
     console.print(_headline(found))
     console.print(_training(found))
     console.print(_around(found))
+    if found.scale:
+        console.print(_scale(found.scale))
     console.print(Padding(_speed(found), (1, 0, 0, 1)))
     if found.changes and found.changes[0].fits:
         title = "what would be faster" if found.fits else "what makes it fit, cheapest first"
@@ -28,13 +31,17 @@ def show_forecast(found: Forecast, console: Console) -> None:
     elif found.changes:
         least = found.changes[0].total_bytes / GIB
         console.print(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
+    if found.fewest_gpus:
+        console.print(
+            f" As it stands it fits on more of them: --gpus {found.fewest_gpus}.", highlight=False
+        )
     if found.smallest_card:
         console.print(f" As it stands it fits on: {found.smallest_card} (--gpu).", highlight=False)
 
 
 def _headline(found: Forecast) -> Panel:
     recipe, plan = found.recipe, found.training
-    needs, has = plan.total_bytes / GIB, found.device.memory_bytes / GIB
+    needs, has = plan.total_bytes / GIB, plan.available_bytes / GIB
     text = Text()
     if not plan.fits:
         text.append("DOES NOT FIT", style="bold red")
@@ -43,7 +50,8 @@ def _headline(found: Forecast) -> Panel:
         if plan.describe() != "nothing recomputed":
             text.append(f" with {plan.describe()}")
     limit = f", memory_limit {recipe.memory_limit}" if recipe.memory_limit else ""
-    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {found.device.name}{limit}\n")
+    each = f"each of {found.device.ranks} " if found.scale else ""
+    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {each}{found.device.name}{limit}\n")
     text.append(
         f"{recipe.micro_batch_size} x {recipe.gradient_accumulation_steps} examples of "
         f"{recipe.cutoff_len:,} tokens, rank {recipe.lora_r}, {found.device.dtype}; "
@@ -75,7 +83,8 @@ def _around(found: Forecast) -> Table:
     where = found.device.name if found.device.kind == "cuda" else "RAM"
     rows = [(f"{name}, {where}", found.device_parts[name]) for name in ("evaluation", "generation")]
     if found.host:
-        rows.append(("RAM while training", found.host))
+        of_node = f", {found.device.per_node} processes" if found.device.per_node > 1 else ""
+        rows.append((f"RAM while training{of_node}", found.host))
     rows += [("RAM to merge", found.merge), ("disk", found.disk)]
     for name, parts in rows:
         table.add_row(name, _gib(sum(parts.values())), _largest(parts))
@@ -85,6 +94,42 @@ def _around(found: Forecast) -> Table:
 def _largest(parts: Parts) -> str:
     ordered = sorted(parts.items(), key=lambda item: -item[1])[:2]
     return "; ".join(f"{name} {_gib(size)}" for name, size in ordered if size)
+
+
+def _scale(found: Scale) -> Table:
+    """Who holds and does what, what travels, and what all that leaves of N times the speed."""
+    nodes = f" on {found.nodes} nodes" if found.nodes > 1 else ""
+    title = f"shared by {found.ranks}{nodes}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), show_header=False)
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    sent = found.traffic
+    table.add_row("base", found.base)
+    table.add_row("examples", found.split)
+    gradients = f"{_gib(sent.gradients_bytes)} GiB sent by each once a step"
+    table.add_row("gradients", gradients + _taking(sent.gradients_seconds, f", over {sent.link}"))
+    if sent.weights_bytes:
+        weights = f"{_gib(sent.weights_bytes)} GiB received by each in a step"
+        table.add_row("weights", weights + _taking(sent.weights_seconds, " behind the products"))
+    if found.step_seconds and found.waited_share is not None:
+        step = f"{_seconds(found.step_seconds)}, {found.waited_share:.1%} of it for the wires"
+        table.add_row("a step", step)
+    if found.efficiency is not None:
+        gain = f"{found.efficiency * found.ranks:.1f} times one GPU: {found.efficiency:.0%} each"
+        if found.one_gpu_choices != "nothing recomputed":
+            gain += f" (one GPU: {found.one_gpu_choices})"
+        table.add_row("gain", gain)
+    for warning in found.warnings:
+        table.add_row("[yellow]warning", warning)
+    return table
+
+
+def _taking(seconds: float | None, how: str) -> str:
+    return "" if seconds is None else f": {_seconds(seconds)}{how}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{seconds:.2f} s"
 
 
 def _speed(found: Forecast) -> Text:

@@ -5,6 +5,9 @@
 The four factors are fitted to the H100 rows of benchmarks/results (engine_*.json: within 7% on rows
 of one length; baseline_*.json for PEFT's own layers: within 11%). Another card's figure is the same
 sum with its data sheet's rates: an estimate, and said so.
+
+Of several GPUs each works on its part of a step; the step ends when the one with the largest part
+is through and the gradients are summed (`traffic.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Any
 
 from lorakit.memory import expects_engine
 from lorakit.model.count import Counted, count
-from lorakit.model.sizes import NF4_BYTES
+from lorakit.model.sizes import NF4_BYTES, examples_of_rank
 from lorakit.plan.cards import Card
+from lorakit.plan.traffic import traffic
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
 
@@ -33,64 +37,93 @@ CPU_CORE_FLOPS = {"bfloat16": 90e9, "float32": 35e9}
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """`basis`: "measured on this card", or what the estimate rests on."""
+    """Of all ranks together; of one step; and the part of that which waits for other ranks' bytes.
+
+    `basis`: "measured on this card", or what the estimate rests on.
+    """
 
     tokens_per_second: float
     basis: str
+    step_seconds: float
+    waited_seconds: float | None = 0.0
 
 
 def expected_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
 ) -> Speed | None:
     """Tokens per second of full rows; None for a card that nothing is known of."""
-    work = _Work(recipe, config.get_text_config(), count(config), plan)
+    work = _Work(recipe, config.get_text_config(), count(config), plan, device.ranks)
+    tokens = recipe.examples_per_step * recipe.cutoff_len
     if device.kind == "cpu":
-        import psutil
-
-        cores = psutil.cpu_count(logical=False) or 1
-        rate = cores * CPU_CORE_FLOPS.get(device.dtype, CPU_CORE_FLOPS["float32"])
-        return Speed(rate / (work.products + work.attention), "a rough estimate for a CPU")
+        seconds = _cpu_seconds(work, device) * work.step_tokens
+        waited = 0.0 if device.ranks == 1 else None
+        return Speed(tokens / seconds, "a rough estimate for a CPU", seconds, waited)
     if device.kind != "cuda" or card is None:
         return None
-    engine = expects_engine(recipe, work.config)
-    traffic, overhead = (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if engine else (OWN_TRAFFIC, OWN_OVERHEAD)
+    sent = traffic(recipe, config, device, plan, card)
+    worked = _card_seconds(work, card) * work.step_tokens
+    # Inputs of layers and gathered weights share the slot where there is no NVLink.
+    copied, gathered = _copied_bytes(work) / (card.link_gbs * 1e9), sent.weights_seconds or 0.0
+    wires = max(copied, gathered) if card.nvlink_gbs else copied + gathered
+    waited = max(worked, wires) - max(worked, copied) + (sent.gradients_seconds or 0.0)
+    seconds = max(worked, copied) + _host_seconds(work) + waited
+    return Speed(tokens / seconds, _basis(device, plan, card), seconds, waited)
+
+
+def _basis(device: Device, plan: MemoryPlan, card: Card) -> str:
+    if plan.placement.layer_major:
+        moved = "gathered" if plan.placement.shards > 1 else "streamed"
+        return f"an estimate: data sheet, and what is {moved}"
+    if not card.measured:
+        return "an estimate from its data sheet"
+    if device.ranks > 1:
+        return "from rows measured on one such card; what the wires take is an estimate"
+    return "from rows measured on this card"
+
+
+def _cpu_seconds(work: _Work, device: Device) -> float:
+    """Seconds of one token on a rank's share of the cores."""
+    import psutil
+
+    cores = max(1, (psutil.cpu_count(logical=False) or 1) // device.per_node)
+    rate = cores * CPU_CORE_FLOPS.get(device.dtype, CPU_CORE_FLOPS["float32"])
+    return (work.products + work.attention) / rate
+
+
+def _card_seconds(work: _Work, card: Card) -> float:
+    """Seconds of the card for one token."""
+    engine = expects_engine(work.recipe, work.config)
+    passes, overhead = (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if engine else (OWN_TRAFFIC, OWN_OVERHEAD)
     rate, bandwidth = card.tflops * 1e12, card.memory_gbs * 1e9
     seconds = work.products / (rate * card.share)
     seconds += ATTENTION * work.attention / rate
-    seconds += traffic * work.traffic / bandwidth
+    seconds += passes * work.traffic / bandwidth
     seconds += overhead * work.layers / work.tokens
-    seconds += work.weights_moved / (0.8 * bandwidth)
-    seconds = max(seconds, _copied_bytes(work) / (card.link_gbs * 1e9)) + _host_seconds(work)
-    if plan.placement.layer_major:
-        return Speed(1 / seconds, "an estimate: data sheet, and what is streamed")
-    basis = (
-        "from rows measured on this card" if card.measured else "an estimate from its data sheet"
-    )
-    return Speed(1 / seconds, basis)
+    return seconds + work.weights_moved / (0.8 * bandwidth)
 
 
 def _copied_bytes(work: _Work) -> float:
-    """Bytes a token has copied from the host: weights twice a step, inputs of layers once."""
+    """Bytes a step copies from the host: weights twice, inputs of layers once."""
     host = work.plan.host_parts
-    copied = 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0)
-    return copied / work.step_tokens
+    return 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0)
 
 
 def _host_seconds(work: _Work) -> float:
-    """Seconds a token costs in AdamW on the host, which nothing hides."""
+    """Seconds of a step in AdamW on the host, which nothing hides."""
     if not work.plan.placement.adapters_on_host:
         return 0.0
-    return work.plan.host_parts.get("optimizer state", 0) * 3.5 / HOST_GBS / 1e9 / work.step_tokens
+    return work.plan.host_parts.get("optimizer state", 0) * 3.5 / HOST_GBS / 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """Operations and bytes of one token, forward and backward."""
+    """Operations and bytes of one token, forward and backward, on the rank with most of them."""
 
     recipe: Recipe
     config: Any
     counted: Counted
     plan: MemoryPlan
+    ranks: int
 
     @property
     def keep(self) -> Sequence[int]:
@@ -98,8 +131,12 @@ class _Work:
         return self.plan.keep
 
     @property
+    def examples(self) -> int:
+        return examples_of_rank(self.recipe, self.ranks)
+
+    @property
     def step_tokens(self) -> int:
-        return self.recipe.examples_per_step * self.recipe.cutoff_len
+        return self.examples * self.recipe.cutoff_len
 
     @property
     def layers(self) -> int:
@@ -110,7 +147,7 @@ class _Work:
         """Tokens that go through a layer at once; layer by layer, all of a step share its pass."""
         if self.plan.placement.layer_major:
             return self.step_tokens
-        return self.recipe.micro_batch_size * self.recipe.cutoff_len
+        return min(self.recipe.micro_batch_size, self.examples) * self.recipe.cutoff_len
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
