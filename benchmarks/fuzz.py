@@ -69,7 +69,7 @@ def fuzz_data(folder, count):
 
 
 def fuzz_chat(folder, count):
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
 
     model, data, conftest = tiny_model(folder)
     resolved = conftest._tiny_recipe(model, data, folder / "run")

@@ -17,9 +17,10 @@ LAYERS = [
     {"data", "ops"},
     {"model"},
     {"placement", "memory", "train", "generate"},
-    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect", "plan"},
-    {"finetune", "demo"},
-    {"preview"},
+    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "planning"},
+    {"fit", "demo"},
+    {"preview", "run", "shown"},
+    {"api"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

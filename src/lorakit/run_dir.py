@@ -106,8 +106,11 @@ class RunDir:
         return (self.adapter / ADAPTER_WEIGHTS).exists()
 
 
-def open_run(path: str | Path) -> RunDir:
+def find_run(path: str | Path, trained: bool = True) -> RunDir:
     """The run directory at `path`, ready for eval, chat or export.
+
+    Args:
+        trained: whether it must hold an adapter already.
 
     Raises:
         RunError: the folder is missing, is no run, or holds no adapter yet.
@@ -124,7 +127,7 @@ def open_run(path: str | Path) -> RunDir:
             f"{path}: not a lorakit run (no recipe.yaml in it; found: {found})",
             hint="give the folder that `lorakit train` printed",
         )
-    if not run.has_adapter():
+    if trained and not run.has_adapter():
         raise RunError(
             f"{path}: this run has no adapter yet (adapter/{ADAPTER_WEIGHTS} is missing)",
             hint=f"finish it with: lorakit train {run.recipe} --resume",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.throughput import expected_speed
-from lorakit.plan.training import plan_training
+from lorakit.planning.cards import CARDS, card_device
+from lorakit.planning.throughput import expected_speed
+from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.phases import disk_parts, host_parts, merge_parts, phases, spelled
-from lorakit.plan.training import plan_training
+from lorakit.planning.cards import CARDS, card_device
+from lorakit.planning.phases import disk_parts, host_parts, merge_parts, phases, spelled
+from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 
 H100 = card_device(CARDS["h100"], None, "auto")

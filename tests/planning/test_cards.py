@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.errors import RecipeError
-from lorakit.plan.cards import CARDS, GIB, card_device, find_card, parse_memory, recognize
+from lorakit.planning.cards import CARDS, GIB, card_device, find_card, parse_memory, recognize
 
 
 @pytest.mark.parametrize(

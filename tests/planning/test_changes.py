@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.changes import _with, find_changes, smallest_card
-from lorakit.plan.training import plan_training
+from lorakit.planning.cards import CARDS, card_device
+from lorakit.planning.changes import _with, find_changes, smallest_card
+from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.training import LIBRARIES_BYTES, longest_rows, plan_training
+from lorakit.planning.training import LIBRARIES_BYTES, longest_rows, plan_training
 from lorakit.recipe import Recipe
 from lorakit.records import Device
 

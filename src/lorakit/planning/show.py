@@ -8,9 +8,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.plan.changes import Change
-from lorakit.plan.forecast import Forecast
-from lorakit.plan.phases import Parts
+from lorakit.planning.changes import Change
+from lorakit.planning.forecast import Forecast
+from lorakit.planning.phases import Parts
 
 GIB = 2**30
 BAR = 24

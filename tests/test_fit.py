@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakit import finetune
+from lorakit import fit as story
 from lorakit.errors import DataError, LorakitError, RunError, WorkError
-from lorakit.finetune import fit, prepare_run
+from lorakit.fit import fit, prepare_run
 from lorakit.model.load import seed_everything
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir
@@ -235,7 +235,7 @@ def test_memory_that_ends_before_step_1_says_where(
     tiny_recipe, tiny_model_dir, tiny_data, tmp_path, monkeypatch, stage, doing
 ):
     """The allocator really refuses, where the base is read and where it goes onto the device."""
-    monkeypatch.setattr(finetune, stage, lambda *_: torch.empty(2**50, dtype=torch.uint8))
+    monkeypatch.setattr(story, stage, lambda *_: torch.empty(2**50, dtype=torch.uint8))
     with pytest.raises(WorkError, match=rf"out of memory {doing} .* more were asked for") as error:
         fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r"), QUIET)
     assert "method: qlora" in error.value.hint

@@ -7,10 +7,10 @@ import pytest
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.model.shapes import shape_config
-from lorakit.plan import forecast as module
-from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.forecast import find_config, forecast, planned_speed, refuse
-from lorakit.plan.training import plan_training
+from lorakit.planning import forecast as module
+from lorakit.planning.cards import CARDS, card_device
+from lorakit.planning.forecast import find_config, forecast, planned_speed, refuse
+from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 
 H100 = card_device(CARDS["h100"], None, "auto")

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from lorakit.model.shapes import shape_config
-from lorakit.plan.cards import CARDS, card_device
-from lorakit.plan.forecast import forecast
-from lorakit.plan.show import show_forecast
+from lorakit.planning.cards import CARDS, card_device
+from lorakit.planning.forecast import forecast
+from lorakit.planning.show import show_forecast
 from lorakit.recipe import Recipe
 
 

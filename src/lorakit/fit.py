@@ -27,8 +27,8 @@ from lorakit.model.adapters import add_adapter, count_parameters, resolve_target
 from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.model.vocabulary import check_vocabulary
-from lorakit.plan.forecast import planned_speed, refuse
-from lorakit.plan.training import longest_rows, plan_training
+from lorakit.planning.forecast import planned_speed, refuse
+from lorakit.planning.training import longest_rows, plan_training
 from lorakit.ranks import ALONE, Ranks, joined, shared_device
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan

@@ -11,7 +11,7 @@ from lorakit.memory import OPTIMIZER_BYTES
 from lorakit.model.count import count, trained
 from lorakit.model.sizes import BYTES, NF4_BYTES
 from lorakit.ops.cross_entropy import LOGITS_BYTES
-from lorakit.plan.training import LIBRARIES_BYTES
+from lorakit.planning.training import LIBRARIES_BYTES
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
 from lorakit.train.score import BATCH_TOKENS

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.memory import budget_of, expects_engine, plan_memory
 from lorakit.model.sizes import examples_of_rank
-from lorakit.plan.simulate import simulate
+from lorakit.planning.simulate import simulate
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
 

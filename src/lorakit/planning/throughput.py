@@ -16,7 +16,7 @@ from typing import Any
 from lorakit.memory import expects_engine
 from lorakit.model.count import Counted, count
 from lorakit.model.sizes import NF4_BYTES
-from lorakit.plan.cards import Card
+from lorakit.planning.cards import Card
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.memory import expects_engine
-from lorakit.plan.cards import CARDS, Card, card_device
-from lorakit.plan.throughput import expected_speed
-from lorakit.plan.training import plan_training
+from lorakit.planning.cards import CARDS, Card, card_device
+from lorakit.planning.throughput import expected_speed
+from lorakit.planning.training import plan_training
 from lorakit.recipe import METHOD_DEFAULTS, Recipe
 from lorakit.records import Device, MemoryPlan
 

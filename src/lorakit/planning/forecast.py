@@ -10,9 +10,9 @@ from lorakit.errors import LorakitError, ModelError, WorkError
 from lorakit.hardware import host_memory
 from lorakit.model.count import count
 from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
-from lorakit.plan.cards import Card, recognize
-from lorakit.plan.changes import Change, find_changes, smallest_card
-from lorakit.plan.phases import (
+from lorakit.planning.cards import Card, recognize
+from lorakit.planning.changes import Change, find_changes, smallest_card
+from lorakit.planning.phases import (
     Parts,
     disk_parts,
     host_parts,
@@ -20,8 +20,8 @@ from lorakit.plan.phases import (
     phases,
     trained_elements,
 )
-from lorakit.plan.throughput import Speed, expected_speed
-from lorakit.plan.training import plan_training
+from lorakit.planning.throughput import Speed, expected_speed
+from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import suggest
 from lorakit.records import Device, MemoryPlan

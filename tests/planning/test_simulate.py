@@ -12,7 +12,7 @@ from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter
 from lorakit.model.random_weights import random_model
 from lorakit.model.shapes import shape_config
-from lorakit.plan import simulate
+from lorakit.planning import simulate
 from lorakit.recipe import Recipe
 from lorakit.records import Device
 
