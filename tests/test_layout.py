@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "records", "redact", "floors"},
+    {"errors", "records", "redact", "floors", "quiet"},
     {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
     {"heartbeat", "ranks", "launch"},
     {"data", "ops"},

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakit.quiet import quietly
 from lorakit.recipe_file import Given, ResolvedRecipe, load_recipe
 from lorakit.run import Run
 from lorakit.shown import Inspected, Plan
@@ -52,7 +53,8 @@ def finetune(
     from lorakit.preview import show_outcome
 
     place = console or default_console()
-    outcome = fit(resolved, place, resume, force)
+    with quietly(resolved.recipe.offline):
+        outcome = fit(resolved, place, resume, force)
     if outcome.exit_code:
         place.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Go on with:")
         place.print(f'lorakit.finetune("{outcome.run.recipe}", resume=True)', soft_wrap=True)
@@ -86,7 +88,8 @@ def plan(
     resolved = load_recipe(recipe, **settings)
     card = find_card(gpu) if gpu else None
     size = parse_memory(memory) if memory else None
-    config, source, local = find_config(resolved.recipe, _folders(resolved))
+    with quietly(resolved.recipe.offline):
+        config, source, local = find_config(resolved.recipe, _folders(resolved))
     asked = resolve_targets(resolved, config).recipe
     device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
     return Plan.of(forecast(asked, config, device, card, source, local))
@@ -118,10 +121,11 @@ def inspect(
 
     resolved = load_recipe(recipe, **settings)
     asked, folders = resolved.recipe, _folders(resolved)
-    location = locate_model(asked, folders, say)
-    load_config(asked, location)
-    tokenizer = load_tokenizer(asked, location)
-    prepared = prepare(asked, tokenizer, folders, inspecting=True)
+    with quietly(asked.offline):
+        location = locate_model(asked, folders, say)
+        load_config(asked, location)
+        tokenizer = load_tokenizer(asked, location)
+        prepared = prepare(asked, tokenizer, folders, inspecting=True)
     return Inspected.of(
         inspect_prepared(prepared, tokenizer, asked, public_name(asked.model), examples)
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lorakit.quiet import quietly
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import EvalScore, Message, Sample
@@ -87,7 +88,8 @@ class Run:
         from lorakit.evaluate import evaluate_loaded
 
         loaded = self._model().loaded
-        return Evaluation.of(evaluate_loaded(loaded, str(data) if data else None, samples))
+        with quietly(loaded.recipe.offline):
+            return Evaluation.of(evaluate_loaded(loaded, str(data) if data else None, samples))
 
     def chat(
         self,
@@ -168,21 +170,23 @@ class Run:
         """
         from lorakit.export.table import export_run
 
+        folder = find_run(self.path)
         self.close()
-        return export_run(
-            find_run(self.path),
-            to,
-            Path(output) if output else None,
-            console or Console(file=sys.stdout, force_jupyter=False, highlight=False),
-            quantization=quant,
-            onto=onto,
-            dtype=dtype,
-            merged=merged,
-            as_adapter=adapter or None,
-            repository=repo,
-            public=public,
-            verify=verify,
-        )
+        with quietly(self.recipe.offline):
+            return export_run(
+                folder,
+                to,
+                Path(output) if output else None,
+                console or Console(file=sys.stdout, force_jupyter=False, highlight=False),
+                quantization=quant,
+                onto=onto,
+                dtype=dtype,
+                merged=merged,
+                as_adapter=adapter or None,
+                repository=repo,
+                public=public,
+                verify=verify,
+            )
 
     def close(self) -> None:
         """Let go of the loaded model and its memory; the next question loads it again."""
@@ -207,7 +211,9 @@ class Run:
         if self._several is None:
             from lorakit.model.several import Several
 
-            self._several = Several.of(find_run(self.path))
+            found = find_run(self.path)
+            with quietly(self.recipe.offline):
+                self._several = Several.of(found)
         return self._several
 
 
