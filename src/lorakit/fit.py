@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lorakit.data.inspection import measure_prepared
 from lorakit.data.items import write_validation
 from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
-from lorakit.errors import RunError
+from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
 from lorakit.floors import require_floors
 from lorakit.hardware import detect_device
@@ -32,6 +35,7 @@ from lorakit.planning.training import longest_rows, plan_training
 from lorakit.ranks import ALONE, Ranks, joined, shared_device
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
+from lorakit.report.write import renew_report
 from lorakit.run_dir import RunDir, read_metrics, write_json
 from lorakit.train.arguments import total_steps
 from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
@@ -133,10 +137,22 @@ def fit(
     with joined() as ranks:
         run, resolved = ranks.told(lambda: claim_run(resolved, resume))
         if ranks.first:
-            with only_writer(run, console.print):
+            with only_writer(run, console.print), _reported(run, console):
                 return _fit(run, resolved, console, resume, force, ranks)
         silent = Console(file=io.StringIO(), quiet=True)
         return _fit(run, resolved, silent, resume, force, ranks)
+
+
+@contextmanager
+def _reported(run: RunDir, console: Console) -> Iterator[None]:
+    """The run's page is written at its end; after a fault too, to look at what led to it."""
+    try:
+        yield
+    except LorakitError:
+        if run.has_run():
+            renew_report(run, lambda _: None)
+        raise
+    renew_report(run, console.print)
 
 
 def _fit(
@@ -231,7 +247,8 @@ def _take_up(
     else:
         check_base(run, recipe, start.location)
         forget_after(run, found.step)
-    report, plan = prepared.report.as_dict(), start.plan_as_dict()
+    lengths = measure_prepared(prepared, recipe).as_dict()
+    report, plan = {**prepared.report.as_dict(), "lengths": lengths}, start.plan_as_dict()
     write_run_files(run, start.resolved, report, plan, start.device)
     write_validation(run.validation, prepared.val_conversations)
     return str(found.folder) if found else None

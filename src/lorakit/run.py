@@ -1,4 +1,4 @@
-"""A run directory enters; a Run leaves: evaluate, chat, export, and what the run wrote, as data."""
+"""A run directory enters; a Run leaves: evaluate, chat, export, report, and its files as data."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ class Run:
         return read_metrics(self.folder)
 
     @property
+    def held_out(self) -> list[dict[str, Any]]:
+        """Evaluations between steps (`eval_every`): step, eval_loss, eval_perplexity."""
+        return read_metrics(self.folder, held_out=True)
+
+    @property
     def evaluation(self) -> Evaluation | None:
         """The last evaluation on the run's own held-out rows, or None."""
         if not self.folder.eval.exists():
@@ -89,7 +94,8 @@ class Run:
 
         loaded = self._model().loaded
         with quietly(loaded.recipe.offline):
-            return Evaluation.of(evaluate_loaded(loaded, str(data) if data else None, samples))
+            found = evaluate_loaded(loaded, str(data) if data else None, samples, print)
+        return Evaluation.of(found)
 
     def chat(
         self,
@@ -187,6 +193,18 @@ class Run:
                 public=public,
                 verify=verify,
             )
+
+    def report(self, output: str | Path | None = None) -> Path:
+        """Write the run's page anew; returns where it lies: `report.html` in the run's folder.
+
+        Training, `evaluate` and `export` do so themselves. It is one file without network.
+
+        Raises:
+            LorakitError: a file of the run is damaged, or the page cannot be written.
+        """
+        from lorakit.report.write import write_report
+
+        return write_report(self.folder, Path(output) if output else None)
 
     def close(self) -> None:
         """Let go of the loaded model and its memory; the next question loads it again."""

@@ -2,7 +2,7 @@
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
                  data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
-                 export/<format>/ · export/verify.json
+                 export/<format>/ · export/verify.json · report.html
 
 This layout is the contract between commands: eval, chat and export need this folder only.
 """
@@ -77,6 +77,11 @@ class RunDir:
     def rows(self) -> Path:
         """Content hash of each training example's row, to name what changed in the data."""
         return self.path / "data_rows.npy"
+
+    @property
+    def report(self) -> Path:
+        """The page about this run, made of its other files."""
+        return self.path / "report.html"
 
     @property
     def export(self) -> Path:
@@ -180,8 +185,12 @@ def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
             raise
 
 
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """All whole lines of metrics.jsonl, in order; a torn last line is left out."""
+def read_metrics(run: RunDir, held_out: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, in order; a torn last line is left out.
+
+    Args:
+        held_out: the evaluations between steps instead of the steps.
+    """
     if not run.metrics.exists():
         return []
     rows = []
@@ -190,4 +199,4 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and ("eval_loss" in row) == held_out]

@@ -1,4 +1,4 @@
-"""What one does with a trained run: eval, chat, serve, export.
+"""What one does with a trained run: eval, chat, serve, export, report.
 
 Heavy imports live inside the commands, so that `lorakit --help` answers at once.
 """
@@ -48,7 +48,7 @@ def evaluate_run(
     from lorakit.evaluate import evaluate_loaded, show
     from lorakit.model.load import load_run
 
-    result = evaluate_loaded(load_run(opened), data, samples)
+    result = evaluate_loaded(load_run(opened), data, samples, log.print)
     if as_json:
         print_json(result.as_dict())
     else:
@@ -164,3 +164,22 @@ def export(
     )
     if as_json:
         print_json(result)
+
+
+@app.command()
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option(help="Another file than report.html in the run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the run's page anew: curves, memory, data, answers, exports, how to reproduce it."""
+    from lorakit.report.write import write_report
+    from lorakit.run_dir import find_run
+
+    target = write_report(find_run(run, trained=False), output)
+    if as_json:
+        print_json({"report": str(target)})
+    else:
+        out.print(str(target), markup=False, soft_wrap=True)
