@@ -116,5 +116,5 @@ def test_numbers_are_short(value, text):
 
 def test_ticks_are_round_and_inside():
     assert ticks_between(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert ticks_between(-3, 8, 5, whole=True) == [-2.0, 0.0, 2.0, 4.0, 6.0, 8.0]
+    assert ticks_between(-3, 7, 5, whole=True) == [-2.0, 0.0, 2.0, 4.0, 6.0]
     assert ticks_between(1, 3, 5, whole=True) == [1.0, 2.0, 3.0]
