@@ -39,7 +39,7 @@ def _compared(name: str, found: dict[str, Any]) -> tuple[str, str, str, str]:
         return escape(name), escape(f"not compared: {found.get('skipped', 'no figures')}"), "", ""
     return (
         escape(name),
-        f"{found['kl_per_token']:.2e}",
+        f"{found['kl_per_token']:.2e}" if found["kl_per_token"] else "0",
         f"{found['top1_agreement']:.1%} of {found['positions']:,}",
         f"{found['greedy_equal']:.0%} of {found['prompts']}",
     )
@@ -53,9 +53,9 @@ def recipe(record: Record) -> list[str]:
         kind = "default" if origin.startswith("default") else "chosen"
         groups["derived" if origin.startswith("derived") else kind].append(key)
     head = ("Setting", "Value", "From")
-    said = [(groups["chosen"] + groups["derived"], True), (groups["default"], False)]
     tables = [
-        table(head, [_setting(record, key) for key in keys]) if keys else "" for keys, _ in said
+        f'<div class="settings">{table(head, [_setting(record, key) for key in keys])}</div>'
+        for keys in (groups["chosen"] + groups["derived"], groups["default"])
     ]
     count = len(groups["default"])
     return [

@@ -16,8 +16,7 @@ _STYLE = """
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { border-top: 1px solid var(--line); padding-top: 1.4rem; font-size: 1.2rem; }
 h3 { font-size: .95rem; margin: 0 0 .2rem; } h3 span { color: var(--soft); font-weight: 400; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.6rem, 1fr));
-  gap: .6rem; margin: 1.1rem 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; margin: 1.1rem 0 0; }
 .tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.2rem; line-height: 1.4; white-space: nowrap;
   font-weight: 650; font-variant-numeric: tabular-nums; }
@@ -44,13 +43,16 @@ td { font-variant-numeric: tabular-nums; } .narrow { max-width: 30rem; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--card);
   padding: .1em .3em; border-radius: .25rem; }
 td code { white-space: nowrap; } pre code { background: none; padding: 0; }
-.memory i { background: var(--blue); } .memory div:last-child i { background: var(--warm); }
+.memory i { background: var(--blue); } .memory .bars > div:last-child i { background: var(--warm); }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 36rem) { h1 { font-size: 1.4rem; }
   .answers > div { grid-template-columns: 1fr; }
   .answers section + section { border-left: 0; border-top: 1px solid var(--line); }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile { padding: .6rem .7rem; } .tile b { font-size: 1rem; }
+  .memory .bars { grid-template-columns: 1fr; gap: 0; } .memory .bars span { text-align: left; }
+  .settings td { display: inline; } .settings td[data-k]::before { content: " "; }
+  .settings td:last-child { color: var(--soft); font-size: .85rem; }
   .narrow thead { display: table-header-group; } .narrow tr { display: table-row; }
   .narrow td { display: table-cell; border-bottom: 1px solid var(--line); padding: .35rem 0; }
   .narrow td[data-k]::before { content: none; } }
@@ -115,10 +117,12 @@ def _head(record: Record) -> str:
 
 
 def _sources(record: Record) -> str:
-    names = [escape(str(without_path(s["source"]))) for s in record.data.get("sources", [])]
+    given = record.shown["data"]
+    parts = [given] if isinstance(given, str) else given
+    names = [escape(str(p["source"] if isinstance(p, dict) else p)) for p in parts]
     examples = record.data.get("examples_train")
     count = f"{examples:,} examples of " if examples else ""
-    return count + (", ".join(names[:4]) + (" and more" if len(names) > 4 else "") or "its data")
+    return count + ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")
 
 
 def _state(record: Record) -> str:
@@ -156,7 +160,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         found.append(("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
     if record.steps:
         found.append(("optimizer steps", f"{record.steps[-1]['step']:,}"))
-        found.append(("in steps", duration(record.seconds)))
+        found.append(("spent in steps", duration(record.seconds)))
     if tokens and record.seconds:
         speed = tokens / record.seconds
         found.append(("tokens a second", f"{speed:,.0f}"))
