@@ -129,6 +129,7 @@ def test_inspect_is_data_and_prints_as_the_command_does(tiny_model_dir, tiny_dat
     assert json.loads(json.dumps(found.as_dict()))["spoils"] is False
     assert "⟦It is " in repr(found)
     assert repr(found).endswith("fit to train on")
+    assert '<ins class="t"' in found._repr_html_()
 
 
 def test_finetune_trains_stops_nowhere_else_and_resumes(tiny_model_dir, tiny_data, tmp_path):

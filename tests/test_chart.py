@@ -10,6 +10,7 @@ from lorakit.chart import (
     MOST_POINTS,
     WIDTH,
     Series,
+    alone,
     line_chart,
     short,
     smoothed,
@@ -63,6 +64,13 @@ def test_odd_numbers_still_give_a_chart(points, zero):
     root = parsed(Series(points), zero=zero)
     assert places(root, "main")
     assert "nan" not in ElementTree.tostring(root).decode()
+
+
+def test_alone_it_has_a_ground_and_a_title():
+    root = ElementTree.fromstring(alone(line_chart([Series([(1, 1.0), (2, 2.0)])], "x"), "<run>"))
+    assert root.get("viewBox") == f"0 -24 {WIDTH} {HEIGHT + 24}"
+    assert root.find(f"{NAME}rect").get("fill") == "#fff"
+    assert "<run>" in [t.text for t in root.iter(f"{NAME}text")]
 
 
 def test_no_number_at_all_gives_no_chart():

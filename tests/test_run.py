@@ -1,5 +1,7 @@
 """A run's folder as an object: what was written, questions, exports."""
 
+import xml.etree.ElementTree as ElementTree
+
 import pytest
 
 import lorakit
@@ -19,6 +21,13 @@ def test_what_the_run_wrote_is_data(run):
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens"} <= set(run.metrics[-1])
     assert run.evaluation.tuned.tokens > 0
     assert repr(run).startswith(f"<Run {run.path}: trained, step 2, loss ")
+
+
+def test_a_notebook_gets_the_curve(run, tmp_path):
+    root = ElementTree.fromstring(run._repr_svg_())
+    assert root.get("width") == "570"
+    assert "trained, step 2" in "".join(root.itertext())
+    assert Run(tmp_path)._repr_svg_() is None
 
 
 def test_base_and_tuned_answer_and_the_model_stays(run):

@@ -18,6 +18,12 @@ def test_the_record_is_kept_whole(result):
     assert isinstance(shown, EvalResult)
 
 
+def test_a_notebook_gets_the_answers_side_by_side(result):
+    text = Evaluation.of(result)._repr_html_()
+    assert '<section class="tuned"><h3>tuned</h3>Ann</section>' in text
+    assert "<script" not in text
+
+
 def test_text_has_no_color_and_one_width(result):
     text = repr(Evaluation.of(result))
     assert "\x1b" not in text

@@ -75,6 +75,16 @@ def line_chart(series: Sequence[Series], label: str, zero: bool = False) -> str:
     )
 
 
+def alone(chart: str, title: str) -> str:
+    """A chart for a place without a page around it: its own ground, size and title."""
+    head, body = chart.split(">", 1)
+    top = f"0 -24 {WIDTH} {HEIGHT + 24}"
+    head = head.replace(f"0 0 {WIDTH} {HEIGHT}", top)
+    ground = f'<rect x="0" y="-24" width="{WIDTH}" height="{HEIGHT + 24}" fill="#fff"/>'
+    words = f'<text x="6" y="-6" font-weight="600" fill="#1c1e21">{html.escape(title)}</text>'
+    return f'{head} width="570">{ground}{words}{body}'
+
+
 def smoothed(points: Sequence[Point]) -> list[Point]:
     """The mean of each point and its neighbors on both sides, about a thirtieth of all."""
     half = len(points) // 60

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lorakit.chart import alone, line_chart
 from lorakit.quiet import quietly
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -224,6 +225,16 @@ class Run:
         said = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.4f}" if rows else "no step yet"
         state = "trained" if self.finished else "not finished"
         return f"<Run {self.path}: {state}, {said}>"
+
+    def _repr_svg_(self) -> str | None:
+        """The loss so far, for a notebook; nothing before the first step."""
+        from lorakit.report.page import loss_series
+        from lorakit.report.read import read_run
+
+        if not self.folder.has_run():
+            return None
+        chart = line_chart(loss_series(read_run(self.folder)), "loss by step")
+        return alone(chart, repr(self)[1:-1]) if chart else None
 
     def _model(self) -> Several:
         if self._several is None:

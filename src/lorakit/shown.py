@@ -14,10 +14,14 @@ from typing import Any, Self
 from rich.console import Console
 
 from lorakit.data.inspection import Inspection
+from lorakit.data.page import cell as inspection_cell
 from lorakit.data.show import show_inspection
+from lorakit.page import fragment
 from lorakit.planning.forecast import Forecast
+from lorakit.planning.page import cell as plan_cell
 from lorakit.planning.show import show_forecast
 from lorakit.records import EvalResult
+from lorakit.report.answers import STYLE, scores
 
 WIDTH = 100
 
@@ -35,6 +39,9 @@ class Plan(Forecast):
     def __repr__(self) -> str:
         return as_text(show_forecast, self)
 
+    def _repr_html_(self) -> str:
+        return plan_cell(self)
+
 
 class Inspected(Inspection):
     """What will be trained; `as_dict()` has everything as plain values."""
@@ -48,6 +55,9 @@ class Inspected(Inspection):
 
     def __repr__(self) -> str:
         return as_text(show_inspection, self)
+
+    def _repr_html_(self) -> str:
+        return inspection_cell(self)
 
 
 class Evaluation(EvalResult):
@@ -64,6 +74,9 @@ class Evaluation(EvalResult):
         from lorakit.evaluate import show  # costs torch
 
         return as_text(show, self)
+
+    def _repr_html_(self) -> str:
+        return fragment(scores(self.as_dict()), STYLE)
 
 
 def as_text(show: Callable[[Any, Console], None], value: Any) -> str:

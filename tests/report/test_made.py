@@ -13,7 +13,7 @@ def test_the_recipe_shows_what_was_chosen_before_the_defaults(make_run, read_pag
     assert "<code>lora_r</code>" in before
     assert "argument" in before
     assert "<code>lora_alpha</code>" in after
-    assert "default for lora" in after
+    assert '<code>lora_alpha</code> 32 <em class="soft"> for lora</em>' in after
     assert "secret place" not in text
 
 

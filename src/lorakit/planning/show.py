@@ -21,7 +21,7 @@ def show_forecast(found: Forecast, console: Console) -> None:
     console.print(_headline(found))
     console.print(_training(found))
     console.print(_around(found))
-    console.print(Padding(_speed(found), (1, 0, 0, 1)))
+    console.print(Padding(speed_words(found), (1, 0, 0, 1)))
     if found.changes and found.changes[0].fits:
         title = "what would be faster" if found.fits else "what makes it fit, cheapest first"
         console.print(_changes(found.changes, title))
@@ -62,8 +62,8 @@ def _training(found: Forecast) -> Table:
     table.add_column("", no_wrap=True)
     for name, size in parts.items():
         bar = "█" * round(BAR * size / max(total, 1))
-        table.add_row(name, _gib(size), Text(bar or "▏", style="cyan"))
-    table.add_row("[bold]sum", f"[bold]{_gib(total)}")
+        table.add_row(name, as_gib(size), Text(bar or "▏", style="cyan"))
+    table.add_row("[bold]sum", f"[bold]{as_gib(total)}")
     return table
 
 
@@ -72,22 +72,28 @@ def _around(found: Forecast) -> Table:
     table.add_column("", overflow="fold")
     table.add_column("GiB", justify="right")
     table.add_column("most of it", overflow="fold", style="dim")
+    for row in around(found):
+        table.add_row(*row)
+    return table
+
+
+def around(found: Forecast) -> list[tuple[str, str, str]]:
+    """(what, GiB, most of it) of everything but training."""
     where = found.device.name if found.device.kind == "cuda" else "RAM"
     rows = [(f"{name}, {where}", found.device_parts[name]) for name in ("evaluation", "generation")]
     if found.host:
         rows.append(("RAM while training", found.host))
     rows += [("RAM to merge", found.merge), ("disk", found.disk)]
-    for name, parts in rows:
-        table.add_row(name, _gib(sum(parts.values())), _largest(parts))
-    return table
+    return [(name, as_gib(sum(parts.values())), _largest(parts)) for name, parts in rows]
 
 
 def _largest(parts: Parts) -> str:
     ordered = sorted(parts.items(), key=lambda item: -item[1])[:2]
-    return "; ".join(f"{name} {_gib(size)}" for name, size in ordered if size)
+    return "; ".join(f"{name} {as_gib(size)}" for name, size in ordered if size)
 
 
-def _speed(found: Forecast) -> Text:
+def speed_words(found: Forecast) -> Text:
+    """How fast it will be, and how that is known."""
     if found.speed is None:
         return Text("speed: nothing is known of this card; name it with --gpu", style="dim")
     rate = found.speed.tokens_per_second
@@ -112,12 +118,13 @@ def _changes(changes: tuple[Change, ...], title: str) -> Table:
     table.add_column("and costs", overflow="fold", style="dim", ratio=2)
     for change in changes:
         speed = "" if change.slower is None else f"{-change.slower:+.0%}"
-        saved = _gib(change.saved_bytes)
-        table.add_row(change.flags, _gib(change.total_bytes), saved, speed, change.price)
+        saved = as_gib(change.saved_bytes)
+        table.add_row(change.flags, as_gib(change.total_bytes), saved, speed, change.price)
     return table
 
 
-def _gib(size: int) -> str:
+def as_gib(size: int) -> str:
+    """Gibibytes with two digits, or three where two would be nothing."""
     if size < GIB / 200:
         return f"{size / GIB:.3f}" if size else "0"
     return f"{size / GIB:.2f}"

@@ -52,24 +52,29 @@ def recipe(record: Record) -> list[str]:
         origin = record.origins.get(key, "default")
         kind = "default" if origin.startswith("default") else "chosen"
         groups["derived" if origin.startswith("derived") else kind].append(key)
-    head = ("Setting", "Value", "From")
-    tables = [
-        f'<div class="settings">{table(head, [_setting(record, key) for key in keys])}</div>'
-        for keys in (groups["chosen"] + groups["derived"], groups["default"])
-    ]
-    count = len(groups["default"])
+    first = [_setting(record, key) for key in groups["chosen"] + groups["derived"]]
+    rest = "".join(_default(record, key) for key in groups["default"])
     return [
-        tables[0],
-        f"<details><summary>{count} settings at their defaults</summary>{tables[1]}</details>"
-        if count
-        else "",
+        f'<div class="settings">{table(("Setting", "Value", "From"), first)}</div>',
+        f"<details><summary>{len(groups['default'])} settings at their defaults</summary>"
+        f'<p class="defaults">{rest}</p></details>',
     ]
 
 
 def _setting(record: Record, key: str) -> tuple[str, str, str]:
+    origin = escape(record.origins.get(key, "default"))
+    return f"<code>{key}</code>", _value(record, key), origin
+
+
+def _default(record: Record, key: str) -> str:
+    why = escape(record.origins.get(key, "default").removeprefix("default"))
+    said = f' <em class="soft">{why}</em>' if why else ""
+    return f"<span><code>{key}</code> {_value(record, key)}{said}</span>"
+
+
+def _value(record: Record, key: str) -> str:
     value = record.shown[key]
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"<code>{key}</code>", escape(text), escape(record.origins.get(key, "default"))
+    return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def environment(record: Record) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from lorakit.chart import Series, line_chart, smoothed
 from lorakit.model.load import public_name
 from lorakit.page import bars, escape, facts, frame, table
+from lorakit.report.answers import STYLE, scores
 from lorakit.report.made import environment, exports, recipe, reproduce
 from lorakit.report.read import Record, finite, without_path
 
@@ -31,33 +32,22 @@ figcaption { color: var(--soft); font-size: .85rem; }
 .key { display: inline-block; width: 1.1rem; height: 0; border-top: 3px solid var(--blue);
   vertical-align: middle; } .key.warm { border-color: var(--warm); }
 .key.dash { border-top: 2px dashed var(--soft); }
-.answers { border: 1px solid var(--line); border-radius: .5rem; margin: .9rem 0; }
-.answers > p { font-weight: 600; margin: 0; padding: .6rem .9rem; background: var(--card);
-  border-radius: .5rem .5rem 0 0; white-space: pre-wrap; }
-.answers > div { display: grid; grid-template-columns: repeat(3, 1fr); }
-.answers section { padding: .6rem .9rem; white-space: pre-wrap; min-width: 0; font-size: .93rem; }
-.answers section + section { border-left: 1px solid var(--line); }
-.answers h3 { color: var(--soft); font-weight: 500; font-size: .8rem; }
-.answers .tuned { background: var(--wash); }
-td { font-variant-numeric: tabular-nums; } .narrow { max-width: 30rem; }
+td { font-variant-numeric: tabular-nums; } th { white-space: nowrap; }
+.defaults { columns: 15rem; padding: .6rem .9rem; margin: 0; font-size: .93rem; }
+.defaults em { font-style: normal; } .defaults span { display: block; break-inside: avoid; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--card);
   padding: .1em .3em; border-radius: .25rem; }
 td code { white-space: nowrap; } pre code { background: none; padding: 0; }
 .memory i { background: var(--blue); } .memory .bars > div:last-child i { background: var(--warm); }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 36rem) { h1 { font-size: 1.4rem; }
-  .answers > div { grid-template-columns: 1fr; }
-  .answers section + section { border-left: 0; border-top: 1px solid var(--line); }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile { padding: .6rem .7rem; } .tile b { font-size: 1rem; }
   .memory .bars { grid-template-columns: 1fr; gap: 0; } .memory .bars span { text-align: left; }
   .settings td { display: inline; } .settings td[data-k]::before { content: " "; }
-  .settings td:last-child { color: var(--soft); font-size: .85rem; }
-  .narrow thead { display: table-header-group; } .narrow tr { display: table-row; }
-  .narrow td { display: table-cell; border-bottom: 1px solid var(--line); padding: .35rem 0; }
-  .narrow td[data-k]::before { content: none; } }
+  .settings td:last-child { color: var(--soft); font-size: .85rem; } }
 @media print { @page { margin: 16mm; } h2 { break-after: avoid; }
-  figure, .answers, .tile, tr { break-inside: avoid; }
+  figure, .answers, .tile, .bars, tr { break-inside: avoid; } pre { line-height: 1.4; }
   .charts { grid-template-columns: 1fr 1fr; } details::details-content {
   content-visibility: visible; display: block; } }
 """
@@ -85,15 +75,15 @@ def page(record: Record) -> str:
         *reproduce(record),
         f"<footer>{_footer(record)}</footer>",
     ]
-    return frame(f"{record.name}: what was trained", body, _STYLE)
+    return frame(f"{record.name}: what was trained", body, STYLE + _STYLE)
 
 
 def _footer(record: Record) -> str:
     versions = record.environment.get("versions", {})
     return (
         f"Made by lorakit {escape(str(versions.get('lorakit', '')))} from the files of this run "
-        "alone; `train`, `eval` and `export` renew it, and so does "
-        f"<code>lorakit report {escape(record.name)}</code>."
+        "alone. <code>train</code>, <code>eval</code> and <code>export</code> renew it, and so "
+        f"does <code>lorakit report {escape(record.name)}</code>."
     )
 
 
@@ -178,49 +168,22 @@ def duration(seconds: float) -> str:
 
 
 def _evaluation(record: Record) -> list[str]:
-    found = record.evaluation
-    if not found:
-        why = "No held-out rows" if record.finished else "Not evaluated: the run did not end"
-        way = "<code>lorakit eval RUN --data FILE.jsonl</code> scores any data"
-        return [f'<p class="soft">{why}. {way if record.finished else ""}</p>']
-    rows = []
-    for name in ("base", "tuned"):
-        score = found[name]
-        rows.append((name, f"{score['loss']:.4f}", f"{score['perplexity']:,.2f}"))
-    change = found["tuned"]["perplexity"] / found["base"]["perplexity"] - 1
-    less = found["tuned"]["loss"] - found["base"]["loss"]
-    rows.append(("change", f"{less:+.4f}", f"{change:+.1%}"))
-    data = escape(str(without_path(found["data"])))
-    words = f"Held out: {data}, {found['tuned']['tokens']:,} trained tokens. Answers are greedy."
-    return [
-        f'<div class="narrow">{table(("", "loss, nats a token", "perplexity"), rows)}</div>',
-        f'<p class="soft">{words}</p>',
-        *(_answers(sample) for sample in found.get("samples", [])),
-    ]
-
-
-def _answers(sample: dict[str, Any]) -> str:
-    parts = "".join(
-        f'<section class="{name}"><h3>{name}</h3>{escape(sample[name].strip())}</section>'
-        for name in ("base", "tuned", "reference")
-    )
-    return f'<div class="answers"><p>{escape(sample["prompt"].strip())}</p><div>{parts}</div></div>'
+    if record.evaluation:
+        return scores(record.evaluation)
+    if not record.finished:
+        return ['<p class="soft">Not evaluated: the run did not end.</p>']
+    way = "<code>lorakit eval RUN --data FILE.jsonl</code> scores any data"
+    return [f'<p class="soft">No held-out rows. {way}.</p>']
 
 
 def _curves(record: Record) -> list[str]:
     if not record.steps:
         return ['<p class="soft">No step was finished.</p>']
-    loss = record.column("loss")
-    held = [(row["step"], finite(row["eval_loss"])) for row in record.held]
-    last = record.steps[-1]["step"]
-    if record.evaluation and record.finished:
-        held = [p for p in held if p[0] != last] + [(last, record.evaluation["tuned"]["loss"])]
-    lines = [Series(loss, "raw"), Series(smoothed(loss))]
+    lines = loss_series(record)
     words = '<span class="key"></span> training, running mean'
-    if held:
-        lines.append(Series(held, "held"))
+    if lines[-1].kind == "held":
         words += ' &ensp;<span class="key warm"></span> held out'
-    if any(y is None for _, y in loss):
+    if any(y is None for _, y in lines[0].points):
         words += "; red at the foot: no finite loss, step skipped"
     charts = [_figure("Loss", "nats a token", lines, words)]
     clip = record.recipe.max_grad_norm
@@ -237,6 +200,17 @@ def _curves(record: Record) -> list[str]:
     charts.append(_speed(record))
     shown = "".join(chart for chart in charts if chart)
     return [f'<div class="charts">{shown}</div>', *_events(record)]
+
+
+def loss_series(record: Record) -> list[Series]:
+    """Loss of each step, its running mean, and the held-out losses where there are any."""
+    loss = record.column("loss")
+    held = [(row["step"], finite(row["eval_loss"])) for row in record.held]
+    if record.evaluation and record.finished and record.steps:
+        last = record.steps[-1]["step"]
+        held = [p for p in held if p[0] != last] + [(last, record.evaluation["tuned"]["loss"])]
+    lines = [Series(loss, "raw"), Series(smoothed(loss))]
+    return [*lines, Series(held, "held")] if held else lines
 
 
 def _speed(record: Record) -> str:
