@@ -28,8 +28,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; ma
 dt { color: var(--soft); } dd { margin: 0; }
 .share { height: .8rem; border: 1px solid var(--good); margin: .3rem 0; max-width: 30rem; }
 .share i { display: block; height: 100%; background: var(--good); }
-table { border-collapse: collapse; width: 100%; } th { text-align: left; color: var(--soft);
-  font-weight: 500; } th, td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line);
+table { border-collapse: collapse; width: 100%; color: inherit; font-size: inherit; }
+th { text-align: left; color: var(--soft); font-weight: 500; white-space: nowrap; }
+th, td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; } tr.bad td { color: var(--bad); font-weight: 600; }
 .bars { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem;
   font-variant-numeric: tabular-nums; margin-bottom: .8rem; }
@@ -85,8 +86,8 @@ def fragment(body: Sequence[str], style: str = "") -> str:
 
 
 def escape(text: str) -> str:
-    """Text of the data as text of the page."""
-    return html.escape(visible(text))
+    """Text of the data as text of the page; half characters, which no file can hold, as `?`."""
+    return html.escape(visible(text).encode(errors="replace").decode())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], bad: Sequence[bool] = ()) -> str:

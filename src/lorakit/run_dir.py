@@ -194,7 +194,7 @@ def read_metrics(run: RunDir, held_out: bool = False) -> list[dict[str, Any]]:
     if not run.metrics.exists():
         return []
     rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -13,6 +13,7 @@ BAR = 24
 _STYLE = """
 .bar { color: var(--blue); white-space: nowrap; letter-spacing: -.02em; }
 table { width: auto; } td { font-variant-numeric: tabular-nums; padding-right: 1.2rem; }
+td:nth-child(n+2):nth-last-child(n+2) { white-space: nowrap; }
 """
 
 

@@ -15,7 +15,7 @@ STYLE = """
 .answers > div { display: grid; grid-template-columns: repeat(3, 1fr); }
 .answers section { padding: .6rem .9rem; white-space: pre-wrap; min-width: 0; font-size: .93rem; }
 .answers section + section { border-left: 1px solid var(--line); }
-.answers h3 { color: var(--soft); font-weight: 500; font-size: .8rem; }
+.answers h3 { margin: 0 0 .2rem; color: var(--soft); font-weight: 500; font-size: .8rem; }
 .answers .tuned { background: var(--wash); }
 @media (max-width: 36rem) { .answers > div { grid-template-columns: 1fr; }
   .answers section + section { border-left: 0; border-top: 1px solid var(--line); }

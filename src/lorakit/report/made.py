@@ -41,7 +41,7 @@ def _compared(name: str, found: dict[str, Any]) -> tuple[str, str, str, str]:
         escape(name),
         f"{found['kl_per_token']:.2e}" if found["kl_per_token"] else "0",
         f"{found['top1_agreement']:.1%} of {found['positions']:,}",
-        f"{found['greedy_equal']:.0%} of {found['prompts']}",
+        f"{found['greedy_equal']:.0%} of {found['prompts']:,}",
     )
 
 

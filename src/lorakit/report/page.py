@@ -32,7 +32,7 @@ figcaption { color: var(--soft); font-size: .85rem; }
 .key { display: inline-block; width: 1.1rem; height: 0; border-top: 3px solid var(--blue);
   vertical-align: middle; } .key.warm { border-color: var(--warm); }
 .key.dash { border-top: 2px dashed var(--soft); }
-td { font-variant-numeric: tabular-nums; } th { white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; }
 .defaults { columns: 15rem; padding: .6rem .9rem; margin: 0; font-size: .93rem; }
 .defaults em { font-style: normal; } .defaults span { display: block; break-inside: avoid; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--card);

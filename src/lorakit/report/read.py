@@ -6,8 +6,8 @@ A stopped run has no evaluation, an old one no lengths, a diverged one rows with
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,7 +65,7 @@ def read_run(run: RunDir) -> Record:
     """
     recipe = load_recipe(run.recipe).recipe
     steps, held = (
-        tuple(row for row in read_metrics(run, kind) if isinstance(row.get("step"), int))
+        tuple(row for row in read_metrics(run, kind) if _is_step(row.get("step")))
         for kind in (False, True)
     )
     shown = {k: without_path(v) if k in PATHS else v for k, v in _plain(recipe).items()}
@@ -87,8 +87,13 @@ def read_run(run: RunDir) -> Record:
 
 def finite(value: Any) -> float | None:
     """The number, or None for what is none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def without_path(value: Any) -> Any:

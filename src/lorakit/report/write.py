@@ -21,7 +21,7 @@ def write_report(run: RunDir, output: Path | None = None) -> Path:
     record = read_run(run)
     try:
         text = page(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RunError(
             f"{run.path}: a file of it holds something else than lorakit writes "
             f"({type(error).__name__}: {error})",
