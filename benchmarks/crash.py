@@ -158,16 +158,16 @@ class Phase:
         setattr(owner, name, shown)
 
     def mark_all(self):
-        from lorakit import finetune
+        from lorakit import fit as stage
         from lorakit.train import resumable
 
-        self.mark(finetune, "prepare", "tokenizing")
-        self.mark(finetune, "load_base", "loading")
-        self.mark(finetune.LoraTrainer, "train", "training")
-        self.mark(finetune.LoraTrainer, "_save_checkpoint", "saving")
+        self.mark(stage, "prepare", "tokenizing")
+        self.mark(stage, "load_base", "loading")
+        self.mark(stage.LoraTrainer, "train", "training")
+        self.mark(stage.LoraTrainer, "_save_checkpoint", "saving")
         self.mark(resumable, "rotate", "rotating")
-        self.mark(finetune, "save_adapter", "adapter")
-        self.mark(finetune, "evaluate", "evaluating")
+        self.mark(stage, "save_adapter", "adapter")
+        self.mark(stage, "evaluate", "evaluating")
 
 
 def start(world, folder, spec, phase, die_at=None, prepare=None, job=None):
@@ -204,7 +204,7 @@ def train(world, folder, spec):
     from rich.console import Console
 
     from lorakit.errors import LorakitError
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
 
     try:
         resolved = resolve(world, folder, spec)
@@ -449,7 +449,7 @@ def import_everything():
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
-    import lorakit.finetune  # noqa: F401
+    import lorakit.fit  # noqa: F401
     from lorakit.cli.base import quiet
 
     quiet(offline=True)

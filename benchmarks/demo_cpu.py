@@ -19,7 +19,7 @@ from rich.console import Console
 from lorakit.bench import provenance
 from lorakit.data.items import read_validation
 from lorakit.demo import demo_recipe
-from lorakit.finetune import fit
+from lorakit.fit import fit
 from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.hardware import detect_device
 from lorakit.model.load import load_run

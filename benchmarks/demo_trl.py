@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lorakit.bench import provenance
 from lorakit.demo import demo_recipe
-from lorakit.finetune import fit
+from lorakit.fit import fit
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import demo_model_dir
 from lorakit.run_dir import read_metrics

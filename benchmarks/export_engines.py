@@ -29,7 +29,7 @@ from lorakit.export.source import float32_model, open_source
 from lorakit.export.spelling import write_config, write_tokenizer
 from lorakit.export.verify import agreement, greedy, make_reference, predictions
 from lorakit.model.several import Several
-from lorakit.run_dir import open_run
+from lorakit.run_dir import find_run
 
 TOP = 512
 SWITCHES = 20
@@ -44,7 +44,7 @@ def main() -> None:
     words.add_argument("--output", type=Path, default=None)
     asked = words.parse_args()
     with tempfile.TemporaryDirectory(prefix="export-engines-") as folder:
-        result = measure(open_source(open_run(asked.run)), Path(folder), asked)
+        result = measure(open_source(find_run(asked.run)), Path(folder), asked)
     if asked.other:
         result["switch_milliseconds"] = switch_milliseconds(asked.run, asked.other)
     text = json.dumps(result, indent=2) + "\n"
@@ -55,7 +55,7 @@ def main() -> None:
 
 def switch_milliseconds(run: Path, other: Path) -> list[float]:
     """Of each switch from one run's adapter to another's on a loaded base, and back."""
-    several = Several.of(open_run(run), (open_run(other),))
+    several = Several.of(find_run(run), (find_run(other),))
     names, found = list(several.tuned), []
     for number in range(SWITCHES):
         began = time.perf_counter()

@@ -3,6 +3,7 @@
     python benchmarks/fuzz.py recipes --inputs 20000 --out benchmarks/results/fuzz_recipes.json
     python benchmarks/fuzz.py data --inputs 10000 --out benchmarks/results/fuzz_data.json
     python benchmarks/fuzz.py chat --inputs 1000 --out benchmarks/results/fuzz_chat.json
+    python benchmarks/fuzz.py report --inputs 2000 --out benchmarks/results/fuzz_report.json
 
 The inputs are those of the tests of the same name, which run a share of them each time.
 """
@@ -24,7 +25,7 @@ from lorakit.bench import provenance
 from lorakit.hardware import detect_device
 
 TESTS = Path(__file__).parents[1] / "tests"
-COUNTS = {"recipes": 20_000, "data": 10_000, "chat": 1_000}
+COUNTS = {"recipes": 20_000, "data": 10_000, "chat": 1_000, "report": 2_000}
 
 
 def load(path):
@@ -69,13 +70,18 @@ def fuzz_data(folder, count):
 
 
 def fuzz_chat(folder, count):
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
 
     model, data, conftest = tiny_model(folder)
     resolved = conftest._tiny_recipe(model, data, folder / "run")
     made = fit(resolved, Console(quiet=True))
     (folder / "home").mkdir()
     return load(TESTS / "test_fuzz_chat.py").campaign(made.run, folder / "home", count)
+
+
+def fuzz_report(folder, count):
+    run = load(TESTS / "report" / "conftest.py").make_run.__wrapped__(folder)()
+    return load(TESTS / "report" / "test_fuzz.py").campaign(run, folder, count)
 
 
 def main():

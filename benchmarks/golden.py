@@ -22,7 +22,7 @@ def main():
     crash.import_everything()
     from rich.console import Console
 
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
     from lorakit.recipe_file import load_recipe
     from lorakit.run_dir import RunDir, read_metrics
     from lorakit.train.past import versions

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from lorakit.bench import provenance
-from lorakit.finetune import fit
+from lorakit.fit import fit
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import demo_model_dir
 from lorakit.recipe_file import load_recipe

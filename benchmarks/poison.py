@@ -42,7 +42,7 @@ KINDS = (
 def poisoned_run(number, model_dir, data, folder):
     """One run, and all that it did; what must hold is in `judge`."""
     from lorakit.errors import WorkError
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
     from lorakit.recipe_file import load_recipe
     from lorakit.train.trainer import LoraTrainer
 
@@ -100,7 +100,7 @@ def poisoned_run(number, model_dir, data, folder):
             return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     console, stopped = Console(file=io.StringIO(), width=2000), None
-    import lorakit.finetune as stage
+    import lorakit.fit as stage
 
     own, stage.LoraTrainer = stage.LoraTrainer, Poisoned
     try:

@@ -124,7 +124,7 @@ def finish(tiny_model_dir, tiny_data, tmp_path_factory):
     """`finish(method, **recipe values)`: a finished tiny run, made once per set of values."""
     from rich.console import Console
 
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
 
     made = {}
 

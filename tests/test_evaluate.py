@@ -26,7 +26,7 @@ def test_the_run_learned_and_eval_json_says_so(finish):
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_reloaded_run_scores_like_the_trained_model(finish, method):
     outcome = finish(method)
-    again = evaluate_loaded(load_run(outcome.run), None, 1)
+    again = evaluate_loaded(load_run(outcome.run), None, 1, print)
     assert again.tuned.loss == pytest.approx(outcome.evaluation.tuned.loss, rel=1e-3)
     assert again.base.loss == pytest.approx(outcome.evaluation.base.loss, rel=1e-3)
     assert again.samples[0].tuned == outcome.evaluation.samples[0].tuned
@@ -38,7 +38,7 @@ def test_other_data_can_be_scored(finish, tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = finish().run
     before = run.eval.read_text()
-    result = evaluate_loaded(load_run(run), str(path), 0)
+    result = evaluate_loaded(load_run(run), str(path), 0, print)
     assert result.data == str(path)
     assert result.tuned.loss < result.base.loss
     assert run.eval.read_text() == before

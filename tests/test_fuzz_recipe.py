@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lorakit.errors import LorakitError
-from lorakit.finetune import prepare_run
+from lorakit.fit import prepare_run
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 

@@ -11,15 +11,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "records", "redact", "floors"},
+    {"errors", "records", "redact", "floors", "quiet"},
     {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
     {"heartbeat", "ranks", "launch"},
-    {"data", "ops"},
+    {"data", "ops", "page", "chart"},
     {"model"},
     {"placement", "memory", "train", "generate"},
-    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "inspect", "plan"},
-    {"finetune", "demo"},
-    {"preview"},
+    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "planning"},
+    {"fit", "demo"},
+    {"preview", "run", "shown"},
+    {"api"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

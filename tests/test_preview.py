@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-from lorakit.finetune import Outcome, prepare_run
+from lorakit.fit import Outcome, prepare_run
 from lorakit.preview import program, show_outcome, show_prologue
 from lorakit.run_dir import RunDir
 

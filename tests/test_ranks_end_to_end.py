@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 import torch
+from lorakit.finetune import fit
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorakit.finetune import fit
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir, read_metrics
 

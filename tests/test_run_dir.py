@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.errors import RunError, WorkError
-from lorakit.run_dir import RunDir, append_metrics, open_run, read_metrics, write_json, write_text
+from lorakit.run_dir import RunDir, append_metrics, find_run, read_metrics, write_json, write_text
 
 
 def test_checkpoints_are_listed_in_step_order_and_half_written_ones_are_not(tmp_path):
@@ -19,15 +19,15 @@ def test_checkpoints_are_listed_in_step_order_and_half_written_ones_are_not(tmp_
     ]
 
 
-def test_open_run_names_what_is_missing(tmp_path):
+def test_find_run_names_what_is_missing(tmp_path):
     with pytest.raises(RunError, match="no such run directory"):
-        open_run(tmp_path / "nowhere")
+        find_run(tmp_path / "nowhere")
     (tmp_path / "stray.txt").write_text("x")
     with pytest.raises(RunError, match=r"not a lorakit run .*stray\.txt"):
-        open_run(tmp_path)
+        find_run(tmp_path)
     (tmp_path / "recipe.yaml").write_text("model: demo\n")
     with pytest.raises(RunError, match="no adapter yet"):
-        open_run(tmp_path)
+        find_run(tmp_path)
 
 
 def test_write_replaces_whole_files_only(tmp_path):

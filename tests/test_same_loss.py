@@ -9,7 +9,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from lorakit.finetune import fit
+from lorakit.fit import fit
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir, read_metrics
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorakit.finetune import fit
+from lorakit.fit import fit
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 QUIET = Console(quiet=True, stderr=True)

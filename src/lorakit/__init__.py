@@ -1,26 +1,57 @@
 """The public door of lorakit: names load on first use, so importing the package costs no torch.
 
-from lorakit import Recipe, load_recipe, fit
+    run = lorakit.finetune(model="demo", data="my.jsonl")
+    run.chat("a question")
+
+No module of the package bears the name of a public function: importing one would put it in the
+function's place.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.api import finetune, inspect, plan
+    from lorakit.errors import LorakitError
+    from lorakit.hardware import detect_device
+    from lorakit.recipe import Recipe
+    from lorakit.recipe_file import ResolvedRecipe, load_recipe, recipe_schema
+    from lorakit.run import Run, open_run
+    from lorakit.shown import Evaluation, Inspected, Plan
 
 _WHERE = {
-    "EvalResult": "records",
+    "Evaluation": "shown",
+    "Inspected": "shown",
     "LorakitError": "errors",
+    "Plan": "shown",
     "Recipe": "recipe",
-    "RunDir": "run_dir",
+    "ResolvedRecipe": "recipe_file",
+    "Run": "run",
     "detect_device": "hardware",
-    "fit": "finetune",
+    "finetune": "api",
+    "inspect": "api",
     "load_recipe": "recipe_file",
-    "load_run": "model.load",
-    "open_run": "run_dir",
-    "prepare_run": "finetune",
+    "open_run": "run",
+    "plan": "api",
     "recipe_schema": "recipe_file",
 }
-__all__ = sorted(_WHERE)
+__all__ = [
+    "Evaluation",
+    "Inspected",
+    "LorakitError",
+    "Plan",
+    "Recipe",
+    "ResolvedRecipe",
+    "Run",
+    "detect_device",
+    "finetune",
+    "inspect",
+    "load_recipe",
+    "open_run",
+    "plan",
+    "recipe_schema",
+]
 
 
 def __getattr__(name: str) -> Any:

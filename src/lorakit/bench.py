@@ -27,7 +27,7 @@ from lorakit.model.adapters import add_adapter, count_parameters, resolve_target
 from lorakit.model.load import seed_everything
 from lorakit.model.random_weights import random_model
 from lorakit.model.shapes import shape_config
-from lorakit.plan.training import plan_training
+from lorakit.planning.training import plan_training
 from lorakit.ranks import Ranks, joined, shared_device
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe

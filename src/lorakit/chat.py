@@ -20,7 +20,7 @@ from lorakit.generate import GenerationSettings, base_answers, stream_reply
 from lorakit.model.several import Several
 from lorakit.recipe_file import suggest
 from lorakit.records import Message
-from lorakit.run_dir import open_run
+from lorakit.run_dir import find_run
 
 HELP = """\
 /base              the same question, answered by the untuned base model
@@ -163,7 +163,7 @@ class ChatSession:
         folder = _folder(name) if name and name not in several.tuned else None
         if folder:
             try:
-                name = several.add(open_run(folder))
+                name = several.add(find_run(folder))
             except LorakitError as error:
                 yield str(error)
                 return
@@ -225,7 +225,7 @@ def run(
     if question is not None:
         _answer_line(session, question, stdout, as_json)
     elif stdin.isatty():
-        _talk(session, title, stdout)
+        talk(session, title, stdout)
     else:
         # One line of a pipe is one turn of one conversation.
         for line in _lines(stdin):
@@ -259,7 +259,8 @@ def _answer_line(session: ChatSession, line: str, stdout: TextIO, as_json: bool)
     stdout.flush()
 
 
-def _talk(session: ChatSession, title: str, stdout: TextIO) -> None:
+def talk(session: ChatSession, title: str, stdout: TextIO) -> None:
+    """Ask for a line, show the answer, until /quit or Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
     stdout.write(f"{title}\n/help lists the commands, Ctrl-D leaves\n")

@@ -31,6 +31,10 @@ class LorakitError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the message alone, a user's mistake has no frames to read."""
+        return f"{type(self).__name__}: {self}".splitlines()
+
 
 def _printable(text: str) -> str:
     """Without secrets, and half characters of a file's text by their codes."""

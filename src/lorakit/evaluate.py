@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
 from lorakit.recipe import Recipe
 from lorakit.records import Conversation, EvalResult, Example, Message, Sample
+from lorakit.report.write import renew_report
 from lorakit.run_dir import write_json
 from lorakit.train.score import score
 from lorakit.train.trainer import pad_token_id
@@ -108,8 +109,12 @@ def show(result: EvalResult, console: Console) -> None:
         console.print(table)
 
 
-def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalResult:
-    """Evaluate a finished run on its own held-out rows, or on `data`; writes eval.json for its own.
+def evaluate_loaded(
+    loaded: LoadedRun, data: str | None, samples: int, note: Callable[[str], None]
+) -> EvalResult:
+    """Evaluate a finished run on its own held-out rows, or on `data`.
+
+    Of its own rows it writes eval.json and the report anew.
 
     Raises:
         DataError: the run kept no held-out rows and no data was given, or `data` cannot be used.
@@ -128,4 +133,5 @@ def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalRe
     result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
     if data is None:
         write_json(run.eval, result.as_dict())
+        renew_report(run, note)
     return result

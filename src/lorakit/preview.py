@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lorakit.data.show import render_example
 from lorakit.evaluate import show
-from lorakit.finetune import Outcome, Prologue
+from lorakit.fit import Outcome, Prologue
 from lorakit.records import MemoryPlan
 
 SHOWN_EXAMPLES = 3

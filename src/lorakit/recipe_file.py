@@ -1,4 +1,4 @@
-"""A YAML file, `--set` pairs and flags enter; a Recipe with the origin of each value leaves.
+"""YAML, `--set` pairs, flags or arguments enter; a Recipe with the origin of each value leaves.
 
 Every mistake of one recipe is found before any is reported: unknown keys with a suggestion,
 values out of range, wrong types, each with the line it stands on.
@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,17 +45,22 @@ class ResolvedRecipe:
         return "\n".join(lines) + "\n"
 
 
+Given = str | Path | Mapping[str, Any] | Recipe | ResolvedRecipe | None
+
+
 def load_recipe(
-    path: str | Path | None = None,
+    given: Given = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> ResolvedRecipe:
-    """Read, merge and check a recipe: method defaults < file < `--set` < flags.
+    """Read, merge and check a recipe: method defaults < `given` < `--set` < flags < settings.
 
     Args:
-        path: a YAML file, or None when flags say everything.
+        given: a YAML file, a dict of settings, a recipe, or None when the rest says everything.
         overrides: `key=value` strings; the value is read as YAML, `a.b=c` sets a key of a mapping.
-        flags: values of the common flags; None means not given.
+        flags: values of the command line's common flags; None means not given.
+        settings: keys of a recipe, as in `load_recipe(model="demo", data="my.jsonl")`.
 
     Raises:
         RecipeError: with every fault found, one a line.
@@ -63,20 +68,26 @@ def load_recipe(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     faults: list[str] = []
-    if path is not None:
-        _read_file(Path(path), values, origins)
+    name, folder = "command line" if flags else "arguments", None
+    if isinstance(given, str | Path):
+        name, folder = str(given), Path(given).parent
+        _read_file(Path(given), values, origins)
+    elif given is not None:
+        folder = given.folder if isinstance(given, ResolvedRecipe) else None
+        _take(given, values, origins)
     for pair in overrides:
         _apply_override(pair, values, origins, faults)
     for key, value in (flags or {}).items():
         if value is not None:
             values[key] = value
             origins[key] = f"flag --{key.replace('_dir', '')}"
-    recipe = _validate(values, origins, faults, str(path) if path else "command line")
+    _take(settings, values, origins)
+    recipe = _validate(values, origins, faults, name)
     method_keys = METHOD_DEFAULTS[recipe.method]
     for key in Recipe.model_fields:
         if key not in origins:
             origins[key] = f"default for {recipe.method}" if key in method_keys else "default"
-    return ResolvedRecipe(recipe, origins, Path(path).parent if path else None)
+    return ResolvedRecipe(recipe, origins, folder)
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -105,6 +116,25 @@ def _explicit(resolved: ResolvedRecipe) -> dict[str, Any]:
     return {key: dumped[key] for key in resolved.recipe.model_fields_set}
 
 
+def _take(
+    given: Mapping[str, Any] | Recipe | ResolvedRecipe,
+    values: dict[str, Any],
+    origins: dict[str, str],
+) -> None:
+    """What was set; a recipe's defaults are left to follow the method that is asked for."""
+    if isinstance(given, Mapping):
+        values.update({str(key): _plain(value) for key, value in given.items()})
+        origins.update(dict.fromkeys(map(str, given), "argument"))
+        return
+    recipe, known = (given, {}) if isinstance(given, Recipe) else (given.recipe, given.origins)
+    usual, dumped = METHOD_DEFAULTS[recipe.method], recipe.model_dump()
+    for key in recipe.model_fields_set:
+        value, origin = dumped[key], known.get(key, "argument")
+        if origin.startswith("default") or (key not in known and usual.get(key) == value):
+            continue
+        values[key], origins[key] = value, origin
+
+
 def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
     try:
         with path.open(encoding="utf-8-sig") as handle:
@@ -130,11 +160,13 @@ def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> N
 
 
 def _plain(value: Any) -> Any:
-    """Round-trip YAML nodes as the plain Python values that strict validation expects."""
+    """YAML nodes, paths and tuples as the plain values that strict validation expects."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    if isinstance(value, PurePath):
+        return str(value)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)

@@ -2,7 +2,7 @@
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
                  data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
-                 export/<format>/ · export/verify.json
+                 export/<format>/ · export/verify.json · report.html
 
 This layout is the contract between commands: eval, chat and export need this folder only.
 """
@@ -79,6 +79,11 @@ class RunDir:
         return self.path / "data_rows.npy"
 
     @property
+    def report(self) -> Path:
+        """The page about this run, made of its other files."""
+        return self.path / "report.html"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
@@ -106,8 +111,11 @@ class RunDir:
         return (self.adapter / ADAPTER_WEIGHTS).exists()
 
 
-def open_run(path: str | Path) -> RunDir:
+def find_run(path: str | Path, trained: bool = True) -> RunDir:
     """The run directory at `path`, ready for eval, chat or export.
+
+    Args:
+        trained: whether it must hold an adapter already.
 
     Raises:
         RunError: the folder is missing, is no run, or holds no adapter yet.
@@ -124,7 +132,7 @@ def open_run(path: str | Path) -> RunDir:
             f"{path}: not a lorakit run (no recipe.yaml in it; found: {found})",
             hint="give the folder that `lorakit train` printed",
         )
-    if not run.has_adapter():
+    if trained and not run.has_adapter():
         raise RunError(
             f"{path}: this run has no adapter yet (adapter/{ADAPTER_WEIGHTS} is missing)",
             hint=f"finish it with: lorakit train {run.recipe} --resume",
@@ -177,14 +185,18 @@ def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
             raise
 
 
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """All whole lines of metrics.jsonl, in order; a torn last line is left out."""
+def read_metrics(run: RunDir, held_out: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, in order; a torn last line is left out.
+
+    Args:
+        held_out: the evaluations between steps instead of the steps.
+    """
     if not run.metrics.exists():
         return []
     rows = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and ("eval_loss" in row) == held_out]

@@ -127,9 +127,9 @@ def test_the_policy_of_the_page_forbids_scripts_and_the_network():
 
 def test_trained_special_and_masked_tokens_are_told_apart_by_more_than_color():
     text = page(inspection())
-    assert '<span class="s m" title="1">&lt;|s|&gt;</span>' in text
-    assert '<span class="t" title="5">Hi<span class="n">↵</span>\n</span>' in text
-    assert '<span class="s t" title="6">&lt;|e|&gt;</span>' in text
+    assert '<kbd class="s m" title="1">&lt;|s|&gt;</kbd>' in text
+    assert '<ins class="t" title="5">Hi<span class="n">↵</span>\n</ins>' in text
+    assert '<ins class="s t" title="6">&lt;|e|&gt;</ins>' in text
     assert "text-decoration: underline" in text
     assert "border: 1px solid var(--mark)" in text
 

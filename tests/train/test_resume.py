@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from lorakit.errors import ModelError, RunError, WorkError
-from lorakit.finetune import fit
+from lorakit.fit import fit
 from lorakit.hardware import detect_device
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir, read_metrics

@@ -1,4 +1,4 @@
-"""What one does with a trained run: eval, chat, serve, export.
+"""What one does with a trained run: eval, chat, serve, export, report.
 
 Heavy imports live inside the commands, so that `lorakit --help` answers at once.
 """
@@ -41,14 +41,14 @@ def evaluate_run(
     as_json: Json = False,
 ) -> None:
     """Held-out loss and perplexity of base and tuned, and their answers side by side."""
-    from lorakit.run_dir import open_run
+    from lorakit.run_dir import find_run
 
-    opened = open_run(run)
+    opened = find_run(run)
     quiet(offline or _is_offline(opened))
     from lorakit.evaluate import evaluate_loaded, show
     from lorakit.model.load import load_run
 
-    result = evaluate_loaded(load_run(opened), data, samples)
+    result = evaluate_loaded(load_run(opened), data, samples, log.print)
     if as_json:
         print_json(result.as_dict())
     else:
@@ -69,15 +69,15 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to a tuned model; /help lists the commands. Works in pipes too."""
-    from lorakit.run_dir import open_run
+    from lorakit.run_dir import find_run
 
-    opened = open_run(run)
+    opened = find_run(run)
     quiet(offline or _is_offline(opened))
     from lorakit.chat import run as run_chat
     from lorakit.generate import GenerationSettings
     from lorakit.model.several import Several
 
-    several = Several.of(opened, tuple(open_run(path) for path in adapter or ()))
+    several = Several.of(opened, tuple(find_run(path) for path in adapter or ()))
     code = run_chat(
         several,
         title=f"{several.base_name} + {several.active} on {several.loaded.device.name}",
@@ -102,9 +102,9 @@ def serve(
     offline: Offline = False,
 ) -> None:
     """Answer over OpenAI-compatible routes, on this machine only unless told otherwise."""
-    from lorakit.run_dir import open_run
+    from lorakit.run_dir import find_run
 
-    opened = [open_run(run) for run in runs]
+    opened = [find_run(run) for run in runs]
     quiet(offline or _is_offline(opened[0]))
     from lorakit.serve.start import Place, read_key
     from lorakit.serve.start import serve as serve_runs
@@ -142,9 +142,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the tuned model in another form and compare what was written with the adapter."""
-    from lorakit.run_dir import open_run
+    from lorakit.run_dir import find_run
 
-    opened = open_run(run)
+    opened = find_run(run)
     quiet(offline or _is_offline(opened))
     from lorakit.export.table import export_run
 
@@ -164,3 +164,22 @@ def export(
     )
     if as_json:
         print_json(result)
+
+
+@app.command()
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option(help="Another file than report.html in the run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the run's page anew: curves, memory, data, answers, exports, how to reproduce it."""
+    from lorakit.report.write import write_report
+    from lorakit.run_dir import find_run
+
+    target = write_report(find_run(run, trained=False), output)
+    if as_json:
+        print_json({"report": str(target)})
+    else:
+        out.print(str(target), markup=False, soft_wrap=True)

@@ -11,6 +11,24 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from lorakit.quiet import quiet
+
+__all__ = [
+    "Gpus",
+    "Json",
+    "Method",
+    "Offline",
+    "Output",
+    "Run",
+    "Set",
+    "app",
+    "first_rank",
+    "log",
+    "on_gpus",
+    "out",
+    "print_json",
+    "quiet",
+]
 app = typer.Typer(
     name="lorakit",
     help="Fine-tune open chat models with LoRA and QLoRA.",
@@ -47,23 +65,3 @@ def on_gpus(gpus: int) -> None:
 def first_rank() -> bool:
     """Whether this process speaks for all; asked before the ranks are joined."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def quiet(offline: bool = False) -> None:
-    """Keep the libraries' own chatter off the screen; `--offline` closes their network too."""
-    import logging
-    import warnings
-
-    if offline:
-        # These are read once, when the libraries are imported.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "accelerate", "peft", "trl", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -47,11 +47,11 @@ def inspect(
         flags["data"] = source[0] if len(source) == 1 else source[recipe is not None :]
     resolved = load_recipe(recipe, set_ or [], flags)
     quiet(resolved.recipe.offline)
+    from lorakit.api import inspect as inspect_data
     from lorakit.data.page import write_page
     from lorakit.data.show import show_inspection
-    from lorakit.inspect import inspect_data
 
-    found = inspect_data(resolved, log, examples)
+    found = inspect_data(resolved, examples=examples, say=log.print)
     if html:
         write_page(found, html)
     if as_json:

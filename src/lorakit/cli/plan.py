@@ -53,20 +53,10 @@ def plan(
     flags["offline"] = True if offline else None
     resolved = load_recipe(recipe, set_ or [], flags)
     quiet(resolved.recipe.offline)
-    from lorakit.hardware import detect_device
-    from lorakit.model.adapters import resolve_targets
-    from lorakit.plan.cards import card_device, find_card, parse_memory, several
-    from lorakit.plan.forecast import find_config, forecast
-    from lorakit.plan.show import show_forecast
+    from lorakit.api import plan as plan_recipe
+    from lorakit.planning.show import show_forecast
 
-    card = find_card(gpu) if gpu else None
-    size = parse_memory(memory) if memory else None
-    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
-    config, source, local = find_config(resolved.recipe, folders)
-    asked = resolve_targets(resolved, config).recipe
-    device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
-    device = several(device, gpus, nodes, network)
-    found = forecast(asked, config, device, card, source, local)
+    found = plan_recipe(resolved, gpu=gpu, memory=memory, gpus=gpus, nodes=nodes, network=network)
     if as_json:
         print_json(found.as_dict())
     else:

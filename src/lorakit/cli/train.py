@@ -71,7 +71,7 @@ def train(
     resolved = load_recipe(recipe, set_ or [], flags)
     if dry_run:
         quiet(resolved.recipe.offline)
-        from lorakit.finetune import prepare_run
+        from lorakit.fit import prepare_run
         from lorakit.preview import show_prologue
 
         show_prologue(prepare_run(resolved, log), out, as_json)
@@ -85,7 +85,7 @@ def run_training(
     """Train, show the outcome, and end with the run's own exit code."""
     quiet(resolved.recipe.offline)
     first = first_rank()
-    from lorakit.finetune import fit
+    from lorakit.fit import fit
     from lorakit.preview import show_outcome
 
     outcome = fit(resolved, log, resume, force)

@@ -92,23 +92,27 @@ def inspect_prepared(
     Args:
         model: the name to show.
     """
-    sizes = np.concatenate([prepared.train.lengths, prepared.val.lengths])
     return Inspection(
         model=model,
         report=prepared.report,
-        lengths=measure(
-            sizes,
-            recipe.cutoff_len,
-            recipe.micro_batch_size,
-            recipe.examples_per_step,
-            recipe.seed,
-            recipe.packing,
-        ),
+        lengths=measure_prepared(prepared, recipe),
         shown=tuple(
             Shown(example, why, tuple(pieces(tokenizer, example)))
             for why, example in _choose(prepared.train, count)
         ),
         strict=recipe.strict,
+    )
+
+
+def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:
+    """How long the examples are, trained and held out, and what that means for a step."""
+    return measure(
+        np.concatenate([prepared.train.lengths, prepared.val.lengths]),
+        recipe.cutoff_len,
+        recipe.micro_batch_size,
+        recipe.examples_per_step,
+        recipe.seed,
+        recipe.packing,
     )
 
 

@@ -20,6 +20,7 @@ from lorakit.export.ollama import export_ollama
 from lorakit.export.source import open_source
 from lorakit.export.verify import record, show
 from lorakit.recipe_file import suggest
+from lorakit.report.write import renew_report
 from lorakit.run_dir import RunDir
 
 
@@ -87,6 +88,7 @@ def export_run(
     job = Job(open_source(run), target, console, **options)
     facts = EXPORTERS[to].export(job)
     record(run, target.name, {"format": to, **facts})
+    renew_report(run, console.print)
     show({target.name: facts, **_inner(target.name, facts)}, console)
     console.print(f"wrote    {target}")
     return {"format": to, "path": str(target), **facts}

@@ -34,6 +34,8 @@ class Reporter(TrainerCallback):
         if not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         if "eval_loss" in logs:
+            held = {k: _finite(logs[k]) for k in ("eval_loss", "eval_perplexity")}
+            self.progress.held_out({"step": state.global_step, **held})
             self.progress.note(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"

@@ -62,6 +62,11 @@ class TrainingProgress:
             left = (self.total - row["step"]) * row["seconds"]
             self.console.print(f"step {row['step']}/{self.total} · {shown} · {left:.0f} s left")
 
+    def held_out(self, row: dict[str, Any]) -> None:
+        """Record one evaluation between steps."""
+        if self.run is not None:
+            self._write(self.run, row)
+
     def _write(self, run: RunDir, row: dict[str, Any]) -> None:
         self.unwritten.append(row)
         try:

@@ -91,7 +91,8 @@ def prepare_resume(
 
 def forget_after(run: RunDir, step: int) -> None:
     """Drop the rows of metrics.jsonl after `step`: these steps are taken again."""
-    rows = [row for row in read_metrics(run) if row.get("step", 0) <= step]
+    known = [*read_metrics(run), *read_metrics(run, held_out=True)]
+    rows = sorted((r for r in known if r.get("step", 0) <= step), key=lambda r: r.get("step", 0))
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 

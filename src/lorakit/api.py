@@ -1,0 +1,150 @@
+"""Settings as a notebook has them enter; what they would do, or a trained Run, leaves.
+
+    plan(model="llama-2-7b", method="qlora", gpu="t4")        does it fit?
+    inspect(model="demo", data="my.jsonl")                    what will be trained?
+    run = finetune(model="demo", data="my.jsonl")             train
+    run.evaluate(); run.chat("a question"); run.export("gguf"); run.report()
+
+The first argument of each may be a YAML file, a dict or a recipe; keywords set keys of it anew.
+The command line calls the same functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.quiet import quietly
+from lorakit.recipe_file import Given, ResolvedRecipe, load_recipe
+from lorakit.run import Run
+from lorakit.shown import Inspected, Plan
+
+
+def finetune(
+    recipe: Given = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a model as the recipe says and return its run.
+
+    Interrupting the cell (or Ctrl-C) finishes the step, saves a checkpoint and returns; the same
+    call with `resume=True` goes on from there, to the same bytes.
+
+    Args:
+        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
+        resume: go on from the run's last checkpoint.
+        force: train though the plan says that memory is too small.
+        console: where progress is printed; `Console(quiet=True)` is silent.
+        settings: keys of a recipe, such as `model`, `data`, `method`, `epochs`.
+
+    Raises:
+        LorakitError: the recipe, the data or the model cannot be used, it does not fit, the disk
+            is full, or the run diverged. Its message says what to do.
+    """
+    resolved = load_recipe(recipe, **settings)
+    from lorakit.fit import fit
+    from lorakit.preview import show_outcome
+
+    place = console or default_console()
+    with quietly(resolved.recipe.offline):
+        outcome = fit(resolved, place, resume, force)
+    if outcome.exit_code:
+        place.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Go on with:")
+        place.print(f'lorakit.finetune("{outcome.run.recipe}", resume=True)', soft_wrap=True)
+    else:
+        show_outcome(outcome, place, next_steps=False)
+    return Run(outcome.run.path)
+
+
+def plan(
+    recipe: Given = None,
+    *,
+    gpu: str | None = None,
+    memory: str | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    network: float | None = None,
+    **settings: Any,
+) -> Plan:
+    """Say whether a run fits, how fast it will be, and what would make it fit. Loads no weights.
+
+    Args:
+        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
+            The data is not read and may be left out.
+        gpu: plan for this card instead of this machine: "t4", "4090", "a100-80", "h100" ...
+        memory: plan for a card of this memory, such as "12GB".
+        gpus: so many of them on each machine share each step.
+        nodes: machines. `network`: gigabits a second that each one's network carries.
+        settings: keys of a recipe; `model` may also be a name such as "llama-2-7b".
+
+    Raises:
+        LorakitError: the recipe or the model cannot be used, or no such card is known.
+    """
+    from lorakit.hardware import detect_device
+    from lorakit.model.adapters import resolve_targets
+    from lorakit.planning.cards import card_device, find_card, parse_memory, several
+    from lorakit.planning.forecast import find_config, forecast
+
+    if recipe is None:
+        settings = {"data": "not read", **settings}
+    resolved = load_recipe(recipe, **settings)
+    card = find_card(gpu) if gpu else None
+    size = parse_memory(memory) if memory else None
+    with quietly(resolved.recipe.offline):
+        config, source, local = find_config(resolved.recipe, _folders(resolved))
+    asked = resolve_targets(resolved, config).recipe
+    device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
+    device = several(device, gpus, nodes, network)
+    return Plan.of(forecast(asked, config, device, card, source, local))
+
+
+def inspect(
+    recipe: Given = None,
+    *,
+    examples: int = 3,
+    say: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Inspected:
+    """Prepare the data as training does and show what will be trained, and every fault.
+
+    Needs the model's tokenizer, not its weights. What would stop a run is counted, not raised.
+
+    Args:
+        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
+        examples: how many to show token by token.
+        say: gets a word on what is fetched.
+        settings: keys of a recipe; `model` and `data` are enough.
+
+    Raises:
+        LorakitError: the model or a source cannot be read, or no row can be used.
+    """
+    from lorakit.data.inspection import inspect_prepared
+    from lorakit.data.prepare import prepare
+    from lorakit.model.load import load_config, load_tokenizer, locate_model, public_name
+
+    resolved = load_recipe(recipe, **settings)
+    asked, folders = resolved.recipe, _folders(resolved)
+    with quietly(asked.offline):
+        location = locate_model(asked, folders, say)
+        load_config(asked, location)
+        tokenizer = load_tokenizer(asked, location)
+        prepared = prepare(asked, tokenizer, folders, inspecting=True)
+    return Inspected.of(
+        inspect_prepared(prepared, tokenizer, asked, public_name(asked.model), examples)
+    )
+
+
+def default_console() -> Console:
+    """Plain text on stdout: a notebook keeps it as one output, also where it strips colors."""
+    return Console(file=sys.stdout, force_jupyter=False, highlight=False, soft_wrap=True)
+
+
+def _folders(resolved: ResolvedRecipe) -> list[Path]:
+    return [Path(), *([resolved.folder] if resolved.folder else [])]

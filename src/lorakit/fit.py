@@ -1,0 +1,264 @@
+"""One run, told from top to bottom: a resolved recipe enters, a run directory leaves.
+
+    machine -> tokenizer and data -> plan -> base -> adapter -> train -> save -> evaluate
+
+Every stage takes and gives records (`records.py`) or files of the run directory (`run_dir.py`).
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.data.inspection import measure_prepared
+from lorakit.data.items import write_validation
+from lorakit.data.prepare import Prepared, prepare
+from lorakit.data.show import show_report
+from lorakit.errors import LorakitError, RunError
+from lorakit.evaluate import evaluate
+from lorakit.floors import require_floors
+from lorakit.hardware import detect_device
+from lorakit.lock import only_writer
+from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
+from lorakit.model.fingerprint import check_base, remember_base
+from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
+from lorakit.model.vocabulary import check_vocabulary
+from lorakit.planning.forecast import planned_speed, refuse
+from lorakit.planning.training import longest_rows, plan_training
+from lorakit.ranks import ALONE, Ranks, joined, shared_device
+from lorakit.recipe_file import ResolvedRecipe
+from lorakit.records import Device, EvalResult, MemoryPlan
+from lorakit.report.write import renew_report
+from lorakit.run_dir import RunDir, read_metrics, write_json
+from lorakit.train.arguments import total_steps
+from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
+from lorakit.train.out_of_memory import memory_told
+from lorakit.train.past import past_of, remember_rows
+from lorakit.train.progress import TrainingProgress
+from lorakit.train.resume import claim_run, forget_after, prepare_resume, write_run_files
+from lorakit.train.signals import catch_signals
+from lorakit.train.together import seed_apart
+from lorakit.train.trainer import LoraTrainer
+
+TOO_LARGE = "close what else uses this device's memory, set method: qlora, or take a smaller model"
+
+
+@dataclass(frozen=True, slots=True)
+class Prologue:
+    """All that is known before a weight is loaded; what `--dry-run` shows."""
+
+    resolved: ResolvedRecipe
+    location: str
+    device: Device
+    tokenizer: Any
+    prepared: Prepared
+    plan: MemoryPlan
+    tokens_per_second: float | None
+
+    def plan_as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as in `plan.json`."""
+        return {**self.plan.as_dict(), "tokens_per_second": self.tokens_per_second}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `exit_code` is 0, or 128 + signal when it was stopped and can be resumed."""
+
+    run: RunDir
+    steps: int
+    train_seconds: float
+    final_loss: float | None
+    evaluation: EvalResult | None
+    exit_code: int = 0
+
+
+def prepare_run(
+    resolved: ResolvedRecipe, console: Console, force: bool = True, ranks: Ranks = ALONE
+) -> Prologue:
+    """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
+
+    Args:
+        force: go on though the plan says that memory is too small.
+        ranks: who shares each step; the first one reads and caches before the others do.
+    """
+    require_floors()
+    device = shared_device(detect_device(resolved.recipe.dtype), ranks)
+    console.print(f"device   {device.name} ({device.reasons['kind']})")
+    if ranks.count > 1:
+        console.print(f"ranks    {ranks.count} share each step: {device.reasons['ranks']}")
+    console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
+    with ranks.one_ahead():
+        return _prologue(resolved, console, force, device)
+
+
+def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: Device) -> Prologue:
+    recipe = resolved.recipe
+    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    location = locate_model(recipe, folders, console.print)
+    config = load_config(recipe, location)
+    resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)
+    console.print(
+        f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
+    )
+    tokenizer = load_tokenizer(recipe, location)
+    prepared = prepare(resolved.recipe, tokenizer, folders)
+    show_report(prepared.report, console)
+    planned = longest_rows(resolved.recipe, prepared.report.longest_example, device)
+    plan = plan_training(planned, config, device)
+    has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
+    verdict = "" if plan.fits else "; IT DOES NOT FIT"
+    console.print(
+        f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
+    )
+    speed = planned_speed(planned, config, device, plan)
+    if speed is not None:
+        console.print(f"speed    about {speed:,.0f} tokens/s expected")
+    if not force:
+        refuse(planned, config, device, plan)
+    return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
+
+
+def fit(
+    resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
+) -> Outcome:
+    """Train, save and evaluate one run; `force` tries what does not fit into memory.
+
+    Raises:
+        LorakitError: any mistake of the recipe, data or model, before training starts; or a full
+            disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
+    """
+    with joined() as ranks:
+        run, resolved = ranks.told(lambda: claim_run(resolved, resume))
+        if ranks.first:
+            with only_writer(run, console.print), _reported(run, console):
+                return _fit(run, resolved, console, resume, force, ranks)
+        silent = Console(file=io.StringIO(), quiet=True)
+        return _fit(run, resolved, silent, resume, force, ranks)
+
+
+@contextmanager
+def _reported(run: RunDir, console: Console) -> Iterator[None]:
+    """The run's page is written at its end; after a fault too, to look at what led to it."""
+    try:
+        yield
+    except LorakitError:
+        if run.has_run():
+            renew_report(run, lambda _: None)
+        raise
+    renew_report(run, console.print)
+
+
+def _fit(
+    run: RunDir,
+    resolved: ResolvedRecipe,
+    console: Console,
+    resume: bool,
+    force: bool,
+    ranks: Ranks,
+) -> Outcome:
+    start = prepare_run(resolved, console, force, ranks)
+    recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
+    past = past_of(recipe, prepared.train, start.tokenizer, ranks.count)
+    checkpoint = ranks.told(lambda: _take_up(run, start, past, resume, console))
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise RunError(
+            f"{run.path}: not seen by rank {ranks.number}, on another machine than rank 0",
+            hint="several machines need a shared file system for the run's folder: --output",
+        )
+
+    seed_everything(recipe.seed, recipe.deterministic)
+    if recipe.deterministic:
+        console.print("bits     the same in each run on this device with these versions; slower")
+    with memory_told("loading the base model", TOO_LARGE):
+        base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
+        check_vocabulary(start.tokenizer, base)
+        model = add_adapter(base, recipe)
+    trainable, total = count_parameters(model)
+    console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    if ranks.first:
+        require_space(run, recipe, trainable)
+    else:
+        recipe = recipe.model_copy(update={"report_to": []})
+
+    progress = TrainingProgress(console, run if ranks.first else None, device.kind)
+    began = time.perf_counter()
+    told = memory_told("placing the model on its device", TOO_LARGE)
+    with told, catch_signals(alone=ranks.count == 1) as stop:
+        trainer = LoraTrainer(
+            model,
+            start.tokenizer,
+            recipe,
+            device,
+            start.plan,
+            run,
+            prepared.train,
+            prepared.val,
+            progress,
+            stop,
+            past,
+            ranks,
+        )
+        console.print(f"layers   {trainer.attached.layers}")
+        console.print(f"loss     {trainer.attached.loss}")
+        console.print(f"packing  {trainer.packing}")
+        seed_apart(recipe.seed, ranks)
+        try:
+            trainer.take_steps(checkpoint)
+        finally:
+            progress.stop()
+    seconds = time.perf_counter() - began
+    model = trainer.close()
+    losses = [
+        row["loss"]
+        for row in (read_metrics(run) if ranks.first else [])
+        if row.get("loss") is not None
+    ]
+    final_loss = losses[-1] if losses else None
+    steps, together = trainer.state.global_step, trainer.together
+    if together.stop_agreed and steps < trainer.state.max_steps:
+        return Outcome(run, steps, seconds, final_loss, None, together.exit_code)
+    if ranks.first:
+        save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    evaluation = None
+    # A sharded base computes on all ranks at once; else the others wait for the first one's end.
+    if prepared.val and (ranks.first or trainer.sharded):
+        evaluation = _evaluate(run, model, start, ranks)
+    return Outcome(run, steps, seconds, final_loss, evaluation)
+
+
+def _take_up(
+    run: RunDir, start: Prologue, past: dict[str, Any], resume: bool, console: Console
+) -> str | None:
+    """Write what is known before training; returns the folder of the checkpoint to go on from."""
+    recipe, prepared = start.resolved.recipe, start.prepared
+    steps = total_steps(recipe, len(prepared.train))
+    found = prepare_resume(run, past, prepared.train, steps, console) if resume else None
+    if found is None:
+        run.metrics.unlink(missing_ok=True)
+        remember_base(run, recipe, start.location)
+        remember_rows(run, prepared.train)
+    else:
+        check_base(run, recipe, start.location)
+        forget_after(run, found.step)
+    lengths = measure_prepared(prepared, recipe).as_dict()
+    report, plan = {**prepared.report.as_dict(), "lengths": lengths}, start.plan_as_dict()
+    write_run_files(run, start.resolved, report, plan, start.device)
+    write_validation(run.validation, prepared.val_conversations)
+    return str(found.folder) if found else None
+
+
+def _evaluate(run: RunDir, model: Any, start: Prologue, ranks: Ranks) -> EvalResult:
+    label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
+    result = evaluate(
+        model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label
+    )
+    if ranks.first:
+        write_json(run.eval, result.as_dict())
+    return result

@@ -1,0 +1,175 @@
+"""A Forecast enters; tables on the console leave."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lorakit.planning.changes import Change
+from lorakit.planning.forecast import Forecast
+from lorakit.planning.phases import Parts
+from lorakit.planning.scale import Scale
+
+GIB = 2**30
+BAR = 24
+
+
+def show_forecast(found: Forecast, console: Console) -> None:
+    """The verdict first, then what it is made of, then the ways out."""
+    console.print(_headline(found))
+    console.print(_training(found))
+    console.print(_around(found))
+    if found.scale:
+        console.print(_scale(found.scale))
+    console.print(Padding(speed_words(found), (1, 0, 0, 1)))
+    if found.changes and found.changes[0].fits:
+        title = "what would be faster" if found.fits else "what makes it fit, cheapest first"
+        console.print(_changes(found.changes, title))
+    elif found.changes:
+        least = found.changes[0].total_bytes / GIB
+        console.print(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
+    if found.fewest_gpus:
+        console.print(
+            f" As it stands it fits on more of them: --gpus {found.fewest_gpus}.", highlight=False
+        )
+    if found.smallest_card:
+        console.print(f" As it stands it fits on: {found.smallest_card} (--gpu).", highlight=False)
+
+
+def _headline(found: Forecast) -> Panel:
+    recipe, plan = found.recipe, found.training
+    needs, has = plan.total_bytes / GIB, plan.available_bytes / GIB
+    text = Text()
+    if not plan.fits:
+        text.append("DOES NOT FIT", style="bold red")
+    else:
+        text.append("FITS", style="bold green")
+        if plan.describe() != "nothing recomputed":
+            text.append(f" with {plan.describe()}")
+    limit = f", memory_limit {recipe.memory_limit}" if recipe.memory_limit else ""
+    each = f"each of {found.device.ranks} " if found.scale else ""
+    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {each}{found.device.name}{limit}\n")
+    text.append(
+        f"{recipe.micro_batch_size} x {recipe.gradient_accumulation_steps} examples of "
+        f"{recipe.cutoff_len:,} tokens, rank {recipe.lora_r}, {found.device.dtype}; "
+        f"{found.trainable / 1e6:.1f} M of {found.parameters / 1e9:.2f} B parameters train "
+        f"(from {found.config_from})",
+        style="dim",
+    )
+    return Panel(text, title=f"{recipe.model} · {recipe.method}", title_align="left")
+
+
+def _training(found: Forecast) -> Table:
+    parts, total = found.device_parts["training"], found.training.total_bytes
+    table = Table(title="while it trains", title_justify="left", box=None, padding=(0, 1))
+    table.add_column("part", overflow="fold")
+    table.add_column("GiB", justify="right")
+    table.add_column("", no_wrap=True)
+    for name, size in parts.items():
+        bar = "█" * round(BAR * size / max(total, 1))
+        table.add_row(name, as_gib(size), Text(bar or "▏", style="cyan"))
+    table.add_row("[bold]sum", f"[bold]{as_gib(total)}")
+    return table
+
+
+def _around(found: Forecast) -> Table:
+    table = Table(title="before and after", title_justify="left", box=None, padding=(0, 1))
+    table.add_column("", overflow="fold")
+    table.add_column("GiB", justify="right")
+    table.add_column("most of it", overflow="fold", style="dim")
+    for row in around(found):
+        table.add_row(*row)
+    return table
+
+
+def around(found: Forecast) -> list[tuple[str, str, str]]:
+    """(what, GiB, most of it) of everything but training."""
+    where = found.device.name if found.device.kind == "cuda" else "RAM"
+    rows = [(f"{name}, {where}", found.device_parts[name]) for name in ("evaluation", "generation")]
+    if found.host:
+        of_node = f", {found.device.per_node} processes" if found.device.per_node > 1 else ""
+        rows.append((f"RAM while training{of_node}", found.host))
+    rows += [("RAM to merge", found.merge), ("disk", found.disk)]
+    return [(name, as_gib(sum(parts.values())), _largest(parts)) for name, parts in rows]
+
+
+def _largest(parts: Parts) -> str:
+    ordered = sorted(parts.items(), key=lambda item: -item[1])[:2]
+    return "; ".join(f"{name} {as_gib(size)}" for name, size in ordered if size)
+
+
+def _scale(found: Scale) -> Table:
+    """Who holds and does what, what travels, and what all that leaves of N times the speed."""
+    nodes = f" on {found.nodes} nodes" if found.nodes > 1 else ""
+    title = f"shared by {found.ranks}{nodes}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), show_header=False)
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    sent = found.traffic
+    table.add_row("base", found.base)
+    table.add_row("examples", found.split)
+    gradients = f"{as_gib(sent.gradients_bytes)} GiB sent by each once a step"
+    table.add_row("gradients", gradients + _taking(sent.gradients_seconds, f", over {sent.link}"))
+    if sent.weights_bytes:
+        weights = f"{as_gib(sent.weights_bytes)} GiB received by each in a step"
+        table.add_row("weights", weights + _taking(sent.weights_seconds, " behind the products"))
+    if found.step_seconds and found.waited_share is not None:
+        step = f"{_seconds(found.step_seconds)}, {found.waited_share:.1%} of it for the wires"
+        table.add_row("a step", step)
+    if found.efficiency is not None:
+        gain = f"{found.efficiency * found.ranks:.1f} times one GPU: {found.efficiency:.0%} each"
+        if found.one_gpu_choices != "nothing recomputed":
+            gain += f" (one GPU: {found.one_gpu_choices})"
+        table.add_row("gain", gain)
+    for warning in found.warnings:
+        table.add_row("[yellow]warning", warning)
+    return table
+
+
+def _taking(seconds: float | None, how: str) -> str:
+    return "" if seconds is None else f": {_seconds(seconds)}{how}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{seconds:.2f} s"
+
+
+def speed_words(found: Forecast) -> Text:
+    """How fast it will be, and how that is known."""
+    if found.speed is None:
+        return Text("speed: nothing is known of this card; name it with --gpu", style="dim")
+    rate = found.speed.tokens_per_second
+    per_million = 1e6 / rate / 60
+    text = Text("about ")
+    text.append(f"{float(f'{rate:.3g}'):,.0f} tokens/s", style="bold")
+    text.append(f", a million tokens in {_minutes(per_million)} ({found.speed.basis})")
+    return text
+
+
+def _minutes(minutes: float) -> str:
+    if minutes < 1:
+        return f"{60 * minutes:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _changes(changes: tuple[Change, ...], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    table.add_column("change", overflow="fold", ratio=2)
+    for column in ("GiB", "saves", "speed"):
+        table.add_column(column, justify="right")
+    table.add_column("and costs", overflow="fold", style="dim", ratio=2)
+    for change in changes:
+        speed = "" if change.slower is None else f"{-change.slower:+.0%}"
+        saved = as_gib(change.saved_bytes)
+        table.add_row(change.flags, as_gib(change.total_bytes), saved, speed, change.price)
+    return table
+
+
+def as_gib(size: int) -> str:
+    """Gibibytes with two digits, or three where two would be nothing."""
+    if size < GIB / 200:
+        return f"{size / GIB:.3f}" if size else "0"
+    return f"{size / GIB:.2f}"

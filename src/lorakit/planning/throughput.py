@@ -1,0 +1,209 @@
+"""A recipe, its plan and a card enter; tokens per second to expect leave, and what that rests on.
+
+    t/token = products / (share x TFLOP/s) + attention / ... + traffic / (GB/s) + overhead / tokens
+
+The four factors are fitted to the H100 rows of benchmarks/results (engine_*.json: within 7% on rows
+of one length; baseline_*.json for PEFT's own layers: within 11%). Another card's figure is the same
+sum with its data sheet's rates: an estimate, and said so.
+
+Of several GPUs each works on its part of a step; the step ends when the one with the largest part
+is through and the gradients are summed (`traffic.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.memory import expects_engine
+from lorakit.model.count import Counted, count
+from lorakit.model.sizes import NF4_BYTES, examples_of_rank
+from lorakit.planning.cards import Card
+from lorakit.planning.traffic import traffic
+from lorakit.recipe import Recipe
+from lorakit.records import Device, MemoryPlan
+
+# Attention runs below the rate of plain products.
+ATTENTION = 1.63
+# Bytes moved per byte of a layer's activations, and host seconds a layer and micro-batch.
+ENGINE_TRAFFIC, ENGINE_OVERHEAD = 11.2, 436e-6
+OWN_TRAFFIC, OWN_OVERHEAD = 32.5, 4.4e-3
+# What AdamW on the host reads and writes a second: an estimate for a desktop's two channels.
+HOST_GBS = 20
+# One core: SmolLM2 and Llama-3.2-1B shapes took 60 to 110 GFLOP/s in bfloat16 with AMX.
+CPU_CORE_FLOPS = {"bfloat16": 90e9, "float32": 35e9}
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of all ranks together; of one step; and the part of that which waits for other ranks' bytes.
+
+    `basis`: "measured on this card", or what the estimate rests on.
+    """
+
+    tokens_per_second: float
+    basis: str
+    step_seconds: float
+    waited_seconds: float | None = 0.0
+
+
+def expected_speed(
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+) -> Speed | None:
+    """Tokens per second of full rows; None for a card that nothing is known of."""
+    work = _Work(recipe, config.get_text_config(), count(config), plan, device.ranks)
+    tokens = recipe.examples_per_step * recipe.cutoff_len
+    if device.kind == "cpu":
+        seconds = _cpu_seconds(work, device) * work.step_tokens
+        waited = 0.0 if device.ranks == 1 else None
+        return Speed(tokens / seconds, "a rough estimate for a CPU", seconds, waited)
+    if device.kind != "cuda" or card is None:
+        return None
+    sent = traffic(recipe, config, device, plan, card)
+    worked = _card_seconds(work, card) * work.step_tokens
+    # Inputs of layers and gathered weights share the slot where there is no NVLink.
+    copied, gathered = _copied_bytes(work) / (card.link_gbs * 1e9), sent.weights_seconds or 0.0
+    wires = max(copied, gathered) if card.nvlink_gbs else copied + gathered
+    waited = max(worked, wires) - max(worked, copied) + (sent.gradients_seconds or 0.0)
+    seconds = max(worked, copied) + _host_seconds(work) + waited
+    return Speed(tokens / seconds, _basis(device, plan, card), seconds, waited)
+
+
+def _basis(device: Device, plan: MemoryPlan, card: Card) -> str:
+    if plan.placement.layer_major:
+        moved = "gathered" if plan.placement.shards > 1 else "streamed"
+        return f"an estimate: data sheet, and what is {moved}"
+    if not card.measured:
+        return "an estimate from its data sheet"
+    if device.ranks > 1:
+        return "from rows measured on one such card; what the wires take is an estimate"
+    return "from rows measured on this card"
+
+
+def _cpu_seconds(work: _Work, device: Device) -> float:
+    """Seconds of one token on a rank's share of the cores."""
+    import psutil
+
+    cores = max(1, (psutil.cpu_count(logical=False) or 1) // device.per_node)
+    rate = cores * CPU_CORE_FLOPS.get(device.dtype, CPU_CORE_FLOPS["float32"])
+    return (work.products + work.attention) / rate
+
+
+def _card_seconds(work: _Work, card: Card) -> float:
+    """Seconds of the card for one token."""
+    engine = expects_engine(work.recipe, work.config)
+    passes, overhead = (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if engine else (OWN_TRAFFIC, OWN_OVERHEAD)
+    rate, bandwidth = card.tflops * 1e12, card.memory_gbs * 1e9
+    seconds = work.products / (rate * card.share)
+    seconds += ATTENTION * work.attention / rate
+    seconds += passes * work.traffic / bandwidth
+    seconds += overhead * work.layers / work.tokens
+    return seconds + work.weights_moved / (0.8 * bandwidth)
+
+
+def _copied_bytes(work: _Work) -> float:
+    """Bytes a step copies from the host: weights twice, inputs of layers once."""
+    host = work.plan.host_parts
+    return 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0)
+
+
+def _host_seconds(work: _Work) -> float:
+    """Seconds of a step in AdamW on the host, which nothing hides."""
+    if not work.plan.placement.adapters_on_host:
+        return 0.0
+    return work.plan.host_parts.get("optimizer state", 0) * 3.5 / HOST_GBS / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Operations and bytes of one token, forward and backward, on the rank with most of them."""
+
+    recipe: Recipe
+    config: Any
+    counted: Counted
+    plan: MemoryPlan
+    ranks: int
+
+    @property
+    def keep(self) -> Sequence[int]:
+        """What each layer keeps for backward."""
+        return self.plan.keep
+
+    @property
+    def examples(self) -> int:
+        return examples_of_rank(self.recipe, self.ranks)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.examples * self.recipe.cutoff_len
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through a layer at once; layer by layer, all of a step share its pass."""
+        if self.plan.placement.layer_major:
+            return self.step_tokens
+        return min(self.recipe.micro_batch_size, self.examples) * self.recipe.cutoff_len
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """(model, queries, keys and values, inner)."""
+        c = self.config
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        pairs = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+        return c.hidden_size, head * c.num_attention_heads, 2 * head * pairs, inner
+
+    @property
+    def linear(self) -> float:
+        """Weights a token meets: all linear ones, and its few experts."""
+        experts = getattr(self.config, "num_experts", None) or 1
+        chosen = getattr(self.config, "num_experts_per_tok", None) or 1
+        return self.counted.in_linear + self.counted.experts * chosen / experts
+
+    @property
+    def products(self) -> float:
+        """FLOPs of matrix products: forward, gradient of the input, and what is made again."""
+        recipe, c = self.recipe, self.config
+        model, queries, keys, inner = self.widths
+        gate_up, qkv, out = 2 * model * inner, model * (queries + keys), queries * model
+        per_level = (0, gate_up, gate_up + qkv, gate_up + qkv + out)
+        again: float = sum(per_level[level] for level in self.keep)
+        if self.counted.experts or not expects_engine(recipe, c):
+            again = self.linear * self._share_again
+        adapters = 6 * recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
+        return 4 * self.linear + 2 * again + 4 * c.vocab_size * model + adapters
+
+    @property
+    def _share_again(self) -> float:
+        return sum(level >= 2 for level in self.keep) / max(1, len(self.keep))
+
+    @property
+    def attention(self) -> float:
+        """FLOPs of causal attention: 2 S a width forward, 2.5 times that backward."""
+        forward = 2 * self.recipe.cutoff_len * self.widths[1] * self.layers
+        return forward * (3.5 + self._share_again)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes of the activations that elementwise work passes over."""
+        model, queries, keys, inner = self.widths
+        c = self.config
+        if self.counted.experts:
+            inner = getattr(c, "moe_intermediate_size", inner) * c.num_experts_per_tok
+        again = 1.35 if any(self.keep) else 1.0
+        return (5 * model + 2 * queries + keys + 3 * inner) * 2 * self.layers * again
+
+    @property
+    def weights_moved(self) -> float:
+        """Bytes beside the products: dequantization twice a micro-batch, the optimizer a step."""
+        recipe = self.recipe
+        trained = recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
+        moved = trained * 28 / self.step_tokens
+        if recipe.method == "qlora":
+            moved += 2 * self.counted.in_linear * (2 + NF4_BYTES) / self.tokens
+        return moved

@@ -1,0 +1,92 @@
+"""A recipe, a config and a device enter; the MemoryPlan of the training run leaves.
+
+The engine's layers are planned in `memory.py`. A model's own layers, which every CPU run has, take
+what `simulate.py` counts; on a CPU the whole process is planned, libraries included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lorakit.memory import budget_of, expects_engine, plan_memory
+from lorakit.model.sizes import examples_of_rank
+from lorakit.planning.simulate import simulate
+from lorakit.recipe import Recipe
+from lorakit.records import Device, MemoryPlan
+
+# Parts of `memory.py` that the simulation replaces.
+ESTIMATED = ("activations (estimate)", "logits of one chunk")
+
+# Resident after the imports of a run: torch 2.13 for CPU, transformers, peft, trl, bitsandbytes.
+LIBRARIES_BYTES = 610 * 1024**2
+# What malloc holds on a CPU beyond the tensors, as a share of all layers' activations, recomputed
+# or not: torch's aligned blocks do not fit into the holes that blocks of their own size leave
+# (glibc 2.36). Mapping every block instead (MALLOC_MMAP_THRESHOLD_) halved the speed.
+HOLES, HOLES_RECOMPUTED = 0.40, 0.35
+
+
+def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
+    """Predict the peak of a training run on `device`, and what is recomputed to make it fit.
+
+    Args:
+        recipe: with `target_modules` resolved.
+        config: the transformers config of the base model.
+        device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
+    """
+    text = config.get_text_config()
+    wanted = device.kind == "cuda" or recipe.engine == "on"
+    if "on" in (recipe.streaming, recipe.sharding) or (wanted and expects_engine(recipe, text)):
+        plan = plan_memory(recipe, config, device)
+        return (
+            plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
+        )
+    chosen = recipe.gradient_checkpointing
+    if chosen != "auto":
+        return _own_layers(recipe, config, device, chosen)
+    kept = _own_layers(recipe, config, device, recompute=False)
+    return kept if kept.fits else _own_layers(recipe, config, device, recompute=True)
+
+
+def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
+    """The recipe as the data at hand makes it: no micro-batch is longer than its examples allow.
+
+    On a card packed rows are filled up to `cutoff_len` whatever the examples are; on a CPU they
+    are filled only with what one optimizer step holds.
+    """
+    if device.kind == "cuda" or longest < 1:
+        return recipe
+    micros = -(-examples_of_rank(recipe, device.ranks) // recipe.micro_batch_size)
+    rows = micros if recipe.packing else 1
+    return recipe.model_copy(update={"cutoff_len": min(recipe.cutoff_len, max(8, rows * longest))})
+
+
+def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) -> MemoryPlan:
+    asked = recipe.model_copy(update={"engine": "off", "gradient_checkpointing": recompute})
+    rows = min(recipe.micro_batch_size, examples_of_rank(recipe, device.ranks))
+    micro = asked.model_copy(update={"micro_batch_size": rows})
+    plan = plan_memory(asked, config, device)
+    parts = dict(plan.parts)
+    counted = simulate(micro, config, device, recompute)
+    if counted is not None:
+        for name in ESTIMATED:
+            parts.pop(name)
+        parts["activations kept for backward"] = counted.kept
+        parts["work of one layer, or the loss"] = counted.work
+    if device.kind != "cuda":
+        layers = simulate(micro, config, device, recompute=False)
+        if layers is not None:
+            parts["holes in the heap"] = int(
+                (HOLES_RECOMPUTED if recompute else HOLES) * layers.in_heap
+            )
+        parts = _process(parts)
+    return _judged(plan, parts, recipe, device)
+
+
+def _judged(plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device) -> MemoryPlan:
+    return replace(plan, parts=parts, fits=sum(parts.values()) <= budget_of(recipe, device))
+
+
+def _process(parts: dict[str, int]) -> dict[str, int]:
+    """A run on the host shares its memory with Python and the libraries."""
+    return {**parts, "Python and libraries": LIBRARIES_BYTES}

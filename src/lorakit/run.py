@@ -1,0 +1,255 @@
+"""A run directory enters; a Run leaves: evaluate, chat, export, report, and its files as data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from lorakit.chart import alone, line_chart
+from lorakit.quiet import quietly
+from lorakit.recipe import Recipe
+from lorakit.recipe_file import load_recipe
+from lorakit.records import EvalScore, Message, Sample
+from lorakit.run_dir import RunDir, find_run, read_metrics
+from lorakit.shown import Evaluation
+
+if TYPE_CHECKING:
+    from lorakit.model.several import Several
+
+
+_SPOKEN = ("role", "content")
+
+
+def open_run(path: str | Path) -> Run:
+    """The run in this folder, finished or stopped.
+
+    Raises:
+        RunError: there is no such folder, or it is no run.
+    """
+    return Run(find_run(path, trained=False).path)
+
+
+class Run:
+    """One run's folder. The model is loaded at the first question and kept until `close()`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = RunDir(Path(path))
+        self._several: Several | None = None
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter in PEFT's format: `PeftModel.from_pretrained(base, run.adapter)`."""
+        return self.folder.adapter
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has saved its adapter."""
+        return self.folder.has_adapter()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with every default filled in."""
+        return load_recipe(self.folder.recipe).recipe
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl in order: step, loss, learning_rate, grad_norm, tokens ..."""
+        return read_metrics(self.folder)
+
+    @property
+    def held_out(self) -> list[dict[str, Any]]:
+        """Evaluations between steps (`eval_every`): step, eval_loss, eval_perplexity."""
+        return read_metrics(self.folder, held_out=True)
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The last evaluation on the run's own held-out rows, or None."""
+        if not self.folder.eval.exists():
+            return None
+        value = json.loads(self.folder.eval.read_text(encoding="utf-8"))
+        samples = tuple(Sample(**sample) for sample in value["samples"])
+        base, tuned = EvalScore(**value["base"]), EvalScore(**value["tuned"])
+        return Evaluation(base, tuned, value["data"], samples)
+
+    def evaluate(self, data: str | Path | None = None, samples: int = 4) -> Evaluation:
+        """Held-out loss and perplexity of base and tuned, and their answers side by side.
+
+        Args:
+            data: other data than the run's own held-out rows.
+            samples: answers to show.
+
+        Raises:
+            LorakitError: there is no adapter yet, or no held-out row and no `data`.
+        """
+        from lorakit.evaluate import evaluate_loaded
+
+        loaded = self._model().loaded
+        with quietly(loaded.recipe.offline):
+            found = evaluate_loaded(loaded, str(data) if data else None, samples, print)
+        return Evaluation.of(found)
+
+    def chat(
+        self,
+        question: str | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        system: str | None = None,
+        base: bool = False,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        seed: int | None = None,
+    ) -> str | None:
+        """Answer one question; without one, talk until /quit.
+
+        Args:
+            question: text, or a conversation as `[{"role": "user", "content": "..."}, ...]`.
+            system: system prompt; by default the one of the recipe.
+            base: let the untouched base answer.
+            temperature: 0 gives the same answer each time.
+            seed: makes drawn answers repeatable.
+
+        Raises:
+            LorakitError: there is no adapter yet, or the question is longer than the model reads.
+        """
+        from lorakit.chat import ChatSession, talk
+        from lorakit.generate import GenerationSettings, base_answers, replies
+
+        several = self._model()
+        settings = GenerationSettings(max_new_tokens, temperature, seed=seed)
+        session = ChatSession(several, system, settings)
+        if question is None:
+            talk(session, f"{several.base_name} + {several.active}", sys.stdout)
+            return None
+        turns = _turns(question)
+        if turns[0].role != "system":
+            turns = [*session.messages, *turns]
+        if not base:
+            return replies(several.model, session.tokenizer, [turns], settings)[0]
+        with base_answers(several.model):
+            return replies(several.model, session.tokenizer, [turns], settings)[0]
+
+    def export(
+        self,
+        to: str = "merged",
+        output: str | Path | None = None,
+        *,
+        quant: str | None = None,
+        onto: str = "trained",
+        dtype: str | None = None,
+        merged: bool = False,
+        adapter: bool = False,
+        repo: str | None = None,
+        public: bool = False,
+        verify: bool = True,
+        console: Console | None = None,
+    ) -> dict[str, Any]:
+        """Write the tuned model in another form and compare what was written with the adapter.
+
+        The model that `chat` and `evaluate` hold is let go first.
+
+        Args:
+            to: adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub.
+            output: folder to write; by default the run's `export/<format>`.
+            quant: GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M ...
+            onto: QLoRA: merge onto the base as `trained`, or the `original`.
+            dtype: merged: float32, bfloat16 or float16.
+            merged: vllm, tgi, hub: merge first.
+            adapter: ollama: base and adapter in two files.
+            repo: hub: OWNER/NAME.
+            public: hub: not private.
+            verify: compare with the adapter.
+
+        Returns:
+            What was written and how near it is: `format`, `path`, `kl_per_token` ...
+
+        Raises:
+            LorakitError: an option that this format does not have, a folder that exists, or a
+                written model that predicts otherwise than the adapter; that one is not kept.
+        """
+        from lorakit.export.table import export_run
+
+        folder = find_run(self.path)
+        self.close()
+        with quietly(self.recipe.offline):
+            return export_run(
+                folder,
+                to,
+                Path(output) if output else None,
+                console or Console(file=sys.stdout, force_jupyter=False, highlight=False),
+                quantization=quant,
+                onto=onto,
+                dtype=dtype,
+                merged=merged,
+                as_adapter=adapter or None,
+                repository=repo,
+                public=public,
+                verify=verify,
+            )
+
+    def report(self, output: str | Path | None = None) -> Path:
+        """Write the run's page anew; returns where it lies: `report.html` in the run's folder.
+
+        Training, `evaluate` and `export` do so themselves. It is one file without network.
+
+        Raises:
+            LorakitError: a file of the run is damaged, or the page cannot be written.
+        """
+        from lorakit.report.write import write_report
+
+        return write_report(self.folder, Path(output) if output else None)
+
+    def close(self) -> None:
+        """Let go of the loaded model and its memory; the next question loads it again."""
+        if self._several is None:
+            return
+        self._several = None
+        import gc
+
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __repr__(self) -> str:
+        rows = [row for row in self.metrics if row.get("loss") is not None]
+        said = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.4f}" if rows else "no step yet"
+        state = "trained" if self.finished else "not finished"
+        return f"<Run {self.path}: {state}, {said}>"
+
+    def _repr_svg_(self) -> str | None:
+        """The loss so far, for a notebook; nothing before the first step."""
+        from lorakit.report.page import loss_series
+        from lorakit.report.read import read_run
+
+        if not self.folder.has_run():
+            return None
+        chart = line_chart(loss_series(read_run(self.folder)), "loss by step")
+        return alone(chart, repr(self)[1:-1]) if chart else None
+
+    def _model(self) -> Several:
+        if self._several is None:
+            from lorakit.model.several import Several
+
+            found = find_run(self.path)
+            with quietly(self.recipe.offline):
+                self._several = Several.of(found)
+        return self._several
+
+
+def _turns(question: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+    if isinstance(question, str):
+        return [Message("user", question)]
+    return [
+        Message(turn["role"], turn["content"], {k: turn[k] for k in turn if k not in _SPOKEN})
+        for turn in question
+    ]

@@ -1,0 +1,105 @@
+"""One forecast: from config.json alone, as JSON, and the refusal of what cannot fit."""
+
+import json
+import shutil
+
+import pytest
+
+from lorakit.errors import ModelError, WorkError
+from lorakit.model.shapes import shape_config
+from lorakit.planning import forecast as module
+from lorakit.planning.cards import CARDS, card_device, several
+from lorakit.planning.forecast import find_config, forecast, planned_speed, refuse
+from lorakit.planning.training import plan_training
+from lorakit.recipe import Recipe
+
+H100 = card_device(CARDS["h100"], None, "auto")
+T4 = card_device(CARDS["t4"], None, "auto")
+
+
+def recipe(**values):
+    return Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
+
+
+def test_a_forecast_is_json_and_its_sums_agree():
+    found = forecast(recipe(), shape_config("llama-2-7b"), H100)
+    value = json.loads(json.dumps(found.as_dict()))
+    assert value["fits"]
+    assert value["parameters"] == 6_738_415_616
+    assert value["trainable"] == 39_976_960
+    assert value["tokens_per_second"] > 10_000
+    assert value["training"]["total_bytes"] == sum(value["device_bytes"]["training"].values())
+    assert value["changes"] == []
+
+
+def test_streaming_that_fits_is_told_with_what_would_be_faster():
+    # 512 tokens do not hide a copy of 26 GB.
+    asked, card = recipe(gradient_accumulation_steps=1, cutoff_len=512), CARDS["4090"]
+    found = forecast(asked, shape_config("llama-2-13b"), card_device(card, None, "auto"), card)
+    assert found.fits
+    assert found.training.placement.base_on_host
+    assert all(change.fits and change.slower < -0.05 for change in found.changes)
+    assert "qlora" in found.changes[0].flags
+
+
+def test_config_json_alone_is_enough(tiny_model_dir, tmp_path):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "config.json")
+    config, source, local = find_config(recipe(model=str(tmp_path), offline=True), [tmp_path])
+    assert (config.hidden_size, source, local) == (64, "config.json", True)
+    assert forecast(recipe(), config, H100).fits
+
+
+def test_names_need_no_network_and_repositories_fall_back_on_published_values():
+    named, source, _ = find_config(recipe(model="llama-2-7b"), [])
+    assert source == "published values"
+    gated = recipe(model="meta-llama/Llama-2-7b-chat-hf", offline=True, revision="nowhere")
+    config, source, local = find_config(gated, [])
+    assert config.to_dict() == named.to_dict()
+    assert "out of reach" in source
+    assert not local
+
+
+def test_a_misspelt_name_is_told_with_the_known_ones():
+    with pytest.raises(ModelError, match="did you mean llama-2-7b") as caught:
+        find_config(recipe(model="llama2-7b", offline=True), [])
+    assert "qwen3-30b-a3b" in caught.value.hint
+
+
+def test_what_cannot_fit_is_refused_with_what_would():
+    config, asked = shape_config("llama-2-7b"), recipe(streaming="off")
+    plan = plan_training(asked, config, T4)
+    with pytest.raises(WorkError, match="does not fit") as caught:
+        refuse(asked, config, T4, plan)
+    assert "T4 has 14.6 GiB" in caught.value.message
+    assert "--set streaming=auto" in caught.value.message
+    assert "--set method=qlora" in caught.value.message
+    assert "--gpus 2  (the same result, the base spread over them)" in caught.value.message
+    assert "--force" in caught.value.hint
+    refuse(asked, config, H100, plan_training(asked, config, H100))
+    tight = recipe(memory_limit="1GiB", streaming="off")
+    with pytest.raises(WorkError, match="memory_limit is 1GiB"):
+        refuse(tight, config, H100, plan_training(tight, config, H100))
+
+
+def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
+    config, asked = shape_config("llama-2-7b"), recipe(streaming="on")
+    plan = plan_training(asked, config, T4)
+    assert plan.fits
+    monkeypatch.setattr(module, "host_memory", lambda: 8 * 2**30)
+    with pytest.raises(WorkError, match=r"the base.* in host memory: .* has 8.0 GiB"):
+        refuse(asked, config, T4, plan)
+    monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
+    refuse(asked, config, T4, plan)
+    eight = several(T4, 8, None, None)
+    with pytest.raises(WorkError, match=r"for 8 processes; this machine has 64.0 GiB"):
+        refuse(asked, config, eight, plan_training(asked, config, eight))
+    spread = recipe(sharding="on")
+    with pytest.raises(WorkError, match="of it while each loads the base") as caught:
+        refuse(spread, config, eight, plan_training(spread, config, eight))
+    assert "method: qlora" in caught.value.hint
+
+
+def test_speed_is_rounded_to_what_is_known():
+    asked, config = recipe(), shape_config("llama-2-7b")
+    speed = planned_speed(asked, config, H100, plan_training(asked, config, H100))
+    assert speed == float(f"{speed:.3g}")

@@ -1,0 +1,68 @@
+"""The screen says the verdict, every part and the ways out, and keeps within its width."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lorakit.model.shapes import shape_config
+from lorakit.planning.cards import CARDS, card_device, several
+from lorakit.planning.forecast import forecast
+from lorakit.planning.show import show_forecast
+from lorakit.recipe import Recipe
+
+
+def screen(width, name, card, gpus=None, nodes=None, **values):
+    asked = Recipe(**{"model": name, "data": "d", "target_modules": "all-linear", **values})
+    device = several(card_device(CARDS[card], None, "auto"), gpus, nodes, None)
+    found = forecast(asked, shape_config(name), device, CARDS[card])
+    console = Console(file=io.StringIO(), width=width)
+    show_forecast(found, console)
+    return found, console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_all_is_on_the_screen_and_nothing_runs_over(width):
+    found, text = screen(width, "llama-3.1-8b", "3060", streaming="off")
+    assert max(map(len, text.splitlines())) <= width
+    assert "DOES NOT FIT" in text
+    for part in found.device_parts["training"]:
+        assert part.split()[0] in text
+    for words in ("evaluation", "generation", "RAM to merge", "disk", "tokens/s", "l4"):
+        assert words in text
+    assert "what makes it fit, cheapest first" in text
+    assert "streaming=auto" in text
+
+
+def test_what_fits_has_no_list_of_changes():
+    _, text = screen(80, "llama-2-7b", "h100")
+    assert "FITS" in text
+    assert "NOT" not in text
+    assert "change" not in text
+    assert "(from rows measured on this card)" in " ".join(text.split())
+
+
+def test_what_no_setting_makes_fit_says_what_it_takes_at_least():
+    _, text = screen(80, "qwen3-30b-a3b", "3060", method="qlora", target_modules=["q_proj"])
+    assert "No setting makes it fit here: the least it can take is" in text
+    assert "experts (not quantized)" in text
+    assert "a100-80" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_several_gpus_have_a_table_of_their_own(width):
+    _, text = screen(width, "llama-3.3-70b", "h100", 8, 4, method="qlora", sharding="on")
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    for said in (
+        "each of 32 H100",
+        "shared by 32 on 4 nodes",
+        "GiB sent by each once a step",
+        "received by each",
+        "of it for the wires",
+        "times one GPU",
+        "warning",
+    ):
+        assert said in words
+    assert width < 80 or "RAM while training, 8 processes" in words
+    assert "shared by" not in screen(width, "llama-2-7b", "h100")[1]
