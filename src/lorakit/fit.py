@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +80,22 @@ class Outcome:
 
 
 def prepare_run(
-    resolved: ResolvedRecipe, console: Console, force: bool = True, ranks: Ranks = ALONE
+    resolved: ResolvedRecipe,
+    console: Console,
+    force: bool = True,
+    ranks: Ranks = ALONE,
+    gpus: int | None = None,
 ) -> Prologue:
     """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
 
     Args:
         force: go on though the plan says that memory is too small.
         ranks: who shares each step; the first one reads and caches before the others do.
+        gpus: plan for so many ranks that are not there yet.
     """
     require_floors()
     device = shared_device(detect_device(resolved.recipe.dtype), ranks)
+    device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
     if ranks.count > 1:
         console.print(f"ranks    {ranks.count} share each step: {device.reasons['ranks']}")
@@ -167,26 +173,12 @@ def _fit(
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     past = past_of(recipe, prepared.train, start.tokenizer, ranks.count)
     checkpoint = ranks.told(lambda: _take_up(run, start, past, resume, console))
-    if checkpoint and not Path(checkpoint).is_dir():
-        raise RunError(
-            f"{run.path}: not seen by rank {ranks.number}, on another machine than rank 0",
-            hint="several machines need a shared file system for the run's folder: --output",
-        )
-
-    seed_everything(recipe.seed, recipe.deterministic)
-    if recipe.deterministic:
-        console.print("bits     the same in each run on this device with these versions; slower")
-    with memory_told("loading the base model", TOO_LARGE):
-        base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
-        check_vocabulary(start.tokenizer, base)
-        model = add_adapter(base, recipe)
-    trainable, total = count_parameters(model)
-    console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    _check_seen(run, checkpoint, ranks)
+    model = _model(start, console)
     if ranks.first:
-        require_space(run, recipe, trainable)
+        require_space(run, recipe, count_parameters(model)[0])
     else:
         recipe = recipe.model_copy(update={"report_to": []})
-
     progress = TrainingProgress(console, run if ranks.first else None, device.kind)
     began = time.perf_counter()
     told = memory_told("placing the model on its device", TOO_LARGE)
@@ -215,12 +207,7 @@ def _fit(
             progress.stop()
     seconds = time.perf_counter() - began
     model = trainer.close()
-    losses = [
-        row["loss"]
-        for row in (read_metrics(run) if ranks.first else [])
-        if row.get("loss") is not None
-    ]
-    final_loss = losses[-1] if losses else None
+    final_loss = _final_loss(run) if ranks.first else None
     steps, together = trainer.state.global_step, trainer.together
     if together.stop_agreed and steps < trainer.state.max_steps:
         return Outcome(run, steps, seconds, final_loss, None, together.exit_code)
@@ -231,6 +218,35 @@ def _fit(
     if prepared.val and (ranks.first or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
     return Outcome(run, steps, seconds, final_loss, evaluation)
+
+
+def _model(start: Prologue, console: Console) -> Any:
+    """The base with its adapters, where the plan puts it while it loads."""
+    recipe, device = start.resolved.recipe, start.device
+    seed_everything(recipe.seed, recipe.deterministic)
+    if recipe.deterministic:
+        console.print("bits     the same in each run on this device with these versions; slower")
+    with memory_told("loading the base model", TOO_LARGE):
+        base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
+        check_vocabulary(start.tokenizer, base)
+        model = add_adapter(base, recipe)
+    trainable, total = count_parameters(model)
+    console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    return model
+
+
+def _check_seen(run: RunDir, checkpoint: str | None, ranks: Ranks) -> None:
+    """Every rank reads the checkpoint itself."""
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise RunError(
+            f"{run.path}: not seen by rank {ranks.number}, on another machine than rank 0",
+            hint="several machines need a shared file system for the run's folder: --output",
+        )
+
+
+def _final_loss(run: RunDir) -> float | None:
+    losses = [row["loss"] for row in read_metrics(run) if row.get("loss") is not None]
+    return losses[-1] if losses else None
 
 
 def _take_up(

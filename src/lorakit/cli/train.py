@@ -74,7 +74,7 @@ def train(
         from lorakit.fit import prepare_run
         from lorakit.preview import show_prologue
 
-        show_prologue(prepare_run(resolved, log), out, as_json)
+        show_prologue(prepare_run(resolved, log, gpus=gpus), out, as_json)
         return
     run_training(resolved, resume, as_json, next_steps=True, force=force)
 

@@ -70,10 +70,7 @@ class LoraTrainer(ResumableTrainer):
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
         self.pad_id: int = pad_token_id(tokenizer)
-        rows = recipe.micro_batch_size
-        if plan.placement.layer_major:
-            rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
-        self.layout = Layout(self.pad_id, rows, rows * recipe.cutoff_len, packed=False)
+        self.layout = first_layout(recipe, plan, self.pad_id)
         self.guard = StepGuard(self, progress.note)
         self.memory = WithinMemory(self, progress.note)
         watch = Watch(recipe, planned_rate(run), self._why_slow)
@@ -110,10 +107,7 @@ class LoraTrainer(ResumableTrainer):
         self.to_probe = device.kind == "cuda" if recipe.probe == "auto" else recipe.probe
         self.graphs = self._graphed()
         self.layer_major = self._layer_major()
-        self.flat: FlatGradients | None = None
-        if ranks.count > 1 and self.graphs is None and self.layer_major is None:
-            groups = self.attached.engine.groups if self.attached.engine else []
-            self.flat = FlatGradients(self.trained, groups)
+        self.flat = self._flat()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Forward and backward of all micro-batches of one optimizer step; its mean loss.
@@ -233,6 +227,13 @@ class LoraTrainer(ResumableTrainer):
         cut = Cut(placement.tokens_at_once, placement.heads_at_once)
         return LayerMajor(engine, self.attached.head, self.trained, cut, placement.inputs_on_card)
 
+    def _flat(self) -> FlatGradients | None:
+        """One buffer to sum over the ranks, where no part above has one of its own."""
+        if self.ranks.count == 1 or self.graphs is not None or self.layer_major is not None:
+            return None
+        groups = self.attached.engine.groups if self.attached.engine else []
+        return FlatGradients(self.trained, groups)
+
     def start_over(self) -> None:
         """Forget what a broken step left: captured graphs and their memory, kept layer inputs."""
         if self.graphs is not None:
@@ -348,6 +349,14 @@ class LoraTrainer(ResumableTrainer):
         """The trained model with its own forward back, free of the trainer's wrapping."""
         detach_loss(self.model)
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+
+def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
+    """Micro-batches as the recipe has them, or of so many tokens as the plan lets work at once."""
+    rows = recipe.micro_batch_size
+    if plan.placement.layer_major:
+        rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
+    return Layout(pad_id, rows, rows * recipe.cutoff_len, packed=False)
 
 
 def recompute(model: Any, attached: Attached, plan: MemoryPlan) -> None:
