@@ -142,14 +142,11 @@ def _fixed_parts(sizes: Sizes, placement: Placement, engine: bool) -> dict[str, 
 
 
 def _adapter_parts(sizes: Sizes) -> dict[str, int]:
-    parts = {
+    return {
         "adapters (float32)": sizes.adapter * 4,
-        "gradients (float32)": sizes.adapter * 4,
+        "gradients (float32)": sizes.adapter * 4,  # with several ranks summed where they lie
         "optimizer state": int(sizes.adapter * OPTIMIZER_BYTES[sizes.recipe.optimizer]),
     }
-    if sizes.ranks > 1:
-        parts["gradients on their way"] = sizes.adapter * 4
-    return parts
 
 
 def _host_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
