@@ -1,6 +1,7 @@
 """What several GPUs make of a step: where the base lies and why, who waits, what is gained."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from lorakit.planning.forecast import forecast
 from lorakit.planning.scale import idle_share, split_in_words
 from lorakit.recipe import Recipe
 from lorakit.records import Device
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def found(shape="llama-2-7b", card="h100", gpus=1, nodes=1, network=None, **values):
@@ -45,13 +48,22 @@ def test_idle_time():
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_gain_of_two_cards_is_what_was_measured(method):
+    one, two = (
+        json.loads((RESULTS / f"scale_{method}-{count}.json").read_text()) for count in (1, 2)
+    )
+    measured = two["tokens_per_second"] / one["tokens_per_second"]
+    assert 2 * found(gpus=2, method=method).scale.efficiency == pytest.approx(measured, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_two_gpus_gain_almost_twice(method):
     value = found(gpus=2, method=method)
     assert 0.95 < value.scale.efficiency <= 1
     single = found(method=method).speed.tokens_per_second
     assert value.speed.tokens_per_second == pytest.approx(2 * single * value.scale.efficiency)
     assert value.scale.one_gpu == single
-    assert 0 < value.scale.waited_share < 0.01
+    assert 0 < value.scale.waited_share < 0.05
     assert "in full (as DDP): it fits one" in value.scale.base
     assert not value.scale.warnings
 
@@ -60,7 +72,8 @@ def test_an_uneven_split_costs_what_it_says():
     value = found(gpus=3)
     (warning,) = value.scale.warnings
     assert "11% of the GPUs' time is lost. 2 divide a step evenly; 9 examples" in warning
-    assert value.scale.efficiency == pytest.approx(1 - value.scale.idle_share, rel=0.01)
+    expected = (1 - value.scale.idle_share) * (1 - value.scale.waited_share)
+    assert value.scale.efficiency == pytest.approx(expected, rel=0.01)
 
 
 def test_more_gpus_than_examples_are_no_faster_than_as_many():
@@ -77,7 +90,7 @@ def test_a_slow_network_costs_speed():
     speeds = [value.speed.tokens_per_second for value in rates]
     assert speeds == sorted(speeds)
     assert rates[0].scale.waited_share > 0.5
-    assert rates[-1].scale.waited_share < 0.05
+    assert rates[-1].scale.waited_share < 0.25
 
 
 def test_a_base_that_fits_no_one_gpu_is_spread_and_the_reason_told():

@@ -59,7 +59,7 @@ def test_several_gpus_have_a_table_of_their_own(width):
         "shared by 32 on 4 nodes",
         "GiB sent by each once a step",
         "received by each",
-        "of it for the wires",
+        "of it waiting for the others",
         "times one GPU",
         "warning",
     ):

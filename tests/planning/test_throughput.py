@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 
 from lorakit.model.shapes import shape_config
-from lorakit.planning.cards import CARDS, card_device
+from lorakit.planning.cards import CARDS, card_device, several
 from lorakit.planning.throughput import expected_speed
 from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-ROWS = [*sorted(RESULTS.glob("engine_*.json")), *sorted(RESULTS.glob("baseline_*.json"))]
+KINDS = ("engine", "baseline", "scale")
+ROWS = [path for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
 
 
-def speed(recipe, shape, card):
+def speed(recipe, shape, card, gpus=1):
     config, device = shape_config(shape), card_device(CARDS[card], None, recipe.dtype)
+    device = several(device, gpus, None, None)
     plan = plan_training(recipe, config, device)
     return expected_speed(recipe, config, device, plan, CARDS[card])
 
@@ -27,9 +29,8 @@ def test_measured_rows(path):
     if row.get("lengths") == "mixed":
         pytest.skip("the plan speaks of full rows; mixed lengths ran 10% below it")
     engine = {"engine": "off"} if path.stem.startswith("baseline") else {}
-    found = speed(
-        Recipe(**{**row["recipe"], "model": "m", "data": "d", **engine}), row["shape"], "h100"
-    )
+    asked = Recipe(**{**row["recipe"], "model": "m", "data": "d", **engine})
+    found = speed(asked, row["shape"], "h100", row.get("gpus", 1))
     assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.12)
     assert "measured" in found.basis
 

@@ -22,8 +22,9 @@ class Card:
     `memory_gib` is what CUDA offers, less than the box says. `share` is the part of `tflops` that
     large products reach: 0.77 was measured on the H100; the others are estimates (a card held to
     70 W reaches less). `link_gbs` is what page-locked copies over its PCIe slot reach.
-    `nvlink_gbs` is what a ring over NVLink carries each way (NCCL's "bus bandwidth"): estimates,
-    0.73 of the data sheet's one-way rate on the board that has it (SXM).
+    `nvlink_gbs` is what a ring over NVLink carries each way (NCCL's "bus bandwidth"): two H100
+    gathered at 240 GB/s and added up at 274 (benchmarks/results/time_ranks.json), of the data
+    sheet's 450 one way; the others are estimates, as much of theirs, on the board that has it.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Card:
 
 _TABLE = [
     Card("t4", 14.6, (7, 5), 65, 320, 12, 0.4),
-    Card("v100", 15.8, (7, 0), 125, 900, 12, 0.6, 110),
+    Card("v100", 15.8, (7, 0), 125, 900, 12, 0.6, 80),
     Card("l4", 22.0, (8, 9), 121, 300, 25, 0.5),
     Card("a10", 22.0, (8, 6), 125, 600, 25, 0.55),
     Card("3060", 11.6, (8, 6), 25.5, 360, 12),
@@ -71,12 +72,12 @@ _TABLE = [
     Card("4080", 15.6, (8, 9), 97.5, 717, 25),
     Card("4090", 23.5, (8, 9), 165, 1008, 25),
     Card("5090", 31.3, (12, 0), 209, 1792, 50),
-    Card("a100-40", 39.4, (8, 0), 312, 1555, 25, nvlink_gbs=220),
-    Card("a100-80", 79.1, (8, 0), 312, 2039, 25, nvlink_gbs=220),
+    Card("a100-40", 39.4, (8, 0), 312, 1555, 25, nvlink_gbs=160),
+    Card("a100-80", 79.1, (8, 0), 312, 2039, 25, nvlink_gbs=160),
     Card("l40s", 44.4, (8, 9), 362, 864, 25, 0.55),
-    Card("h100", 79.1, (9, 0), 989, 3350, 50, 0.77, 330),
-    Card("h200", 139.7, (9, 0), 989, 4800, 50, 0.77, 330),
-    Card("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=660),
+    Card("h100", 79.1, (9, 0), 989, 3350, 50, 0.77, 240),
+    Card("h200", 139.7, (9, 0), 989, 4800, 50, 0.77, 240),
+    Card("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=480),
 ]
 CARDS: dict[str, Card] = {card.name: card for card in _TABLE}
 # What people write, and what drivers say ("NVIDIA GeForce RTX 3060").

@@ -19,7 +19,7 @@ GIB = 2**30
 class Scale:
     """What N ranks make of a step, beside what one of them holds.
 
-    `waited_share`: part of a step that waits for other ranks' bytes. `efficiency`: tokens a second
+    `waited_share`: part of a step that waits for other ranks. `efficiency`: tokens a second
     against `ranks` times those of one GPU with the same recipe, planned on its own; None where it
     does not fit one, or where nothing is known of the card.
     """

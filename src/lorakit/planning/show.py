@@ -117,7 +117,9 @@ def _scale(found: Scale) -> Table:
         weights = f"{as_gib(sent.weights_bytes)} GiB received by each in a step"
         table.add_row("weights", weights + _taking(sent.weights_seconds, " behind the products"))
     if found.step_seconds and found.waited_share is not None:
-        step = f"{_seconds(found.step_seconds)}, {found.waited_share:.1%} of it for the wires"
+        step = (
+            f"{_seconds(found.step_seconds)}, {found.waited_share:.1%} of it waiting for the others"
+        )
         table.add_row("a step", step)
     if found.efficiency is not None:
         gain = f"{found.efficiency * found.ranks:.1f} times one GPU: {found.efficiency:.0%} each"
