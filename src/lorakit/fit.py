@@ -24,7 +24,7 @@ from lorakit.data.show import show_report
 from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
 from lorakit.floors import require_floors
-from lorakit.hardware import detect_device
+from lorakit.hardware import cards, detect_device
 from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import check_base, remember_base
@@ -97,6 +97,8 @@ def prepare_run(
     device = shared_device(detect_device(resolved.recipe.dtype), ranks)
     device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
+    if device.kind == "cuda" and ranks.count == 1 and not gpus and cards() > 1:
+        console.print(f"         one of {cards()} cards; all of them share each step with --gpus")
     if ranks.count > 1:
         console.print(f"ranks    {ranks.count} share each step: {device.reasons['ranks']}")
     console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")

@@ -39,6 +39,13 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
     return _cpu(dtype)
 
 
+def cards() -> int:
+    """CUDA cards that this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _cuda(dtype: str) -> Device:
     import torch
 

@@ -105,7 +105,13 @@ class Heartbeat(threading.Thread):
             self.say()
 
     def run(self) -> None:
+        last = self.born = time.monotonic()
         while not self.done.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if now - last > SILENT_SECONDS / 3:
+                # This process itself stood still, and perhaps the whole machine did.
+                self.changed.clear()
+            last = now
             try:
                 self.say()
                 beats = self.read()

@@ -39,6 +39,9 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
 
     # Its own words would stand around those of the run.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if "lo" in psutil.net_if_addrs():
+        # A host name that leads nowhere is common; the processes of one machine need none.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     config: dict[str, Any] = {
         "min_nodes": 1,
@@ -54,6 +57,7 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
     if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
         config["signals_to_handle"] = "SIGQUIT"
     before = {s: signal.signal(s, _hand_on) for s in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as one process has it
     try:
         elastic_launch(LaunchConfig(**config), sys.executable)("-m", "lorakit", *arguments)
     except ChildFailedError as failed:

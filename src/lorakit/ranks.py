@@ -147,9 +147,10 @@ def joined() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    ranks = _meet()
+    ranks, store = _meet()
     assert ranks.heartbeat is not None
     try:
+        _connect(ranks, store)
         yield ranks
     except BaseException:
         ranks.heartbeat.leave("failed")
@@ -159,7 +160,8 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _meet() -> Ranks:
+def _meet() -> tuple[Ranks, Any]:
+    """Find all others; from here on the heartbeat watches them. (ranks, the launcher's store)"""
     import torch
     import torch.distributed as dist
 
@@ -187,25 +189,33 @@ def _meet() -> Ranks:
         connect(False), number, count, f"cuda:{local}" if card else f"cpu:{local}"
     )
     _wait_for_all(store, count)
-    _same_kind(heartbeat.read())
     heartbeat.start()
-    ranks = Ranks(number, count, per_node, heartbeat)
+    return Ranks(number, count, per_node, heartbeat), store
+
+
+def _connect(ranks: Ranks, store: Any) -> None:
+    """Make the groups that add and gather, and try them."""
+    import torch
+    import torch.distributed as dist
+
+    assert ranks.heartbeat is not None
+    _same_kind(ranks.heartbeat.read())
+    card = torch.cuda.is_available()
     dist.init_process_group(
         "nccl" if card else "gloo",
         store=dist.PrefixStore("lorakit", store),
-        rank=number,
-        world_size=count,
+        rank=ranks.number,
+        world_size=ranks.count,
         timeout=FOREVER,
         device_id=torch.device("cuda", 0) if card else None,
     )
     ranks.of_host = dist.new_group(backend="gloo", timeout=FOREVER) if card else dist.group.WORLD
     for node in range(ranks.nodes):
-        members = list(range(node * per_node, (node + 1) * per_node))
+        members = list(range(node * ranks.per_node, (node + 1) * ranks.per_node))
         group = dist.new_group(members, timeout=FOREVER) if ranks.nodes > 1 else dist.group.WORLD
-        if number in members:
+        if ranks.number in members:
             ranks.of_node = group
     _preflight(ranks, "cuda" if card else "cpu")
-    return ranks
 
 
 def _preflight(ranks: Ranks, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lorakit.cli import after, before, doctor, plan, train
@@ -18,10 +19,12 @@ def main() -> None:
     """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
     keep_streams_going()
     take_own_card()
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"rank {rank}: "
     try:
         app()
     except LorakitError as error:
-        log.print(f"error: {error.message}", markup=False)
+        log.print(f"error: {who}{error.message}", markup=False)
         if error.hint:
             log.print(f"hint: {error.hint}", markup=False)
         sys.exit(error.exit_code)

@@ -63,12 +63,12 @@ def train(
     """Fine-tune a model: recipe and flags in, a run directory out."""
     from lorakit.recipe_file import load_recipe
 
-    if gpus and gpus > 1 and not dry_run:
-        on_gpus(gpus)
     flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
     flags["data"] = data[0] if data and len(data) == 1 else data or None
     flags["offline"] = True if offline else None
     resolved = load_recipe(recipe, set_ or [], flags)
+    if gpus and gpus > 1 and not dry_run:
+        on_gpus(gpus)
     if dry_run:
         quiet(resolved.recipe.offline)
         from lorakit.fit import prepare_run
