@@ -50,7 +50,8 @@ def main():
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     take_own_card()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    own = torch.device("cuda", 0) if device == "cuda" else None  # the only one this rank sees
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=own)
     gradients = torch.zeros(int(GRADIENTS * a.share), device=device)
     layer = torch.zeros(int(LAYER * a.share) // count * count, dtype=torch.bfloat16, device=device)
     part = layer[: len(layer) // count].clone()

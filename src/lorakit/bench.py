@@ -67,9 +67,9 @@ def run_bench(
         (torch's allocator), peak_process_gib (the driver's figure for the card, this process'
         share; the largest of all ranks), and everything needed to repeat it.
     """
+    meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
     with joined() as ranks:
         job = _job(shape, method, seq, micro_batch, accumulation, steps, overrides, lengths, ranks)
-        meter = _Meter(job.device)
         # Each rank holds a part of one base: all make the same.
         seed_everything(job.recipe.seed)
         four_bit, elsewhere = method == "qlora", job.plan.placement.base_elsewhere
@@ -271,14 +271,17 @@ def host_peak() -> int:
 class _Meter:
     """Peak memory while open: torch's allocator, and the process as driver or OS see it."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self) -> None:
+        import torch
+
+        self.cuda = torch.cuda.is_available()
         self.allocated = self.process = 0
         self.stop = threading.Event()
-        self.before = self._used()
+        # A CPU run's own figure is the whole process; nothing is subtracted.
+        self.before = self._used() if self.cuda else 0
 
     def __enter__(self) -> _Meter:
-        if self.device.kind == "cuda":
+        if self.cuda:
             import torch
 
             gc.collect()
@@ -291,7 +294,7 @@ class _Meter:
     def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.thread.join()
-        if self.device.kind == "cuda":
+        if self.cuda:
             import torch
 
             self.allocated = torch.cuda.max_memory_allocated()
@@ -305,18 +308,15 @@ class _Meter:
 
     def _used(self) -> int:
         """Bytes in use: of the whole card by NVML (context included), or of this process' RAM."""
-        if self.device.kind != "cuda":
+        import torch
+
+        if not self.cuda:
             import psutil
 
-            # A CPU run's own figure is the whole process; nothing is subtracted twice.
-            return psutil.Process().memory_info().rss if hasattr(self, "before") else 0
+            return int(psutil.Process().memory_info().rss)
         try:
-            import torch
-
-            return int(torch.cuda.device_memory_used())
+            return int(torch.cuda.device_memory_used(0))
         except Exception:  # no NVML here: the runtime's figure, which needs a context first
-            import torch
-
             free, total = torch.cuda.mem_get_info()
             return total - free
 

@@ -126,8 +126,12 @@ class Together:
             return loss
         for buffer in buffers:
             self.ranks.add(buffer)
-        wishes = [float(self.stop.asked), float(self.save_wished)]
-        tail = torch.cat([loss.detach().float().reshape(1), torch.tensor(wishes).to(loss.device)])
+        # Filled on the card: a copy from the host would wait for all that is queued there, and what
+        # follows (norm, clipping) would be launched while the card has no work.
+        tail = torch.empty(3, device=loss.device)
+        tail[0] = loss.detach()
+        tail[1].fill_(float(self.stop.asked))
+        tail[2].fill_(float(self.save_wished))
         self.ranks.add(tail)
         # Read when it is needed: a wait here would leave the card without work.
         self.agreed = tail[1:]
