@@ -50,6 +50,14 @@ def test_each_rank_sees_its_own_card(environment, shown, local, then):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == then
 
 
+def test_one_process_of_torchrun_is_alone_for_the_libraries_too(environment):
+    environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    with joined() as ranks:
+        assert ranks is ALONE
+        assert "LOCAL_RANK" not in os.environ
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
 def test_one_process_keeps_the_cards_it_sees(environment):
     take_own_card()
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -115,6 +123,8 @@ def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
             first, second = ranks.gather(seen[0])
             assert first <= second
             print("well", ranks.number, ranks.nodes, ranks.heartbeat.own.state)
+        with joined() as again:
+            assert again.gather(again.number) == [0, 1]
     """
     done = run_two(code, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ class Beat:
 
 def key(rank: int) -> str:
     """Where rank `rank` writes its beat."""
-    return f"lorakit/beat/{rank}"
+    return f"beat/{rank}"
 
 
 class Heartbeat(threading.Thread):

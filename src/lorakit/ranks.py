@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ FOREVER = datetime.timedelta(days=30)
 MEET_SECONDS = 120.0
 COMPARED = ("lorakit", "torch", "transformers", "peft")
 _TAKEN = "LORAKIT_CARD_OF_RANK"
+_MEETINGS = itertools.count()  # a script may train twice: each run has its own part of the store
 # Read by transformers, accelerate and trl, which would divide the work a second time.
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -142,12 +144,23 @@ def joined() -> Iterator[Ranks]:
     Raises:
         WorkError: one does not come, or its card cannot be reached; it is named.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
-        return
+    take_own_card()
+    found = {name: os.environ.pop(name) for name in OF_TORCHRUN if name in os.environ}
+    try:
+        if int(found.get("WORLD_SIZE", "1")) == 1:
+            yield ALONE
+        else:
+            with _ranks(found) as ranks:
+                yield ranks
+    finally:
+        os.environ.update(found)  # for another run of the same processes
+
+
+@contextmanager
+def _ranks(found: dict[str, str]) -> Iterator[Ranks]:
     import torch.distributed as dist
 
-    ranks, store = _meet()
+    ranks, store = _meet(found)
     assert ranks.heartbeat is not None
     try:
         _connect(ranks, store)
@@ -160,31 +173,28 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _meet() -> tuple[Ranks, Any]:
+def _meet(found: dict[str, str]) -> tuple[Ranks, Any]:
     """Find all others; from here on the heartbeat watches them. (ranks, the launcher's store)"""
     import torch
     import torch.distributed as dist
 
     number, count, local, per_node = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    take_own_card()
     card = torch.cuda.is_available()
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and number == 0
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
+    meeting = next(_MEETINGS)
+
     def connect(hosts: bool) -> Any:
-        return dist.TCPStore(
-            *place,
-            world_size=count,
-            is_master=hosts,
-            timeout=datetime.timedelta(seconds=MEET_SECONDS),
-            wait_for_workers=False,
+        wait = datetime.timedelta(seconds=MEET_SECONDS)
+        store = dist.TCPStore(
+            *place, world_size=count, is_master=hosts, timeout=wait, wait_for_workers=False
         )
+        return dist.PrefixStore(f"lorakit/{meeting}", store)
 
     store = connect(hosted)
-    for name in OF_TORCHRUN:
-        os.environ.pop(name, None)
     heartbeat = Heartbeat(
         connect(False), number, count, f"cuda:{local}" if card else f"cpu:{local}"
     )
@@ -203,7 +213,7 @@ def _connect(ranks: Ranks, store: Any) -> None:
     card = torch.cuda.is_available()
     dist.init_process_group(
         "nccl" if card else "gloo",
-        store=dist.PrefixStore("lorakit", store),
+        store=store,
         rank=ranks.number,
         world_size=ranks.count,
         timeout=FOREVER,

@@ -1,4 +1,4 @@
-"""Each rank's gradients, loss and wishes enter; on every rank the sums leave, by one operation.
+"""Each rank's gradients, loss and wishes enter; on every rank the sums leave.
 
 A step's loss is divided by the supervised tokens of all its examples, which every rank knows, so
 gradients just add up: they do not depend on how many ranks share the step. Only adapters' gradients
