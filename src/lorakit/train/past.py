@@ -123,7 +123,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = [f"{n} {was.get(n)} -> {v}" for n, v in seen.items() if was.get(n) != v]
     if changed:
         lines.append(f"other versions than before: {', '.join(changed)}")
-    ranks = before.get("ranks", 1), now["ranks"]
+    ranks = before.get("ranks", 1), now.get("ranks", 1)
     if ranks[0] != ranks[1]:
         lines.append(
             f"{ranks[0]} rank{'s' * (ranks[0] > 1)} before, {ranks[1]} now: each step has the same "
