@@ -13,6 +13,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
     for before, name in zip("a" + LETTERS, LETTERS, strict=False)
 )
+CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 20))
 BASE = "model: demo\ndata: demo\n"
 
 
@@ -89,6 +90,7 @@ def test_files_of_other_tools_may_have_aliases_but_no_bombs():
     with pytest.raises(YamlFault, match="once its aliases are unfolded"):
         plain(read_yaml(BOMB, aliases=True))
     with pytest.raises(YamlFault, match="nested more than 16 deep"):
-        plain(read_yaml("a: &x {b: *x}\n", aliases=True))
+        plain(read_yaml(CHAIN, aliases=True))
+    assert plain(read_yaml("a: &x {b: *x}\n", aliases=True)) == {"a": {"b": None}}
     with pytest.raises(YamlFault, match="tags"):
         read_yaml("a: !!python/name:os.system\n", aliases=True)
