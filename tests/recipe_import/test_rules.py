@@ -48,8 +48,8 @@ def test_what_is_off(value):
 
 
 def test_a_value_that_is_the_one_here_is_not_left():
-    assert left("0.999 here", unless=0.999).read(0.999, DRAFT).status == "own"
-    assert left("0.999 here", unless=0.999).read(0.95, DRAFT).status == "left"
+    assert left("0.999 here", 0.999).read(0.999, DRAFT).status == "own"
+    assert left("0.999 here", 0.999).read(0.95, DRAFT).status == "left"
 
 
 def test_same_and_choice():

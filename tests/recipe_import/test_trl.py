@@ -62,6 +62,10 @@ def test_data_targets_and_method():
     mixed = {"model_name_or_path": "m", "use_peft": True, "assistant_only_loss": True}
     two = imported(base=mixed, datasets=[{"path": "a"}, {"path": "b", "split": "test"}])
     assert two.values["data"] == ["a", "b:test"]
+    shares = [{"id": "a", "weight": 1.0}, {"id": "b", "split": "test", "weight": 0.5}]
+    three = imported(base=mixed, dataset_mixture={"datasets": shares, "test_split_size": 100})
+    assert three.values["data"] == ["a", {"source": "b:test", "weight": 0.5}]
+    assert three.values["val_size"] == 100
 
 
 @pytest.mark.parametrize(

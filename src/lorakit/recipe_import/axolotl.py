@@ -39,9 +39,11 @@ from lorakit.recipe_import.trainer import (
     ATTENTION,
     BEST,
     BFLOAT16,
+    EIGHT_BITS,
     EVAL_MOMENTS,
     EVAL_STEPS,
     FLOAT16,
+    FULL,
     GRAD_NORM,
     HUB,
     KEEP,
@@ -63,24 +65,12 @@ from lorakit.recipe_import.trainer import (
     tracker,
 )
 
-FULL = (
-    "lorakit trains adapters only: this becomes LoRA at lorakit's rank; compare before you trust it"
-)
-
 
 def _adapter(value: Any, draft: Draft) -> Said:
     if value not in ("lora", "qlora"):
         raise Unfit(f"{value}: lorakit has LoRA and QLoRA only")
     four = value == "qlora" or draft.on("load_in_4bit")
     return Said("taken", {"method": "qlora" if four else "lora"})
-
-
-def _eight_bits(value: Any, draft: Draft) -> Said:
-    if is_off(value) or draft.source.get("adapter") == "qlora" or draft.on("load_in_4bit"):
-        return Said("own", note="off")
-    return Said(
-        "left", note="the base is 16-bit here: set `method: qlora` for 4-bit if it does not fit"
-    )
 
 
 def _batch_size(value: Any, draft: Draft) -> Said:
@@ -185,7 +175,9 @@ KEYS: dict[str, Rule] = {
     "adapter": by("`method`", "lora or qlora; empty: " + FULL, _adapter),
     "load_in_4bit": own("`method: qlora` says it"),
     "load_4bit": own("`method: qlora` says it"),
-    "load_in_8bit": by("", "the base is 16-bit here, or 4-bit with `method: qlora`", _eight_bits),
+    "load_in_8bit": EIGHT_BITS,
+    "model_quantization_config": left("a quantized base is not opened: name 16-bit weights"),
+    "model_quantization_config_kwargs": own("belongs to `model_quantization_config`"),
     "gptq": left("a 4-bit base is made from 16-bit weights here: name these as `model`"),
     "lora_r": same("lora_r", whole),
     "lora_alpha": same("lora_alpha", figure),
@@ -227,7 +219,8 @@ KEYS: dict[str, Rule] = {
     "eval_sample_packing": own("a score does not depend on it"),
     "pad_to_sequence_len": own("padding carries no loss"),
     "group_by_length": TRAINER["group_by_length"],
-    "shuffle_merged_datasets": left("rows are shuffled by `seed`", unless=True),
+    "shuffle_merged_datasets": left("rows are shuffled by `seed`", True),
+    "exact_deduplication": own("duplicates are counted and shown: `lorakit inspect`"),
     "dataset_exact_deduplication": own("duplicates are counted and shown: `lorakit inspect`"),
     "dataset_prepared_path": SPEED,
     "dataset_processes": SPEED,
@@ -289,6 +282,7 @@ KEYS: dict[str, Rule] = {
     "liger_glu_activation": KERNELS,
     "liger_fused_linear_cross_entropy": KERNELS,
     "cut_cross_entropy": KERNELS,
+    "use_kernels": KERNELS,
     "torch_compile": KERNELS,
     "plugins": by("", "kernels: lorakit's own; others are not read", _plugins),
     "deepspeed": SHARDING,
@@ -302,6 +296,7 @@ KEYS: dict[str, Rule] = {
     "max_memory": SHARDING,
     "gpu_memory_limit": own("see `memory_limit`"),
     "low_cpu_mem_usage": SPEED,
+    "experimental_skip_move_to_device": SPEED,
     "output_dir": same("output_dir", text, "a run is never overwritten"),
     "save_steps": SAVE_STEPS,
     "saves_per_epoch": own(SAVED_BY_STEPS),

@@ -130,6 +130,9 @@ def _turns(entry: dict[str, Any], place: str, draft: Draft) -> None:
         draft.leave(f"{place}.roles_to_train", note)
     if entry.get("train_on_eos") not in (None, "turn"):
         draft.leave(f"{place}.train_on_eos", "the end of each trained answer is trained")
+    if entry.get("field_thinking") not in (None, "reasoning_content", "thinking"):
+        note = "thoughts stand between <think> and </think>, or in reasoning_content or thinking"
+        draft.leave(f"{place}.field_thinking", note)
     for key in ("message_field_training", "message_field_training_detail"):
         if is_on(entry.get(key)) and entry[key] != "train":
             draft.leave(f"{place}.{key}", 'a turn with "train": false is not trained: rename')

@@ -34,9 +34,11 @@ from lorakit.recipe_import.rules import (
 from lorakit.recipe_import.trainer import (
     ATTENTION,
     BFLOAT16,
+    FULL,
     HUB,
     KERNELS,
     RECOMPUTE,
+    SHARDING,
     SPEED,
     TOKEN,
     TRAINER,
@@ -44,9 +46,6 @@ from lorakit.recipe_import.trainer import (
 )
 
 LARGEST_INFO = 2**24
-FULL = (
-    "lorakit trains adapters only: this becomes LoRA at lorakit's rank; compare before you trust it"
-)
 # Templates of its own that are no model's: with these a base model is taught another manner.
 PLAIN_TEMPLATES = {"default", "empty", "alpaca", "vicuna", "fewshot"}
 # Its words for the parts of a row -> ours.
@@ -222,7 +221,10 @@ _BADAM = (
     "verbose",
 )
 _RANKED = ("target", "rank", "update_interval", "scale", "layerwise")
+RAY = ("ray_run_name", "ray_storage_path", "ray_num_workers", "ray_init_kwargs",
+       "placement_strategy", "resources_per_worker")  # fmt: skip
 PARTS_OF_OTHERS = (
+    *(f"freeze_{part}" for part in ("trainable_layers", "trainable_modules", "extra_modules")),
     *(f"badam_{part}" for part in _BADAM),
     *(f"{name}_{part}" for name in ("galore", "apollo") for part in _RANKED),
 )
@@ -235,8 +237,8 @@ KEYS: dict[str, Rule] = {
         "a run starts from new adapters: merge this one into the base first"
     ),
     "quantization_bit": by("`method`", "4: qlora; 8 has no match", _bits),
-    "quantization_method": left("4-bit is bitsandbytes' NF4 here", unless="bitsandbytes"),
-    "quantization_type": left("4-bit is NF4 here", unless="nf4"),
+    "quantization_method": left("4-bit is bitsandbytes' NF4 here", "bitsandbytes", "bnb"),
+    "quantization_type": left("4-bit is NF4 here", "nf4"),
     "double_quantization": by(
         "",
         "always on here",
@@ -268,7 +270,7 @@ KEYS: dict[str, Rule] = {
     "max_samples": left("all rows are trained: shorten the file, or set `max_steps`"),
     "packing": own("always without padding here, and an example sees only itself"),
     "neat_packing": own("always so here"),
-    "mix_strategy": left("sources are joined; give each a `weight`", unless="concat"),
+    "mix_strategy": left("sources are joined; give each a `weight`", "concat"),
     "interleave_probs": left("a `weight` says how often an epoch sees each row, not a probability"),
     "streaming": own("rows are read as a stream, and large hub data is not downloaded whole"),
     "tool_format": own("the model's template writes the calls"),
@@ -324,6 +326,7 @@ KEYS: dict[str, Rule] = {
     "use_swanlab": left("lorakit reports to tensorboard, wandb, mlflow or trackio"),
     "swanlab_api_key": TOKEN,
     "export_dir": HUB,
+    **dict.fromkeys(RAY, SHARDING),
     **dict.fromkeys(PARTS_OF_OTHERS, own("belongs to a method that lorakit does not have")),
     "pref_beta": PREFERENCE,
     "pref_loss": PREFERENCE,

@@ -209,11 +209,11 @@ def own(note: str) -> Rule:
     return Rule("own", "", note, lambda value, draft: Said("own", note=note))
 
 
-def left(reason: str, unless: Any = None) -> Rule:
-    """Not translated, unless it is switched off or has the value that holds here, `unless`."""
+def left(reason: str, *unless: Any) -> Rule:
+    """Not translated, unless it is switched off or has a value that holds here, `unless`."""
 
     def read(value: Any, draft: Draft) -> Said:
-        if is_off(value) or value == unless:
+        if is_off(value) or value in unless:
             return Said("own", note="off there, as here" if is_off(value) else "as here")
         return Said("left", note=reason)
 

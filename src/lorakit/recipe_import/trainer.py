@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "paged_adamw_32bit": "adamw",
     "adamw_8bit": "adamw_8bit",
     "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
     "adafactor": "adafactor",
     "sgd": "sgd",
@@ -45,10 +46,13 @@ SCHEDULERS = {
 }  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
+FULL = (
+    "lorakit trains adapters only: this becomes LoRA at lorakit's rank; compare before you trust it"
+)
 OPTIMIZER = choice("optimizer", OPTIMIZERS, "no such optimizer here, and the rate may not suit")
 SCHEDULER = choice("lr_scheduler", SCHEDULERS, "no such schedule here")
 PER_CARD = "counted per card there: on N cards a step there has N times as many examples"
-SHARDING = own("how memory is shared out is no setting here: the plan finds a way (`lorakit plan`)")
+SHARDING = own("no setting here: the plan finds a way into the memory; `lorakit train --gpus N`")
 KERNELS = own("lorakit's engine has its own kernels, chosen by card (`engine`)")
 ATTENTION = own("the attention kernel is chosen by card and model, and named in the run")
 RECOMPUTE = own(
@@ -62,6 +66,14 @@ REMOTE = own(
     "left off: set `trust_remote_code: true` yourself if you trust code of the model's author"
 )
 SAVED_BY_STEPS = "a run saves every `save_every` steps (100) or minutes, and at its end"
+
+
+def _eight_bits(value: Any, draft: Draft) -> Said:
+    """8-bit counts only where no 4-bit goes before it."""
+    if is_off(value) or draft.source.get("adapter") == "qlora" or draft.on("load_in_4bit"):
+        return Said("own", note="off")
+    note = "the base is 16-bit here: set `method: qlora` for 4-bit if it does not fit"
+    return Said("left", note=note)
 
 
 def _max_steps(value: Any, draft: Draft) -> Said:
@@ -138,12 +150,14 @@ def tracker(name: str) -> Rule:
     return by("`report_to`", f"[{name}]", read)
 
 
+EIGHT_BITS = by("", "the base is 16-bit here, or 4-bit with `method: qlora`", _eight_bits)
 FLOAT16, BFLOAT16 = _dtype("float16"), _dtype("bfloat16")
 SAVE_STEPS = _steps("save_every", SAVED_BY_STEPS)
 EVAL_STEPS = _steps(
     "eval_every", "the held-out loss is taken at the end, or every `eval_every` steps"
 )
 LOG_STEPS = _steps("log_every", "every step is a row of metrics.jsonl")
+LOG_STEPS_OWN = own("see `log_every`; every step is a row of metrics.jsonl by default")
 KEEP = _steps("keep_checkpoints", "the two newest are kept")
 WARMUP_STEPS = by("`warmup_steps`", "below 1: `warmup_ratio`", _warmup_steps)
 WARMUP_RATIO = by("`warmup_ratio`", "", _warmup_ratio)
@@ -167,9 +181,9 @@ TRAINER: dict[str, Rule] = {
     "max_grad_norm": GRAD_NORM,
     "optim": OPTIMIZER,
     "optim_args": left("optimizers have no further settings here"),
-    "adam_beta1": left("AdamW runs with 0.9 and 0.999 here", unless=0.9),
-    "adam_beta2": left("AdamW runs with 0.9 and 0.999 here", unless=0.999),
-    "adam_epsilon": left("AdamW runs with 1e-8 here", unless=1e-8),
+    "adam_beta1": left("AdamW runs with 0.9 and 0.999 here", 0.9),
+    "adam_beta2": left("AdamW runs with 0.9 and 0.999 here", 0.999),
+    "adam_epsilon": left("AdamW runs with 1e-8 here", 1e-8),
     "label_smoothing_factor": left("labels are not smoothed here"),
     "neftune_noise_alpha": left("no noise is added to embeddings here"),
     "seed": same("seed", whole),
@@ -224,6 +238,9 @@ TRAINER: dict[str, Rule] = {
     "do_eval": own("the held-out rows are scored at the end"),
     "do_predict": own("`lorakit chat RUN` and `lorakit eval RUN`"),
     "local_rank": SHARDING,
+    "logging_strategy": LOG_STEPS_OWN,
+    "logging_first_step": LOG_STEPS_OWN,
+    "log_level": own("no setting of what is trained"),
     "disable_tqdm": own("no setting of what is trained"),
 }
 

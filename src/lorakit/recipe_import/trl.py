@@ -18,8 +18,8 @@ from lorakit.recipe_import.rules import (
     Unfit,
     by,
     figure,
+    held_out,
     hub_id,
-    is_off,
     is_on,
     left,
     number,
@@ -32,6 +32,8 @@ from lorakit.recipe_import.rules import (
 )
 from lorakit.recipe_import.trainer import (
     ATTENTION,
+    EIGHT_BITS,
+    FULL,
     HUB,
     KERNELS,
     RECOMPUTE,
@@ -41,9 +43,6 @@ from lorakit.recipe_import.trainer import (
     TRAINER_DEFAULTS,
 )
 
-FULL = (
-    "lorakit trains adapters only: this becomes LoRA at lorakit's rank; compare before you trust it"
-)
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_TOKENS = (
     "TRL trains every token of `messages` rows where neither is set, lorakit the answers: for the "
@@ -53,14 +52,6 @@ ALL_TOKENS = (
 
 def _four_bits(value: Any, draft: Draft) -> Said:
     return Said("taken", {"method": "qlora" if is_on(value) else "lora"})
-
-
-def _eight_bits(value: Any, draft: Draft) -> Said:
-    if is_off(value) or draft.on("load_in_4bit"):
-        return Said("own", note="off")
-    return Said(
-        "left", note="the base is 16-bit here: set `method: qlora` for 4-bit if it does not fit"
-    )
 
 
 def _targets(value: Any, draft: Draft) -> Said:
@@ -90,6 +81,19 @@ def _mixture(value: Any, draft: Draft) -> Said:
     return Said("taken", {"data": found[0] if len(found) == 1 else found})
 
 
+def _handbook(value: Any, draft: Draft) -> Said:
+    """`dataset_mixture` of the alignment handbook: a weight is the share of rows taken."""
+    found: list[Any] = []
+    for entry in value["datasets"]:
+        source = hub_id(entry["id"], entry.get("config"), entry.get("split"))
+        weight = number(1.0 if entry.get("weight") is None else entry["weight"])
+        found.append(source if weight == 1 else {"source": source, "weight": weight})
+    values: dict[str, Any] = {"data": found[0] if found == [str(found[0])] else found}
+    if is_on(value.get("test_split_size")):
+        values["val_size"] = held_out(value["test_split_size"])
+    return Said("taken", values)
+
+
 def _text_column(value: Any, draft: Draft) -> Said:
     if value == "text":
         return Said("own", note="found by its name")
@@ -109,7 +113,7 @@ def _init(value: Any, draft: Draft) -> Said:
 
 
 def _begin_trl(draft: Draft) -> None:
-    if not draft.on("dataset_name") and not draft.on("datasets"):
+    if not any(map(draft.on, ("dataset_name", "datasets", "dataset_mixture"))):
         raise RecipeError(
             "no `dataset_name`: a TRL config without data",
             hint="name a file or a hub data set: dataset_name: my.jsonl",
@@ -177,11 +181,12 @@ TRL_KEYS: dict[str, Rule] = {
     "use_rslora": switch("use_rslora"),
     "use_dora": switch("use_dora"),
     "load_in_4bit": by("`method`", "true: qlora", _four_bits),
-    "load_in_8bit": by("", "the base is 16-bit here, or 4-bit with `method: qlora`", _eight_bits),
-    "bnb_4bit_quant_type": left("4-bit is NF4 here", unless="nf4"),
+    "load_in_8bit": EIGHT_BITS,
+    "bnb_4bit_quant_type": left("4-bit is NF4 here", "nf4"),
     "use_bnb_nested_quant": own("always on here"),
     "dataset_name": by("`data`", "with dataset_config and dataset_train_split", _dataset),
     "datasets": by("`data`", "each `path` with its `name` and `split`", _mixture),
+    "dataset_mixture": by("`data`, `val_size`", "the alignment handbook's form", _handbook),
     "dataset_config": own("read with `dataset_name`"),
     "dataset_train_split": own("read with `dataset_name`"),
     "dataset_test_split": own(
@@ -203,12 +208,13 @@ TRL_KEYS: dict[str, Rule] = {
     "eval_packing": own("a score does not depend on it"),
     "completion_only_loss": by("`train_on`", "responses", _answers_only),
     "assistant_only_loss": by("`train_on`", "responses", _answers_only),
+    "chat_template": left("the model's own chat template is used; put this one into the tokenizer"),
     "chat_template_path": left(
         "the model's own chat template is used; put this one into the tokenizer"
     ),
     "eos_token": own("an answer ends as its template ends it"),
     "pad_token": own("padding never carries loss"),
-    "loss_type": left("the loss is plain cross-entropy here", unless="nll"),
+    "loss_type": left("the loss is plain cross-entropy here", "nll"),
     "activation_offloading": RECOMPUTE,
 }
 TRL_DEFAULTS: dict[str, Any] = {
