@@ -1,6 +1,7 @@
 """The documentation builds strictly, asks no network for anything, and is made from the code."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -96,3 +97,10 @@ def test_every_key_of_another_tool_is_in_its_table(tool):
         assert f"`{key}`" in page
     texts = "".join(p.read_text("utf-8") for p in (DOCS / "coming_from").glob("*.md"))
     assert f"<!-- made: keys {name} -->" in texts
+
+
+def test_the_figures_of_the_guide_are_those_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "demo_cpu.json").read_text())
+    right = [found[method]["right"]["tuned"] for method in ("lora", "qlora")]
+    said = f"{right[0]} and {right[1]} of {found['lora']['asked']}"
+    assert said in (DOCS / "guides" / "which_method.md").read_text("utf-8")
