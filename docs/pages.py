@@ -244,12 +244,13 @@ def troubles():
 
 def _keys(tool):
     """What becomes of each key of another tool, by its import table."""
-    titles = {"taken": "Taken", "own": "Needless here", "left": "No match: the run will differ"}
+    left = "No match, or not for every value"
+    titles = {"taken": "Taken", "own": "Needless here", "left": left}
     lines = []
     for status, title in titles.items():
         rows = {}
         for key, rule in tool.keys.items():
-            if rule.status == status:
+            if status == ("left" if rule.status == "taken" and not rule.here else rule.status):
                 rows.setdefault((rule.here, rule.note), []).append(f"`{key}`")
         wide = status == "taken"
         head = "| there | here | |\n|---|---|---|" if wide else "| there | why |\n|---|---|"

@@ -103,7 +103,8 @@ def test_values(imported, keys, values):
 @pytest.mark.parametrize(
     "keys",
     [{"quantization_bit": 8}, {"finetuning_type": "full"}, {"template": "alpaca"},
-     {"max_samples": 100}, {"loraplus_lr_ratio": 16.0}, {"mix_strategy": "interleave_under"},
+     {"max_samples": 100}, {"packing": True}, {"neat_packing": True},
+     {"loraplus_lr_ratio": 16.0}, {"mix_strategy": "interleave_under"},
      {"double_quantization": False}, {"use_badam": True}],
 )  # fmt: skip
 def test_what_differs_is_left(imported, keys):

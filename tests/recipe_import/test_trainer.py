@@ -7,7 +7,13 @@ import pytest
 from transformers import TrainingArguments
 
 from lorakit.recipe_import.rules import Draft, Unfit
-from lorakit.recipe_import.trainer import SCHEDULERS, TRAINER, TRAINER_DEFAULTS, tracker
+from lorakit.recipe_import.trainer import (
+    SCHEDULERS,
+    TRAINER,
+    TRAINER_DEFAULTS,
+    packed_rows,
+    tracker,
+)
 from lorakit.train.arguments import OPTIMIZERS
 
 FIELDS = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
@@ -58,6 +64,13 @@ def test_types_and_trackers():
     draft = Draft({}, Path(), {"report_to": ["wandb"]})
     assert tracker("mlflow").read(True, draft).values == {"report_to": ["wandb", "mlflow"]}
     assert tracker("wandb").read("project", draft).values == {"report_to": ["wandb"]}
+
+
+def test_packed_rows_are_another_batch():
+    rule = packed_rows("max_length", 1024)
+    assert "row of a step is 1024 tokens" in rule.read(True, Draft({}, Path())).note
+    assert "about 4096 /" in rule.read(True, Draft({"max_length": 4096}, Path())).note
+    assert rule.read("no", Draft({}, Path())).status == "own"
 
 
 def test_no_token_is_taken():

@@ -62,6 +62,7 @@ from lorakit.recipe_import.trainer import (
     TRAINER,
     WARMUP_RATIO,
     WARMUP_STEPS,
+    packed_rows,
     tracker,
 )
 
@@ -93,17 +94,6 @@ def _targets(value: Any, draft: Draft) -> Said:
     if isinstance(value, str) and "," not in value:
         return Said("taken", {"target_modules": value.replace("all_linear", "all-linear")})
     return Said("taken", {"target_modules": words(value)})
-
-
-def _sample_packing(value: Any, draft: Draft) -> Said:
-    if is_off(value):
-        return Said("own", note="rows lie side by side without padding here; each sees only itself")
-    length = draft.source.get("sequence_len", 512)
-    note = (
-        f"there a row of a step is {length} tokens full of examples, here one example: multiply "
-        f"gradient_accumulation_steps by about {length} / the mean tokens in `lorakit inspect`"
-    )
-    return Said("left", note=note)
 
 
 def _train_on(value: Any, draft: Draft) -> Said:
@@ -213,9 +203,7 @@ KEYS: dict[str, Rule] = {
     "excess_length_strategy": own("see `too_long`"),
     "min_sample_len": left("no row is too short"),
     "train_on_inputs": by("`train_on`", "all", _train_on),
-    "sample_packing": by(
-        "", "a row is one example here: see `gradient_accumulation_steps`", _sample_packing
-    ),
+    "sample_packing": packed_rows("sequence_len", 512),
     "eval_sample_packing": own("a score does not depend on it"),
     "pad_to_sequence_len": own("padding carries no loss"),
     "group_by_length": TRAINER["group_by_length"],

@@ -43,6 +43,7 @@ from lorakit.recipe_import.trainer import (
     TOKEN,
     TRAINER,
     TRAINER_DEFAULTS,
+    packed_rows,
 )
 
 LARGEST_INFO = 2**24
@@ -201,6 +202,9 @@ def _begin(draft: Draft) -> None:
             f"stage: {stage}: lorakit trains on answers (sft) and on texts (pt) only",
             hint="there is no recipe for this; keep LLaMA-Factory for it",
         )
+    if stage == "pt" and draft.source.get("packing") is None:
+        packed = KEYS["packing"].read(True, draft)  # its own choice for texts
+        draft.leave("packing (not written)", packed.note)
     if is_off(draft.source.get("dataset")):
         raise RecipeError(
             "no `dataset`: this LLaMA-Factory file is for chat, export or evaluation",
@@ -268,8 +272,8 @@ KEYS: dict[str, Rule] = {
     "mask_history": _train_on("last"),
     "val_size": same("val_size", held_out),
     "max_samples": left("all rows are trained: shorten the file, or set `max_steps`"),
-    "packing": own("always without padding here, and an example sees only itself"),
-    "neat_packing": own("always so here"),
+    "packing": packed_rows("cutoff_len", 2048),
+    "neat_packing": packed_rows("cutoff_len", 2048),
     "mix_strategy": left("sources are joined; give each a `weight`", "concat"),
     "interleave_probs": left("a `weight` says how often an epoch sees each row, not a probability"),
     "streaming": own("rows are read as a stream, and large hub data is not downloaded whole"),

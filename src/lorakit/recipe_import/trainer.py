@@ -138,6 +138,22 @@ def _trackers(value: Any, draft: Draft) -> Said:
     return Said("taken", {"report_to": found})
 
 
+def packed_rows(length: str, default: int) -> Rule:
+    """Packing where a step counts rows that are full of examples; here it counts examples."""
+
+    def read(value: Any, draft: Draft) -> Said:
+        if is_off(value):
+            return Said("own", note="rows lie side by side without padding here, each by itself")
+        tokens = draft.source.get(length, default)
+        note = (
+            f"there a row of a step is {tokens} tokens full of examples, here one example: "
+            f"multiply gradient_accumulation_steps by about {tokens} / the mean tokens in `lorakit inspect`"
+        )
+        return Said("left", note=note)
+
+    return by("", "a row is one example here: see `gradient_accumulation_steps`", read)
+
+
 def tracker(name: str) -> Rule:
     """A key that switches one tracker on."""
 

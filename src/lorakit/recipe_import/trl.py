@@ -41,6 +41,7 @@ from lorakit.recipe_import.trainer import (
     TOKEN,
     TRAINER,
     TRAINER_DEFAULTS,
+    packed_rows,
 )
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -199,10 +200,7 @@ TRL_KEYS: dict[str, Rule] = {
     "max_length": same("cutoff_len", whole, "an answer is never cut here: see `too_long`"),
     "max_seq_length": same("cutoff_len", whole, "an answer is never cut here: see `too_long`"),
     "truncation_mode": own("see `too_long`"),
-    "packing": left(
-        "there a packed row counts as one example: multiply gradient_accumulation_steps by "
-        "about max_length / the mean tokens in `lorakit inspect`"
-    ),
+    "packing": packed_rows("max_length", 1024),
     "packing_strategy": own("see `packing`"),
     "padding_free": own("always so here"),
     "eval_packing": own("a score does not depend on it"),
