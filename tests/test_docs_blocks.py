@@ -7,7 +7,6 @@ can run, in this process. `python` blocks run, `yaml` blocks load as recipes (or
 
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -75,12 +74,8 @@ def test_each_block_says_what_it_is_and_each_reason_is_one_of_a_few():
 
 
 @pytest.fixture(scope="module")
-def workplace(tiny_model_dir, tiny_recipe, tmp_path_factory):
+def workplace(tiny_model_dir, tmp_path_factory):
     """A folder with all files that the pages name: made once, copied for each page."""
-    from rich.console import Console
-
-    from lorakit.finetune import fit
-
     folder = tmp_path_factory.mktemp("pages") / "all"
     shutil.copytree(tiny_model_dir, folder / "tiny")
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -93,16 +88,22 @@ def workplace(tiny_model_dir, tiny_recipe, tmp_path_factory):
     (folder / "recipe.yaml").write_text(
         "model: ./tiny\ndata: my.jsonl\nmax_steps: 2\ncutoff_len: 64\nval_size: 4\n"
     )
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        resolved = tiny_recipe(
-            "./tiny", "my.jsonl", "runs/NAME", max_steps=2, target_modules="auto"
-        )
-        fit(resolved, Console(stderr=True, quiet=True))
-    finally:
-        os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ["lorakit", "train", "recipe.yaml", "--output", "runs/NAME", "--offline"]
+        assert run_words(words, "", patch) == 0
     return folder
+
+
+def run_words(words, stdin, patch):
+    """The exit code of one command, run in this process."""
+    patch.setattr(sys, "argv", words)
+    patch.setattr(sys, "stdin", io.StringIO(stdin))
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
 
 
 def command(line):
@@ -124,13 +125,7 @@ def run_shell(block, monkeypatch, capsys):
             continue
         name = words[0].removeprefix(".venv/bin/")
         assert name == "lorakit", f"{block}: {words[0]} is not run here; say why with a mark"
-        monkeypatch.setattr(sys, "argv", ["lorakit", *words[1:]])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
+        code = run_words(["lorakit", *words[1:]], stdin, monkeypatch)
         shown = capsys.readouterr()
         assert code in codes, (
             f"{block}: {line}\nexit {code}\n{shown.out[-2000:]}{shown.err[-2000:]}"

@@ -147,7 +147,8 @@ def packed_rows(length: str, default: int) -> Rule:
         tokens = draft.source.get(length, default)
         note = (
             f"there a row of a step is {tokens} tokens full of examples, here one example: "
-            f"multiply gradient_accumulation_steps by about {tokens} / the mean tokens in `lorakit inspect`"
+            f"multiply gradient_accumulation_steps by about {tokens} / the mean tokens in "
+            "`lorakit inspect`"
         )
         return Said("left", note=note)
 
