@@ -191,8 +191,12 @@ def choice(here: str, table: Mapping[Any, Any], otherwise: str) -> Rule:
             raise Unfit(f"{_shown(value)}: {otherwise}")
         return Said("taken", {here: table[known]})
 
-    pairs = ", ".join(f"{k} → {v}" for k, v in table.items() if str(k) != str(v))
-    return Rule("taken", f"`{here}`", f"{pairs}; others: {otherwise}".removeprefix("; "), read)
+    ours: dict[Any, list[str]] = {}
+    for theirs, value in table.items():
+        if str(theirs) != str(value):
+            ours.setdefault(value, []).append(str(theirs))
+    told = [f"{', '.join(theirs)} → {value}" for value, theirs in ours.items()]
+    return Rule("taken", f"`{here}`", "; ".join([*told, f"others: {otherwise}"]), read)
 
 
 def switch(here: str, note: str = "") -> Rule:
