@@ -18,8 +18,9 @@ KINDS = {
     "object": "mapping",
     "array": "list",
 }
-# Commands in the order of a run; those that are not named here come after them.
+# Commands in the order of a run, and the doors of Python; what is not named comes after them.
 ORDER = ["demo", "inspect", "plan", "train", "eval", "chat", "export", "serve", "report"]
+FIRST = ["finetune", "plan", "inspect", "open_run", "Run"]
 # The first key of each part of a recipe, and what the part is called.
 PARTS = {
     "model": "Model",
@@ -29,6 +30,11 @@ PARTS = {
     "micro_batch_size": "Batch, memory, speed",
     "output_dir": "Run",
 }
+
+
+def _in_order(names, first):
+    """Those of `first` that there are, then the others as they stand."""
+    return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
 def on_config(config):
@@ -132,7 +138,7 @@ def commands():
 
     lines = []
     found = typer.main.get_command(app).commands
-    for name in sorted(found, key=lambda n: (n not in ORDER, ORDER.index(n) if n in ORDER else n)):
+    for name in _in_order(found, ORDER):
         command = found[name]
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
@@ -177,7 +183,7 @@ def python():
     import lorakit
 
     lines = []
-    for name in lorakit.__all__:
+    for name in _in_order(lorakit.__all__, FIRST):
         thing = getattr(lorakit, name)
         lines.append(f"## {name}\n")
         if name == "Recipe":
@@ -193,10 +199,9 @@ def python():
 
 
 def _methods(cls):
-    """Those that the class itself defines, in the order of its source."""
+    """Those that the class itself defines and an object has, in the order of its source."""
     for name, found in vars(cls).items():
-        function = found.fget if isinstance(found, property) else inspect.unwrap(found)
-        function = getattr(function, "__func__", function)
+        function = found.fget if isinstance(found, property) else found
         ours = inspect.isfunction(function) and function.__module__.startswith("lorakit")
         if ours and not name.startswith("_") and function.__doc__:
             yield name, found
@@ -204,25 +209,37 @@ def _methods(cls):
 
 def _signature(name, function):
     if isinstance(function, property):
-        return f"```text\n{name}: {_bare(function.fget.__annotations__.get('return', ''))}\n```\n"
-    function = getattr(function, "__func__", function)
-    text = str(inspect.signature(function))
-    text = re.sub(r"\(self(, )?", "(", _bare(text))
-    if len(name + text) > 88:
-        inside, arrow, result = text.removeprefix("(").rpartition(") ->")
-        text = "(\n    " + inside.replace(", ", ",\n    ") + f",\n{arrow}{result}"
-    return f"```text\n{name}{text}\n```\n"
-
-
-def _bare(text):
-    return str(text).replace("'", "").replace('"', "")
+        return f"```text\n{name}: {function.fget.__annotations__.get('return', '')}\n```\n"
+    signature, words = inspect.signature(function), []
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(w[0] == "*" for w in words):
+            words.append("*")
+        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        given = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        words.append(f"{star}{parameter.name}: {parameter.annotation}{given}")
+    result = f") -> {signature.return_annotation}"
+    short = f"{name}({', '.join(words)}{result}"
+    long = f"{name}(\n" + "".join(f"    {word},\n" for word in words) + result
+    return f"```text\n{short if len(short) <= 88 else long}\n```\n"
 
 
 def _docstring(thing):
-    """Our docstrings are Markdown but for their sections."""
-    text = inspect.getdoc(thing) or ""
-    text = re.sub(r"^(Args|Raises|Returns|Yields):$", r"**\1**\n", text, flags=re.MULTILINE)
-    return re.sub(r"^    (\w+): ", r"- `\1`: ", text, flags=re.MULTILINE) + "\n"
+    """Our docstrings are Markdown but for their sections: a list for Args and Raises."""
+    lines, section = [], None
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        item = re.fullmatch(r"    (\*{0,2}\w+): (.*)", line)
+        if line in ("Args:", "Raises:", "Returns:", "Yields:"):
+            section = line[:-1]
+            lines.append(f"**{section}**\n")
+        elif section and item:
+            lines.append(f"- `{item[1]}`: {item[2]}")
+        elif section and line:
+            lines.append(("  " if lines[-1].startswith(("- ", "  ")) else "") + line.strip())
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 # -- tables ---------------------------------------------------------------------------------------

@@ -45,9 +45,17 @@ def test_it_builds_strictly_and_loads_nothing_from_elsewhere(site):
 
 def test_every_page_is_in_the_navigation():
     config = load_config(str(ROOT / "mkdocs.yml"))
-    assert "scale.md" not in Path(ROOT, "mkdocs.yml").read_text()  # found by itself
     named = set(re.findall(r"[\w/]+\.md", str(pages.on_config(config)["nav"])))
     assert named == {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
+
+
+def test_a_guide_that_is_not_named_is_found(tmp_path):
+    (tmp_path / "guides").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "guides" / f"{name}.md").write_text(f"# Guide {name}\n")
+    config = {"docs_dir": str(tmp_path), "nav": ["index.md", {"Guides": [{"A": "guides/a.md"}]}]}
+    found = pages.on_config(config)["nav"][1]["Guides"]
+    assert found == [{"A": "guides/a.md"}, {"Guide b": "guides/b.md"}]
 
 
 def test_every_setting_has_its_words_and_default():
@@ -77,9 +85,10 @@ def test_every_public_name_is_there_with_its_docstring():
     page = pages.python()
     for name in lorakit.__all__:
         assert f"## {name}\n" in page
-    assert "load_recipe(" in page
-    assert "**Raises**" in page
-    assert "self" not in re.sub(r"`[^`]*`", "", page).split("## ")[1]
+    assert page.index("## finetune") < page.index("## Run\n") < page.index("## LorakitError")
+    assert "### Run.chat\n\n```text\nchat(\n    question: " in page
+    assert "\n- `resume`: " in page
+    assert "self" not in "".join(re.findall(r"```text\n(.*?)```", page, re.DOTALL))
 
 
 def test_every_trouble_of_doctor_is_there():

@@ -202,7 +202,8 @@ def _validate(
         faults.extend(_fault_lines(error, origins))
     if recipe is None or faults:
         hint = "`lorakit schema` lists every key with its type, bound and default"
-        if any(line.partition("unknown key")[0].endswith(FOREIGN) for line in faults):
+        foreign = any(line.partition("unknown key")[0].endswith(FOREIGN) for line in faults)
+        if foreign and source.endswith((".yaml", ".yml")):
             hint = f"a recipe of another tool? lorakit import {source} -o recipe.yaml"
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError(
