@@ -4,13 +4,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test check fmt schema bench audit licenses clean
+.PHONY: demo test check docs fmt schema bench audit licenses clean
 .DEFAULT_GOAL = help
 
 help:
 	@echo "make demo    fine-tune a real small chat model on this CPU and show what changed"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, layout rules, what no source may do"
+	@echo "make docs    guides, concepts and reference as a site, into site/"
 	@echo "make audit   ask the advisory service of the package index about every pinned package"
 	@echo "make fmt     format the code"
 	@echo "make bench   measure this machine (SHAPE=llama-2-7b METHOD=lora)"
@@ -35,6 +36,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py tests/test_security_lint.py
+
+# --strict: a link or an anchor to nothing ends the build. No page asks a network for anything.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fmt: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
@@ -61,4 +66,4 @@ audit:
 	    "'connection', the advisory service was not reached and NOTHING was checked"; exit 1; }
 
 clean:
-	rm -rf $(VENV) .venv-audit build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-audit build dist site .pytest_cache .ruff_cache .mypy_cache

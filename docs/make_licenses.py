@@ -37,7 +37,8 @@ def license_of(name):
     """What the package says: an SPDX expression, else its field, else its classifier."""
     about = importlib.metadata.metadata(name)
     field = (about.get("License") or "").strip()
-    found = about.get("License-Expression") or (field if 0 < len(field) < 60 else None)
+    told = 0 < len(field) < 60 and field != "UNKNOWN"
+    found = about.get("License-Expression") or (field if told else None)
     classes = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if "License ::" in c]
     said = found or (classes[0] if classes else "")
     return SPELLED.get(said, said)

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "records", "redact", "floors", "quiet"},
     {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
     {"heartbeat", "ranks", "launch"},
-    {"data", "ops", "page", "chart"},
+    {"data", "ops", "recipe_import", "page", "chart"},
     {"model"},
     {"placement", "memory", "train", "generate"},
     {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "planning"},

@@ -96,3 +96,11 @@ def test_shipped_schema_is_current(folder):
     assert shipped == recipe_schema(), "run: make schema"
     assert shipped["required"] == ["model", "data"]
     assert "lora 16, qlora 64" in shipped["properties"]["lora_r"]["description"]
+
+
+def test_a_recipe_of_another_tool_is_told_how_it_comes_in(tmp_path):
+    path = tmp_path / "axolotl.yml"
+    path.write_text("base_model: m\nadapter: lora\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert error.value.hint == f"a recipe of another tool? lorakit import {path} -o recipe.yaml"

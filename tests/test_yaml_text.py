@@ -6,13 +6,14 @@ import pytest
 
 from lorakit.errors import RecipeError
 from lorakit.recipe_file import load_recipe
-from lorakit.yaml_text import YamlFault, read_yaml
+from lorakit.yaml_text import YamlFault, plain, read_yaml
 
 LETTERS = "bcdefghij"
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"
     for before, name in zip("a" + LETTERS, LETTERS, strict=False)
 )
+CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 20))
 BASE = "model: demo\ndata: demo\n"
 
 
@@ -82,3 +83,14 @@ def test_what_no_file_can_hold_is_no_text(tmp_path, text):
         load_recipe(path)
     assert str(caught.value).count("holds a NUL or half a character") == 2
     str(caught.value).encode()
+
+
+def test_files_of_other_tools_may_have_aliases_but_no_bombs():
+    assert plain(read_yaml("a: &x {b: 1}\nc: *x\n", aliases=True)) == {"a": {"b": 1}, "c": {"b": 1}}
+    with pytest.raises(YamlFault, match="once its aliases are unfolded"):
+        plain(read_yaml(BOMB, aliases=True))
+    with pytest.raises(YamlFault, match="nested more than 16 deep"):
+        plain(read_yaml(CHAIN, aliases=True))
+    assert plain(read_yaml("a: &x {b: *x}\n", aliases=True)) == {"a": {"b": None}}
+    with pytest.raises(YamlFault, match="tags"):
+        read_yaml("a: !!python/name:os.system\n", aliases=True)

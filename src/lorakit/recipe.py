@@ -195,6 +195,9 @@ class Recipe(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(description="Peak learning rate.")
     lr_scheduler: Scheduler = Field("cosine", description="Shape of the rate after warm-up.")
     warmup_ratio: Share = Field(0.03, description="Share of all steps spent warming up.")
+    warmup_steps: Annotated[int, Field(ge=0, le=LARGEST)] | None = Field(
+        None, description="Steps spent warming up; takes the place of `warmup_ratio`."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm clip.")
     optimizer: Optimizer = Field(
@@ -325,6 +328,12 @@ class Recipe(BaseModel):
         if isinstance(self.save_every, int):
             return None
         return int(self.save_every.removesuffix("min"))
+
+    def warmup_of(self, steps: int) -> int:
+        """Warm-up steps of a run of `steps` steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round(self.warmup_ratio * steps)
 
     @property
     def examples_per_step(self) -> int:

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,9 +18,11 @@ from ruamel.yaml.comments import CommentedMap
 
 from lorakit.errors import RecipeError
 from lorakit.recipe import METHOD_DEFAULTS, SYNONYMS, Recipe
-from lorakit.yaml_text import LONGEST, YamlFault, read_yaml
+from lorakit.yaml_text import LONGEST, YamlFault, plain, read_yaml
 
 SCHEMA_URL = "recipe.schema.json"
+# Faults that begin so: a recipe written for Axolotl, LLaMA-Factory, TRL or Unsloth.
+FOREIGN = ("base_model: ", "model_name_or_path: ", "model_name: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def _take(
 ) -> None:
     """What was set; a recipe's defaults are left to follow the method that is asked for."""
     if isinstance(given, Mapping):
-        values.update({str(key): _plain(value) for key, value in given.items()})
+        values.update({str(key): plain(value) for key, value in given.items()})
         origins.update(dict.fromkeys(map(str, given), "argument"))
         return
     recipe, known = (given, {}) if isinstance(given, Recipe) else (given.recipe, given.origins)
@@ -155,22 +157,8 @@ def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> N
             hint="begin with: model: demo",
         )
     for key, value in loaded.items():
-        values[str(key)] = _plain(value)
+        values[str(key)] = plain(value)
         origins[str(key)] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
-
-
-def _plain(value: Any) -> Any:
-    """YAML nodes, paths and tuples as the plain values that strict validation expects."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, PurePath):
-        return str(value)
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
 
 
 def _apply_override(
@@ -182,7 +170,7 @@ def _apply_override(
         faults.append(f"--set {pair}: expected key=value")
         return
     try:
-        value = _plain(read_yaml(text))
+        value = plain(read_yaml(text))
     except YamlFault as fault:
         if fault.hint:  # what YAML can say and a recipe may not
             faults.append(f"--set {pair[:80]}: {fault.what}")
@@ -213,10 +201,14 @@ def _validate(
     except ValidationError as error:
         faults.extend(_fault_lines(error, origins))
     if recipe is None or faults:
+        hint = "`lorakit schema` lists every key with its type, bound and default"
+        foreign = any(line.partition("unknown key")[0].endswith(FOREIGN) for line in faults)
+        if foreign and source.endswith((".yaml", ".yml")):
+            hint = f"a recipe of another tool? lorakit import {source} -o recipe.yaml"
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError(
             f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults),
-            hint="`lorakit schema` lists every key with its type, bound and default",
+            hint=hint,
         )
     return recipe
 

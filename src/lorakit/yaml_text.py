@@ -7,6 +7,7 @@ parser are looked at before a value is made of them.
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -30,8 +31,11 @@ class YamlFault(Exception):
         self.what, self.line, self.hint = what, line, hint
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str, aliases: bool = False) -> Any:
     """The value of one YAML document, with the lines of its keys.
+
+    Args:
+        aliases: let anchors and aliases pass, within bounds, for files of other tools.
 
     Raises:
         YamlFault: no YAML, or more than a recipe needs of it.
@@ -39,8 +43,8 @@ def read_yaml(text: str) -> Any:
     if len(text) > LONGEST:
         raise YamlFault(f"more than {LONGEST:,} characters; a recipe is a few lines")
     try:
-        _refuse_bombs(text)
-        return YAML(typ="rt", pure=True).load(text)
+        _refuse_bombs(text, aliases)
+        value = YAML(typ="rt", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = f"not valid YAML: {error.problem}"
@@ -49,13 +53,44 @@ def read_yaml(text: str) -> Any:
     except (YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise YamlFault(f"not valid YAML: {first[:200]}") from error
+    if aliases:
+        _refuse_unfolding(value)
+    return value
 
 
-def _refuse_bombs(text: str) -> None:
+def plain(value: Any) -> Any:
+    """YAML nodes, paths and tuples as the plain values that strict validation expects."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _refuse_unfolding(value: Any) -> None:
+    """Aliases share what they name; whoever walks through it meets it each time."""
+    count, parts = 0, [(value, 0)]
+    while parts:
+        part, depth = parts.pop()
+        count += 1
+        if count > EVENTS:
+            raise YamlFault(f"more than {EVENTS:,} values once its aliases are unfolded")
+        if depth > DEPTH:  # each alias may lie one deeper than the last
+            raise YamlFault(f"nested more than {DEPTH} deep")
+        inside = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        parts += [(each, depth + 1) for each in inside]
+
+
+def _refuse_bombs(text: str, aliases: bool) -> None:
     depth = documents = 0
     for count, event in enumerate(YAML(typ="rt", pure=True).parse(text)):
         line = event.start_mark.line + 1
-        if isinstance(event, AliasEvent) or getattr(event, "anchor", None):
+        if not aliases and (isinstance(event, AliasEvent) or getattr(event, "anchor", None)):
             hint = "write the value out where it is meant"
             raise YamlFault("anchors (&) and aliases (*) are not read", line, hint)
         tag = getattr(event, "tag", None)

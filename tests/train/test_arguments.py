@@ -30,6 +30,8 @@ def test_trl_defaults_never_leak(tmp_path):
     assert arguments.logging_nan_inf_filter is False
     assert arguments.report_to == []
     assert arguments.warmup_steps == 3
+    counted = recipe(warmup_steps=7)
+    assert training_arguments(counted, CPU, RunDir(tmp_path), 100).warmup_steps == 7
 
 
 def test_steps_cover_the_epochs():

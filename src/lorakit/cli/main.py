@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
-from lorakit.cli import after, before, doctor, plan, train
+from lorakit.cli import after, before, doctor, plan, recipe_import, train
 from lorakit.cli.base import app, log
 from lorakit.cli.streams import keep_streams_going
 from lorakit.errors import LorakitError
 from lorakit.ranks import take_own_card
 
 # The commands register themselves when these are imported.
-__all__ = ["after", "before", "doctor", "main", "plan", "train"]
+__all__ = ["after", "before", "doctor", "main", "plan", "recipe_import", "train"]
 
 
 def main() -> None:

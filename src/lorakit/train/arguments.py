@@ -66,7 +66,7 @@ def training_arguments(
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=round(recipe.warmup_ratio * steps),
+        warmup_steps=recipe.warmup_of(steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=OPTIMIZERS[recipe.optimizer],

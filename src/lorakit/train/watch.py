@@ -53,7 +53,7 @@ class Watch:
     def start(self, total: int) -> None:
         """A run of `total` steps begins."""
         self.total = total
-        self.judged_from = round(self.recipe.warmup_ratio * total)
+        self.judged_from = self.recipe.warmup_of(total)
 
     def row(self, row: dict[str, Any]) -> list[str]:
         """What this row gives cause to say."""
