@@ -148,3 +148,4 @@ def test_finetune_trains_stops_nowhere_else_and_resumes(tiny_model_dir, tiny_dat
     assert run.evaluation is not None
     more = lorakit.finetune({**settings, "max_steps": 3}, resume=True, console=QUIET)
     assert [row["step"] for row in more.metrics] == [1, 2, 3]
+    assert "<b>3</b><span>optimizer steps" in (tmp_path / "run" / "report.html").read_text()

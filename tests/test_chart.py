@@ -11,6 +11,7 @@ from lorakit.chart import (
     WIDTH,
     Series,
     alone,
+    dense,
     line_chart,
     short,
     smoothed,
@@ -103,9 +104,16 @@ def test_many_points_keep_their_extremes():
     assert [x for x, _ in found] == sorted(x for x, _ in found)
 
 
+def test_a_band_gets_a_mean():
+    assert [s.kind for s in dense([(x, 1.0) for x in range(50)])] == ["main"]
+    assert [s.kind for s in dense([(x, 1.0) for x in range(500)])] == ["raw", "main"]
+
+
 def test_the_running_mean_is_that_of_both_sides():
     points = [(x, float(x)) for x in range(120)]
     assert smoothed(points) == points
+    steep = [(x, 0.0 if x else 500.0) for x in range(600)]
+    assert smoothed(steep)[0][1] == pytest.approx(500 / 3)
     points[60] = (60, 120.0)
     near = smoothed(points)
     assert near[60][1] == pytest.approx(60 + 60 / 5)

@@ -37,6 +37,7 @@ def test_a_run_leaves_the_files_of_its_contract(finish):
         "base.json",
         "data_rows.npy",
         "eval.json",
+        "report.html",
     }
     recipe = load_recipe(run.recipe).recipe
     assert recipe.target_modules[0] == "q_proj"

@@ -94,11 +94,19 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
         counts.append(counts[-1] + (y is not None))
     found: list[Point] = []
     for place, (x, y) in enumerate(points):
-        near = min(half, place, len(points) - 1 - place)  # as many on each side, also at the ends
-        first, last = place - near, place + near + 1
+        # As many on each side; towards the ends fewer, but more than one noisy point.
+        near = max(min(half, place, len(points) - 1 - place), half // 4)
+        first, last = max(0, place - near), min(len(points), place + near + 1)
         count = counts[last] - counts[first]
         found.append((x, None if y is None else (sums[last] - sums[first]) / count))
     return found
+
+
+def dense(points: Sequence[Point]) -> list[Series]:
+    """One line, or a pale one with its running mean where it would be a solid band."""
+    if len(points) < 200:
+        return [Series(points)]
+    return [Series(points, "raw"), Series(smoothed(points))]
 
 
 def short(value: float) -> str:
@@ -144,7 +152,7 @@ def _values(ys: Sequence[float], zero: bool) -> Axis:
     low, high = min(ys), max(ys)
     middle = sorted(ys)[len(ys) // 2]
     # One spike would press all else flat.
-    if low > 0 and high > 30 * middle:
+    if not zero and low > 0 and high > 30 * middle:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = math.ceil(len(powers) / 5)
         ticks = tuple(10.0**p for p in powers)[::every]

@@ -151,13 +151,19 @@ def fit(
         return _fit(run, resolved, silent, resume, force, ranks)
 
 
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 @contextmanager
 def _reported(run: RunDir, console: Console) -> Iterator[None]:
-    """The run's page is written at its end; after a fault too, to look at what led to it."""
+    """The run's page is written at its end; after a fault in a step too, to look at its cause."""
+    before = _written(run.metrics)
     try:
         yield
     except LorakitError:
-        if run.has_run():
+        # What was refused before the first step leaves the folder as it was.
+        if _written(run.metrics) != before:
             renew_report(run, lambda _: None)
         raise
     renew_report(run, console.print)

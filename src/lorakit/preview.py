@@ -79,6 +79,8 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
     console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")
     console.print(f"adapter  {outcome.run.adapter}  (PEFT format)")
     console.print(f"metrics  {outcome.run.metrics}")
+    if outcome.run.report.exists():
+        console.print(f"report   {outcome.run.report}")
     if next_steps:
         console.print("next:")
         console.print(f"  {program()} chat {run}", soft_wrap=True)

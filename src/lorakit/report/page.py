@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorakit.chart import Series, line_chart, smoothed
+from lorakit.chart import Series, dense, line_chart, smoothed
 from lorakit.model.load import public_name
 from lorakit.page import bars, escape, facts, frame, table
 from lorakit.report.answers import STYLE, scores
@@ -147,7 +147,8 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         both = [record.evaluation[k]["loss"] for k in ("base", "tuned")]
         found.append(("held-out loss", f"{both[0]:.3f} → {both[1]:.3f}"))
     if losses:
-        found.append(("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
+        ends = [losses[0], losses[-1]][: len(losses)]
+        found.append(("training loss", " → ".join(f"{loss:.3f}" for loss in ends)))
     if record.steps:
         found.append(("optimizer steps", f"{record.steps[-1]['step']:,}"))
         found.append(("spent in steps", duration(record.seconds)))
@@ -191,7 +192,7 @@ def _curves(record: Record) -> list[str]:
     bound = [Series([(norm[0][0], clip), (norm[-1][0], clip)], "bound")] if norm else []
     charts.append(
         _figure(
-            "Gradient norm", "", [Series(norm), *bound],
+            "Gradient norm", "", [*dense(norm), *bound],
             f'<span class="key dash"></span> clipped above {clip:g}',
         )
     )  # fmt: skip
@@ -217,7 +218,7 @@ def _speed(record: Record) -> str:
     speed = record.column("tokens_per_second")
     expected = finite(record.plan.get("tokens_per_second"))
     words = ""
-    lines = [Series(speed)]
+    lines = dense(speed)
     if expected and speed:
         lines.append(Series([(speed[0][0], expected), (speed[-1][0], expected)], "bound"))
         words = f'<span class="key dash"></span> the plan expected {expected:,.0f}'
@@ -236,7 +237,8 @@ def _memory_curve(record: Record) -> str:
 
 def _figure(name: str, unit: str, lines: Sequence[Series], words: str, zero: bool = False) -> str:
     """A chart with its name above and what its lines are below; nothing where no number is."""
-    values = [y for _, y in lines[-1 if name == "Loss" and len(lines) == 2 else 0].points if y]
+    main = next(s for s in lines if s.kind == "main")
+    values = [y for _, y in main.points if y is not None]
     if not any(y is not None for s in lines if s.kind != "bound" for _, y in s.points):
         return ""
     said = f" from {values[0]:.4g} to {values[-1]:.4g}" if values else ""
