@@ -72,6 +72,8 @@ def run_bench(
         job = _job(shape, method, seq, micro_batch, accumulation, steps, overrides, lengths, ranks)
         # Each rank holds a part of one base: all make the same.
         seed_everything(job.recipe.seed)
+        if job.plan.placement.shards > 1:
+            ranks.take_baton()
         four_bit, elsewhere = method == "qlora", job.plan.placement.base_elsewhere
         base = random_model(job.config, job.device, four_bit, elsewhere)
         model = add_adapter(base, job.recipe)

@@ -182,6 +182,8 @@ def _fit(
     past = past_of(recipe, prepared.train, start.tokenizer, ranks.count)
     checkpoint = ranks.told(lambda: _take_up(run, start, past, resume, console))
     _check_seen(run, checkpoint, ranks)
+    if start.plan.placement.shards > 1:
+        ranks.take_baton()  # host memory holds one whole base: it is passed on in `attach_engine`
     model = _model(start, console)
     if ranks.first:
         require_space(run, recipe, count_parameters(model)[0])

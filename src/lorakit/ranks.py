@@ -44,6 +44,7 @@ class Ranks:
     ) -> None:
         self.number, self.count, self.per_node = number, count, per_node
         self.heartbeat: Heartbeat | None = heartbeat
+        self.store: Any = None
         self.of_node: Any = None
         self.of_host: Any = None
 
@@ -93,6 +94,17 @@ class Ranks:
         yield
         if self.first:
             self.told(lambda: None)
+
+    def take_baton(self) -> None:
+        """Wait until the ranks of this machine before this one have passed the baton on."""
+        before = self.number - 1
+        while self.number % self.per_node and not self.store.check([f"baton/{before}"]):
+            time.sleep(0.2)
+
+    def pass_baton(self) -> None:
+        """What `take_baton` held back may begin on the next rank."""
+        if self.count > 1:
+            self.store.set(f"baton/{self.number}", "")
 
     def at(self, step: int, words: str, folder: Any = None) -> None:
         """For the message at a sudden end: the last step, and what is kept."""
@@ -209,6 +221,7 @@ def _connect(ranks: Ranks, store: Any) -> None:
     import torch.distributed as dist
 
     assert ranks.heartbeat is not None
+    ranks.store = store
     _same_kind(ranks.heartbeat.read())
     card = torch.cuda.is_available()
     dist.init_process_group(

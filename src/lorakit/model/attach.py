@@ -202,6 +202,8 @@ def _place(engine: Engine, base: Any, placement: Placement, ranks: Ranks) -> Non
     """Let parts lie where the plan says; what is not of the layers goes to the card."""
     if placement.base_elsewhere:
         engine.stream_base(None if placement.base_on_host else ranks)
+        if not placement.base_on_host:
+            ranks.pass_baton()
         own = [(*layer.norms, *layer.attention.norms) for layer in engine.layers]
         parts = [engine.decoder.norm, engine.decoder.rotary_emb, *itertools.chain(*own)]
         parts += [base.get_output_embeddings()]

@@ -173,7 +173,7 @@ def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     each = f" for {device.per_node} processes" if device.per_node > 1 else ""
     way = "set streaming: off to plan for the card alone"
     if plan.placement.shards > 1:
-        each += f", {parts[LOADING] / 2**30:.1f} of it while each loads the base"
+        each += f", {parts[LOADING] / 2**30:.1f} of it while the base is loaded"
         way = "method: qlora, or fewer GPUs on more nodes, take less of it"
     raise WorkError(
         f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "

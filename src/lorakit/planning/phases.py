@@ -100,13 +100,15 @@ def host_parts(recipe: Recipe, device: Device, training: MemoryPlan) -> Parts:
     parts = {"Python and libraries": CUDA_HOST_BYTES, **training.host_parts}
     if recipe.optimizer.startswith("paged"):
         parts["optimizer pages"] = training.parts.get("optimizer state", 0)
+    found = {name: device.per_node * size for name, size in parts.items()}
     if training.placement.shards > 1:
-        parts[LOADING] = max(0, _loaded_bytes(training) - training.host_bytes)
-    return {name: device.per_node * size for name, size in parts.items()}
+        later = device.per_node * training.host_bytes
+        found[LOADING] = max(0, _loaded_bytes(training) - later)
+    return found
 
 
 def _loaded_bytes(training: MemoryPlan) -> int:
-    """A base that is spread is loaded whole by every process, which then keeps its part of it."""
+    """A base that is spread is loaded whole by one process after another; each keeps its part."""
     parts = training.parts
     on_card = training.placement.shards * parts["frozen weights"]
     on_card += parts["embeddings, head and norms"]
