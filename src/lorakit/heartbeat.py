@@ -100,6 +100,9 @@ class Heartbeat(threading.Thread):
     def leave(self, state: str) -> None:
         """Say goodbye: nobody takes this process's silence for a fault."""
         self.done.set()
+        if self.is_alive():
+            # A thread that is in the store while the interpreter ends would abort the process.
+            self.join(GRACE_SECONDS)
         self.own.state = state
         with suppress(Exception):
             self.say()

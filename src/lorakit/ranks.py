@@ -182,6 +182,8 @@ def _ranks(found: dict[str, str]) -> Iterator[Ranks]:
         raise
     ranks.told(lambda: None)  # the store stays until all are through
     ranks.heartbeat.leave("left")
+    # A group that outlives this call may be taken apart after the interpreter: gloo aborts then.
+    ranks.of_host = ranks.of_node = ranks.store = ranks.heartbeat = None
     dist.destroy_process_group()
 
 
