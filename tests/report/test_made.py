@@ -59,3 +59,10 @@ def test_nothing_exported_says_how(make_run):
 
 def test_the_environment_has_versions(make_run):
     assert "torch 2.13.0+cpu" in environment(read_run(make_run()))
+
+
+def test_several_ranks_are_named(make_run, edit):
+    run = make_run()
+    assert "Ranks" not in environment(read_run(run))
+    edit(run.environment, reasons={"kind": "k", "dtype": "d", "ranks": "2 on one machine <b>"})
+    assert "<dt>Ranks</dt><dd>2 on one machine &lt;b&gt;</dd>" in environment(read_run(run))

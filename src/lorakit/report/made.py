@@ -89,6 +89,7 @@ def environment(record: Record) -> str:
             "Device": escape(
                 f"{found['device']}, {found['memory_bytes'] / GIB:.1f} GiB ({reasons.get('kind')})"
             ),
+            **({"Ranks": escape(reasons["ranks"])} if "ranks" in reasons else {}),
             "Type": escape(f"{found['dtype']}: {reasons.get('dtype')}"),
             "Python": escape(f"{found['python']} on {found['system']}"),
             "Versions": escape(versions),
