@@ -20,7 +20,7 @@
 # That one line is LoRA (*low-rank adaptation*, Hu et al. 2021, arXiv 2106.09685). By the end of
 # part 4 every sign of it will be plain.
 
-# %%
+# %% tags=["setting"]
 METHOD = "lora"
 
 # %include shared/setup.py
@@ -86,7 +86,7 @@ watched = {
 }
 for parameter in watched.values():
     parameter.requires_grad_(True)
-train(full, steps=16, rate=1e-4)
+train(full, steps=10, rate=2e-4)
 start = dict(base.named_parameters())
 deltas = {name: (parameter - start[name]).detach() for name, parameter in watched.items()}
 trained_loss = held_out(full)
@@ -110,9 +110,9 @@ figures.curves(
 )
 
 # %% [markdown]
-# Far from random, but not a handful either: AdamW gives every number a step of like size, and
-# fills small directions with noise. So the test that counts: **throw all but $r$ directions away
-# in each matrix, and ask how much of what was learned is still there.**
+# Sixteen of 576 directions hold most of it; in a random matrix they would hold a tenth. But a large
+# share of a sum of squares is not yet a good model. So the test that counts: **throw all but $r$
+# directions away in each matrix, and ask how much of what was learned is still there.**
 
 # %% tags=["theory", "trains"]
 kept = {}
@@ -286,13 +286,13 @@ figures.bars("kept for backward, four short rows", {k: v / 2**20 for k, v in hel
 #
 # What do $r$ and $\alpha$ do? Theory: $r$ is how many directions the update may have; $s =
 # \alpha / r$ multiplies the update, and so acts much like a larger learning rate. Let us see.
-# Each run is 12 steps on the same rows in the same order.
+# Each run is 8 steps on the same rows in the same order.
 
 # %% tags=["theory", "trains"]
 swept = {}
-for rank, alpha in [(1, 2), (4, 8), (16, 32), (64, 128), (16, 4), (16, 128)]:
+for rank, alpha in [(1, 2), (4, 8), (16, 32), (16, 4), (16, 128)]:
     model = with_adapters(rank, alpha)
-    train(model, steps=12, rate=1e-3)
+    train(model, steps=8, rate=1e-3)
     swept[rank, alpha] = held_out(model)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"r {rank:2}  alpha {alpha:3}  alpha/r {alpha / rank:5.2f}: {size:9,} trained, held-out loss {swept[rank, alpha]:.3f}")
@@ -300,7 +300,7 @@ del model
 
 # %% tags=["theory", "trains"]
 figures.bars(
-    "held-out loss after 12 steps (lower is better)",
+    "held-out loss after 8 steps (lower is better)",
     {"no training": untrained} | {f"r {r}, alpha {a}": loss for (r, a), loss in swept.items()},
     digits=3,
 )

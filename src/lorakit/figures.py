@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lorakit.data.inspection import visible
+
 INK, SOFT, LINE, PAPER = "#1c1e21", "#5b6472", "#d8dce2", "#ffffff"
 # Told apart in gray and by color-blind readers too.
 COLORS = ("#1d4ed8", "#c2410c", "#0a6b35", "#7a3e9d", "#b45309", "#475569")
@@ -299,4 +301,4 @@ def _lines(words: str) -> list[str]:
 
 
 def _escape(words: str) -> str:
-    return html.escape(words)
+    return html.escape(visible(words))

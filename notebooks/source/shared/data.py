@@ -11,8 +11,6 @@
 # practice, and a long text is laid beside them.
 
 # %%
-from importlib.resources import files
-
 my_data = pathlib.Path("my_data")
 my_data.mkdir(exist_ok=True)
 if DATA_FROM == "example":

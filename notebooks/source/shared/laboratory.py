@@ -7,7 +7,7 @@
 # slope of the loss for each number, the *gradient*), and a step against the slope by AdamW
 # (arXiv 1711.05101), which sizes each number's step by that number's own recent gradients.
 
-# %% tags=["theory"]
+# %% tags=["theory", "quick"]
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
@@ -23,10 +23,11 @@ def town(name):
 
 
 def encode(question, answer):
-    """Token ids, and how many of them are only read."""
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    """Token ids, and how many of them are only read. An empty system turn keeps rows short."""
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": question}]
+    read = words.apply_chat_template(turns, add_generation_prompt=True, return_dict=True).input_ids
+    turns += [{"role": "assistant", "content": answer}]
     ids = words.apply_chat_template(turns, return_dict=True).input_ids
-    read = words.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True).input_ids
     return torch.tensor(ids[:-1]), len(read)  # less the line end after the last sign
 
 
@@ -59,8 +60,8 @@ def train(model, steps, rate, batch=8):
 
 @torch.no_grad()
 def held_out(model):
-    """Loss on twenty of the questions that training does not see."""
-    return answer_loss(model, town("heldout")[:20]).item()
+    """Loss on sixteen of the questions that training does not see."""
+    return answer_loss(model, town("heldout")[:16]).item()
 
 
 untrained = held_out(base)

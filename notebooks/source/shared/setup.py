@@ -7,7 +7,7 @@
 # `full` takes Llama-2-7b-chat, or any chat model you name, on a GPU. The cells are the same.
 # Read the page once with `small`, then set `full`, put your own data in, and run it again.
 
-# %%
+# %% tags=["setting"]
 PROFILE = "small"  # @param ["small", "full"]
 DATA_FROM = "example"  # @param ["example", "upload", "drive", "hub"]
 KEEP_IN_DRIVE = False  # @param {type:"boolean"}
@@ -96,10 +96,11 @@ free_gb = shutil.disk_usage(OUTPUT).free / 1e9
 assert free_gb > NEEDED_GB, f"{OUTPUT}: {free_gb:.0f} GB are free, {NEEDED_GB} are needed"
 print(f"{OUTPUT}: there is room for {NEEDED_GB} GB")
 
-# %%
+# %% tags=["setting"]
 import json
 import math
 import warnings
+from importlib.resources import files
 
 import torch
 import transformers

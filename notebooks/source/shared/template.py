@@ -8,7 +8,7 @@
 # the commonest reason for bad answers after a good training. lorakit takes the model's own
 # template for training, chat, export and serving alike, and saves it with the adapter.
 
-# %%
+# %% tags=["setting"]
 from transformers import AutoTokenizer
 from lorakit.model.load import locate_model
 
