@@ -4,7 +4,7 @@ A source is a notebook in jupytext's percent form; a line `# %include FILE` stan
 FILE, so that what both notebooks say is written once.
 
     python notebooks/build.py                  build and execute both (make notebooks)
-    python notebooks/build.py --no-run         build only; outputs are kept where a cell is unchanged
+    python notebooks/build.py --no-run         build only; unchanged cells keep their outputs
     python notebooks/build.py lora --tag theory   execute one part, write nothing
 """
 

@@ -11,12 +11,16 @@ from lorakit import figures
 SHAPES = "{http://www.w3.org/2000/svg}"
 MADE = {
     "bars": figures.bars("lengths", {"1-10": 3.0, "11-20": 0.0}, "rows"),
-    "stacks": figures.stacks("memory", {"LoRA": {"weights": 12.0, "rest": 1}, "QLoRA": {"rest": 2}}),
+    "stacks": figures.stacks(
+        "memory", {"LoRA": {"weights": 12.0, "rest": 1}, "QLoRA": {"rest": 2}}
+    ),
     "limit": figures.stacks("memory", {"LoRA": {"weights": 12.0}}, limit=15),
     "curves": figures.curves("loss", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0)]}, "step", "nats"),
     "log": figures.curves("rank", {"a": [(1, 2.0), (64, 1.0)]}, log_x=True, log_y=True, dots=True),
     "empty": figures.curves("nothing yet", {}),
-    "tokens": figures.tokens("row 1", [("<s>", False, True), ("a\nb ", False, False), ("c", True, False)]),
+    "tokens": figures.tokens(
+        "row 1", [("<s>", False, True), ("a\nb ", False, False), ("c", True, False)]
+    ),
 }
 
 
@@ -65,7 +69,9 @@ def test_parts_of_a_stack_follow_one_another():
 
 def test_a_falling_loss_falls_on_the_screen():
     root = parsed(figures.curves("", {"loss": [(0, 4.0), (1, 2.0), (2, 1.0)]}))
-    points = [e.get("points") for e in root.iter(f"{SHAPES}polyline") if e.get("stroke-width") == "2.2"]
+    points = [
+        e.get("points") for e in root.iter(f"{SHAPES}polyline") if e.get("stroke-width") == "2.2"
+    ]
     heights = [float(y) for _, y in re.findall(r"([-\d.]+),([-\d.]+)", points[0])]
     assert heights == sorted(heights)  # y grows downward in SVG
 
@@ -106,6 +112,8 @@ def test_trained_tokens_are_told_apart_without_color():
 
 
 def test_long_text_is_broken_into_lines_and_line_ends_show():
-    svg = figures.tokens("", [("word ", False, False)] * 40 + [("end\n", True, False)], letters=40).svg
+    svg = figures.tokens(
+        "", [("word ", False, False)] * 40 + [("end\n", True, False)], letters=40
+    ).svg
     assert len(set(re.findall(r'y="(\d+\.\d)" font-size="14"', svg))) >= 5
     assert "↵" in svg

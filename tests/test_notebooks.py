@@ -1,7 +1,11 @@
-"""The committed notebooks are what their sources say, were executed, and show what the text claims."""
+"""The committed notebooks are as their sources say, were executed, and show what they claim."""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,8 +85,9 @@ def test_each_part_has_exercises_and_the_theory_its_sources(name):
     pages = "\n".join(c.source for c in read(name).cells if c.cell_type == "markdown")
     parts = re.split(r"^## \d+ · ", pages, flags=re.MULTILINE)[1:]
     assert [p.splitlines()[0] for p in parts][:6] == [
-        "Set-up", "Data", "The template", f"How {'Q' * (name == 'qlora')}LoRA works", "Plan", "Training",
-    ]  # fmt: skip
+        *("Set-up", "Data", "The template"),
+        *(f"How {'Q' * (name == 'qlora')}LoRA works", "Plan", "Training"),
+    ]
     for part in parts[1:6]:
         assert "**Exercises.**" in part
     assert "**Sources.**" in parts[3]
@@ -108,9 +113,10 @@ def test_the_text_claims_what_the_cells_show_training(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_planned_bytes_are_those_of_the_headline(name):
-    plan = shown(name, "planned\", columns")
-    assert 14 < number(r"LoRA +([\d.]+) GiB", plan) <= 15
-    assert 4.5 < number(r"QLoRA +([\d.]+) GiB", plan) <= 6
+    plan = shown(name, "figures.stacks(")
+    assert 14 < number(r"^LoRA +([\d.]+) GiB", plan) <= 15
+    assert 5.9 < number(r"QLoRA, rank 16 +([\d.]+) GiB", plan) < 6.3
+    assert 5 < number(r"QLoRA, rank 64 +([\d.]+) GiB", plan) <= 6
 
 
 def test_lora_numbers():
@@ -177,3 +183,30 @@ def test_readme_opens_it_in_colab(name):
     )
     assert address in (ROOT / "README.md").read_text()
     assert address in read(name).cells[0].source
+
+
+def test_pins_of_the_install_cell_are_those_of_the_constraints():
+    (source,) = [c.source for c in code_cells("lora") if 'find_spec("lorakit")' in c.source]
+    pins = set(re.findall(r'"([\w-]+==[\d.]+)"', source))
+    assert len(pins) == 4
+    assert pins <= set((ROOT / "constraints.txt").read_text().splitlines())
+
+
+def test_the_full_profile_runs_on_random_weights(tmp_path):
+    """`run_full.py` takes the same cells to the 7B shape on a card; here to a tiny one."""
+    words = ["--shape", "smollm2-135m", "--layers", "1", "--method", "qlora", "--steps", "2"]
+    words += ["--parts", "Plan,Training", "--work", str(tmp_path), "--output", "result.json"]
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "notebooks" / "run_full.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["steps"] == 2
+    assert result["layers"] == 1
+    assert {"Plan", "Training"} <= set(result["seconds"])
+    assert str(tmp_path) not in json.dumps(result)

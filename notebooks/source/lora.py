@@ -58,7 +58,9 @@ assert n == planned.trainable  # by hand, and as lorakit counts the real model
 print(f"Llama-2-7B: N = {N:,}; rank {rank} on all seven matrices: n = {n:,} ({n / N:.2%})")
 q_and_v = layers * 2 * rank * (4096 + 4096)
 print(f"on q and v alone, as in the paper: {q_and_v:,} ({q_and_v / N:.2%})")
-print(f"full fine-tuning {16 * N / 1e9:.0f} GB, LoRA {(2 * N + 16 * n) / 1e9:.1f} GB, and activations on top")
+print(
+    f"full fine-tuning {16 * N / 1e9:.0f} GB, LoRA {(2 * N + 16 * n) / 1e9:.1f} GB, and activations on top"
+)
 
 # %% [markdown]
 # That is the "0.1%" of the papers: q and v alone. Today all seven matrices are common, 0.6%: the
@@ -97,7 +99,9 @@ name = "model.layers.15.self_attn.o_proj.weight"
 change = torch.linalg.svdvals(deltas[name])
 noise = torch.linalg.svdvals(torch.randn_like(deltas[name]))
 share = lambda sigma: (sigma.square() / sigma.square().sum()).cumsum(0).tolist()
-print(f"the 16 largest of {len(change)} carry {share(change)[15]:.0%}; of a random matrix {share(noise)[15]:.0%}")
+print(
+    f"the 16 largest of {len(change)} carry {share(change)[15]:.0%}; of a random matrix {share(noise)[15]:.0%}"
+)
 figures.curves(
     "share of the update's square sum in its largest directions",
     {
@@ -201,9 +205,13 @@ with torch.no_grad():
     as_trained = x @ W.T + s * (x @ A.T) @ B.T
     as_merged = x @ (W + s * B @ A).T
 print("W", tuple(W.shape), " A", tuple(A.shape), " B", tuple(B.shape), " x", tuple(x.shape))
-print(f"largest difference to PEFT: {(as_trained - by_peft).abs().max():.1e} and {(as_merged - by_peft).abs().max():.1e},")
+print(
+    f"largest difference to PEFT: {(as_trained - by_peft).abs().max():.1e} and {(as_merged - by_peft).abs().max():.1e},"
+)
 print(f"while the adapter moved the output by up to {(by_peft - x @ W.T).abs().max():.2f}")
-assert torch.allclose(as_trained, by_peft, atol=1e-3) and torch.allclose(as_merged, by_peft, atol=1e-3)
+assert torch.allclose(as_trained, by_peft, atol=1e-3) and torch.allclose(
+    as_merged, by_peft, atol=1e-3
+)
 
 # %% [markdown]
 # ### 4.4 Why $B$ starts at zero
@@ -234,7 +242,9 @@ for title, (a, b) in starts.items():
     loss = answer_loss(model, pairs)
     loss.backward()
     size = {k: math.sqrt(sum(p.grad.square().sum().item() for p in v)) for k, v in factors.items()}
-    print(f"{title:24} loss {loss.item():6.3f}, gradient of A {size['A']:7.4f}, of B {size['B']:7.4f}")
+    print(
+        f"{title:24} loss {loss.item():6.3f}, gradient of A {size['A']:7.4f}, of B {size['B']:7.4f}"
+    )
     if (a, b) == (1, 0):
         assert size["A"] == 0 and size["B"] > 0
     if (a, b) == (0, 0):
@@ -249,10 +259,11 @@ for title, (a, b) in starts.items():
 # checkpointing* (Chen et al. 2016, arXiv 1604.06174): keep each layer's input alone, compute the
 # rest again on the way back, a third more work. The cell counts every saved tensor once.
 
+
 # %% tags=["theory"]
 def kept_for_backward(model, pairs):
     """Bytes that autograd holds after forward, weights left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for m in (model, base) for p in m.parameters()}
     seen = {}
 
     def keep(tensor):
@@ -276,7 +287,9 @@ model.enable_input_require_grads()
 model.gradient_checkpointing_enable({"use_reentrant": False})
 model.train()
 held["LoRA, checkpointed"] = kept_for_backward(model, pairs)
-figures.bars("kept for backward, four short rows", {k: v / 2**20 for k, v in held.items()}, "MiB", 1)
+figures.bars(
+    "kept for backward, four short rows", {k: v / 2**20 for k, v in held.items()}, "MiB", 1
+)
 
 # %% [markdown]
 # lorakit keeps less than either by writing the backward pass of a whole layer itself, and
@@ -295,7 +308,10 @@ for rank, alpha in [(1, 2), (4, 8), (16, 32), (16, 4), (16, 128)]:
     train(model, steps=8, rate=1e-3)
     swept[rank, alpha] = held_out(model)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"r {rank:2}  alpha {alpha:3}  alpha/r {alpha / rank:5.2f}: {size:9,} trained, held-out loss {swept[rank, alpha]:.3f}")
+    print(
+        f"r {rank:2}  alpha {alpha:3}  alpha/r {alpha / rank:5.2f}: {size:9,} trained, "
+        f"held-out loss {swept[rank, alpha]:.3f}"
+    )
 del model
 
 # %% tags=["theory", "trains"]
@@ -348,7 +364,9 @@ print(f"{len(spectra)} adapted matrices, scale {scale:g}, {bytes_ / 1e6:.1f} MB 
 middle = sorted(n for n in spectra if "q_proj" in n)[len(spectra) // 14]
 typical = spectra[middle]
 effective = lambda sigma: (sigma.square().sum() / sigma.square().max()).item()
-print(f"{middle.split('model.model.')[-1]}: {len(typical)} singular values, the largest is {typical[0] / typical[-1]:.0f} times the smallest")
+print(
+    f"{middle.split('model.model.')[-1]}: {len(typical)} singular values, the largest is {typical[0] / typical[-1]:.0f} times the smallest"
+)
 
 # %% tags=["after"]
 figures.curves(
@@ -366,10 +384,11 @@ figures.curves(
 # square sum), averaged over the layers:
 
 # %% tags=["after"]
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 moved = {
     kind: sum(s.norm().item() for n, s in spectra.items() if kind in n)
     / max(1, sum(kind in n for n in spectra))
-    for kind in SEVEN
+    for kind in KINDS
 }
 figures.bars("mean length of the update, by kind of matrix", moved)
 

@@ -76,7 +76,9 @@ def error(weight, book, block=BLOCK):
 
 print(f"one matrix of {tuple(W.shape)}: {W.numel():,} weights from {W.min():.2f} to {W.max():.2f}")
 for block in (64, 256, W.numel()):
-    print(f"INT4, one scale for {block:7,} weights: error {error(W, INT4, block):6.1%}, {32 / block:.2f} bits a weight for scales")
+    print(
+        f"INT4, one scale for {block:7,} weights: error {error(W, INT4, block):6.1%}, {32 / block:.2f} bits a weight for scales"
+    )
 assert error(W, INT4, 64) < error(W, INT4, 256) < error(W, INT4, W.numel())
 
 # %% [markdown]
@@ -89,12 +91,16 @@ assert error(W, INT4, 64) < error(W, INT4, 256) < error(W, INT4, W.numel())
 # same width.
 
 # %% tags=["theory", "quick"]
-layer = torch.cat([p.detach().flatten() for n, p in base.model.layers[15].named_parameters() if p.dim() == 2])
+layer = torch.cat(
+    [p.detach().flatten() for n, p in base.model.layers[15].named_parameters() if p.dim() == 2]
+)
 standard = (layer / layer.std()).clamp(-4, 4).cpu()
 counts = torch.histc(standard, bins=64, min=-4, max=4) / standard.numel() * 8
 places = torch.linspace(-4 + 1 / 16, 4 - 1 / 16, 64)
 bell = torch.exp(-places.square() / 2) / math.sqrt(2 * math.pi)
-print(f"{layer.numel():,} weights: {(standard.abs() < 1).float().mean():.1%} within one deviation of zero (normal: 68.3%)")
+print(
+    f"{layer.numel():,} weights: {(standard.abs() < 1).float().mean():.1%} within one deviation of zero (normal: 68.3%)"
+)
 figures.curves(
     "weights of layer 15, in standard deviations",
     {
@@ -120,9 +126,6 @@ figures.curves(
 # 0.5 to 0.9677 for each half, and divides by the largest. Built here from nothing but that:
 
 # %% tags=["theory", "quick"]
-import logging
-
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 import bitsandbytes.functional as bnb
 
 Q = lambda p: math.sqrt(2) * torch.erfinv(2 * p - 1)
@@ -152,7 +155,9 @@ for row, (title, book) in enumerate({"NF4": NF4, "FP4": FP4, "INT4": INT4}.items
         x = 320 + 230 * value
         picture.append(figures.line([(x, y - 9), (x, y + 9)], figures.COLORS[row], 2.5))
         if row == 0:
-            picture.append(figures.line([(x, y), (x, y - 130 * height(value))], figures.COLORS[0], 0.7))
+            picture.append(
+                figures.line([(x, y), (x, y - 130 * height(value))], figures.COLORS[0], 0.7)
+            )
 for value in (-1, 0, 1):
     picture.append(figures.text(320 + 230 * value, 308, f"{value}", figures.SOFT, anchor="middle"))
 figures.figure("the values of three 4-bit books, under the bell curve", 324, picture)
@@ -166,7 +171,9 @@ for title, book in {"NF4": NF4, "INT4": INT4}.items():
     used = torch.bincount(quantize(W, book)[0].flatten(), minlength=len(book)).float()
     used = used / used.sum()
     bits = -(used * used.clamp_min(1e-12).log2()).sum().item()
-    print(f"{title:4}: rarest value {used.min():.1%}, commonest {used.max():.1%} of the weights; {bits:.2f} of 4 bits carry information")
+    print(
+        f"{title:4}: rarest value {used.min():.1%}, commonest {used.max():.1%} of the weights; {bits:.2f} of 4 bits carry information"
+    )
 
 # %% tags=["theory", "quick"]
 matrices = [p.detach() for n, p in base.named_parameters() if n.endswith("_proj.weight")]
@@ -175,7 +182,12 @@ errors = {
     for title, book in {"NF4": NF4, "FP4": FP4, "INT4": INT4}.items()
 }
 assert errors["NF4"] < errors["FP4"] and errors["NF4"] < errors["INT4"]
-figures.bars(f"mean error over all {len(matrices)} matrices, percent", {k: 100 * v for k, v in errors.items()}, "%", 1)
+figures.bars(
+    f"mean error over all {len(matrices)} matrices, percent",
+    {k: 100 * v for k, v in errors.items()},
+    "%",
+    1,
+)
 
 # %% [markdown]
 # A tenth of a weight is lost and the model still speaks? Errors of both signs meet in sums over
@@ -193,12 +205,16 @@ figures.bars(f"mean error over all {len(matrices)} matrices, percent", {k: 100 *
 
 # %% tags=["theory", "quick"]
 saved = 32 / 64 - (8 / 64 + 32 / (64 * 256))
-print(f"by the formula: {saved:.3f} bits a weight; on 6.5 billion weights {saved * 6.476e9 / 8 / 1e9:.2f} GB")
+print(
+    f"by the formula: {saved:.3f} bits a weight; on 6.5 billion weights {saved * 6.476e9 / 8 / 1e9:.2f} GB"
+)
 
 
 def stored_bits(weight, double):
     """Bits a weight that the library really keeps, counted on its tensors."""
-    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=double)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=double
+    )
     kept = [packed, state.absmax] + ([state.state2.absmax] if double else [])
     return 8 * sum(t.numel() * t.element_size() for t in kept) / weight.numel()
 
@@ -207,9 +223,13 @@ once, twice = stored_bits(W, False), stored_bits(W, True)
 print(f"counted on bitsandbytes' tensors: {once:.3f} - {twice:.3f} = {once - twice:.3f} bits")
 assert abs((once - twice) - saved) < 0.002
 exact = bnb.dequantize_4bit(*bnb.quantize_4bit(W, blocksize=BLOCK, quant_type="nf4"))
-doubled = bnb.dequantize_4bit(*bnb.quantize_4bit(W, blocksize=BLOCK, quant_type="nf4", compress_statistics=True))
+doubled = bnb.dequantize_4bit(
+    *bnb.quantize_4bit(W, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+)
 relative = lambda back: ((back - W).norm() / W.norm()).item()
-print(f"error with exact scales {relative(exact):.2%}, with quantized scales {relative(doubled):.2%}")
+print(
+    f"error with exact scales {relative(exact):.2%}, with quantized scales {relative(doubled):.2%}"
+)
 
 # %% [markdown]
 # ### 4.5 Dequantize on the fly
@@ -222,7 +242,9 @@ print(f"error with exact scales {relative(exact):.2%}, with quantized scales {re
 numbers = torch.stack([packed.flatten().long() >> 4, packed.flatten().long() & 15], -1).flatten()
 by_hand = (theirs[numbers].reshape(-1, BLOCK) * state.absmax.reshape(-1, 1)).reshape(W.shape)
 library = bnb.dequantize_4bit(packed, state)
-print(f"{W.numel():,} weights in {packed.numel():,} bytes; largest difference {(by_hand - library).abs().max().item()}")
+print(
+    f"{W.numel():,} weights in {packed.numel():,} bytes; largest difference {(by_hand - library).abs().max().item()}"
+)
 assert torch.allclose(by_hand, library, atol=1e-7)
 
 # %% [markdown]
@@ -238,8 +260,12 @@ from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
 class One(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.up = Linear4bit(W.shape[1], W.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4")
-        self.up.weight = Params4bit(W.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        self.up = Linear4bit(
+            W.shape[1], W.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        self.up.weight = Params4bit(
+            W.cpu().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
 
     def forward(self, x):
         return self.up(x)
@@ -259,42 +285,44 @@ opened = bnb.dequantize_4bit(up.base_layer.weight, up.base_layer.weight.quant_st
 by_hand = x @ opened.T + 4 / 16 * (x @ A.T) @ B.T
 y.sum().backward()
 print(f"largest difference {(y - by_hand).abs().max():.1e} where y reaches {y.abs().max():.1f}")
-print(f"gradient for x: {x.grad.norm():.1f}; for B: {B.grad.norm():.1f}; for W: {up.base_layer.weight.grad}")
+print(
+    f"gradient for x: {x.grad.norm():.1f}; for B: {B.grad.norm():.1f}; for W: {up.base_layer.weight.grad}"
+)
 assert torch.allclose(y, by_hand, atol=1e-3) and up.base_layer.weight.grad is None
 
 # %% [markdown]
 # ### 4.6 What rounding costs the whole model
 #
-# All seven matrices of all thirty layers, rounded with each book and put back; the loss on
-# a few sentences of ordinary text:
+# All seven matrices of all thirty layers, rounded with each book and put back. How far does the
+# model's opinion on the next token move? The measure is the *KL divergence* from the exact model,
+# in nats a token; 0 is the same opinion.
 
 # %% tags=["theory"]
 import copy
 
-ordinary = (
-    "Everyone is permitted to copy and distribute verbatim copies. The harbor lies in the lee of "
-    "the hill, and in the evening the boats come home with the tide. Water boils at a lower "
-    "temperature on a mountain because the pressure of the air is lower there."
-)
-ids = words(ordinary, return_tensors="pt").input_ids.to(device)
+pairs = [encode(*pair)[0].to(device) for pair in town("heldout")[:8]]
 
 
 @torch.no_grad()
-def text_loss(model):
-    return model(input_ids=ids, labels=ids).loss.item()
+def opinions(model):
+    """Log-probabilities of the next token at every place of eight conversations."""
+    return torch.cat([model(input_ids=ids[None]).logits[0] for ids in pairs]).log_softmax(-1)
 
 
-losses = {"32 bits": text_loss(base)}
+exact = opinions(base)
 rounded = copy.deepcopy(base)
+moved = {}
 for title, book in {"NF4": NF4, "FP4": FP4, "INT4": INT4}.items():
     with torch.no_grad():
-        for (name, parameter), (_, original) in zip(rounded.named_parameters(), base.named_parameters(), strict=True):
+        for (name, parameter), (_, original) in zip(
+            rounded.named_parameters(), base.named_parameters(), strict=True
+        ):
             if name.endswith("_proj.weight"):
                 parameter.copy_(dequantize(*quantize(original, book), book, original.shape))
-    losses[title] = text_loss(rounded)
+    moved[title] = (exact.exp() * (exact - opinions(rounded))).sum(-1).mean().item()
 del rounded
-assert losses["32 bits"] < losses["NF4"] < losses["INT4"]
-figures.bars("loss on ordinary text, nats a token", losses, digits=3)
+assert moved["NF4"] < moved["INT4"] and moved["NF4"] < moved["FP4"]
+figures.bars("KL divergence from the exact model, nats a token", moved, digits=3)
 
 # %% [markdown]
 # A small model suffers most from rounding; a 7B model has weights to spare.
@@ -321,7 +349,10 @@ figures.bars("loss on ordinary text, nats a token", losses, digits=3)
 mine = run.evaluate(samples=0)
 if PROFILE == "small":
     twin = lorakit.finetune(
-        settings, method="lora", output_dir=str(OUTPUT / "small-lora-twin"), resume=(OUTPUT / "small-lora-twin").exists()
+        settings,
+        method="lora",
+        output_dir=str(OUTPUT / "small-lora-twin"),
+        resume=(OUTPUT / "small-lora-twin").exists(),
     )
     other = twin.evaluate(samples=0)
     twin.close()
@@ -331,16 +362,14 @@ if PROFILE == "small":
     print(f"QLoRA's gain is {kept:.1%} of LoRA's")
 
 # %% tags=["run"]
-if PROFILE == "small":
-    both = {"LoRA": twin, "QLoRA": run}
-    display(
-        figures.curves(
-            "loss while training, the same rows in the same order",
-            {t: [(r["step"], r["loss"]) for r in x.metrics if r.get("loss") is not None] for t, x in both.items()},
-            x_label="step",
-            log_y=True,
-        )
-    )
+both = {"LoRA": twin, "QLoRA": run} if PROFILE == "small" else {"QLoRA": run}
+losses = {
+    t: [(r["step"], r["loss"]) for r in x.metrics if r.get("loss") is not None]
+    for t, x in both.items()
+}
+figures.curves(
+    "loss while training, the same rows in the same order", losses, x_label="step", log_y=True
+)
 
 # %include shared/evaluate.py
 # %include shared/export.py

@@ -182,8 +182,10 @@ def curves(
         y = up.at(value)
         body.append(line([(left, y), (right, y)], LINE, 1))
         body.append(text(left - 8, y + 5, _short(value), SOFT, 13, "end"))
-    for value in across.ticks():
-        body.append(text(across.at(value), bottom + 20, _short(value), SOFT, 13, "middle"))
+    body += [
+        text(across.at(value), bottom + 20, _short(value), SOFT, 13, "middle")
+        for value in across.ticks()
+    ]
     body.append(line([(left, bottom), (right, bottom)], SOFT, 1))
     body.append(text((left + right) / 2, bottom + 42, x_label, SOFT, 13, "middle"))
     for number, points in enumerate(finite.values()):
@@ -276,7 +278,9 @@ def tokens(title: str, pieces: Iterable[tuple[str, bool, bool]], letters: int = 
     row += column > 0
     y = 62 + 27 * row
     key = [("trained", COLORS[2]), ("read only", SOFT), ("special", COLORS[3])]
-    body += [text(20 + 110 * n, y, name, color, 13, bold=True) for n, (name, color) in enumerate(key)]
+    body += [
+        text(20 + 110 * n, y, name, color, 13, bold=True) for n, (name, color) in enumerate(key)
+    ]
     return figure(title, y + 16, body)
 
 
@@ -289,10 +293,14 @@ def _token(words: str, column: int, row: int, color: str, trained: bool) -> str:
     under = line([(x, y + 5), (x + width, y + 5)], color, 1.5) if trained else ""
     # Blanks at the ends would be dropped and the letters set in another font's width.
     kept = words.replace(" ", "\u00a0")
-    return ground + under + (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="14" fill="{color}" textLength="{width:.1f}" '
-        f'lengthAdjust="spacingAndGlyphs" font-family="ui-monospace, Menlo, DejaVu Sans Mono, '
-        f'monospace">{_escape(kept)}</text>'
+    return (
+        ground
+        + under
+        + (
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="14" fill="{color}" textLength="{width:.1f}" '
+            f'lengthAdjust="spacingAndGlyphs" font-family="ui-monospace, Menlo, DejaVu Sans Mono, '
+            f'monospace">{_escape(kept)}</text>'
+        )
     )
 
 

@@ -25,7 +25,9 @@ if DATA_FROM == "example":
     ]
     (my_data / "sharegpt.json").write_text(json.dumps(sharegpt))
     openai = [
-        json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]})
+        json.dumps(
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        )
         for q, a in asked[160:]
     ]
     (my_data / "openai.jsonl").write_text("\n".join(openai))
@@ -56,7 +58,11 @@ HELD_OUT = {"val_data": "demo:heldout"} if DATA_FROM == "example" else {"val_siz
 
 # %%
 inspected = lorakit.inspect(
-    model=MODEL, method=METHOD, data=DATA, cutoff_len=256 if PROFILE == "small" else 2048, **HELD_OUT
+    model=MODEL,
+    method=METHOD,
+    data=DATA,
+    cutoff_len=256 if PROFILE == "small" else 2048,
+    **HELD_OUT,
 )
 print("\n".join(str(inspected).splitlines()[:24]))
 
@@ -77,7 +83,9 @@ tokens(inspected.shown[0])
 
 # %%
 report, lengths = inspected.report, inspected.lengths
-print(f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens are trained ({report.trained_share:.0%})")
+print(
+    f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens are trained ({report.trained_share:.0%})"
+)
 figures.bars(
     "length of an example in tokens",
     {f"{bar.begin}-{bar.end}": bar.count for bar in lengths.bars},

@@ -6,7 +6,9 @@
 
 # %% tags=["run"]
 result = run.evaluate(samples=4)
-print(f"held-out perplexity: base {result.base.perplexity:.2f}, tuned {result.tuned.perplexity:.2f}, over {result.tuned.tokens:,} tokens")
+print(
+    f"held-out perplexity: base {result.base.perplexity:.2f}, tuned {result.tuned.perplexity:.2f}, over {result.tuned.tokens:,} tokens"
+)
 assert result.tuned.perplexity < result.base.perplexity
 figures.bars(
     "held-out loss, nats a token (lower is better)",

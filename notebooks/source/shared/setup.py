@@ -44,7 +44,9 @@ else:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
         subprocess.run([*pip, f"lorakit[gguf] @ {SOURCE}"], check=True)
     importlib.invalidate_caches()
-    changed = [line for line in lines[: len(kept)] if metadata.version(line.split("==")[0]) not in line]
+    changed = [
+        line for line in lines[: len(kept)] if metadata.version(line.split("==")[0]) not in line
+    ]
     print("installed; changed under the kernel's feet:", ", ".join(changed) or "nothing")
 
 # %% [markdown]
@@ -82,7 +84,9 @@ else:
 # %%
 import shutil
 
-IN_COLAB = importlib.util.find_spec("google.colab") is not None if "google" in sys.modules else False
+IN_COLAB = (
+    importlib.util.find_spec("google.colab") is not None if "google" in sys.modules else False
+)
 if KEEP_IN_DRIVE and IN_COLAB:
     from google.colab import drive
 
@@ -98,6 +102,7 @@ print(f"{OUTPUT}: there is room for {NEEDED_GB} GB")
 
 # %% tags=["setting"]
 import json
+import logging
 import math
 import warnings
 from importlib.resources import files
@@ -109,6 +114,7 @@ import lorakit
 from lorakit import figures
 
 warnings.filterwarnings("ignore")
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.manual_seed(0)

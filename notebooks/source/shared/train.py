@@ -18,46 +18,21 @@
 # the cell again goes on from there, to the same bytes.
 
 # %% tags=["run"]
-import contextlib
-import threading
-
-from IPython.display import display
-
-
-@contextlib.contextmanager
-def live_curve(folder):
-    """Draw the loss of the run in `folder` every two seconds while the block runs."""
-
-    def picture():
-        rows = [row for row in lorakit.open_run(folder).metrics if row.get("loss") is not None]
-        return figures.curves("loss while training", {"loss of a step": [(r["step"], r["loss"]) for r in rows]}, x_label="step", low=0)
-
-    def watch():
-        while not done.wait(2):
-            with contextlib.suppress(lorakit.LorakitError):  # no run there yet
-                place.update(picture())
-
-    done, place = threading.Event(), display(figures.curves("", {}), display_id=True)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        with contextlib.suppress(lorakit.LorakitError):
-            place.update(picture())
-
+from lorakit.live import live_curve
 
 folder = OUTPUT / f"{PROFILE}-{METHOD}"
 with live_curve(folder):
-    run = lorakit.finetune(settings, output_dir=str(folder), resume=(folder / "recipe.yaml").exists())
+    run = lorakit.finetune(
+        settings, output_dir=str(folder), resume=(folder / "recipe.yaml").exists()
+    )
 
 # %% tags=["run"]
 rows = [row for row in run.metrics if row.get("loss") is not None]
 first, last = rows[0], rows[-1]
 seconds = sum(row["seconds"] for row in rows)
-print(f"{last['step']} steps: loss {first['loss']:.2f} -> {last['loss']:.2f}; {last['tokens_per_second']:,.0f} tokens/s at the end")
+print(
+    f"{last['step']} steps: loss {first['loss']:.2f} -> {last['loss']:.2f}; {last['tokens_per_second']:,.0f} tokens/s at the end"
+)
 assert last["loss"] < first["loss"]
 
 # %% [markdown]
