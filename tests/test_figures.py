@@ -52,6 +52,13 @@ def test_nothing_is_drawn_outside(name):
         assert 0 < float(element.get("y")) <= height
 
 
+def test_a_figure_says_its_numbers_to_those_who_do_not_see_it():
+    assert repr(MADE["bars"]) == "<figure: lengths: 1-10 3.00 rows; 11-20 0.00 rows>"
+    assert repr(MADE["curves"]) == "<figure: loss: a from 2 to 1; b from 3 to 3>"
+    assert "QLoRA 2.0 GiB (rest 2.00)" in repr(MADE["stacks"])
+    assert parsed(MADE["bars"]).get("aria-label") == MADE["bars"].words
+
+
 def test_bars_are_as_long_as_their_numbers():
     root = parsed(figures.bars("", {"a": 4.0, "b": 1.0}))
     lengths = [float(r.get("width")) for r in root.iter(f"{SHAPES}rect") if r.get("stroke")]

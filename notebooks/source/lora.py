@@ -43,7 +43,7 @@ METHOD = "lora"
 # $$\text{full} = 16 N \qquad\qquad \text{LoRA} = 2 N + 16\, n$$
 #
 # with $N$ frozen parameters and $n$ new, trained ones (4 bytes each for value, gradient and two
-# means). All hangs on $n$ being small. For a matrix $W$ of $d_{out} \times d_{in}$, LoRA adds $A$
+# means); *activations*, what the layers hand on and keep for the way back, come on top. All hangs on $n$ being small. For a matrix $W$ of $d_{out} \times d_{in}$, LoRA adds $A$
 # ($r \times d_{in}$) and $B$ ($d_{out} \times r$), so
 #
 # $$n = \sum_{\text{matrices}} r\,(d_{in} + d_{out}).$$
@@ -391,6 +391,11 @@ moved = {
     for kind in KINDS
 }
 figures.bars("mean length of the update, by kind of matrix", moved)
+
+# %% [markdown]
+# **Exercises.** (1) Which layers moved most, the first or the last? Group by the number in the name.
+# (2) How many directions of each update carry 90% of its square sum? Would a smaller rank have done?
+# (3) Set all singular values but the first of each update to zero, and evaluate that adapter.
 
 # %include shared/evaluate.py
 # %include shared/export.py

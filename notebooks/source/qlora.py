@@ -371,5 +371,10 @@ figures.curves(
     "loss while training, the same rows in the same order", losses, x_label="step", log_y=True
 )
 
+# %% [markdown]
+# **Exercises.** (1) Give QLoRA rank 4 and rank 64: does more rank make up for the rounding? (2) Put
+# QLoRA's adapter onto the *unrounded* base (`run.export("merged", onto="original")`): which of the
+# two held-out losses that it prints is lower, and why is the adapter not at home there?
+
 # %include shared/evaluate.py
 # %include shared/export.py

@@ -37,14 +37,19 @@ class Figure:
         return f"<figure: {self.words}>"
 
 
-def figure(title: str, height: float, body: Iterable[str], width: float = WIDTH) -> Figure:
-    """A frame of `width` x `height` with its title, around shapes drawn by the functions here."""
-    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
+def figure(title: str, height: float, body: Iterable[str], told: Iterable[str] = ()) -> Figure:
+    """A frame with its title around shapes drawn by the functions here.
+
+    Args:
+        told: what the shapes say, for those who do not see them.
+    """
+    words = ": ".join([title, *filter(None, ["; ".join(told)])])
+    size = f'width="{WIDTH:g}" height="{height:g}" viewBox="0 0 {WIDTH:g} {height:g}"'
     head = text(20, 28, title, size=16, bold=True) if title else ""
     return Figure(
-        title,
+        words,
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
-        f'aria-label="{_escape(title)}" font-family="system-ui, Helvetica, Arial, sans-serif">'
+        f'aria-label="{_escape(words)}" font-family="system-ui, Helvetica, Arial, sans-serif">'
         f'<rect width="100%" height="100%" rx="8" fill="{PAPER}"/>{head}{"".join(body)}</svg>',
     )
 
@@ -119,7 +124,8 @@ def bars(title: str, rows: Mapping[str, float], unit: str = "", digits: int = 2)
         body.append(text(left - 10, y + 15, name, SOFT, anchor="end"))
         body.append(box(left, y, width, 20, COLORS[0]))
         body.append(text(left + width + 8, y + 15, f"{value:,.{digits}f} {unit}".strip()))
-    return figure(title, 58 + 30 * len(rows), body)
+    told = (f"{name} {value:,.{digits}f} {unit}".strip() for name, value in rows.items())
+    return figure(title, 58 + 30 * len(rows), body, told)
 
 
 def stacks(
@@ -150,7 +156,13 @@ def stacks(
         most = max(column.get(part, 0.0) for column in columns.values())
         body.append(box(28, y, 14, 14, COLORS[number % len(COLORS)]))
         body.append(text(50, y + 12, f"{part}: {most:.2f} {unit}", SOFT))
-    return figure(title, bottom + 24 * len(parts) + 22, body)
+    told = (
+        f"{name} {totals[name]:.1f} {unit} ("
+        + ", ".join(f"{part} {value:.2f}" for part, value in column.items())
+        + ")"
+        for name, column in columns.items()
+    )
+    return figure(title, bottom + 24 * len(parts) + 22, body, told)
 
 
 def curves(
@@ -194,7 +206,13 @@ def curves(
         body.append(line(placed, color, 2.2))
         if dots:
             body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in placed]
-    return figure(title, bottom + 58 + 22 * len(series), [*body, *_legend(series, bottom + 66)])
+    told = [
+        f"{name} from {_short(points[0][1])} to {_short(points[-1][1])}"
+        for name, points in finite.items()
+        if points
+    ]
+    body += _legend(series, bottom + 66)
+    return figure(title, bottom + 58 + 22 * len(series), body, told)
 
 
 def _legend(names: Iterable[str], y: float) -> list[str]:
@@ -257,7 +275,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def tokens(title: str, pieces: Iterable[tuple[str, bool, bool]], letters: int = 72) -> Figure:
+def tokens(title: str, pieces: Iterable[tuple[str, bool, bool]], letters: int = 70) -> Figure:
     """Text as a model sees it: (piece, trained, special); trained ones colored and underlined.
 
     Args:

@@ -64,7 +64,7 @@ inspected = lorakit.inspect(
     cutoff_len=256 if PROFILE == "small" else 2048,
     **HELD_OUT,
 )
-print("\n".join(str(inspected).splitlines()[:24]))
+print(str(inspected).partition("\nlength of")[0])
 
 # %% [markdown]
 # **Look at it.** Below is one example exactly as the model reads it. Only the colored, underlined

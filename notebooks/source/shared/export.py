@@ -47,11 +47,14 @@ if HUB_REPOSITORY:
     run.export("hub", repo=HUB_REPOSITORY)
 
 # %% [markdown]
+# **Exercises.** (1) Export with `dtype="bfloat16"` and with `"float32"`: how far apart are the KL
+# figures, and why? (2) Quantize to `Q4_K_M`: how much of the training survives?
+#
 # ---
 # ## 10 · Deployment
 #
 # ```bash
-# ollama create quillhaven -f runs/small-{METHOD}/export/ollama-Q8_0/Modelfile && ollama run quillhaven
+# ollama create town -f runs/NAME/export/ollama-Q8_0/Modelfile && ollama run town
 # vllm serve BASE --enable-lora --lora-modules mine=runs/NAME/adapter     # many requests, one base
 # lorakit serve runs/NAME                                                 # OpenAI's routes, this machine
 # ```
@@ -77,8 +80,8 @@ if PROFILE == "small":
 # Keep the adapter apart when several tasks share a base, merge when there is one. The template that
 # was trained with travels in `adapter/`: use that tokenizer, and the answers stay what they are here.
 #
-# **Exercises.** (1) Export with `dtype="bfloat16"` and with `"float32"`: how far apart are the KL
-# figures, and why? (2) Quantize to `Q4_K_M`: how much of the training survives?
+# **Exercises.** (1) Ask the Ollama model the questions of part 8: are the answers the same? (2) Train
+# a second adapter on other data and serve both on one base: `lorakit serve runs/ONE runs/TWO`.
 #
 # **Further reading.** LoRA, arXiv 2106.09685 · QLoRA, arXiv 2305.14314 · the PEFT and TRL
 # documentation · this project's `docs/guides`.
