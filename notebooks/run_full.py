@@ -29,6 +29,7 @@ PARTS = {
     "qlora": ["Plan", "Training", "Evaluation", "Export"],
 }
 BEFORE = ("Data", "The template")
+AFTER = ("What training changed", "Evaluation", "Export")
 
 
 def cells(method: str) -> list[tuple[str, set[str], str]]:
@@ -98,7 +99,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
             continue
         if {"theory", "machine"} & tags:
             continue
-        if heading == "Evaluation" and "run" not in names and "settings" in names:
+        if heading in AFTER and "run" not in names:
             names["run"] = trained(names)
         began = time.perf_counter()
         print(f"--- {heading}, cell {number}", flush=True)

@@ -322,9 +322,9 @@ figures.bars(
 )
 
 # %% [markdown]
-# Rank 1, one direction a matrix, already learns; more rank at the same $s$ helps at a falling
-# rate. At rank 16 the scale $s$ decides more than the rank does: a small one learns slowly, as
-# too small a learning rate would. That is why $\alpha$ is moved together with $r$ (the defaults
+# Rank 1, one direction a matrix, already learns, and more rank at the same $s$ learns faster. At
+# rank 16 the scale $s$ alone does as much as the rank did: a small one learns slowly, as too small
+# a learning rate would, and eight steps reward haste. That is why $\alpha$ is moved together with $r$ (the defaults
 # of lorakit: 16 and 32), or the scale is $\alpha / \sqrt{r}$ (`use_rslora`; Kalajdzievski 2023,
 # arXiv 2312.03732), which keeps the update's size when $r$ grows.
 #
