@@ -2,15 +2,18 @@
 # ### The laboratory
 #
 # The experiments of this part run on SmolLM2-135M in both profiles: all of its weights are here
-# in memory, and an experiment takes seconds. First, the whole of training in one cell. It is
-# what every trainer does at heart: *forward* (predict), *loss* (how wrong), *backward* (the
-# slope of the loss for each number, the *gradient*), and a step against the slope by AdamW
-# (arXiv 1711.05101), which sizes each number's step by that number's own recent gradients.
+# in memory, and an experiment takes seconds, on the CPU: the card stays free for your own model.
+#
+# First, the whole of training in one cell. It is what every trainer does at heart: *forward*
+# (predict), *loss* (how wrong), *backward* (the slope of the loss for each number, the
+# *gradient*), and a step against the slope by AdamW (arXiv 1711.05101), the *optimizer*, which
+# sizes each number's step by that number's own recent gradients.
 
 # %% tags=["theory", "quick"]
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+device = "cpu"
 laboratory = locate_model(lorakit.load_recipe(model="demo", data="demo").recipe)
 words = AutoTokenizer.from_pretrained(laboratory)
 base = AutoModelForCausalLM.from_pretrained(laboratory, dtype=torch.float32)

@@ -118,4 +118,3 @@ logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.manual_seed(0)
-device = "cuda" if torch.cuda.is_available() else "cpu"
