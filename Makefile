@@ -14,7 +14,7 @@ help:
 	@echo "make docs    guides, concepts and reference as a site, into site/"
 	@echo "make audit   ask the advisory service of the package index about every pinned package"
 	@echo "make fmt     format the code"
-	@echo "make notebooks  build and execute both notebooks (about ten minutes on 2 cores)"
+	@echo "make notebooks  build and execute both notebooks"
 	@echo "make bench   measure this machine (SHAPE=llama-2-7b METHOD=lora)"
 
 # torch comes first and by exact version: asked for by a range, pip may choose another build.

@@ -43,8 +43,9 @@ METHOD = "lora"
 # $$\text{full} = 16 N \qquad\qquad \text{LoRA} = 2 N + 16\, n$$
 #
 # with $N$ frozen parameters and $n$ new, trained ones (4 bytes each for value, gradient and two
-# means); *activations*, what the layers hand on and keep for the way back, come on top. All hangs on $n$ being small. For a matrix $W$ of $d_{out} \times d_{in}$, LoRA adds $A$
-# ($r \times d_{in}$) and $B$ ($d_{out} \times r$), so
+# means); *activations*, what the layers hand on and keep for the way back, come on top. All hangs
+# on $n$ being small. For a matrix $W$ of $d_{out} \times d_{in}$, LoRA adds $A$ ($r \times d_{in}$)
+# and $B$ ($d_{out} \times r$), so
 #
 # $$n = \sum_{\text{matrices}} r\,(d_{in} + d_{out}).$$
 
@@ -255,9 +256,11 @@ for title, (a, b) in starts.items():
 #
 # Backward needs what forward saw. A product $y = Wx$ keeps $x$ for $W$'s gradient, and needs $W$
 # for $x$'s. A frozen $W$ needs no $x$; but the adapter beside it does, for $A$. So **LoRA saves
-# the optimizer's memory, and of the activations only a part.** What saves those is *gradient
-# checkpointing* (Chen et al. 2016, arXiv 1604.06174): keep each layer's input alone, compute the
-# rest again on the way back, a third more work. The cell counts every saved tensor once.
+# the optimizer's memory, and of the activations hardly any.** What saves those is *gradient
+# checkpointing* (Chen et al. 2016, arXiv 1604.06174): keep each layer's input alone and compute
+# the rest again on the way back. Forward is one part of work; back, it is two for full fine-tuning
+# and little more than one for LoRA (no gradient of $W$). So the second forward costs a third
+# there, and up to a half here. The cell counts every saved tensor once.
 
 
 # %% tags=["theory"]
@@ -292,8 +295,8 @@ figures.bars(
 )
 
 # %% [markdown]
-# lorakit keeps less than either by writing the backward pass of a whole layer itself, and
-# recomputes exactly as much as the memory asks for: `keep` in the plan below.
+# On a GPU lorakit writes the backward pass of a whole layer itself, keeps less, and recomputes
+# only as much as the memory asks for: the plan below says how much that is.
 #
 # ### 4.6 Rank and alpha, swept
 #
@@ -324,13 +327,13 @@ figures.bars(
 # %% [markdown]
 # Rank 1, one direction a matrix, already learns, and more rank at the same $s$ learns faster. At
 # rank 16 the scale $s$ alone does as much as the rank did: a small one learns slowly, as too small
-# a learning rate would, and eight steps reward haste. That is why $\alpha$ is moved together with $r$ (the defaults
-# of lorakit: 16 and 32), or the scale is $\alpha / \sqrt{r}$ (`use_rslora`; Kalajdzievski 2023,
-# arXiv 2312.03732), which keeps the update's size when $r$ grows.
+# a learning rate would, and eight steps reward haste. That is why $\alpha$ is moved together with
+# $r$ (lorakit's defaults: 32 and 16), or the scale is $\alpha / \sqrt{r}$ (`use_rslora`;
+# Kalajdzievski 2023, arXiv 2312.03732), which keeps the update's size when $r$ grows.
 #
 # **Exercises.** (1) In 4.2, replace `AdamW` by plain `torch.optim.SGD` with `lr=0.05`: is the
-# update's rank lower now? Why should it be? (2) In 4.6, run $(64, 32)$ and $(4, 32)$ at `rate`
-# times and divided by 4: can you make $r = 4$ and $r = 64$ meet? (3) Put adapters on `q_proj` and
+# update's rank lower now? Why should it be? (2) In 4.6, run $(16, 4)$ with eight times the `rate`:
+# does it meet $(16, 32)$? Should it, given how AdamW sizes its steps? (3) Put adapters on `q_proj` and
 # `v_proj` alone, at a rank that gives as many parameters as rank 4 on all seven. Which is better?
 #
 # **Sources.** Hu et al. 2021, arXiv 2106.09685: eq. 3 (the layer), section 4.1 (initialization,

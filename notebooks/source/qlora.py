@@ -236,7 +236,7 @@ print(
 #
 # No product is computed in 4 bits. When a layer's turn comes, its weights are unpacked into 16
 # bits (here 32), multiplied with, and dropped. Two numbers lie in a byte, the first in the high
-# half. By hand (eq. 5 of the paper), to the bit what the library does:
+# half. By hand (eq. 6 of the paper), to the bit what the library does:
 
 # %% tags=["theory", "quick"]
 numbers = torch.stack([packed.flatten().long() >> 4, packed.flatten().long() & 15], -1).flatten()
@@ -248,7 +248,7 @@ print(
 assert torch.allclose(by_hand, library, atol=1e-7)
 
 # %% [markdown]
-# And the layer with its adapter (eq. 6): $y = \text{dequantize}(W_q)\,x + s\,BAx$. Gradients pass
+# And the layer with its adapter (eq. 5): $y = \text{dequantize}(W_q)\,x + s\,BAx$. Gradients pass
 # *through* the frozen 4-bit matrix to the layers below, but none is made *for* it.
 
 # %% tags=["theory", "quick"]
@@ -325,15 +325,16 @@ assert moved["NF4"] < moved["INT4"] and moved["NF4"] < moved["FP4"]
 figures.bars("KL divergence from the exact model, nats a token", moved, digits=3)
 
 # %% [markdown]
-# A small model suffers most from rounding; a 7B model has weights to spare.
+# NF4 loses least. Larger models lose less than this small one (Dettmers & Zettlemoyer 2022, arXiv
+# 2212.09720), and training around the loss is what the adapter does.
 #
 # **Exercises.** (1) Build a 3-bit NF3 with 8 values: what is its error? (2) Double the blocks to
 # 128: how many bits are saved, and what does the error gain? Is that a better bargain than double
 # quantization? (3) In 4.3 take `TAIL = 0.99`: is the error larger or smaller, and why?
 #
 # **Sources.** Dettmers et al. 2023, arXiv 2305.14314: eq. 1-2 (absmax), eq. 4 and appendix E
-# (NF4), section 3 (double quantization), eq. 5-6 (the layer). Dettmers & Zettlemoyer 2022, arXiv
-# 2212.09720 (why four bits). The adapter itself: Hu et al. 2021, arXiv 2106.09685.
+# (NF4), section 3 (double quantization), eq. 5-6 (the layer). Dettmers & Zettlemoyer 2022
+# (why four bits). The adapter itself: Hu et al. 2021, arXiv 2106.09685.
 
 # %include shared/plan.py
 # %include shared/train.py

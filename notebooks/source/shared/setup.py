@@ -100,6 +100,10 @@ free_gb = shutil.disk_usage(OUTPUT).free / 1e9
 assert free_gb > NEEDED_GB, f"{OUTPUT}: {free_gb:.0f} GB are free, {NEEDED_GB} are needed"
 print(f"{OUTPUT}: there is room for {NEEDED_GB} GB")
 
+# %% [markdown]
+# **Exercise.** Ask about a model that you have no access to, `lorakit doctor --model NAME`: what is
+# found, and which command mends it?
+
 # %% tags=["setting"]
 import json
 import logging
