@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -148,7 +149,9 @@ def main() -> None:
         notebook = only(notebook, asked.tag) if asked.tag else notebook
         with tempfile.TemporaryDirectory() as folder:
             seconds = execute(notebook, Path(folder))
-        print(f"{name}: executed in {seconds:.0f} s", file=sys.stderr)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = used.ru_utime + used.ru_stime
+        print(f"{name}: {seconds:.0f} s, processor time so far {spent:.0f} s", file=sys.stderr)
         if not asked.tag:
             write(notebook, path)
 
