@@ -54,11 +54,10 @@ def _read(name: str) -> str:
 
 
 def execute(notebook: Any, folder: Path, timeout: int = 900) -> float:
-    """Run all cells in `folder`; returns the seconds. Outputs are joined and checked.
+    """Run all cells in `folder`; returns the seconds.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
-        SystemExit: an output names a place of this machine.
     """
     from nbclient import NotebookClient
 
@@ -74,9 +73,6 @@ def execute(notebook: Any, folder: Path, timeout: int = 900) -> float:
     client.execute()
     for cell in notebook.cells:
         cell.get("metadata", {}).pop("execution", None)
-    told = sorted({found for cell in notebook.cells for found in private(cell)})
-    if told:
-        raise SystemExit(f"outputs name places of this machine: {', '.join(told)}")
     return time.perf_counter() - began
 
 
@@ -117,15 +113,22 @@ def keep_outputs(notebook: Any, path: Path) -> None:
 
 
 def write(notebook: Any, path: Path) -> None:
-    """Check and write it.
+    """Check and write it; one that is not fit to be committed goes to `build/` instead.
 
     Raises:
-        SystemExit: it is larger than a forge shows.
+        SystemExit: it is larger than a forge shows, or its outputs name places of this machine.
     """
     nbformat.validate(notebook)
     text = nbformat.writes(notebook, version=4) + "\n"
-    if len(text.encode()) > LARGEST:
-        raise SystemExit(f"{path.name}: {len(text.encode()):,} bytes, at most {LARGEST:,}")
+    told = sorted({found for cell in notebook.cells for found in private(cell)})
+    if told or len(text.encode()) > LARGEST:
+        aside = HERE.parent / "build" / path.name
+        aside.parent.mkdir(exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        raise SystemExit(
+            f"{path.name}: {len(text.encode()):,} bytes (at most {LARGEST:,}), and outputs name "
+            f"these places of this machine: {', '.join(told) or 'none'}; written to build/"
+        )
     path.write_text(text, encoding="utf-8")
     print(f"{path.name}: {len(notebook.cells)} cells, {len(text.encode()):,} bytes")
 

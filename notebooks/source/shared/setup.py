@@ -111,14 +111,14 @@ import math
 import warnings
 from importlib.resources import files
 
+warnings.filterwarnings("ignore")
 import torch
 import transformers
 
 import lorakit
 from lorakit import figures
 
-warnings.filterwarnings("ignore")
+torch.manual_seed(0)
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-torch.manual_seed(0)
