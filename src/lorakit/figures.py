@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lorakit.chart import short, ticks_between
 from lorakit.data.inspection import visible
 
 INK, SOFT, LINE, PAPER = "#1c1e21", "#5b6472", "#d8dce2", "#ffffff"
@@ -193,9 +194,9 @@ def curves(
     for value in up.ticks():
         y = up.at(value)
         body.append(line([(left, y), (right, y)], LINE, 1))
-        body.append(text(left - 8, y + 5, _short(value), SOFT, 13, "end"))
+        body.append(text(left - 8, y + 5, short(value), SOFT, 13, "end"))
     body += [
-        text(across.at(value), bottom + 20, _short(value), SOFT, 13, "middle")
+        text(across.at(value), bottom + 20, short(value), SOFT, 13, "middle")
         for value in across.ticks()
     ]
     body.append(line([(left, bottom), (right, bottom)], SOFT, 1))
@@ -207,7 +208,7 @@ def curves(
         if dots:
             body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in placed]
     told = [
-        f"{name} from {_short(points[0][1])} to {_short(points[-1][1])}"
+        f"{name} from {short(points[0][1])} to {short(points[-1][1])}"
         for name, points in finite.items()
         if points
     ]
@@ -262,17 +263,7 @@ class _Axis:
             step = max(1, math.ceil((last - first) / 7))
             powers = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1, step)
             return [base**power for power in powers]
-        rough = (self.high - self.low) / 5
-        power = 10 ** math.floor(math.log10(rough))
-        step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
-        first = math.ceil(self.low / step)
-        return [step * k for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-
-def _short(value: float) -> str:
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return ticks_between(self.low, self.high, 5)
 
 
 def tokens(title: str, pieces: Iterable[tuple[str, bool, bool]], letters: int = 70) -> Figure:
