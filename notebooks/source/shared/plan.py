@@ -22,7 +22,7 @@ print(f"fits: {planned.fits}; {planned.trainable:,} of {planned.parameters:,} pa
 # %% [markdown]
 # Where do the bytes go? Llama-2-7B with 2,048 tokens a row, drawn from the plan. LoRA's 15 GiB are
 # its weights in 16 bits and little else. In 4 bits they take a quarter: with a small adapter, one
-# row at a time and all recomputed, 6 GiB. The recipe as written has a larger adapter (rank 64) and
+# row at a time and all recomputed, a little over 6 GiB. The recipe as written has a larger adapter (rank 64) and
 # larger batches; within 6 GiB the frozen layers then wait in the computer's own memory and come to
 # the card two at a time (*streaming*: the same gradients, to the bit).
 
