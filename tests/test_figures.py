@@ -32,6 +32,7 @@ def parsed(figure):
 def test_a_figure_is_sound_and_has_nothing_a_forge_strips(name):
     root = parsed(MADE[name])
     assert root.tag == f"{SHAPES}svg"
+    assert root.attrib.pop("style") == "max-width:100%;height:auto"  # fits a phone
     for element in root.iter():
         assert element.tag.removeprefix(SHAPES) in {"svg", "rect", "text", "polyline", "circle"}
         assert not {"style", "class", "href", "onload"} & set(element.attrib)

@@ -19,6 +19,8 @@ INK, SOFT, LINE, PAPER = "#1c1e21", "#5b6472", "#d8dce2", "#ffffff"
 # Told apart in gray and by color-blind readers too.
 COLORS = ("#1d4ed8", "#c2410c", "#0a6b35", "#7a3e9d", "#b45309", "#475569")
 WIDTH = 640
+# The one style: a page narrower than that shrinks it. Where it is stripped nothing is lost.
+FITTED = 'style="max-width:100%;height:auto"'
 LETTER = 8.4  # width of a monospaced letter of 14 px
 
 Point = tuple[float, float]
@@ -49,7 +51,7 @@ def figure(title: str, height: float, body: Iterable[str], told: Iterable[str] =
     head = text(20, 28, title, size=16, bold=True) if title else ""
     return Figure(
         words,
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FITTED} role="img" '
         f'aria-label="{_escape(words)}" font-family="system-ui, Helvetica, Arial, sans-serif">'
         f'<rect width="100%" height="100%" rx="8" fill="{PAPER}"/>{head}{"".join(body)}</svg>',
     )
