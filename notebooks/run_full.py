@@ -94,6 +94,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     seconds = {"random weights": round(time.perf_counter() - began, 1)}
     os.chdir(work)
     names: dict[str, Any] = {"__name__": "__main__"}
+    not_met: list[str] = []
     for number, (heading, tags, source) in enumerate(cells(asked.method)):
         if heading not in (*BEFORE, *asked.parts) and "setting" not in tags:
             continue
@@ -103,7 +104,10 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
             names["run"] = trained(names)
         began = time.perf_counter()
         print(f"--- {heading}, cell {number}", flush=True)
-        run_cell(source, names, number)
+        try:
+            run_cell(source, names, number)
+        except AssertionError:  # that random weights learn is not promised: told, not the end
+            not_met.append(f"{heading}, cell {number}")
         seconds[heading] = round(seconds.get(heading, 0) + time.perf_counter() - began, 1)
         if "PROFILE" in names and "OUTPUT" not in names:
             names |= {"PROFILE": "full", "MODEL": str(model), "OUTPUT": Path("runs")}
@@ -111,7 +115,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
             names |= {"importlib": __import__("importlib.util")}
         if "settings" in names and asked.steps:
             names["settings"]["max_steps"] = asked.steps
-    return {"seconds": seconds, **figures_of(names)}
+    return {"seconds": seconds, "asserts_not_met": not_met, **figures_of(names)}
 
 
 def trained(names: dict[str, Any]) -> Any:
