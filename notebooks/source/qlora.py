@@ -373,6 +373,9 @@ figures.curves(
 )
 
 # %% [markdown]
+# The rounded base starts worse, and the adapter repairs some of the rounding as well: so QLoRA's gain
+# can be larger than LoRA's. What counts is where both end.
+#
 # **Exercises.** (1) Give QLoRA rank 4 and rank 64: does more rank make up for the rounding? (2) Put
 # QLoRA's adapter onto the *unrounded* base (`run.export("merged", onto="original")`): which of the
 # two held-out losses that it prints is lower, and why is the adapter not at home there?
