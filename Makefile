@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs fmt schema bench audit licenses clean
+.PHONY: demo test check docs fmt schema bench notebooks audit licenses clean
 .DEFAULT_GOAL = help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make docs    guides, concepts and reference as a site, into site/"
 	@echo "make audit   ask the advisory service of the package index about every pinned package"
 	@echo "make fmt     format the code"
+	@echo "make notebooks  build and execute both notebooks"
 	@echo "make bench   measure this machine (SHAPE=llama-2-7b METHOD=lora)"
 
 # torch comes first and by exact version: asked for by a range, pip may choose another build.
@@ -51,6 +52,9 @@ schema: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/lorakit bench --shape $(or $(SHAPE),smollm2-135m) --method $(or $(METHOD),lora)
+
+notebooks: $(VENV)/.ready
+	$(BIN)/python notebooks/build.py
 
 licenses: $(VENV)/.ready
 	$(BIN)/python docs/make_licenses.py > docs/licenses.md

@@ -18,6 +18,7 @@ LAYERS = [
     {"model"},
     {"placement", "memory", "train", "generate"},
     {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "planning"},
+    {"figures", "live"},
     {"fit", "demo"},
     {"preview", "run", "shown"},
     {"api"},

@@ -81,7 +81,10 @@ class Evaluation(EvalResult):
 
 def as_text(show: Callable[[Any, Console], None], value: Any) -> str:
     """What `show` prints of `value`, without color."""
-    console = Console(file=io.StringIO(), width=WIDTH, highlight=False, color_system=None)
+    # In a notebook rich would show HTML instead of writing into the buffer.
+    console = Console(
+        file=io.StringIO(), width=WIDTH, highlight=False, color_system=None, force_jupyter=False
+    )
     show(value, console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip("\n")
