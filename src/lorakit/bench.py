@@ -69,6 +69,7 @@ def run_bench(
     """
     meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
     with joined() as ranks:
+        console = console if ranks.first else Console(quiet=True)
         job = _job(shape, method, seq, micro_batch, accumulation, steps, overrides, lengths, ranks)
         # Each rank holds a part of one base: all make the same.
         seed_everything(job.recipe.seed)
