@@ -282,14 +282,30 @@ class Running:
         return said
 
 
+@pytest.fixture(scope="module")
+def in_trouble(recipe_file):
+    """Two runs of two ranks side by side, one rank of each killed or stopped: what came of it."""
+    started = {}
+    for fault in (signal.SIGSTOP, signal.SIGKILL):
+        path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
+        started[fault] = path, run, Running(path)
+    victims = {}
+    for fault, (_, run, running) in started.items():
+        victim = running.at_step(run, 5).rank(1)
+        os.kill(victim, fault)
+        victims[fault] = victim, time.monotonic()
+    ends = {}
+    for fault in reversed(started):
+        path, run, running = started[fault]
+        victim, since = victims[fault]
+        ends[fault] = path, run, running, victim, running.ended(), time.monotonic() - since
+    return ends
+
+
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(recipe_file, fault):
-    path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
-    running = Running(path).at_step(run, 5)
-    victim, since = running.rank(1), time.monotonic()
-    os.kill(victim, fault)
-    said = running.ended()
-    assert time.monotonic() - since < 60
+def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, fault):
+    path, run, running, victim, said, seconds = in_trouble[fault]
+    assert seconds < 60
     assert running.process.returncode == 1
     assert "rank 1 (cpu:1 on" in said
     assert f"process {victim}" in said
