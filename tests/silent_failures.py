@@ -207,8 +207,13 @@ CLASSES = [
         "[:-keep]",
         "[keep:]",
     ),
+    Class(
+        "one of several processes hangs, or has no data, and the others wait for ever",
+        "tests/test_heartbeat.py::test_a_silent_rank_is_named_with_its_last_step",
+        "heartbeat.py",
+        "elif now - self.changed[beat.rank][1] > SILENT_SECONDS:",
+        "elif False:",
+        "the judgment alone; a real process stopped, killed, failing at start or without a row: "
+        "tests/test_ranks_end_to_end.py",
+    ),
 ]
-
-# Not among them: a hang where several processes wait for one another on uneven data. A run is one
-# process as yet, and what it does itself cannot wait.
-ONE_PROCESS = "a hang on uneven data or a save"

@@ -322,6 +322,43 @@ def _limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize(
+    ("calls", "error", "words"),
+    [
+        ("fsync", "EIO", "Input/output error"),
+        ("?mkdir,mkdirat", "EACCES", "Permission denied"),
+        ("?rename,renameat,renameat2", "EROFS", "Read-only file system"),
+        ("write", "EDQUOT", "Disk quota exceeded"),
+    ],
+)
+def test_what_the_kernel_refuses_is_one_error_and_the_old_folder_stays(sealed, calls, error, words):
+    """The first such system call of a process of its own fails."""
+    code = f"""
+        from pathlib import Path
+        from lorakit.durable import staged
+        from lorakit.errors import WorkError
+        try:
+            with staged(Path({str(sealed)!r})) as folder:
+                (folder / "a.bin").write_text("new")
+        except WorkError as fault:
+            print(fault)
+    """
+    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}"]
+    strace += ["-e", f"inject={calls}:error={error}:when=1"]
+    python = [sys.executable, "-B", "-c", textwrap.dedent(code)]
+    done = subprocess.run([*strace, *python], capture_output=True, text=True)
+    if "ptrace" in done.stderr and done.returncode:
+        pytest.skip(f"strace may not trace here: {done.stderr.splitlines()[0]}")
+    assert done.stderr == ""
+    assert done.stdout.startswith("cannot write ")
+    assert words in done.stdout
+    assert "hint: " in done.stdout
+    verified(sealed)
+    assert (sealed / "a.bin").read_text() == "x"
+    assert [p.name for p in sealed.parent.iterdir()] == ["target"]
+
+
 def test_what_is_missing_is_counted(tmp_path, monkeypatch):
     import errno
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -52,10 +54,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe_file(tiny_recipe, tiny_model_dir, data, tmp_path_factory):
-    def write(**values):
+    def write(rows=data, **values):
         folder = tmp_path_factory.mktemp("ranks")
         run = folder / "run"
-        resolved = tiny_recipe(tiny_model_dir, data, run, **PLAIN | values)
+        resolved = tiny_recipe(tiny_model_dir, rows, run, **PLAIN | values)
         path = folder / "recipe.yaml"
         path.write_text(resolved.to_yaml())
         return path, RunDir(run)
@@ -130,6 +132,66 @@ def from_step_3(run, folder):
     return copy
 
 
+@pytest.fixture(scope="module")
+def forked(recipe_file, alone, data, tmp_path_factory):
+    """Runs of ranks that need no launcher of ours, in one go: {name: (run, rows, said, codes)}."""
+    jobs, runs = [], {}
+
+    def add(name, words, run, ranks=2, fails=None):
+        folder = tmp_path_factory.mktemp(name)
+        runs[name] = run, folder
+        words = ["train", *map(str, words), "--offline"]
+        jobs.append(
+            {"name": name, "words": words, "ranks": ranks, "folder": str(folder), "fails": fails}
+        )
+
+    resumed = from_step_3(alone, tmp_path_factory.mktemp("one-then-two"))
+    add("one then two", [resumed.recipe, "--resume"], resumed)
+    path, run = recipe_file(**SHARDED)
+    add("spread", [path], run)
+    epochs = {"max_steps": None, "epochs": 2.0, "val_size": 0}
+    for ranks in (1, 2):
+        path, run = recipe_file(**epochs)
+        add(f"epochs {ranks}", [path], run, ranks=ranks)
+    single = data.parent / "single.jsonl"
+    single.write_text(data.read_text().splitlines()[0] + "\n")
+    path, run = recipe_file(single, **epochs)
+    add("one row", [path], run)
+    path, run = recipe_file()
+    add("no memory", [path], run, fails=1)
+    script = Path(__file__).with_name("forked_ranks.py")
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps({"jobs": jobs})],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout)
+    return {name: Ended(*runs[name], **ends[name]) for name in runs}
+
+
+@dataclass
+class Ended:
+    run: RunDir
+    folder: Path
+    codes: list
+    seconds: float
+
+    def said(self, rank):
+        return (self.folder / f"said_{rank}.txt").read_text()
+
+    def rows(self, rank):
+        """Rows of the data that this rank computed, step by step."""
+        path = self.folder / f"rows_{rank}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def rows_of_all(self):
+        ranks = zip(*(self.rows(n) for n in range(len(self.codes))), strict=True)
+        return [sorted(row for rows in step for row in rows) for step in ranks]
+
+
 def test_two_ranks_have_the_numbers_of_one(shared, alone):
     run, said = shared
     assert "ranks    2 share each step" in said
@@ -145,19 +207,53 @@ def test_a_run_of_two_goes_on_alone(shared, alone, tmp_path):
     same(run, alone)
 
 
-def test_a_run_of_one_goes_on_with_two(alone, tmp_path):
-    run = from_step_3(alone, tmp_path)
-    assert "1 rank before, 2 now" in train(run.recipe, "--resume", gpus=2)
-    same(run, alone)
+def test_a_run_of_one_goes_on_with_two(alone, forked):
+    ended = forked["one then two"]
+    assert ended.codes == [0, 0], ended.said(0)
+    assert "1 rank before, 2 now" in ended.said(0)
+    same(ended.run, alone)
 
 
-def test_a_base_spread_over_ranks_computes_as_one_that_is_streamed(recipe_file):
-    path, run = recipe_file(**SHARDED)
+def test_a_base_spread_over_ranks_computes_as_one_that_is_streamed(recipe_file, forked):
     streamed, whole = recipe_file(**STREAMED)
     fit(load_recipe(streamed), QUIET)
-    assert "spread over 2" in train(path, gpus=2)
-    assert json.loads(run.plan.read_text())["placement"]["shards"] == 2
-    same(run, whole)
+    ended = forked["spread"]
+    assert ended.codes == [0, 0], ended.said(0)
+    assert "spread over 2" in ended.said(0)
+    assert json.loads(ended.run.plan.read_text())["placement"]["shards"] == 2
+    same(ended.run, whole)
+
+
+def test_each_row_is_computed_once_an_epoch_in_the_order_of_one_process(forked):
+    one, two = forked["epochs 1"], forked["epochs 2"]
+    assert one.codes + two.codes == [0, 0, 0], two.said(0)
+    steps = two.rows_of_all()
+    assert steps == one.rows_of_all()
+    assert len(steps) == 8
+    for epoch in (steps[:4], steps[4:]):
+        assert sorted(row for step in epoch for row in step) == list(range(1, 31))
+    assert all(two.rows(0)), "both have a part of every step"
+    assert all(two.rows(1))
+
+
+def test_one_row_for_two_ranks_hangs_nobody(forked):
+    ended = forked["one row"]
+    assert ended.codes == [0, 0], ended.said(0)
+    assert ended.rows(0) == [[1], [1]]
+    assert ended.rows(1) == [[], []]
+    assert len(losses(ended.run)) == 2
+    assert ended.run.has_adapter()
+
+
+def test_a_rank_without_memory_for_the_base_speaks_for_itself_and_ends_the_other(forked):
+    ended = forked["no memory"]
+    assert ended.codes == [1, 1]
+    assert ended.said(1).count("error:") == 1
+    assert "out of memory" in ended.said(1) or "not enough memory" in ended.said(1)
+    assert "error:" not in ended.said(0)
+    assert "Traceback" not in ended.said(0) + ended.said(1)
+    assert not ended.run.has_adapter()
+    assert ended.seconds < 60
 
 
 class Running:
@@ -186,14 +282,30 @@ class Running:
         return said
 
 
+@pytest.fixture(scope="module")
+def in_trouble(recipe_file):
+    """Two runs of two ranks side by side, one rank of each killed or stopped: what came of it."""
+    started = {}
+    for fault in (signal.SIGSTOP, signal.SIGKILL):
+        path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
+        started[fault] = path, run, Running(path)
+    victims = {}
+    for fault, (_, run, running) in started.items():
+        victim = running.at_step(run, 5).rank(1)
+        os.kill(victim, fault)
+        victims[fault] = victim, time.monotonic()
+    ends = {}
+    for fault in reversed(started):
+        path, run, running = started[fault]
+        victim, since = victims[fault]
+        ends[fault] = path, run, running, victim, running.ended(), time.monotonic() - since
+    return ends
+
+
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(recipe_file, fault):
-    path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
-    running = Running(path).at_step(run, 5)
-    victim, since = running.rank(1), time.monotonic()
-    os.kill(victim, fault)
-    said = running.ended()
-    assert time.monotonic() - since < 60
+def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, fault):
+    path, run, running, victim, said, seconds = in_trouble[fault]
+    assert seconds < 60
     assert running.process.returncode == 1
     assert "rank 1 (cpu:1 on" in said
     assert f"process {victim}" in said

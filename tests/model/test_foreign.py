@@ -167,7 +167,7 @@ def test_an_adapter_that_reaches_out_is_refused(finish, tmp_path, values, reason
     path = folder / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     with pytest.raises(ModelError, match=reason) as caught:
-        check_adapter(folder / "adapter")
+        check_adapter(folder / "adapter", ["model.layers.0.mlp.down_proj"])
     assert caught.value.hint
 
 

@@ -43,6 +43,19 @@ def test_switching_takes_milliseconds(runs):
     assert (time.perf_counter() - began) / 20 < 0.05
 
 
+def test_an_adapter_replaced_on_the_disk_goes_on_as_it_was(runs, tmp_path):
+    """A run trained anew, deleted or torn while it is served."""
+    run = RunDir(tmp_path / "served")
+    shutil.copytree(runs[0].path, run.path)
+    several = Several.of(run)
+    before = logits(several.model)
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # the very file, not a new one of its name
+    assert torch.equal(logits(several.model), before)
+    shutil.rmtree(run.path)
+    assert torch.equal(logits(several.model), before)
+
+
 def test_what_cannot_share_a_base_is_refused(runs, finish, tmp_path):
     several = Several.of(runs[0])
     with pytest.raises(RunError, match="is loaded already"):

@@ -16,6 +16,7 @@ from lorakit.data.render import habits_of
 from lorakit.data.template import stop_token_ids
 from lorakit.errors import ModelError
 from lorakit.hardware import detect_device
+from lorakit.model.count import count
 from lorakit.model.fingerprint import base_folder, check_base
 from lorakit.model.foreign import check_adapter
 from lorakit.model.load import (
@@ -115,7 +116,7 @@ def open_source(run: RunDir) -> Source:
         folder=base_folder(recipe, location),
         device=device,
         config=config,
-        adapter=check_adapter(run.adapter),
+        adapter=check_adapter(run.adapter, count(config).modules),
         names=tuple(adapter_names(run)),
         tokenizer=load_tokenizer(recipe, str(run.adapter)),
         conversations=tuple(conversations),

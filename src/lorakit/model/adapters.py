@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.errors import RecipeError
 from lorakit.model.families import lora_targets
 from lorakit.model.load import copy_biases, public_name, remember_biases
+from lorakit.model.patterns import check_patterns
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import ResolvedRecipe
 
@@ -33,6 +34,7 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
     """
     from peft import get_peft_model
 
+    check_patterns(recipe, (name for name, _ in base.named_modules() if name))
     biases = copy_biases(base) if recipe.bias != "none" else {}
     try:
         model = get_peft_model(base, lora_config(recipe), autocast_adapter_dtype=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.model.patterns import check_patterns
 from lorakit.recipe import Recipe
 
 Shape = tuple[str, int, int]
@@ -27,6 +28,7 @@ class Counted:
     """
 
     linear: tuple[Shape, ...]
+    modules: tuple[str, ...]  # names of all of them
     total: int
     embedding: int
     head: int  # 0 where it is the embedding's own tensor
@@ -39,7 +41,12 @@ class Counted:
 
 
 def targets(recipe: Recipe, counted: Counted) -> list[Shape]:
-    """The linear layers that get an adapter, by peft's rules: suffixes, or one pattern."""
+    """The linear layers that get an adapter, by peft's rules: suffixes, or one pattern.
+
+    Raises:
+        RecipeError: the pattern is none, or would not end.
+    """
+    check_patterns(recipe, counted.modules)
     wanted, left_out = recipe.target_modules, recipe.exclude_modules or []
 
     def ends(name: str, names: Sequence[str]) -> bool:
@@ -67,7 +74,7 @@ def trained(recipe: Recipe, counted: Counted) -> int:
     """Elements that train: two matrices a target, and whole modules that the recipe names."""
 
     def rank(name: str) -> int:
-        fits = (r for key, r in recipe.rank_pattern.items() if re.search(rf"(^|\.){key}$", name))
+        fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
         return next(fits, recipe.lora_r)
 
     pairs = sum(rank(n) * (i + o) for n, i, o in targets(recipe, counted))
@@ -117,6 +124,7 @@ def _count(keyed: _Keyed) -> Counted:
     tied = head is None or embedding is None or head.weight is embedding.weight
     return Counted(
         tuple(linear),
+        tuple(name for name, _ in model.named_modules() if name),
         sum(p.numel() for p in model.parameters()),
         0 if embedding is None else embedding.weight.numel(),
         0 if tied else head.weight.numel(),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError
+from lorakit.model.patterns import check_settings
 from lorakit.model.weight_files import read_header
 from lorakit.recipe import Recipe
 from lorakit.run_dir import ADAPTER_WEIGHTS
@@ -115,11 +116,15 @@ def check_tokenizer(folder: Path, recipe: Recipe) -> None:
             )
 
 
-def check_adapter(folder: Path) -> dict[str, Any]:
+def check_adapter(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """The adapter's config, once it and the weights are found whole and harmless.
 
+    Args:
+        names: of all modules of the base, which its patterns will meet.
+
     Raises:
-        ModelError: no LoRA adapter of peft, damaged, or it names modules to import.
+        ModelError: no LoRA adapter of peft, damaged, it names modules to import, or holds a
+            pattern that would not end.
     """
     path = folder / "adapter_config.json"
     values = read_object(path)
@@ -134,6 +139,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
                 f"{path}: {key} names Python modules to import; that is not done",
                 hint="remove that key, if you trust this adapter otherwise",
             )
+    check_settings(values, names, f"{path}: ", ModelError)
     read_header(folder / ADAPTER_WEIGHTS)
     return values
 

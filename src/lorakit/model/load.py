@@ -227,7 +227,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     base = load_base(recipe, location, device)
     biases = copy_biases(base) if recipe.bias != "none" else {}
     tokenizer = load_tokenizer(recipe, str(run.adapter))
-    check_adapter(run.adapter)
+    check_adapter(run.adapter, [name for name, _ in base.named_modules() if name])
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:

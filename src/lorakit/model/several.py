@@ -93,7 +93,8 @@ class Several:
                 f"{run.path}: it trained biases or whole modules, which cannot be switched",
                 hint="start it alone",
             )
-        check_adapter(run.adapter)
+        inner = self.model.get_base_model().named_modules()
+        check_adapter(run.adapter, [name for name, _ in inner if name])
         self.model.load_adapter(str(run.adapter), adapter_name=f"run_{len(self.tuned)}")
         tokenizer = load_tokenizer(recipe, str(run.adapter))
         self.tuned[name] = Tuned(name, f"run_{len(self.tuned)}", tokenizer, recipe.system)

@@ -1,0 +1,104 @@
+"""Ranks as torchrun starts them, forked from one process that has the imports behind it.
+
+    python forked_ranks.py '{"jobs": [...]}'
+
+A job is {"name", "words": of the command line, "ranks", "folder", "fails": a rank or null}. Into
+`folder` goes what each rank said (said_0.txt ...), its exit code, and the rows that it computed at
+each step (rows_0.jsonl ...).  `fails` lets a rank run out of memory while it loads the base.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
+
+
+def import_everything():
+    """Nothing here may start a thread."""
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import torch.distributed  # noqa: F401
+
+    import lorakit.cli.main
+    import lorakit.fit  # noqa: F401
+
+
+def free_port():
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return door.getsockname()[1]
+
+
+def keep_rows(path):
+    """Write down which rows of the data each step gives to this rank."""
+    from lorakit.train.trainer import LoraTrainer
+
+    plain = LoraTrainer._collate
+
+    def collate(trainer, rows):
+        made = plain(trainer, rows)
+        with path.open("a") as file:
+            file.write(json.dumps([e.origin.row for e in made["step"].examples]) + "\n")
+        return made
+
+    LoraTrainer._collate = collate
+
+
+def out_of_memory(*_args, **_kwargs):
+    import torch
+
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def rank(job, number, port):
+    """In a child: its exit code leaves."""
+    folder = Path(job["folder"])
+    said = os.open(folder / f"said_{number}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    if job["ranks"] > 1:
+        count = str(job["ranks"])
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    keep_rows(folder / f"rows_{number}.jsonl")
+    if job["fails"] == number:
+        from lorakit import fit
+
+        fit.load_base = out_of_memory
+    from lorakit.cli.main import main
+
+    sys.argv = ["lorakit", *job["words"]]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def run(job):
+    """All ranks of a job to their end."""
+    began, port, children = time.monotonic(), free_port(), []
+    for number in range(job["ranks"]):
+        child = os.fork()
+        if not child:
+            code = 99
+            try:
+                code = rank(job, number, port)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return {"codes": codes, "seconds": round(time.monotonic() - began, 1)}
+
+
+if __name__ == "__main__":
+    import_everything()
+    print(json.dumps({job["name"]: run(job) for job in json.loads(sys.argv[1])["jobs"]}))
