@@ -1,6 +1,7 @@
 """A sealed folder is whole or absent: interrupted, torn, tampered with, no room."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.durable import MANIFEST, Damaged, discard, staged, sweep, verified
+from lorakit.durable import MANIFEST, Damaged, discard, intact, staged, sweep, verified
 from lorakit.errors import WorkError
 from lorakit.run_dir import write_text
 
@@ -135,6 +136,24 @@ def test_damage_is_found_and_named(sealed, said):
         verified(sealed)
 
 
+def test_a_finished_folder_may_gain_and_lose_files_but_none_may_change(sealed):
+    (sealed / "README.md").write_text("mine")
+    (sealed / "a.bin").unlink()
+    intact(sealed)
+    flip(sealed)
+    with pytest.raises(Damaged, match=r"sub/b\.bin was changed"):
+        intact(sealed)
+    path = sealed / MANIFEST
+    whole = path.read_text()
+    path.write_text(whole.replace('"step": 5', '"step": 7'))
+    with pytest.raises(Damaged, match="MANIFEST"):
+        intact(sealed)
+    path.write_text(re.sub(r'"format": \d+', '"format": 0', whole))
+    intact(sealed)  # of another version, whose seal is not known here
+    path.unlink()
+    intact(sealed)
+
+
 def test_every_bit_of_a_manifest_counts(sealed):
     path = sealed / MANIFEST
     whole = path.read_bytes()
@@ -207,8 +226,6 @@ def test_files_then_folder_then_rename_then_parent(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_the_system_calls_come_in_that_order(tmp_path):
-    import re
-
     target, trace = tmp_path / "target", tmp_path / "trace.txt"
     code = textwrap.dedent(SAVE.format(target=str(target)))
     command = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync,rename,renameat,renameat2"]

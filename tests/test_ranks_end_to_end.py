@@ -284,14 +284,15 @@ class Running:
 
 @pytest.fixture(scope="module")
 def in_trouble(recipe_file):
-    """Two runs of two ranks side by side, one rank of each killed or stopped: what came of it."""
+    """Three runs of two ranks side by side; a rank, a rank and the launcher get a signal."""
     started = {}
-    for fault in (signal.SIGSTOP, signal.SIGKILL):
+    for fault in (signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM):
         path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
         started[fault] = path, run, Running(path)
     victims = {}
     for fault, (_, run, running) in started.items():
-        victim = running.at_step(run, 5).rank(1)
+        running.at_step(run, 5)
+        victim = running.process.pid if fault == signal.SIGTERM else running.rank(1)
         os.kill(victim, fault)
         victims[fault] = victim, time.monotonic()
     ends = {}
@@ -318,13 +319,9 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, faul
     assert len(losses(run)) == taken + 2
 
 
-def test_a_signal_to_the_launcher_saves_and_stops_all(recipe_file):
-    path, run = recipe_file(max_steps=5000, save_every=5000, val_size=0)
-    running = Running(path).at_step(run, 3)
-    running.process.send_signal(signal.SIGTERM)
-    said = running.ended()
+def test_a_signal_to_the_launcher_saves_and_stops_all(in_trouble):
+    _, run, running, _, said, _ = in_trouble[signal.SIGTERM]
     assert running.process.returncode == 128 + signal.SIGTERM
-    (kept,) = run.list_checkpoints()
-    assert checkpoint_step(kept) == len(losses(run))
+    assert checkpoint_step(run.list_checkpoints()[-1]) == len(losses(run))
     assert "Traceback" not in said
     assert "error:" not in said

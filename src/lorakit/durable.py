@@ -42,6 +42,10 @@ class Damaged(Exception):
     """A sealed folder is not as it was left; says what was found."""
 
 
+class OtherFormat(Damaged):
+    """The manifest is of another version."""
+
+
 @contextmanager
 def staged(
     target: Path, facts: Mapping[str, Any] | None = None, size: int | None = None
@@ -91,12 +95,35 @@ def verified(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{name} is missing")
         if name not in files:
             raise Damaged(f"{name} is foreign to it")
-        size = present[name].stat().st_size
-        if size != files[name]["bytes"]:
-            raise Damaged(f"{name} has {size:,} bytes instead of {files[name]['bytes']:,}")
-        if _sha256(present[name]) != files[name]["sha256"]:
-            raise Damaged(f"{name} was changed")
+        _compare(name, present[name], files[name])
     return manifest
+
+
+def intact(folder: Path) -> None:
+    """The files of a finished folder that are there are as `staged` left them.
+
+    Its owner may add a README, take a file out, or delete the manifest to change what he likes.
+
+    Raises:
+        Damaged: the manifest or one of its files was changed.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return
+    try:
+        files = _read_manifest(folder)["files"]
+    except OtherFormat:  # an older version's adapter is for ever
+        return
+    for name, facts in sorted(files.items()):
+        if (folder / name).is_file():
+            _compare(name, folder / name, facts)
+
+
+def _compare(name: str, path: Path, facts: Mapping[str, Any]) -> None:
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise Damaged(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
+    if _sha256(path) != facts["sha256"]:
+        raise Damaged(f"{name} was changed")
 
 
 def discard(folder: Path) -> None:
@@ -197,7 +224,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raw = path.read_bytes()
         values = json.loads(raw)
         if values.get("format", 1) != FORMAT:
-            raise Damaged(f"it has format {values.get('format', 1)}, this version reads {FORMAT}")
+            raise OtherFormat(
+                f"it has format {values.get('format', 1)}, this version reads {FORMAT}"
+            )
         values.pop("seal", None)
         # Written again from what was read: a byte that differs anywhere shows.
         if _manifest(values) != raw:

@@ -25,6 +25,7 @@ def test_an_adapter_that_lacks_a_module_is_refused(variant_run, tmp_path):
     tensors = load_file(run.adapter / ADAPTER_WEIGHTS)
     lost = next(n for n in tensors if "lora_B" in n)
     save_file({n: t for n, t in tensors.items() if n != lost}, run.adapter / ADAPTER_WEIGHTS)
+    (run.adapter / "MANIFEST.json").unlink()
     (tmp_path / "m").mkdir()
     with pytest.raises(ModelError, match="holds nothing for"):
         write_merged(open_source(run), tmp_path / "m", "trained", "float32")

@@ -171,6 +171,22 @@ def test_an_adapter_that_reaches_out_is_refused(finish, tmp_path, values, reason
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json"])
+def test_a_file_that_changed_since_training_is_named(finish, tmp_path, name):
+    """One bit is enough; another tokenizer's file too."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(finish().run.adapter, folder)
+    check_adapter(folder, [])
+    raw = bytearray((folder / name).read_bytes())
+    raw[-2] ^= 1
+    (folder / name).write_bytes(raw)
+    with pytest.raises(ModelError, match=f"{name} was changed: it is not the adapter") as caught:
+        check_adapter(folder, [])
+    assert "--resume" in caught.value.hint
+    (folder / "MANIFEST.json").unlink()
+    check_adapter(folder, [])
+
+
 def test_a_torn_adapter_of_a_run_is_named_before_peft_sees_it(finish, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finish().run.path, folder)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.durable import Damaged, intact
 from lorakit.errors import ModelError
 from lorakit.model.patterns import check_settings
 from lorakit.model.weight_files import read_header
@@ -124,7 +125,7 @@ def check_adapter(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         ModelError: no LoRA adapter of peft, damaged, it names modules to import, or holds a
-            pattern that would not end.
+            pattern that would not end; or it is not what training saved.
     """
     path = folder / "adapter_config.json"
     values = read_object(path)
@@ -141,6 +142,14 @@ def check_adapter(folder: Path, names: Iterable[str]) -> dict[str, Any]:
             )
     check_settings(values, names, f"{path}: ", ModelError)
     read_header(folder / ADAPTER_WEIGHTS)
+    try:
+        intact(folder)
+    except Damaged as trouble:
+        raise ModelError(
+            f"{folder}: {trouble}: it is not the adapter that training saved",
+            hint="to have that again, delete this folder and start `lorakit train` on the run's "
+            "recipe.yaml with --resume; to use it as it is, delete its MANIFEST.json",
+        ) from trouble
     return values
 
 
