@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,20 +145,28 @@ def main() -> None:
     unknown = set(asked.names) - set(NOTEBOOKS)
     if unknown:
         raise SystemExit(f"no notebook {', '.join(unknown)}; there are: {', '.join(NOTEBOOKS)}")
-    for name in asked.names or NOTEBOOKS:
-        notebook, path = assemble(name), NOTEBOOKS[name]
-        if asked.no_run:
-            keep_outputs(notebook, path)
-            write(notebook, path)
-            continue
-        notebook = only(notebook, asked.tag) if asked.tag else notebook
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = execute(notebook, Path(folder))
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = used.ru_utime + used.ru_stime
-        print(f"{name}: {seconds:.0f} s, processor time so far {spent:.0f} s", file=sys.stderr)
-        if not asked.tag:
-            write(notebook, path)
+    names = asked.names or list(NOTEBOOKS)
+    # Side by side, each kernel with its part of the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(names))))
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: build(name, not asked.no_run, asked.tag), names))
+
+
+def build(name: str, run: bool, tag: str | None) -> None:
+    """Assemble one notebook, execute it and write it; with `tag` nothing is written."""
+    notebook, path = assemble(name), NOTEBOOKS[name]
+    if not run:
+        keep_outputs(notebook, path)
+        write(notebook, path)
+        return
+    notebook = only(notebook, tag) if tag else notebook
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = execute(notebook, Path(folder))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = used.ru_utime + used.ru_stime
+    print(f"{name}: {seconds:.0f} s, processor time so far {spent:.0f} s", file=sys.stderr)
+    if not tag:
+        write(notebook, path)
 
 
 if __name__ == "__main__":
