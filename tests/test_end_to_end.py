@@ -21,7 +21,7 @@ def test_the_demo_learns_its_town(tmp_path, monkeypatch, capsys):
 
     sets = {
         "val_data": "demo:heldout",
-        "max_steps": 24,
+        "max_steps": 14,
         "micro_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "learning_rate": 2e-3,
