@@ -11,6 +11,7 @@ FILE, so that what both notebooks say is written once.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import os
 import re
@@ -72,7 +73,9 @@ def execute(notebook: Any, folder: Path, timeout: int = 900) -> float:
         coalesce_streams=True,
         record_timing=False,
     )
+    before = copy.deepcopy(notebook.metadata)
     client.execute()
+    notebook.metadata = before  # less what the kernel says of itself: its version changes
     for cell in notebook.cells:
         cell.get("metadata", {}).pop("execution", None)
     return time.perf_counter() - began
