@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from lorakit.data.inspection import visible
@@ -271,17 +274,46 @@ def talk(session: ChatSession, title: str, stdout: TextIO) -> None:
             stdout.write("\n")
             return
         answer = session.handle(line)
-        try:
-            for piece in answer:
-                stdout.write(visible(piece))  # a model may not steer the terminal
-                stdout.flush()
-        except KeyboardInterrupt:
+        with _ctrl_c() as pressed:
+            try:
+                for piece in answer:
+                    stdout.write(visible(piece))  # a model may not steer the terminal
+                    stdout.flush()
+                    if pressed.is_set():
+                        break
+            except KeyboardInterrupt:
+                pressed.set()
+            finally:
+                answer.close()  # type: ignore[attr-defined]
+        if pressed.is_set():
             stdout.write(" [stopped]")
-        finally:
-            answer.close()  # type: ignore[attr-defined]
         if line.strip() and not session.ended:
             stdout.write("\n\n")
             stdout.flush()
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Set by a first Ctrl-C, which ends the answer at its next piece; a second one interrupts.
+
+    An exception may come up anywhere, also where a library's callback swallows it: on a loaded
+    machine an answer went on for a minute.
+    """
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _folder(name: str) -> Path | None:
