@@ -33,7 +33,7 @@ def pair(store):
     theirs = Watch(store, 1, 2, "cuda:1")
     mine.ended = None
     mine.own.state = "ready"
-    mine.at(118, "step_000100 is the last checkpoint")
+    mine.at(118, lambda: "step_000100 is the last checkpoint")
     return mine, theirs
 
 
@@ -51,7 +51,7 @@ def test_who_beats_is_well(store):
 
 def test_a_silent_rank_is_named_with_its_last_step(store, monkeypatch):
     mine, theirs = pair(store)
-    theirs.at(117, "")
+    theirs.at(117, str)
     theirs.say()
     assert judged(mine) is None
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.0)
@@ -112,7 +112,7 @@ def test_the_process_ends_though_its_main_thread_hangs(tmp_path):
         other.say()
         mine = heartbeat.Heartbeat(store, 0, 2, "cpu:0")
         mine.own.state = "ready"
-        mine.at(3, "kept", Path({str(tmp_path)!r}))
+        mine.at(3, lambda: "kept", Path({str(tmp_path)!r}))
         mine.start()
         time.sleep(60)
     """

@@ -30,7 +30,7 @@ from lorakit.model.shapes import shape_config
 from lorakit.planning.training import plan_training
 from lorakit.ranks import Ranks, joined, shared_device
 from lorakit.recipe import Recipe
-from lorakit.recipe_file import load_recipe
+from lorakit.recipe_file import ResolvedRecipe, load_recipe
 from lorakit.records import IGNORE, Device, Example, MemoryPlan, Origin
 from lorakit.run_dir import RunDir
 from lorakit.train.progress import TrainingProgress
@@ -67,17 +67,21 @@ def run_bench(
         (torch's allocator), peak_process_gib (the driver's figure for the card, this process'
         share; the largest of all ranks), and everything needed to repeat it.
     """
+    flags = {
+        "model": shape,
+        "data": "random tokens",
+        "method": method,
+        "cutoff_len": seq,
+        "micro_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "probe": False,  # the first step is one
+    }
     meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
     with joined() as ranks:
         console = console if ranks.first else Console(quiet=True)
-        job = _job(shape, method, seq, micro_batch, accumulation, steps, overrides, lengths, ranks)
-        # Each rank holds a part of one base: all make the same.
-        seed_everything(job.recipe.seed)
-        if job.plan.placement.shards > 1:
-            ranks.take_baton()
-        four_bit, elsewhere = method == "qlora", job.plan.placement.base_elsewhere
-        base = random_model(job.config, job.device, four_bit, elsewhere)
-        model = add_adapter(base, job.recipe)
+        job = _job(load_recipe(None, overrides, flags), lengths, ranks)
+        model = _model(job)
         trainable, total = count_parameters(model)
         console.print(
             f"{shape} {method} on {ranks.count} x {job.device.name}: {trainable:,} of {total:,} "
@@ -98,30 +102,10 @@ def run_bench(
     }
 
 
-def _job(
-    shape: str,
-    method: str,
-    seq: int,
-    micro_batch: int | None,
-    accumulation: int | None,
-    steps: int,
-    overrides: Sequence[str],
-    lengths: str,
-    ranks: Ranks,
-) -> _Job:
-    flags = {
-        "model": shape,
-        "data": "random tokens",
-        "method": method,
-        "cutoff_len": seq,
-        "micro_batch_size": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "max_steps": steps,
-        "probe": False,  # the first step is one
-    }
-    resolved = load_recipe(None, overrides, flags)
+def _job(resolved: ResolvedRecipe, lengths: str, ranks: Ranks) -> _Job:
+    """The recipe's model is a shape's name."""
     device = shared_device(detect_device(resolved.recipe.dtype), ranks)
-    config = shape_config(shape)
+    config = shape_config(resolved.recipe.model)
     recipe = resolve_targets(resolved, config).recipe
     plan = plan_training(recipe, config, device)
     return _Job(recipe, config, device, plan, lengths, ranks)
@@ -137,6 +121,17 @@ class _Job:
     plan: MemoryPlan
     lengths: str
     ranks: Ranks
+
+
+def _model(job: _Job) -> Any:
+    """Random weights, the same on every rank: each may hold a part of one base."""
+    seed_everything(job.recipe.seed)
+    placement = job.plan.placement
+    if placement.shards > 1:
+        job.ranks.take_baton()
+    four_bit = job.recipe.method == "qlora"
+    base = random_model(job.config, job.device, four_bit, placement.base_elsewhere)
+    return add_adapter(base, job.recipe)
 
 
 def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:

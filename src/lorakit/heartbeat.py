@@ -16,10 +16,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 BEAT_SECONDS = 1.0
 # A live process beats whatever it computes; what holds all its threads up for so long is no step.
@@ -48,17 +51,13 @@ class Beat:
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.device} on {self.host}, process {self.pid})"
 
+    def beside(self, own: Beat) -> bool:
+        """Whether both are processes of one machine, or of one container in it."""
+        return (self.host, self.space) == (own.host, own.space)
+
     def dead(self, own: Beat) -> bool:
         """Whether the process is known to be gone; of another machine's nothing is known."""
-        if (self.host, self.space) != (own.host, own.space):
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
+        return self.beside(own) and not psutil.pid_exists(self.pid)
 
 
 def key(rank: int) -> str:
@@ -71,7 +70,6 @@ class Heartbeat(threading.Thread):
 
     Args:
         store: a connection of this thread's own.
-        words: how a run goes on afterwards, for the last message.
     """
 
     def __init__(self, store: Any, rank: int, count: int, device: str) -> None:
@@ -79,7 +77,7 @@ class Heartbeat(threading.Thread):
         self.store, self.count = store, count
         space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
         self.own = Beat(rank, os.getpid(), socket.gethostname(), space, device)
-        self.words = "nothing was trained yet"
+        self.kept: Callable[[], str] = lambda: "nothing was trained yet"
         self.folder: Path | None = None
         self.done = threading.Event()
         self.parent = os.getppid()
@@ -93,9 +91,9 @@ class Heartbeat(threading.Thread):
         self.own.count += 1
         self.store.set(key(self.own.rank), json.dumps(asdict(self.own)))
 
-    def at(self, step: int, words: str, folder: Path | None = None) -> None:
-        """Step `step` is taken; `words` and `folder` are for the message at a sudden end."""
-        self.own.step, self.words, self.folder = step, words, folder
+    def at(self, step: int, kept: Callable[[], str], folder: Path | None = None) -> None:
+        """Step `step` is taken; what `kept` then says, and `folder`, are for a sudden end."""
+        self.own.step, self.kept, self.folder = step, kept, folder
 
     def leave(self, state: str) -> None:
         """Say goodbye: nobody takes this process's silence for a fault."""
@@ -166,7 +164,7 @@ class Heartbeat(threading.Thread):
         return "\n".join(
             [
                 *lines,
-                f"  {self.words}",
+                f"  {self.kept()}",
                 f"hint: {hint}start again with --resume: nothing saved is lost",
             ]
         )
@@ -180,7 +178,7 @@ class Heartbeat(threading.Thread):
             sys.stderr.flush()
         for beat in troubled:
             # A stopped process would outlive all; torchrun waits 30 s for it.
-            if (beat.host, beat.space) == (self.own.host, self.own.space):
+            if beat.beside(self.own):
                 with suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)
         time.sleep(GRACE_SECONDS)

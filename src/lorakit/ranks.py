@@ -106,10 +106,10 @@ class Ranks:
         if self.count > 1:
             self.store.set(f"baton/{self.number}", "")
 
-    def at(self, step: int, words: str, folder: Any = None) -> None:
-        """For the message at a sudden end: the last step, and what is kept."""
+    def at(self, step: int, kept: Callable[[], str], folder: Any = None) -> None:
+        """For the message at a sudden end: the last step, and who says what is kept."""
         if self.heartbeat is not None:
-            self.heartbeat.at(step, words, folder)
+            self.heartbeat.at(step, kept, folder)
 
     def _together(self, work: Callable[[], Any]) -> None:
         try:

@@ -124,7 +124,7 @@ class LoraTrainer(ResumableTrainer):
             loss = self.together.add(self._gradients(), loss)
         self.step_tokens += inputs["tokens"]
         self.step_loss, self.step_examples = loss, inputs["examples"]
-        self.ranks.at(self.state.global_step + 1, self.last_checkpoint(), self.run.path)
+        self.ranks.at(self.state.global_step + 1, self.last_checkpoint, self.run.path)
         # The log adds losses up; what is not finite is counted by the guard.
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
