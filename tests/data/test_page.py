@@ -1,8 +1,7 @@
 """The page holds what the inspection holds, loads nothing, and no text of the data is markup."""
 
-from html.parser import HTMLParser
-
 import pytest
+from tests.pages import Reader
 
 from lorakit.data.inspection import Inspection, Piece, Shown
 from lorakit.data.lengths import measure
@@ -51,27 +50,6 @@ PAYLOADS = [
     "\uff1cscript\uff1e", "+ADw-script+AD4-", "{{constructor.constructor('a()')()}}",
     "<x onclick=alert(1)>", "javascript:alert(1)", "<marquee onstart=alert(1)>",
 ]  # fmt: skip
-
-
-class Reader(HTMLParser):
-    """All tags with their attributes, and the text between them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 def test_the_page_is_whole_and_loads_nothing():

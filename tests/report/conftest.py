@@ -1,42 +1,14 @@
-"""A run's folder made of files alone, to be bent by each test, and a reader of pages."""
+"""A run's folder made of files alone, to be bent by each test."""
 
 import json
-from html.parser import HTMLParser
 
 import pytest
+from tests.pages import Reader
 
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir, append_metrics, write_json
 
 PARTS = {"frozen weights": 9_000_000, "adapters (float32)": 400_000, "nothing much": 1}
-
-
-class Reader(HTMLParser):
-    """All tags with their attributes, and the text between them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "path"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self):
-        return "".join(self.texts)
 
 
 @pytest.fixture
