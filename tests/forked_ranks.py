@@ -38,15 +38,15 @@ def keep_rows(path):
     """Write down which rows of the data each step gives to this rank."""
     from lorakit.train.trainer import LoraTrainer
 
-    plain = LoraTrainer._collate
+    plain = LoraTrainer._ready
 
-    def collate(trainer, rows):
+    def ready(trainer, rows):
         made = plain(trainer, rows)
         with path.open("a") as file:
-            file.write(json.dumps([e.origin.row for e in made["step"].examples]) + "\n")
+            file.write(json.dumps([e.origin.row for e in made.own.examples]) + "\n")
         return made
 
-    LoraTrainer._collate = collate
+    LoraTrainer._ready = ready
 
 
 def out_of_memory(*_args, **_kwargs):

@@ -230,7 +230,7 @@ def _word_tokenizer() -> Any:
 
 
 class _Clock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, device work included, and its tokens."""
+    """Wall-clock seconds from one optimizer step's end to the next one's, and its tokens."""
 
     def __init__(self, device: Device, trainer: LoraTrainer) -> None:
         self.device, self.trainer = device, trainer
@@ -239,12 +239,15 @@ class _Clock(TrainerCallback):
         self.start = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._wait()
-        self.start = time.perf_counter()
+        if not self.seconds:
+            self._wait()
+            self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._wait()
-        self.seconds.append(time.perf_counter() - self.start)
+        end = time.perf_counter()
+        self.seconds.append(end - self.start)
+        self.start = end
         self.tokens.append(self.trainer.step_tokens)
 
     def _wait(self) -> None:

@@ -61,6 +61,14 @@ def test_the_environment_has_versions(make_run):
     assert "torch 2.13.0+cpu" in environment(read_run(make_run()))
 
 
+def test_a_package_that_was_not_there_is_not_asked_for_again(make_run, edit):
+    run = make_run()
+    edit(run.environment, versions={"torch": "2.13.0+cpu", "bitsandbytes": None})
+    found = read_run(run)
+    assert "pip install torch==2.13.0\n" in "".join(reproduce(found)).replace("</", "\n</")
+    assert "bitsandbytes" not in environment(found)
+
+
 def test_several_ranks_are_named(make_run, edit):
     run = make_run()
     assert "Ranks" not in environment(read_run(run))

@@ -55,7 +55,7 @@ def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path, pack
         tiny_model_dir, tmp_path, rows, max_steps=1, micro_batch_size=4, packing=packing
     )
     assert trainer.layout.packed == packing == trainer.packing.startswith("on: ")
-    step = next(iter(trainer.get_train_dataloader()))["step"]
+    step = next(iter(trainer.get_train_dataloader()))["ready"]().own
     seen = set()
     for micro in step.micro:
         if "lengths" in micro:
@@ -68,6 +68,21 @@ def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path, pack
     assert step.supervised == sum(r.trained_tokens for r in rows)
     assert sum(len(m["targets"]) for m in step.micro) == step.supervised
     assert step.tokens == 328
+
+
+def test_the_next_step_is_made_ready_before_this_one_is_taken(tiny_model_dir, tmp_path):
+    """The card computes meanwhile; afterwards it would wait for it."""
+    rows = examples([9, 7, 12, 9] * 8)
+    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=4)
+    plain, taken = trainer._ready, []
+
+    def ready(rows):
+        taken.append(trainer.state.global_step)
+        return plain(rows)
+
+    trainer._ready = ready
+    trainer.train()
+    assert taken == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

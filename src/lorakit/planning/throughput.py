@@ -31,9 +31,9 @@ ENGINE_TRAFFIC, ENGINE_OVERHEAD = 11.2, 436e-6
 OWN_TRAFFIC, OWN_OVERHEAD = 32.5, 4.4e-3
 # What AdamW on the host reads and writes a second: an estimate for a desktop's two channels.
 HOST_GBS = 20
-# What a step of two H100 took beyond half of one's, and beyond the wires' time: 27 ms with LoRA,
-# 15 ms with QLoRA (scale_*.json). What does not divide, and the wait for the slower one.
-MEETING_SECONDS = 0.02
+# What a step of two H100 took beyond half of one's, and beyond the wires' time: 9 ms with LoRA,
+# 11 ms with QLoRA (scale_*.json). What does not divide, and the wait for the slower one.
+MEETING_SECONDS = 0.01
 # One core: SmolLM2 and Llama-3.2-1B shapes took 60 to 110 GFLOP/s in bfloat16 with AMX.
 CPU_CORE_FLOPS = {"bfloat16": 90e9, "float32": 35e9}
 

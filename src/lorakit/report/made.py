@@ -82,7 +82,7 @@ def environment(record: Record) -> str:
     found = record.environment
     if not found:
         return '<p class="soft">This run has no environment.json.</p>'
-    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in record.versions.items())
     reasons = found.get("reasons", {})
     return facts(
         {
@@ -99,8 +99,7 @@ def environment(record: Record) -> str:
 
 def reproduce(record: Record) -> list[str]:
     """Commands and a recipe that give this run again."""
-    versions = record.environment.get("versions", {})
-    pins = " ".join(shlex.quote(f"{k}=={v.partition('+')[0]}") for k, v in versions.items())
+    pins = " ".join(shlex.quote(f"{k}=={v.partition('+')[0]}") for k, v in record.versions.items())
     kept = {
         key: value
         for key, value in record.shown.items()

@@ -79,10 +79,9 @@ def page(record: Record) -> str:
 
 
 def _footer(record: Record) -> str:
-    versions = record.environment.get("versions", {})
     return (
-        f"Made by lorakit {escape(str(versions.get('lorakit', '')))} from the files of this run "
-        "alone. <code>train</code>, <code>eval</code> and <code>export</code> renew it, and so "
+        f"Made by lorakit {escape(str(record.versions.get('lorakit', '')))} from the files of this "
+        "run alone. <code>train</code>, <code>eval</code> and <code>export</code> renew it, and so "
         f"does <code>lorakit report {escape(record.name)}</code>."
     )
 

@@ -47,6 +47,11 @@ class Record:
         return [y for _, y in self.column(key) if y is not None]
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Of the packages the run had; bitsandbytes is not everywhere."""
+        return {k: v for k, v in self.environment.get("versions", {}).items() if v is not None}
+
+    @property
     def seconds(self) -> float:
         """Time spent in steps; `seconds` of a row is that of one step."""
         last, total = 0, 0.0

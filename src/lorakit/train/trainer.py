@@ -8,9 +8,10 @@ absent, and a step that memory does not hold or that is not finite leaves no tra
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ from lorakit.train.together import Together, own_share
 from lorakit.train.trackers import Sheltered
 from lorakit.train.watch import Watch, planned_rate
 from lorakit.train.within_memory import WithinMemory
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyStep:
+    """All examples of a step, and those of this rank laid out."""
+
+    own: StepBatch
+    examples: list[Example]
+    tokens: int
+    supervised: int
 
 
 class LoraTrainer(ResumableTrainer):
@@ -119,11 +130,13 @@ class LoraTrainer(ResumableTrainer):
         if self.to_probe:
             self.to_probe = False
             self.memory.probe(model)
-        loss = self.memory.run(model, inputs["step"], 1 / max(1, inputs["supervised"]))
+        ready: ReadyStep = inputs["ready"]()
+        loss = self.memory.run(model, ready.own, 1 / max(1, ready.supervised))
         if self.ranks.count > 1:
             loss = self.together.add(self._gradients(), loss)
-        self.step_tokens += inputs["tokens"]
-        self.step_loss, self.step_examples = loss, inputs["examples"]
+        self.step_tokens += ready.tokens
+        self.step_loss, self.step_examples = loss, ready.examples
+        self.next_step()  # while the card computes: 4 ms for 8 rows of 2,048 tokens
         self.ranks.at(self.state.global_step + 1, self.last_checkpoint, self.run.path)
         # The log adds losses up; what is not finite is counted by the guard.
         return torch.where(torch.isfinite(loss), loss, 0.0)
@@ -308,10 +321,13 @@ class LoraTrainer(ResumableTrainer):
             ) from error
 
     def _collate(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
-        """The examples of one step, and those of this rank laid out.
+        """A step that is made ready at its first call; accelerate asks for it one step ahead."""
+        self.next_step = functools.cache(functools.partial(self._ready, rows))
+        return {"ready": self.next_step}
 
-        Raises:
-            DataError: one of them cannot be read.
+    def _ready(self, rows: Sequence[dict[str, int]]) -> ReadyStep:
+        """Raises:
+        DataError: an example cannot be read.
         """
         examples = []
         for row in rows:
@@ -324,12 +340,12 @@ class LoraTrainer(ResumableTrainer):
                     hint="is the disk with the cache still there? go on with --resume, which "
                     "prepares it anew",
                 ) from error
-        return {
-            "step": step_batches(own_share(examples, self.ranks), self.layout),
-            "examples": examples,
-            "tokens": sum(len(e.input_ids) for e in examples),
-            "supervised": sum(e.trained_tokens for e in examples),
-        }
+        return ReadyStep(
+            step_batches(own_share(examples, self.ranks), self.layout),
+            examples,
+            sum(len(e.input_ids) for e in examples),
+            sum(e.trained_tokens for e in examples),
+        )
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""
