@@ -138,7 +138,8 @@ def _with_adapter(skeleton: Any, source: Source) -> Any:
     config = PeftConfig.from_pretrained(str(source.run.adapter))
     config.inference_mode = True
     model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-    tensors = {_live_name(n): t.float() for n, t in source.adapter_tensors().items()}
+    place = source.device.kind
+    tensors = {_live_name(n): t.to(place).float() for n, t in source.adapter_tensors().items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     lost = [n for n, p in model.named_parameters() if "lora_" in n and p.device.type == "meta"]
     if lost:
@@ -175,23 +176,26 @@ class _Merger:
         self.model, self.kept, self.whole = model.get_base_model(), kept, whole
         self.dtype = getattr(torch, dtype)
         self.four_bit = source.recipe.method == "qlora" and onto == "trained"
-        self.compute = getattr(torch, source.device.dtype)
+        self.compute, self.place = getattr(torch, source.device.dtype), source.device.kind
 
     def tensor(self, name: str, stored: Stored) -> Any:
-        """The merged tensor of this name, in the type to write."""
+        """The merged tensor of this name, in the type to write, in host memory."""
         if name in self.whole:
             return self.whole[name].to(self.dtype).contiguous()
         value = stored.read()
         if not value.is_floating_point():
             return value
+        return self._merged(name, value.to(self.place)).to(self.dtype).cpu().contiguous()
+
+    def _merged(self, name: str, value: Any) -> Any:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         value = value.to(self.compute)  # what training rounded the base to as it loaded
         if self.four_bit and leaf == "weight" and path not in self.kept and _is_linear(module):
             value = _through_nf4(value)
         if leaf == "weight" and hasattr(module, "lora_A"):
-            return _merge_one(module, value.float()).to(self.dtype).contiguous()
-        return value.to(self.dtype).contiguous()
+            return _merge_one(module, value.float())
+        return value
 
 
 def _merge_one(module: Any, weight: Any) -> Any:
@@ -251,7 +255,7 @@ def _in_memory(source: Source, onto: str, dtype: str) -> list[Entry]:
     head = next(n for n, m in merged.named_modules() if m is merged.get_output_embeddings())
 
     def cast(value: Any) -> Any:
-        return value.to(target if value.is_floating_point() else value.dtype).contiguous()
+        return value.to(target if value.is_floating_point() else value.dtype).cpu().contiguous()
 
     return [
         (name, value.numel() * BYTES[dtype], partial(cast, value))

@@ -13,7 +13,7 @@ from lorakit.errors import WorkError
 from lorakit.evaluate import encode_held_out
 from lorakit.export.formats import Job
 from lorakit.export.merge import check_space, parameters, write_merged
-from lorakit.export.source import Source, float32_model
+from lorakit.export.source import Source, compared_bytes, float32_model
 from lorakit.export.verify import (
     Agreement,
     Reference,
@@ -79,8 +79,9 @@ def fill_merged(job: Job, folder: Path, dtype: str) -> tuple[dict[str, Any], Ref
 
 def memory_missing(source: Source) -> str | None:
     """Why this machine cannot compare in float32; None where it can."""
-    # The live model, the written one, and room to compute.
-    needed = parameters(source) * 4 * 2 + 10**9
+    if source.device.kind == "cuda":  # chosen for its room
+        return None
+    needed = compared_bytes(parameters(source))
     free = psutil.virtual_memory().available
     if needed <= free:
         return None
@@ -113,7 +114,7 @@ def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Referen
     expected = merged
     if onto == "original":
         expected = float32_model(source, onto).merge_and_unload(safe_merge=True)
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(source.device.kind)
     weights = expected.state_dict()
     for name, parameter in written.state_dict().items():
         if not torch.equal(parameter, weights[name].to(parameter.dtype)):
@@ -142,6 +143,7 @@ def _both_losses(source: Source, folder: Path) -> dict[str, float]:
     examples = encode_held_out(source.tokenizer, rows, source.recipe)
     pad = pad_token_id(source.tokenizer)
     written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float()
+    written.to(source.device.kind)
     original = score(written, examples, pad).loss
     del written
     return {

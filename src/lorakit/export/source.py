@@ -45,7 +45,7 @@ class Source:
     recipe: Recipe
     location: str
     folder: Path | None  # the base's files; None where a hub model is not in the cache
-    device: Device
+    device: Device  # merges and compares
     config: Any  # of the base
     adapter: dict[str, Any]  # adapter_config.json
     names: tuple[str, ...]  # of the adapter's tensors
@@ -105,22 +105,44 @@ def open_source(run: RunDir) -> Source:
     location = locate_model(recipe, [run.path, Path()])
     config = load_config(recipe, location)
     check_base(run, recipe, location)
-    device = detect_device(prefer="cpu")
-    if recipe.dtype != "auto":  # a run's own recipe names the type it was trained in
-        device = replace(device, dtype=recipe.dtype)
+    counted = count(config)
     conversations = [r for r in read_validation(run.validation) if isinstance(r, Conversation)]
     return Source(
         run=run,
         recipe=recipe,
         location=location,
         folder=base_folder(recipe, location),
-        device=device,
+        device=_device(recipe, counted.total),
         config=config,
-        adapter=check_adapter(run.adapter, count(config).modules),
+        adapter=check_adapter(run.adapter, counted.modules),
         names=tuple(adapter_names(run)),
         tokenizer=load_tokenizer(recipe, str(run.adapter)),
         conversations=tuple(conversations),
     )
+
+
+def compared_bytes(parameters: int) -> float:
+    """Memory to compare: the live model and the written one in float32, and room to compute."""
+    return parameters * 4 * 2 + 10**9
+
+
+def _device(recipe: Recipe, parameters: int) -> Device:
+    """A CUDA card with room for the whole comparison, else the CPU, in the type of training.
+
+    Both merge the same way, but sum in another order: what is written and what it is compared with
+    bit for bit have to come from one of them.
+    """
+    import torch
+
+    device = detect_device(prefer="cpu")
+    # A run's own recipe names the type it was trained in.
+    dtype = device.dtype if recipe.dtype == "auto" else recipe.dtype
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        # `--onto original` has two sums and the written model in 16 bits there for a moment.
+        if 1.25 * compared_bytes(parameters) < torch.cuda.mem_get_info()[0]:
+            device = detect_device()
+    return replace(device, dtype=dtype)
 
 
 def generation_config(source: Source) -> Any:
@@ -140,7 +162,7 @@ def touches_embeddings(names: Sequence[str]) -> bool:
 
 
 def float32_model(source: Source, onto: str = "trained") -> Any:
-    """Base and adapter in float32 on the CPU, not merged.
+    """Base and adapter in float32 on the source's device, not merged.
 
     Args:
         onto: "trained", the base as in training (a QLoRA run's: dequantized NF4), or "original".

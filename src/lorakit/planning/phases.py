@@ -116,13 +116,13 @@ def _loaded_bytes(training: MemoryPlan) -> int:
 
 
 def merge_parts(config: Any) -> Parts:
-    """RAM for `export --to merged`: one tensor at a time; the check holds float32 models."""
+    """RAM for `export --to merged`: one tensor at a time; the check holds two float32 models."""
     counted = count(config)
     largest = max([counted.embedding, *(i * o for _, i, o in counted.linear)])
     return {
         "Python and libraries": LIBRARIES_BYTES,
         "one tensor in float32, and a shard": min(MERGE_TENSORS * largest, 2 * counted.total),
-        "check in float32 (none with --no-verify)": 4 * counted.total,
+        "check in float32 (none with --no-verify)": 8 * counted.total,
     }
 
 
