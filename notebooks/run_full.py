@@ -104,7 +104,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
         if heading in AFTER and "run" not in names:
             names["run"] = trained(names)
         began = time.perf_counter()
-        print(f"--- {heading}, cell {number}", flush=True)
+        print(f"--- {time.strftime('%X')} {heading}, cell {number}", flush=True)
         try:
             run_cell(source, names, number)
         except AssertionError:  # that random weights learn is not promised: told, not the end

@@ -146,6 +146,7 @@ def run_gguf(
         chats,
         context=longest * 2 + 2 * ANSWER_TOKENS + 512,
     )
+    job.console.print(f"running {model.name} in llama.cpp")
     (heard,) = llama_cpp.ask_all([task])
     if reference is None:
         return {"skipped": "loaded in llama.cpp; not compared (see above)"}

@@ -66,6 +66,8 @@ def fill_merged(job: Job, folder: Path, dtype: str) -> tuple[dict[str, Any], Ref
     if short:
         job.console.print(f"not compared with the adapter: {short}")
         return {**facts, "skipped": short}, None
+    where = source.device.name if source.device.kind == "cuda" else "the CPU"
+    job.console.print(f"comparing it with the adapter, in float32 on {where}")
     found, reference = _verify(source, folder, job.onto)
     facts |= found.as_dict()
     if job.onto == "original":
