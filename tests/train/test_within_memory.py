@@ -61,7 +61,7 @@ def test_a_later_step_too_where_the_ones_before_are_laid_out_alike(run):
     """Documents over half of the capacity stand alone either way; the third step's are short."""
     values = {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
     steps = run("order", [20] * 12, **values)
-    order = [e.origin.row for s in steps.get_train_dataloader() for e in s["step"].examples]
+    order = [e.origin.row for s in steps.get_train_dataloader() for e in s["ready"]().own.examples]
     lengths = [0] * 12
     for place, row in enumerate(order):
         lengths[row - 1] = 100 if place < 8 else 30 + place
