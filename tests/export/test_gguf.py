@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import gguf as exporter
-from lorakit.export import llama_cpp
+from lorakit.export import llama_cpp, merged
 from lorakit.export.adapter import fold_adapter
 from lorakit.export.converter import Conversion, convert_all
 from lorakit.export.gguf import (
@@ -149,6 +149,22 @@ def test_a_file_that_says_something_else_is_not_kept(
     with pytest.raises(WorkError, match="predicts something else"):
         export_gguf(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_memory_for_models_chats_are_compared_all_the_same(
+    variant_run, job, heard, monkeypatch
+):
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
+    monkeypatch.setattr(merged, "memory_missing", lambda _: "too little memory")
+    facts = export_gguf(job(variant_run("rslora"), "right"))
+    assert "reads chats as training did" in facts["skipped"]
+    assert facts["merged"]["tensors"] > 0
+    order = job(variant_run("rslora"), "wrong")
+    template = order.source.tokenizer.chat_template
+    order.source.tokenizer.chat_template = template.replace("<|im_start|>", "<|im_start|> ")
+    with pytest.raises(WorkError, match="reads a chat otherwise than in training"):
+        export_gguf(order)
+    assert not order.target.exists()
 
 
 def test_a_file_that_llama_cpp_cannot_load_is_not_kept(

@@ -107,10 +107,21 @@ def test_ctrl_c_leaves_nothing(variant_run, job, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_writes_without_comparing(variant_run, job, monkeypatch):
+def test_too_little_memory_compares_tensor_by_tensor(variant_run, job, monkeypatch):
     order = job(variant_run("rslora"))
     memory = type("M", (), {"available": 10})
     monkeypatch.setattr(merged.psutil, "virtual_memory", lambda: memory)
     facts = export_merged(order)
     assert "GB of memory" in facts["skipped"]
     assert "kl_per_token" not in facts
+    assert facts["tensors"] == len(load_file(order.target / "model.safetensors"))
+    assert facts["update_kept"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_cannot_be_summed_anew_says_so(variant_run, job, monkeypatch):
+    order = job(variant_run("rslora"))
+    monkeypatch.setattr(merged.psutil, "virtual_memory", lambda: type("M", (), {"available": 10}))
+    monkeypatch.setattr(merge, "_reason_against_streaming", lambda _: "a test")
+    facts = export_merged(order)
+    assert "GB of memory" in facts["skipped"]
+    assert "tensors" not in facts

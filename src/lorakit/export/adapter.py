@@ -8,7 +8,6 @@ left to miss.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lorakit.durable import staged
 from lorakit.errors import WorkError
 from lorakit.export.formats import Job
 from lorakit.export.merged import memory_missing
-from lorakit.export.source import Source, float32_model
+from lorakit.export.source import Source, float32_model, scale_of
 from lorakit.export.spelling import write_tokenizer
 from lorakit.export.verify import agreement, check_tokenizer, make_reference, predictions
 from lorakit.run_dir import ADAPTER_WEIGHTS
@@ -107,16 +106,6 @@ def fold_adapter(source: Source, folder: Path) -> float:
     }
     (folder / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
     return rank
-
-
-def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
-    """What peft multiplies B A of one module by."""
-    from peft.utils.other import get_pattern_key
-
-    module = name.removeprefix("base_model.model.").split(".lora_")[0]
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _verify(source: Source, folder: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.template import prompt_ids
 from lorakit.durable import staged
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import llama_cpp
@@ -20,6 +22,7 @@ from lorakit.export.source import Source, checked_prompts, float32_model
 from lorakit.export.spelling import write_config, write_tokenizer
 from lorakit.export.verify import ANSWER_TOKENS, PROMPTS, Agreement, Reference, make_reference
 from lorakit.recipe_file import suggest
+from lorakit.records import Message
 
 QUANTIZATIONS = (*TYPES, *FILE_TYPES)
 # Next-token KL in nats of a right export on SmolLM2, with room; a lost template or a wrong
@@ -149,7 +152,10 @@ def run_gguf(
     job.console.print(f"running {model.name} in llama.cpp")
     (heard,) = llama_cpp.ask_all([task])
     if reference is None:
-        return {"skipped": "loaded in llama.cpp; not compared (see above)"}
+        _same_chats(job.source, heard.chat_ids, chats)
+        words = "llama.cpp runs it and reads chats as training did; predictions are not compared"
+        job.console.print(words)
+        return {"skipped": words}
     found = compare_heard(job.source, reference, heard, chats)
     largest = LARGEST_KL.get(kind, LARGEST_KL_OTHERS)
     if not found.kl_per_token <= largest:
@@ -172,13 +178,7 @@ def compare_heard(
     Raises:
         WorkError: its template or tokenizer makes other prompts than training saw.
     """
-    for ids, want in zip(heard.chat_ids, reference.prompts if chats else [], strict=False):
-        if ids != want:
-            text = source.tokenizer.decode(ids)
-            raise WorkError(
-                f"llama.cpp reads a chat otherwise than in training: {text[:200]!r}; not kept",
-                hint="please report this model's template",
-            )
+    _same_chats(source, heard.chat_ids, chats)
     total = same = equal = 0.0
     positions = 0
     expected = reference.along([a.tokens for a in heard.answers])
@@ -194,6 +194,21 @@ def compare_heard(
     }
     count = len(heard.answers)
     return Agreement(total / positions, same / positions, equal / count, positions, count, notes)
+
+
+def _same_chats(
+    source: Source, heard: Sequence[list[int]], chats: Sequence[list[dict[str, Any]]]
+) -> None:
+    """Raises:
+    WorkError: a chat is other tokens than in training.
+    """
+    for ids, turns in zip(heard, chats, strict=True):
+        if ids != prompt_ids(source.tokenizer, [Message(t["role"], t["content"]) for t in turns]):
+            text = source.tokenizer.decode(ids)
+            raise WorkError(
+                f"llama.cpp reads a chat otherwise than in training: {text[:200]!r}; not kept",
+                hint="please report this model's template",
+            )
 
 
 def export_gguf_adapter(job: Job) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lorakit.export.source import Source, float32_model
 from lorakit.export.spelling import write_config, write_tokenizer
 
 Entry = tuple[str, int, Callable[[], Any]]
+STREAMED = "shard by shard"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -35,7 +36,7 @@ def write_merged(source: Source, folder: Path, onto: str, dtype: str) -> str:
     untied = source.unties
     reason = _reason_against_streaming(source)
     if reason is None:
-        entries, way = _streamed(source, onto, dtype, untied), "shard by shard"
+        entries, way = _streamed(source, onto, dtype, untied), STREAMED
     else:
         entries, way = _in_memory(source, onto, dtype), f"in memory ({reason})"
     write_shards(folder, entries)
@@ -67,7 +68,7 @@ def check_space(source: Source, target: Path, dtype: str, beside: float = 0.0) -
 
 def parameters(source: Source) -> int:
     """Elements of the merged model: the base's, and the head once more where it is untied."""
-    model = _skeleton(source)
+    model = skeleton(source)
     count = sum(p.numel() for p in model.parameters())
     if source.unties:
         count += model.get_input_embeddings().weight.numel()
@@ -84,7 +85,7 @@ def _reason_against_streaming(source: Source) -> str | None:
         return f"{source.base_changing_init} changes the base as it loads"
     if source.adapter.get("trainable_token_indices"):
         return "single tokens were trained"
-    known = set(_skeleton(source).state_dict())
+    known = set(skeleton(source).state_dict())
     stored = {n for n in stored_tensors(source.folder) if not n.endswith(".inv_freq")}
     missing = {n for n in known - stored if not (source.tied and "embed" not in n and "head" in n)}
     return (
@@ -92,7 +93,8 @@ def _reason_against_streaming(source: Source) -> str | None:
     )
 
 
-def _skeleton(source: Source) -> Any:
+def skeleton(source: Source) -> Any:
+    """The base's modules on "meta"."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -103,27 +105,16 @@ def _skeleton(source: Source) -> Any:
 
 def _streamed(source: Source, onto: str, dtype: str, untied: bool) -> list[Entry]:
     assert source.folder is not None
-    skeleton = _skeleton(source)
-    kept = _not_quantized(skeleton)
-    head = next(n for n, m in skeleton.named_modules() if m is skeleton.get_output_embeddings())
-    table = next(n for n, m in skeleton.named_modules() if m is skeleton.get_input_embeddings())
+    empty = skeleton(source)
+    kept, stored = not_quantized(empty), base_tensors(source, empty)
     if untied:
         import torch
 
-        shape = skeleton.get_input_embeddings().weight.shape
-        skeleton.get_output_embeddings().weight = torch.nn.Parameter(
-            torch.empty(shape, device="meta")
-        )
-        skeleton.config.tie_word_embeddings = False
-    model = _with_adapter(skeleton, source)
-    whole = _trained_whole(source)
-    stored = stored_tensors(source.folder)
-    stored = {n: s for n, s in stored.items() if not n.endswith(".inv_freq")}
-    if source.tied:
-        stored.pop(f"{head}.weight", None)
-        if untied:
-            stored[f"{head}.weight"] = stored[f"{table}.weight"]
-    merger = _Merger(source, model, onto, dtype, kept, whole)
+        shape = empty.get_input_embeddings().weight.shape
+        empty.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(shape, device="meta"))
+        empty.config.tie_word_embeddings = False
+    model = _with_adapter(empty, source)
+    merger = _Merger(source, model, onto, dtype, kept, trained_whole(source))
     width = BYTES[dtype]
     return [
         (name, s.size * (width if s.floating else 8), partial(merger.tensor, name, s))
@@ -131,13 +122,27 @@ def _streamed(source: Source, onto: str, dtype: str, untied: bool) -> list[Entry
     ]
 
 
-def _with_adapter(skeleton: Any, source: Source) -> Any:
+def base_tensors(source: Source, empty: Any) -> dict[str, Stored]:
+    """The base's tensor that each merged one is made of, by the name it is written under."""
+    assert source.folder is not None
+    stored = stored_tensors(source.folder)
+    stored = {n: s for n, s in stored.items() if not n.endswith(".inv_freq")}
+    if source.tied:
+        head, table = empty.get_output_embeddings(), empty.get_input_embeddings()
+        names = {module: name for name, module in empty.named_modules()}
+        stored.pop(f"{names[head]}.weight", None)
+        if source.unties:
+            stored[f"{names[head]}.weight"] = stored[f"{names[table]}.weight"]
+    return stored
+
+
+def _with_adapter(empty: Any, source: Source) -> Any:
     """Base on "meta", adapter in memory: peft's own loading would move both to "meta"."""
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(str(source.run.adapter))
     config.inference_mode = True
-    model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+    model = get_peft_model(empty, config, low_cpu_mem_usage=True)
     place = source.device.kind
     tensors = {_live_name(n): t.to(place).float() for n, t in source.adapter_tensors().items()}
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -192,7 +197,7 @@ class _Merger:
         module = self.model.get_submodule(path)
         value = value.to(self.compute)  # what training rounded the base to as it loaded
         if self.four_bit and leaf == "weight" and path not in self.kept and _is_linear(module):
-            value = _through_nf4(value)
+            value = through_nf4(value)
         if leaf == "weight" and hasattr(module, "lora_A"):
             return _merge_one(module, value.float())
         return value
@@ -219,14 +224,14 @@ def _is_linear(module: Any) -> bool:
     return isinstance(inner, torch.nn.Linear)
 
 
-def _not_quantized(skeleton: Any) -> set[str]:
+def not_quantized(empty: Any) -> set[str]:
     """Modules that QLoRA leaves in 16 bits: what transformers leaves out, the head above all."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return set(get_keys_to_not_convert(skeleton))
+    return set(get_keys_to_not_convert(empty))
 
 
-def _through_nf4(weight: Any) -> Any:
+def through_nf4(weight: Any) -> Any:
     """What training computed with: quantized to NF4 (double), and back."""
     from bitsandbytes import functional
 
@@ -234,7 +239,7 @@ def _through_nf4(weight: Any) -> Any:
     return functional.dequantize_4bit(packed, state)
 
 
-def _trained_whole(source: Source) -> dict[str, Any]:
+def trained_whole(source: Source) -> dict[str, Any]:
     """Tensors that the adapter file holds in full: `modules_to_save` and trained biases."""
     found = {}
     for name, tensor in source.adapter_tensors().items():

@@ -12,8 +12,9 @@ from lorakit.durable import staged
 from lorakit.errors import WorkError
 from lorakit.evaluate import encode_held_out
 from lorakit.export.formats import Job
-from lorakit.export.merge import check_space, parameters, write_merged
+from lorakit.export.merge import STREAMED, check_space, parameters, write_merged
 from lorakit.export.source import Source, compared_bytes, float32_model
+from lorakit.export.tensors import compare_tensors
 from lorakit.export.verify import (
     Agreement,
     Reference,
@@ -64,8 +65,7 @@ def fill_merged(job: Job, folder: Path, dtype: str) -> tuple[dict[str, Any], Ref
         return {**facts, "skipped": "asked not to compare (--no-verify)"}, None
     short = memory_missing(source)
     if short:
-        job.console.print(f"not compared with the adapter: {short}")
-        return {**facts, "skipped": short}, None
+        return {**facts, **_by_tensor(job, folder, way, short)}, None
     where = source.device.name if source.device.kind == "cuda" else "the CPU"
     job.console.print(f"comparing it with the adapter, in float32 on {where}")
     found, reference = _verify(source, folder, job.onto)
@@ -77,6 +77,20 @@ def fill_merged(job: Job, folder: Path, dtype: str) -> tuple[dict[str, Any], Ref
             f"on the original base: {facts['loss_original_base']:.4f}"
         )
     return facts, reference
+
+
+def _by_tensor(job: Job, folder: Path, way: str, short: str) -> dict[str, Any]:
+    """What can be compared without the memory for two models."""
+    job.console.print(f"predictions are not compared: {short}")
+    if way != STREAMED:
+        return {"skipped": short}
+    job.console.print("comparing it tensor by tensor")
+    found = compare_tensors(job.source, folder, job.onto)
+    job.console.print(
+        f"all {found['tensors']} tensors are what base and adapter sum to; "
+        f"{found['update_kept']:.1%} of the update is left after the cast"
+    )
+    return {"skipped": short, **found}
 
 
 def memory_missing(source: Source) -> str | None:

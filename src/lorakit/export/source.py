@@ -6,6 +6,7 @@ QLoRA run the dequantized NF4 base, which is what it was trained against.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +120,16 @@ def open_source(run: RunDir) -> Source:
         tokenizer=load_tokenizer(recipe, str(run.adapter)),
         conversations=tuple(conversations),
     )
+
+
+def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
+    """What peft multiplies B A of one module by."""
+    from peft.utils.other import get_pattern_key
+
+    module = name.removeprefix("base_model.model.").split(".lora_")[0]
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def compared_bytes(parameters: int) -> float:

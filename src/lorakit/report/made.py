@@ -24,7 +24,7 @@ def exports(record: Record) -> list[str]:
     for name, found in record.exports.items():
         rows.append(_compared(name, found))
         inner = {f"{name}: {k}": v for k, v in found.items() if isinstance(v, dict)}
-        rows += [_compared(k, v) for k, v in inner.items() if "kl_per_token" in v]
+        rows += [_compared(k, v) for k, v in inner.items() if {"kl_per_token", "tensors"} & set(v)]
     head = ("Form", "KL, nats a token", "same top token", "same greedy answer")
     effects = [v.get("base_kl_per_token") for v in record.exports.values()]
     effect = next((e for e in effects if e), None)
@@ -35,6 +35,10 @@ def exports(record: Record) -> list[str]:
 
 
 def _compared(name: str, found: dict[str, Any]) -> tuple[str, str, str, str]:
+    if "tensors" in found:
+        words = f"all {found['tensors']} tensors are base and adapter summed; "
+        words += f"{found['update_kept']:.1%} of the update is left after the cast"
+        return escape(name), escape(words), "", ""
     if "kl_per_token" not in found:
         return escape(name), escape(f"not compared: {found.get('skipped', 'no figures')}"), "", ""
     return (
