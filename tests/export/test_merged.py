@@ -1,7 +1,10 @@
 """What is merged is what was trained, in every variant, as read back from the disk."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from lorakit.errors import WorkError
@@ -9,7 +12,7 @@ from lorakit.export import merge, merged
 from lorakit.export.merged import export_merged
 from lorakit.export.source import open_source
 
-from .conftest import VARIANTS, read_json
+from .conftest import VARIANTS, make_run, read_json
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -116,6 +119,20 @@ def test_too_little_memory_compares_tensor_by_tensor(variant_run, job, monkeypat
     assert "kl_per_token" not in facts
     assert facts["tensors"] == len(load_file(order.target / "model.safetensors"))
     assert facts["update_kept"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_update_that_the_cast_takes_away_gets_a_hint(variant_run, tmp_path, job, monkeypatch):
+    monkeypatch.setattr(merged, "memory_missing", lambda _: "too little memory")
+    base = open_source(variant_run("rslora")).folder
+    for size, hinted in ((1e-5, True), (0.3, False)):
+        run = make_run(tmp_path / f"run{size}", base, size=size, dtype="bfloat16")
+        order = job(run, f"out{size}")
+        order = replace(order, console=Console(record=True, width=200))
+        facts = export_merged(order)
+        said = order.console.export_text()
+        assert (facts["update_kept"] < 0.9) is hinted
+        assert ("bfloat16 rounds much of this adapter away" in said) is hinted
+        assert f"{facts['update_kept']:.1%} of the update is left after the cast" in said
 
 
 def test_what_cannot_be_summed_anew_says_so(variant_run, job, monkeypatch):

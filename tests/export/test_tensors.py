@@ -9,7 +9,7 @@ from lorakit.export.merge import STREAMED, write_merged
 from lorakit.export.source import open_source
 from lorakit.export.tensors import compare_tensors
 
-from .conftest import VARIANTS
+from .conftest import VARIANTS, make_run
 
 
 def written(run, folder, dtype="float32", onto="trained"):
@@ -73,12 +73,8 @@ def test_what_is_not_the_sum_is_named(variant_run, tmp_path, harm):
 
 
 def test_an_update_too_small_for_the_cast_is_told(variant_run, tmp_path):
-    """A quarter of bfloat16's step and less: the files are right, and hold nothing of it."""
-    from .conftest import make_run
-
+    """Far below bfloat16's step: the files are right, and hold little of it."""
     base = open_source(variant_run("rslora")).folder
-    run = make_run(tmp_path / "run", base, size=1e-5)
+    run = make_run(tmp_path / "run", base, size=1e-5, dtype="bfloat16")
     source = written(run, tmp_path / "m", "bfloat16")
-    assert compare_tensors(source, tmp_path / "m", "trained")["update_kept"] != pytest.approx(
-        1.0, abs=0.05
-    )
+    assert compare_tensors(source, tmp_path / "m", "trained")["update_kept"] < 0.9

@@ -64,3 +64,5 @@ def test_numbers_of_all_formats_share_one_file_and_one_table(variant_run, tmp_pa
     assert "1.00e-05" in text
     assert "50% of 2" in text
     assert "other" not in text
+    show({"other": {"skipped": "no engine"}}, console)
+    assert console.export_text() == ""

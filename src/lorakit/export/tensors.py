@@ -35,7 +35,7 @@ def compare_tensors(source: Source, folder: Path, onto: str) -> dict[str, Any]:
 
     Returns:
         `tensors`: how many; `update_kept`: what part of the update is left after the cast,
-        <W' - W, s B A> / <s B A, s B A> over all of them.
+        <W' - cast(W), s B A> / <s B A, s B A> over all of them.
 
     Raises:
         WorkError: names a tensor that is missing, or something else than the sum.
@@ -53,7 +53,8 @@ def compare_tensors(source: Source, folder: Path, onto: str) -> dict[str, Any]:
             raise _differs(name)
         if expected is not base:
             update = (expected.float() - base.float()).flatten()
-            moved += float((found.float() - base.float()).flatten() @ update)
+            change = found.float() - base.to(found.dtype).float()
+            moved += float(change.flatten() @ update)
             asked += float(update @ update)
     return {"tensors": len(written), "update_kept": moved / asked if asked else 1.0}
 

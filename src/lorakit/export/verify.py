@@ -182,7 +182,9 @@ def record(run: RunDir, name: str, values: dict[str, Any]) -> None:
 
 
 def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
-    """The numbers as a table."""
+    """The numbers as a table, where there are any."""
+    if not any("kl_per_token" in row for row in rows.values()):
+        return
     table = Table(title="compared with the adapter, on held-out prompts")
     table.add_column("form")
     for column in ("KL, nats/token", "same top token", "same greedy answer", "positions"):
