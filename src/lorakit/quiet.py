@@ -22,6 +22,7 @@ def quiet(offline: bool = False) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     _ignore_warnings()

@@ -24,6 +24,17 @@ def test_ctrl_c_is_130(lorakit, monkeypatch):
     assert lorakit("schema")[0] == 130
 
 
+def test_memory_that_runs_out_is_one_message(lorakit, monkeypatch):
+    def broken(*_):
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(before, "print_json", broken)
+    code, out, err = lorakit("schema")
+    assert (code, out) == (1, "")
+    assert "error: out of memory: Cannot allocate memory" in err
+    assert "hint: " in err
+
+
 def test_a_reader_that_goes_away_gets_no_traceback():
     command = [sys.executable, "-m", "lorakit", "schema"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

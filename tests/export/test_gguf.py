@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import gguf
 import pytest
@@ -16,6 +17,7 @@ from lorakit.export.gguf import (
     export_gguf,
     export_gguf_adapter,
     limit_context,
+    merged_type,
     quantization,
 )
 from lorakit.export.merge import write_merged
@@ -188,6 +190,17 @@ def test_an_unknown_tokenizer_is_explained(tokenizer, tmp_path, job):
     with pytest.raises(ModelError, match="does not know this model's tokenizer") as caught:
         export_gguf(job(make_run(tmp_path / "run", base), verify=False))
     assert "vllm" in caught.value.hint
+
+
+def test_a_file_is_made_of_a_sum_with_small_steps(variant_run, job):
+    order = job(variant_run("rslora"))
+    half = replace(
+        order, source=replace(order.source, device=replace(order.source.device, dtype="bfloat16"))
+    )
+    assert [merged_type(half, kind) for kind in ("F16", "Q8_0", "Q4_K_M")] == ["float16"] * 3
+    assert merged_type(half, "BF16") == "bfloat16"
+    assert merged_type(order, "F16") == "float32"
+    assert merged_type(replace(half, dtype="bfloat16"), "F16") == "bfloat16"
 
 
 def test_quantizations_by_any_spelling(monkeypatch):

@@ -135,6 +135,21 @@ def test_an_update_that_the_cast_takes_away_gets_a_hint(variant_run, tmp_path, j
         assert f"{facts['update_kept']:.1%} of the update is left after the cast" in said
 
 
+def test_a_base_on_which_the_adapter_is_no_gain_gets_a_hint(
+    tmp_path, variant_run, job, monkeypatch
+):
+    monkeypatch.setattr(merged, "make_reference", weak(merged.make_reference))
+    order = job(variant_run("qlora"), onto="original")
+    order = replace(order, console=Console(record=True, width=200))
+    export_merged(order)
+    assert "farther from what was trained than the untuned model is" in order.console.export_text()
+
+
+def weak(plain):
+    """An adapter that changes less than four bits do."""
+    return lambda *given: replace(plain(*given), base_kl=1e-9)
+
+
 def test_what_cannot_be_summed_anew_says_so(variant_run, job, monkeypatch):
     order = job(variant_run("rslora"))
     monkeypatch.setattr(merged.psutil, "virtual_memory", lambda: type("M", (), {"available": 10}))

@@ -31,6 +31,16 @@ def test_a_format_writes_into_the_run_and_into_verify_json(variant_run):
         run_export(run, "adapter")
 
 
+def test_files_elsewhere_do_not_take_the_row_of_another_form(variant_run, tmp_path):
+    run = variant_run("patterns")
+    run_export(run, "merged")
+    before = json.loads((run.export / "verify.json").read_text())["merged"]
+    run_export(run, "adapter", tmp_path / "merged")
+    known = json.loads((run.export / "verify.json").read_text())
+    assert known["merged"] == before
+    assert known["adapter, elsewhere: merged"]["format"] == "adapter"
+
+
 WRONG = {
     "--quant says nothing to --to merged": ("merged", {"quantization": "Q8_0"}),
     "--adapter says nothing to --to gguf": ("gguf", {"as_adapter": True}),

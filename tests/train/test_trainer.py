@@ -70,6 +70,16 @@ def test_rows_reach_the_model_whole_and_untouched(tiny_model_dir, tmp_path, pack
     assert step.tokens == 328
 
 
+def test_nobody_is_told_of_a_run(tiny_model_dir, tmp_path, monkeypatch):
+    from trl.trainer import base_trainer
+
+    told = []
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda *a, **k: told.append((a, k)))
+    trainer_of(tiny_model_dir, tmp_path, examples([9, 7]), max_steps=1)
+    assert not told
+
+
 def test_the_next_step_is_made_ready_before_this_one_is_taken(tiny_model_dir, tmp_path):
     """The card computes meanwhile; afterwards it would wait for it."""
     rows = examples([9, 7, 12, 9] * 8)

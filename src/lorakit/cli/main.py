@@ -31,3 +31,7 @@ def main() -> None:
     except KeyboardInterrupt:
         log.print("stopped")
         sys.exit(130)
+    except MemoryError as error:
+        log.print(f"error: {who}out of memory: {error or 'the system gave no more'}", markup=False)
+        log.print("hint: `lorakit plan` says what each command takes; nothing half-made was kept")
+        sys.exit(1)

@@ -33,6 +33,8 @@ def export_adapter(job: Job) -> dict[str, Any]:
         copy_adapter(source, folder)
         check_tokenizer(source, folder)
         short = memory_missing(source)
+        if short and job.verify:
+            job.console.print(f"not compared with the run's own: {short}")
         if short or not job.verify:
             facts: dict[str, Any] = {"skipped": short or "asked not to compare (--no-verify)"}
         else:

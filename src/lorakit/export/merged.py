@@ -30,7 +30,8 @@ from lorakit.train.trainer import pad_token_id
 # The float32 sum against the live adapter: 1e-8 nats per token on SmolLM2 if right, 3.1 if lost.
 LARGEST_KL = 1e-4
 # Rounding the sum to bf16 costs 2e-5 to 1.5e-2 more on SmolLM2: reported, and warned of from here.
-NOTABLE_ROUNDING = 5e-2
+# A tenth of what the adapter changes at all is much, too.
+NOTABLE_ROUNDING, NOTABLE_SHARE = 5e-2, 0.1
 # The demo's adapter keeps 0.9999 of its update in bfloat16, two steps at a 7B shape's width 0.25.
 LEAST_KEPT = 0.9
 SCORED_ROWS = 64
@@ -46,10 +47,18 @@ def export_merged(job: Job) -> dict[str, Any]:
     check_space(job.source, job.target, dtype)
     with staged(job.target) as folder:
         facts = fill_merged(job, folder, dtype)[0]
-    lost = facts.get("kl_per_token", 0.0) > NOTABLE_ROUNDING
-    if (lost or facts.get("update_kept", 1.0) < LEAST_KEPT) and job.onto == "trained":
+    off, effect = facts.get("kl_per_token", 0.0), facts.get("base_kl_per_token", 0.0)
+    lost = off > min(NOTABLE_ROUNDING, NOTABLE_SHARE * effect)
+    if job.onto == "original":
+        if off > effect:
+            job.console.print(
+                "hint: on this base the adapter is farther from what was trained than the untuned "
+                "model is: leave out --onto original, or use the adapter on its own base"
+            )
+    elif lost or facts.get("update_kept", 1.0) < LEAST_KEPT:
+        better = "float16 (as small) or float32" if dtype == "bfloat16" else "float32"
         job.console.print(
-            f"hint: {dtype} rounds much of this adapter away: export with --dtype float32, or use "
+            f"hint: {dtype} rounds much of this adapter away: export with --dtype {better}, or use "
             "the adapter itself"
         )
     job.console.print(f"load it with: AutoModelForCausalLM.from_pretrained({str(job.target)!r})")
@@ -104,7 +113,7 @@ def memory_missing(source: Source) -> str | None:
     free = psutil.virtual_memory().available
     if needed <= free:
         return None
-    return f"that takes {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+    return f"that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
 def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Reference]:

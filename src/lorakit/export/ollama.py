@@ -23,6 +23,7 @@ from lorakit.export.gguf import (
     FILE_BYTES,
     fill_gguf,
     fill_gguf_adapter,
+    merged_type,
     quantization,
     refuse_unportable,
 )
@@ -55,8 +56,7 @@ def export_ollama(job: Job) -> dict[str, Any]:
     kind = quantization(job.quantization)
     if job.as_adapter:
         refuse_unportable(source)
-    dtype = job.dtype or source.device.dtype
-    check_space(source, job.target, dtype, beside=FILE_BYTES.get(kind, 3.0))
+    check_space(source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
     with staged(job.target) as folder:
         if job.as_adapter:
             facts = fill_gguf_adapter(job, folder, keep_base=BASE_FILE)

@@ -87,7 +87,9 @@ def export_run(
         raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
     job = Job(open_source(run), target, console, **options)
     facts = EXPORTERS[to].export(job)
-    record(run, target.name, {"format": to, **facts})
+    # Files elsewhere may bear the name of another form; their place is this machine's affair.
+    name = target.name if target.parent == run.export else f"{to}, elsewhere: {target.name}"
+    record(run, name, {"format": to, **facts})
     renew_report(run, console.print)
     show({target.name: facts, **_inner(target.name, facts)}, console)
     console.print(f"wrote    {target}")

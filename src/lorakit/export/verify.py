@@ -198,4 +198,7 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
                 f"{row['greedy_equal']:.0%} of {row['prompts']}",
                 str(row["positions"]),
             )
+    effects = [row["base_kl_per_token"] for row in rows.values() if row.get("base_kl_per_token")]
+    if effects:
+        table.caption = f"for scale: the untuned base is {effects[0]:.2g} nats a token away"
     console.print(table)

@@ -122,7 +122,7 @@ def merge_parts(config: Any) -> Parts:
     return {
         "Python and libraries": LIBRARIES_BYTES,
         "one tensor in float32, and a shard": min(MERGE_TENSORS * largest, 2 * counted.total),
-        "check in float32 (none with --no-verify)": 8 * counted.total,
+        "check in float32 (else by tensor)": 8 * counted.total,
     }
 
 

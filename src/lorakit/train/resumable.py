@@ -46,6 +46,9 @@ class ResumableTrainer(SFTTrainer):
     ranks: Ranks
     trained: list[Any]
 
+    def _send_telemetry(self) -> None:
+        """TRL would tell its makers of the model, the card and the data's kind."""
+
     def take_steps(self, checkpoint: str | None) -> None:
         """Train to the end, from a checkpoint on; one of the last step is loaded and no more.
 
