@@ -106,7 +106,7 @@ def skeleton(source: Source) -> Any:
 def _streamed(source: Source, onto: str, dtype: str, untied: bool) -> list[Entry]:
     assert source.folder is not None
     empty = skeleton(source)
-    kept, stored = not_quantized(empty), base_tensors(source, empty)
+    stored, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, onto)
     if untied:
         import torch
 
@@ -114,7 +114,7 @@ def _streamed(source: Source, onto: str, dtype: str, untied: bool) -> list[Entry
         empty.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(shape, device="meta"))
         empty.config.tie_word_embeddings = False
     model = _with_adapter(empty, source)
-    merger = _Merger(source, model, onto, dtype, kept, trained_whole(source))
+    merger = _Merger(source, model, dtype, four_bit, trained_whole(source))
     width = BYTES[dtype]
     return [
         (name, s.size * (width if s.floating else 8), partial(merger.tensor, name, s))
@@ -171,16 +171,14 @@ class _Merger:
         self,
         source: Source,
         model: Any,
-        onto: str,
         dtype: str,
-        kept: set[str],
+        four_bit: set[str],
         whole: dict[str, Any],
     ) -> None:
         import torch
 
-        self.model, self.kept, self.whole = model.get_base_model(), kept, whole
+        self.model, self.four_bit, self.whole = model.get_base_model(), four_bit, whole
         self.dtype = getattr(torch, dtype)
-        self.four_bit = source.recipe.method == "qlora" and onto == "trained"
         self.compute, self.place = getattr(torch, source.device.dtype), source.device.kind
 
     def tensor(self, name: str, stored: Stored) -> Any:
@@ -196,7 +194,7 @@ class _Merger:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         value = value.to(self.compute)  # what training rounded the base to as it loaded
-        if self.four_bit and leaf == "weight" and path not in self.kept and _is_linear(module):
+        if leaf == "weight" and path in self.four_bit:
             value = through_nf4(value)
         if leaf == "weight" and hasattr(module, "lora_A"):
             return _merge_one(module, value.float())
@@ -217,18 +215,19 @@ def _merge_one(module: Any, weight: Any) -> Any:
     return merged
 
 
-def _is_linear(module: Any) -> bool:
+def four_bit_modules(source: Source, empty: Any, onto: str) -> set[str]:
+    """Linear layers that training had in 4 bits: all but those that transformers leaves out.
+
+    Args:
+        onto: "trained", or "original", whose base has none.
+    """
     import torch
-
-    inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    return isinstance(inner, torch.nn.Linear)
-
-
-def not_quantized(empty: Any) -> set[str]:
-    """Modules that QLoRA leaves in 16 bits: what transformers leaves out, the head above all."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return set(get_keys_to_not_convert(empty))
+    if source.recipe.method != "qlora" or onto != "trained":
+        return set()
+    linear = {n for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
+    return linear - set(get_keys_to_not_convert(empty))
 
 
 def through_nf4(weight: Any) -> Any:

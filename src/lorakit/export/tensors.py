@@ -15,7 +15,7 @@ from typing import Any
 from lorakit.errors import WorkError
 from lorakit.export.merge import (
     base_tensors,
-    not_quantized,
+    four_bit_modules,
     skeleton,
     through_nf4,
     trained_whole,
@@ -99,10 +99,7 @@ class _Sums:
         self.parts = {n.removeprefix(PREFIX): t for n, t in source.adapter_tensors().items()}
         self.config = source.adapter
         self.compute = getattr(torch, source.device.dtype)
-        four_bit = source.recipe.method == "qlora" and onto == "trained"
-        kept = not_quantized(empty)
-        linear = (n for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear))
-        self.four_bit = {n for n in linear if n not in kept} if four_bit else set()
+        self.four_bit = four_bit_modules(source, empty, onto)
 
     def of(self, name: str) -> tuple[Any, Any]:
         """(base, sum in float32) of this name; twice the base where nothing is added."""
