@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from in_process import exit_code  # this file runs as a script: its folder is on the path
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
 
@@ -74,11 +76,7 @@ def rank(job, number, port):
     from lorakit.cli.main import main
 
     sys.argv = ["lorakit", *job["words"]]
-    try:
-        main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+    return exit_code(main)
 
 
 def run(job):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
+from tests.in_process import exit_code
 
 from lorakit.cli.main import main
 from lorakit.recipe_file import load_recipe
@@ -99,11 +100,7 @@ def run_words(words, stdin, patch):
     """The exit code of one command, run in this process."""
     patch.setattr(sys, "argv", words)
     patch.setattr(sys, "stdin", io.StringIO(stdin))
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return exit_code(main)
 
 
 def command(line):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from tests.in_process import exit_code
 
 from lorakit.cli import after, base, before, main, train
 
@@ -11,11 +12,7 @@ from lorakit.cli import after, base, before, main, train
 def run_cli(monkeypatch, capsys, *words):
     """(exit code, stdout, stderr) of one command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["lorakit", *map(str, words)])
-    try:
-        main.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
+    code = exit_code(main.main)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
