@@ -31,7 +31,7 @@ from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
 from lorakit.model.vocabulary import check_vocabulary
 from lorakit.planning.forecast import planned_speed, refuse
-from lorakit.planning.training import longest_rows, plan_training
+from lorakit.planning.training import plan_for_data
 from lorakit.ranks import ALONE, Ranks, joined, shared_device
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
@@ -118,8 +118,8 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
     show_report(prepared.report, console)
-    planned = longest_rows(resolved.recipe, prepared.report.longest_example, device)
-    plan = plan_training(planned, config, device)
+    longest = prepared.report.longest_example
+    planned, plan = plan_for_data(resolved.recipe, config, device, longest)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
     verdict = "" if plan.fits else "; IT DOES NOT FIT"
     console.print(

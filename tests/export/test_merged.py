@@ -131,7 +131,7 @@ def test_an_update_that_the_cast_takes_away_gets_a_hint(variant_run, tmp_path, j
         facts = export_merged(order)
         said = order.console.export_text()
         assert (facts["update_kept"] < 0.9) is hinted
-        assert ("bfloat16 rounds much of this adapter away" in said) is hinted
+        assert any("bfloat16 rounds much of this" in line for line in order.ends) is hinted
         assert f"{facts['update_kept']:.1%} of the update is left after the cast" in said
 
 
@@ -140,9 +140,8 @@ def test_a_base_on_which_the_adapter_is_no_gain_gets_a_hint(
 ):
     monkeypatch.setattr(merged, "make_reference", weak(merged.make_reference))
     order = job(variant_run("qlora"), onto="original")
-    order = replace(order, console=Console(record=True, width=200))
     export_merged(order)
-    assert "farther from what was trained than the untuned model is" in order.console.export_text()
+    assert "farther from what was trained than the untuned model is" in order.ends[0]
 
 
 def weak(plain):

@@ -41,6 +41,18 @@ def test_files_elsewhere_do_not_take_the_row_of_another_form(variant_run, tmp_pa
     assert known["adapter, elsewhere: merged"]["format"] == "adapter"
 
 
+def test_what_to_do_with_the_files_is_said_last_and_in_one_line_each(variant_run, tmp_path):
+    console = Console(record=True, width=60)
+    export_run(variant_run("rslora"), "vllm", tmp_path / "a-folder", console)
+    lines = console.export_text().splitlines()
+    wrote = next(i for i, line in enumerate(lines) if line.startswith("wrote "))
+    assert any(line.startswith("└") for line in lines[:wrote])  # below the table
+    last = [line.split(":")[0] for line in lines if line.startswith(("load it", "vLLM"))]
+    assert last == ["load it with", "vLLM"]
+    assert lines[-1].startswith("vLLM: vllm serve ")
+    assert lines[-1].endswith("--max-model-len 4096") or "--max-model-len" in lines[-1]
+
+
 WRONG = {
     "--quant says nothing to --to merged": ("merged", {"quantization": "Q8_0"}),
     "--adapter says nothing to --to gguf": ("gguf", {"as_adapter": True}),

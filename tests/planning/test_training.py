@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.errors import RecipeError
 from lorakit.model.shapes import shape_config
-from lorakit.planning.training import LIBRARIES_BYTES, longest_rows, plan_training
+from lorakit.planning.training import LIBRARIES_BYTES, longest_rows, plan_for_data, plan_training
 from lorakit.recipe import Recipe
 from lorakit.records import Device
 
@@ -73,12 +73,38 @@ def test_models_without_fast_layers_are_counted_on_a_card():
     assert "Python and libraries" not in plan.parts
 
 
-def test_short_data_makes_short_rows_on_a_cpu():
+def test_short_data_makes_short_rows():
     asked = recipe(cutoff_len=2048, gradient_accumulation_steps=4)
     assert longest_rows(asked, 100, CPU).cutoff_len == 400
     assert longest_rows(asked.model_copy(update={"packing": False}), 100, CPU).cutoff_len == 100
     assert longest_rows(asked, 1000, CPU).cutoff_len == 2048
-    assert longest_rows(asked, 100, CARD).cutoff_len == 2048
+
+
+def test_on_a_card_rows_are_as_long_as_cuda_graphs_make_them():
+    asked = recipe(cutoff_len=2048, gradient_accumulation_steps=4)
+    assert longest_rows(asked, 96, CARD).cutoff_len == 384
+    assert longest_rows(asked, 97, CARD).cutoff_len == 512
+    assert longest_rows(asked, 512, CARD).cutoff_len == 2048
+
+
+def test_short_data_needs_nothing_recomputed_where_full_rows_would():
+    asked = recipe(method="qlora", lora_r=64, micro_batch_size=4, gradient_accumulation_steps=4)
+    config = shape_config("llama-2-7b")
+    card = replace(CARD, memory_bytes=int(14.6 * 2**30), dtype="float16")
+    full = plan_training(asked, config, card)
+    assert full.fits
+    assert max(full.keep) > 0
+    rows, plan = plan_for_data(asked, config, card, 70)
+    assert rows.cutoff_len == 384
+    assert set(plan.keep) == {0}
+    assert plan_for_data(asked, config, card, 2048) == (asked, full)
+
+
+def test_a_run_layer_by_layer_is_planned_with_full_rows():
+    config = shape_config("llama-2-7b")
+    card = replace(CARD, memory_bytes=int(14.6 * 2**30), dtype="float16")
+    asked = recipe(gradient_accumulation_steps=8)
+    assert plan_for_data(asked, config, card, 50) == (asked, plan_training(asked, config, card))
 
 
 def test_processes_share_rows_cores_and_memory():

@@ -39,7 +39,7 @@ def export_adapter(job: Job) -> dict[str, Any]:
             facts: dict[str, Any] = {"skipped": short or "asked not to compare (--no-verify)"}
         else:
             facts = _verify(source, folder)
-    job.console.print(f"load it with: PeftModel.from_pretrained(base, {str(job.target)!r})")
+    job.ends.append(f"load it with: PeftModel.from_pretrained(base, {str(job.target)!r})")
     return facts
 
 

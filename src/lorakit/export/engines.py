@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.export.adapter import beyond_updates, export_adapter
 from lorakit.export.formats import Job
-from lorakit.export.gguf import export_gguf
+from lorakit.export.gguf import llama_server, write_gguf
 from lorakit.export.merged import export_merged
 from lorakit.export.source import Source
 from lorakit.run_dir import write_text
@@ -42,7 +42,7 @@ def largest_rank(source: Source) -> int:
 
 def vllm_command(source: Source, folder: Path, merged: bool) -> list[str]:
     """The `vllm serve` line for an exported folder."""
-    context = ["--max-model-len", str(_context(source))]
+    context = ["--max-model-len", str(source.context)]
     if merged:
         return ["vllm", "serve", str(folder), "--served-model-name", source.name, *context]
     rank = next(r for r in VLLM_RANKS if r >= largest_rank(source))
@@ -64,9 +64,8 @@ def export_tgi(job: Job) -> dict[str, Any]:
 
 def export_llama_cpp(job: Job) -> dict[str, Any]:
     """A GGUF file and the `llama-server` line."""
-    facts = export_gguf(job)
-    file = job.target / facts["file"]
-    line = ["llama-server", "-m", str(file), "--jinja", "-c", str(_context(job.source))]
+    facts = write_gguf(job)
+    line = llama_server(job.source, job.target / facts["file"])
     _write_lines(job, {"llama-server": [*line, "--host", "127.0.0.1", "--port", "8080"]})
     return {**facts, "command": shlex.join(line)}
 
@@ -97,16 +96,11 @@ def _tgi_lines(source: Source, folder: Path, merged: bool) -> dict[str, list[str
 
 
 def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:
-    """Print the commands, and keep them beside the folder's files without this machine's paths."""
+    """The commands are said last, and kept beside the files without this machine's paths."""
     text = f"# How to serve {job.source.name}\n"
     for name, line in commands.items():
-        job.console.print(f"{name}: {shlex.join(line)}", markup=False)
+        job.ends.append(f"{name}: {shlex.join(line)}")
         here = shlex.join(line).replace(str(job.target), ".")
         here = here.replace(job.source.location, job.source.base_name)
         text += f"\n{name}, run in this folder:\n\n    {here}\n"
     write_text(job.target / COMMANDS, text)
-
-
-def _context(source: Source) -> int:
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    return int(min(limit or 4096, max(4096, source.recipe.cutoff_len)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -25,3 +25,4 @@ class Job:
     public: bool = False
     merged: bool = False  # hub: the merged model instead of the adapter
     verify: bool = True
+    ends: list[str] = field(default_factory=list)  # said last: what to do with the files

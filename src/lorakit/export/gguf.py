@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +44,23 @@ def export_gguf(job: Job) -> dict[str, Any]:
         ModelError: llama.cpp does not know the architecture or the tokenizer.
         WorkError: no space, or llama.cpp runs the file and says something else than the adapter.
     """
+    facts = write_gguf(job)
+    line = llama_server(job.source, job.target / facts["file"])
+    job.ends.append(f"serve it with: {shlex.join(line)}")
+    return facts
+
+
+def write_gguf(job: Job) -> dict[str, Any]:
+    """As `export_gguf`, for a caller that says itself what to do with the file."""
     kind = quantization(job.quantization)
     check_space(job.source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
     with staged(job.target) as folder:
         return fill_gguf(job, folder, kind)
+
+
+def llama_server(source: Source, file: Path, *more: str) -> list[str]:
+    """The line that serves a GGUF file."""
+    return ["llama-server", "-m", str(file), *more, "--jinja", "-c", str(source.context)]
 
 
 def merged_type(job: Job, kind: str) -> str:
@@ -230,7 +244,13 @@ def export_gguf_adapter(job: Job) -> dict[str, Any]:
     """
     refuse_unportable(job.source)
     with staged(job.target) as folder:
-        return fill_gguf_adapter(job, folder)
+        facts = fill_gguf_adapter(job, folder)
+    more = ("--lora", str(job.target / ADAPTER_FILE))
+    line = llama_server(job.source, Path("BASE.gguf"), *more)
+    job.ends.append(f"serve it with: {shlex.join(line)}")
+    base = f"lorakit export {shlex.quote(str(job.source.run.path))} --to ollama --adapter"
+    job.ends.append(f"BASE.gguf, its base, is written by: {base}")
+    return facts
 
 
 def refuse_unportable(source: Source) -> None:

@@ -51,17 +51,17 @@ def export_merged(job: Job) -> dict[str, Any]:
     lost = off > min(NOTABLE_ROUNDING, NOTABLE_SHARE * effect)
     if job.onto == "original":
         if off > effect:
-            job.console.print(
+            job.ends.append(
                 "hint: on this base the adapter is farther from what was trained than the untuned "
                 "model is: leave out --onto original, or use the adapter on its own base"
             )
     elif lost or facts.get("update_kept", 1.0) < LEAST_KEPT:
         better = "float16 (as small) or float32" if dtype == "bfloat16" else "float32"
-        job.console.print(
+        job.ends.append(
             f"hint: {dtype} rounds much of this adapter away: export with --dtype {better}, or use "
             "the adapter itself"
         )
-    job.console.print(f"load it with: AutoModelForCausalLM.from_pretrained({str(job.target)!r})")
+    job.ends.append(f"load it with: AutoModelForCausalLM.from_pretrained({str(job.target)!r})")
     return facts
 
 

@@ -67,10 +67,10 @@ def export_ollama(job: Job) -> dict[str, Any]:
         body, notes = modelfile(source, lines)
         (folder / "Modelfile").write_text(body, encoding="utf-8")
     for note in notes:
-        job.console.print(f"note: {note}")
-    job.console.print(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
+        job.ends.append(f"note: {note}")
+    job.ends.append(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
     if not job.as_adapter and why_not_portable(source) is None:
-        job.console.print("several adapters on one base: --adapter writes base and adapter apart")
+        job.ends.append("several adapters on one base: --adapter writes base and adapter apart")
     return {**facts, "modelfile": "Modelfile", "template": "TEMPLATE" in body}
 
 

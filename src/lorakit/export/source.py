@@ -79,6 +79,12 @@ class Source:
         start = self.adapter.get("init_lora_weights")
         return start if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS) else None
 
+    @property
+    def context(self) -> int:
+        """Tokens that an engine should make room for: the run's rows, at least 4,096 if it can."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(min(limit or 4096, max(4096, self.recipe.cutoff_len)))
+
     def adapter_tensors(self) -> dict[str, Any]:
         """The adapter's tensors by the names in its file."""
         from safetensors.torch import load_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakit.durable import megabytes
 from lorakit.errors import RecipeError, RunError
 from lorakit.export.adapter import export_adapter
 from lorakit.export.engines import export_llama_cpp, export_tgi, export_vllm
@@ -85,6 +87,7 @@ def export_run(
     target = output or run.export / _folder(to, options)
     if target.exists():
         raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
+    began = time.monotonic()
     job = Job(open_source(run), target, console, **options)
     facts = EXPORTERS[to].export(job)
     # Files elsewhere may bear the name of another form; their place is this machine's affair.
@@ -92,7 +95,11 @@ def export_run(
     record(run, name, {"format": to, **facts})
     renew_report(run, console.print)
     show({target.name: facts, **_inner(target.name, facts)}, console)
-    console.print(f"wrote    {target}")
+    size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    seconds = time.monotonic() - began
+    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s", markup=False)
+    for line in job.ends:  # in one line each, however long: commands are copied
+        console.print(line, markup=False, soft_wrap=True)
     return {"format": to, "path": str(target), **facts}
 
 

@@ -14,6 +14,7 @@ from lorakit.model.sizes import examples_of_rank
 from lorakit.planning.simulate import simulate
 from lorakit.recipe import Recipe
 from lorakit.records import Device, MemoryPlan
+from lorakit.train.graphs import TOKENS_STEP
 
 # Parts of `memory.py` that the simulation replaces.
 ESTIMATED = ("activations (estimate)", "logits of one chunk")
@@ -48,17 +49,36 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     return kept if kept.fits else _own_layers(recipe, config, device, recompute=True)
 
 
+def plan_for_data(
+    recipe: Recipe, config: Any, device: Device, longest: int
+) -> tuple[Recipe, MemoryPlan]:
+    """The plan of a run on data at hand, and the recipe with rows as long as these get.
+
+    Short examples fill no micro-batch: one of 8,192 tokens gets 1,120 from 16 examples of 70, and
+    a 7B model's layers then need not be recomputed on a T4.
+
+    Args:
+        longest: tokens of the longest example.
+    """
+    short = longest_rows(recipe, longest, device)
+    plan = plan_training(short, config, device)
+    if plan.placement.layer_major:  # cuts its micro-batches by `cutoff_len`
+        short, plan = recipe, plan_training(recipe, config, device)
+    return short, plan
+
+
 def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
     """The recipe as the data at hand makes it: no micro-batch is longer than its examples allow.
 
-    On a card packed rows are filled up to `cutoff_len` whatever the examples are; on a CPU they
-    are filled only with what one optimizer step holds.
+    Packed rows are filled with what one optimizer step holds, and padded to the sizes of CUDA
+    graphs on a card.
     """
-    if device.kind == "cuda" or longest < 1:
+    if longest < 1:
         return recipe
     micros = -(-examples_of_rank(recipe, device.ranks) // recipe.micro_batch_size)
-    rows = micros if recipe.packing else 1
-    return recipe.model_copy(update={"cutoff_len": min(recipe.cutoff_len, max(8, rows * longest))})
+    step = TOKENS_STEP if device.kind == "cuda" else 1
+    length = -(-longest * (micros if recipe.packing else 1) // step) * step
+    return recipe.model_copy(update={"cutoff_len": min(recipe.cutoff_len, max(8, length))})
 
 
 def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) -> MemoryPlan:
