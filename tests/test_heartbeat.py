@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def pair(store):
     theirs = Watch(store, 1, 2, "cuda:1")
     mine.ended = None
     mine.own.state = "ready"
-    mine.at(118, lambda: "step_000100 is the last checkpoint")
+    mine.at(118, lambda: "step_000100 is the last checkpoint", Path("runs/x"))
     return mine, theirs
 
 
@@ -61,7 +62,24 @@ def test_a_silent_rank_is_named_with_its_last_step(store, monkeypatch):
     assert f"rank 1 (cuda:1 on {theirs.own.host}, process {os.getpid()})" in words
     assert "after step 117" in words
     assert "step_000100 is the last checkpoint" in words
-    assert "--resume" in words
+    assert words.endswith("hint: go on with: lorakit train runs/x/recipe.yaml --resume --gpus 2")
+
+
+def test_the_way_on_is_that_of_one_machine_or_several_or_of_a_run_not_begun(store):
+    mine, theirs = pair(store)
+    assert "on every machine, with --resume" in mine._told([theirs.own], [], apart=True)
+    mine.folder = None
+    assert mine._told([theirs.own], [], apart=False).endswith("start the same command again")
+
+
+def test_ranks_of_several_machines_are_known_as_such(store, monkeypatch):
+    mine, theirs = pair(store)
+    theirs.own.host = "another"
+    theirs.say()
+    assert judged(mine) is None
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.0)
+    time.sleep(0.01)
+    assert "on every machine" in judged(mine)[1]
 
 
 def test_a_process_that_is_gone_is_named_at_once_and_only_on_its_own_machine(store):
@@ -123,6 +141,7 @@ def test_the_process_ends_though_its_main_thread_hangs(tmp_path):
     assert "rank 1 (cpu:1 on elsewhere" in done.stderr
     assert "time.sleep" in code
     assert "Thread" in (tmp_path / "stacks_rank0.txt").read_text()
+    assert f"where each process stood: {tmp_path}/stacks_rank*.txt" in done.stderr
 
 
 def test_without_its_launcher_a_process_saves_and_stops(store, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.errors import WorkError
-from lorakit.launch import _check_cards, _killed, launched, without_gpus
+from lorakit.launch import _check_cards, _killed, again, launched, without_gpus
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,20 @@ def test_a_killed_rank_is_named_where_no_other_could(monkeypatch):
     class Failure:
         exitcode = -9
 
-    with pytest.raises(WorkError, match="rank 1 was ended by SIGKILL"):
-        _killed(1, Failure)
+    with pytest.raises(WorkError, match="rank 1 was ended by SIGKILL") as caught:
+        _killed(1, Failure, "lorakit train r.yaml --resume --gpus 2")
+    assert caught.value.hint.endswith("start again with: lorakit train r.yaml --resume --gpus 2")
     Failure.exitcode = -15
-    assert _killed(1, Failure) == 143
+    assert _killed(1, Failure, "") == 143
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["train", "my r.yaml"], "lorakit train 'my r.yaml' --resume --gpus 2"),
+        (["train", "r.yaml", "--resume"], "lorakit train r.yaml --resume --gpus 2"),
+        (["bench", "--steps", "3"], "lorakit bench --steps 3 --gpus 2"),
+    ],
+)
+def test_the_command_to_start_again_is_whole_and_resumes_what_can_be_resumed(arguments, command):
+    assert again(arguments, 2) == command

@@ -314,6 +314,8 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, faul
     assert "Traceback" not in said
     assert not psutil.pid_exists(victim)
     assert (run.path / "stacks_rank0.txt").exists()
+    assert f"{run.path}/stacks_rank*.txt" in said
+    assert f"lorakit train {run.recipe} --resume --gpus 2" in said
     taken = len(losses(run))
     fit(load_recipe(path, [f"max_steps={taken + 2}"]), QUIET, resume=True)
     assert len(losses(run)) == taken + 2

@@ -1,6 +1,7 @@
 """The run directory is the contract: paths, whole files, clear refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,17 @@ def test_find_run_names_what_is_missing(tmp_path):
         find_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "gpus", "command"),
+    [
+        ("runs/x", 1, "lorakit train runs/x/recipe.yaml --resume"),
+        ("my runs/x", 4, "lorakit train 'my runs/x/recipe.yaml' --resume --gpus 4"),
+    ],
+)
+def test_the_command_that_goes_on_can_be_typed_as_it_stands(path, gpus, command):
+    assert RunDir(Path(path)).going_on(gpus) == command
+
+
 def test_write_replaces_whole_files_only(tmp_path):
     path = tmp_path / "a" / "x.json"
     write_json(path, {"a": "ä"})
@@ -40,8 +52,6 @@ def test_write_replaces_whole_files_only(tmp_path):
 
 
 def test_full_disk_is_one_clear_error():
-    from pathlib import Path
-
     with pytest.raises(WorkError, match="cannot write /dev/full"):
         write_text(Path("/dev/full/x"), "text")
 

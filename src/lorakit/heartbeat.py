@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from lorakit.run_dir import RunDir
+
 BEAT_SECONDS = 1.0
 # A live process beats whatever it computes; what holds all its threads up for so long is no step.
 SILENT_SECONDS = 30.0
@@ -146,12 +148,13 @@ class Heartbeat(threading.Thread):
             time.sleep(GRACE_SECONDS)  # it says itself what happened
             self._end([], "")
         elif gone or silent:
-            self._end([*gone, *silent], self._told(gone, silent))
+            apart = not all(beat.beside(self.own) for beat in beats)
+            self._end([*gone, *silent], self._told(gone, silent, apart))
         elif self.own.state == "preflight" and now - self.born > PREFLIGHT_SECONDS:
             stuck = [b for b in beats if b.state == "preflight"]
             self._end(stuck[1:], no_answer(stuck))
 
-    def _told(self, gone: list[Beat], silent: list[Beat]) -> str:
+    def _told(self, gone: list[Beat], silent: list[Beat], apart: bool) -> str:
         lines = [
             f"error: {beat} has ended without a word, after step {beat.step}: was it killed?"
             for beat in gone
@@ -160,21 +163,22 @@ class Heartbeat(threading.Thread):
             f"error: {beat} has not answered for {SILENT_SECONDS:.0f} s, after step {beat.step}"
             for beat in silent
         ]
-        hint = "the kernel kills what takes too much memory (dmesg tells); " if gone else ""
-        return "\n".join(
-            [
-                *lines,
-                f"  {self.kept()}",
-                f"hint: {hint}start again with --resume: nothing saved is lost",
-            ]
-        )
+        why = "the kernel kills what takes too much memory (dmesg tells); " if gone else ""
+        if self.folder is None:
+            again = "start the same command again"
+        elif apart:
+            again = "start the same command again on every machine, with --resume"
+        else:
+            again = f"go on with: {RunDir(self.folder).going_on(self.count)}"
+        return "\n".join([*lines, f"  {self.kept()}", f"hint: {why}{again}"])
 
     def _end(self, troubled: list[Beat], words: str) -> None:
         """End this process; the first of those that are well says why."""
-        self._keep_stacks()
+        stacks = self._keep_stacks()
         ill = {beat.rank for beat in troubled}
         if words and self.own.rank == min(set(range(self.count)) - ill):
-            sys.stderr.write(f"\n{words}\n")
+            where = f"\n  where each process stood: {stacks}" if stacks else ""
+            sys.stderr.write(f"\n{words}{where}\n")
             sys.stderr.flush()
         for beat in troubled:
             # A stopped process would outlive all; torchrun waits 30 s for it.
@@ -184,14 +188,19 @@ class Heartbeat(threading.Thread):
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 
-    def _keep_stacks(self) -> None:
-        """Where this process's threads stood, into the run's folder."""
+    def _keep_stacks(self) -> Path | None:
+        """Where this process's threads stood, into the run's folder; the name of all ranks' files.
+
+        The other ranks write theirs in the same second, and say nothing.
+        """
         if self.folder is None or not self.folder.is_dir():
-            return
+            return None
         with suppress(OSError):
             path = self.folder / f"stacks_rank{self.own.rank}.txt"
             with path.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+            return self.folder / "stacks_rank*.txt"
+        return None
 
     def _without_launcher(self) -> None:
         """Whoever started this process is gone: finish the step, save and stop, as at SIGTERM."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import signal
 import sys
 import uuid
@@ -64,7 +65,9 @@ def launch(arguments: Sequence[str], gpus: int) -> int:
         # A rank that saw another one die has told it, and ended with a code of its own.
         told = [f.exitcode for f in failed.failures.values() if f.exitcode > 0]
         rank, first = failed.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else told[0] if told else _killed(rank, first)
+        if told:
+            return first.exitcode if first.exitcode > 0 else told[0]
+        return _killed(rank, first, again(arguments, gpus))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -81,14 +84,21 @@ def without_gpus(arguments: Sequence[str]) -> list[str]:
     return left
 
 
-def _killed(rank: int, failure: Any) -> int:
+def again(arguments: Sequence[str], gpus: int) -> str:
+    """What to type after a sudden end; by the same words a training finds its folder again."""
+    more = ["--resume"] if arguments[0] == "train" and "--resume" not in arguments else []
+    return shlex.join(["lorakit", *arguments, *more, "--gpus", str(gpus)])
+
+
+def _killed(rank: int, failure: Any, command: str) -> int:
     """The exit code of ranks that all ended by a signal: said here, for none of them could."""
     number = signal.Signals(-failure.exitcode)
     if number in (signal.SIGINT, signal.SIGTERM):
         return 128 + number
     raise WorkError(
         f"rank {rank} was ended by {number.name}",
-        hint="the kernel kills what takes too much memory (dmesg tells); start again with --resume",
+        hint="the kernel kills what takes too much memory (dmesg tells); "
+        f"start again with: {command}",
     )
 
 

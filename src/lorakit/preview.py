@@ -68,9 +68,8 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
     run = outcome.run.path
     if outcome.exit_code:
         console.print(f"stopped after step {outcome.steps}; a checkpoint was saved")
-        console.print(
-            f"go on with: {program()} train {outcome.run.recipe} --resume", soft_wrap=True
-        )
+        command = outcome.run.going_on(program=program())
+        console.print(f"go on with: {command}", soft_wrap=True)
         return
     if outcome.evaluation:
         show(outcome.evaluation, console)

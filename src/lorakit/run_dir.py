@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,11 @@ class RunDir:
         found = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
         return sorted(found, key=lambda p: int(p.name.split("_")[1]))
 
+    def going_on(self, gpus: int = 1, program: str = "lorakit") -> str:
+        """What to type to go on with this run."""
+        words = f"{program} train {shlex.quote(str(self.recipe))} --resume"
+        return words if gpus == 1 else f"{words} --gpus {gpus}"
+
     def has_run(self) -> bool:
         """True when the folder belongs to a run (a recipe was written into it)."""
         return self.recipe.exists()
@@ -135,7 +141,7 @@ def find_run(path: str | Path, trained: bool = True) -> RunDir:
     if trained and not run.has_adapter():
         raise RunError(
             f"{path}: this run has no adapter yet (adapter/{ADAPTER_WEIGHTS} is missing)",
-            hint=f"finish it with: lorakit train {run.recipe} --resume",
+            hint=f"finish it with: {run.going_on()}",
         )
     return run
 

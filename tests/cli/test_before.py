@@ -135,6 +135,15 @@ def test_wrong_input_is_exit_2_and_one_clear_error(inspect, weightless, tiny_dat
         assert "Traceback" not in err
 
 
+def test_a_broken_file_is_exit_2_and_one_error_with_all_its_lines(inspect, weightless, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n{"question" 1}\n[]\n')
+    code, out, err = inspect(path, "--model", weightless)
+    assert (code, out, err.count("error:")) == (2, "", 1)
+    assert "broken.jsonl:2: column 13: not valid JSON" in err
+    assert "broken.jsonl:3: a list where an object {...} is expected" in err
+
+
 def test_schema_is_json(lorakit):
     code, out, _ = lorakit("schema")
     assert code == 0

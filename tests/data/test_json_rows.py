@@ -91,7 +91,16 @@ def test_common_faults_come_with_what_to_do(tmp_path, text, advice):
     assert advice.replace("\\\\", "\\") in caught.value.hint
 
 
-@pytest.mark.parametrize(("text", "sign"), [(" \n [1]", "["), ("\ufeff{}", "{"), (" \n", "")])
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [
+        (" \n [1]", "["),
+        ("\ufeff{}", "{"),
+        (" \n", ""),
+        (b'{"a": "\xe9"}', "{"),
+        (b" \xe9", "\ufffd"),
+    ],
+)
 def test_the_first_sign_is_no_blank(tmp_path, text, sign):
     assert first_sign(file_of(tmp_path, text)) == sign
 

@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from lorakit.data import lines as module
+from lorakit.data.broken import Broken
 from lorakit.data.lines import lines_of, opened, pieces_of, whole
 from lorakit.data.locate import DataFile
 from lorakit.errors import DataError
@@ -46,6 +47,19 @@ def test_other_encodings_are_named_with_a_conversion(file):
         with pytest.raises(DataError, match=r"a.jsonl:2: not UTF-8: byte 0xe9 at off") as caught:
             list(read(file(b"one\ncaf\xe9\n")))
         assert "iconv" in caught.value.hint
+
+
+def test_every_line_that_is_not_utf8_is_named_where_faults_are_collected(file):
+    made = file(b"one\ncaf\xe9\ntwo\n\xff\n")
+    broken, read = Broken("a.jsonl"), []
+    with pytest.raises(DataError) as caught, broken:
+        read += lines_of(made, broken)
+    assert read == [(1, "one\n"), (2, "caf\ufffd\n"), (3, "two\n"), (4, "\ufffd\n")]
+    assert caught.value.message.splitlines() == [
+        "a.jsonl: 2 faults:",
+        "  a.jsonl:2: not UTF-8: byte 0xe9 at offset 7 of the file",
+        "  a.jsonl:4: not UTF-8: byte 0xff at offset 13 of the file",
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -132,6 +133,89 @@ def test_parquet_goes_through_datasets(tmp_path):
 def test_damage_is_named_with_its_place(tmp_path, name, data, message):
     with pytest.raises(DataError, match=message):
         list(read_rows(write(tmp_path, name, data)))
+
+
+GOOD = b'{"a": "1"}\n'
+
+
+def test_every_broken_line_of_a_file_is_named_at_once(tmp_path):
+    lines = [
+        GOOD,
+        b'{"a" 1}\n',
+        GOOD,
+        b"[1]\n",
+        b'{"a": "\xe9"}\n',
+        b"\n",
+        b"{'a': 1}\n",
+        b'{"a": "c',
+    ]
+    source, read = write(tmp_path, "a.jsonl", b"".join(lines)), []
+    with pytest.raises(DataError) as caught:
+        read.extend(row.origin.row for row in read_rows(source))
+    assert read == [1], "no row follows a broken line"
+    head, *faults = caught.value.message.splitlines()
+    assert head == "a.jsonl: 5 faults:"
+    expected = ["2: column 6: not", "4: a list", "5: not UTF-8", "7: column 2: not", "8: column 7"]
+    for told, begin in zip(faults, expected, strict=True):
+        assert told.startswith(f"  a.jsonl:{begin}")
+    assert "the last line is cut off" in faults[-1]
+    assert "sed -n 2p a.jsonl" in caught.value.hint
+    assert "iconv" in caught.value.hint
+
+
+def test_ten_faults_are_shown_and_the_others_counted_without_keeping_them(tmp_path):
+    line = b"x" * 10_000 + b"\n"
+    source = write(tmp_path, "a.jsonl", GOOD * 3 + line * 2_000 + GOOD)
+    tracemalloc.start()
+    with pytest.raises(DataError) as caught:
+        values(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    faults = caught.value.message.splitlines()[1:]
+    assert [f.split(":")[1] for f in faults[:10]] == [str(n) for n in range(4, 14)]
+    assert faults[10:] == ["  and 1,990 more"]
+    # The file is 20 MB; a piece of it, 1 MiB, is read for the first sign.
+    assert peak < 5 * 2**20
+
+
+def test_the_lines_that_were_broken_are_not_lost_where_the_file_breaks_off(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorakit.data.lines.LONGEST_LINE", 100)
+    lines = b"x\n" * 12 + GOOD + b"y" * 200 + b"\n" + b"x\n"
+    with pytest.raises(DataError) as caught:
+        values(write(tmp_path, "a.jsonl", lines))
+    head, *faults = caught.value.message.splitlines()
+    assert head == "a.jsonl: 13 faults:"
+    assert faults[10] == "  and 2 more"
+    assert faults[11].startswith("  a.jsonl:14: a line of more than")
+
+
+def test_every_item_of_a_list_that_is_no_object_is_named(tmp_path):
+    with pytest.raises(DataError) as caught:
+        values(write(tmp_path, "a.json", '[{"a": 1}, 3, {"a": 2}, "x", null]'))
+    assert [line.split(",")[0] for line in caught.value.message.splitlines()] == [
+        "a.json: 3 faults:",
+        "  a.json: item 2 is a number",
+        "  a.json: item 4 is a text",
+        "  a.json: item 5 is null",
+    ]
+
+
+def test_every_ragged_row_of_a_table_is_named_up_to_a_broken_quote(tmp_path):
+    text = b'q,a\n1,2\n1,2,3\n\xe9,2\n"a\nb",2\n1\n1,"x"y\n1\n'
+    with pytest.raises(DataError) as caught:
+        values(write(tmp_path, "a.csv", text))
+    head, *faults = caught.value.message.splitlines()
+    assert head == "a.csv: 4 faults:"
+    expected = ["3: 3 cells where", "4: not UTF-8", "7: 1 cells where", "8: not valid CSV"]
+    for told, begin in zip(faults, expected, strict=True):
+        assert told.startswith(f"  a.csv:{begin}")
+
+
+@pytest.mark.parametrize("tail", [b"", b'\n {"a": "2"}]}'])
+def test_one_object_that_is_not_utf8_has_one_fault(tmp_path, tail):
+    with pytest.raises(DataError) as caught:
+        values(write(tmp_path, "a.json", b'{"data": [{"a": "\xe9"},' + tail))
+    assert caught.value.message == "a.json:1: not UTF-8: byte 0xe9 at offset 17 of the file"
 
 
 @pytest.mark.parametrize(

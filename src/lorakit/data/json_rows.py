@@ -38,7 +38,9 @@ def parse(text: str, file: DataFile, line: int, last: bool) -> Any:
 
 def first_sign(file: DataFile) -> str:
     """The first character that is no blank; "" for a file of blanks."""
-    return next((rest[0] for piece in pieces_of(file) if (rest := piece.lstrip())), "")
+    # What is not UTF-8 is named where it is read, with the other faults of the file.
+    pieces = pieces_of(file, errors="replace")
+    return next((rest[0] for piece in pieces if (rest := piece.lstrip())), "")
 
 
 @dataclass

@@ -12,8 +12,10 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any, cast
 
+from lorakit.data.broken import Broken
 from lorakit.data.locate import DataFile
 from lorakit.data.remote import open_url
 from lorakit.errors import DataError
@@ -100,9 +102,9 @@ def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
         yield handle
 
 
-def pieces_of(file: DataFile) -> Iterator[str]:
+def pieces_of(file: DataFile, errors: str = "strict") -> Iterator[str]:
     """The text of a file in pieces of 1 MiB, however long its lines are."""
-    decoder, offset, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
+    decoder, offset, line = codecs.getincrementaldecoder("utf-8")(errors), 0, 1
     with _as_utf8(file) as handle:
         while True:
             data = handle.read(PIECE)
@@ -115,15 +117,18 @@ def pieces_of(file: DataFile) -> Iterator[str]:
                 line += error.object.count(b"\n", 0, error.start)
                 at = offset - held + error.start
                 raise _not_utf8(f"{file.name}:{line}", error, at, file) from error
+            yield text
             if not data:
                 return
-            yield text
             offset, line = offset + len(data), line + text.count("\n")
             _refuse_bomb(file, file.name, offset)
 
 
-def lines_of(file: DataFile) -> Iterator[tuple[int, str]]:
-    """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text."""
+def lines_of(file: DataFile, broken: Broken | None = None) -> Iterator[tuple[int, str]]:
+    """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text.
+
+    A line that is not UTF-8 raises; with `broken` it is added there, and goes on with U+FFFD in it.
+    """
     offset, number, empty = 0, 0, True
     with _as_utf8(file) as handle:
         while line := handle.readline(LONGEST_LINE + 1):
@@ -140,7 +145,11 @@ def lines_of(file: DataFile) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 place = f"{file.name}:{number}"
-                raise _not_utf8(place, error, offset + error.start, file) from error
+                fault = partial(_not_utf8, place, error, offset + error.start, file)
+                if broken is None:
+                    raise fault() from error
+                broken.add(number, fault)
+                text = line.decode("utf-8", "replace")
             yield number, text
             offset += len(line)
             _refuse_bomb(file, f"{file.name}:{number}", offset)

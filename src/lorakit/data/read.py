@@ -17,9 +17,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.broken import Broken
 from lorakit.data.hub import first_line, read_hub
 from lorakit.data.json_rows import first_sign, items_of, parse
 from lorakit.data.lines import LONGEST_LINE, lines_of, opened, pieces_of, whole
@@ -42,7 +44,8 @@ def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = Fals
         offline: refuse what needs a network.
 
     Raises:
-        DataError: missing, empty, damaged or undecodable; names file, line and column.
+        DataError: missing, empty, damaged or undecodable; names file, line and column. A file is
+            read to its end first: one error names all its broken lines, and no row follows them.
     """
     located = locate(source, folders)
     if isinstance(located, HubData):
@@ -99,22 +102,37 @@ def _read_json(file: DataFile) -> Iterator[Row]:
     if file.kind == ".json" and _is_one_object(file):
         yield from _listed(_wrapped(file), file)
         return
-    for number, line in lines_of(file):
-        if line.isspace():
-            continue
+    with Broken(file.name) as broken:
+        for number, line in lines_of(file, broken):
+            if line.isspace():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict):
+                broken.add(number, partial(_no_row, line, file, number))
+            elif not broken.count:
+                yield Row(value, Origin(file.name, number))
+
+
+def _no_row(line: str, file: DataFile, number: int) -> DataError:
+    """What is wrong with a line that is no row."""
+    try:
         value = parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{file.name}:{number}: {_a(value)} where an object {{...}} is expected: "
-                f"{_cut(line.strip())}",
-                hint='write each row as {"instruction": "...", "response": "..."}',
-            )
-        yield Row(value, Origin(file.name, number))
+    except DataError as error:
+        return error
+    return DataError(
+        f"{file.name}:{number}: {_a(value)} where an object {{...}} is expected: "
+        f"{_cut(line.strip())}",
+        hint='write each row as {"instruction": "...", "response": "..."}',
+    )
 
 
 def _is_one_object(file: DataFile) -> bool:
     """Not one object a line."""
-    lines = (line for _, line in lines_of(file) if not line.isspace())
+    # Faults are named by who reads the file.
+    lines = (line for _, line in lines_of(file, Broken(file.name)) if not line.isspace())
     first, second = next(lines, ""), next(lines, None)
     try:
         json.loads(first)
@@ -147,14 +165,19 @@ def _wrapped(file: DataFile) -> list[Any]:
 
 def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
     position = 0
-    for position, item in enumerate(items, 1):
-        if not isinstance(item, dict):
-            raise DataError(
-                f"{file.name}: item {position} is {_a(item)}, expected an object {{...}}"
-            )
-        yield Row(item, Origin(file.name, position))
+    with Broken(file.name) as broken:
+        for position, item in enumerate(items, 1):
+            if not isinstance(item, dict):
+                broken.add(position, partial(_no_object, item, file, position))
+            elif not broken.count:
+                yield Row(item, Origin(file.name, position))
     if not position:
         raise DataError(f"{file.name}: an empty list, no rows in it")
+
+
+def _no_object(item: Any, file: DataFile, position: int) -> DataError:
+    what = f"item {position} is {_a(item)}, expected an object {{...}}"
+    return DataError(f"{file.name}: {what}")
 
 
 def _read_csv(file: DataFile) -> Iterator[Row]:
@@ -165,37 +188,39 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
     begun, rows = 1, 0
     reader: Any = None
 
-    def texts() -> Iterator[str]:
-        for _, line in lines_of(file):
-            yield line
-
-    lines = texts()
-    try:
-        first = next(lines)
-        reader = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
-        for cells in reader:
-            if not cells:
-                pass
-            elif not header:
-                header = _header(cells, file)
-            elif len(cells) != len(header):
-                raise DataError(
-                    f"{file.name}:{begun}: {len(cells)} cells where the header has {len(header)} "
-                    f"({', '.join(header[:6])})",
-                    hint='put cells that hold the separator, a quote or a line end in "quotes"',
-                )
-            else:
-                rows += 1
-                yield Row(dict(zip(header, cells, strict=True)), Origin(file.name, begun))
-            begun = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{file.name}:{begun}: not valid CSV: {error} (the row begins on this line, "
-            f"the trouble is on line {reader.line_num})",
-            hint='a quote inside a quoted cell is written twice: "say ""hi"""',
-        ) from error
+    with Broken(file.name) as broken:
+        lines = (line for _, line in lines_of(file, broken))
+        try:
+            first = next(lines)
+            reader = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
+            for cells in reader:
+                if not cells:
+                    pass
+                elif not header:
+                    header = _header(cells, file)
+                elif len(cells) != len(header):
+                    broken.add(begun, partial(_uneven, cells, header, file, begun))
+                elif not broken.count:
+                    rows += 1
+                    yield Row(dict(zip(header, cells, strict=True)), Origin(file.name, begun))
+                begun = reader.line_num + 1
+        # Not read on: the next line may be the inside of a cell.
+        except csv.Error as error:
+            raise DataError(
+                f"{file.name}:{begun}: not valid CSV: {error} (the row begins on this line, "
+                f"the trouble is on line {reader.line_num})",
+                hint='a quote inside a quoted cell is written twice: "say ""hi"""',
+            ) from error
     if not rows:
         raise DataError(f"{file.name}: a header ({_cut(', '.join(header))}) and no rows below it")
+
+
+def _uneven(cells: list[str], header: list[str], file: DataFile, line: int) -> DataError:
+    return DataError(
+        f"{file.name}:{line}: {len(cells)} cells where the header has {len(header)} "
+        f"({', '.join(header[:6])})",
+        hint='put cells that hold the separator, a quote or a line end in "quotes"',
+    )
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
