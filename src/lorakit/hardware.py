@@ -5,6 +5,7 @@ Nothing is timed: the same machine always gets the same answer, so a resumed run
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -18,6 +19,9 @@ from lorakit.records import Device
 # Instruction sets that multiply bf16 natively. Without them bf16 on a CPU is emulated and slower
 # than float32; with AVX512_BF16 a SmolLM2 step took 1.4 s against 2.8 s in float32.
 _CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+# Oldest compute capability that our Triton kernels run on: a T4's (ops/backend.py).
+KERNELS_FROM = (7, 5)
 
 
 def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") -> Device:
@@ -66,7 +70,17 @@ def _cuda(dtype: str) -> Device:
             else ("float16", f"{name} has no bfloat16 (needs capability 8.0); with loss scaling")
         )
         chosen, reasons["dtype"] = _asked(dtype) or automatic
-    return Device("cuda", name, memory, chosen, "sdpa", reasons)
+    return Device(
+        "cuda", name, memory, chosen, "sdpa", reasons, kernels=runs_kernels((major, minor))
+    )
+
+
+def runs_kernels(capability: tuple[int, int]) -> bool:
+    """Whether our Triton kernels run here on a card of this compute capability."""
+    import torch
+
+    found = importlib.util.find_spec("triton") is not None and not torch.version.hip
+    return found and capability >= KERNELS_FROM
 
 
 def _let_segments_grow() -> None:

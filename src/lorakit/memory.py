@@ -97,16 +97,19 @@ def _fill(placement: Placement, sizes: Sizes, room: int) -> Placement:
 
 
 def _engine(sizes: Sizes) -> bool:
-    """As `attach_loss` decides: `auto` on cards with kernels only."""
-    recipe = sizes.recipe
-    asked = "on" in (recipe.engine, recipe.streaming, recipe.sharding)
-    return expects_engine(recipe, sizes.config) and (sizes.cuda or asked)
+    return expects_engine(sizes.recipe, sizes.config, sizes.fast)
 
 
-def expects_engine(recipe: Recipe, config: Any) -> bool:
-    """Whether the fast layers are likely to serve; `attach_engine` decides on the real model."""
+def expects_engine(recipe: Recipe, config: Any, fast: bool) -> bool:
+    """Whether the fast layers are likely to serve; `attach_engine` decides on the real model.
+
+    Args:
+        config: of the text model.
+        fast: the device is a card with kernels, where `auto` takes them.
+    """
+    asked = fast or "on" in (recipe.engine, recipe.streaming, recipe.sharding)
     plain = not recipe.use_dora and recipe.bias == "none"
-    return recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
+    return asked and recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
 
 
 def _fixed_parts(sizes: Sizes, placement: Placement, engine: bool) -> dict[str, int]:

@@ -133,7 +133,7 @@ class Device:
     `memory_bytes` is the card's memory, or the host's for a CPU. `dtype` is the storage and
     compute type of the frozen base: "bfloat16", "float16" or "float32". `ranks` processes share
     each step, each with a device like this one, on `nodes` machines; each machine's network is
-    taken to carry `network_gbits` a second, unless told.
+    taken to carry `network_gbits` a second, unless told. `kernels`: a card runs our Triton kernels.
     """
 
     kind: Literal["cuda", "mps", "cpu"]
@@ -145,6 +145,12 @@ class Device:
     ranks: int = 1
     nodes: int = 1
     network_gbits: float = 100.0
+    kernels: bool = True
+
+    @property
+    def fast(self) -> bool:
+        """Whether `engine: auto` puts the fast layers on it."""
+        return self.kind == "cuda" and self.kernels
 
     @property
     def per_node(self) -> int:

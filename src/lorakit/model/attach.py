@@ -20,16 +20,12 @@ from lorakit.model.families import FAST_FAMILIES
 from lorakit.model.fast_layer import Arena, FastLayer, Keep, Pass
 from lorakit.model.host_adapters import HostAdapters
 from lorakit.model.lora_group import Scratch, Unsupported, refresh
-from lorakit.model.modes import evaluating
+from lorakit.model.probe import probe
 from lorakit.model.streamed import StreamedBase
 from lorakit.ops.backend import kernels_reason
 from lorakit.ops.hash_mask import draw_keys
 from lorakit.ranks import ALONE, Ranks
 from lorakit.records import ON_CARD, Placement
-
-# Largest relative difference of a layer's update on the probe: rounding of the type, with room.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-PROBE_TOKENS = 32
 
 
 @dataclass
@@ -187,15 +183,11 @@ def attach_engine(
             # The parts go back at once; left cached, small tensors would settle in them for good.
             torch.cuda.empty_cache()
     _place(engine, base, placement, ranks)
-    difference = _probe(engine, base)
-    tolerance = TOLERANCE[layers[0].qkv.kind]
-    if not difference < tolerance:
+    words, trouble = probe(engine, base)
+    if trouble:
         engine.detach()
-        return None, f"the probe differs by {difference:.1%} from the model's own: its own layers"
-    return engine, (
-        f"{len(layers)} fused layers, {kernels_reason(device.type)}; "
-        f"probe differs by {difference:.2%} from the model's own"
-    )
+        return None, f"{trouble}: its own layers"
+    return engine, f"{len(layers)} fused layers, {kernels_reason(device.type)}; {words}"
 
 
 def _place(engine: Engine, base: Any, placement: Placement, ranks: Ranks) -> None:
@@ -237,37 +229,6 @@ def _check_shape(decoder: Any, config: Any) -> None:
             raise Unsupported("its attention has other parts")
     if getattr(config, "attention_dropout", 0.0):
         raise Unsupported("attention dropout")
-
-
-def _probe(engine: Engine, base: Any) -> float:
-    """Largest relative difference |ours - own| / |own - input| of one layer, each on equal inputs.
-
-    Layer by layer: over the whole depth even two bf16 runs of one model drift apart by percents.
-    """
-    config, device = base.config.get_text_config(), engine.device
-    ids = (torch.arange(PROBE_TOKENS, device=device).unsqueeze(0) * 7919 + 13) % config.vocab_size
-    places = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
-    if engine.host_adapters is None:
-        refresh(engine.groups, training=False)
-    with evaluating(base):
-        hidden, call = engine.begin({"input_ids": ids, "position_ids": places}, None)
-        differences = [torch.zeros((), device=device)]
-        for number, (fast, layer) in enumerate(
-            zip(engine.layers, engine.decoder.layers, strict=True)
-        ):
-            own = layer(
-                hidden,
-                attention_mask=None,
-                position_ids=places,
-                position_embeddings=call.angles,
-                use_cache=False,
-            )
-            own = own[0] if isinstance(own, tuple) else own
-            engine.enter(number, training=False)
-            error = (fast(hidden, call) - own).float().norm()
-            differences.append(error / (own - hidden).float().norm())
-            hidden = own
-        return float(torch.stack(differences).max())
 
 
 def _switched_off(module: Any) -> bool:

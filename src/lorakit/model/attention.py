@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lorakit.ops.backend import has_kernels
+from lorakit.ops.backend import has_matrix_kernels
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
     """
     if segments is None:
         return _dense(q, k, v, scale)
-    if has_kernels(q) and q.dtype != torch.float32 and q.shape[-1] <= 256:
+    if has_matrix_kernels(q) and q.dtype != torch.float32 and q.shape[-1] <= 256:
         return _varlen(q, k, v, scale, segments)
     parts = zip(*(t.split(segments.lengths, dim=1) for t in (q, k, v)), strict=True)
     return torch.cat([_dense(a, b, c, scale) for a, b, c in parts], dim=1)
@@ -60,13 +60,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
-    if grouped and not has_kernels(q):
+    if grouped and not has_matrix_kernels(q):
         # Only the newer kernels share keys among heads; the others would fall back to full scores.
         repeat = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
         grouped = False
     # cuDNN plans anew for every length it meets; those that are no multiple of 128 are left out.
-    odd = has_kernels(q) and q.shape[1] % 128
+    odd = has_matrix_kernels(q) and q.shape[1] % 128
     with sdpa_kernel(_WITHOUT_CUDNN) if odd else nullcontext():
         out = functional.scaled_dot_product_attention(
             q.transpose(1, 2),

@@ -33,6 +33,7 @@ class Sizes:
     counted: Counted
     width: int  # bytes of a stored number
     cuda: bool
+    fast: bool  # a card that the fast layers are put on
     ranks: int
     per_node: int
     linear: int  # elements of linear layers
@@ -48,6 +49,7 @@ class Sizes:
             counted,
             BYTES[device.dtype],
             device.kind == "cuda",
+            device.fast,
             device.ranks,
             device.per_node,
             counted.in_linear,

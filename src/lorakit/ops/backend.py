@@ -1,39 +1,71 @@
 """A tensor enters; which implementation of the ops it gets leaves: Triton kernels or plain torch.
 
-Plain torch is the definition of every op; the kernels are tested against it. They need a CUDA card
-with bf16 matrix units (compute capability 8.0); older cards, Apple and CPUs take plain torch.
+Plain torch is the definition of every op; the kernels are tested against it. On a T4 (compute
+capability 7.5) Triton makes no use of the matrix units: there the adapters' products go through
+cuBLAS, and kernels do what lies between. Older cards, Apple and CPUs take plain torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-OLDEST_CAPABILITY = (8, 0)
+from lorakit.hardware import KERNELS_FROM, runs_kernels
+
+# Triton 3.9 multiplies float16 for 7.5 with scalar instructions; FlashAttention-2 needs 8.0 too.
+MATRIX_KERNELS_FROM = (8, 0)
+_kept_to_definitions = False
 
 
 @functools.cache
-def _card_has_kernels(index: int) -> bool:
-    if importlib.util.find_spec("triton") is None or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+def _capability(index: int) -> tuple[int, int]:
+    """(0, 0) where no kernel of ours runs."""
+    found = torch.cuda.get_device_capability(index)
+    return found if runs_kernels(found) else (0, 0)
 
 
 def has_kernels(tensor: Tensor) -> bool:
     """True where `tensor` lies on a card that our Triton kernels run on."""
-    return tensor.is_cuda and _card_has_kernels(tensor.get_device())
+    return _runs(tensor, KERNELS_FROM)
+
+
+def has_matrix_kernels(tensor: Tensor) -> bool:
+    """True where those with matrix products do; so does torch's variable-length attention."""
+    return _runs(tensor, MATRIX_KERNELS_FROM)
+
+
+def _runs(tensor: Tensor, since: tuple[int, int]) -> bool:
+    if not tensor.is_cuda or _kept_to_definitions:
+        return False
+    return _capability(tensor.get_device()) >= since
+
+
+@contextlib.contextmanager
+def definitions_only() -> Iterator[None]:
+    """Everything in plain torch, to compare the kernels with."""
+    global _kept_to_definitions
+    _kept_to_definitions = True
+    try:
+        yield
+    finally:
+        _kept_to_definitions = False
 
 
 def kernels_reason(device_kind: str) -> str:
     """What the ops run as on this machine, in a few words."""
     if device_kind != "cuda":
         return "plain torch (no CUDA card)"
-    if importlib.util.find_spec("triton") is None:
+    index = torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(index)
+    if _capability(index) < KERNELS_FROM:
+        if (major, minor) < KERNELS_FROM:
+            oldest = ".".join(map(str, KERNELS_FROM))
+            return f"plain torch (compute capability {major}.{minor}; our kernels need {oldest})"
         return "plain torch (the triton package is missing)"
-    if not _card_has_kernels(torch.cuda.current_device()):
-        major, minor = torch.cuda.get_device_capability()
-        return f"plain torch (compute capability {major}.{minor}; our kernels need 8.0)"
+    if (major, minor) < MATRIX_KERNELS_FROM:
+        return f"Triton kernels, matrix products by cuBLAS (compute capability {major}.{minor})"
     return "Triton kernels"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorakit.ops.backend import has_kernels
+from lorakit.ops.backend import has_kernels, has_matrix_kernels
 from lorakit.ops.lora import InputGrad, Update, lora_input_grad_
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -28,6 +28,8 @@ def gated(gu: Tensor, activation: str, update: Update | None = None) -> Tensor:
     if has_kernels(gu):
         from lorakit.ops.gated_triton import gated_triton
 
+        if update is not None and not has_matrix_kernels(gu):
+            gu, update = _added(gu, update, torch.empty_like(gu)), None
         return gated_triton(gu, activation, update)
     return gated_reference(gu, activation, update)
 
@@ -42,15 +44,31 @@ def gated_backward(
     """(dgu [M, 2I], h [M, I]); h comes along because the adapter of the next layer needs it.
 
     Args:
-        down: what that adapter adds to dh; dh may be overwritten.
+        down: what that adapter adds to dh; dh and gu may be overwritten.
     """
     if has_kernels(gu):
         from lorakit.ops.gated_triton import gated_backward_triton
 
+        if not has_matrix_kernels(gu):
+            gu, update = _added(gu, update, gu), None
+            if down is not None:
+                dh, down = lora_input_grad_(dh, down.ds, down.a, down.keys, down.p), None
         return gated_backward_triton(dh, gu, activation, update, down)
     if down is not None:
         dh = lora_input_grad_(dh, down.ds, down.a, down.keys, down.p)
     return gated_backward_reference(dh, gu, activation, update)
+
+
+def _added(gu: Tensor, update: Update | None, out: Tensor) -> Tensor:
+    """gu plus `update`, in `out`: products of their own where no kernel makes them on the way."""
+    inner = gu.shape[1] // 2
+    for module, rows in enumerate((slice(0, inner), slice(inner, 2 * inner))):
+        low_rank = update.of(module, rows) if update else None
+        if low_rank is not None:
+            torch.addmm(gu[:, rows], low_rank[0], low_rank[1].t(), out=out[:, rows])
+        elif out is not gu:
+            out[:, rows] = gu[:, rows]
+    return out
 
 
 def gated_reference(gu: Tensor, activation: str, update: Update | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorakit.ops.hash_mask import threshold
+from lorakit.ops.launch import launch
 from lorakit.ops.lora import InputGrad, Update
 from lorakit.ops.lora_triton import low_rank_tile, masked_low_rank_tile, matrix_block
 
@@ -49,19 +50,19 @@ def _launch(
     backward: bool = False,
 ) -> None:
     rows, width = h.shape
-    s, b, slots = (update.s, update.b, update.slots) if update else (gu, gu, (-1, -1))
+    of_s, b, slots = (update.s, update.b, update.slots) if update else (gu, gu, (-1, -1))
     rank = update.rank if update else 1
     ds, a, keys, p = (down.ds, down.a, down.keys, down.p) if down else (gu, gu, None, 0.0)
     rank_d = a.shape[0] if down else 1
-    settings = BACKWARD if backward else FORWARD
-    grid = (triton.cdiv(rows, settings["BLOCK_M"]), triton.cdiv(width, settings["BLOCK_N"]))
-    _kernel[grid](
-        dh, gu, dgu, h, s, b, ds, a, gu if keys is None else keys, rows, width,
-        s.stride(0), ds.stride(0), threshold(p),
+    launch(
+        _kernel, BACKWARD if backward else FORWARD,
+        lambda s: (triton.cdiv(rows, s["BLOCK_M"]), triton.cdiv(width, s["BLOCK_N"])),
+        dh, gu, dgu, h, of_s, b, ds, a, gu if keys is None else keys, rows, width,
+        of_s.stride(0), ds.stride(0), threshold(p),
         DOWN=down is not None, MASKED=keys is not None and p > 0.0,
         RANK_D=rank_d, BLOCK_D=matrix_block(rank_d),
         SLOT_G=slots[0], SLOT_U=slots[1], RANK=rank, BLOCK_R=matrix_block(rank),
-        SILU=activation == "silu", BACKWARD=backward, **settings,
+        SILU=activation == "silu", BACKWARD=backward,
     )  # fmt: skip
 
 

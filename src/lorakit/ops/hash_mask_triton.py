@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lorakit.ops.hash_mask import threshold
+
+BLOCK_M, BLOCK_K = 16, 256
+
+
+def masked_triton(x: Tensor, key: Tensor, p: float) -> Tensor:
+    """x [M, K] with 0 where the mask of `key` [2] drops, contiguous."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(rows, BLOCK_M), triton.cdiv(width, BLOCK_K))
+    _mask_kernel[grid](
+        x, key, out, rows, width, x.stride(0), threshold(p), BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _mask_kernel(  # type: ignore[no-untyped-def]
+    x, key, out, rows, width, x_stride, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    wide = row.to(tl.int64)[:, None]
+    tile = tl.load(x + wide * x_stride + column[None, :], mask=inside, other=0.0)
+    keep = keep_tile(row, column, width, key, 0, threshold)
+    tl.store(out + wide * width + column[None, :], tl.where(keep, tile, 0.0), mask=inside)
 
 
 @triton.jit

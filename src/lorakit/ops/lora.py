@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.ops.backend import has_kernels
+from lorakit.ops.backend import has_kernels, has_matrix_kernels
 from lorakit.ops.hash_mask import keep_mask
 
 
@@ -59,7 +59,7 @@ def lora_down(x: Tensor, a: Tensor, keys: Tensor | None, p: float) -> Tensor:
     """S [M, n*R] from x [M, K] and a [n*R, K]; `keys` None or p 0 means no dropout."""
     if keys is None or p == 0.0:
         return x @ a.t()
-    if has_kernels(x):
+    if has_matrix_kernels(x):
         from lorakit.ops.lora_triton import lora_down_triton
 
         return lora_down_triton(x, a, keys, p)
@@ -70,7 +70,7 @@ def lora_input_grad_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor | None, p: 
     """Add sum_i m_i * (dS_i A_i) to dx [M, K], in place; returns dx."""
     if keys is None or p == 0.0:
         return dx.addmm_(ds, a)
-    if has_kernels(dx):
+    if has_matrix_kernels(dx):
         from lorakit.ops.lora_triton import lora_input_grad_triton_
 
         return lora_input_grad_triton_(dx, ds, a, keys, p)
@@ -86,7 +86,7 @@ def lora_a_grad(
     into: Tensor | None = None,
 ) -> Tensor:
     """dA [n*R, K] float32, times `factor`; added to `into` where that is given."""
-    if keys is not None and p > 0.0 and has_kernels(x):
+    if keys is not None and p > 0.0 and has_matrix_kernels(x):
         from lorakit.ops.lora_triton import lora_a_grad_triton
 
         return lora_a_grad_triton(ds, x, keys, p, factor, into)
@@ -135,4 +135,8 @@ def lora_a_grad_reference(ds: Tensor, x: Tensor, keys: Tensor, p: float) -> Tens
 
 
 def _masked(x: Tensor, key: Tensor, p: float) -> Tensor:
+    if has_kernels(x):
+        from lorakit.ops.hash_mask_triton import masked_triton
+
+        return masked_triton(x, key, p)
     return x * keep_mask(key, x.shape[0], x.shape[1], p).to(x.dtype)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorakit.ops.backend import has_kernels
+from lorakit.ops.backend import has_matrix_kernels
 from lorakit.ops.lora import Update, matmul_float32
 
 # Above this rank partial sums are as large as what they are made of; two products are as fast.
@@ -26,7 +26,7 @@ LARGEST_RANK = 32
 
 def lora_add(start: Tensor, update: Update, out: Tensor | None = None) -> Tensor:
     """start [M, N] + S B^T of a single module, in `out` where given."""
-    if has_kernels(start):
+    if has_matrix_kernels(start):
         from lorakit.ops.lora_output_triton import lora_add_triton
 
         return lora_add_triton(start, update, out)
@@ -41,7 +41,7 @@ def lora_output_grads(
     Args:
         columns: of dy, for each adapted module in the order of S.
     """
-    if has_kernels(dy) and update.rank <= LARGEST_RANK:
+    if has_matrix_kernels(dy) and update.rank <= LARGEST_RANK:
         from lorakit.ops.lora_output_triton import lora_output_grads_triton
 
         return lora_output_grads_triton(dy, update, columns, into)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorakit.ops.launch import launch
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
@@ -23,11 +24,12 @@ def lora_add_triton(start: Tensor, update: Update, out: Tensor | None = None) ->
     """See `lora_output.lora_add`."""
     rows, width = start.shape
     out = torch.empty_like(start) if out is None else out
-    grid = (triton.cdiv(rows, ADD["BLOCK_M"]), triton.cdiv(width, ADD["BLOCK_N"]))
-    _add_kernel[grid](
+    launch(
+        _add_kernel, ADD,
+        lambda s: (triton.cdiv(rows, s["BLOCK_M"]), triton.cdiv(width, s["BLOCK_N"])),
         start, out, update.s, update.b, rows, width,
         start.stride(0), out.stride(0), update.s.stride(0),
-        RANK=update.rank, BLOCK_R=matrix_block(update.rank), **ADD,
+        RANK=update.rank, BLOCK_R=matrix_block(update.rank),
     )  # fmt: skip
     return out
 
@@ -45,9 +47,10 @@ def lora_output_grads_triton(
     of_s = torch.empty(sum(chunks), rows, rank, dtype=torch.float32, device=dy.device)
     of_b = torch.empty(splits, sum(widths), rank, dtype=torch.float32, device=dy.device)
     shape = {"RANK": rank, "BLOCK_R": matrix_block(rank)}
-    _grads_kernel[(sum(chunks), splits)](
+    launch(
+        _grads_kernel, GRADS, lambda _: (sum(chunks), splits),
         dy, update.s, update.b, of_s, of_b, rows, dy.stride(0), update.s.stride(0),
-        *starts, *widths, **GRADS, **shape,
+        *starts, *widths, fixed=("BLOCK_M",), **shape,
     )  # fmt: skip
     ds = torch.empty(rows, count * rank, dtype=dy.dtype, device=dy.device)
     db = torch.empty_like(of_b[0]) if into is None else into

@@ -12,18 +12,24 @@ from torch import Tensor
 
 from lorakit.ops.hash_mask import threshold
 from lorakit.ops.hash_mask_triton import keep_tile
+from lorakit.ops.launch import launch
 
-# Chosen on an H100 (benchmarks/time_ops.py): (BLOCK_M, BLOCK_K), for few rows and for many.
+# Chosen on an H100 (benchmarks/time_ops.py), for few rows and for many.
 MANY_ROWS = 4096
-DOWN = {"few": (16, 256), "many": (64, 64)}
-INPUT_GRAD = {"few": (32, 128), "many": (64, 128)}
-A_GRAD = (64, 128)
+DOWN = {
+    "few": {"BLOCK_M": 16, "BLOCK_K": 256, "num_stages": 3},
+    "many": {"BLOCK_M": 64, "BLOCK_K": 64, "num_stages": 3},
+}
+INPUT_GRAD = {
+    "few": {"BLOCK_M": 32, "BLOCK_K": 128, "num_stages": 1},
+    "many": {"BLOCK_M": 64, "BLOCK_K": 128, "num_stages": 1},
+}
+A_GRAD = {"BLOCK_M": 64, "BLOCK_K": 128, "num_stages": 3}
 A_GRAD_SPLITS = 4
 
 
-def _blocks(sizes: dict[str, tuple[int, int]], rows: int) -> dict[str, int]:
-    block_m, block_k = sizes["many" if rows >= MANY_ROWS else "few"]
-    return {"BLOCK_M": block_m, "BLOCK_K": block_k}
+def _for(rows: int) -> str:
+    return "many" if rows >= MANY_ROWS else "few"
 
 
 def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
@@ -32,11 +38,10 @@ def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
     modules = len(keys)
     rank = a.shape[0] // modules
     out = torch.empty(rows, modules * rank, dtype=x.dtype, device=x.device)
-    blocks = _blocks(DOWN, rows)
-    grid = (triton.cdiv(rows, blocks["BLOCK_M"]), modules)
-    _down_kernel[grid](
+    launch(
+        _down_kernel, DOWN[_for(rows)], lambda s: (triton.cdiv(rows, s["BLOCK_M"]), modules),
         x, a, keys, out, rows, width, x.stride(0), threshold(p),
-        RANK=rank, BLOCK_R=matrix_block(rank), num_stages=3, **blocks,
+        RANK=rank, BLOCK_R=matrix_block(rank),
     )  # fmt: skip
     return out
 
@@ -46,11 +51,11 @@ def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: 
     rows, width = dx.shape
     modules = len(keys)
     rank = a.shape[0] // modules
-    blocks = _blocks(INPUT_GRAD, rows)
-    grid = (triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(width, blocks["BLOCK_K"]))
-    _input_grad_kernel[grid](
+    launch(
+        _input_grad_kernel, INPUT_GRAD[_for(rows)],
+        lambda s: (triton.cdiv(rows, s["BLOCK_M"]), triton.cdiv(width, s["BLOCK_K"])),
         dx, ds, a, keys, rows, width, dx.stride(0), ds.stride(0), threshold(p),
-        MODULES=modules, RANK=rank, BLOCK_R=matrix_block(rank), num_stages=1, **blocks,
+        MODULES=modules, RANK=rank, BLOCK_R=matrix_block(rank),
     )  # fmt: skip
     return dx
 
@@ -70,13 +75,13 @@ def lora_a_grad_triton(
     partial = torch.empty(
         A_GRAD_SPLITS, modules * rank, width, dtype=torch.float32, device=x.device
     )
-    block_m, block_k = A_GRAD
-    chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), block_m) * block_m
-    grid = (triton.cdiv(width, block_k), modules, A_GRAD_SPLITS)
-    _a_grad_kernel[grid](
+    block = A_GRAD["BLOCK_M"]
+    chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), block) * block
+    launch(
+        _a_grad_kernel, A_GRAD,
+        lambda s: (triton.cdiv(width, s["BLOCK_K"]), modules, A_GRAD_SPLITS),
         ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),
         modules * rank, RANK=rank, BLOCK_R=matrix_block(rank),
-        BLOCK_M=block_m, BLOCK_K=block_k, num_stages=3,
     )  # fmt: skip
     out = torch.empty_like(partial[0]) if into is None else into
     size = out.numel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.ops.backend import has_kernels
+from lorakit.ops.backend import has_kernels, has_matrix_kernels
 from lorakit.ops.lora import Update
 
 
@@ -42,6 +42,9 @@ def rotate_qkv_(
     if has_kernels(qkv):
         from lorakit.ops.rope_triton import rotate_qkv_triton_
 
+        if update is not None and not has_matrix_kernels(qkv):
+            rotate_qkv_reference_(qkv, heads, width, None, update)
+            update = None
         return rotate_qkv_triton_(qkv, heads, width, angles, update)
     return rotate_qkv_reference_(qkv, heads, width, angles, update)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorakit.ops.launch import launch
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
@@ -38,18 +39,17 @@ def rotate_qkv_triton_(
 ) -> Tensor:
     """See `rope.rotate_qkv_`."""
     rows, half = qkv.shape[0], width // 2
-    s, b, slots = (update.s, update.b, update.slots) if update else (qkv, qkv, (-1, -1, -1))
+    of_s, b, slots = (update.s, update.b, update.slots) if update else (qkv, qkv, (-1, -1, -1))
     cos, sin = angles or (qkv, qkv)
     length = cos.shape[1] if angles else 1
     rank = update.rank if update else 1
-    grid = (triton.cdiv(rows, ROTATE["BLOCK_M"]), sum(heads))
-    _rotate_kernel[grid](
-        qkv, s, b, cos, sin, rows, length, qkv.stride(0), s.stride(0),
+    launch(
+        _rotate_kernel, ROTATE, lambda s: (triton.cdiv(rows, s["BLOCK_M"]), sum(heads)),
+        qkv, of_s, b, cos, sin, rows, length, qkv.stride(0), of_s.stride(0),
         cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,
         Q=heads[0], K=heads[1], SLOT_Q=slots[0], SLOT_K=slots[1], SLOT_V=slots[2],
         RANK=rank, BLOCK_R=matrix_block(rank),
         HALF=half, BLOCK_D=matrix_block(half), ROTATES=angles is not None,
-        **ROTATE,
     )  # fmt: skip
     return qkv
 
@@ -64,11 +64,12 @@ def unrotate_qkv_triton(
     dqkv = torch.empty(rows, sum(heads) * width, dtype=dq.dtype, device=dq.device)
     cos, sin = angles or (dq, dq)
     strides = [stride for t in (dq, dk, dv) for stride in t.stride()[:3]]
-    _unrotate_kernel[(triton.cdiv(rows, ROTATE["BLOCK_M"]), sum(heads))](
+    launch(
+        _unrotate_kernel, ROTATE, lambda s: (triton.cdiv(rows, s["BLOCK_M"]), sum(heads)),
         dq, dk, dv, dqkv, cos, sin, rows, length, *strides,
         cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,
         Q=heads[0], K=heads[1], V=heads[2], HALF=width // 2, BLOCK_D=matrix_block(width // 2),
-        ROTATES=angles is not None, **ROTATE,
+        ROTATES=angles is not None,
     )  # fmt: skip
     return dqkv
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lorakit.errors import RecipeError
+from lorakit.hardware import KERNELS_FROM
 from lorakit.recipe_file import suggest
 from lorakit.records import Device
 
@@ -121,7 +122,9 @@ def card_device(card: Card | None, memory_bytes: int | None, dtype: str) -> Devi
     chosen = dtype
     if dtype == "auto" or (dtype == "bfloat16" and not bf16):
         chosen = "bfloat16" if bf16 else "float16"
-    return Device("cuda", name, memory, chosen, "sdpa", {"kind": "asked for", "dtype": "the card"})
+    reasons = {"kind": "asked for", "dtype": "the card"}
+    kernels = card is None or card.capability >= KERNELS_FROM
+    return Device("cuda", name, memory, chosen, "sdpa", reasons, kernels=kernels)
 
 
 def several(device: Device, gpus: int | None, nodes: int | None, network: float | None) -> Device:

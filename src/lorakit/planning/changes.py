@@ -144,9 +144,9 @@ def _ways(recipe: Recipe, config: Any, device: Device) -> Iterator[tuple[dict[st
                 {"micro_batch_size": part, "gradient_accumulation_steps": steps},
                 "the same result",
             )
-    if recipe.engine == "off" and device.kind == "cuda":
+    if recipe.engine == "off" and device.fast:
         on = recipe.model_copy(update={"engine": "auto"})
-        if expects_engine(on, config.get_text_config()):
+        if expects_engine(on, config.get_text_config(), device.fast):
             yield {"engine": "auto"}, "none: lorakit's layers keep less"
     if recipe.streaming == "off" and device.kind == "cuda":
         yield {"streaming": "auto"}, "the same result; host memory takes what the card cannot"

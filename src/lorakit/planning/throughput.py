@@ -55,7 +55,7 @@ def expected_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
 ) -> Speed | None:
     """Tokens per second of full rows; None for a card that nothing is known of."""
-    work = _Work(recipe, config.get_text_config(), count(config), plan, device.ranks)
+    work = _Work(recipe, config.get_text_config(), count(config), plan, device)
     tokens = recipe.examples_per_step * recipe.cutoff_len
     if device.kind == "cpu":
         seconds = _cpu_seconds(work, device) * work.step_tokens
@@ -96,8 +96,9 @@ def _cpu_seconds(work: _Work, device: Device) -> float:
 
 def _card_seconds(work: _Work, card: Card) -> float:
     """Seconds of the card for one token."""
-    engine = expects_engine(work.recipe, work.config)
-    passes, overhead = (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if engine else (OWN_TRAFFIC, OWN_OVERHEAD)
+    passes, overhead = (
+        (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if work.engine else (OWN_TRAFFIC, OWN_OVERHEAD)
+    )
     rate, bandwidth = card.tflops * 1e12, card.memory_gbs * 1e9
     seconds = work.products / (rate * card.share)
     seconds += ATTENTION * work.attention / rate
@@ -127,7 +128,13 @@ class _Work:
     config: Any
     counted: Counted
     plan: MemoryPlan
-    ranks: int
+    device: Device
+
+    @property
+    def engine(self) -> bool:
+        """Whether the fast layers do the work."""
+        expected = expects_engine(self.recipe, self.config, self.device.fast)
+        return expected or self.plan.placement.layer_major
 
     @property
     def keep(self) -> Sequence[int]:
@@ -136,7 +143,7 @@ class _Work:
 
     @property
     def examples(self) -> int:
-        return examples_of_rank(self.recipe, self.ranks)
+        return examples_of_rank(self.recipe, self.device.ranks)
 
     @property
     def step_tokens(self) -> int:
@@ -177,7 +184,7 @@ class _Work:
         gate_up, qkv, out = 2 * model * inner, model * (queries + keys), queries * model
         per_level = (0, gate_up, gate_up + qkv, gate_up + qkv + out)
         again: float = sum(per_level[level] for level in self.keep)
-        if self.counted.experts or not expects_engine(recipe, c):
+        if self.counted.experts or not self.engine:
             again = self.linear * self._share_again
         adapters = 6 * recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
         return 4 * self.linear + 2 * again + 4 * c.vocab_size * model + adapters

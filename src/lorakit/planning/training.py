@@ -35,9 +35,8 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
-    text = config.get_text_config()
-    wanted = device.kind == "cuda" or recipe.engine == "on"
-    if "on" in (recipe.streaming, recipe.sharding) or (wanted and expects_engine(recipe, text)):
+    asked = "on" in (recipe.streaming, recipe.sharding)
+    if asked or expects_engine(recipe, config.get_text_config(), device.fast):
         plan = plan_memory(recipe, config, device)
         return (
             plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
@@ -46,7 +45,20 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     if chosen != "auto":
         return _own_layers(recipe, config, device, chosen)
     kept = _own_layers(recipe, config, device, recompute=False)
-    return kept if kept.fits else _own_layers(recipe, config, device, recompute=True)
+    return kept if kept.fits else _last_ways(recipe, config, device)
+
+
+def _last_ways(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
+    """All recomputed; else, on a card without kernels, the fast layers in plain torch, streamed."""
+    again = _own_layers(recipe, config, device, recompute=True)
+    streamed = recipe.model_copy(update={"streaming": "on"})
+    if again.fits or device.kind != "cuda" or recipe.streaming == "off":
+        return again
+    served = expects_engine(streamed, config.get_text_config(), device.fast)
+    if not served or recipe.modules_to_save is not None or recipe.sharding == "on":
+        return again
+    plan = plan_memory(streamed, config, device)
+    return plan if plan.fits else again
 
 
 def plan_for_data(

@@ -25,7 +25,7 @@ from lorakit.data.shelf import lengths_of
 from lorakit.errors import DataError, WorkError
 from lorakit.model.chunked_layer import Cut
 from lorakit.model.fast_layer import Keep
-from lorakit.ops.backend import has_kernels
+from lorakit.ops.backend import has_matrix_kernels
 from lorakit.ranks import ALONE, Ranks
 from lorakit.recipe import Recipe
 from lorakit.records import Device, EvalScore, Example, MemoryPlan
@@ -223,7 +223,7 @@ class LoraTrainer(ResumableTrainer):
             or self.args.fp16
         ):
             return None
-        if not has_kernels(self.trained[0]) or engine.layers[0].qkv.kind == torch.float32:
+        if not has_matrix_kernels(self.trained[0]) or engine.layers[0].qkv.kind == torch.float32:
             # Packed documents in float32 attend one by one: as many shapes as there are steps.
             return None
         return GraphedMicroSteps(

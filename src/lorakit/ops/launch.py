@@ -1,0 +1,66 @@
+"""A kernel enters with its settings and arguments; it runs with the first that the card holds.
+
+A program's shared memory is 64 KiB at most on a T4, 99 on an RTX 3090, 4090, A10 or L4, 163 on an
+A100, 227 on an H100, where the settings were chosen. They ask for 64 to 128 KiB at rank 64 and for
+256 at rank 256: what a card refuses is asked for again, smaller, until it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+Settings = dict[str, int]
+
+SMALLEST_BLOCK = 16  # of a matrix product
+_fitting: dict[Hashable, Settings] = {}
+
+
+def launch(
+    kernel: Any,
+    settings: Settings,
+    grid: Callable[[Settings], tuple[int, ...]],
+    *arguments: Any,
+    fixed: tuple[str, ...] = (),
+    **constants: Any,
+) -> None:
+    """Run `kernel` on `grid(settings)`; the same card always gets the same settings.
+
+    Args:
+        fixed: settings that other tensors were made after.
+
+    Raises:
+        OutOfResources: not even the smallest blocks fit, as at rank 1,024 on a T4.
+    """
+    first: Tensor = arguments[0]
+    key = (kernel.fn, first.device, first.dtype, *settings.items(), *constants.items())
+    chosen = _fitting.get(key, settings)
+    while True:
+        try:
+            kernel[grid(chosen)](*arguments, **chosen, **constants)
+        except OutOfResources:
+            less = smaller(chosen, fixed)
+            if less is None:
+                raise
+            chosen = less
+        else:
+            _fitting[key] = chosen
+            return
+
+
+def smaller(settings: Settings, fixed: tuple[str, ...] = ()) -> Settings | None:
+    """The next settings that need less shared memory, least costly first; None after the last."""
+    if settings.get("num_stages", 1) > 1:
+        return {**settings, "num_stages": settings["num_stages"] - 1}
+    for block in ("BLOCK_N", "BLOCK_K", "BLOCK_M"):
+        if block not in fixed and settings.get(block, 0) > SMALLEST_BLOCK:
+            return {**settings, block: settings[block] // 2}
+    return None
+
+
+def forget() -> None:
+    """Ask for the first settings again."""
+    _fitting.clear()
