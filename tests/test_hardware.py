@@ -50,6 +50,18 @@ def test_cards_without_bf16_get_float16(monkeypatch, capability, asked, dtype):
     assert device.reasons["dtype"]
 
 
+@pytest.mark.parametrize(("capability", "fast"), [((7, 0), False), ((7, 5), True), ((9, 0), True)])
+def test_kernels_run_from_a_t4_on(monkeypatch, capability, fast):
+    import importlib.util
+
+    import torch
+
+    there = importlib.util.find_spec("triton") is not None and not torch.version.hip
+    assert hardware.runs_kernels(capability) is (fast and there)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert not hardware.runs_kernels(capability)
+
+
 def test_a_container_is_held_to_its_limit(tmp_path):
     free = hardware.host_memory(tmp_path)
     (tmp_path / "memory.max").write_text("max\n")

@@ -73,6 +73,28 @@ def test_models_without_fast_layers_are_counted_on_a_card():
     assert "Python and libraries" not in plan.parts
 
 
+OLD_CARD = replace(CARD, dtype="float16", kernels=False)
+
+
+def test_a_card_without_kernels_is_planned_with_the_models_own_layers():
+    asked = recipe(method="qlora", micro_batch_size=2)
+    config = shape_config("llama-2-7b")
+    plan = plan_training(asked, config, OLD_CARD)
+    assert plan == plan_training(asked.model_copy(update={"engine": "off"}), config, OLD_CARD)
+    assert "adapters (copy in the base's type)" in plan_training(asked, config, CARD).parts
+    on = plan_training(asked.model_copy(update={"engine": "on"}), config, OLD_CARD)
+    assert "adapters (copy in the base's type)" in on.parts
+
+
+def test_what_its_own_layers_cannot_hold_is_streamed_there_too():
+    small = replace(OLD_CARD, memory_bytes=12 * 2**30)
+    plan = plan_training(recipe(), shape_config("llama-2-7b"), small)
+    assert plan.fits
+    assert plan.placement.base_on_host
+    for closed in ({"streaming": "off"}, {"use_dora": True}):
+        assert not plan_training(recipe(**closed), shape_config("llama-2-7b"), small).fits
+
+
 def test_short_data_makes_short_rows():
     asked = recipe(cutoff_len=2048, gradient_accumulation_steps=4)
     assert longest_rows(asked, 100, CPU).cutoff_len == 400

@@ -24,7 +24,8 @@ def export(to, **options):
 
 
 merged = export("merged")
-assert merged.get("kl_per_token", 0) < 0.05
+# Rounding the sum to 16 bits takes a small part of what the adapter changes at all.
+assert merged.get("kl_per_token", 0) < 0.1 * merged.get("base_kl_per_token", 1)
 
 # %% [markdown]
 # The Ollama folder holds the GGUF file and a Modelfile whose template was derived from the model's

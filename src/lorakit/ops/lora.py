@@ -101,7 +101,7 @@ def lora_a_grad(
 
 def matmul_float32(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
     """left @ right in float32, added to `into` where given; on CUDA nothing is rounded between."""
-    if not left.is_cuda or left.dtype == torch.float32:
+    if not left.is_cuda or left.dtype not in (torch.bfloat16, torch.float16):
         found = (left @ right).float()
         return found if into is None else into.add_(found)
     if into is None:
