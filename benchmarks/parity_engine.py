@@ -24,6 +24,7 @@ from lorakit.model.embedded import demo_model_dir
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import read_metrics
 from lorakit.train.trainer import LoraTrainer
+from rehearse_t4 import as_t4
 
 SETTINGS = {
     "learning_rate": 2e-4,
@@ -146,8 +147,11 @@ def main():
     parser.add_argument("--dtype", default="auto", help="float32 leaves rounding out")
     parser.add_argument("--draws", type=int, default=3, help="dropout masks on each side")
     parser.add_argument("--oracle", action="store_true", help="hold both against float32")
+    parser.add_argument("--as-t4", action="store_true", help="with --dtype float16: T4 code")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
+    if a.as_t4:
+        as_t4()
     lines = Path(a.data).read_text(encoding="utf-8").splitlines()
     rows = a.steps * SETTINGS["micro_batch_size"]
     with tempfile.TemporaryDirectory() as folder:
@@ -162,6 +166,7 @@ def main():
     command = f"python benchmarks/parity_engine.py --data gsm8k/train.jsonl --steps {a.steps} "
     command += f"--held-out {a.held_out} --engine {a.engine}" + " --oracle" * a.oracle
     command += f" --dtype {a.dtype} --draws {a.draws}" * (not a.oracle)
+    command += " --as-t4" * a.as_t4
     result = {
         "id": "parity-oracle" if a.oracle else "parity-engine",
         "gpu": device.name,
