@@ -37,6 +37,21 @@ def test_a_damaged_folder_is_made_anew(home):
     assert (folder_for("key", maker("again", made)) / "x.txt").read_text() == "again"
 
 
+def test_a_folder_that_another_process_ends_at_that_moment_is_no_matter(home, monkeypatch):
+    folder_for("a", maker("a", []))
+    (home / ".making-theirs").mkdir()
+    scan = os.scandir
+
+    def then_gone(path):
+        with scan(path) as entries:
+            found = list(entries)
+        (home / ".making-theirs").rmdir()
+        return iter(found)
+
+    monkeypatch.setattr(cache.os, "scandir", then_gone)
+    assert (folder_for("b", maker("b", [])) / "x.txt").read_text() == "b"
+
+
 def test_without_a_key_nothing_is_found_again(home):
     made = []
     one, two = (folder_for(None, maker(text, made)) for text in ("one", "two"))

@@ -114,10 +114,11 @@ def _whole(folder: Path) -> bool:
 def _prune(home: Path, keep: Path) -> None:
     found = []
     for entry in os.scandir(home):
-        if entry.name.startswith(_MAKING) and entry.stat().st_mtime < time.time() - 86400:
-            shutil.rmtree(entry.path, ignore_errors=True)  # of a process that was killed
-            continue
         try:
+            if entry.name.startswith(_MAKING):
+                if entry.stat().st_mtime < time.time() - 86400:  # of a process that was killed
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                continue
             sizes = json.loads((Path(entry.path) / _SIZES).read_text())
             found.append((entry.stat().st_mtime, sum(sizes.values()), Path(entry.path)))
         except (OSError, ValueError):  # being made, or going
