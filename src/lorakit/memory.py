@@ -85,7 +85,7 @@ def _planned(
     else:
         parts |= _working_parts(sizes, keep, engine)
     host = _host_parts(sizes, placement)
-    return MemoryPlan(parts, device.rank_bytes, False, keep, placement, host)
+    return MemoryPlan(parts, device.rank_bytes, False, keep, placement, host, engine)
 
 
 def _fill(placement: Placement, sizes: Sizes, room: int) -> Placement:

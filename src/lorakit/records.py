@@ -208,6 +208,7 @@ class MemoryPlan:
 
     `keep` says for each layer what it keeps for backward: 0 all, 1 not gate/up, 2 its input and
     middle, 3 its input alone (`model/fast_layer.py`); a model without fast layers knows 0 and 3.
+    `engine`: it is of the fast layers.
     """
 
     parts: dict[str, int]
@@ -216,6 +217,7 @@ class MemoryPlan:
     keep: tuple[int, ...] = ()
     placement: Placement = ON_CARD
     host_parts: dict[str, int] = field(default_factory=dict)
+    engine: bool = False
 
     @property
     def total_bytes(self) -> int:

@@ -189,3 +189,19 @@ def test_an_example_that_cannot_be_read_is_named(tiny_model_dir, tmp_path):
     with pytest.raises(DataError, match=r"example 4 of the prepared data .*Input/output") as error:
         trainer.train()
     assert "--resume" in error.value.hint
+
+
+@pytest.mark.parametrize(("chosen", "recomputes"), [("auto", True), (False, False)])
+def test_layers_that_the_plan_was_not_made_for_keep_as_little_as_they_can(
+    tiny_model_dir, tmp_path, chosen, recomputes
+):
+    """The fast layers were planned, and turn out not to serve: ranks differ within q, k, v."""
+    trainer = trainer_of(
+        tiny_model_dir, tmp_path, examples([9, 7]), max_steps=1, engine="on",
+        rank_pattern={"q_proj": 4}, gradient_checkpointing=chosen,
+    )  # fmt: skip
+    assert trainer.plan.engine
+    assert not any(trainer.plan.keep)
+    assert trainer.attached.engine is None
+    layers = trainer.model.get_base_model().model.layers
+    assert all(layer.gradient_checkpointing is recomputes for layer in layers)

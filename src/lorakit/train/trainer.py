@@ -111,7 +111,7 @@ class LoraTrainer(ResumableTrainer):
         self.accelerator.device_placement = False  # parts may lie on the host on purpose
         where = torch.device(device.kind)
         self.attached = attach_loss(self.model, recipe.engine, where, plan.placement, ranks)
-        recompute(self.model, self.attached, plan)
+        recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
         self.layout = replace(self.layout, packed=packed)
         self.step_tokens, self.eval_tokens = 0, BATCH_TOKENS
@@ -375,11 +375,11 @@ def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
     return Layout(pad_id, rows, rows * recipe.cutoff_len, packed=False)
 
 
-def recompute(model: Any, attached: Attached, plan: MemoryPlan) -> None:
-    """Let layers keep for backward what the plan says."""
+def recompute(model: Any, attached: Attached, plan: MemoryPlan, recipe: Recipe) -> None:
+    """Let layers keep for backward what the plan says; nothing where it was not made for them."""
     if attached.engine is not None:
         attached.engine.keep([Keep(level) for level in plan.keep])
-    elif any(plan.keep):
+    elif any(plan.keep) or (plan.engine and recipe.gradient_checkpointing == "auto"):
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
