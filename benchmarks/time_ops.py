@@ -50,13 +50,13 @@ def lora_kernels(rows, rank):
         best(
             "down " + label,
             blocks,
-            lambda c: fast.DOWN.update({which: c}),
+            lambda c: fast.DOWN[which].update(BLOCK_M=c[0], BLOCK_K=c[1]),
             lambda: fast.lora_down_triton(x, a, keys, 0.05),
         )
         best(
             "input_grad " + label,
             blocks[3:],
-            lambda c: fast.INPUT_GRAD.update({which: c}),
+            lambda c: fast.INPUT_GRAD[which].update(BLOCK_M=c[0], BLOCK_K=c[1]),
             lambda: fast.lora_input_grad_triton_(x, ds, a, keys, 0.05),
         )
 

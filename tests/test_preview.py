@@ -40,7 +40,10 @@ def test_outcome_names_the_next_commands(finish):
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
     show_outcome(Outcome(RunDir(tmp_path), 7, 1.0, 1.0, None, 130), console, next_steps=True)
-    assert f"lorakit train {tmp_path}/recipe.yaml --resume" in console.export_text()
+    assert f"lorakit train {tmp_path}/recipe.yaml --resume\n" in console.export_text()
+    of_two = Outcome(RunDir(tmp_path), 7, 1.0, 1.0, None, 130, ranks=2)
+    show_outcome(of_two, console, next_steps=True)
+    assert f"lorakit train {tmp_path}/recipe.yaml --resume --gpus 2\n" in console.export_text()
 
 
 def test_commands_are_shown_as_they_can_be_typed(monkeypatch, tmp_path):

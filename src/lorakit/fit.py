@@ -77,6 +77,7 @@ class Outcome:
     final_loss: float | None
     evaluation: EvalResult | None
     exit_code: int = 0
+    ranks: int = 1
 
 
 def prepare_run(
@@ -220,7 +221,7 @@ def _fit(
     final_loss = _final_loss(run) if ranks.first else None
     steps, together = trainer.state.global_step, trainer.together
     if together.stop_agreed and steps < trainer.state.max_steps:
-        return Outcome(run, steps, seconds, final_loss, None, together.exit_code)
+        return Outcome(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
     if ranks.first:
         save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     evaluation = None

@@ -68,7 +68,7 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
     run = outcome.run.path
     if outcome.exit_code:
         console.print(f"stopped after step {outcome.steps}; a checkpoint was saved")
-        command = outcome.run.going_on(program=program())
+        command = outcome.run.going_on(outcome.ranks, program())
         console.print(f"go on with: {command}", soft_wrap=True)
         return
     if outcome.evaluation:
