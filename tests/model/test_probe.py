@@ -39,6 +39,17 @@ def test_kernels_give_the_gradients_of_plain_torch(card, family, dtype):
     assert 0 < apart < probe.GRADIENT_TOLERANCE[dtype] / 2
 
 
+@pytest.mark.parametrize("card", ["a card of 8.0"], indirect=True)
+def test_the_layer_that_is_compared_has_adapters(card, monkeypatch):
+    seen, plain = [], probe._gradients
+    monkeypatch.setattr(
+        probe, "_gradients", lambda layer, *rest: seen.append(layer) or plain(layer, *rest)
+    )
+    engine, path = attach_engine(tiny(layers_to_transform=[1]).get_base_model(), CPU)
+    assert engine is not None, path
+    assert seen == [engine.layers[1]] * 2
+
+
 @pytest.mark.parametrize("card", ["a T4"], indirect=True)
 def test_a_t4_multiplies_no_matrix_in_a_kernel(card, monkeypatch):
     made = []

@@ -75,15 +75,15 @@ def of_layers(engine: Any, base: Any) -> float:
 
 
 def of_gradients(engine: Any, base: Any) -> float:
-    """Largest |kernels - plain torch| / |plain torch| of the first layer's gradients, in training.
+    """Largest |kernels - plain torch| / |plain torch| of one layer's gradients, in training.
 
-    B starts at 0, where most gradients of an adapter are 0 too: it is random here, in the copies
-    that every step fills anew.
+    The first layer with adapters. B starts at 0, where most gradients of an adapter are 0 too: it
+    is random here, in the copies that every step fills anew.
     """
-    layer = engine.layers[0]
+    layer = next((x for x in engine.layers if x.masks), engine.layers[0])
     with evaluating(base):
         hidden, call, _ = _begin(engine, base)
-    engine.enter(0, training=True)
+    engine.enter(layer.number, training=True)
     refresh(layer.groups, training=True)
     cards = [torch.cuda.current_device()] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(cards):
