@@ -14,12 +14,16 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from lorakit.bench import provenance
-from lorakit.hardware import detect_device
 from lorakit.ranks import take_own_card
+
+# What follows asks CUDA for its cards while it is imported: NCCL then found both ranks on one.
+take_own_card()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from lorakit.bench import provenance  # noqa: E402
+from lorakit.hardware import detect_device  # noqa: E402
 
 GRADIENTS = 39_976_960
 LAYER = 202_375_168
@@ -48,7 +52,6 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    take_own_card()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own = torch.device("cuda", 0) if device == "cuda" else None  # the only one this rank sees
     dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=own)
