@@ -239,7 +239,8 @@ class MemoryPlan:
         if self.placement.layer_major:
             said.append("layer by layer, all recomputed but the last product")
         else:
-            names = ("nothing", "gate/up", "attention and gate/up", "all but the last product")
+            inside = "all but the last product" if self.engine else "all"
+            names = ("nothing", "gate/up", "attention and gate/up", inside)
             counts = {level: self.keep.count(level) for level in sorted(set(self.keep))}
             said += [
                 f"{names[level]} recomputed in {count} layer{'s' * (count != 1)}"

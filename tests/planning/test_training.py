@@ -54,6 +54,7 @@ def test_a_cpu_run_counts_python_and_recomputes_only_where_it_must():
     assert set(kept.keep) == {0}
     small = plan_training(recipe(memory_limit="4GiB"), config, CPU)
     assert set(small.keep) == {3}
+    assert small.describe() == "all recomputed in 30 layers"
     assert small.total_bytes < kept.total_bytes
     assert not plan_training(recipe(memory_limit="1GiB"), config, CPU).fits
     asked = plan_training(recipe(gradient_checkpointing=False, memory_limit="4GiB"), config, CPU)
