@@ -188,12 +188,14 @@ class Placement:
         """Layers' frozen weights come to the card by turns."""
         return self.base_on_host or self.shards > 1
 
-    def in_words(self) -> list[str]:
-        """What lies on the host."""
+    def in_words(self, layers: int) -> list[str]:
+        """What lies on the host, of a model of so many layers."""
+        away = layers - self.inputs_on_card if self.layer_major else 0
+        inputs = "layer inputs" if away == layers else f"the inputs of {away} layers"
         named = {
             "the base": self.base_on_host,
             "adapters and optimizer": self.adapters_on_host,
-            "layer inputs": self.layer_major,
+            inputs: away > 0,
             "the embedding": self.embedding_on_host,
         }
         return [name for name, there in named.items() if there]
@@ -249,7 +251,7 @@ class MemoryPlan:
             ]
         if self.placement.shards > 1:
             said.append(f"each layer's weights spread over {self.placement.shards} GPUs")
-        on_host = self.placement.in_words()
+        on_host = self.placement.in_words(len(self.keep))
         said += [f"in host memory: {', '.join(on_host)}"] if on_host else []
         return "; ".join(said) or "nothing recomputed"
 

@@ -159,7 +159,7 @@ def test_every_broken_line_of_a_file_is_named_at_once(tmp_path):
     for told, begin in zip(faults, expected, strict=True):
         assert told.startswith(f"  a.jsonl:{begin}")
     assert "the last line is cut off" in faults[-1]
-    assert "sed -n 2p a.jsonl" in caught.value.hint
+    assert f"sed -n 2p {tmp_path}/a.jsonl" in caught.value.hint
     assert "iconv" in caught.value.hint
 
 
@@ -225,7 +225,9 @@ def test_one_object_that_is_not_utf8_has_one_fault(tmp_path, tail):
 def test_not_utf8_says_how_to_convert(tmp_path, encoding, data):
     with pytest.raises(DataError) as caught:
         list(read_rows(write(tmp_path, "a.txt", data)))
-    assert caught.value.hint == f"convert it: iconv -f {encoding} -t UTF-8 a.txt > utf8-a.txt"
+    assert caught.value.hint == (
+        f"convert it: iconv -f {encoding} -t UTF-8 {tmp_path}/a.txt > utf8-a.txt"
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])

@@ -101,7 +101,7 @@ def test_a_base_that_fits_no_one_gpu_is_spread_and_the_reason_told():
     assert "HSDP" in said
     assert "with all of it one GPU needs 137" in said
     assert value.scale.one_gpu_choices.endswith(
-        "in host memory: the base, layer inputs, the embedding"
+        "in host memory: the base, the inputs of 50 layers, the embedding"
     )
     for phase in ("training", "evaluation", "generation"):
         assert value.device_parts[phase]["two layers, gathered"] > 2**30

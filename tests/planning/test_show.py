@@ -34,6 +34,26 @@ def test_all_is_on_the_screen_and_nothing_runs_over(width):
     assert "streaming=auto" in text
 
 
+def test_the_verdict_says_what_it_counts_with():
+    _, text = screen(100, "llama-2-7b", "v100", streaming="off")
+    assert "DOES NOT FIT" in text
+    assert "15.2 GiB needed, 15.8 GiB on V100, of which 5% stay free" in text
+    assert "rows are longer" not in text
+    _, text = screen(100, "llama-2-7b", "h100", cutoff_len=8192)
+    assert "rows are longer than the model's context of 4,096 tokens" in text
+
+
+def test_inputs_that_stay_on_the_card_are_not_said_to_be_on_the_host():
+    found, text = screen(120, "llama-2-7b", "v100")
+    assert "in host memory: the base, the embedding" in " ".join(text.split())
+    assert not found.host.get("inputs of layers")
+    found, text = screen(120, "llama-2-7b", "v100", gradient_accumulation_steps=64)
+    assert found.host["inputs of layers"] > 0
+    kept = found.training.placement.inputs_on_card
+    assert 0 < kept < 32
+    assert f"the inputs of {32 - kept} layers" in " ".join(text.split())
+
+
 def test_what_fits_has_no_list_of_changes():
     _, text = screen(80, "llama-2-7b", "h100")
     assert "FITS" in text

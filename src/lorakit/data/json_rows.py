@@ -169,7 +169,7 @@ def _advice(error: json.JSONDecodeError, what: str, file: DataFile, row: int) ->
     if here in ("]", "}") and error.doc[: error.pos].rstrip().endswith(","):
         return f"remove the comma before {here}"
     if what == "Extra data" and "\r" in error.doc.rstrip() and "\n" not in error.doc.rstrip():
-        return f"its lines end with \\r: tr '\\r' '\\n' < {file.name} > lines-{file.name}"
+        return f"its lines end with \\r: tr '\\r' '\\n' < {file.typed} > lines.jsonl"
     if what == "Extra data":
-        return f"one value a line, or all in one list [..., ...]: jq -c . {file.name} > rows.jsonl"
-    return f"see what stands there with: sed -n {row}p {file.name}"
+        return f"one value a line, or all in one list [..., ...]: jq -c . {file.typed} > rows.jsonl"
+    return f"see what stands there with: sed -n {row}p {file.typed}"

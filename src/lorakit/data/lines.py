@@ -9,6 +9,7 @@ import codecs
 import gzip
 import io
 import os
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,7 +176,8 @@ def _not_utf8(place: str, error: UnicodeDecodeError, offset: int, file: DataFile
 
 
 def _convert(encoding: str, file: DataFile) -> str:
-    return f"convert it: iconv -f {encoding} -t UTF-8 {file.name} > utf8-{file.name}"
+    new = shlex.quote(f"utf8-{os.path.basename(file.name)}")
+    return f"convert it: iconv -f {encoding} -t UTF-8 {file.typed} > {new}"
 
 
 def whole(file: DataFile) -> str:

@@ -10,6 +10,7 @@ import difflib
 import glob
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,6 +36,11 @@ class DataFile:
     path: str
     name: str
     kind: str
+
+    @property
+    def typed(self) -> str:
+        """As a shell takes it, from any folder."""
+        return shlex.quote(self.name if self.remote else self.path)
 
     @property
     def remote(self) -> bool:

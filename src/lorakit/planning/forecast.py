@@ -54,6 +54,7 @@ class Forecast:
     smallest_card: str | None
     fewest_gpus: int | None = None
     scale: Scale | None = None
+    context: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -81,6 +82,7 @@ class Forecast:
             "smallest_card": self.smallest_card,
             "fewest_gpus": self.fewest_gpus,
             "scale": self.scale.as_dict() if self.scale else None,
+            "context": self.context,
         }
 
 
@@ -111,6 +113,7 @@ def forecast(
         parameters=count(config).total,
         trainable=trained_elements(recipe, config),
         training=plan,
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
         device_parts=phases(recipe, config, device, plan),
         host=host_parts(recipe, device, plan),
         merge=merge_parts(config),
@@ -175,9 +178,10 @@ def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     if plan.placement.shards > 1:
         each += f", {parts[LOADING] / 2**30:.1f} of it while the base is loaded"
         way = "method: qlora, or fewer GPUs on more nodes, take less of it"
+    lies = ", ".join(plan.placement.in_words(len(plan.keep)))
     raise WorkError(
-        f"this run fits {device.name} with {', '.join(plan.placement.in_words())} in host "
-        f"memory: {needs / 2**30:.1f} GiB of it{each}; this machine has {has / 2**30:.1f} GiB",
+        f"this run fits {device.name} with {lies} in host memory: {needs / 2**30:.1f} GiB of "
+        f"it{each}; this machine has {has / 2**30:.1f} GiB",
         hint=f"`lorakit plan` shows every part; {way}; --force trains all the same",
     )
 

@@ -51,7 +51,11 @@ def _headline(found: Forecast) -> Panel:
             text.append(f" with {plan.describe()}")
     limit = f", memory_limit {recipe.memory_limit}" if recipe.memory_limit else ""
     each = f"each of {found.device.ranks} " if found.scale else ""
-    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {each}{found.device.name}{limit}\n")
+    spare = ", of which 5% stay free" if not plan.fits and not limit and needs < has else ""
+    card = f"{each}{found.device.name}{limit}{spare}"
+    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {card}\n")
+    if found.context and recipe.cutoff_len > found.context:
+        text.append(f"rows are longer than the model's context of {found.context:,} tokens\n")
     text.append(
         f"{recipe.micro_batch_size} x {recipe.gradient_accumulation_steps} examples of "
         f"{recipe.cutoff_len:,} tokens, rank {recipe.lora_r}, {found.device.dtype}; "

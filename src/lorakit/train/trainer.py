@@ -358,7 +358,7 @@ class LoraTrainer(ResumableTrainer):
         if self.args.device.type == "cuda" and self.attached.engine is None:
             return f"the fast layers are off ({self.attached.layers})"
         if not self.layout.packed and self.recipe.micro_batch_size > 1:
-            return f"padding may be it (packing {self.packing}), or another program on this device"
+            return f"is another program on this device? or is it padding (packing {self.packing})?"
         return "is another program on this device (nvidia-smi, top), or is it too hot?"
 
     def close(self) -> Any:
