@@ -1,5 +1,6 @@
 """Help answers at once; a slip of the pen is a usage error."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -26,6 +27,11 @@ def test_help_imports_no_heavy_library():
         "schema",
     ):
         assert f"  {command}" in done.stdout
+
+
+def test_the_version_is_told(lorakit):
+    code, said, _ = lorakit("--version")
+    assert (code, said) == (0, f"lorakit {importlib.metadata.version('lorakit')}\n")
 
 
 def test_unknown_command_and_flag_are_usage_errors(lorakit):

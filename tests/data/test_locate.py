@@ -43,6 +43,14 @@ def test_a_glob_gives_the_files_it_matches(tmp_path):
     assert [f.name for f in locate(str(tmp_path / "a*.jsonl"))] == ["a1.jsonl", "a2.jsonl"]
 
 
+def test_a_folder_with_brackets_in_its_name_is_no_pattern(tmp_path):
+    folder = tmp_path / "my data [v2]"
+    folder.mkdir()
+    (folder / "a1.jsonl").write_text("{}")
+    assert [f.name for f in locate(str(folder / "a*.jsonl"))] == ["a1.jsonl"]
+    assert [f.name for f in locate(str(tmp_path / "my data *" / "a[0-9].jsonl"))] == ["a1.jsonl"]
+
+
 def test_a_misspelt_file_is_suggested(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"no such file") as caught:

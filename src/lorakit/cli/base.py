@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -47,6 +48,22 @@ Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write into.")]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs of this machine that share each step.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"lorakit {importlib.metadata.version('lorakit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Fine-tune open chat models with LoRA and QLoRA."""
 
 
 def print_json(value: Any) -> None:

@@ -157,6 +157,9 @@ def left_aside(source: str, folders: Sequence[Path] = ()) -> list[str]:
 
 
 def _glob_files(pattern: str) -> list[DataFile]:
+    folder, name = os.path.split(pattern)
+    if os.path.isdir(folder):  # it may be called `data [v2]`
+        pattern = os.path.join(glob.escape(folder), name)
     paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     return [DataFile(p, os.path.basename(p), kind) for p in paths if (kind := kind_of(p))]
 
