@@ -8,14 +8,13 @@ than a T4 does: of the rates only their ratio may say something of a T4, of the 
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-ROWS = [
-    (lengths, engine) for lengths in ("fixed", "mixed") for engine in ("auto", "off")
-]  # fmt: skip
+ROWS = list(itertools.product(("fixed", "mixed"), ("auto", "off")))  # lengths, engine
 SETTINGS = ["dtype=float16", "memory_limit=13.87GiB"]
 
 

@@ -67,8 +67,12 @@ def test_stages_go_first_then_columns_then_rows():
     assert smaller({"BLOCK_M": 64, "BLOCK_N": 16}, fixed=("BLOCK_M",)) is None
 
 
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(module, "_fitting", {})
+
+
 def test_the_grid_is_of_the_settings_that_ran_and_they_are_remembered():
-    module.forget()
     kernel = Kernel(room=64 * 32)
     for _ in range(2):
         launch(kernel, SETTINGS, lambda s: (1024 // s["BLOCK_N"],), torch.zeros(1))
@@ -78,10 +82,8 @@ def test_the_grid_is_of_the_settings_that_ran_and_they_are_remembered():
     assert kernel.ran[-1] == ((1,), 64, 32, 1)  # the same for the whole run
     launch(kernel, SETTINGS, lambda s: (1,), torch.zeros(1, dtype=torch.float16))
     assert kernel.ran[-1] == ((1,), 64, 64, 3)  # another type may fit
-    module.forget()
 
 
 def test_what_fits_in_no_way_is_the_callers():
-    module.forget()
     with pytest.raises(OutOfResources):
         launch(Kernel(room=10), SETTINGS, lambda s: (1,), torch.zeros(1))

@@ -32,7 +32,6 @@ __all__ = [
 ]
 app = typer.Typer(
     name="lorakit",
-    help="Fine-tune open chat models with LoRA and QLoRA.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

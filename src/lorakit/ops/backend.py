@@ -59,13 +59,12 @@ def kernels_reason(device_kind: str) -> str:
     """What the ops run as on this machine, in a few words."""
     if device_kind != "cuda":
         return "plain torch (no CUDA card)"
-    index = torch.cuda.current_device()
-    major, minor = torch.cuda.get_device_capability(index)
-    if _capability(index) < KERNELS_FROM:
-        if (major, minor) < KERNELS_FROM:
-            oldest = ".".join(map(str, KERNELS_FROM))
-            return f"plain torch (compute capability {major}.{minor}; our kernels need {oldest})"
+    capability = torch.cuda.get_device_capability(torch.cuda.current_device())
+    found, oldest = (".".join(map(str, c)) for c in (capability, KERNELS_FROM))
+    if capability < KERNELS_FROM:
+        return f"plain torch (compute capability {found}; our kernels need {oldest})"
+    if not runs_kernels(capability):
         return "plain torch (the triton package is missing)"
-    if (major, minor) < MATRIX_KERNELS_FROM:
-        return f"Triton kernels, matrix products by cuBLAS (compute capability {major}.{minor})"
+    if capability < MATRIX_KERNELS_FROM:
+        return f"Triton kernels, matrix products by cuBLAS (compute capability {found})"
     return "Triton kernels"

@@ -1,8 +1,8 @@
 """A kernel enters with its settings and arguments; it runs with the first that the card holds.
 
-A program's shared memory is 64 KiB at most on a T4, 99 on an RTX 3090, 4090, A10 or L4, 163 on an
-A100, 227 on an H100, where the settings were chosen. They ask for 64 to 128 KiB at rank 64 and for
-256 at rank 256: what a card refuses is asked for again, smaller, until it fits.
+A program's shared memory is 99 KiB at most on an RTX 3090, 4090, A10 or L4, 163 on an A100, 227 on
+an H100, where the settings were chosen. They ask for up to 88 KiB at rank 64, 152 at rank 128 and
+280 at rank 256: what a card refuses is asked for again, smaller, until it fits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def launch(
         fixed: settings that other tensors were made after.
 
     Raises:
-        OutOfResources: not even the smallest blocks fit, as at rank 1,024 on a T4.
+        OutOfResources: not even the smallest blocks fit.
     """
     first: Tensor = arguments[0]
     key = (kernel.fn, first.device, first.dtype, *settings.items(), *constants.items())
@@ -59,8 +59,3 @@ def smaller(settings: Settings, fixed: tuple[str, ...] = ()) -> Settings | None:
         if block not in fixed and settings.get(block, 0) > SMALLEST_BLOCK:
             return {**settings, block: settings[block] // 2}
     return None
-
-
-def forget() -> None:
-    """Ask for the first settings again."""
-    _fitting.clear()
