@@ -16,7 +16,29 @@ from lorakit.records import Row
 
 # As DPO and KTO data, reward models, arenas and rating forms name them; compared word by word.
 _JUDGING = frozenset(
-    ["label", "labels", "score", "scores", "rating", "ratings", "rank", "vote", "votes", "upvotes", "downvotes", "reward", "rewards", "preference", "preferred", "winner", "feedback", "thumbs", "helpfulness", "correctness", "accepted"]
+    {
+        "label",
+        "labels",
+        "score",
+        "scores",
+        "rating",
+        "ratings",
+        "rank",
+        "vote",
+        "votes",
+        "upvotes",
+        "downvotes",
+        "reward",
+        "rewards",
+        "preference",
+        "preferred",
+        "winner",
+        "feedback",
+        "thumbs",
+        "helpfulness",
+        "correctness",
+        "accepted",
+    }
 )
 _PREFERENCE = frozenset({"chosen", "rejected"})
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
