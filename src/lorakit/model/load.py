@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakit.errors import DependencyError, LorakitError, ModelError
+from lorakit.gpu_memory import cap_finished_run
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import HUB_ID, Progress, demo_model_dir
 from lorakit.model.foreign import (
@@ -22,6 +23,7 @@ from lorakit.model.foreign import (
     check_tokenizer,
     say_trust,
 )
+from lorakit.model.sizes import Sizes
 from lorakit.model.weight_files import check_weights, read_header
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -224,6 +226,8 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     recipe = load_recipe(run.recipe).recipe
     device = detect_device(recipe.dtype, prefer="cpu" if prefer_cpu else "auto")
     location = locate_model(recipe, [run.path, Path()])
+    sizes = Sizes.of(recipe, load_config(recipe, location), device)
+    cap_finished_run(recipe.memory_limit_bytes, device, sizes.base_bytes)
     base = load_base(recipe, location, device)
     biases = copy_biases(base) if recipe.bias != "none" else {}
     tokenizer = load_tokenizer(recipe, str(run.adapter))

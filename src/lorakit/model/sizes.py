@@ -38,6 +38,7 @@ class Sizes:
     per_node: int
     linear: int  # elements of linear layers
     adapter: int  # elements that train
+    context_bytes: int | None  # of CUDA, where it was measured
 
     @classmethod
     def of(cls, recipe: Recipe, config: Any, device: Device) -> Sizes:
@@ -54,6 +55,7 @@ class Sizes:
             device.per_node,
             counted.in_linear,
             trained(recipe, counted),
+            device.context_bytes,
         )
 
     @property
@@ -86,6 +88,11 @@ class Sizes:
     def inputs_bytes(self) -> int:
         """One layer's inputs, of all micro-batches of a step."""
         return int(self.step_tokens * self.config.hidden_size * self.width)
+
+    @property
+    def base_bytes(self) -> int:
+        """The base as it is stored on one device."""
+        return self.frozen_bytes + int((self.others + self.counted.experts) * self.width)
 
     @property
     def frozen_bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError, ModelError, WorkError
 from lorakit.hardware import host_memory
+from lorakit.memory import reserve_note
 from lorakit.model.count import count
 from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
 from lorakit.planning.cards import Card, recognize
@@ -161,6 +162,7 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
     told = "".join(["\nthis would make it fit:", *lines]) if lines else ""
     limit = f"memory_limit is {recipe.memory_limit}" if recipe.memory_limit else ""
     has = limit or f"{device.name} has {plan.available_bytes / 2**30:.1f} GiB"
+    has += reserve_note(recipe, device, plan)
     raise WorkError(
         f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{told}",
         hint="`lorakit plan` shows every part; --force trains all the same",
