@@ -90,6 +90,9 @@ def cap_finished_run(limit: int | None, device: Device, base_bytes: int) -> None
     """Hold a finished run to its `memory_limit`, unless its base alone is larger.
 
     A base that was streamed in training is loaded as a unit for evaluation and chat.
+
+    Args:
+        base_bytes: of the base, loaded already.
     """
     if limit is None or device.kind != "cuda":
         return

@@ -23,7 +23,6 @@ from lorakit.model.foreign import (
     check_tokenizer,
     say_trust,
 )
-from lorakit.model.sizes import Sizes
 from lorakit.model.weight_files import check_weights, read_header
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -226,9 +225,8 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     recipe = load_recipe(run.recipe).recipe
     device = detect_device(recipe.dtype, prefer="cpu" if prefer_cpu else "auto")
     location = locate_model(recipe, [run.path, Path()])
-    sizes = Sizes.of(recipe, load_config(recipe, location), device)
-    cap_finished_run(recipe.memory_limit_bytes, device, sizes.base_bytes)
     base = load_base(recipe, location, device)
+    cap_finished_run(recipe.memory_limit_bytes, device, base.get_memory_footprint())
     biases = copy_biases(base) if recipe.bias != "none" else {}
     tokenizer = load_tokenizer(recipe, str(run.adapter))
     check_adapter(run.adapter, [name for name, _ in base.named_modules() if name])

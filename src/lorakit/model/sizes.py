@@ -90,11 +90,6 @@ class Sizes:
         return int(self.step_tokens * self.config.hidden_size * self.width)
 
     @property
-    def base_bytes(self) -> int:
-        """The base as it is stored on one device."""
-        return self.frozen_bytes + int((self.others + self.counted.experts) * self.width)
-
-    @property
     def frozen_bytes(self) -> int:
         """The whole base's linear layers as they are stored."""
         four_bit = self.recipe.method == "qlora"
