@@ -1,6 +1,7 @@
 """Expected speed against the measured rows, and its direction on other cards."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,49 @@ def test_recomputation_long_rows_and_streaming_cost_speed():
     assert long < plain
     assert streamed.tokens_per_second < 0.7 * plain
     assert "streamed" in streamed.basis
+
+
+LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+TRAINED = 39_976_960  # LoRA r16 of Llama-2-7B
+
+
+def planned(card="h100", gpus=1, **values):
+    """What `expected_speed` takes, for llama-2-7b."""
+    asked, config = recipe(**values), shape_config("llama-2-7b")
+    device = several(card_device(CARDS[card], None, asked.dtype), gpus, None, None)
+    return asked, config, device, plan_training(asked, config, device), CARDS[card]
+
+
+def test_a_step_that_waits_for_the_link_takes_what_is_copied_over_it():
+    """Few tokens: the card is through with a layer long before the next one is there."""
+    asked, config, device, plan, card = planned(
+        "4090", streaming="on", cutoff_len=512, gradient_accumulation_steps=1
+    )
+    assert plan.host_parts["frozen weights"] == 2 * LINEAR
+    plan.host_parts["inputs of layers"] = 10**9
+    found = expected_speed(asked, config, device, plan, card)
+    # Weights up and down in 16 bits, inputs once, over 25 GB/s.
+    assert found.step_seconds == pytest.approx((2 * 2 * LINEAR + 10**9) / 25e9, rel=1e-6)
+    assert found.tokens_per_second == pytest.approx(512 / found.step_seconds)
+
+
+def test_adapters_on_the_host_cost_an_update_there():
+    """28 bytes a number: weight and two moments read and written, the gradient read."""
+    asked, config, device, plan, card = planned(memory_limit="3GiB")
+    assert plan.placement.adapters_on_host
+    there = expected_speed(asked, config, device, plan, card)
+    on_card = replace(plan, placement=replace(plan.placement, adapters_on_host=False))
+    here = expected_speed(asked, config, device, on_card, card)
+    update = 28 * TRAINED / 20e9
+    assert there.step_seconds - here.step_seconds == pytest.approx(update, rel=1e-6)
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_ranks_wait_for_gradients_and_for_one_another(gpus):
+    found = expected_speed(*planned(gpus=gpus))
+    wires = 2 * (gpus - 1) / gpus * 4 * TRAINED / 240e9
+    assert found.waited_seconds == pytest.approx(wires + 0.010, rel=1e-6)
+    assert expected_speed(*planned()).waited_seconds == 0
 
 
 def test_a_token_meets_few_experts():
