@@ -139,3 +139,28 @@ def finish(tiny_model_dir, tiny_data, tmp_path_factory):
         return made[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def talker(tokenizer, tmp_path_factory):
+    """Folder of a model whose answers are certain; see `made_runs`."""
+    from tests.made_runs import make_talker
+
+    return make_talker(tokenizer, tmp_path_factory.mktemp("talker"))
+
+
+@pytest.fixture(scope="session")
+def speaker(talker, tmp_path_factory):
+    """`speaker(name, **recipe values)`: a run on the talker that says the words of `name`."""
+    from tests.made_runs import talking_run
+
+    made = {}
+
+    def build(name, **values):
+        key = (name, repr(sorted(values.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("talking") / name
+            made[key] = talking_run(folder, talker, name, **values)
+        return made[key]
+
+    return build
