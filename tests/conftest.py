@@ -7,8 +7,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many test processes as cores: one thread for each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
+
+# What a shell may hold that commands and libraries heed: a width, colors, a login.
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "CI", "HF_TOKEN"):
+    os.environ.pop(name, None)
+
+# The same examples on every machine, and no limit of time: a busy machine is no counterexample.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
 
 # Triton reads this when it is imported: without a card its kernels run in its CPU interpreter.
 if not torch.cuda.is_available():
@@ -110,6 +119,7 @@ def _tiny_recipe(model, data, folder, **values):
         "learning_rate": 2e-2,
         "cutoff_len": 128,
         "val_size": 4,
+        "dtype": "float32",  # bfloat16 would be chosen on some CPUs, and rounds otherwise on each
         "offline": True,
         **values,
     }
