@@ -19,10 +19,8 @@ def logits(model):
 
 
 @pytest.fixture(scope="module")
-def runs(finish, tmp_path_factory):
-    other = tmp_path_factory.mktemp("runs") / "other"
-    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
-    return finish().run, RunDir(other)
+def runs(speaker):
+    return speaker("fruit"), speaker("animal")
 
 
 def test_each_adapter_predicts_as_it_would_alone(runs):
@@ -65,12 +63,12 @@ def test_an_adapter_replaced_on_the_disk_goes_on_as_it_was(runs, tmp_path):
     assert torch.equal(logits(several.model), before)
 
 
-def test_what_cannot_share_a_base_is_refused(runs, finish, tmp_path):
+def test_what_cannot_share_a_base_is_refused(runs, speaker, tmp_path):
     several = Several.of(runs[0])
     with pytest.raises(RunError, match="is loaded already"):
         several.add(runs[0])
     with pytest.raises(ModelError, match=r"\(qlora\), not on .*\(lora\)"):
-        several.add(finish("qlora").run)
+        several.add(speaker("base", method="qlora"))
     other = RunDir(tmp_path / "biased")
     shutil.copytree(runs[1].path, other.path)
     text = other.recipe.read_text()
