@@ -128,9 +128,9 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     console.print(
         f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
     )
-    speed = planned_speed(planned, config, device, plan)
-    if speed is not None:
-        console.print(f"speed    about {speed:,.0f} tokens/s expected")
+    speed, why = planned_speed(planned, config, device, plan)
+    told = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
+    console.print(f"speed    {told}")
     if not force:
         refuse(planned, config, device, plan)
     return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)

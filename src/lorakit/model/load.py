@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorakit.errors import DependencyError, LorakitError, ModelError
+from lorakit.errors import DependencyError, LorakitError, ModelError, first_line
 from lorakit.gpu_memory import cap_finished_run
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import HUB_ID, Progress, demo_model_dir
@@ -128,7 +128,7 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
     # tokenizer.json is parsed by Rust, which raises bare Exceptions.
     except Exception as error:
         raise ModelError(
-            f"model: {recipe.model}: its tokenizer cannot be loaded: {_first_line(error)}",
+            f"model: {recipe.model}: its tokenizer cannot be loaded: {first_line(error)}",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
 
@@ -191,7 +191,7 @@ def nf4_config(device: Device) -> Any:
         Exception
     ) as error:  # bitsandbytes raises many kinds, RuntimeError and OSError among them
         raise DependencyError(
-            f"method: qlora needs bitsandbytes, which does not work here: {_first_line(error)}",
+            f"method: qlora needs bitsandbytes, which does not work here: {first_line(error)}",
             hint=f"{BITSANDBYTES_INSTALL}, or set method: lora",
         ) from error
     return BitsAndBytesConfig(
@@ -234,7 +234,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
         model = PeftModel.from_pretrained(base, str(run.adapter))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(
-            f"{run.adapter}: the adapter does not fit {recipe.model}: {_first_line(error)}",
+            f"{run.adapter}: the adapter does not fit {recipe.model}: {first_line(error)}",
             hint="was the base model changed since training?",
         ) from error
     _check_all_tensors_used(model, run)
@@ -319,7 +319,7 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
         )
     if Path(location).is_dir():
         return ModelError(
-            f"model: {reference}: cannot be loaded: {_first_line(error)}",
+            f"model: {reference}: cannot be loaded: {first_line(error)}",
             hint="a model folder holds config.json, tokenizer.json and whole *.safetensors files",
         )
     if "named model.safetensors" in text:
@@ -336,8 +336,3 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
         f"model: {reference}: the hub cannot be reached and the model is not in the local cache",
         hint="connect, give a local folder, or try `--model demo`",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -146,7 +146,7 @@ def _seconds(seconds: float) -> str:
 def speed_words(found: Forecast) -> Text:
     """How fast it will be, and how that is known."""
     if found.speed is None:
-        return Text("speed: nothing is known of this card; name it with --gpu", style="dim")
+        return Text(f"speed: no estimate, {found.no_speed}", style="dim")
     rate = found.speed.tokens_per_second
     per_million = 1e6 / rate / 60
     text = Text("about ")
