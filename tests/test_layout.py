@@ -1,6 +1,10 @@
 """The rules that keep the code livable: import order, sizes, first lines, a test file each."""
 
 import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -98,3 +102,37 @@ def test_each_module_has_its_test_file(path):
 
 def test_no_catch_all_modules():
     assert not [p for p in FILES if p.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def requirements(names):
+    """Names of packages, spelled as pip compares them."""
+    return {re.split(r"[ <>=!~;\[]", name)[0].lower().replace("_", "-") for name in names}
+
+
+def test_every_imported_package_is_declared():
+    """What is imported without being declared goes away with the package that brought it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [row for rows in project["optional-dependencies"].values() for row in rows]
+    declared = requirements([*project["dependencies"], *extras])
+    # Part of CUDA builds of torch; of a notebook's kernel.
+    declared |= {"triton", "ipython"}
+    owners = importlib.metadata.packages_distributions()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in (n.split(".")[0] for n in names):
+                if name in sys.stdlib_module_names or name == "lorakit":
+                    continue
+                owner = requirements(owners.get(name, [name]))
+                assert owner & declared, f"{path.name} imports {name}, which is not declared"
+
+
+def test_no_range_ends_before_the_next_major_version():
+    """Ranges that end at a minor version stop an install within weeks of a release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    shipped = [row for name, rows in extras.items() if name != "dev" for row in rows]
+    for row in (*project["dependencies"], *shipped):
+        assert not re.search(r"<\d+\.", row), row

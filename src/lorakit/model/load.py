@@ -29,7 +29,7 @@ from lorakit.recipe_file import load_recipe
 from lorakit.records import Device
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
-BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2,<0.51'"
+BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,10 @@ def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = Fal
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
     guard_quantized_cpu_weights(model)
+    # Router logits only serve the load-balancing loss, which lorakit does not train.
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
     if on_host:
         # accelerate refuses to train 4-bit models that it takes for offloaded by itself.
         model.__dict__.pop("hf_device_map", None)
