@@ -29,6 +29,13 @@ LLAMA3_ROPE = {
 }
 BOTH = ["q_proj", "embed_tokens", "lm_head"]
 # name -> (model type, config values, recipe values)
+# As Qwen3's: with thinking switched off, the prompt ends with an empty thought.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 VARIANTS = {
     "tied": ("llama", {"tie_word_embeddings": True}, {}),
     "tied, head adapted": ("llama", {"tie_word_embeddings": True}, {"target_modules": BOTH}),
@@ -49,7 +56,7 @@ VARIANTS = {
     "modules_to_save": ("llama", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "sliding window": ("mistral", {"sliding_window": 128}, {}),
     "rope scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
-    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7]}, {}),
+    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7], "template": THINKING}, {}),
     "qlora": ("llama", {}, {"method": "qlora"}),
 }
 CHATS = [
@@ -75,6 +82,7 @@ def make_base(folder, tokenizer, model_type, values, seed=0):
     stops = values.pop("stops", [own.eos_token_id])
     config = AutoConfig.for_model(
         model_type,
+    own.chat_template = values.pop("template", own.chat_template)
         vocab_size=len(own) + values.pop("vocab_padding", 0),
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
@@ -99,6 +107,7 @@ def make_run(folder, base, size=0.3, seed=1, **values):
     from lorakit.data.items import write_validation
     from lorakit.hardware import detect_device
     from lorakit.model.adapters import add_adapter, resolve_targets
+    from lorakit.data.resolve import resolve_template
     from lorakit.model.fingerprint import remember_base
     from lorakit.model.load import load_base, load_config, load_tokenizer
     from lorakit.recipe_file import load_recipe
@@ -121,7 +130,9 @@ def make_run(folder, base, size=0.3, seed=1, **values):
                 parameter.data.normal_(0, size / 4)
             elif "lora_" not in name:
                 parameter.data.add_(torch.randn_like(parameter) * size / 10)
-    save_adapter(model, load_tokenizer(recipe, str(base)), run.adapter, saves_embeddings(recipe))
+    own = load_tokenizer(recipe, str(base))
+    resolve_template(own, "a base")
+    save_adapter(model, own, run.adapter, saves_embeddings(recipe))
     chats = [
         Conversation(tuple(Message(r, t) for r, t in chat), Origin("chats", i + 1))
         for i, chat in enumerate(CHATS)

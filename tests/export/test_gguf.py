@@ -8,6 +8,7 @@ import gguf
 import pytest
 
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
+from lorakit.data.resolve import thinking_set
 from lorakit.export import gguf as exporter
 from lorakit.export import llama_cpp, merged
 from lorakit.export.adapter import fold_adapter
@@ -22,10 +23,10 @@ from lorakit.export.gguf import (
 )
 from lorakit.export.merge import write_merged
 from lorakit.export.source import float32_model, open_source
-from lorakit.export.spelling import write_config, write_tokenizer
+from lorakit.export.spelling import set_thinking, write_config, write_tokenizer
 from lorakit.export.verify import make_reference
 
-from .conftest import CHATS, make_base, make_run
+from .conftest import CHATS, THINKING, make_base, make_run
 
 # Variants that change what a GGUF file holds; the others become the same plain merged folder, and
 # that equals the adapter to the bit in `test_merged.py`.
@@ -71,6 +72,7 @@ def heard(variant_run, tmp_path_factory):
     convert_all(orders, lambda _: None, offline=False)
     chats = tuple([{"role": r, "content": t} for r, t in chat[:-1]] for chat in CHATS[:2])
     tasks = [
+            set_thinking(source, folder)
         llama_cpp.Task(str(m), references[v][1].prompts, TOKENS, a and str(a), chats)
         for (_, v), (m, a) in files.items()
     ]
@@ -93,7 +95,9 @@ def test_a_merged_file_predicts_as_the_adapter(heard, variant):
 def test_the_end_of_turn_and_the_template_are_in_the_file(heard):
     _, path, source = heard["merged", "several stops"]
     assert value_of(path, "tokenizer.ggml.eos_token_id") == 2
-    assert value_of(path, "tokenizer.chat_template") == source.tokenizer.chat_template
+    template = value_of(path, "tokenizer.chat_template")
+    assert template == thinking_set(source.tokenizer.chat_template)
+    assert template == "{% set enable_thinking = false %}" + THINKING
 
 
 def test_a_window_that_llama_cpp_ignores_bounds_the_context(heard):

@@ -20,7 +20,7 @@ from lorakit.export.kquants import FILE_TYPES, INSTALL, quantize_gguf
 from lorakit.export.merge import check_space
 from lorakit.export.merged import fill_merged, memory_missing
 from lorakit.export.source import Source, checked_prompts, float32_model
-from lorakit.export.spelling import write_config, write_tokenizer
+from lorakit.export.spelling import set_thinking, write_config, write_tokenizer
 from lorakit.export.verify import ANSWER_TOKENS, PROMPTS, Agreement, Reference, make_reference
 from lorakit.recipe_file import suggest
 from lorakit.records import Message
@@ -103,6 +103,7 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
         merged = Path(work) / "model"
         merged.mkdir()
         facts, reference = fill_merged(job, merged, merged_type(job, kind))
+        set_thinking(source, merged)
         window = limit_context(source, merged)
         if window:
             job.console.print(
@@ -315,3 +316,4 @@ def _check_no_path(path: Path, source: Source) -> None:
         text = json.dumps(field.contents(), default=str) if field.types else ""
         if str(source.location) in text or str(path.parent) in text:
             raise WorkError(f"{path.name}: {field.name} holds a path of this machine; not kept")
+        set_thinking(source, base)

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.resolve import thinking_set
 from lorakit.export.source import Source, generation_config
 
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
@@ -57,6 +58,15 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
 
 def _base_config(source: Source) -> dict[str, Any]:
+def set_thinking(source: Source, folder: Path) -> None:
+    """Make the template of a folder for llama.cpp think, or not, as the run's does by default."""
+    template = thinking_set(str(source.tokenizer.chat_template))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, {**values, "chat_template": template})
+
+
     """As its author wrote it: `to_dict` would drop fields that this transformers does not know."""
     path = (source.folder or Path(source.location)) / "config.json"
     if path.exists():
