@@ -1,14 +1,16 @@
 """Runs with random adapters on tiny random bases, made without training: one per variant."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from lorakit.export.formats import Job
 from lorakit.export.source import open_source
-from lorakit.run_dir import RunDir
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 SHAPE = {
     "hidden_size": 64,
@@ -27,8 +29,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-BOTH = ["q_proj", "embed_tokens", "lm_head"]
-# name -> (model type, config values, recipe values)
 # As Qwen3's: with thinking switched off, the prompt ends with an empty thought.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -36,6 +36,8 @@ THINKING = (
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+BOTH = ["q_proj", "embed_tokens", "lm_head"]
+# name -> (model type, config values, recipe values)
 VARIANTS = {
     "tied": ("llama", {"tie_word_embeddings": True}, {}),
     "tied, head adapted": ("llama", {"tie_word_embeddings": True}, {"target_modules": BOTH}),
@@ -80,9 +82,9 @@ def make_base(folder, tokenizer, model_type, values, seed=0):
         }
     )
     stops = values.pop("stops", [own.eos_token_id])
+    own.chat_template = values.pop("template", own.chat_template)
     config = AutoConfig.for_model(
         model_type,
-    own.chat_template = values.pop("template", own.chat_template)
         vocab_size=len(own) + values.pop("vocab_padding", 0),
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
@@ -105,9 +107,9 @@ def make_base(folder, tokenizer, model_type, values, seed=0):
 def make_run(folder, base, size=0.3, seed=1, **values):
     """A finished run whose adapter holds random numbers of about `size`."""
     from lorakit.data.items import write_validation
+    from lorakit.data.resolve import resolve_template
     from lorakit.hardware import detect_device
     from lorakit.model.adapters import add_adapter, resolve_targets
-    from lorakit.data.resolve import resolve_template
     from lorakit.model.fingerprint import remember_base
     from lorakit.model.load import load_base, load_config, load_tokenizer
     from lorakit.recipe_file import load_recipe
@@ -140,6 +142,18 @@ def make_run(folder, base, size=0.3, seed=1, **values):
     write_validation(run.validation, chats)
     remember_base(run, recipe, str(base))
     return run
+
+
+def poisoned(run, folder, value):
+    """A copy of a run with `value` as one element of one tensor."""
+    shutil.copytree(run.path, folder)
+    copy = RunDir(folder)
+    tensors = load_file(copy.adapter / ADAPTER_WEIGHTS)
+    name = next(n for n in tensors if "down_proj.lora_B" in n)
+    tensors[name][5, 1] = value
+    save_file(tensors, copy.adapter / ADAPTER_WEIGHTS)
+    (copy.adapter / "MANIFEST.json").unlink()
+    return copy
 
 
 @pytest.fixture(scope="session")
