@@ -109,6 +109,20 @@ def test_a_tokenizer_that_reads_otherwise_is_not_kept(variant_run, job, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tensor_that_was_not_written_is_noticed_without_memory_for_models(
+    variant_run, job, tmp_path, monkeypatch
+):
+    own = merge.write_shards
+    monkeypatch.setattr(
+        merge,
+        "write_shards",
+        lambda folder, entries: own(folder, [e for e in entries if "0.mlp.up_proj" not in e[0]]),
+    )
+    with pytest.raises(WorkError, match=r"1 of the class's own are missing .*0.mlp.up_proj"):
+        export_merged(job(variant_run("rslora"), verify=False))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def wide_run(tokenizer, tmp_path):
     """A run on a base with one weight beyond float16, as bfloat16 models have."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from lorakit.durable import staged
 from lorakit.errors import WorkError
+from lorakit.export.declared import check_predictions, require_fit
 from lorakit.export.finite import DAMAGED, require_finite
 from lorakit.export.formats import Job
 from lorakit.export.merged import memory_missing
@@ -27,9 +28,11 @@ def export_adapter(job: Job) -> dict[str, Any]:
     """The adapter as PEFT reads it, its tokenizer and template beside it, loaded once more.
 
     Raises:
+        ModelError: the class that the base's config.json names cannot use it.
         WorkError: it does not load, or predicts otherwise than the run's own.
     """
     source = job.source
+    require_fit(source)
     with staged(job.target) as folder:
         copy_adapter(source, folder)
         check_tokenizer(source, folder)
@@ -131,4 +134,5 @@ def _verify(source: Source, folder: Path) -> dict[str, Any]:
             f"the adapter as written predicts otherwise (KL {found.kl_per_token:.1e}); not kept",
             hint="check the disk, then export again",
         )
-    return found.as_dict()
+    del live
+    return {**found.as_dict(), **check_predictions(source, reference, folder)}

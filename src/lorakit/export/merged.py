@@ -10,11 +10,17 @@ import psutil
 from lorakit.durable import staged
 from lorakit.errors import WorkError
 from lorakit.evaluate import encode_held_out
+from lorakit.export.declared import (
+    check_folder,
+    check_predictions,
+    declared_class,
+    require_fit,
+)
 from lorakit.export.divergence import compare
 from lorakit.export.finite import require_finite
 from lorakit.export.formats import Job
 from lorakit.export.merge import STREAMED, WIDER, check_space, parameters, write_merged
-from lorakit.export.source import Source, compared_bytes, float32_model
+from lorakit.export.source import Source, compared_bytes, float32_model, trained_class
 from lorakit.export.tensors import compare_tensors
 from lorakit.export.verify import (
     Agreement,
@@ -41,13 +47,19 @@ def export_merged(job: Job) -> dict[str, Any]:
     """Merge into `job.target`; nothing is left there if a check fails.
 
     Raises:
+        ModelError: the class that the base's config.json names cannot use the adapter's names.
         WorkError: no space, or the merged model differs from the adapter.
     """
     source = job.source
+    require_fit(source)
     dtype = job.dtype or source.device.dtype
     check_space(source, job.target, dtype)
     with staged(job.target) as folder:
-        facts = fill_merged(job, folder, dtype)[0]
+        facts, reference = fill_merged(job, folder, dtype)
+        check_folder(folder, declared_class(source.config))
+        if reference:
+            kl = facts["kl_per_token"]
+            facts |= check_predictions(source, reference, folder, expected=kl)
     off, effect = facts.get("kl_per_token", 0.0), facts.get("base_kl_per_token", 0.0)
     lost = off > min(NOTABLE_ROUNDING, NOTABLE_SHARE * effect)
     if job.onto == "original":
@@ -78,6 +90,7 @@ def fill_merged(
     how = "the original base" if job.onto == "original" else "the base it was trained on"
     job.console.print(f"merging onto {how}, float32 arithmetic, one cast to {dtype}")
     way = write_merged(source, folder, job.onto, dtype, wider)
+    check_folder(folder, trained_class(source.config))
     check_tokenizer(source, folder)
     facts: dict[str, Any] = {"dtype": dtype, "onto": job.onto, "written": way}
     if not job.verify:
