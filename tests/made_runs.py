@@ -7,6 +7,7 @@ instead: the next word leads by more than 5 nats wherever it is asked, and no wo
 
 import torch
 
+from lorakit.data.resolve import resolve_template
 from lorakit.hardware import detect_device
 from lorakit.model.adapters import add_adapter, resolve_targets
 from lorakit.model.fingerprint import remember_base
@@ -43,7 +44,9 @@ def make_run(folder, base, fill, seed=1, **values):
     model = add_adapter(load_base(recipe, str(base), detect_device("float32", "cpu")), recipe)
     with torch.no_grad():
         fill(model)
-    save_adapter(model, load_tokenizer(recipe, str(base)), run.adapter, saves_embeddings(recipe))
+    own = load_tokenizer(recipe, str(base))
+    resolve_template(own, "a base")
+    save_adapter(model, own, run.adapter, saves_embeddings(recipe))
     remember_base(run, recipe, str(base))
     return run
 

@@ -23,6 +23,7 @@ from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
+from lorakit.export.declared import misfit
 from lorakit.floors import require_floors
 from lorakit.gpu_memory import MemoryCap, measure_context
 from lorakit.hardware import cards, detect_device
@@ -79,6 +80,7 @@ class Outcome:
     evaluation: EvalResult | None
     exit_code: int = 0
     ranks: int = 1
+    unfit: str | None = None  # why engines cannot use the adapter on its base
 
 
 def prepare_run(
@@ -224,13 +226,19 @@ def _fit(
     steps, together = trainer.state.global_step, trainer.together
     if together.stop_agreed and steps < trainer.state.max_steps:
         return Outcome(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
-    if ranks.first:
-        save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    unfit = _save(run, model, start) if ranks.first else None
     evaluation = None
     # A sharded base computes on all ranks at once; else the others wait for the first one's end.
     if prepared.val and (ranks.first or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
-    return Outcome(run, steps, seconds, final_loss, evaluation)
+    return Outcome(run, steps, seconds, final_loss, evaluation, unfit=unfit)
+
+
+def _save(run: RunDir, model: Any, start: Prologue) -> str | None:
+    """Write the adapter; returns why engines cannot use it, if they cannot."""
+    recipe = start.resolved.recipe
+    save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    return misfit(run, load_config(recipe, start.location))
 
 
 def _model(start: Prologue, console: Console) -> Any:

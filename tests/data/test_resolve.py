@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.data.resolve import resolve_template
+from lorakit.data.resolve import resolve_template, thinking_set
 from lorakit.data.template import encode, prompt_ids
 from lorakit.errors import ModelError
 
@@ -65,6 +65,27 @@ def test_thinking_is_off_by_default_and_resolving_twice_changes_nothing(load_fam
         assert on.endswith("assistant\n")
     finally:
         tokenizer.chat_template = own
+
+
+@pytest.mark.parametrize(("thinks", "end"), [(False, "</think>\n\n"), (True, "assistant\n")])
+def test_thinking_set_outright_listens_to_no_request(load_family, thinks, end):
+    """llama.cpp defines `enable_thinking` as true where nobody asked."""
+    tokenizer = load_family("qwen3")
+    own = tokenizer.chat_template
+    try:
+        resolve_template(tokenizer, "qwen3", thinking=thinks)
+        tokenizer.chat_template = thinking_set(tokenizer.chat_template)
+        for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hi"}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **asked,
+            )
+            assert text.endswith(end)
+    finally:
+        tokenizer.chat_template = own
+    assert thinking_set(own) == own
 
 
 def test_a_forgotten_bos_is_put_into_the_template(family, chat):

@@ -1,16 +1,19 @@
 """Runs with random adapters on tiny random bases, made without training: one per variant."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tests import made_runs
 
 from lorakit.data.items import write_validation
 from lorakit.export.formats import Job
 from lorakit.export.source import open_source
 from lorakit.records import Conversation, Message, Origin
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 SHAPE = {
     "hidden_size": 64,
@@ -29,6 +32,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# As Qwen3's: with thinking switched off, the prompt ends with an empty thought.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 BOTH = ["q_proj", "embed_tokens", "lm_head"]
 # name -> (model type, config values, recipe values)
 VARIANTS = {
@@ -51,7 +61,7 @@ VARIANTS = {
     "modules_to_save": ("llama", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "sliding window": ("mistral", {"sliding_window": 128}, {}),
     "rope scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
-    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7]}, {}),
+    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7], "template": THINKING}, {}),
     "qlora": ("llama", {}, {"method": "qlora"}),
 }
 CHATS = [
@@ -75,6 +85,7 @@ def make_base(folder, tokenizer, model_type, values, seed=0):
         }
     )
     stops = values.pop("stops", [own.eos_token_id])
+    own.chat_template = values.pop("template", own.chat_template)
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(own) + values.pop("vocab_padding", 0),
@@ -114,6 +125,18 @@ def make_run(folder, base, size=0.3, seed=1, **values):
     ]
     write_validation(run.validation, chats)
     return run
+
+
+def poisoned(run, folder, value):
+    """A copy of a run with `value` as one element of one tensor."""
+    shutil.copytree(run.path, folder)
+    copy = RunDir(folder)
+    tensors = load_file(copy.adapter / ADAPTER_WEIGHTS)
+    name = next(n for n in tensors if "down_proj.lora_B" in n)
+    tensors[name][5, 1] = value
+    save_file(tensors, copy.adapter / ADAPTER_WEIGHTS)
+    (copy.adapter / "MANIFEST.json").unlink()
+    return copy
 
 
 @pytest.fixture(scope="session")

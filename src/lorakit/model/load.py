@@ -133,8 +133,17 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
         ) from error
 
 
-def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = False) -> Any:
+def load_base(
+    recipe: Recipe,
+    location: str,
+    device: Device,
+    on_host: bool = False,
+    model_class: Any = None,
+) -> Any:
     """The frozen base on its device, or in host memory: 16- or 32-bit for LoRA, NF4 for QLoRA.
+
+    Args:
+        model_class: another class of transformers than AutoModelForCausalLM would build.
 
     Raises:
         ModelError: weights missing or unreadable.
@@ -158,8 +167,10 @@ def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = Fal
     # Without a map transformers puts quantized weights on a CUDA card, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
+    if model_class is not None:
+        arguments["config"] = config
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = (model_class or AutoModelForCausalLM).from_pretrained(
             location, attn_implementation=device.attention, use_safetensors=True, **arguments
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -241,7 +252,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
             f"{run.adapter}: the adapter does not fit {recipe.model}: {first_line(error)}",
             hint="was the base model changed since training?",
         ) from error
-    _check_all_tensors_used(model, run)
+    check_all_tensors_used(model, run)
     remember_biases(model, biases)
     model.eval()
     return LoadedRun(run, recipe, device, model, tokenizer)
@@ -288,8 +299,12 @@ def adapter_names(run: RunDir) -> list[str]:
     return list(read_header(run.adapter / ADAPTER_WEIGHTS))
 
 
-def _check_all_tensors_used(model: Any, run: RunDir) -> None:
-    """peft only warns when a saved tensor matches nothing; the result is then the base model."""
+def check_all_tensors_used(model: Any, run: RunDir) -> None:
+    """peft only warns when a saved tensor matches nothing; the result is then the base model.
+
+    Raises:
+        ModelError: says how many do, and names the first that does not.
+    """
     from peft import get_peft_model_state_dict
 
     saved = set(adapter_names(run))
