@@ -99,6 +99,25 @@ def test_what_it_does_not_serve_is_said_and_left_to_peft(lora, reason):
     assert reason in path
 
 
+def test_dropout_of_attention_is_left_to_the_model():
+    """The probe runs without dropout, so it cannot see it."""
+    model = tiny(base_changes={"attention_dropout": 0.1})
+    engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
+    assert engine is None
+    assert "attention dropout" in path
+
+
+def test_another_adapter_that_is_switched_on_takes_the_models_own_path():
+    model = tiny()
+    engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
+    model.add_adapter("other", model.peft_config["default"])
+    assert engine.serves(9)
+    model.set_adapter("other")
+    assert not engine.serves(9)
+    model.set_adapter("default")
+    assert engine.serves(9)
+
+
 def test_other_scales_in_a_group_are_seen_before_the_first_step():
     """While B is 0, as at the start of a run, no probe of values can see a scale."""
     model = tiny(alpha_pattern={"q_proj": 32})
@@ -122,11 +141,13 @@ def test_other_families_keep_their_own_layers(family):
     assert family in path
 
 
-def test_a_layer_that_only_looks_like_llama_is_found_by_the_probe():
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_layer_that_only_looks_like_llama_is_found_by_the_probe(number, factor):
     model = tiny()
-    layer = model.get_base_model().get_decoder().layers[1]
+    layer = model.get_base_model().get_decoder().layers[number]
     plain = type(layer).forward
-    layer.forward = lambda hidden, **rest: 1.01 * plain(layer, hidden, **rest)
+    layer.forward = lambda hidden, **rest: factor * plain(layer, hidden, **rest)
     weight = layer.self_attn.q_proj.base_layer.weight.data.clone()
     engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine is None

@@ -86,9 +86,9 @@ def _prompt_completion(cells: Cells) -> list[Message]:
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = turns_of(cells, "prompt") if isinstance(prompt, list) else None
         answer = turns_of(cells, "completion") if isinstance(completion, list) else None
-        return (asked or [Message("user", cells.text("prompt"))]) + (
-            answer or [Message("assistant", cells.text("completion"))]
-        )
+        turns = history_of(cells) + (asked or [Message("user", cells.text("prompt"))])
+        turns += answer or [Message("assistant", cells.text("completion"))]
+        return with_system(turns, cells.optional("system"))
     return _pair("prompt", "completion")(cells)
 
 
@@ -118,7 +118,9 @@ FORMATS: tuple[Format, ...] = (
         ("input", *_OPTIONAL),
         _pair("instruction", "output", "input"),
     ),
-    Format("prompt/completion", ("prompt", "completion"), _OPTIONAL, _prompt_completion),
+    Format(
+        "prompt/completion", ("prompt", "completion"), ("tools", *_OPTIONAL), _prompt_completion
+    ),
     Format("prompt/response", ("prompt", "response"), _OPTIONAL, _pair("prompt", "response")),
     Format(
         "question/answer",
