@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +21,12 @@ import torch
 from lorakit.export import llama_cpp
 from lorakit.export.adapter import fold_adapter
 from lorakit.export.converter import Conversion, convert_all
-from lorakit.export.gguf import compare_heard
+from lorakit.export.gguf import compare_heard, end_of_turn
 from lorakit.export.kquants import quantize_gguf
 from lorakit.export.merge import write_merged
 from lorakit.export.source import float32_model, open_source
 from lorakit.export.spelling import write_config, write_tokenizer
-from lorakit.export.verify import agreement, greedy, make_reference, predictions
+from lorakit.export.verify import agreement, greedy, make_reference
 from lorakit.model.several import Several
 from lorakit.run_dir import find_run
 
@@ -73,7 +72,7 @@ def measure(source, work: Path, asked: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    rows["merged (transformers)"] = agreement(reference, partial(predictions, plain)).as_dict()
+    rows["merged (transformers)"] = agreement(reference, plain, "merged").as_dict()
     again = greedy(plain, reference.prompts, asked.tokens, reference.stops)
     rows["merged (transformers)"]["ended_at_end_of_turn"] = count_ended(again, reference.stops)
     del plain
@@ -81,7 +80,8 @@ def measure(source, work: Path, asked: argparse.Namespace) -> dict:
     for name, (model, adapter) in files.items():
         began = time.perf_counter()
         adapter = adapter and str(adapter)
-        task = llama_cpp.Task(str(model), reference.prompts, asked.tokens, adapter, (), TOP)
+        asks = reference.prompts, reference.answers, end_of_turn(source)
+        task = llama_cpp.Task(str(model), *asks, adapter, top=TOP)
         (heard,) = llama_cpp.ask_all([task])
         found = compare_heard(source, reference, heard)
         seconds = round(time.perf_counter() - began, 1)

@@ -116,7 +116,7 @@ CLASSES = [
         "adapter keys were renamed, so it does nothing",
         "tests/model/test_load.py::test_an_adapter_of_renamed_tensors_is_refused",
         "model/load.py",
-        "    _check_all_tensors_used(model, run)\n",
+        "    check_all_tensors_used(model, run)\n",
         "",
     ),
     Class(

@@ -27,17 +27,21 @@ def test_outside_of_a_notebook_nothing_is_drawn(tmp_path, capsys):
 
 
 CELL = """
-import json, time
+import json, threading
 from pathlib import Path
-from lorakit.live import live_curve
-folder = Path("run")
+from lorakit import live
+folder, drawn, plain = Path("run"), threading.Semaphore(0), live.loss_curve
+def counted(losses):
+    drawn.release()
+    return plain(losses)
 folder.mkdir()
-with live_curve(folder, seconds=0.02):
+with live.live_curve(folder, seconds=0.02):
+    live.loss_curve = counted
     with (folder / "metrics.jsonl").open("w") as log:
         for step in range(1, 4):
             log.write(json.dumps({"step": step, "loss": 4.0 / step}) + "\\n")
             log.flush()
-            time.sleep(0.2)
+            drawn.acquire()  # the next step is taken once this one is in the picture
 """
 
 
@@ -48,7 +52,10 @@ def test_in_a_kernel_one_picture_is_replaced_while_the_cell_runs(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
     updates = []
     client = nbclient.NotebookClient(
-        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     )
     seen = client.process_message
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -35,6 +36,17 @@ def test_outcome_names_the_next_commands(finish):
     text = console.export_text()
     for command in ("chat", "eval", "export"):
         assert f"lorakit {command} {outcome.run.path}" in text
+
+
+def test_an_adapter_that_engines_cannot_use_is_not_recommended_for_them(finish):
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert finish().unfit is None
+    unfit = replace(finish(), unfit="the base's config.json names Other")
+    show_outcome(unfit, console, next_steps=True)
+    text = console.export_text()
+    assert "for AutoModelForCausalLM and lorakit alone: the base's config.json names Other" in text
+    assert "--to gguf" in text
+    assert "--to merged" not in text
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path):

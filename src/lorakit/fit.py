@@ -23,7 +23,9 @@ from lorakit.data.prepare import Prepared, prepare
 from lorakit.data.show import show_report
 from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
+from lorakit.export.declared import misfit
 from lorakit.floors import require_floors
+from lorakit.gpu_memory import MemoryCap, measure_context
 from lorakit.hardware import cards, detect_device
 from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
@@ -78,6 +80,7 @@ class Outcome:
     evaluation: EvalResult | None
     exit_code: int = 0
     ranks: int = 1
+    unfit: str | None = None  # why engines cannot use the adapter on its base
 
 
 def prepare_run(
@@ -95,7 +98,8 @@ def prepare_run(
         gpus: plan for so many ranks that are not there yet.
     """
     require_floors()
-    device = shared_device(detect_device(resolved.recipe.dtype), ranks)
+    here = measure_context(detect_device(resolved.recipe.dtype))
+    device = shared_device(here, ranks)
     device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
     if device.kind == "cuda" and ranks.count == 1 and not gpus and cards() > 1:
@@ -126,9 +130,9 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     console.print(
         f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
     )
-    speed = planned_speed(planned, config, device, plan)
-    if speed is not None:
-        console.print(f"speed    about {speed:,.0f} tokens/s expected")
+    speed, why = planned_speed(planned, config, device, plan)
+    told = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
+    console.print(f"speed    {told}")
     if not force:
         refuse(planned, config, device, plan)
     return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
@@ -222,13 +226,19 @@ def _fit(
     steps, together = trainer.state.global_step, trainer.together
     if together.stop_agreed and steps < trainer.state.max_steps:
         return Outcome(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
-    if ranks.first:
-        save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    unfit = _save(run, model, start) if ranks.first else None
     evaluation = None
     # A sharded base computes on all ranks at once; else the others wait for the first one's end.
     if prepared.val and (ranks.first or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
-    return Outcome(run, steps, seconds, final_loss, evaluation)
+    return Outcome(run, steps, seconds, final_loss, evaluation, unfit=unfit)
+
+
+def _save(run: RunDir, model: Any, start: Prologue) -> str | None:
+    """Write the adapter; returns why engines cannot use it, if they cannot."""
+    recipe = start.resolved.recipe
+    save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    return misfit(run, load_config(recipe, start.location))
 
 
 def _model(start: Prologue, console: Console) -> Any:
@@ -237,6 +247,7 @@ def _model(start: Prologue, console: Console) -> Any:
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
         console.print("bits     the same in each run on this device with these versions; slower")
+    MemoryCap(recipe.memory_limit_bytes, device)
     with memory_told("loading the base model", TOO_LARGE):
         base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
         check_vocabulary(start.tokenizer, base)

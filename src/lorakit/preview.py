@@ -77,6 +77,8 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
         console.print("no held-out rows: nothing was evaluated (val_size is 0)")
     console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")
     console.print(f"adapter  {outcome.run.adapter}  (PEFT format)")
+    if outcome.unfit:
+        console.print(f"         for AutoModelForCausalLM and lorakit alone: {outcome.unfit}")
     console.print(f"metrics  {outcome.run.metrics}")
     if outcome.run.report.exists():
         console.print(f"report   {outcome.run.report}")
@@ -84,7 +86,8 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
         console.print("next:")
         console.print(f"  {program()} chat {run}", soft_wrap=True)
         console.print(f"  {program()} eval {run} --data FILE.jsonl", soft_wrap=True)
-        console.print(f"  {program()} export {run} --to merged", soft_wrap=True)
+        form = "gguf" if outcome.unfit else "merged"
+        console.print(f"  {program()} export {run} --to {form}", soft_wrap=True)
 
 
 def program() -> str:

@@ -7,6 +7,7 @@ import pytest
 from lorakit.data import documents
 from lorakit.data.check import RowFault
 from lorakit.data.documents import as_instructions, encode_document
+from lorakit.data.render import habits_of
 from lorakit.records import IGNORE, Document, Origin
 
 FAMILIES = ["smollm2", "llama2", "llama3", "qwen3"]
@@ -43,6 +44,22 @@ def test_overlap_is_context_and_every_token_is_still_trained_once(family, name):
         assert context[-16:] == before.input_ids[-16:]
 
 
+@pytest.mark.parametrize("name", ["smollm2", "llama2"])
+def test_the_overlap_reaches_over_windows_that_are_shorter_than_itself(family, name):
+    tokenizer = family(name)
+    text = "\n\n".join(f"It says {i}." for i in range(12))
+    examples = encode_document(tokenizer, book(text), 24, overlap=12)
+    bos = int(examples[0].input_ids[0] == habits_of(tokenizer).bos_id)
+    seen, shortest = [], 99
+    for example in examples:
+        own = example.trained_tokens + (example is examples[0] and not bos)
+        context, rest = example.input_ids[bos:-own], example.input_ids[-own:]
+        assert context == seen[-12:]
+        seen += rest
+        shortest = min(shortest, own)
+    assert shortest < 12
+
+
 def test_a_text_of_many_parts_is_cut_at_paragraphs_and_kept_whole(smollm, monkeypatch):
     monkeypatch.setattr(documents, "PART_CHARS", 300)
     trained = [x for e in encode_document(smollm, book(TEXT), 64) for x in e.labels if x != IGNORE]
@@ -59,6 +76,8 @@ def test_requests_name_headings_or_quote_what_came_before(smollm):
     assert " ".join(c.messages[1].content for c in chats).split() == text.split()
     plain = as_instructions(smollm, book("Once. Twice."), 40)
     assert plain[0].messages[0].content == 'Write the beginning of "book".'
+    inside = as_instructions(smollm, book("A bar.\n\n# Use\n\nIt lifts."), 40)
+    assert [c.messages[0].content for c in inside] == ['Write the beginning of "book".']
 
 
 def test_blank_texts_have_nothing_to_train(smollm):

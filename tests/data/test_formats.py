@@ -76,6 +76,21 @@ def test_prompt_and_completion_may_be_lists_of_turns():
     assert turns(item) == PLAIN
 
 
+@pytest.mark.parametrize("prompt", [ASK, TURNS[:1]], ids=["text", "turns"])
+@pytest.mark.parametrize("completion", [SAY, TURNS[1:]], ids=["text", "turns"])
+def test_the_other_columns_of_prompt_and_completion_are_read_in_either_form(prompt, completion):
+    _, item = convert({"prompt": prompt, "completion": completion})
+    assert turns(item) == PLAIN
+    more = {"system": "S", "history": [["Hi", "Hello"]], "tools": [{"name": "find"}]}
+    guess, item = convert({"prompt": prompt, "completion": completion, **more})
+    assert guess.name == "prompt/completion"
+    assert turns(item) == [("system", "S"), ("user", "Hi"), ("assistant", "Hello"), *PLAIN]
+    assert [tool["function"]["name"] for tool in item.tools] == ["find"]
+    own = [{"role": "system", "content": "Own."}, *TURNS[:1]]
+    _, item = convert({"prompt": own, "completion": completion, "system": "S"})
+    assert turns(item) == [("system", "Own."), *PLAIN]
+
+
 def test_optional_columns_may_be_null_or_empty():
     for empty in (None, ""):
         _, item = convert({"instruction": ASK, "input": empty, "output": SAY, "system": empty})
@@ -93,7 +108,21 @@ def test_columns_rename_first_and_win():
     values = {"q": ASK, "a": SAY, "text": "not this", "response": "nor this"}
     guess, item = convert(values, {"instruction": "q", "response": "a"})
     assert (guess.name, turns(item)) == ("instruction/response", PLAIN)
-    assert guess.unused == ("text",) or "text" in guess.unused
+    assert "text" not in guess.used
+
+
+def test_a_column_that_was_renamed_is_read_once():
+    """`input` would be a context below the question, were it not the question itself."""
+    values = {"input": ASK, "output": SAY}
+    guess, item = convert(values, {"instruction": "input", "response": "output"})
+    assert (guess.name, turns(item)) == ("instruction/response", PLAIN)
+
+
+def test_columns_decide_where_another_format_would_fit_as_it_is():
+    other = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    values = {"messages": other, "prompt": "x", "completion": "y", "q": ASK, "a": SAY}
+    guess, item = convert(values, {"question": "q", "answer": "a"})
+    assert (guess.name, turns(item)) == ("question/answer", PLAIN)
 
 
 def test_unknown_columns_are_listed_with_a_line_to_try():

@@ -40,6 +40,33 @@ def test_a_second_run_reads_no_row_until_a_byte_or_a_rule_changes(source, monkey
     assert log.faults()[0].kind == "no answer"
     load(source, system="Be brief.")
     assert len(read) == 1
+    swapped = load(source, columns={"question": "answer", "answer": "question"})[0]
+    assert (len(read), swapped[0].messages[0].content) == (2, "0")
     source.write_text(source.read_text().replace("What", "Who"))
     assert load(source)[0][0].messages[0].content == "Who is 0?"
-    assert len(read) == 2
+    assert len(read) == 3
+
+
+def test_each_source_has_its_own_numbers(source, tmp_path):
+    other = tmp_path / "others.jsonl"
+    other.write_text(json.dumps({"instruction": "Do.", "output": "Done."}) + "\n")
+    third = tmp_path / "third.jsonl"
+    third.write_text(source.read_text() + json.dumps({"question": "too"}) + "\n")
+    names = [str(path) for path in (source, other, third)]
+    shelf, log = gather(names, Recipe(model="demo", data=names), [])
+    assert [(x["source"], x["format"], x["rows"], x["left_out"]) for x in shelf.meta["lines"]] == [
+        ("rows.jsonl", "question/answer", 6, 1),
+        ("others.jsonl", "alpaca", 1, 0),
+        ("third.jsonl", "question/answer", 7, 2),
+    ]
+    assert shelf.sources.tolist() == [0] * 5 + [1] + [2] * 5
+    assert log.rows_left_out == 3
+
+
+def test_a_file_that_is_not_read_is_told_as_soon_as_it_is_there(tmp_path):
+    """The rows are the same: nothing of them tells that there is more in the folder now."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert load(tmp_path)[1].faults() == ()
+    (tmp_path / "more.pdf").write_text("x")
+    (fault,) = load(tmp_path)[1].faults()
+    assert (fault.kind, fault.count, fault.action) == ("file of another kind", 1, "not read")

@@ -9,7 +9,7 @@ from lorakit.errors import DataError
 from lorakit.records import Conversation, Document, Message, Origin
 
 TALK = Conversation((Message("user", "q"), Message("assistant", "a", {}, False)), Origin("a", 3))
-TEXT = Document("Text\r\n\u2028of it", Origin("b.txt", 1))
+TEXT = Document("Text\r\n\u2028of it", Origin("s3://b:c.txt", 1))
 
 
 @pytest.mark.parametrize("item", [TALK, TEXT])

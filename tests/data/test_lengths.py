@@ -22,6 +22,18 @@ def test_padding_is_what_the_longest_of_a_batch_costs_the_others():
     assert measure([10, 30], cutoff_len=64, batch=2, step=2).padding == pytest.approx(1 / 3)
 
 
+def test_figures_of_a_hundred_examples():
+    found = measure([*range(50, 101), *range(1, 50)], cutoff_len=100, batch=1, step=4)
+    assert (found.shortest, found.median, found.p95, found.longest) == (1, 51, 96, 100)
+
+
+def test_padding_is_that_of_a_random_order():
+    """Side by side in the order of their lengths these would need none."""
+    found = measure([10] * 50 + [100] * 50, cutoff_len=100, batch=2, step=4)
+    # Half of the pairs are uneven, and 45% of each of those is padding.
+    assert found.padding == pytest.approx(0.29, abs=0.1)
+
+
 @given(LENGTHS, st.integers(1, 8))
 def test_bars_cover_all_and_shares_are_shares(lengths, batch):
     found = measure(lengths, cutoff_len=5000, batch=batch, step=2 * batch)

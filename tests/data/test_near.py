@@ -34,6 +34,17 @@ def test_a_changed_word_white_space_and_case_make_a_near_duplicate():
     assert near_twins(signed(CHINESE, CHINESE.replace("八", "九"))).tolist() == [-1, 0]
 
 
+def test_a_twin_is_found_past_rows_that_share_as_much_with_both():
+    """Toy signatures of 16 bands: only the first four are those of the twin."""
+    first = np.arange(1, 65, dtype=np.uint8)
+    twin = first.copy()
+    twin[16::4] += 100  # one byte of each other band: 52 of 64 are equal
+    between = np.tile(first, (5, 1))
+    between[:, 16:] = np.arange(70, 75, dtype=np.uint8)[:, None]
+    found = near_twins(np.stack([first, *between, twin]))
+    assert found.tolist() == [-1] * 6 + [0]
+
+
 def test_texts_with_a_common_half_are_not_nearly_the_same():
     half = LONG[:90]
     assert near_twins(signed(half + OTHER, half + LONG[90:])).tolist() == [-1, -1]
@@ -48,6 +59,16 @@ def test_short_texts_have_no_signature():
 def test_batches_do_not_alter_signatures():
     texts = [f"{LONG} {i}" for i in range(9000)]
     assert (signed(*texts)[-50:] == signed(*texts[-50:])).all()
+
+
+def test_held_out_rows_that_are_like_one_another_overlap_with_nothing():
+    log = FaultLog()
+    near = LONG.replace("eight", "seven")
+    trained = np.array([1], np.uint64), signed(OTHER)
+    report_overlap(trained, (np.array([2, 3], np.uint64), signed(LONG, near)), at("v"), log)
+    assert log.faults() == ()
+    report_overlap(trained, (np.array([], np.uint64), signed()), at("v"), log)
+    assert log.faults() == ()
 
 
 def test_duplicates_and_overlap_are_counted_with_their_first_rows():

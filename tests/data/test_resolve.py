@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.data.resolve import resolve_template
+from lorakit.data.resolve import resolve_template, thinking_set
 from lorakit.data.template import encode, prompt_ids
 from lorakit.errors import ModelError
 
@@ -67,6 +67,34 @@ def test_thinking_is_off_by_default_and_resolving_twice_changes_nothing(load_fam
         tokenizer.chat_template = own
 
 
+@pytest.mark.parametrize(("thinks", "end"), [(False, "</think>\n\n"), (True, "assistant\n")])
+def test_thinking_set_outright_listens_to_no_request(load_family, thinks, end):
+    """llama.cpp defines `enable_thinking` as true where nobody asked."""
+    tokenizer = load_family("qwen3")
+    own = tokenizer.chat_template
+    try:
+        resolve_template(tokenizer, "qwen3", thinking=thinks)
+        tokenizer.chat_template = thinking_set(tokenizer.chat_template)
+        for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hi"}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **asked,
+            )
+            assert text.endswith(end)
+    finally:
+        tokenizer.chat_template = own
+    assert thinking_set(own) == own
+
+
+@pytest.mark.parametrize(("thinking", "end"), [(True, "assistant\n"), (False, "</think>\n\n")])
+def test_thinking_is_what_the_data_says_and_what_chat_asks_for(family, chat, thinking, end):
+    tokenizer = family("qwen3", thinking=thinking)
+    ids = prompt_ids(tokenizer, chat("Hi", "x").messages[:1])
+    assert tokenizer.decode(ids).endswith(end)
+
+
 def test_a_forgotten_bos_is_put_into_the_template(family, chat):
     tokenizer = family("llama2")
     tokenizer.chat_template = tokenizer.chat_template.replace("bos_token + ", "")
@@ -110,7 +138,7 @@ def test_marks_that_are_no_tokens_are_noted_where_answers_are_closed(family):
 def test_rows_with_tools_get_the_template_that_is_named_for_them(smollm, chat, spelling):
     plain = smollm.chat_template
     tools = "{{ tools | tojson }}\n" + plain + "\n"
-    named = {"default": plain + "\n", "tool_use": tools, "rag": "{{ 1 / 0 }}"}
+    named = {"rag": "{{ 1 / 0 }}", "tool_use": tools, "default": plain + "\n"}
     asked = [{"role": "user", "content": "Hi"}]
     schema = {"type": "function", "function": {"name": "find", "description": "d"}}
     options = {"tokenize": False, "add_generation_prompt": True}

@@ -1,7 +1,9 @@
 """Items and examples come back from the disk as they were put there, by number."""
 
+import numpy as np
 import pytest
 
+from lorakit.data import shelf as module
 from lorakit.data.check import FaultLog, fingerprint
 from lorakit.data.shelf import (
     Examples,
@@ -54,7 +56,36 @@ def test_an_empty_shelf_is_a_shelf(tmp_path):
     assert list(ItemShelf(tmp_path, None)) == []
 
 
-def test_examples_come_back_whole_and_in_the_order_asked_for(shelf, tmp_path):
+def example_shelf(folder, items, *examples):
+    folder.mkdir()
+    write_examples(folder, [(0, examples)], FaultLog())
+    return ExampleShelf(folder, items)
+
+
+def test_the_digest_follows_ids_masks_borders_and_order(shelf, tmp_path):
+    def digest(*examples, chosen=(0, 1, 2)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        made = [Example(ids, labels, TALK.origin) for ids, labels in examples]
+        return example_shelf(folder, shelf, *made).digest(np.array(chosen))
+
+    one, two, three = ([5, 6], [IGNORE, 6]), ([7, 8], [IGNORE, 8]), ([9], [9])
+    plain = digest(one, two, three)
+    assert plain == digest(one, two, three)
+    others = [
+        digest(one, ([7, 9], [IGNORE, 9]), three),
+        digest(one, ([7, 8], [7, 8]), three),
+        digest(one, two, ([10], [10])),
+        digest(one, ([7], [IGNORE]), ([8, 9], [8, 9])),
+        digest(one, two, three, chosen=(0, 1)),
+        digest(one, two, three, chosen=(0, 2, 1)),
+        digest(one, two, three, chosen=(2, 0, 1)),
+    ]
+    assert len({plain, *others}) == 8
+
+
+@pytest.mark.parametrize("at_once", [2**20, 2])
+def test_examples_come_back_whole_and_in_the_order_asked_for(shelf, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
     made = [
         (0, [Example([5, 6, 7], [IGNORE, 6, IGNORE], TALK.origin)]),
         (2, [Example([1, 2], [IGNORE, 2], TALK.origin), Example([70000], [IGNORE], TALK.origin)]),

@@ -61,7 +61,15 @@ def test_a_broken_call_names_its_place(value, message):
 
 
 @pytest.mark.parametrize(
-    "value", [[SCHEMA], SCHEMA, [{"type": "function", "function": SCHEMA}], '[{"name": "find"}]']
+    "value",
+    [
+        [SCHEMA],
+        SCHEMA,
+        [{"type": "function", "function": SCHEMA}],
+        '[{"name": "find"}]',
+        ['{"name": "find"}'],
+        ['{"type": "function", "function": {"name": "find"}}'],
+    ],
 )
 def test_schemas_are_wrapped_alike(value):
     (tool,) = tools_of(value, fault)

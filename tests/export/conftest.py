@@ -1,14 +1,19 @@
 """Runs with random adapters on tiny random bases, made without training: one per variant."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tests import made_runs
 
+from lorakit.data.items import write_validation
 from lorakit.export.formats import Job
 from lorakit.export.source import open_source
-from lorakit.run_dir import RunDir
+from lorakit.records import Conversation, Message, Origin
+from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 SHAPE = {
     "hidden_size": 64,
@@ -27,6 +32,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# As Qwen3's: with thinking switched off, the prompt ends with an empty thought.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 BOTH = ["q_proj", "embed_tokens", "lm_head"]
 # name -> (model type, config values, recipe values)
 VARIANTS = {
@@ -49,7 +61,7 @@ VARIANTS = {
     "modules_to_save": ("llama", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "sliding window": ("mistral", {"sliding_window": 128}, {}),
     "rope scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
-    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7]}, {}),
+    "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7], "template": THINKING}, {}),
     "qlora": ("llama", {}, {"method": "qlora"}),
 }
 CHATS = [
@@ -73,6 +85,7 @@ def make_base(folder, tokenizer, model_type, values, seed=0):
         }
     )
     stops = values.pop("stops", [own.eos_token_id])
+    own.chat_template = values.pop("template", own.chat_template)
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(own) + values.pop("vocab_padding", 0),
@@ -96,39 +109,34 @@ def make_base(folder, tokenizer, model_type, values, seed=0):
 
 def make_run(folder, base, size=0.3, seed=1, **values):
     """A finished run whose adapter holds random numbers of about `size`."""
-    from lorakit.data.items import write_validation
-    from lorakit.hardware import detect_device
-    from lorakit.model.adapters import add_adapter, resolve_targets
-    from lorakit.model.fingerprint import remember_base
-    from lorakit.model.load import load_base, load_config, load_tokenizer
-    from lorakit.recipe_file import load_recipe
-    from lorakit.records import Conversation, Message, Origin
-    from lorakit.train.checkpoint import save_adapter, saves_embeddings
 
-    flags = {"model": str(base), "data": "none.jsonl", "offline": True, "dtype": "float32"}
-    flags |= {"lora_r": 4, "lora_alpha": 8, **values}
-    resolved = load_recipe(None, [], flags)
-    resolved = resolve_targets(resolved, load_config(resolved.recipe, str(base)))
-    recipe = resolved.recipe
-    run = RunDir(folder)
-    folder.mkdir(parents=True)
-    run.recipe.write_text(resolved.to_yaml())
-    torch.manual_seed(seed)
-    model = add_adapter(load_base(recipe, str(base), detect_device("float32", "cpu")), recipe)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if "lora_B" in name or "lora_embedding_A" in name:
-                parameter.data.normal_(0, size / 4)
-            elif "lora_" not in name:
-                parameter.data.add_(torch.randn_like(parameter) * size / 10)
-    save_adapter(model, load_tokenizer(recipe, str(base)), run.adapter, saves_embeddings(recipe))
+    def fill(model):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                if "lora_B" in name or "lora_embedding_A" in name:
+                    parameter.normal_(0, size / 4)
+                elif "lora_" not in name:
+                    parameter.add_(torch.randn_like(parameter) * size / 10)
+
+    run = made_runs.make_run(folder, base, fill, seed, **values)
     chats = [
         Conversation(tuple(Message(r, t) for r, t in chat), Origin("chats", i + 1))
         for i, chat in enumerate(CHATS)
     ]
     write_validation(run.validation, chats)
-    remember_base(run, recipe, str(base))
     return run
+
+
+def poisoned(run, folder, value):
+    """A copy of a run with `value` as one element of one tensor."""
+    shutil.copytree(run.path, folder)
+    copy = RunDir(folder)
+    tensors = load_file(copy.adapter / ADAPTER_WEIGHTS)
+    name = next(n for n in tensors if "down_proj.lora_B" in n)
+    tensors[name][5, 1] = value
+    save_file(tensors, copy.adapter / ADAPTER_WEIGHTS)
+    (copy.adapter / "MANIFEST.json").unlink()
+    return copy
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +163,21 @@ def job(tmp_path):
         return Job(open_source(run), tmp_path / name, Console(quiet=True), **options)
 
     return build
+
+
+def decided(reference, lead):
+    """(Share of positions, share of answers) that no rounding below `lead` nats can turn.
+
+    Of a random model's two best tokens the first leads by 4e-4 nats at times: which one a CPU
+    takes there says nothing of a file, and all after it follows.
+    """
+    sure = []
+    for rows in reference.predictions:
+        best = rows.topk(2).values
+        sure.append(bool((best[:, 0] - best[:, 1]).min() > lead))
+    lengths = [len(rows) for rows in reference.predictions]
+    kept = sum(n for n, well in zip(lengths, sure, strict=True) if well)
+    return kept / sum(lengths), sum(sure) / len(sure)
 
 
 def read_json(path):

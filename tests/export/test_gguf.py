@@ -6,26 +6,31 @@ from dataclasses import replace
 
 import gguf
 import pytest
+from transformers import AutoModelForCausalLM
 
+from lorakit.data.resolve import thinking_set
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import gguf as exporter
 from lorakit.export import llama_cpp, merged
 from lorakit.export.adapter import fold_adapter
 from lorakit.export.converter import Conversion, convert_all
 from lorakit.export.gguf import (
+    ADAPTER_FILE,
     compare_heard,
+    end_of_turn,
     export_gguf,
     export_gguf_adapter,
     limit_context,
     merged_type,
     quantization,
+    run_gguf,
 )
 from lorakit.export.merge import write_merged
 from lorakit.export.source import float32_model, open_source
-from lorakit.export.spelling import write_config, write_tokenizer
-from lorakit.export.verify import make_reference
+from lorakit.export.spelling import set_thinking, write_config, write_tokenizer
+from lorakit.export.verify import Reference, make_reference, predictions
 
-from .conftest import CHATS, make_base, make_run
+from .conftest import CHATS, THINKING, decided, make_base, make_run
 
 # Variants that change what a GGUF file holds; the others become the same plain merged folder, and
 # that equals the adapter to the bit in `test_merged.py`.
@@ -35,11 +40,27 @@ MERGED = (*MERGED, "rope scaling", "several stops", "qlora")
 ADAPTERS = ("rslora", "patterns")
 UNPORTABLE = ("dora", "biases", "modules_to_save", "tied, head adapted")
 TOKENS = 3
+# Nats that llama.cpp may turn: it keeps keys and values in 16 bits.
+ROUNDED = 1e-2
+
+
+# Characters that SmolLM2's tokenizer spreads over up to four tokens.
+TEXTS = ("你好，世界", "مرحبا، كيف", "🦙👩‍🚀 é", "ok Ωด้วย")
+
+
+def along(folder, tokenizer, texts):
+    """What the model of this folder predicts along these texts, as answers to one prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    prompt = tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    answers = [tokenizer.encode(text) for text in texts]
+    found = [predictions(model, prompt, answer) for answer in answers]
+    return Reference([prompt] * len(texts), answers, found, frozenset([2]), 1.0)
 
 
 @pytest.fixture(scope="module")
-def heard(variant_run, tmp_path_factory):
-    """(how, variant) -> llama.cpp against the adapter: all files in one conversion, one process.
+def heard(variant_run, demo_model, tokenizer, tmp_path_factory):
+    """(how, variant) -> comparison, file, adapter's file, source, reference. One conversion, one
+    process of llama.cpp for all.
 
     One by one each would cost 5 s of imports.
     """
@@ -53,6 +74,7 @@ def heard(variant_run, tmp_path_factory):
         if variant in MERGED:
             folder.mkdir()
             write_merged(source, folder, "trained", "float32")
+            set_thinking(source, folder)
             limit_context(source, folder)
             files["merged", variant] = work / f"{number}.gguf", None
             orders.append(Conversion(folder, files["merged", variant][0], "F32", "a-name"))
@@ -65,41 +87,65 @@ def heard(variant_run, tmp_path_factory):
                 write_tokenizer(source, base)
                 (base / "model.safetensors").symlink_to(source.folder / "model.safetensors")
                 orders.append(Conversion(base, base_file, "F32", "a-base"))
-            files["adapter", variant] = base_file, work / f"{number}-adapter.gguf"
+            (work / str(number)).mkdir()
+            files["adapter", variant] = base_file, work / str(number) / ADAPTER_FILE
             target = files["adapter", variant][1]
             orders.append(Conversion(folded, target, "F32", "a-name", base))
+    references["embedded"] = source, along(demo_model, tokenizer, TEXTS)
+    files["base", "embedded"] = work / "embedded.gguf", None
+    orders.append(Conversion(demo_model, work / "embedded.gguf", "F16", "a-name"))
     convert_all(orders, lambda _: None, offline=False)
     chats = tuple([{"role": r, "content": t} for r, t in chat[:-1]] for chat in CHATS[:2])
-    tasks = [
-        llama_cpp.Task(str(m), references[v][1].prompts, TOKENS, a and str(a), chats)
-        for (_, v), (m, a) in files.items()
-    ]
+    tasks = [task_of(*references[v], m, a and str(a), chats) for (_, v), (m, a) in files.items()]
     return {
-        key: (compare_heard(*references[key[1]], said, chats), files[key][0], references[key[1]][0])
+        key: (compare_heard(*references[key[1]], said, chats), *files[key], *references[key[1]])
         for key, said in zip(files, llama_cpp.ask_all(tasks), strict=True)
     }
 
 
 @pytest.mark.parametrize("variant", MERGED)
 def test_a_merged_file_predicts_as_the_adapter(heard, variant):
-    found, path, source = heard["merged", variant]
+    found, path, _, source, reference = heard["merged", variant]
     assert found.kl_per_token < 1e-3
-    assert found.top1_agreement == 1.0
+    assert found.top1_agreement >= decided(reference, ROUNDED)[0]
     written = path.read_bytes()
     assert str(path.parent).encode() not in written
     assert str(source.run.path).encode() not in written
 
 
+def test_characters_of_several_tokens_are_compared_place_by_place(heard, tokenizer):
+    """llama.cpp's own answers have no prediction where a character is not complete."""
+    answers = [tokenizer.encode(text) for text in TEXTS]
+    assert any("\ufffd" in tokenizer.decode(i) for answer in answers for i in answer)
+    found = heard["base", "embedded"][0]
+    assert found.positions == sum(map(len, answers))
+    assert 0 < found.kl_per_token < 1e-3
+
+
+def test_an_engine_that_does_not_stop_at_the_end_of_turn_is_refused(variant_run):
+    source = open_source(variant_run("rslora"))
+    deaf = llama_cpp.Heard(places=[], stops=False, chat_ids=[])
+    with pytest.raises(WorkError, match=r"does not stop at '<\|im_end\|>'"):
+        compare_heard(source, Reference([], [], [], frozenset([2]), 1.0), deaf)
+
+
 def test_the_end_of_turn_and_the_template_are_in_the_file(heard):
-    _, path, source = heard["merged", "several stops"]
+    _, path, _, source, _ = heard["merged", "several stops"]
     assert value_of(path, "tokenizer.ggml.eos_token_id") == 2
-    assert value_of(path, "tokenizer.chat_template") == source.tokenizer.chat_template
+    template = value_of(path, "tokenizer.chat_template")
+    assert template == thinking_set(source.tokenizer.chat_template)
+    assert template == "{% set enable_thinking = false %}" + THINKING
 
 
 def test_a_window_that_llama_cpp_ignores_bounds_the_context(heard):
     """Its Llama and Mistral attend to everything: beyond the window that is another model."""
-    path = heard["merged", "sliding window"][1]
+    path = heard["merged", "sliding window"][2]
     assert value_of(path, "llama.context_length") == 128
+
+
+def task_of(source, reference, model, *more):
+    asks = reference.prompts, reference.answers, end_of_turn(source)
+    return llama_cpp.Task(str(model), *asks, *more)
 
 
 def value_of(path, key):
@@ -108,9 +154,25 @@ def value_of(path, key):
 
 @pytest.mark.parametrize("variant", ADAPTERS)
 def test_an_adapter_file_predicts_as_the_adapter(heard, variant):
-    found = heard["adapter", variant][0]
+    found, *_, reference = heard["adapter", variant]
     assert found.kl_per_token < 1e-3
-    assert found.top1_agreement == 1.0
+    assert found.top1_agreement >= decided(reference, ROUNDED)[0]
+
+
+def test_an_adapter_without_effect_is_not_kept(heard, variant_run, job):
+    """Of an adapter that changes less than F16 does, as much is left as of none."""
+    _, base, adapter, _, reference = heard["adapter", "rslora"]
+    weak = replace(reference, base_kl=1e-12)
+    with pytest.raises(WorkError, match=r"adapter.gguf: .* no nearer to the tuned model than its"):
+        run_gguf(job(variant_run("rslora")), weak, base, adapter, "F16")
+
+
+def test_a_quantization_that_costs_more_than_tuning_changed_gets_a_hint(heard, variant_run, job):
+    _, path, _, _, reference = heard["merged", "rslora"]
+    for effect, hinted in ((1e-12, True), (reference.base_kl, False)):
+        order = job(variant_run("rslora"))
+        run_gguf(order, replace(reference, base_kl=effect), path, None, "F32")
+        assert any("F32 costs more than the tuning changed" in end for end in order.ends) is hinted
 
 
 @pytest.mark.parametrize("variant", UNPORTABLE)
@@ -131,7 +193,8 @@ def test_k_quants_are_written_and_run_in_one_command(variant_run, job):
 
 
 def test_an_adapter_is_written_and_run_in_one_command(variant_run, job):
-    order = job(variant_run("patterns"))
+    """Its base, too, asks with an empty thought, though llama.cpp switches thinking on."""
+    order = job(variant_run("several stops"))
     facts = export_gguf_adapter(order)
     assert facts["kl_per_token"] < 1e-3
     assert sorted(p.name for p in order.target.iterdir()) == ["MANIFEST.json", "adapter.gguf"]
@@ -147,7 +210,7 @@ def instead_of_converting(monkeypatch, file):
 def test_a_file_that_says_something_else_is_not_kept(
     variant_run, job, heard, tmp_path, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "biases"][1])
+    instead_of_converting(monkeypatch, heard["merged", "biases"][2])
     with pytest.raises(WorkError, match="predicts something else"):
         export_gguf(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +219,7 @@ def test_a_file_that_says_something_else_is_not_kept(
 def test_without_memory_for_models_chats_are_compared_all_the_same(
     variant_run, job, heard, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][2])
     monkeypatch.setattr(merged, "memory_missing", lambda _: "too little memory")
     facts = export_gguf(job(variant_run("rslora"), "right"))
     assert "reads chats as training did" in facts["skipped"]
@@ -164,7 +227,7 @@ def test_without_memory_for_models_chats_are_compared_all_the_same(
     order = job(variant_run("rslora"), "wrong")
     template = order.source.tokenizer.chat_template
     order.source.tokenizer.chat_template = template.replace("<|im_start|>", "<|im_start|> ")
-    with pytest.raises(WorkError, match="reads a chat otherwise than in training"):
+    with pytest.raises(WorkError, match="reads held-out chat 1 otherwise than in training"):
         export_gguf(order)
     assert not order.target.exists()
 
@@ -173,7 +236,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_not_kept(
     variant_run, job, heard, tmp_path, monkeypatch
 ):
     broken = tmp_path / "broken"
-    broken.write_bytes(heard["merged", "biases"][1].read_bytes()[:200_000])
+    broken.write_bytes(heard["merged", "biases"][2].read_bytes()[:200_000])
     instead_of_converting(monkeypatch, broken)
     with pytest.raises(WorkError, match="cannot run"):
         export_gguf(job(variant_run("rslora")))
@@ -219,7 +282,7 @@ def test_quantizations_by_any_spelling(monkeypatch):
 def test_without_the_engine_the_file_is_written_and_that_is_said(
     variant_run, job, heard, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][2])
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
     order = job(variant_run("rslora"), quantization="Q8_0", verify=False)
     assert export_gguf(order)["skipped"] == "xllamacpp is not installed"

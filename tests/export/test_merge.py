@@ -1,16 +1,18 @@
 """Which bases are merged tensor by tensor, what a model weighs, what a damaged adapter gives."""
 
+import math
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorakit.errors import ModelError
-from lorakit.export.merge import parameters, write_merged
+from lorakit.errors import ModelError, WorkError
+from lorakit.export import merge
+from lorakit.export.merge import _reason_against_streaming, parameters, write_merged
 from lorakit.export.source import open_source
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
-from .conftest import make_run
+from .conftest import make_run, poisoned
 
 
 def test_an_untied_head_counts_once_more(variant_run):
@@ -37,3 +39,29 @@ def test_schemes_that_change_the_base_go_through_memory(variant_run, tmp_path):
     (tmp_path / "m").mkdir()
     way = write_merged(open_source(run), tmp_path / "m", "trained", "float32")
     assert way == "in memory (pissa_niter_4 changes the base as it loads)"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_one_number_of_the_adapter_that_is_none_is_not_merged(
+    variant_run, tmp_path, monkeypatch, value, streamed
+):
+    run = poisoned(variant_run("rslora"), tmp_path / "run", value)
+    if not streamed:
+        monkeypatch.setattr(merge, "_reason_against_streaming", lambda _: "a test")
+    (tmp_path / "m").mkdir()
+    with pytest.raises(WorkError, match=r"layers.0.mlp.down_proj.weight: -?(nan|inf) at element"):
+        write_merged(open_source(run), tmp_path / "m", "trained", "float32")
+
+
+def test_a_quantized_base_is_not_streamed(variant_run):
+    """Its packed integers and their scales are no weights."""
+    source = open_source(variant_run("rslora"))
+    source.config.quantization_config = {"quant_method": "gptq"}
+    assert _reason_against_streaming(source) == "the base is quantized on the disk"
+
+
+def test_single_trained_tokens_are_not_streamed(variant_run):
+    source = open_source(variant_run("rslora"))
+    source.adapter["trainable_token_indices"] = {"embed_tokens": [5]}
+    assert _reason_against_streaming(source) == "single tokens were trained"

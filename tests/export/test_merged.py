@@ -1,27 +1,34 @@
 """What is merged is what was trained, in every variant, as read back from the disk."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorakit.errors import WorkError
 from lorakit.export import merge, merged
+from lorakit.export.adapter import export_adapter
+from lorakit.export.gguf import export_gguf, export_gguf_adapter
 from lorakit.export.merged import export_merged
 from lorakit.export.source import open_source
 
-from .conftest import VARIANTS, make_run, read_json
+from .conftest import VARIANTS, decided, make_base, make_run, poisoned, read_json
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_equals_adapter_in_float32(variant_run, job, variant):
+def test_merged_equals_adapter_in_float32(variant_run, job, variant, monkeypatch):
     order = job(variant_run(variant))
+    made, plain = [], merged.make_reference
+    monkeypatch.setattr(merged, "make_reference", lambda *v: made.append(plain(*v)) or made[-1])
     facts = export_merged(order)
     assert facts["written"] == "shard by shard"
     assert facts["kl_per_token"] < 1e-6 < facts["base_kl_per_token"]
-    assert facts["top1_agreement"] == facts["greedy_equal"] == 1.0
+    positions, answers = decided(made[0], 1e-4)
+    assert facts["top1_agreement"] >= positions > 0.5
+    assert facts["greedy_equal"] >= answers
     config = read_json(order.target / "config.json")
     assert "quantization_config" not in config
     untied = variant in ("tied, head adapted", "tied, head trained")
@@ -90,6 +97,88 @@ def test_damaged_files_are_noticed_and_not_kept(variant_run, job, tmp_path, monk
     with pytest.raises(WorkError, match=r"q_proj.weight is not in the written files"):
         export_merged(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_reads_otherwise_is_not_kept(variant_run, job, tmp_path, monkeypatch):
+    own = merge.write_tokenizer
+
+    def other(source, folder):
+        own(source, folder)
+        for path in (folder / "chat_template.jinja", folder / "tokenizer_config.json"):
+            path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
+
+    monkeypatch.setattr(merge, "write_tokenizer", other)
+    with pytest.raises(WorkError, match="otherwise than in training"):
+        export_merged(job(variant_run("rslora")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_that_was_not_written_is_noticed_without_memory_for_models(
+    variant_run, job, tmp_path, monkeypatch
+):
+    own = merge.write_shards
+    monkeypatch.setattr(
+        merge,
+        "write_shards",
+        lambda folder, entries: own(folder, [e for e in entries if "0.mlp.up_proj" not in e[0]]),
+    )
+    with pytest.raises(WorkError, match=r"1 of the class's own are missing .*0.mlp.up_proj"):
+        export_merged(job(variant_run("rslora"), verify=False))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def wide_run(tokenizer, tmp_path):
+    """A run on a base with one weight beyond float16, as bfloat16 models have."""
+    base = make_base(tmp_path / "base", tokenizer, "llama", {})
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = -70000.0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return make_run(tmp_path / "run", base)
+
+
+def test_a_value_beyond_float16_is_named_with_a_dtype_that_works(wide_run, job):
+    order = job(wide_run, dtype="float16")
+    with pytest.raises(WorkError, match=r"1.mlp.down_proj.weight: holds 7e\+04, but") as caught:
+        export_merged(order)
+    assert "--dtype bfloat16" in caught.value.hint
+    assert not order.target.exists()
+    assert "kl_per_token" in export_merged(job(wide_run, "wide", dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({}, "export with --quant BF16"),
+        ({"quantization": "Q4_K_M"}, "add --dtype bfloat16"),
+        ({"quantization": "Q8_0", "dtype": "float16"}, "add --dtype bfloat16"),
+        ({"quantization": "F32", "dtype": "float16"}, "add --dtype float32"),
+    ],
+)
+def test_gguf_names_it_before_the_converter_makes_it_infinite(wide_run, job, options, hint):
+    order = job(wide_run, verify=False, **options)
+    with pytest.raises(WorkError, match=r"1.mlp.down_proj.weight: holds 7e\+04, but") as caught:
+        export_gguf(order)
+    assert hint in caught.value.hint
+    assert not order.target.exists()
+
+
+@pytest.mark.parametrize("way", [export_adapter, export_merged, export_gguf, export_gguf_adapter])
+def test_an_adapter_with_one_nan_is_exported_nowhere(variant_run, job, tmp_path, way):
+    run = poisoned(variant_run("rslora"), tmp_path / "run", math.nan)
+    order = job(run, verify=False)
+    with pytest.raises(WorkError, match=r"down_proj.*: nan at element"):
+        way(order)
+    assert not order.target.exists()
+
+
+def test_a_loss_that_is_no_number_is_not_reported(variant_run, job, monkeypatch):
+    plain = merged.score
+    monkeypatch.setattr(merged, "score", lambda *a: replace(plain(*a), loss=math.inf))
+    order = job(variant_run("qlora"), onto="original")
+    with pytest.raises(WorkError, match="held-out loss: inf at the base it was trained on"):
+        export_merged(order)
+    assert not order.target.exists()
 
 
 def test_too_small_a_disk_is_said_before_writing(variant_run, job, tmp_path, monkeypatch):

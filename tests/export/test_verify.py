@@ -1,6 +1,7 @@
-"""The measure itself: zero for equals, right for a known case, an error for an idle adapter."""
+"""What the adapter says is the measure; an idle one, or another prompt, is an error."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,24 +9,18 @@ from rich.console import Console
 
 from lorakit.errors import WorkError
 from lorakit.export.source import float32_model, open_source
-from lorakit.export.verify import compare, make_reference, predictions, record, show
+from lorakit.export.spelling import write_tokenizer
+from lorakit.export.verify import (
+    _until_stop,
+    check_tokenizer,
+    make_reference,
+    predictions,
+    record,
+    same_prompt,
+    show,
+)
 
 from .conftest import make_run
-
-
-def logs(*rows):
-    return torch.tensor(rows).log()
-
-
-def test_kl_and_agreement_of_a_case_by_hand():
-    p = [logs([0.5, 0.5], [0.9, 0.1]), logs([0.2, 0.8])]
-    q = [logs([0.5, 0.5], [0.5, 0.5]), logs([0.8, 0.2])]
-    kl, same, whole, positions = compare(p, q)
-    by_hand = 0.9 * torch.tensor(1.8).log() + 0.1 * torch.tensor(0.2).log()
-    by_hand += 0.6 * torch.tensor(4.0).log()
-    assert kl == pytest.approx(float(by_hand) / 3)
-    assert (same, whole, positions) == (2 / 3, 0.5, 3)
-    assert compare(p, p) == (0.0, 1.0, 1.0, 3)
 
 
 def test_answers_are_greedy_and_end_at_a_stop(variant_run):
@@ -33,10 +28,56 @@ def test_answers_are_greedy_and_end_at_a_stop(variant_run):
     model = float32_model(source)
     found = make_reference(source, model, 3, 6)
     for prompt, answer, rows in zip(found.prompts, found.answers, found.predictions, strict=True):
-        assert rows.argmax(-1).tolist() == answer
+        said = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (said > rows.max(-1).values - 1e-4).all()  # the best, or one of two that are equal
         assert torch.equal(rows, predictions(model, prompt, answer))
         assert not found.stops & set(answer[:-1])
     assert found.base_kl > 1e-4
+
+
+def test_the_stop_token_is_part_of_the_answer():
+    assert _until_stop([5, 6, 2, 0, 2], frozenset({2})) == [5, 6, 2]
+    assert _until_stop([5, 6], frozenset({2})) == [5, 6]
+
+
+def test_a_tuned_model_that_predicts_nan_is_an_error_that_names_the_tensor(variant_run):
+    source = open_source(variant_run("rslora"))
+    model = float32_model(source)
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    parameter.data[3, 1] = math.nan
+    with pytest.raises(WorkError, match=f"{name} of the tuned model: nan at element 13"):
+        make_reference(source, model, 1, 2)
+
+
+def test_a_prompt_that_differs_is_shown_where_it_does(tokenizer):
+    same = "<|im_start|>system\n" + "A long text of rules. " * 30 + "<|im_end|>\n"
+    wanted = tokenizer.encode(same + "<|im_start|>assistant\n<think>\n\n</think>\n\nHi")
+    found = tokenizer.encode(same + "<|im_start|>assistant\nHi")
+    same_prompt(tokenizer, wanted, wanted, "it differs")
+    with pytest.raises(WorkError, match=r"^it differs: from character 712 on ") as caught:
+        same_prompt(tokenizer, found, wanted, "it differs")
+    assert r"assistant\nHi'" in caught.value.message
+    assert r"assistant\n<think>\n\n</think>\n\nHi'" in caught.value.message
+    assert len(caught.value.message) < 400
+
+
+def test_other_tokens_of_the_same_text_are_shown_as_tokens(tokenizer):
+    one, two = (
+        tokenizer.encode("Hello there"),
+        tokenizer.encode("Hel") + tokenizer.encode("lo there"),
+    )
+    with pytest.raises(WorkError, match="'Hel lo Ġthere', in training 'Hello Ġthere'"):
+        same_prompt(tokenizer, two, one, "it differs")
+
+
+def test_a_tokenizer_that_reads_otherwise_is_refused(variant_run, tmp_path):
+    source = open_source(variant_run("rslora"))
+    write_tokenizer(source, tmp_path)
+    check_tokenizer(source, tmp_path)
+    for path in (tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"):
+        path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
+    with pytest.raises(WorkError, match=r"reads .* otherwise than in training.*bot"):
+        check_tokenizer(source, tmp_path)
 
 
 def test_an_adapter_that_changes_nothing_is_an_error(variant_run, tmp_path, monkeypatch):

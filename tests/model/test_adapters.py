@@ -31,6 +31,50 @@ def test_adapters_are_float32_on_a_16_or_4_bit_base(tiny_model_dir, method):
     assert all(not p.any() for n, p in trained.items() if "lora_B" in n)
 
 
+def adapter_of(model):
+    """What the adapter is: its tensors, scales and dropout."""
+    layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A")]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return {
+        "tensors": {n: (p.shape, float(p.detach().norm())) for n, p in trained},
+        "scales": {n: m.scaling["default"] for n, m in layers},
+        "dropout": {n: getattr(m.lora_dropout["default"], "p", 0.0) for n, m in layers},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"lora_r": 2}, {"tensors", "scales"}),
+        ({"lora_alpha": 3}, {"scales"}),
+        ({"lora_dropout": 0.5}, {"dropout"}),
+        ({"use_rslora": True}, {"scales"}),
+        ({"use_dora": True}, {"tensors"}),
+        ({"init_lora_weights": "gaussian"}, {"tensors"}),
+        ({"modules_to_save": ["lm_head"]}, {"tensors"}),
+        ({"exclude_modules": ["k_proj"]}, {"tensors", "scales", "dropout"}),
+        ({"layers_to_transform": [1]}, {"tensors", "scales", "dropout"}),
+        ({"rank_pattern": {"k_proj": 2}}, {"tensors", "scales"}),
+        ({"alpha_pattern": {"k_proj": 3}}, {"scales"}),
+        ({"target_modules": ["q_proj"]}, {"tensors", "scales", "dropout"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_each_key_of_the_adapter_reaches_the_model(tiny_model_dir, values, parts):
+    found = []
+    for given in ({}, values):
+        torch.manual_seed(0)
+        found.append(adapter_of(tuned(tiny_model_dir, **{"lora_r": 4, **given})))
+    assert {part for part in found[0] if found[0][part] != found[1][part]} == parts
+
+
+def test_modules_that_train_as_a_whole_are_float32_too(tiny_model_dir):
+    model = tuned(tiny_model_dir, modules_to_save=["lm_head"])
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert any("modules_to_save" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+
+
 def test_targets_auto_is_resolved_once_and_kept_otherwise(tiny_model_dir):
     config = load_config(resolved(tiny_model_dir).recipe, str(tiny_model_dir))
     auto = resolve_targets(resolved(tiny_model_dir), config)

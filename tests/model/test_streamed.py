@@ -37,6 +37,22 @@ def test_modules_point_at_the_card_while_entered_and_home_afterwards():
     assert [w.data_ptr() for w in weights] == home
 
 
+def test_every_group_of_a_layer_travels():
+    """Matrices of one layer lie side by side: each module finds its own, in every layer."""
+    layers = layers_of(tiny(base_changes={"attention_bias": True}))
+    weights = [[b.weight for g in layer.groups for b in g.bases] for layer in layers]
+    before = [[w.clone() for w in own] for own in weights]
+    streamed = StreamedBase([layer.groups for layer in layers], CPU)
+    home = [[w.data_ptr() for w in own] for own in weights]
+    for number in (0, 2, 1):
+        streamed.enter(number)
+        assert all(map(torch.equal, weights[number], before[number]))
+        away = [w.data_ptr() for w in weights[number]]
+        assert len({*away, *home[number]}) == 2 * len(away)
+        for other in {0, 1, 2} - {number}:
+            assert all(map(torch.equal, weights[other], before[other]))
+
+
 def test_merged_matrices_and_their_modules_are_one_memory():
     layers = layers_of(tiny())
     streamed = StreamedBase([layer.groups for layer in layers], CPU)

@@ -1,5 +1,7 @@
 """The dropout mask: right share, no pattern, a mask of its own for every key."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -38,6 +40,14 @@ def test_masks_of_different_keys_are_independent():
     for i, first in enumerate(masks):
         for second in masks[:i]:
             assert abs((first * second).mean().item()) < 5 * 0.25 / 512
+
+
+def test_each_half_of_a_key_gives_another_mask():
+    first, second = keys(2).tolist()
+    mixed = [(first[0], first[1]), (first[0], second[1]), (second[0], first[1])]
+    masks = [keep_mask(torch.tensor(key), 512, 512, 0.5).float() - 0.5 for key in mixed]
+    for one, other in itertools.combinations(masks, 2):
+        assert abs((one * other).mean().item()) < 5 * 0.25 / 512
 
 
 def test_the_same_key_gives_the_same_mask_and_the_generator_decides_the_keys():

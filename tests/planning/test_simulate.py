@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.families import tiny_config
 
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter
@@ -104,3 +105,58 @@ def test_what_cannot_be_run_is_none_and_no_fake_tensor_stays():
     watch = weakref.ref(real)
     assert float(real + 1) == 2.0
     assert watch() is real
+
+
+KINDS = ["qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "gemma3n_text", "gemma4"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_is_run(name):
+    """float32 experts have no shapes without numbers (grouped products): the estimate stays."""
+    targets = ["q_proj", "in_proj", "in_proj_qkv", "down_proj"]
+    if name.startswith("gemma4"):  # whose vision tower has layers of these names that peft refuses
+        targets = r".*language_model.*\.(q|down)_proj"
+    asked = recipe(target_modules=targets, lora_dropout=0.0)
+    assert count(asked, tiny_config(name), H100, recompute=False).kept > 0
+
+
+DEEPER = {
+    "qwen3_5_text": {
+        "num_hidden_layers": 8,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+    },
+    "lfm2": {
+        "num_hidden_layers": 7,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"), [("qwen3_5_text", False), ("lfm2", False), ("lfm2", True)]
+)
+def test_layers_that_were_not_run_take_what_their_kind_does(name, recompute):
+    config = tiny_config(name, **DEEPER[name])
+    asked = recipe(target_modules=["q_proj", "in_proj", "in_proj_qkv"], lora_dropout=0.0)
+    counted = count(asked, config, H100, recompute)
+    question = simulate._Question("", asked, config, H100, recompute)
+    every = simulate._run(question, config.num_hidden_layers)
+    assert counted.kept == pytest.approx(every.kept, rel=0.01)
+    assert counted.work == pytest.approx(max(every.forward, every.backward), rel=0.02)
+
+
+def test_as_few_layers_are_run_as_tell_each_kind():
+    depths, shares = simulate.depths_to_run(["a"] * 32)
+    assert depths == [1, 2]
+    assert shares == pytest.approx([-30, 31])
+    assert simulate.depths_to_run(["a", "a"]) == ([2], [1.0])
+    mixed = [*["linear"] * 3, "full"] * 8
+    depths, shares = simulate.depths_to_run(mixed)
+    assert depths == [1, 2, 4]
+    rows = [[1, mixed[:d].count("linear"), mixed[:d].count("full")] for d in depths]
+    whole = [sum(s * row[i] for s, row in zip(shares, rows, strict=True)) for i in range(3)]
+    assert whole == pytest.approx([1, 24, 8])
+    # The first layer alone is dense, the rest have experts.
+    assert simulate.depths_to_run(["dense", *["experts"] * 60])[0] == [1, 2]
+    # All different: all are run.
+    assert simulate.depths_to_run(list("abcdef")) == ([6], [1.0])

@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.families import FAMILIES, tiny_config
 
 from lorakit.model.shapes import shape_config
+from lorakit.planning import throughput
 from lorakit.planning.cards import CARDS, card_device, several
-from lorakit.planning.throughput import expected_speed
+from lorakit.planning.throughput import estimate_speed, expected_speed
 from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
+from lorakit.records import Device, MemoryPlan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KINDS = ("engine", "baseline", "scale")
@@ -116,3 +119,44 @@ def test_nothing_is_said_of_an_unknown_card():
     config = shape_config("llama-2-7b")
     asked = recipe()
     assert expected_speed(asked, config, device, plan_training(asked, config, device), None) is None
+
+
+CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+H100 = card_device(CARDS["h100"], None, "auto")
+PLAN = MemoryPlan({}, 2**40, True, keep=(0,) * 4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("device", [H100, CPU], ids=["h100", "cpu"])
+def test_every_kind_of_layer_has_an_estimate(name, device):
+    card = CARDS["h100"] if device is H100 else None
+    found, why = estimate_speed(recipe(), tiny_config(name), device, PLAN, card)
+    assert why == ""
+    assert found.tokens_per_second > 0
+
+
+def test_layers_that_were_not_measured_are_called_an_estimate():
+    for name, measured in (("qwen3", True), ("qwen3_5", False), ("qwen3_moe", False)):
+        found = expected_speed(recipe(), tiny_config(name), H100, PLAN, CARDS["h100"])
+        assert ("measured on this card" in found.basis) is measured
+        assert ("no such layers were measured" in found.basis) is not measured
+
+
+def test_what_cannot_be_estimated_is_left_out_with_the_reason(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("'head_dim' is a per-layer attribute\nand more")
+
+    monkeypatch.setattr(throughput, "count", broken)
+    config = tiny_config("qwen3")
+    for device, card in ((H100, CARDS["h100"]), (CPU, None)):
+        found, why = estimate_speed(recipe(), config, device, PLAN, card)
+        assert found is None
+        assert why == "the layers of qwen3 cannot be read: 'head_dim' is a per-layer attribute"
+        assert expected_speed(recipe(), config, device, PLAN, card) is None
+
+
+def test_an_unknown_gpu_is_named_in_the_reason():
+    device = card_device(None, 24 * 2**30, "auto")
+    found, why = estimate_speed(recipe(), tiny_config("qwen3"), device, PLAN, None)
+    assert found is None
+    assert device.name in why

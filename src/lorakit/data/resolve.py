@@ -162,6 +162,18 @@ def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]
     return _THINKING_IS[thinking] + text
 
 
+def thinking_set(template: str) -> str:
+    """The template with its default for thinking set outright, whatever its user asks for.
+
+    llama.cpp, and Ollama with it, define `enable_thinking` as true in every request.
+    """
+    for on, default in _THINKING_IS.items():
+        if template.startswith(default):
+            fixed = f"{{% set enable_thinking = {str(on).lower()} %}}"
+            return fixed + template.removeprefix(default)
+    return template
+
+
 def _default_system(tokenizer: Any) -> str:
     """The system text that the template writes when a conversation has none, or ""."""
     ask = {"role": "user", "content": ASK}

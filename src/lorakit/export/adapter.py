@@ -14,11 +14,13 @@ from typing import Any
 
 from lorakit.durable import staged
 from lorakit.errors import WorkError
+from lorakit.export.declared import check_predictions, require_fit
+from lorakit.export.finite import DAMAGED, require_finite
 from lorakit.export.formats import Job
 from lorakit.export.merged import memory_missing
 from lorakit.export.source import Source, float32_model, scale_of
 from lorakit.export.spelling import write_tokenizer
-from lorakit.export.verify import agreement, check_tokenizer, make_reference, predictions
+from lorakit.export.verify import agreement, check_tokenizer, make_reference
 from lorakit.run_dir import ADAPTER_WEIGHTS
 
 
@@ -26,9 +28,11 @@ def export_adapter(job: Job) -> dict[str, Any]:
     """The adapter as PEFT reads it, its tokenizer and template beside it, loaded once more.
 
     Raises:
+        ModelError: the class that the base's config.json names cannot use it.
         WorkError: it does not load, or predicts otherwise than the run's own.
     """
     source = job.source
+    require_fit(source)
     with staged(job.target) as folder:
         copy_adapter(source, folder)
         check_tokenizer(source, folder)
@@ -44,7 +48,13 @@ def export_adapter(job: Job) -> dict[str, Any]:
 
 
 def copy_adapter(source: Source, folder: Path) -> None:
-    """Config, weights, tokenizer and template, free of paths of this machine."""
+    """Config, weights, tokenizer and template, free of paths of this machine.
+
+    Raises:
+        WorkError: a weight is NaN or infinite.
+    """
+    for name, tensor in source.adapter_tensors().items():
+        require_finite(tensor, name, DAMAGED)
     values = {**source.adapter, "base_model_name_or_path": source.base_name}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -88,6 +98,7 @@ def fold_adapter(source: Source, folder: Path) -> float:
     rank = max(ranks)
     folded = {}
     for name, tensor in tensors.items():
+        require_finite(tensor, name, DAMAGED)
         value = tensor.float()
         if name.endswith("lora_B.weight"):
             value = value * scale_of(source.adapter, name, value.shape[1])
@@ -116,13 +127,12 @@ def _verify(source: Source, folder: Path) -> dict[str, Any]:
     live.load_adapter(str(folder), "exported")
     live.set_adapter("exported")
     found = agreement(
-        reference,
-        lambda p, a: predictions(live, p, a),
-        base_kl_per_token=reference.base_kl,
+        reference, live, "the adapter as written", base_kl_per_token=reference.base_kl
     )
-    if found.kl_per_token > 1e-6:
+    if not found.kl_per_token <= 1e-6:
         raise WorkError(
             f"the adapter as written predicts otherwise (KL {found.kl_per_token:.1e}); not kept",
             hint="check the disk, then export again",
         )
-    return found.as_dict()
+    del live
+    return {**found.as_dict(), **check_predictions(source, reference, folder)}

@@ -12,16 +12,25 @@ from typing import Any
 from lorakit.data.template import prompt_ids
 from lorakit.durable import staged
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
-from lorakit.export import llama_cpp
+from lorakit.export import finite, llama_cpp
 from lorakit.export.adapter import fold_adapter, why_not_portable
 from lorakit.export.converter import TYPES, Conversion, convert_all
+from lorakit.export.divergence import summed
 from lorakit.export.formats import Job
 from lorakit.export.kquants import FILE_TYPES, INSTALL, quantize_gguf
 from lorakit.export.merge import check_space
 from lorakit.export.merged import fill_merged, memory_missing
+from lorakit.export.shards import stored_tensors
 from lorakit.export.source import Source, checked_prompts, float32_model
-from lorakit.export.spelling import write_config, write_tokenizer
-from lorakit.export.verify import ANSWER_TOKENS, PROMPTS, Agreement, Reference, make_reference
+from lorakit.export.spelling import set_thinking, write_config, write_tokenizer
+from lorakit.export.verify import (
+    ANSWER_TOKENS,
+    PROMPTS,
+    Agreement,
+    Reference,
+    make_reference,
+    same_prompt,
+)
 from lorakit.recipe_file import suggest
 from lorakit.records import Message
 
@@ -102,7 +111,8 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as work:
         merged = Path(work) / "model"
         merged.mkdir()
-        facts, reference = fill_merged(job, merged, merged_type(job, kind))
+        facts, reference = fill_merged(job, merged, merged_type(job, kind), wider(kind))
+        set_thinking(source, merged)
         window = limit_context(source, merged)
         if window:
             job.console.print(
@@ -112,6 +122,8 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
         first = kind
         if kind in FILE_TYPES:
             first = "BF16" if facts["dtype"] == "bfloat16" else "F16"
+        if first == "F16":
+            check_half(merged, wider(kind))
         written = path if first == kind else Path(work) / "first.gguf"
         job.console.print(f"writing GGUF {kind}")
         order = Conversion(
@@ -128,6 +140,26 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
     path.chmod(0o644)
     facts = {"merged": facts, "quantization": kind, "file": path.name, "bytes": path.stat().st_size}
     return {**facts, **run_gguf(job, reference, path, None, kind)}
+
+
+def wider(kind: str) -> str:
+    """What to do where float16 does not hold the model's values."""
+    if kind == "F16":
+        return "export with --quant BF16 (as small)"
+    return f"add --dtype {'float32' if kind == 'F32' else 'bfloat16'}"
+
+
+def check_half(folder: Path, hint: str) -> None:
+    """Refuse matrices that llama.cpp's converter would turn into infinity as F16.
+
+    Raises:
+        WorkError: names the first.
+    """
+    import torch
+
+    for name, stored in stored_tensors(folder).items():
+        if stored.dtype in ("F32", "BF16") and len(stored.shape) > 1:  # vectors stay float32
+            finite.cast(name, stored.read(), torch.float16, hint)
 
 
 def limit_context(source: Source, folder: Path) -> int | None:
@@ -162,12 +194,13 @@ def run_gguf(
         for c in checked_prompts(job.source, PROMPTS)
         if not c.tools and all(not m.extra for m in c.messages)
     )
-    prompts = reference.prompts if reference else []
+    prompts, answers = (reference.prompts, reference.answers) if reference else ([], [])
     longest = max([len(p) for p in prompts], default=0)
     task = llama_cpp.Task(
         str(model),
         prompts,
-        ANSWER_TOKENS,
+        answers,
+        end_of_turn(job.source),
         str(adapter) if adapter else None,
         chats,
         context=longest * 2 + 2 * ANSWER_TOKENS + 512,
@@ -180,15 +213,39 @@ def run_gguf(
         job.console.print(words)
         return {"skipped": words}
     found = compare_heard(job.source, reference, heard, chats)
+    _check_distance(job, found.kl_per_token, reference.base_kl, kind, adapter or model)
+    return found.as_dict()
+
+
+def _check_distance(job: Job, kl: float, base_kl: float, kind: str, file: Path) -> None:
+    """Refuse a file that is not the tuned model; warn where `kind` costs more than tuning changed.
+
+    Raises:
+        WorkError: it predicts something else, or an adapter in it has no effect.
+    """
     largest = LARGEST_KL.get(kind, LARGEST_KL_OTHERS)
-    if not found.kl_per_token <= largest:
+    if not kl <= largest:
         raise WorkError(
-            f"{model.name}: llama.cpp predicts something else than the adapter (KL "
-            f"{found.kl_per_token:.3g} nats per token, at most {largest:g}); it was not kept",
+            f"{file.name}: llama.cpp predicts something else than the adapter (KL {kl:.3g} nats "
+            f"per token, at most {largest:g}); it was not kept",
             hint="with --dtype bfloat16 it may be the cast: take float16; else please report this "
             "model family",
         )
-    return found.as_dict()
+    if kl < base_kl:
+        return
+    far = f"(KL {kl:.2g} nats per token; the untuned base: {base_kl:.2g})"
+    if file.name == ADAPTER_FILE:
+        raise WorkError(
+            f"{file.name}: with it llama.cpp is no nearer to the tuned model than its base {far}; "
+            "it was not kept",
+            hint="export the merged model: lorakit export RUN --to gguf",
+        )
+    job.ends.append(f"hint: {kind} costs more than the tuning changed {far}: take a larger --quant")
+
+
+def end_of_turn(source: Source) -> int:
+    """The id of the token that ends an answer."""
+    return int(source.tokenizer.convert_tokens_to_ids(source.end_of_turn()))
 
 
 def compare_heard(
@@ -197,27 +254,25 @@ def compare_heard(
     heard: llama_cpp.Heard,
     chats: tuple[list[dict[str, Any]], ...] = (),
 ) -> Agreement:
-    """llama.cpp's answers scored along its own path, and its reading of the chats.
+    """llama.cpp's predictions along the adapter's answers, and its reading of the chats.
 
     Raises:
-        WorkError: its template or tokenizer makes other prompts than training saw.
+        WorkError: its template or tokenizer makes other prompts than training saw, it does not
+            stop at the end of turn, or it predicts NaN.
     """
     _same_chats(source, heard.chat_ids, chats)
-    total = same = equal = 0.0
-    positions = 0
-    expected = reference.along([a.tokens for a in heard.answers])
-    for said, rows in zip(heard.answers, expected, strict=True):
-        kl, top = llama_cpp.divergence(rows, said.predictions)
-        total, same, positions = total + kl, same + top, positions + len(rows)
-        equal += top == len(rows)
-    stopped = [a for a in heard.answers if a.tokens and a.tokens[-1] in reference.stops]
-    notes = {
-        "engine": "llama.cpp (xllamacpp)",
-        "ended_by_itself": sum(a.stopped for a in heard.answers),
-        "ended_at_end_of_turn": len(stopped),
-    }
-    count = len(heard.answers)
-    return Agreement(total / positions, same / positions, equal / count, positions, count, notes)
+    if not heard.stops:
+        raise WorkError(
+            f"llama.cpp does not stop at {source.end_of_turn()!r}, which ends an answer; "
+            "nothing was kept",
+            hint="please report this model's tokenizer",
+        )
+    pairs = zip(reference.predictions, heard.places, strict=True)
+    scored = [llama_cpp.scored(rows, places) for rows, places in pairs]
+    kl, same, equal, positions = summed(scored, "the file in llama.cpp")
+    count = len(heard.places)
+    notes = {"engine": "llama.cpp (xllamacpp)", "stops_at": source.end_of_turn()}
+    return Agreement(kl, same, equal, positions, count, notes)
 
 
 def _same_chats(
@@ -226,13 +281,10 @@ def _same_chats(
     """Raises:
     WorkError: a chat is other tokens than in training.
     """
-    for ids, turns in zip(heard, chats, strict=True):
-        if ids != prompt_ids(source.tokenizer, [Message(t["role"], t["content"]) for t in turns]):
-            text = source.tokenizer.decode(ids)
-            raise WorkError(
-                f"llama.cpp reads a chat otherwise than in training: {text[:200]!r}; not kept",
-                hint="please report this model's template",
-            )
+    for number, (ids, turns) in enumerate(zip(heard, chats, strict=True), 1):
+        wanted = prompt_ids(source.tokenizer, [Message(t["role"], t["content"]) for t in turns])
+        message = f"llama.cpp reads held-out chat {number} otherwise than in training"
+        same_prompt(source.tokenizer, ids, wanted, message)
 
 
 def export_gguf_adapter(job: Job) -> dict[str, Any]:
@@ -277,12 +329,14 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
         fold_adapter(source, folded)
         write_config(source, base, source.device.dtype, tied=source.tied)
         write_tokenizer(source, base)
+        set_thinking(source, base)
         path = folder / ADAPTER_FILE
         jobs = [Conversion(folded, path, "F32", source.name, base)]
         run = llama_cpp.installed() or keep_base is not None
         base_file = folder / keep_base if keep_base else Path(work) / "base.gguf"
         if run and source.folder is not None:
             _link_weights(source.folder, base)
+            check_half(base, "export the merged model: --to gguf --quant BF16")
             jobs.append(Conversion(base, base_file, "F16", source.base_name.split("/")[-1]))
         convert_all(jobs, job.console.print, source.recipe.offline)
         path.chmod(0o644)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError, WorkError
+from lorakit.export import finite
 from lorakit.export.shards import Stored, stored_tensors, write_shards
 from lorakit.export.source import Source, float32_model
 from lorakit.export.spelling import write_config, write_tokenizer
@@ -25,20 +26,25 @@ from lorakit.export.spelling import write_config, write_tokenizer
 Entry = tuple[str, int, Callable[[], Any]]
 STREAMED = "shard by shard"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIDER = "export with --dtype bfloat16 (as small) or float32"
 
 
-def write_merged(source: Source, folder: Path, onto: str, dtype: str) -> str:
+def write_merged(source: Source, folder: Path, onto: str, dtype: str, wider: str = WIDER) -> str:
     """Fill `folder` with the merged model in `dtype`; returns the way it was done, in words.
 
     Args:
         onto: "trained" (a QLoRA run: the dequantized NF4 base) or "original".
+        wider: what to do where `dtype` does not hold the model's values.
+
+    Raises:
+        WorkError: a tensor holds NaN or infinity, or values beyond `dtype`; names it.
     """
     untied = source.unties
     reason = _reason_against_streaming(source)
     if reason is None:
-        entries, way = _streamed(source, onto, dtype, untied), STREAMED
+        entries, way = _streamed(source, onto, dtype, wider), STREAMED
     else:
-        entries, way = _in_memory(source, onto, dtype), f"in memory ({reason})"
+        entries, way = _in_memory(source, onto, dtype, wider), f"in memory ({reason})"
     write_shards(folder, entries)
     write_config(source, folder, dtype, tied=source.tied and not untied)
     write_tokenizer(source, folder)
@@ -103,18 +109,18 @@ def skeleton(source: Source) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
 
 
-def _streamed(source: Source, onto: str, dtype: str, untied: bool) -> list[Entry]:
+def _streamed(source: Source, onto: str, dtype: str, wider: str) -> list[Entry]:
     assert source.folder is not None
     empty = skeleton(source)
     stored, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, onto)
-    if untied:
+    if source.unties:
         import torch
 
         shape = empty.get_input_embeddings().weight.shape
         empty.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(shape, device="meta"))
         empty.config.tie_word_embeddings = False
     model = _with_adapter(empty, source)
-    merger = _Merger(source, model, dtype, four_bit, trained_whole(source))
+    merger = _Merger(source, model, dtype, four_bit, trained_whole(source), wider)
     width = BYTES[dtype]
     return [
         (name, s.size * (width if s.floating else 8), partial(merger.tensor, name, s))
@@ -174,21 +180,20 @@ class _Merger:
         dtype: str,
         four_bit: set[str],
         whole: dict[str, Any],
+        wider: str,
     ) -> None:
         import torch
 
         self.model, self.four_bit, self.whole = model.get_base_model(), four_bit, whole
-        self.dtype = getattr(torch, dtype)
+        self.dtype, self.wider = getattr(torch, dtype), wider
         self.compute, self.place = getattr(torch, source.device.dtype), source.device.kind
 
     def tensor(self, name: str, stored: Stored) -> Any:
         """The merged tensor of this name, in the type to write, in host memory."""
-        if name in self.whole:
-            return self.whole[name].to(self.dtype).contiguous()
-        value = stored.read()
-        if not value.is_floating_point():
-            return value
-        return self._merged(name, value.to(self.place)).to(self.dtype).cpu().contiguous()
+        value = self.whole[name] if name in self.whole else stored.read()
+        if name not in self.whole and value.is_floating_point():
+            value = self._merged(name, value.to(self.place))
+        return finite.cast(name, value, self.dtype, self.wider).cpu().contiguous()
 
     def _merged(self, name: str, value: Any) -> Any:
         path, _, leaf = name.rpartition(".")
@@ -208,7 +213,7 @@ def _merge_one(module: Any, weight: Any) -> Any:
     base = module.get_base_layer()
     empty = base.weight
     base.weight = torch.nn.Parameter(weight, requires_grad=False)
-    module.merge(safe_merge=True)
+    module.merge()  # NaN is looked for in the sum as cast
     merged = base.weight.data
     base.weight = empty
     module.merged_adapters.clear()
@@ -249,20 +254,20 @@ def trained_whole(source: Source) -> dict[str, Any]:
     return found
 
 
-def _in_memory(source: Source, onto: str, dtype: str) -> list[Entry]:
+def _in_memory(source: Source, onto: str, dtype: str, wider: str) -> list[Entry]:
     """Entries of a model merged as a whole by peft, for bases that cannot be streamed."""
     import torch
 
-    merged = float32_model(source, onto).merge_and_unload(safe_merge=True)
+    merged = float32_model(source, onto).merge_and_unload()
     target = getattr(torch, dtype)
     tied = bool(merged.config.get_text_config().tie_word_embeddings)
     head = next(n for n, m in merged.named_modules() if m is merged.get_output_embeddings())
 
-    def cast(value: Any) -> Any:
-        return value.to(target if value.is_floating_point() else value.dtype).cpu().contiguous()
+    def cast(name: str, value: Any) -> Any:
+        return finite.cast(name, value, target, wider).cpu().contiguous()
 
     return [
-        (name, value.numel() * BYTES[dtype], partial(cast, value))
+        (name, value.numel() * BYTES[dtype], partial(cast, name, value))
         for name, value in merged.state_dict().items()
         if not (tied and name == f"{head}.weight")
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,23 @@ import psutil
 from lorakit.durable import staged
 from lorakit.errors import WorkError
 from lorakit.evaluate import encode_held_out
+from lorakit.export.declared import (
+    check_folder,
+    check_predictions,
+    declared_class,
+    require_fit,
+)
+from lorakit.export.divergence import compare
+from lorakit.export.finite import require_finite
 from lorakit.export.formats import Job
-from lorakit.export.merge import STREAMED, check_space, parameters, write_merged
-from lorakit.export.source import Source, compared_bytes, float32_model
+from lorakit.export.merge import STREAMED, WIDER, check_space, parameters, write_merged
+from lorakit.export.source import Source, compared_bytes, float32_model, trained_class
 from lorakit.export.tensors import compare_tensors
 from lorakit.export.verify import (
     Agreement,
     Reference,
     agreement,
     check_tokenizer,
-    compare,
     make_reference,
     predictions,
 )
@@ -41,12 +47,19 @@ def export_merged(job: Job) -> dict[str, Any]:
     """Merge into `job.target`; nothing is left there if a check fails.
 
     Raises:
+        ModelError: the class that the base's config.json names cannot use the adapter's names.
         WorkError: no space, or the merged model differs from the adapter.
     """
-    dtype = job.dtype or job.source.device.dtype
-    check_space(job.source, job.target, dtype)
+    source = job.source
+    require_fit(source)
+    dtype = job.dtype or source.device.dtype
+    check_space(source, job.target, dtype)
     with staged(job.target) as folder:
-        facts = fill_merged(job, folder, dtype)[0]
+        facts, reference = fill_merged(job, folder, dtype)
+        check_folder(folder, declared_class(source.config))
+        if reference:
+            kl = facts["kl_per_token"]
+            facts |= check_predictions(source, reference, folder, expected=kl)
     off, effect = facts.get("kl_per_token", 0.0), facts.get("base_kl_per_token", 0.0)
     lost = off > min(NOTABLE_ROUNDING, NOTABLE_SHARE * effect)
     if job.onto == "original":
@@ -65,12 +78,19 @@ def export_merged(job: Job) -> dict[str, Any]:
     return facts
 
 
-def fill_merged(job: Job, folder: Path, dtype: str) -> tuple[dict[str, Any], Reference | None]:
-    """Write and verify the merged model in `folder`; what was found, and the adapter's answers."""
+def fill_merged(
+    job: Job, folder: Path, dtype: str, wider: str = WIDER
+) -> tuple[dict[str, Any], Reference | None]:
+    """Write and verify the merged model in `folder`; what was found, and the adapter's answers.
+
+    Args:
+        wider: what to do where `dtype` does not hold the model's values.
+    """
     source = job.source
     how = "the original base" if job.onto == "original" else "the base it was trained on"
     job.console.print(f"merging onto {how}, float32 arithmetic, one cast to {dtype}")
-    way = write_merged(source, folder, job.onto, dtype)
+    way = write_merged(source, folder, job.onto, dtype, wider)
+    check_folder(folder, trained_class(source.config))
     check_tokenizer(source, folder)
     facts: dict[str, Any] = {"dtype": dtype, "onto": job.onto, "written": way}
     if not job.verify:
@@ -82,7 +102,7 @@ def fill_merged(job: Job, folder: Path, dtype: str) -> tuple[dict[str, Any], Ref
     job.console.print(f"comparing it with the adapter, in float32 on {where}")
     found, reference = _verify(source, folder, job.onto)
     facts |= found.as_dict()
-    if job.onto == "original":
+    if job.onto == "original" and source.conversations:
         facts |= _both_losses(source, folder)
         job.console.print(
             f"held-out loss on the base it was trained on: {facts['loss_trained_base']:.4f}; "
@@ -127,12 +147,11 @@ def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Referen
 
     live = float32_model(source)
     reference = make_reference(source, live)
-    merged = live.merge_and_unload(safe_merge=True)
-    reference = replace(reference, model=merged)
+    merged = live.merge_and_unload()
     along = [
         predictions(merged, p, a) for p, a in zip(reference.prompts, reference.answers, strict=True)
     ]
-    sum_kl = compare(reference.predictions, along)[0]
+    sum_kl = compare(reference.predictions, along, "the merged model", merged)[0]
     if not sum_kl <= LARGEST_KL:
         raise WorkError(
             f"the merged model differs from the adapter (KL {sum_kl:.3g} nats per token in "
@@ -141,7 +160,7 @@ def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Referen
         )
     expected = merged
     if onto == "original":
-        expected = float32_model(source, onto).merge_and_unload(safe_merge=True)
+        expected = float32_model(source, onto).merge_and_unload()
     written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(source.device.kind)
     weights = expected.state_dict()
     for name, parameter in written.state_dict().items():
@@ -154,7 +173,8 @@ def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Referen
     written = written.float().eval()
     found = agreement(
         reference,
-        lambda p, a: predictions(written, p, a),
+        written,
+        "the merged model as written",
         sum_kl_per_token=sum_kl,
         base_kl_per_token=reference.base_kl,
     )
@@ -163,18 +183,21 @@ def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Referen
 
 def _both_losses(source: Source, folder: Path) -> dict[str, float]:
     """Held-out loss of the adapter on its own base, and of the model as written."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     rows = source.conversations[:SCORED_ROWS]
-    if not rows:
-        return {"loss_trained_base": float("nan"), "loss_original_base": float("nan")}
     examples = encode_held_out(source.tokenizer, rows, source.recipe)
     pad = pad_token_id(source.tokenizer)
     written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float()
     written.to(source.device.kind)
     original = score(written, examples, pad).loss
     del written
-    return {
-        "loss_trained_base": score(float32_model(source), examples, pad).loss,
-        "loss_original_base": original,
-    }
+    trained = score(float32_model(source), examples, pad).loss
+    losses = torch.tensor([trained, original])
+    require_finite(
+        losses,
+        "the held-out loss",
+        place=lambda at: ("the base it was trained on", "the original base")[at],
+    )
+    return {"loss_trained_base": trained, "loss_original_base": original}

@@ -22,6 +22,7 @@ from lorakit.model.fingerprint import base_folder, check_base
 from lorakit.model.foreign import check_adapter
 from lorakit.model.load import (
     adapter_names,
+    check_all_tensors_used,
     load_base,
     load_config,
     load_tokenizer,
@@ -172,17 +173,31 @@ def generation_config(source: Source) -> Any:
         return GenerationConfig.from_model_config(source.config)
 
 
+def trained_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM builds; None for one of a model's own code."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
 def touches_embeddings(names: Sequence[str]) -> bool:
     """True where an adapter's tensors change the input or the output embedding."""
     parts = {part for name in names for part in name.split(".")}
     return bool(parts & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
 
-def float32_model(source: Source, onto: str = "trained") -> Any:
+def float32_model(
+    source: Source, onto: str = "trained", model_class: Any = None, adapter: Path | None = None
+) -> Any:
     """Base and adapter in float32 on the source's device, not merged.
 
     Args:
         onto: "trained", the base as in training (a QLoRA run's: dequantized NF4), or "original".
+        model_class: of the base, where it is not to be AutoModelForCausalLM's.
+        adapter: another folder than the run's.
+
+    Raises:
+        ModelError: the adapter does not fit, or one of its tensors finds no place.
     """
     from peft import PeftModel
 
@@ -190,7 +205,7 @@ def float32_model(source: Source, onto: str = "trained") -> Any:
     quantized = recipe.method == "qlora" and onto == "trained"
     if not quantized:
         recipe = recipe.model_copy(update={"method": "lora"})
-    base = load_base(recipe, source.location, source.device)
+    base = load_base(recipe, source.location, source.device, model_class=model_class)
     if quantized:
         # Weights come out as the training step saw them: NF4 values rounded to the compute type.
         base = base.dequantize()
@@ -198,13 +213,15 @@ def float32_model(source: Source, onto: str = "trained") -> Any:
     if source.unties:
         _untie(base)
     try:
-        return PeftModel.from_pretrained(base, str(source.run.adapter)).eval()
+        model = PeftModel.from_pretrained(base, str(adapter or source.run.adapter)).eval()
     except (ValueError, RuntimeError) as error:
         raise ModelError(
             f"{source.run.adapter}: the adapter does not fit {source.recipe.model}: "
             f"{str(error).splitlines()[0]}",
             hint="was the base model changed since training?",
         ) from error
+    check_all_tensors_used(model, source.run)
+    return model
 
 
 def _untie(base: Any) -> None:

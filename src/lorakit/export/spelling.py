@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakit.export.source import Source, generation_config
+from lorakit.data.resolve import thinking_set
+from lorakit.export.source import Source, generation_config, trained_class
 
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
 
@@ -30,7 +31,8 @@ def write_config(source: Source, folder: Path, dtype: str, tied: bool) -> None:
             nested["tie_word_embeddings"] = False
     text = source.config.get_text_config()
     _spell_rope(nested if isinstance(nested, dict) else values, text)
-    values.setdefault("architectures", _architectures(source.config))
+    if trained := trained_class(source.config):
+        values.setdefault("architectures", [trained.__name__])
     values["eos_token_id"] = _stops(source)
     _write(folder / "config.json", values)
     generation = generation_config(source)
@@ -54,6 +56,15 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write(path, values)
+
+
+def set_thinking(source: Source, folder: Path) -> None:
+    """Make the template of a folder for llama.cpp think, or not, as the run's does by default."""
+    template = thinking_set(str(source.tokenizer.chat_template))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, {**values, "chat_template": template})
 
 
 def _base_config(source: Source) -> dict[str, Any]:
@@ -82,12 +93,6 @@ def _spell_rope(values: dict[str, Any], config: Any) -> None:
     if kind != "default" and not values.get("rope_scaling"):
         scaling = {k: v for k, v in full.items() if k != "rope_theta"}
         values["rope_scaling"] = {**scaling, "type": kind}
-
-
-def _architectures(config: Any) -> list[str]:
-    from transformers import AutoModelForCausalLM
-
-    return [AutoModelForCausalLM._model_mapping[type(config)].__name__]
 
 
 def _stops(source: Source) -> int | list[int]:

@@ -1,15 +1,15 @@
 """The tuned model and what was written enter; how far they are apart leaves, for screen and file.
 
-The adapter on its base, in float32, answers held-out prompts greedily. Along that path the written
-model must predict the same: KL divergence in nats per token, share of equal top tokens, share of
-prompts whose whole greedy answer is equal. An engine with a path of its own (llama.cpp) is scored
-along its own answers instead. Shapes: N answer tokens, V vocabulary.
+The adapter on its base, in float32, answers held-out prompts greedily. Along these answers every
+written form must predict the same: KL divergence in nats per token, share of equal top tokens,
+share of prompts where all top tokens are equal (its own greedy answer is then the same).
+Shapes: N answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from rich.table import Table
 
 from lorakit.data.template import prompt_ids
 from lorakit.errors import WorkError
+from lorakit.export.divergence import compare
 from lorakit.export.source import Source, checked_prompts
 from lorakit.generate import GenerationSettings, base_answers, fit_prompt, left_padded
 from lorakit.model.modes import device_of
 from lorakit.run_dir import RunDir, write_json
 
 PROMPTS, ANSWER_TOKENS = 8, 32
+AROUND = 60  # characters shown before and behind a difference
 # An adapter that moves predictions less than float32 noise (1e-8 on SmolLM2) changes nothing.
 LEAST_EFFECT = 1e-9
 
@@ -51,17 +53,11 @@ class Agreement:
 class Reference:
     """What the adapter said: prompts, greedy answers, its predictions along them."""
 
-    model: Any
     prompts: list[list[int]]
     answers: list[list[int]]
     predictions: list[Any]  # log-probabilities [N, V]
     stops: frozenset[int]
     base_kl: float  # how far the untuned base is from it
-
-    def along(self, answers: Sequence[list[int]]) -> list[Any]:
-        """The adapter's log-probabilities [N, V] along other answers."""
-        pairs = zip(self.prompts, answers, strict=True)
-        return [predictions(self.model, p, a) for p, a in pairs]
 
 
 def make_reference(
@@ -70,7 +66,8 @@ def make_reference(
     """Let the adapter answer held-out prompts greedily.
 
     Raises:
-        WorkError: the adapter changes nothing: merged, it would be the untouched base.
+        WorkError: the adapter changes nothing: merged, it would be the untouched base. Or it, or
+            its base, predicts NaN.
     """
     stops = frozenset(source.stops())
     settings = GenerationSettings(max_new_tokens=tokens, temperature=0.0)
@@ -82,14 +79,14 @@ def make_reference(
     found = [predictions(model, p, a) for p, a in zip(asked, answers, strict=True)]
     with base_answers(model):
         base = [predictions(model, p, a) for p, a in zip(asked, answers, strict=True)]
-    base_kl = compare(found, base)[0]
+    base_kl = compare(found, base, "the tuned model", model)[0]
     if not base_kl > LEAST_EFFECT:
         raise WorkError(
             f"the adapter changes nothing: base and tuned predict the same (KL {base_kl:.1e} nats "
             "per token); it was not exported",
             hint="train longer or with a higher learning_rate",
         )
-    return Reference(model, asked, answers, found, stops, base_kl)
+    return Reference(asked, answers, found, stops, base_kl)
 
 
 def greedy(
@@ -130,28 +127,34 @@ def predictions(model: Any, prompt: list[int], answer: list[int]) -> Any:
     return logits.float().log_softmax(-1).cpu()
 
 
-def compare(expected: Sequence[Any], found: Sequence[Any]) -> tuple[float, float, float, int]:
-    """(KL in nats per token, share of equal top tokens, of equal answers, positions)."""
-    kl = same = whole = 0.0
-    positions = 0
-    for p, q in zip(expected, found, strict=True):
-        kl += float((p.exp() * (p - q)).sum())
-        equal = p.argmax(-1) == q.argmax(-1)
-        same += float(equal.sum())
-        whole += float(equal.all())
-        positions += len(p)
-    # Rounding may leave a sum of nothing a little below zero.
-    return max(kl, 0.0) / positions, same / positions, whole / len(expected), positions
-
-
-def agreement(
-    reference: Reference, predict: Callable[[list[int], list[int]], Any], **notes: Any
-) -> Agreement:
-    """Score `predict(prompt, answer)` along the adapter's answers."""
+def agreement(reference: Reference, model: Any, what: str, **notes: Any) -> Agreement:
+    """Score `model` along the adapter's answers."""
     pairs = zip(reference.prompts, reference.answers, strict=True)
-    found = [predict(p, a) for p, a in pairs]
-    kl, same, whole, positions = compare(reference.predictions, found)
+    found = [predictions(model, p, a) for p, a in pairs]
+    kl, same, whole, positions = compare(reference.predictions, found, what, model)
     return Agreement(kl, same, whole, positions, len(reference.prompts), notes)
+
+
+def same_prompt(tokenizer: Any, found: Sequence[int], wanted: Sequence[int], message: str) -> None:
+    """Refuse a chat that became other ids than in training, and show where they part.
+
+    Raises:
+        WorkError: `message`, and a window around the first difference of both.
+    """
+    if list(found) == list(wanted):
+        return
+    texts = tokenizer.decode(found), tokenizer.decode(wanted)
+    if texts[0] == texts[1]:  # other tokens of the same text
+        both = [" ".join(map(str, tokenizer.convert_ids_to_tokens(i))) for i in (found, wanted)]
+    else:
+        both = list(texts)
+    pairs = zip(*both, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text) for text in both))
+    here, there = (text[max(0, at - AROUND) : at + AROUND] for text in both)
+    raise WorkError(
+        f"{message}: from character {at} on {here!r}, in training {there!r}; nothing was kept",
+        hint="please report this model's template and tokenizer",
+    )
 
 
 def check_tokenizer(source: Source, folder: Path) -> None:
@@ -164,14 +167,13 @@ def check_tokenizer(source: Source, folder: Path) -> None:
 
     written = AutoTokenizer.from_pretrained(folder)
     for conversation in checked_prompts(source, PROMPTS):
-        turns = conversation.messages[:-1]
-        want = prompt_ids(source.tokenizer, turns, conversation.tools)
-        if prompt_ids(written, turns, conversation.tools) != want:
-            raise WorkError(
-                f"{folder.name}: the tokenizer as written reads {conversation.origin} otherwise "
-                "than in training; nothing was kept",
-                hint="please report this model's tokenizer",
-            )
+        turns, tools = conversation.messages[:-1], conversation.tools
+        same_prompt(
+            source.tokenizer,
+            prompt_ids(written, turns, tools),
+            prompt_ids(source.tokenizer, turns, tools),
+            f"the tokenizer as written reads {conversation.origin} otherwise than in training",
+        )
 
 
 def record(run: RunDir, name: str, values: dict[str, Any]) -> None:
