@@ -86,14 +86,14 @@ def test_on_a_cpu_python_stands_beside_every_phase():
 
 def test_pages_of_a_paged_optimizer_lie_in_host_memory_of_each_process():
     config = shape_config("llama-2-7b")
-    for count in (1, 2):
-        device = several(H100, count, None, None)
+    for ranks in (1, 2):
+        device = several(H100, ranks, None, None)
         pages = {}
         for name in ("adamw_8bit", "paged_adamw_8bit"):
             asked = recipe(optimizer=name)
             parts = host_parts(asked, device, plan_training(asked, config, device))
             pages[name] = parts.get("optimizer pages", 0)
-        assert pages == {"adamw_8bit": 0, "paged_adamw_8bit": count * 2 * 39_976_960}
+        assert pages == {"adamw_8bit": 0, "paged_adamw_8bit": ranks * 2 * 39_976_960}
 
 
 @pytest.mark.parametrize(
