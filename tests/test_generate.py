@@ -121,12 +121,14 @@ def test_old_turns_make_room_and_a_question_too_long_is_an_error(small, tokenize
     turns = []
     for i in range(40):
         turns += [Message("user", f"question {i}"), Message("assistant", f"answer {i}")]
+        if i % 2:  # what a tool said goes with its question
+            turns += [Message("tool", "found"), Message("assistant", "so")]
     turns.append(Message("user", "last"))
     ids, dropped = fit_prompt(model, tokenizer, [Message("system", "S"), *turns], GREEDY)
     assert len(ids) <= 512 - 12
     text = tokenizer.decode(ids)
     first = next(i for i in range(40) if f"question {i}<" in text)
-    assert dropped == 2 * first > 0
+    assert dropped == turns.index(Message("user", f"question {first}")) > 2
     assert all(f"answer {i}<" in text for i in range(first, 40))
     assert "system\nS" in text
     assert "question 0<" not in text
