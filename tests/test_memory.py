@@ -159,6 +159,41 @@ def test_what_is_kept_is_the_sum_over_the_layers():
     assert kept(mixed) == pytest.approx(expected, rel=1e-6)
 
 
+LAYER = 4 * 4096**2 + 3 * 4096 * 11008  # numbers of a Llama-2-7B layer
+PAIRS = 16 * (4 * 8192 + 3 * (4096 + 11008))  # of its adapters of rank 16
+
+
+def test_one_layer_of_a_quantized_base_is_dequantized_at_a_time():
+    config = shape_config("llama-2-7b")
+    for method, size in (("qlora", 2 * LAYER), ("lora", None)):
+        parts = plan_memory(recipe(method), config, H100).parts
+        assert parts.get("one layer dequantized") == size
+
+
+def test_inputs_of_layers_lie_here_or_there():
+    """What a step's tokens are between layers: on the card for some, on the host for the rest."""
+    config, layer = shape_config("llama-2-7b"), 8 * 2048 * 4096 * 2
+    for kept in (0, 5, 32):
+        placement = Placement(True, True, True, False, kept, 8192, 32)
+        plan = plan_of(recipe(), config, H100, [3] * 32, placement)
+        assert plan.host_parts["inputs of layers"] == (32 - kept) * layer
+        # Three micro-batches of 8,192 tokens are under way in any case.
+        assert plan.parts["inputs of layers"] == max(kept * layer, 3 * layer // 2)
+
+
+def test_adapters_on_the_host_come_to_the_card_two_layers_at_a_time():
+    config = shape_config("llama-2-7b")
+    placement = Placement(True, True, True, True, 0, 8192, 32)
+    plan = plan_of(recipe(), config, H100, [3] * 32, placement)
+    # Values and gradients in float32; a copy of one layer's values in the base's type.
+    assert plan.parts["adapters and gradients of two layers"] == 2 * (4 + 4) * PAIRS
+    assert plan.parts["adapters (copy in the base's type)"] == 2 * PAIRS
+    held = [plan.host_parts[name] for name in ("adapters (float32)", "gradients (float32)")]
+    assert held == [4 * 32 * PAIRS] * 2
+    assert plan.host_parts["optimizer state"] == 8 * 32 * PAIRS
+    assert not {"adapters (float32)", "optimizer state"} & plan.parts.keys()
+
+
 def test_recomputation_saves_activations():
     config = shape_config("llama-2-7b")
     for engine, key in (

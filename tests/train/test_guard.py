@@ -164,6 +164,21 @@ def test_the_second_bad_step_ends_a_run_up_to_the_last_step_of_the_window(apart,
     assert len([x for x in lines if "its update was skipped" in x]) == (1 if ends else 2)
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(4, True), (2, False)])
+def test_a_checkpoint_keeps_the_smaller_layout_and_the_bad_step(asked, taken):
+    """For as long as the recipe asks for what it asked for then."""
+    before, _ = watcher(micro_batch_size=4)
+    before.trainer.layout = Layout(0, 2, 100, True)
+    feed(before, [math.nan], [1.0])
+    state = SimpleNamespace(stateful_callbacks={"StepGuard": before.state()})
+    after, _ = watcher(micro_batch_size=asked)
+    fresh = after.trainer.layout = Layout(0, asked, 100 * asked, True)
+    after.on_train_begin(None, state, None)
+    assert after.trainer.layout == (before.trainer.layout if taken else fresh)
+    assert after.bad == before.bad
+    assert after.bad["step"] == 1
+
+
 def test_a_loss_far_above_the_usual_is_named_three_times_at_most():
     own, lines = watcher()
     feed(own, [1.0] * 25 + [3.1] * 5, [0.5] * 30)

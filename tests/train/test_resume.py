@@ -333,6 +333,21 @@ def test_a_run_keeps_the_weights_of_its_sources(tiny_recipe, tiny_model_dir, tin
     assert (run.path / again.sources[0]).resolve() == tiny_data.resolve()
 
 
+def test_held_out_data_is_named_as_seen_from_the_run(
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    resolved = tiny_recipe(
+        tiny_model_dir, tiny_data, tmp_path / "run", val_data=str(tmp_path / "rows.jsonl"),
+        val_size=None,
+    )  # fmt: skip
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    write_run_files(run, resolved, {}, {}, detect_device(prefer="cpu"))
+    assert load_recipe(run.recipe).recipe.val_data == "../rows.jsonl"
+    assert str(tmp_path) not in run.recipe.read_text()
+
+
 def test_environment_lists_versions():
     values = environment(detect_device(prefer="cpu"))
     assert values["versions"]["torch"]

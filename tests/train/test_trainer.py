@@ -1,7 +1,9 @@
 """The trainer gets exactly our rows, keeps adapters float32, and lets none of TRL's defaults in."""
 
 import itertools
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lorakit.hardware import detect_device
 from lorakit.memory import plan_memory
 from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base, load_tokenizer
+from lorakit.ranks import Ranks
 from lorakit.recipe import Recipe
 from lorakit.records import IGNORE, Example, Origin
 from lorakit.run_dir import RunDir, read_metrics
@@ -196,6 +199,53 @@ def test_a_trainer_scores_every_held_out_row(tiny_model_dir, tmp_path):
     alone = [trainer.score([row]) for row in rows]
     expected = sum(one.loss * one.tokens for one in alone) / found.tokens
     assert found.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_row_has_the_tokens_of_all_its_steps(tiny_model_dir, tmp_path):
+    rows = examples([5, 30, 8, 17])
+    trainer = trainer_of(
+        tiny_model_dir,
+        tmp_path,
+        rows,
+        max_steps=4,
+        log_every=4,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+    )
+    trainer.train()
+    (row,) = read_metrics(trainer.run)
+    assert row["tokens"] == 60
+
+
+@pytest.mark.parametrize(
+    ("values", "on_host", "buffers"),
+    [
+        ({"streaming": "on"}, True, 2),  # one a layer
+        ({"streaming": "on"}, False, 1),
+        ({"engine": "on"}, False, 1),
+        ({"engine": "off"}, False, 1),
+    ],
+)
+def test_what_ranks_add_up_is_every_gradient(
+    tiny_model_dir, tmp_path, monkeypatch, values, on_host, buffers
+):
+    """Each trained number once, in the buffers that are summed."""
+    own = plan_memory
+
+    def planned(*given):
+        plan = own(*given)
+        return replace(plan, placement=replace(plan.placement, adapters_on_host=on_host))
+
+    monkeypatch.setattr(sys.modules[__name__], "plan_memory", planned)
+    rows = examples([5, 30, 8, 17])
+    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1, **values)
+    trainer.train()
+    trainer.ranks = Ranks(0, 2, 2)
+    trainer.flat = trainer._flat()
+    found = trainer._gradients()
+    assert len(found) == buffers
+    assert sum(b.numel() for b in found) == sum(p.numel() for p in trainer.trained)
+    assert {b.dtype for b in found} == {torch.float32}
 
 
 def test_padding_id_may_be_the_end_of_turn():
