@@ -23,6 +23,7 @@ from lorakit.model.foreign import (
     check_tokenizer,
     say_trust,
 )
+from lorakit.model.kernel_functions import check_kernels
 from lorakit.model.weight_files import check_weights, read_header
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -180,6 +181,7 @@ def load_base(
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False
+    check_kernels(model)
     if on_host:
         # accelerate refuses to train 4-bit models that it takes for offloaded by itself.
         model.__dict__.pop("hf_device_map", None)
