@@ -144,6 +144,11 @@ class Engine:
         A base that is streamed stays where it is, and so does an embedding that the GPU has no
         room for: their hooks stay with them.
         """
+        for group in self.groups:
+            group.a_sink = group.b_sink = None
+        if self.device.type == "cuda":
+            # Gradient buffers kept the memory pool of the CUDA graphs: 430 MiB at 12 layers of 7B.
+            torch.cuda.empty_cache()
         if self.embedding_on_host and self.streamed is None:
             try:
                 self.decoder.embed_tokens.to(self.device)
@@ -156,10 +161,9 @@ class Engine:
         if self.host_adapters is not None:
             self.host_adapters.leave()
             self.host_adapters = None
-        for group in self.groups:
-            if self.streamed is None:
+        if self.streamed is None:
+            for group in self.groups:
                 group.unmerge()
-            group.a_sink = group.b_sink = None
 
     def _enter_own(self, number: int, *_: Any) -> None:
         """Before the model's own layer `number` runs (generation, probes)."""
