@@ -1,13 +1,27 @@
 """Base against tuned on the same tokens, from the run directory alone."""
 
+import io
 import json
 import math
 
 import pytest
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from tests.model.engine_models import tiny
 
+from lorakit import evaluate as module
 from lorakit.errors import DataError
 from lorakit.evaluate import evaluate, evaluate_loaded, show
 from lorakit.model.load import load_run
+from lorakit.records import (
+    Conversation,
+    Document,
+    EvalResult,
+    EvalScore,
+    Message,
+    Origin,
+    Sample,
+)
 
 
 def test_the_run_learned_and_eval_json_says_so(finish):
@@ -29,7 +43,9 @@ def test_a_reloaded_run_scores_like_the_trained_model(finish, method):
     again = evaluate_loaded(load_run(outcome.run), None, 1, print)
     assert again.tuned.loss == pytest.approx(outcome.evaluation.tuned.loss, rel=1e-3)
     assert again.base.loss == pytest.approx(outcome.evaluation.base.loss, rel=1e-3)
-    assert again.samples[0].tuned == outcome.evaluation.samples[0].tuned
+    # What a random model says hangs on how the CPU rounds; what it was asked does not.
+    asked = [(s.prompt, s.reference) for s in outcome.evaluation.samples]
+    assert [(s.prompt, s.reference) for s in again.samples] == asked[:1]
 
 
 def test_other_data_can_be_scored(finish, tmp_path):
@@ -44,6 +60,63 @@ def test_other_data_can_be_scored(finish, tmp_path):
     assert run.eval.read_text() == before
 
 
+def test_all_rows_of_other_data_are_scored(finish, tmp_path):
+    """Not those alone that a run of it would hold out."""
+    loaded, tokens = load_run(finish().run), {}
+    for count in (1, 40):
+        rows = [{"prompt": f"Box {i}?", "completion": "It is gray."} for i in range(count)]
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        tokens[count] = evaluate_loaded(loaded, str(path), 0, print).tuned.tokens
+    assert tokens[40] == 40 * tokens[1] > 0
+
+
+def test_each_sample_has_the_question_the_reference_and_the_answer_of_each_model(monkeypatch):
+    model = tiny()
+    asked = []
+
+    def replies(own, tokenizer, conversations, settings, tools):
+        off = next(m for m in own.modules() if isinstance(m, LoraLayer)).disable_adapters
+        asked.append((off, [[m.content for m in c] for c in conversations], list(tools)))
+        assert settings.temperature == 0
+        assert settings.max_new_tokens == 7
+        return [f"{'base' if off else 'tuned'} {number}" for number in range(len(conversations))]
+
+    def conversation(*texts, role="assistant", **more):
+        roles = ["user", "assistant"] * 2
+        turns = [Message(r, x) for r, x in zip(roles, texts[:-1], strict=False)]
+        return Conversation((*turns, Message(role, texts[-1])), Origin("x", 1), **more)
+
+    monkeypatch.setattr(module, "replies", replies)
+    tool = ({"type": "function", "function": {"name": "say"}},)
+    records = [
+        Document("no question", Origin("x", 1)),
+        conversation("a?", "one", "b?", "two"),
+        conversation("c?", "three", "d?", role="user"),
+        conversation("e?", "four", tools=tool),
+        conversation("f?", "five"),
+    ]
+    found = module._answer(model, None, records, 2, 7)
+    assert found == (
+        Sample("b?", "two", "base 0", "tuned 0"),
+        Sample("e?", "four", "base 1", "tuned 1"),
+    )
+    prompts = [["a?", "one", "b?"], ["e?"]]
+    assert asked == [(off, prompts, [(), tool]) for off in (False, True)]
+
+
+def test_the_table_shows_which_way_it_went():
+    console = Console(record=True, width=120, file=io.StringIO())
+    better = EvalResult(EvalScore(2.0, 10.0, 5), EvalScore(1.5, 4.0, 5), "x")
+    show(better, console)
+    rows = {line.split()[1]: line.split()[3::2] for line in console.export_text().splitlines()[4:7]}
+    assert rows == {
+        "base": ["2.0000", "10.00"],
+        "tuned": ["1.5000", "4.00"],
+        "change": ["-0.5000", "-60.0%"],
+    }
+
+
 def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_model_dir):
     """Switching the adapter off leaves trained biases on; the base's own must come back."""
     plain, biased = finish(), finish(bias="all")
@@ -56,8 +129,6 @@ def test_nothing_to_evaluate_on_is_said(finish):
 
 
 def test_the_table_shows_both_and_the_change(finish):
-    from rich.console import Console
-
     console = Console(record=True, width=120, file=open("/dev/null", "w"))
     show(finish().evaluation, console)
     text = console.export_text()

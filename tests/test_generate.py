@@ -28,6 +28,13 @@ def real(demo_model):
     return AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def small(tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
 def test_a_batch_answers_like_one_by_one_and_like_the_stream(real, tokenizer):
     questions = [ask("What is the capital of France?"), ask("Say hi."), ask("2+2=?")]
     together = replies(real, tokenizer, questions, GREEDY)
@@ -76,19 +83,53 @@ def test_a_seed_repeats_a_sampled_answer(real, tokenizer):
     assert first != other
 
 
-def test_old_turns_make_room_and_a_question_too_long_is_an_error(tiny_model_dir, tokenizer):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}], ids=lambda n: next(iter(n)))
+def test_drawing_from_one_token_is_greedy(small, tokenizer, narrow):
+    """However hot: what is left to draw from is the likeliest one."""
+    greedy = GenerationSettings(max_new_tokens=6, temperature=0.0)
+    hot = {"max_new_tokens": 6, "temperature": 50.0, "top_p": 1.0, "top_k": 0, "seed": 1}
+    drawn = GenerationSettings(**{**hot, **narrow})
+    questions = [ask("What is the capital of France?"), ask("hi")]
+    assert replies(small, tokenizer, questions, drawn) == replies(
+        small, tokenizer, questions, greedy
+    )
+    assert replies(small, tokenizer, questions, GenerationSettings(**hot)) != replies(
+        small, tokenizer, questions, greedy
+    )
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)  # reads 512 tokens
+
+def test_a_model_of_little_context_keeps_half_of_it_for_the_prompt(small, tokenizer):
+    long = GenerationSettings(max_new_tokens=500)
+    ids, dropped = fit_prompt(small, tokenizer, ask("word " * 100), long)  # 512 - 500 is less
+    assert (100 < len(ids) <= 256, dropped) == (True, 0)
+    with pytest.raises(DataError, match="this model reads 512"):
+        fit_prompt(small, tokenizer, ask("word " * 260), long)
+
+
+def test_tools_are_part_of_the_prompt(small, tokenizer, monkeypatch):
+    template = "{{ tools | tojson if tools else '' }}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tool = {"type": "function", "function": {"name": "open_door", "parameters": {}}}
+    with_tools, _ = fit_prompt(small, tokenizer, ask("hi"), GREEDY, (tool,))
+    without, _ = fit_prompt(small, tokenizer, ask("hi"), GREEDY)
+    assert "open_door" in tokenizer.decode(with_tools)
+    assert "open_door" not in tokenizer.decode(without)
+
+
+def test_old_turns_make_room_and_a_question_too_long_is_an_error(small, tokenizer):
+    model = small  # reads 512 tokens
     turns = []
     for i in range(40):
         turns += [Message("user", f"question {i}"), Message("assistant", f"answer {i}")]
+        if i % 2:  # what a tool said goes with its question
+            turns += [Message("tool", "found"), Message("assistant", "so")]
     turns.append(Message("user", "last"))
     ids, dropped = fit_prompt(model, tokenizer, [Message("system", "S"), *turns], GREEDY)
     assert len(ids) <= 512 - 12
-    assert dropped > 0
-    assert dropped % 2 == 0
     text = tokenizer.decode(ids)
+    first = next(i for i in range(40) if f"question {i}<" in text)
+    assert dropped == turns.index(Message("user", f"question {first}")) > 2
+    assert all(f"answer {i}<" in text for i in range(first, 40))
     assert "system\nS" in text
     assert "question 0<" not in text
     assert "last" in text

@@ -47,6 +47,14 @@ def test_recipes_choose():
     assert places(sizes(4, gradient_checkpointing=True)) == ["card"]
 
 
+@pytest.mark.parametrize(
+    ("length", "heads"), [(2048, 32), (32767, 32), (32768, 16), (65536, 8), (2**21, 1)]
+)
+def test_long_rows_go_through_attention_in_groups_of_heads(length, heads):
+    found = list(choices(sizes(streaming="on", cutoff_len=length), engine=True))
+    assert {placement.heads_at_once for _, placement in found} == {heads}
+
+
 def test_an_optimizer_of_cards_stays_there():
     found = list(choices(sizes(2, sharding="on", optimizer="adamw_8bit"), engine=True))
     assert not any(placement.adapters_on_host for _, placement in found)

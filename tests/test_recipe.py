@@ -44,6 +44,35 @@ def test_held_out_defaults_to_a_twentieth_unless_other_data_is_named():
     assert Recipe(model="m", data="d", val_size=20).held_out == 20
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (None, None),
+        ("15GiB", 15 * 2**30),
+        ("1.5 GiB", 3 * 2**29),
+        ("12GB", 12 * 10**9),
+        ("512MiB", 512 * 2**20),
+        ("500 MB", 500 * 10**6),
+    ],
+)
+def test_a_memory_limit_is_read_with_its_unit(text, size):
+    assert Recipe(model="m", data="d", memory_limit=text).memory_limit_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("given", "minutes"), [(100, None), ("1min", 1), ("10min", 10), ("90 min", 90)]
+)
+def test_checkpoints_are_counted_in_steps_or_minutes(given, minutes):
+    assert Recipe(model="m", data="d", save_every=given).save_minutes == minutes
+
+
+def test_warm_up_is_a_share_of_the_steps_or_a_number_of_them():
+    assert Recipe(model="m", data="d", warmup_ratio=0.1).warmup_of(256) == 26
+    assert Recipe(model="m", data="d").warmup_of(10) == 0
+    assert Recipe(model="m", data="d", warmup_steps=0, warmup_ratio=0.1).warmup_of(256) == 0
+    assert Recipe(model="m", data="d", warmup_steps=7, warmup_ratio=0.1).warmup_of(256) == 7
+
+
 def test_recipe_is_frozen():
     with pytest.raises(ValidationError):
         Recipe(model="m", data="d").lora_r = 3

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import RunError, WorkError
-from lorakit.run_dir import RunDir, append_metrics, find_run, read_metrics, write_json, write_text
+from lorakit.run_dir import (
+    ADAPTER_WEIGHTS,
+    RunDir,
+    append_metrics,
+    find_run,
+    read_metrics,
+    write_json,
+    write_text,
+)
 
 
 def test_checkpoints_are_listed_in_step_order_and_half_written_ones_are_not(tmp_path):
@@ -18,6 +26,38 @@ def test_checkpoints_are_listed_in_step_order_and_half_written_ones_are_not(tmp_
         "step_000100",
         "step_1000000",
     ]
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "adapter"])
+def test_either_a_checkpoint_or_an_adapter_is_work_that_starting_over_would_lose(tmp_path, left):
+    run = RunDir(tmp_path)
+    write_text(run.recipe, "model: demo\n")
+    append_metrics(run, [{"step": 1}])
+    run.adapter.mkdir()
+    assert not run.holds_work()
+    if left == "checkpoint":
+        run.checkpoint(1).mkdir(parents=True)
+    else:
+        (run.adapter / ADAPTER_WEIGHTS).write_bytes(b"x")
+    assert run.holds_work()
+
+
+def test_no_secret_is_written_into_a_run(tmp_path):
+    write_json(tmp_path / "a.json", {"data": "https://x/y?token=abcdefgh", "key": "hf_" + "x" * 34})
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "data": "https://x/y?token=***",
+        "key": "***",
+    }
+
+
+def test_evaluations_and_steps_are_told_apart(tmp_path):
+    run = RunDir(tmp_path)
+    step, scored = {"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}
+    append_metrics(run, [step, scored])
+    with run.metrics.open("a") as handle:
+        handle.write("[1]\n7\n")  # no rows
+    assert read_metrics(run) == [step]
+    assert read_metrics(run, held_out=True) == [scored]
 
 
 def test_find_run_names_what_is_missing(tmp_path):

@@ -60,6 +60,8 @@ def test_a_card_is_a_device_with_a_type_it_can_multiply(card):
 def test_sizes_are_read_with_their_unit():
     assert parse_memory("12GB") == 12 * 10**9
     assert parse_memory("1.5 GiB") == int(1.5 * GIB)
+    assert parse_memory("500MB") == 500 * 10**6
+    assert parse_memory("512MiB") == 512 * 2**20
     for text in ("12", "GB", "-3GB", "0GB", "12 gigs"):
         with pytest.raises(RecipeError, match="--memory"):
             parse_memory(text)

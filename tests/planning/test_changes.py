@@ -8,6 +8,7 @@ import pytest
 from lorakit.model.shapes import shape_config
 from lorakit.planning.cards import CARDS, card_device
 from lorakit.planning.changes import _with, fewest_gpus, find_changes, smallest_card
+from lorakit.planning.throughput import expected_speed
 from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -44,7 +45,13 @@ def test_what_is_offered_fits_and_is_what_it_says(case):
         assert change.fits
         assert again.fits
         assert again.total_bytes == change.total_bytes == plan.total_bytes - change.saved_bytes
-        assert change.slower is not None
+        typed, card = _with(asked, change.settings), CARDS[CASES[case][1]]
+        before, after = (
+            expected_speed(*one, card).tokens_per_second
+            for one in ((asked, config, device, plan), (typed, config, device, again))
+        )
+        assert change.slower == pytest.approx(1 - after / before)
+        assert change.as_dict()["slower"] == round(change.slower, 3)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -94,6 +101,9 @@ def test_the_smallest_card():
     assert smallest_card(recipe(), shape_config("smollm2-135m"), one).memory_gib < 12
     two = smallest_card(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2))
     assert two.memory_gib < CARDS["l4"].memory_gib
+    # One in each of two machines cannot share the base.
+    apart = smallest_card(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2, nodes=2))
+    assert apart.name == "l4"
 
 
 def test_sharding_is_offered_where_it_was_forbidden():

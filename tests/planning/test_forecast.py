@@ -9,7 +9,9 @@ from lorakit.errors import ModelError, WorkError
 from lorakit.model.shapes import shape_config
 from lorakit.planning import forecast as module
 from lorakit.planning.cards import CARDS, card_device, several
-from lorakit.planning.forecast import find_config, forecast, planned_speed, refuse
+from lorakit.planning.changes import Change, smallest_card
+from lorakit.planning.forecast import find_config, forecast, planned_speed, refuse, saving
+from lorakit.planning.phases import disk_parts, host_parts, merge_parts, phases
 from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 
@@ -30,6 +32,44 @@ def test_a_forecast_is_json_and_its_sums_agree():
     assert value["tokens_per_second"] > 10_000
     assert value["training"]["total_bytes"] == sum(value["device_bytes"]["training"].values())
     assert value["changes"] == []
+
+
+def test_each_part_of_a_forecast_is_under_its_own_name():
+    asked, config = recipe(streaming="off"), shape_config("llama-2-7b")
+    plan = plan_training(asked, config, T4)
+    value = forecast(asked, config, T4, local=True).as_dict()
+    assert value["training"] == plan.as_dict()
+    assert value["device_bytes"] == phases(asked, config, T4, plan)
+    assert value["host_bytes"] == host_parts(asked, T4, plan)
+    assert value["merge_bytes"] == merge_parts(config)
+    assert value["disk_bytes"] == disk_parts(asked, config, local=True)
+    assert value["speed_basis"] == "an estimate from its data sheet"
+    assert (value["fits"], value["fewest_gpus"]) == (False, 2)
+    assert value["smallest_card"] == smallest_card(asked, config, T4).name
+    assert value["context"] == 4096
+    assert value["changes"]
+    assert value["scale"] is None
+
+
+@pytest.mark.parametrize("values", [{}, {"streaming": "off", "sharding": "off"}])
+def test_more_gpus_are_told_only_where_they_are_needed_and_help(values):
+    device = H100 if not values else T4
+    found = forecast(recipe(**values), shape_config("llama-2-7b"), device)
+    assert found.fits is (not values)
+    assert found.fewest_gpus is None
+
+
+@pytest.mark.parametrize(
+    ("slower", "words"),
+    [
+        (0.3, "2.0 GiB, saves 1.5, 30% slower, its price"),
+        (0.005, "2.0 GiB, saves 1.5, no slower, its price"),
+        (-0.4, "2.0 GiB, saves 1.5, no slower, its price"),
+        (None, "2.0 GiB, saves 1.5, its price"),
+    ],
+)
+def test_what_a_change_saves_and_costs(slower, words):
+    assert saving(Change({}, "its price", 2 * 2**30, 3 * 2**29, True, slower)) == words
 
 
 def test_streaming_that_fits_is_told_with_what_would_be_faster():

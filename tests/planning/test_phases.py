@@ -11,8 +11,9 @@ from lorakit.model.count import count
 from lorakit.model.shapes import shape_config
 from lorakit.planning.cards import CARDS, card_device, several
 from lorakit.planning.phases import disk_parts, host_parts, merge_parts, phases, spelled
-from lorakit.planning.training import plan_training
+from lorakit.planning.training import LIBRARIES_BYTES, plan_training
 from lorakit.recipe import Recipe
+from lorakit.records import Device
 
 H100 = card_device(CARDS["h100"], None, "auto")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -50,6 +51,66 @@ def test_evaluation_and_generation_stand_on_the_same_weights():
     assert found["generation"]["keys and values"] == 4 * 2144 * 32 * 2 * 8 * 128 * 2
 
 
+def test_what_does_not_come_and_go_is_in_every_phase():
+    """QLoRA on two GPUs has all of it; evaluation comes while the optimizer is still there."""
+    asked, config = recipe(method="qlora"), shape_config("llama-2-7b")
+    device = several(H100, 2, None, None)
+    plan = plan_training(asked, config, device)
+    stays = {
+        "frozen weights",
+        "embeddings, head and norms",
+        "adapters (float32)",
+        "adapters (copy in the base's type)",
+        "one layer dequantized",
+        "CUDA context",
+        "NCCL buffers",
+    }
+    found = phases(asked, config, device, plan)
+    standing = {name: plan.parts[name] for name in stays}
+    for name in ("evaluation", "generation"):
+        assert {part: size for part, size in found[name].items() if part in stays} == standing
+    state = plan.parts["optimizer state"]
+    assert state > 0
+    assert found["evaluation"]["optimizer state"] == state
+    assert "optimizer state" not in found["generation"]
+    for parts in found.values():
+        assert "gradients (float32)" not in parts or parts is found["training"]
+
+
+def test_on_a_cpu_python_stands_beside_every_phase():
+    asked, config = recipe(), shape_config("smollm2-135m")
+    cpu = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+    found = phases(asked, config, cpu, plan_training(asked, config, cpu))
+    assert {parts["Python and libraries"] for parts in found.values()} == {LIBRARIES_BYTES}
+
+
+def test_pages_of_a_paged_optimizer_lie_in_host_memory_of_each_process():
+    config = shape_config("llama-2-7b")
+    for ranks in (1, 2):
+        device = several(H100, ranks, None, None)
+        pages = {}
+        for name in ("adamw_8bit", "paged_adamw_8bit"):
+            asked = recipe(optimizer=name)
+            parts = host_parts(asked, device, plan_training(asked, config, device))
+            pages[name] = parts.get("optimizer pages", 0)
+        assert pages == {"adamw_8bit": 0, "paged_adamw_8bit": ranks * 2 * 39_976_960}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("llama-2-7b", {}, {"embedding": 32000 * 4096, "head": 32000 * 4096}),
+        ("llama-2-7b", {"memory_limit": "5GiB"}, {"head": 32000 * 4096}),
+        ("smollm2-135m", {}, {"embedding, also the head": 49152 * 576}),
+    ],
+)
+def test_embedding_and_head_are_told_apart(name, values, expected):
+    asked, config = recipe(**values), shape_config(name)
+    told = spelled(asked, config, H100, plan_training(asked, config, H100))
+    found = {part: size for part, size in told.items() if "embedding" in part or part == "head"}
+    assert found == {part: 2 * count for part, count in expected.items()}
+
+
 def test_the_host_holds_what_is_streamed():
     config = shape_config("llama-2-7b")
     asked = recipe(streaming="on", memory_limit="4GiB")
@@ -63,6 +124,7 @@ def test_merging_takes_what_was_measured():
     parts = merge_parts(shape_config("llama-2-7b"))
     check = next(size for name, size in parts.items() if "check" in name)
     assert sum(parts.values()) - check == pytest.approx(measured, rel=0.15)
+    assert check == 2 * 4 * 6_738_415_616  # two models in float32
 
 
 def test_disk():
@@ -70,7 +132,17 @@ def test_disk():
     parts = disk_parts(recipe(), config, local=False)
     assert parts["download (16-bit weights)"] == 2 * 6_738_415_616
     assert parts["adapter"] == 4 * 39_976_960
+    assert parts["merged export (16-bit)"] == 2 * 6_738_415_616
     assert disk_parts(recipe(), config, local=True)["download (16-bit weights)"] == 0
+
+
+@pytest.mark.parametrize(("optimizer", "state"), [("adamw", 8), ("adamw_8bit", 2), ("sgd", 0)])
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_disk_holds_the_checkpoints_that_stay_and_the_one_being_written(keep, optimizer, state):
+    asked = recipe(keep_checkpoints=keep, optimizer=optimizer)
+    parts = disk_parts(asked, shape_config("llama-2-7b"), local=True)
+    (checkpoints,) = (size for name, size in parts.items() if name.startswith("checkpoints"))
+    assert checkpoints == (keep + 1) * (4 + state) * 39_976_960
 
 
 def test_what_a_spread_base_takes_is_spelled_out_with_its_sum():

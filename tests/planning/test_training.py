@@ -101,6 +101,8 @@ def test_short_data_makes_short_rows():
     assert longest_rows(asked, 100, CPU).cutoff_len == 400
     assert longest_rows(asked.model_copy(update={"packing": False}), 100, CPU).cutoff_len == 100
     assert longest_rows(asked, 1000, CPU).cutoff_len == 2048
+    assert longest_rows(asked, 1, CPU).cutoff_len == 8  # the least that a recipe may have
+    assert longest_rows(asked, 0, CPU) == asked
 
 
 def test_on_a_card_rows_are_as_long_as_cuda_graphs_make_them():

@@ -1,5 +1,6 @@
 """Rows of metrics, also of a step that is no number, and a stop after the step."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -37,13 +38,28 @@ def test_a_row_has_the_rate_of_its_own_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     reporter = reporter_of(tmp_path)
     reporter.on_train_begin(None, state(4), control())
-    reporter.on_log(None, state(6), control(), {"loss": 1.5, "grad_norm": 0.25})
+    logs = {"loss": 1.5, "grad_norm": 0.25, "learning_rate": 3e-4}
+    reporter.on_log(None, state(6), control(), logs)
     reporter.on_train_end(None, state(6), control())
     (row,) = read_metrics(RunDir(tmp_path))
     assert (row["step"], row["loss"], row["grad_norm"], row["tokens"]) == (6, 1.5, 0.25, 640)
     # Two steps since the start: the seconds are of one, the tokens of both.
     assert (row["seconds"], row["tokens_per_second"]) == (2.0, 160.0)
+    assert (row["learning_rate"], row["epoch"]) == (3e-4, 0.6)
     assert reporter.trainer.step_tokens == 0
+
+
+def test_an_evaluation_is_a_row_of_its_own_and_a_line(tmp_path):
+    reporter, text = reporter_of(tmp_path), io.StringIO()
+    reporter.progress.console = Console(file=text, width=100)
+    reporter.on_train_begin(None, state(4), control())
+    reporter.on_log(None, state(6), control(), {"eval_loss": 1.25, "eval_perplexity": 3.5})
+    assert read_metrics(RunDir(tmp_path)) == []
+    (row,) = read_metrics(RunDir(tmp_path), held_out=True)
+    assert row == {"step": 6, "eval_loss": 1.25, "eval_perplexity": 3.5}
+    assert text.getvalue() == "step 6: held-out loss 1.2500, perplexity 3.50\n"
+    # The next row of a step counts its tokens and its time from the one before.
+    assert reporter.trainer.step_tokens == 640
 
 
 def test_a_skipped_step_is_a_row_of_plain_json(tmp_path):

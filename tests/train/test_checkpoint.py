@@ -96,6 +96,12 @@ def test_space_is_asked_for_and_what_is_missing_counted(tmp_path, monkeypatch):
     assert "1.0 MB missing" in caught.value.message
     make(run, 1)  # what lies there already is not asked for again
     require_space(run, recipe, 1_000_000)
+    for step in (2, 3, 4, 5):  # a run that kept more before
+        make(run, step)
+    one_more = one + 4_000_000 + 2**20
+    monkeypatch.setattr("lorakit.train.checkpoint.free_bytes", lambda path: one_more - 1)
+    with pytest.raises(WorkError, match=r"1 more checkpoint of 13\.0 MB"):
+        require_space(run, recipe, 1_000_000)
 
 
 class Adapter(torch.nn.Module):

@@ -33,6 +33,8 @@ CAPPED = (
         (torch.OutOfMemoryError(ON_A_CARD), "1.5 GiB more were asked for, 312.2 MiB were free"),
         (RuntimeError("CUDA error: out of memory"), "it does not say how much is missing"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "it does not say"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "it does not say"),
+        (RuntimeError("Cannot allocate memory"), "it does not say"),
         (MemoryError(), "it does not say"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "it does not say"),
     ],

@@ -23,6 +23,8 @@ def test_lines_without_a_terminal_are_few_and_the_last_step_is_always_shown(tmp_
     assert [line.split(" ")[1] for line in lines] == ["1/5", "5/5"]
     assert "loss 1.500" in lines[0]
     assert "1,234 tok/s" in lines[0] or "1,235 tok/s" in lines[0]
+    # Four steps of half a second, then none.
+    assert [line.rpartition(" · ")[2] for line in lines] == ["2 s left", "0 s left"]
     assert [r["step"] for r in read_metrics(RunDir(tmp_path))] == [1, 2, 3, 4, 5]
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lorakit.errors import WorkError
-from lorakit.records import IGNORE, Example, Origin
-from lorakit.train.score import not_finite, score
+from lorakit.records import IGNORE, EvalScore, Example, Origin
+from lorakit.train.loss import attach_loss, detach_loss
+from lorakit.train.score import combined, not_finite, score
 
 from .faults import ask_for_a_petabyte, nan_where
 
@@ -44,6 +45,31 @@ def test_score_is_the_mean_over_all_trained_tokens(model, batch_tokens):
     assert result.perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-4)
     assert model.training
     assert "forward" not in model.__dict__
+
+
+def test_scores_of_parts_are_weighed_by_their_tokens():
+    parts = [EvalScore(1.0, math.e, 30), EvalScore(4.0, math.exp(4), 10), EvalScore(0.0, 1.0, 0)]
+    whole = combined(parts)
+    assert (whole.loss, whole.tokens) == (1.75, 40)
+    assert whole.perplexity == pytest.approx(math.exp(1.75))
+    assert combined(parts[1:2]) == parts[1]
+    nothing = combined([EvalScore(0.0, 1.0, 0)] * 2)
+    assert (nothing.loss, nothing.perplexity, nothing.tokens) == (0.0, 1.0, 0)
+
+
+def test_a_loss_beyond_all_measure_has_a_perplexity_too():
+    assert combined([EvalScore(5000.0, 1.0, 3)] * 2).perplexity == math.exp(700)
+
+
+def test_a_model_in_training_keeps_the_loss_it_trains_with(model):
+    attach_loss(model)
+    try:
+        before = model.__dict__["forward"]
+        score(model, rows(), pad_id=0)
+        assert not_finite(model, rows(), pad_id=0) == []
+        assert model.__dict__["forward"] is before
+    finally:
+        detach_loss(model)
 
 
 def memory_for(model, tokens):

@@ -1,10 +1,16 @@
 """Memory that runs out costs one attempt: the run ends as one with smaller micro-batches would."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from lorakit.data.batch import step_batches
 from lorakit.errors import WorkError
+from lorakit.ranks import Ranks
+from lorakit.records import Placement
 from lorakit.run_dir import read_metrics
 from lorakit.train.checkpoint import newest_whole
 
@@ -159,6 +165,40 @@ def test_a_probe_finds_it_before_step_1_and_changes_nothing_else(run):
     assert failures == [(1, 1)]
     assert said(cut).index("out of memory") < said(cut).index("step 1/3")
     assert trained(cut) == trained(small)
+
+
+def test_a_probe_of_several_ranks_holds_what_one_of_them_gets(run):
+    """Four examples a step, two for each of two ranks: the longest are 40 and 33 tokens."""
+    trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
+    trainer.ranks = Ranks(0, 2, 2)
+    trainer.memory.probe(trainer.model)
+    assert "probe    73 tokens at once" in said(trainer)
+
+
+def test_ranks_that_gather_a_base_do_not_begin_a_step_again(run):
+    """One alone would wait for the others' layers for ever."""
+    trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
+    layout = trainer.layout
+    trainer.plan = replace(trainer.plan, placement=Placement(shards=2))
+    failures = memory_ends(trainer, lambda step, micro, h: step == 2)
+    with pytest.raises(WorkError, match=r"out of memory at step 2: .*; there is no ch") as error:
+        trainer.train()
+    assert failures == [(2, 1)]
+    assert trainer.layout == layout
+    assert "lower memory_limit" in error.value.hint
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_of_several_ranks_saves_nothing_when_it_gives_up(run, count):
+    """A checkpoint is gathered from all, and the others are in the middle of the step."""
+    trainer = run("r", max_steps=1, micro_batch_size=2, gradient_accumulation_steps=1)
+    trainer.train()
+    shutil.rmtree(trainer.run.checkpoint(1))
+    trainer.ranks = Ranks(0, count, count)
+    step = step_batches(examples([5]), trainer.layout)
+    with pytest.raises(WorkError, match="with one example at a time: too much"):
+        trainer.memory._give_up(step, "too much")
+    assert trainer.run.checkpoint(1).exists() is (count == 1)
 
 
 def test_memory_that_ends_in_the_update_is_told_with_the_checkpoint(run):

@@ -28,7 +28,6 @@ def score(
     examples: Sequence[Example],
     pad_id: int,
     batch_tokens: int = BATCH_TOKENS,
-    on_batch: Callable[[int, int], None] | None = None,
     on_smaller: Callable[[int], None] | None = None,
 ) -> EvalScore:
     """Token-weighted negative log-likelihood of `examples` under `model`, in nats.
@@ -38,7 +37,6 @@ def score(
 
     Args:
         batch_tokens: padded tokens that go through the model at once (one example at least).
-        on_batch: called with the number of examples done and their total.
         on_smaller: called with the new `batch_tokens` where memory ran out and it was lowered.
 
     Raises:
@@ -62,8 +60,6 @@ def score(
             loss += got
             tokens += sum(row.trained_tokens for row in rows)
             start += len(rows)
-            if on_batch:
-                on_batch(start, len(order))
     return _mean(loss, tokens)
 
 
