@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from tests.made_runs import answer
 
 from lorakit.errors import DataError
 from lorakit.evaluate import evaluate, evaluate_loaded, show
@@ -29,7 +30,19 @@ def test_a_reloaded_run_scores_like_the_trained_model(finish, method):
     again = evaluate_loaded(load_run(outcome.run), None, 1, print)
     assert again.tuned.loss == pytest.approx(outcome.evaluation.tuned.loss, rel=1e-3)
     assert again.base.loss == pytest.approx(outcome.evaluation.base.loss, rel=1e-3)
-    assert again.samples[0].tuned == outcome.evaluation.samples[0].tuned
+    assert again.samples[0].prompt == outcome.evaluation.samples[0].prompt
+
+
+def test_the_answers_of_base_and_tuned_are_told_apart(speaker, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What color is box {i}?", "completion": f"It is {i}."} for i in (3, 8)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    loaded = load_run(speaker("fruit"))
+    for _ in range(2):  # the adapter is on again afterwards
+        found = evaluate_loaded(loaded, str(path), 2, print).samples
+        assert [s.reference for s in found] == ["It is 3.", "It is 8."]
+        assert [s.base for s in found] == [answer("base", i, 96) for i in (3, 8)]
+        assert [s.tuned for s in found] == [answer("fruit", i, 96) for i in (3, 8)]
 
 
 def test_other_data_can_be_scored(finish, tmp_path):
