@@ -7,6 +7,7 @@ import math
 import pytest
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
+from tests.made_runs import answer
 from tests.model.engine_models import tiny
 
 from lorakit import evaluate as module
@@ -46,6 +47,18 @@ def test_a_reloaded_run_scores_like_the_trained_model(finish, method):
     # What a random model says hangs on how the CPU rounds; what it was asked does not.
     asked = [(s.prompt, s.reference) for s in outcome.evaluation.samples]
     assert [(s.prompt, s.reference) for s in again.samples] == asked[:1]
+
+
+def test_the_answers_of_base_and_tuned_are_told_apart(speaker, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What color is box {i}?", "completion": f"It is {i}."} for i in (3, 8)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    loaded = load_run(speaker("fruit"))
+    for _ in range(2):  # the adapter is on again afterwards
+        found = evaluate_loaded(loaded, str(path), 2, print).samples
+        assert [s.reference for s in found] == ["It is 3.", "It is 8."]
+        assert [s.base for s in found] == [answer("base", i, 96) for i in (3, 8)]
+        assert [s.tuned for s in found] == [answer("fruit", i, 96) for i in (3, 8)]
 
 
 def test_other_data_can_be_scored(finish, tmp_path):

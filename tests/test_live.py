@@ -54,6 +54,7 @@ def test_in_a_kernel_one_picture_is_replaced_while_the_cell_runs(tmp_path):
     client = nbclient.NotebookClient(
         notebook,
         timeout=300,
+        startup_timeout=300,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     )
