@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lorakit.errors import DataError
-from lorakit.evaluate import evaluate, evaluate_loaded, show
+from lorakit.evaluate import evaluate, evaluate_loaded
 from lorakit.model.load import load_run
 
 
@@ -53,13 +53,3 @@ def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_mo
 def test_nothing_to_evaluate_on_is_said(finish):
     with pytest.raises(DataError, match="no held-out examples"):
         evaluate(None, None, [], [], "x")
-
-
-def test_the_table_shows_both_and_the_change(finish):
-    from rich.console import Console
-
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
-    show(finish().evaluation, console)
-    text = console.export_text()
-    for word in ("base", "tuned", "change", "perplexity", "What color is box"):
-        assert word in text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorakit.live import live_curve, loss_curve, losses_of
+from lorakit.display.live import live_curve, loss_chart
 
 
 def rows(folder, *losses):
@@ -13,11 +13,12 @@ def rows(folder, *losses):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_losses_are_read_and_a_skipped_step_is_left_out(tmp_path):
+def test_losses_are_read_and_a_skipped_step_is_a_gap(tmp_path):
+    assert loss_chart(tmp_path / "none") is None
     rows(tmp_path / "run", 3.0, None, 1.0)
-    assert losses_of(tmp_path / "run") == [(1, 3.0), (3, 1.0)]
-    assert losses_of(tmp_path / "none") == []
-    assert "loss while training" in loss_curve([]).svg
+    chart = loss_chart(tmp_path / "run")
+    assert chart.description == "Loss by step from 3 to 1"
+    assert "no finite value" in chart.svg
 
 
 def test_outside_of_a_notebook_nothing_is_drawn(tmp_path, capsys):
@@ -29,15 +30,17 @@ def test_outside_of_a_notebook_nothing_is_drawn(tmp_path, capsys):
 CELL = """
 import json, time
 from pathlib import Path
-from lorakit.live import live_curve
+from lorakit.display.live import live_curve, loss_chart
 folder = Path("run")
 folder.mkdir()
+(folder / "metrics.jsonl").write_text('{"step": 0, "loss": 9}\\n')
+loss_chart(folder)  # imports matplotlib
 with live_curve(folder, seconds=0.02):
-    with (folder / "metrics.jsonl").open("w") as log:
+    with (folder / "metrics.jsonl").open("a") as log:
         for step in range(1, 4):
             log.write(json.dumps({"step": step, "loss": 4.0 / step}) + "\\n")
             log.flush()
-            time.sleep(0.2)
+            time.sleep(0.5)
 """
 
 
