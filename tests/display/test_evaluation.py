@@ -21,6 +21,10 @@ def test_scores_change_and_answers_are_there():
         assert part in text
 
 
+def test_a_long_word_is_folded_not_cut():
+    assert "…" not in shown(Sample("q", "ness" * 60, "b", "t"))
+
+
 def test_brackets_and_codes_in_answers_stay_as_they_are():
     text = shown(Sample("[/x] :smile:", "[/INST] [b]", "[link=javascript:a()]", "\x1b[2J"))
     for part in ("[/x] :smile:", "[/INST] [b]", "[link=javascript:a()]", "\\x1b[2J"):

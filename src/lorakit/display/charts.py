@@ -102,8 +102,9 @@ def line_chart(name: str, series: Sequence[Series], zero: bool = False) -> Chart
 def trend(points: Sequence[Point]) -> list[Series]:
     """One line, or a pale one with its running mean where it would be a solid band."""
     if len(points) < 200:
-        return [Series(points)]
-    return [Series(points, "noisy"), Series(running_mean(points), label="running mean")]
+        return [Series(points, label="each step")]
+    mean = Series(running_mean(points), label="running mean")
+    return [Series(points, "noisy", "each step"), mean]
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:

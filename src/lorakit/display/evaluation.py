@@ -29,7 +29,7 @@ def evaluation_view(result: EvalResult) -> Group:
         )
         table = Table(title=prompt, title_justify="left", expand=True)
         for column in ("base", "tuned", "reference"):
-            table.add_column(column, ratio=1)
+            table.add_column(column, ratio=1, overflow="fold")
         table.add_row(*answers)
         views.append(table)
     return Group(*views)

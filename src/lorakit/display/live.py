@@ -51,7 +51,7 @@ def loss_chart(folder: str | Path) -> Chart | None:
     """The loss of each step so far, from zero up; None before the first."""
     rows = read_metrics(RunDir(Path(folder)))
     points = [(row["step"], row.get("loss")) for row in rows]
-    return line_chart("Loss", [Series(points, label="loss of a step")], zero=True)
+    return line_chart("Loss", [Series(points)], zero=True)
 
 
 def _cell_output() -> Any:
