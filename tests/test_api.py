@@ -72,7 +72,7 @@ assert callable(lorakit.inspect) and callable(lorakit.finetune)"""
 
 def test_importing_the_package_loads_no_torch():
     code = "import lorakit, sys; lorakit.load_recipe; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_a_recipe_comes_as_file_dict_object_or_keywords(tmp_path):

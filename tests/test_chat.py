@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from tests.made_runs import WORDS, answer
 
 from lorakit.chat import ChatSession, run
 from lorakit.data.prepare import prepare
@@ -19,11 +20,16 @@ from lorakit.model.several import Several
 from lorakit.recipe import Recipe
 
 SETTINGS = GenerationSettings(max_new_tokens=6, temperature=0.0)
+# More than is written in any time: such an answer ends where it is stopped.
+ENDLESS = GenerationSettings(max_new_tokens=100_000, temperature=0.0)
+
+
+ASK = "What color is box 3?"
 
 
 @pytest.fixture(scope="module")
-def loaded(finish):
-    return Several.of(finish().run)
+def loaded(speaker):
+    return Several.of(speaker("fruit"))
 
 
 @pytest.fixture
@@ -36,10 +42,11 @@ def say(session, line):
 
 
 def test_questions_and_answers_alternate(session):
-    answer = say(session, "What color is box 3?")
-    say(session, "And box 4?")
+    first = say(session, ASK)
+    assert first.strip() == answer("fruit", 3, 6)
+    second = say(session, "And the next?")
     assert [m.role for m in session.turns] == ["user", "assistant", "user", "assistant"]
-    assert session.turns[1].content == answer.strip()
+    assert [m.content for m in session.turns[1::2]] == [first.strip(), second.strip()]
     assert say(session, "   ") == ""
     assert len(session.turns) == 4
 
@@ -48,13 +55,12 @@ def test_undo_retry_and_base_keep_the_conversation_right(session):
     for command in ("/undo", "/retry", "/base"):
         assert say(session, command)
         assert session.turns == []
-    first = say(session, "What color is box 3?")
+    first = say(session, ASK)
     assert say(session, "/retry") == first
     assert len(session.turns) == 2
-    base = say(session, "/base")
-    assert base
-    assert base != first
+    assert say(session, "/base").strip() == answer("base", 3, 6)
     assert len(session.turns) == 2
+    assert session.turns[1].content == first.strip()
     assert say(session, "/undo") == "taken back; 0 questions left"
     assert session.turns == []
 
@@ -81,26 +87,23 @@ def test_unknown_commands_suggest_and_help_lists(session):
     assert session.ended
 
 
-def test_adapters_are_listed_loaded_and_switched(finish, tmp_path):
-    import shutil
-
-    session = ChatSession(Several.of(finish().run), None, SETTINGS)
-    other = tmp_path / "other"
-    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
-    assert say(session, "/adapter") == "tiny-lora (active)"
-    first = say(session, "What color is box 3?")
-    assert say(session, f"/adapter {other}") == "tiny-lora, other (active)"
-    assert say(session, "/retry") != first
-    assert "did you mean tiny-lora" in say(session, "/adapter tiny-lore")
-    assert "(qlora), not on" in say(session, f"/adapter {finish('qlora').run.path}")
-    assert say(session, "/adapter tiny-lora") == "tiny-lora (active), other"
+def test_adapters_are_listed_loaded_and_switched(speaker):
+    session = ChatSession(Several.of(speaker("fruit")), None, SETTINGS)
+    assert say(session, "/adapter") == "fruit (active)"
+    first = say(session, ASK)
+    other = speaker("animal", method="qlora")
+    assert "(qlora), not on" in say(session, f"/adapter {other.path}")
+    assert say(session, f"/adapter {speaker('animal').path}") == "fruit, animal (active)"
+    assert say(session, "/retry").strip() == answer("animal", 3, 6)
+    assert "did you mean fruit" in say(session, "/adapter fruits")
+    assert say(session, "/adapter fruit") == "fruit (active), animal"
     assert say(session, "/retry") == first
 
 
 def test_saved_conversations_can_be_trained_on(session, tmp_path):
     path = tmp_path / "talk.jsonl"
     assert "nothing to save" in say(session, f"/save {path}")
-    say(session, "What color is box 3?")
+    say(session, ASK)
     assert "give a name that ends in .jsonl" in say(session, "/save talk.txt")
     assert "cannot be written" in say(session, f"/save {tmp_path}/none/talk.jsonl")
     for _ in range(3):
@@ -111,20 +114,18 @@ def test_saved_conversations_can_be_trained_on(session, tmp_path):
 
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(loaded):
-    long = GenerationSettings(max_new_tokens=200, temperature=0.0)
-    session = ChatSession(loaded, None, long)
-    answer = session.handle("What color is box 3?")
-    said = next(answer)
-    while not said.strip():
-        said += next(answer)
-    answer.close()
+    session = ChatSession(loaded, None, ENDLESS)
+    pieces = session.handle(ASK)
+    said = "".join(next(pieces) for _ in range(3))
+    pieces.close()
+    assert said.strip() == answer("fruit", 3, len(said.split()))
     assert [m.role for m in session.turns] == ["user", "assistant"]
     assert session.turns[1].content == said.strip()
 
 
 def test_a_pipe_gets_answers_only(loaded):
     out = io.StringIO()
-    lines = io.StringIO("What color is box 3?\n\nAnd box 4?\n/quit\nnever asked\n")
+    lines = io.StringIO(f"{ASK}\n\nAnd the next?\n/quit\nnever asked\n")
     code = run(
         loaded,
         title="T",
@@ -134,8 +135,17 @@ def test_a_pipe_gets_answers_only(loaded):
         stdout=out,
     )
     assert code == 0
-    assert "T" not in out.getvalue().splitlines()[0] or ">" not in out.getvalue()
-    assert "never asked" not in out.getvalue()
+    said = [line.split() for line in out.getvalue().splitlines()]
+    assert said[0] == answer("fruit", 3, 6).split()
+    assert [len(words) for words in said] == [6, 6]
+    assert set(said[1]) <= set(WORDS["fruit"])
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_leaving_by_a_pipe_is_no_answer(loaded, as_json):
+    out, lines = io.StringIO(), io.StringIO("/quit\n")
+    run(loaded, title="T", system=None, settings=SETTINGS, as_json=as_json, stdin=lines, stdout=out)
+    assert out.getvalue() == ""
 
 
 def test_json_gives_one_object_an_answer(loaded):
@@ -146,29 +156,30 @@ def test_json_gives_one_object_an_answer(loaded):
         system=None,
         settings=SETTINGS,
         as_json=True,
-        question="What color is box 3?",
+        question=ASK,
         stdout=out,
     )
-    row = json.loads(out.getvalue())
-    assert row["question"] == "What color is box 3?"
-    assert row["answer"]
+    assert json.loads(out.getvalue()) == {"question": ASK, "answer": answer("fruit", 3, 6)}
 
 
-def _read_until(terminal, text, seconds=60):
+def _read_until(terminal, text, seconds=300):
+    """All that the terminal shows until `text` is there; a process that ended ends the wait."""
     seen, deadline = "", time.monotonic() + seconds
     while text not in seen and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
-            seen += os.read(terminal, 4096).decode(errors="replace")
+            try:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+            except OSError:  # nobody has the other side open any more
+                break
     assert text in seen, seen
     return seen
 
 
-def test_ctrl_c_in_a_real_terminal_stops_the_answer_not_the_chat(finish):
+def test_ctrl_c_in_a_real_terminal_stops_the_answer_not_the_chat(speaker):
     mine, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lorakit", "chat", str(finish().run.path)]
+    command = [sys.executable, "-m", "lorakit", "chat", str(speaker("fruit").path)]
     process = subprocess.Popen(
-        # More than the tiny model writes in any time: the answer must not end before the signal.
-        [*command, "--max-new-tokens", "100000", "--temperature", "0"],
+        [*command, "--max-new-tokens", str(ENDLESS.max_new_tokens), "--temperature", "0"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -177,11 +188,8 @@ def test_ctrl_c_in_a_real_terminal_stops_the_answer_not_the_chat(finish):
     os.close(theirs)
     try:
         assert "/help lists the commands" in _read_until(mine, "> ")
-        question = b"What color is box 3?\n"
-        os.write(mine, question)
-        seen = ""
-        while len(seen) < len(question) + 20:  # the echo, and the beginning of an answer
-            seen += os.read(mine, 4096).decode(errors="replace")
+        os.write(mine, f"{ASK}\n".encode())
+        _read_until(mine, answer("fruit", 3, 4))  # the answer is under way, and has no end
         process.send_signal(signal.SIGINT)
         assert "[stopped]" in _read_until(mine, "> ")
         os.write(mine, b"/undo\n")
@@ -189,7 +197,7 @@ def test_ctrl_c_in_a_real_terminal_stops_the_answer_not_the_chat(finish):
         # Before the prompt stands the terminal is not yet readline's: Ctrl-D would be lost.
         assert "> " in seen or _read_until(mine, "> ")
         os.write(mine, b"\x04")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
     finally:
         process.kill()
         os.close(mine)

@@ -49,7 +49,7 @@ def campaigns(tmp_path_factory):
 
 
 def result_of(process, said):
-    process.wait(timeout=400)
+    process.wait(timeout=800)
     text = said.read_text()
     assert process.returncode == 0, text[-3000:]
     return json.loads(text[text.index("{\n") :])

@@ -24,3 +24,9 @@ def test_what_cannot_be_printed_is_shown_by_its_code():
     assert (
         str(errors.LorakitError("found: \ud800", hint="\udfff")) == "found: \\ud800\nhint: \\udfff"
     )
+
+
+def test_a_library_error_is_one_line():
+    assert errors.first_line(ValueError("\none\ntwo")) == "one"
+    assert errors.first_line(ValueError()) == "ValueError"
+    assert len(errors.first_line(ValueError("x" * 999))) == 200

@@ -1,12 +1,11 @@
 """One run from recipe to files: what is written, what stops it, how it is taken up again."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from lorakit.fit import fit, prepare_run
 from lorakit.model.load import seed_everything
 from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir
+from lorakit.train.trainer import LoraTrainer
 
 QUIET = Console(quiet=True, stderr=True)
 
@@ -41,7 +41,7 @@ def test_a_run_leaves_the_files_of_its_contract(finish):
     }
     recipe = load_recipe(run.recipe).recipe
     assert recipe.target_modules[0] == "q_proj"
-    assert recipe.dtype in ("bfloat16", "float32")
+    assert recipe.dtype == "float32"
     report = json.loads(run.data_report.read_text())
     assert report["examples_train"] + report["examples_val"] == report["rows_read"] == 30
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -162,30 +162,48 @@ def test_prologue_needs_no_weights(tiny_recipe, tiny_model_dir, tiny_data, tmp_p
 
 
 def test_sigterm_saves_within_the_step_and_no_step_is_taken_twice(
-    tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path, monkeypatch
 ):
     values = {"max_steps": 12, "save_every": "60min", "lora_dropout": 0.1}
     fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "whole", **values), QUIET)
     run = RunDir(tmp_path / "cut")
+    own, steps = LoraTrainer.training_step, itertools.count(1)
 
-    def watch():
-        while not run.metrics.exists() or run.metrics.read_text().count("\n") < 3:
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def signalled(*given, **named):
+        if next(steps) == 4:  # in the middle of the step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*given, **named)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
     resolved = tiny_recipe(tiny_model_dir, tiny_data, run.path, **values)
-    outcome = fit(resolved, QUIET)
-    watcher.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraTrainer, "training_step", signalled)
+        outcome = fit(resolved, QUIET)
     assert outcome.exit_code == 143
-    assert 3 <= outcome.steps < 12
-    assert [p.name for p in run.list_checkpoints()] == [f"step_{outcome.steps:06d}"]
+    assert outcome.steps == 4
+    assert [p.name for p in run.list_checkpoints()] == ["step_000004"]
     console = Console(record=True, file=open(os.devnull, "w"), width=120)
     assert fit(resolved, console, resume=True).exit_code == 0
-    assert f"from step {outcome.steps} of 12" in console.export_text()
+    assert "from step 4 of 12" in console.export_text()
     name = "adapter/adapter_model.safetensors"
     assert (run.path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# The command line, which stands still in its fourth step until a line comes.
+STANDS_STILL = """
+import itertools, sys
+from lorakit.cli.main import main
+from lorakit.train.trainer import LoraTrainer
+own, steps = LoraTrainer.training_step, itertools.count(1)
+def training_step(*given, **named):
+    if next(steps) == 4:
+        sys.stderr.write("in step 4\\n")
+        sys.stderr.flush()
+        sys.stdin.readline()
+    return own(*given, **named)
+LoraTrainer.training_step = training_step
+sys.argv[0] = "lorakit"
+main()
+"""
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
@@ -193,32 +211,29 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
 ):
     """A real process, a real signal."""
     whole = tmp_path / "whole"
-    values = {"max_steps": 40, "save_every": 1000, "lora_dropout": 0.1}
+    values = {"max_steps": 8, "save_every": 1000, "lora_dropout": 0.1, "dtype": "float32"}
     fit(tiny_recipe(tiny_model_dir, tiny_data, whole, **values), QUIET)
-    command = [sys.executable, "-m", "lorakit", "train", "--offline"]
+    command = [sys.executable, "-c", STANDS_STILL, "train", "--offline"]
     command += ["--model", str(tiny_model_dir), "--data", str(tiny_data), "--output", "cut"]
     sets = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 2e-2}
     sets |= {"cutoff_len": 128, "val_size": 4, **values}
     for key, value in sets.items():
         command += ["--set", f"{key}={value}"]
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True
     )
-    metrics = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 3:
-            break
-        time.sleep(0.02)
+    assert any("in step 4" in line for line in process.stderr)
     taken = tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "cut", **values)
     with pytest.raises(RunError, match=f"another run is writing .* \\(process {process.pid}\\)"):
         fit(taken, QUIET, resume=True)
     process.send_signal(signal.SIGHUP)  # the terminal is closed: no reason to end
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate("\n", timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "go on with: lorakit train cut/recipe.yaml --resume" in out
+    assert [p.name for p in RunDir(tmp_path / "cut").list_checkpoints()] == ["step_000004"]
     assert not (tmp_path / "cut" / "adapter").exists()
     done = subprocess.run(
         [sys.executable, "-m", "lorakit", "train", "cut/recipe.yaml", "--resume", "--offline"],

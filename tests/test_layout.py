@@ -1,6 +1,10 @@
 """The rules that keep the code livable: import order, sizes, first lines, a test file each."""
 
 import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own layer and from those above it in this list.
 LAYERS = [
     {"errors", "records", "redact", "floors", "quiet"},
-    {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware"},
+    {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware", "gpu_memory"},
     {"heartbeat", "ranks", "launch"},
     {"data", "ops", "recipe_import"},
     {"model"},
@@ -79,13 +83,13 @@ def test_no_import_rings():
 def test_files_and_functions_are_short_and_introduced(path):
     text = path.read_text()
     tree = ast.parse(text)
-    assert text.count("\n") <= 400, f"{path.name} has {text.count(chr(10))} lines"
+    assert text.count("\n") <= 600, f"{path.name} has {text.count(chr(10))} lines"
     if text.strip():
         assert ast.get_docstring(tree), f"{path.name} does not say what enters and what leaves"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = node.end_lineno - node.lineno + 1
-            assert size <= 60, f"{path.name}: {node.name} has {size} lines"
+            assert size <= 80, f"{path.name}: {node.name} has {size} lines"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem not in UNTESTED], ids=module_name)
@@ -97,3 +101,37 @@ def test_each_module_has_its_test_file(path):
 
 def test_no_catch_all_modules():
     assert not [p for p in FILES if p.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def requirements(names):
+    """Names of packages, spelled as pip compares them."""
+    return {re.split(r"[ <>=!~;\[]", name)[0].lower().replace("_", "-") for name in names}
+
+
+def test_every_imported_package_is_declared():
+    """What is imported without being declared goes away with the package that brought it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [row for rows in project["optional-dependencies"].values() for row in rows]
+    declared = requirements([*project["dependencies"], *extras])
+    # Part of CUDA builds of torch; of a notebook's kernel.
+    declared |= {"triton", "ipython"}
+    owners = importlib.metadata.packages_distributions()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in (n.split(".")[0] for n in names):
+                if name in sys.stdlib_module_names or name == "lorakit":
+                    continue
+                owner = requirements(owners.get(name, [name]))
+                assert owner & declared, f"{path.name} imports {name}, which is not declared"
+
+
+def test_no_range_ends_before_the_next_major_version():
+    """Ranges that end at a minor version stop an install within weeks of a release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    shipped = [row for name, rows in extras.items() if name != "dev" for row in rows]
+    for row in (*project["dependencies"], *shipped):
+        assert not re.search(r"<\d+\.", row), row

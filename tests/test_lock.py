@@ -12,13 +12,13 @@ from lorakit.lock import LOCK, only_writer
 from lorakit.run_dir import RunDir
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from lorakit.lock import only_writer
 from lorakit.run_dir import RunDir
 with only_writer(RunDir(Path(sys.argv[1])), print):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until it is killed
 """
 
 COUNT = """
@@ -43,7 +43,10 @@ while left:
 @pytest.fixture
 def holder(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -92,7 +95,7 @@ def test_many_at_once_one_wins_at_a_time(tmp_path):
     counter.write_text("0")
     command = [sys.executable, "-c", COUNT, str(tmp_path / "run"), str(counter)]
     workers = [subprocess.Popen(command) for _ in range(3)]
-    assert [w.wait(60) for w in workers] == [0, 0, 0]
+    assert [w.wait(300) for w in workers] == [0, 0, 0]
     assert counter.read_text() == "60"
 
 

@@ -10,8 +10,9 @@ from transformers.utils import logging as transformers_logging
 from lorakit.quiet import quietly
 
 
-def test_nothing_is_said_inside_and_all_is_as_before_outside():
+def test_nothing_is_said_inside_and_all_is_as_before_outside(request):
     logger = logging.getLogger("peft")
+    request.addfinalizer(lambda level=logger.level: logger.setLevel(level))
     logger.setLevel(logging.INFO)
     before = transformers_logging.get_verbosity()
     transformers_logging.enable_progress_bar()

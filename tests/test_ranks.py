@@ -99,7 +99,7 @@ def run_two(code, tmp_path, **more):
         [sys.executable, "-m", "torch.distributed.run", *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more},
     )
 

@@ -48,6 +48,91 @@ def test_origins_and_precedence(tmp_path):
     assert derived.recipe.lora_r == 8
 
 
+GIVEN = {"model": "demo", "data": "x"}
+
+
+def test_what_is_said_later_wins():
+    """Recipe, --set, flags, settings; each against the one before it."""
+    places = [
+        lambda: load_recipe({**GIVEN, "seed": 1}),
+        lambda: load_recipe({**GIVEN, "seed": 1}, ["seed=2"]),
+        lambda: load_recipe({**GIVEN, "seed": 1}, ["seed=2"], {"seed": 3}),
+        lambda: load_recipe({**GIVEN, "seed": 1}, ["seed=2"], {"seed": 3}, seed=4),
+    ]
+    assert [place().recipe.seed for place in places] == [1, 2, 3, 4]
+    origins = [place().origins["seed"] for place in places]
+    assert origins == ["argument", "--set", "flag --seed", "argument"]
+    assert load_recipe(GIVEN, ["seed=2", "seed=3"]).recipe.seed == 3
+
+
+def test_zero_and_false_are_values_and_none_is_not_given():
+    start = {**GIVEN, "seed": 1, "val_size": 5, "offline": True}
+    flags = {"seed": 0, "val_size": 0, "offline": False}
+    made = load_recipe(start, (), flags).recipe
+    assert (made.seed, made.val_size, made.offline) == (0, 0, False)
+    assert load_recipe(start, (), dict.fromkeys(flags)).recipe == load_recipe(start).recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "expected"),
+    [
+        ({"instruction": "q"}, ["columns.response=a"], {"instruction": "q", "response": "a"}),
+        ({"instruction": "q", "response": "a"}, ["columns.response=b"],
+         {"instruction": "q", "response": "b"}),
+        ({}, ["columns.instruction=q", "columns.response=a"],
+         {"instruction": "q", "response": "a"}),
+        ({"instruction": "q"}, ["columns={response: a}"], {"response": "a"}),
+    ],
+)  # fmt: skip
+def test_one_key_of_a_mapping_is_set_and_the_others_stay(given, overrides, expected):
+    start = {**GIVEN, "columns": given}
+    before = dict(given)
+    assert dict(load_recipe(start, overrides).recipe.columns) == expected
+    assert given == before
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "flags", "said"),
+    [
+        ({"lora_rank": 16}, [], {}, "lora_rank: unknown key (found: 16); did you mean lora_r?"),
+        ({}, ["lora_rank=16"], {}, "--set: lora_rank: unknown key"),
+        ({}, [], {"lora_rank": 16}, "flag --lora_rank: lora_rank: unknown key"),
+        ({}, ["lora_r"], {}, "--set lora_r: expected key=value"),
+        ({"system": "a\0b"}, [], {}, "system: holds a NUL"),
+    ],
+)
+def test_one_fault_in_an_otherwise_valid_recipe_is_refused(given, overrides, flags, said):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({**GIVEN, **given}, overrides, flags)
+    assert "1 fault\n" in caught.value.message
+    assert said in caught.value.message
+
+
+def test_what_is_derived_wins_and_the_rest_stays():
+    before = load_recipe({**GIVEN, "output_dir": "a", "seed": 7})
+    after = before.derive("why", output_dir="b")
+    assert (after.recipe.output_dir, after.recipe.seed) == ("b", 7)
+    assert (before.recipe.output_dir, before.origins["output_dir"]) == ("a", "argument")
+    assert (after.origins["output_dir"], after.origins["seed"]) == ("derived: why", "argument")
+
+
+@pytest.mark.parametrize("kind", ["resolved", "plain", "file"])
+def test_defaults_follow_another_method_and_what_was_set_stays(tmp_path, kind):
+    one = load_recipe({**GIVEN, "lora_alpha": 99})
+    given = {"resolved": one, "plain": one.recipe}.get(kind)
+    if given is None:
+        given = write(tmp_path, "model: demo\ndata: x\nlora_alpha: 99\n")
+    made = load_recipe(given, method="qlora")
+    fresh = load_recipe({**GIVEN, "method": "qlora", "lora_alpha": 99})
+    assert made.recipe == fresh.recipe
+    assert made.origins["lora_r"] == "default for qlora"
+
+
+def test_a_value_that_was_set_to_the_default_stays_too():
+    one = load_recipe({**GIVEN, "lora_r": 16})
+    assert load_recipe(one, method="qlora").recipe.lora_r == 16
+
+
 def test_resolved_yaml_reads_back_to_the_same_recipe(tmp_path):
     flags = {"model": "demo", "data": ["a", "b"], "method": "qlora", "system": 'say "hi"\n#x'}
     resolved = load_recipe(None, ["columns.instruction=q", "learning_rate=1e-3"], flags)

@@ -41,12 +41,12 @@ BASE = "model: demo\ndata: demo\n"
     ],
 )
 def test_more_than_a_recipe_needs_is_refused_by_its_line(text, line, what):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(YamlFault, match=what) as caught:
         read_yaml(text)
     assert caught.value.line == line
     assert len(caught.value.what) < 250
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_plain_yaml_is_read_with_its_types():

@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from lorakit.gpu_memory import MemoryCap, measure_context
 from lorakit.hardware import detect_device
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.load import seed_everything
@@ -104,7 +105,7 @@ def run_bench(
 
 def _job(resolved: ResolvedRecipe, lengths: str, ranks: Ranks) -> _Job:
     """The recipe's model is a shape's name."""
-    device = shared_device(detect_device(resolved.recipe.dtype), ranks)
+    device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
     config = shape_config(resolved.recipe.model)
     recipe = resolve_targets(resolved, config).recipe
     plan = plan_training(recipe, config, device)
@@ -129,6 +130,7 @@ def _model(job: _Job) -> Any:
     placement = job.plan.placement
     if placement.shards > 1:
         job.ranks.take_baton()
+    MemoryCap(job.recipe.memory_limit_bytes, job.device)
     four_bit = job.recipe.method == "qlora"
     base = random_model(job.config, job.device, four_bit, placement.base_elsewhere)
     return add_adapter(base, job.recipe)

@@ -250,16 +250,16 @@ def _lines(stdin: TextIO) -> Iterator[str]:
 def _answer_line(session: ChatSession, line: str, stdout: TextIO, as_json: bool) -> None:
     if not line.strip():
         return
-    pieces = list(session.handle(line)) if as_json else []
+    pieces = session.handle(line)
     if as_json:
         row = {"question": line.strip(), "answer": "".join(pieces).strip()}
-        stdout.write(json.dumps(row, ensure_ascii=False))
-    else:
-        for piece in session.handle(line):
-            stdout.write(piece)
-            stdout.flush()
-    stdout.write("\n")
-    stdout.flush()
+        pieces = iter([] if session.ended else [json.dumps(row, ensure_ascii=False)])
+    for piece in pieces:
+        stdout.write(piece)
+        stdout.flush()
+    if not session.ended:
+        stdout.write("\n")
+        stdout.flush()
 
 
 def talk(session: ChatSession, title: str, stdout: TextIO) -> None:

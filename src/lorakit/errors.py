@@ -41,6 +41,11 @@ def _printable(text: str) -> str:
     return redacted(text).encode(errors="backslashreplace").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type where it says nothing."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
 class RecipeError(LorakitError):
     """A recipe key, a value or a flag is wrong; all faults of one recipe come in one message."""
 

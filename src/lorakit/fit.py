@@ -24,6 +24,7 @@ from lorakit.display.inspection import report_view
 from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
 from lorakit.floors import require_floors
+from lorakit.gpu_memory import MemoryCap, measure_context
 from lorakit.hardware import cards, detect_device
 from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
@@ -95,7 +96,8 @@ def prepare_run(
         gpus: plan for so many ranks that are not there yet.
     """
     require_floors()
-    device = shared_device(detect_device(resolved.recipe.dtype), ranks)
+    here = measure_context(detect_device(resolved.recipe.dtype))
+    device = shared_device(here, ranks)
     device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
     if device.kind == "cuda" and ranks.count == 1 and not gpus and cards() > 1:
@@ -126,9 +128,9 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     console.print(
         f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
     )
-    speed = planned_speed(planned, config, device, plan)
-    if speed is not None:
-        console.print(f"speed    about {speed:,.0f} tokens/s expected")
+    speed, why = planned_speed(planned, config, device, plan)
+    told = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
+    console.print(f"speed    {told}")
     if not force:
         refuse(planned, config, device, plan)
     return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
@@ -237,6 +239,7 @@ def _model(start: Prologue, console: Console) -> Any:
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
         console.print("bits     the same in each run on this device with these versions; slower")
+    MemoryCap(recipe.memory_limit_bytes, device)
     with memory_told("loading the base model", TOO_LARGE):
         base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
         check_vocabulary(start.tokenizer, base)

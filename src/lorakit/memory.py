@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lorakit.gpu_memory import CUDA_CONTEXT_BYTES
 from lorakit.model.count import targets
 from lorakit.model.families import FAST_FAMILIES
 from lorakit.model.sizes import Sizes
@@ -26,8 +27,9 @@ OPTIMIZER_BYTES = {
     "adafactor": 0.5,
     "sgd": 0.0,
 }
-# Context, kernels and library workspaces that the driver sees beside torch's allocator.
-CUDA_CONTEXT_BYTES = 840 * 1024**2
+# Left free of a whole device, for other programs too (a desktop takes 0.3 to 1 GiB); and within
+# memory_limit on a GPU, for gaps between torch's blocks: 176 MiB of 15 GiB, 79 of 4 on an H200.
+RESERVE_OF_DEVICE, RESERVE_OF_LIMIT, LEAST_RESERVE_BYTES = 0.05, 0.015, 96 * 1024**2
 
 # NCCL's own: a process of two H100 took so much more than one alone (scale_lora-*.json).
 NCCL_BYTES = 780 * 1024**2
@@ -71,8 +73,21 @@ def plan_of(
 
 
 def budget_of(recipe: Recipe, device: Device) -> int:
-    """Bytes that one rank may take."""
-    return recipe.memory_limit_bytes or int(0.95 * device.rank_bytes)
+    """Bytes that one rank may plan for."""
+    limit = recipe.memory_limit_bytes
+    if limit is None:
+        return int((1 - RESERVE_OF_DEVICE) * device.rank_bytes)
+    if device.kind != "cuda":
+        return limit
+    return limit - max(int(RESERVE_OF_LIMIT * limit), LEAST_RESERVE_BYTES)
+
+
+def reserve_note(recipe: Recipe, device: Device, plan: MemoryPlan) -> str:
+    """Says how much stays free, where nothing but that keeps the plan from fitting."""
+    has = recipe.memory_limit_bytes or device.rank_bytes
+    if plan.fits or plan.total_bytes > has:
+        return ""
+    return f", of which {(has - budget_of(recipe, device)) / 2**30:.1f} GiB stay free"
 
 
 def _planned(
@@ -138,7 +153,7 @@ def _fixed_parts(sizes: Sizes, placement: Placement, engine: bool) -> dict[str, 
         if recipe.method == "qlora":
             parts["one layer dequantized"] = sizes.linear // layers * width
     if sizes.cuda:
-        parts["CUDA context"] = CUDA_CONTEXT_BYTES
+        parts["CUDA context"] = sizes.context_bytes or CUDA_CONTEXT_BYTES
     if sizes.cuda and sizes.ranks > 1:
         parts["NCCL buffers"] = NCCL_BYTES
     return parts

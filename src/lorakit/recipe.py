@@ -219,7 +219,8 @@ class Recipe(BaseModel):
     memory_limit: str | None = Field(
         None,
         pattern=r"^\d{1,9}(\.\d{1,9})? ?(GiB|GB|MiB|MB)$",
-        description="Memory that a run may plan for, such as 15GiB; default: the whole card.",
+        description="Most memory that a run takes on each GPU, CUDA's own share included, such as "
+        "15GiB; on a CPU what it plans for. Default: the complete device.",
     )
     streaming: Literal["auto", "on", "off"] = Field(
         "auto",

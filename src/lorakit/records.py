@@ -134,6 +134,7 @@ class Device:
     compute type of the frozen base: "bfloat16", "float16" or "float32". `ranks` processes share
     each step, each with a device like this one, on `nodes` machines; each machine's network is
     taken to carry `network_gbits` a second, unless told. `kernels`: a card runs our Triton kernels.
+    `context_bytes`: what CUDA takes outside torch's allocator, where it was measured.
     """
 
     kind: Literal["cuda", "mps", "cpu"]
@@ -146,6 +147,7 @@ class Device:
     nodes: int = 1
     network_gbits: float = 100.0
     kernels: bool = True
+    context_bytes: int | None = None
 
     @property
     def fast(self) -> bool:

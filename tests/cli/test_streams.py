@@ -22,7 +22,7 @@ def test_a_run_outlives_the_reader_of_its_output(tiny_model_dir, tiny_data, tmp_
         process = subprocess.Popen(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
         assert process.stderr.read(1)
         process.stderr.close()
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     run = RunDir(tmp_path / "r")
     assert run.has_adapter()
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]

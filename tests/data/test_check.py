@@ -94,6 +94,39 @@ def test_a_fault_that_spoils_a_run_is_marked():
     assert {f.kind: f.spoils for f in log.faults()} == {"no answer": False, "two BOS tokens": True}
 
 
+def test_what_a_log_absorbs_takes_nothing_from_its_own():
+    """Own faults first, whichever of the two would spoil a run."""
+    spoiled = SpoilsRun("two BOS tokens", Origin("a.jsonl", 1), "x")
+    plain = RowFault("no answer", Origin("b.jsonl", 1), "x")
+    for first, second in ((spoiled, plain), (plain, spoiled)):
+        log, other = FaultLog(), FaultLog()
+        log.leave_out(first)
+        other.leave_out(second)
+        log.absorb(other)
+        assert log.spoils
+        assert {f.kind: f.spoils for f in log.faults()} == {
+            "no answer": False,
+            "two BOS tokens": True,
+        }
+        assert log.first_left_out is first
+        assert log.rows_left_out == 2
+        empty = FaultLog()
+        empty.absorb(log)
+        assert empty.first_left_out is first
+
+
+def test_the_commonest_fault_comes_first_and_a_row_is_named_once():
+    log = FaultLog()
+    log.add("control characters", AT, "taken out")
+    for row in (3, 3, 4):
+        log.add("special token written in a turn", Origin("rows.jsonl", row), "kept as plain text")
+    log.add("control characters", Origin("rows.jsonl", 9), "taken out")
+    assert [(f.kind, f.count, f.first_rows) for f in log.faults()] == [
+        ("special token written in a turn", 3, ("rows.jsonl:3", "rows.jsonl:4")),
+        ("control characters", 2, ("rows.jsonl:3", "rows.jsonl:9")),
+    ]
+
+
 def test_the_log_counts_all_and_shows_the_first_rows():
     log, other = FaultLog(), FaultLog()
     for row in range(1, 9):
@@ -113,6 +146,10 @@ def test_equal_content_has_one_fingerprint_and_borders_count():
     called = Conversation((Message("user", "ab"), Message("assistant", "c", CALL)), AT)
     assert fingerprint(called) != fingerprint(one)
     assert fingerprint(Document("ab", AT)) != fingerprint(Document("ba", AT))
+    roles = Conversation((Message("system", "ab"), Message("assistant", "c")), AT)
+    assert fingerprint(roles) != fingerprint(one)
+    longer = Conversation((*one.messages, *one.messages), AT)
+    assert fingerprint(longer) != fingerprint(one)
 
 
 def test_a_log_survives_the_way_through_json():
@@ -141,3 +178,15 @@ def test_nothing_left_stops_with_the_commonest_reasons():
     with pytest.raises(DataError, match=r"none of its 1 rows .*1 x no answer \(rows.jsonl:3\)"):
         refuse_if_empty(0, 1, "rows.jsonl", log)
     refuse_if_empty(1, 2, "rows.jsonl", log)
+    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows in it"):
+        refuse_if_empty(0, 0, "rows.jsonl", FaultLog())
+
+
+def test_a_row_that_spoils_the_run_is_what_is_said_where_it_came_first():
+    log = FaultLog()
+    spoiled = SpoilsRun("no end of turn", AT, "the model would not learn to stop")
+    log.leave_out(spoiled)
+    log.leave_out(RowFault("no answer", AT, "column answer is null"))
+    with pytest.raises(SpoilsRun) as caught:
+        refuse_if_empty(0, 2, "rows.jsonl", log)
+    assert caught.value is spoiled

@@ -1,5 +1,7 @@
 """Windows cover all tokens once, within the limit, and end at a good border."""
 
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +21,20 @@ def test_a_paragraph_border_wins_over_a_later_sentence_border():
 def test_a_sentence_border_wins_over_a_full_window():
     assert cut("aaaa bbbbb cc. dddddddddd", 18) == ["aaaa bbbbb cc. ", "dddddddddd"]
     assert cut("一二三四五六。七八九十", 9) == ["一二三四五六。", "七八九十"]
+
+
+def test_a_border_that_just_fits_is_taken():
+    assert cut("aaaa bbb. cccccc", 10) == ["aaaa bbb. ", "cccccc"]
+    assert cut("aaaa bbb\n\ncccccc", 10) == ["aaaa bbb\n\n", "cccccc"]
+
+
+def test_a_space_that_begins_the_next_token_ends_the_sentence_before():
+    """Byte-level BPE and SentencePiece write a word with the space before it."""
+    text = "One two three. Four five six"
+    starts = [found.start() for found in re.finditer(r" ?\w+|\W", text)]
+    ends = [*starts, len(text)]
+    pieces = [text[ends[a] : ends[b]] for a, b in windows(text, starts, len(starts), 6)]
+    assert pieces == ["One two three.", " Four five six"]
 
 
 def test_a_border_in_the_first_half_is_not_worth_a_small_window():

@@ -4,7 +4,6 @@ import types
 
 import pytest
 
-from lorakit.data import hub
 from lorakit.data.hub import read_hub
 from lorakit.data.locate import HubData
 from lorakit.errors import DataError
@@ -50,8 +49,3 @@ def test_without_a_split_train_is_taken_and_a_choice_is_asked_for(library):
     library.answer = {"a": ROWS, "b": []}
     with pytest.raises(DataError, match="which split"):
         list(read_hub(HubData("u/n"), "u/n", False))
-
-
-def test_a_library_error_is_one_line():
-    assert hub.first_line(ValueError("one\ntwo")) == "one"
-    assert hub.first_line(ValueError()) == "ValueError"

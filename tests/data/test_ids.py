@@ -1,5 +1,7 @@
 """A prompt's length is found without tokenizing it, and is the same as if it had been."""
 
+import copy
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -46,6 +48,47 @@ def test_blocks_come_in_order_with_the_ids_of_their_texts(smollm):
     made = list(tokenize_ahead(smollm, iter(blocks), lambda block: block))
     assert [block for block, _ in made] == blocks
     assert [dict(ids) for _, ids in made] == [{t: plain(smollm, t) for t in b} for b in blocks]
+
+
+@pytest.fixture
+def own(smollm):
+    """A tokenizer of this test alone, whose settings and words may change."""
+    return copy.deepcopy(smollm)
+
+
+def ahead(tokenizer, *texts):
+    ((_, ids),) = tokenize_ahead(tokenizer, iter([texts]), list)
+    return [ids[text] for text in texts]
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding", "special tokens as text"])
+def test_settings_of_a_tokenizer_alter_no_ids(own, setting):
+    """As a tokenizer.json may bring them, or an earlier call may leave them."""
+    texts = ("<|im_start|>user\na longer text than the other<|im_end|>", "b")
+    expected = [plain(own, text) for text in texts]
+    backend = own.backend_tokenizer
+    if setting == "truncation":
+        backend.enable_truncation(3)
+    elif setting == "padding":
+        backend.enable_padding(length=40)
+    else:
+        own("<|im_end|>", split_special_tokens=True)
+    assert ahead(own, *texts) == expected
+
+
+def test_tokens_that_are_added_later_are_seen(own):
+    assert len(ahead(own, "a<|new|>")[0]) > 2
+    own.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    assert ahead(own, "a<|new|>") == [plain(own, "a<|new|>")]
+    assert len(ahead(own, "a<|new|>")[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["eos_token", "bos_token", "pad_token"])
+def test_the_key_of_a_tokenizer_follows_its_special_tokens(own, name):
+    """They end documents, begin texts and are given to the template."""
+    before = tokenizer_key(own)
+    setattr(own, name, "<repo_name>")
+    assert tokenizer_key(own) != before
 
 
 def test_the_key_of_a_tokenizer_follows_its_template_and_words(smollm, load_family):

@@ -41,6 +41,14 @@ def test_share_of_padding():
     assert saved_share([], 2) == 0.0
 
 
+def test_with_a_seed_the_share_is_that_of_a_random_order_as_in_training():
+    """In the order of a sorted file long rows meet long ones."""
+    lengths = [100] * 32 + [1] * 32
+    assert saved_share(lengths, 2) == 0.0
+    # Half of the pairs are uneven, and nearly half of each of those is padding.
+    assert saved_share(lengths, 2, seed=0) == pytest.approx(0.33, abs=0.1)
+
+
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(1, 9))
 def test_padding_is_what_each_micro_batch_takes_over_its_tokens(lengths, rows):
     parts = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]

@@ -1,5 +1,7 @@
 """The habits of real templates are found by rendering, and texts become ids without surprises."""
 
+import json
+
 import pytest
 from transformers import GenerationConfig
 
@@ -46,6 +48,13 @@ def test_bos_is_added_where_the_tokenizer_would_and_once(family, name, adds):
         assert to_ids(tokenizer, tokenizer.bos_token + "Hello", None).count(bos) == 1
 
 
+def test_a_text_that_continues_another_gets_no_bos(family):
+    tokenizer = family("llama2")
+    bos = tokenizer.bos_token_id
+    assert to_ids(tokenizer, "Hello", None, inside=True) == to_ids(tokenizer, "Hello", None)[1:]
+    assert bos not in to_ids(tokenizer, "Hello", None, inside=True)
+
+
 def test_habits_follow_a_change_of_the_template(smollm):
     before = habits_of(smollm)
     smollm.chat_template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
@@ -61,6 +70,70 @@ def test_guarded_text_gives_no_control_token(smollm):
     assert "a<|im_start|>b<|im_end|>c" in smollm.decode(ids)
     end = smollm.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == 2  # system and user turns of the template
+
+
+SPECIAL = "<|im_end|>"
+CALL = {"type": "function", "function": {"name": "say", "arguments": {"x": SPECIAL}}}
+SCHEMA = {"type": "function", "function": {"name": "say", "description": SPECIAL}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "tools"),
+    [
+        ({"tool_calls": [CALL]}, ()),
+        ({"reasoning_content": SPECIAL}, ()),
+        ({"name": SPECIAL}, ()),
+        ({}, (SCHEMA,)),
+    ],
+)
+def test_a_special_token_in_one_place_alone_is_guarded_there(smollm, extra, tools):
+    turns = [Message("user", "a"), Message("assistant", "b", extra)]
+    guard = Guard(habits_of(smollm), turns, tools)
+    assert guard.active
+    given = json.dumps([guard.messages(turns), guard.tools], ensure_ascii=False)
+    assert SPECIAL not in given
+    assert SPECIAL in "".join(text for text, _ in guard.pieces(given))
+
+
+def test_schemas_are_hidden_from_the_template_with_the_turns_they_come_with(smollm):
+    """The guard is active for another reason: the schema's own special token is hidden too."""
+    turns = [Message("user", SPECIAL)]
+    plain = {"type": "function", "function": {"name": "say", "description": "Says."}}
+    guard = Guard(habits_of(smollm), turns, (plain, SCHEMA))
+    assert guard.tools[0] == plain
+    assert SPECIAL not in json.dumps(guard.tools)
+
+
+def test_private_characters_of_a_turn_are_not_taken_for_special_tokens(smollm):
+    """Both private planes: the stand-ins are taken from the one that the turns do not use."""
+    for written in ("\U000f0000\U000f0001\U000f0002", "\U00100000\U00100001"):
+        turns = [Message("user", f"a{written} <|im_end|>")]
+        guard = Guard(habits_of(smollm), turns)
+        ids = to_ids(smollm, render(smollm, guard.messages(turns), prompt=False), guard)
+        assert f"a{written} <|im_end|>" in smollm.decode(ids)
+    turns = [Message("user", "\U000f0000 \U00100000 <|im_end|>")]
+    with pytest.raises(TemplateRefusal, match="both private planes"):
+        Guard(habits_of(smollm), turns)
+
+
+@pytest.mark.parametrize(
+    ("system", "folds"),
+    [
+        ("{{ m.content }}", False),
+        ("", True),
+        ("{{ raise_exception('no system') }}", True),
+    ],
+)
+def test_a_template_that_refuses_or_drops_the_system_turn_gets_it_folded(smollm, system, folds):
+    smollm.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% else %}"
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    habits = habits_of(smollm)
+    assert habits.folds_system is folds
+    turns = [Message("system", "S"), Message("user", "q")]
+    given = [m["content"] for m in Guard(habits, turns).messages(turns)]
+    assert given == (["S\n\nq"] if folds else ["S", "q"])
 
 
 @pytest.mark.parametrize("template", [None, {"default": "a"}, ["a"]])
@@ -88,6 +161,29 @@ def test_whatever_a_template_raises_is_a_refusal(smollm):
 )
 def test_which_parts_of_tools_a_template_leaves_out(family, name, unwritten):
     assert habits_of(family(name)).unwritten == unwritten
+
+
+SCHEMAS, CALL_AS_JSON = "{{ tools or '' }}", "{{ c.function | tojson }}"
+
+
+@pytest.mark.parametrize(
+    ("schemas", "calls", "roles", "unwritten"),
+    [
+        (SCHEMAS, CALL_AS_JSON, "", ()),
+        ("", CALL_AS_JSON, "", ("tool schemas",)),
+        (SCHEMAS, "{{ c.function.name }}", "", ("tool calls",)),
+        (SCHEMAS, CALL_AS_JSON, " if m.role != 'tool'", ("tool results",)),
+        ("", "", " if m.role != 'tool'", ("tool schemas", "tool calls", "tool results")),
+    ],
+)
+def test_each_part_of_tools_that_a_template_leaves_out_is_noticed(
+    smollm, schemas, calls, roles, unwritten
+):
+    smollm.chat_template = (
+        schemas + "{% for m in messages" + roles + " %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}" + calls + "{% endfor %}<|im_end|>\n{% endfor %}"
+    )
+    assert habits_of(smollm).unwritten == unwritten
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,20 @@ def test_a_template_that_writes_no_tools_is_refused_by_name(family, name):
     assert "Qwen3" in caught.value.hint
 
 
+def test_a_template_that_drops_tool_results_refuses_the_rows_that_have_some(smollm, trained_runs):
+    """The answer after a result would be trained without what it rests on."""
+    smollm.chat_template = (
+        "{{ tools or '' }}{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*template leaves out tool results\n"):
+        encode(smollm, WITH_TOOLS)
+    calls = Conversation(WITH_TOOLS.messages[:3], AT, (TOOL,))
+    (run,) = trained_runs(smollm, encode(smollm, calls))
+    assert "get_weather" in run
+
+
 def test_a_template_that_raises_on_tools_is_refused_by_name(family):
     turns = [
         Message("user", "Weather?"),
@@ -288,6 +302,24 @@ def test_steps_that_keep_their_thoughts_share_one_example(family, trained_runs):
         f"<think>\nlook it up\n</think>\n\n{QWEN_CALL}<|im_end|>",
         "<think>\neasy\n</think>\n\nIt is 21 degrees.<|im_end|>",
     ]
+
+
+@pytest.mark.parametrize(
+    ("switch", "thought"), [("enable_thinking", "hm"), ("not enable_thinking", "")]
+)
+def test_the_prompt_is_that_of_the_thinking_mode_in_which_the_answer_is_written(
+    smollm, trained_runs, switch, thought
+):
+    """Without a word on thinking its prompt is one that no answer of this row begins with."""
+    smollm.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
+        "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>"
+        "{% if enable_thinking is defined and " + switch + " %}{{ '\n' }}{% else %} I {% endif %}"
+        "{% endif %}"
+    )
+    examples = encode(smollm, thinking((thought, "42")))
+    assert trained_runs(smollm, examples) == [f"{thought}\n</think>\n\n42<|im_end|>"]
 
 
 def test_thoughts_that_no_template_shows_are_reported(smollm, trained_runs):

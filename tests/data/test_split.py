@@ -23,7 +23,7 @@ def split(rows, held_out, seed):
 
 
 def test_a_share_and_a_number_hold_out_as_many():
-    for held_out, count in ((0.05, 5), (0.001, 1), (7, 7), (0, 0), (0.0, 0)):
+    for held_out, count in ((0.05, 5), (0.001, 1), (1, 1), (7, 7), (99, 99), (0.99, 99), (0, 0)):
         train, held = split(ROWS, held_out, 42)
         assert (len(held), len(train)) == (count, 100 - count)
         assert sorted(train + held) == sorted(ROWS)
@@ -63,3 +63,12 @@ def test_seeds_give_unrelated_orders():
     one, two = shuffled(marks, 1), shuffled(marks, 2)
     assert sorted(one) == sorted(two) == list(range(1000))
     assert (one == two).sum() < 10
+
+
+def test_neighboring_seeds_give_orders_that_are_no_shift_of_one_another():
+    """On consecutive marks a seed that is only added or xored gives the same order, permuted."""
+    marks = np.arange(1024, dtype=np.uint64)
+    one, two = shuffled(marks, 1), shuffled(marks, 2)
+    for relation in (one ^ two, (one - two) % 1024):
+        # Unrelated orders relate at random: 1,024 draws of 1,024 values have some 650 different.
+        assert len(np.unique(relation)) > 500

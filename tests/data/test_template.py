@@ -117,19 +117,38 @@ def test_a_template_without_system_role_gets_it_in_the_first_question(smollm, ch
     assert trained_runs(smollm, [example]) == ["Me.<|im_end|>"]
 
 
-def test_a_merge_over_the_border_is_kept_apart(smollm, chat, trained_runs):
-    smollm.chat_template = (
+def heading(tokenizer):
+    """A template that asks with `##`, which merges with a title's own `##` and with no other."""
+    end = "</s>" if tokenizer.bos_token == "<s>" else "<|im_end|>"
+    tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n##{% else %}"
-        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{{ m.content }}" + end + "\n{% endif %}{% endfor %}"
     )
-    resolve_template(smollm, "some/model")
+    resolve_template(tokenizer, "some/model")
+    return end
+
+
+@pytest.mark.parametrize(("name", "bos"), [("smollm2", 0), ("llama2", 1)])
+def test_a_merge_over_the_border_is_kept_apart(family, chat, trained_runs, name, bos):
+    tokenizer = family(name)
+    end = heading(tokenizer)
     item = chat("Heading?", "## Title")
-    (example,) = encode(smollm, item)
-    prompt = prompt_ids(smollm, item.messages[:1])
-    merged = smollm(smollm.decode(example.input_ids), add_special_tokens=False)["input_ids"]
-    assert merged[: len(prompt)] != prompt, "the toy template no longer makes a merge"
+    (example,) = encode(tokenizer, item)
+    prompt = prompt_ids(tokenizer, item.messages[:1])
+    merged = tokenizer(f"Heading?\n#### Title{end}", add_special_tokens=False)["input_ids"]
+    assert merged[: len(prompt) - bos] != prompt[bos:], "the toy template no longer makes a merge"
     assert example.input_ids[: len(prompt)] == prompt
-    assert trained_runs(smollm, [example]) == ["## Title<|im_end|>"]
+    assert example.input_ids.count(tokenizer.bos_token_id if bos else None) == bos
+    assert trained_runs(tokenizer, [example]) == [f"## Title{end}"]
+
+
+@pytest.mark.parametrize("texts", [("## Title", " plain"), (" plain", "## Title")])
+def test_of_two_answers_both_are_trained_where_one_merges(smollm, chat, trained_runs, texts):
+    end = heading(smollm)
+    item = chat("Heading?", texts[0], "And?", texts[1])
+    examples = encode(smollm, item)
+    assert trained_runs(smollm, examples) == [text + end for text in texts]
+    assert prompts_fit(smollm, item, examples)
 
 
 def test_over_long_chats_lose_their_oldest_turns_and_keep_the_system(smollm, chat, trained_runs):
@@ -143,6 +162,36 @@ def test_over_long_chats_lose_their_oldest_turns_and_keep_the_system(smollm, cha
     assert "old" not in text
     assert trained_runs(smollm, [example]) == ["mid " * 5 + "<|im_end|>", "new<|im_end|>"]
     assert [(f.kind, f.action) for f in log.faults()] == [("too long", "oldest turns dropped")]
+
+
+def test_each_shortened_example_keeps_its_own_answer(family, chat, trained_runs):
+    """Qwen3 rewrites old turns: each answer is an example, shortened around that answer."""
+    tokenizer = family("qwen3", thinking=True)
+    one, two, three = (f"<think>\nhm\n</think>\n\n{text}" for text in ("one", "two", "three"))
+    item = chat("old " * 60, one, "b?", two, "c?", three)
+    log = FaultLog()
+    examples = encode(tokenizer, item, cutoff_len=50, log=log)
+    assert trained_runs(tokenizer, examples) == [f"{two}<|im_end|>", f"{three}<|im_end|>"]
+    assert {(f.action, f.count) for f in log.faults()} == {
+        ("oldest turns dropped", 2),
+        ("that answer left out, the others kept", 1),
+    }
+
+
+@pytest.mark.parametrize("too_long", ["drop_oldest_turns", "split", "drop"])
+def test_no_example_is_longer_than_the_limit_at_any_limit(smollm, chat, too_long):
+    """At the limit itself an example is kept as it is."""
+    item = chat("a?", "one", "b b?", "two", "c?", "three")
+    whole = len(encode(smollm, item)[0].input_ids)
+    (kept,) = encode(smollm, item, cutoff_len=whole, too_long=too_long)
+    assert len(kept.input_ids) == whole
+    longest = set()
+    for limit in range(1, whole):
+        made, _ = all_examples(smollm, item, cutoff_len=limit, too_long=too_long)
+        lengths = [] if isinstance(made, RowFault) else [len(e.input_ids) for e in made]
+        assert max(lengths, default=0) <= limit
+        longest.add(max(lengths, default=0) == limit)
+    assert (True in longest) == (too_long != "drop")
 
 
 # -- sabotage: refused, with the row named --------------------------------------------------------
@@ -175,10 +224,12 @@ def test_two_bos_tokens_are_refused(family, chat):
 
 
 def test_a_template_that_swallows_part_of_the_answer_is_refused(smollm, chat):
-    smollm.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content[:9] }}")
+    cut = "{{ m.content if m.role == 'user' else m.content[:9] }}"
+    smollm.chat_template = CHATML.replace("{{ m.content }}", cut)
     resolve_template(smollm, "some/model")
-    with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the whole answer"):
-        encode(smollm, chat("a?", "a long answer"))
+    for question in ("a?", "Repeat: a long answer"):
+        with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the whole answer"):
+            encode(smollm, chat(question, "a long answer"))
 
 
 def test_a_generation_prompt_that_is_not_how_answers_begin_is_refused(smollm, chat):

@@ -52,7 +52,13 @@ def convert(values):
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "not JSON"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\]"),
-        ({"query": "a", "response": "b", "history": [["x"]]}, r"history\[0\]"),
+        ({"query": "a", "response": "b", "history": [["x"]]}, r"history\[0\] is no \[question"),
+        (
+            {"query": "a", "response": "b", "history": [["x", "y"], ["x", " "]]},
+            r"history\[1\]: assistant is empty",
+        ),
+        ({"query": "a", "response": "b", "history": [["", "y"]]}, r"history\[0\]: user is empty"),
+        ({"query": "a", "response": "b", "history": [["x", 3]]}, r"history\[0\] holds 3"),
         ({"text": "  "}, "column text is empty"),
     ],
 )
@@ -63,6 +69,37 @@ def test_an_unusable_cell_is_named_with_row_and_column(values, message):
 
 def messages(values):
     return [(m.role, m.content) for m in turns_of(Cells(values, Origin("a", 1), {}), "messages")]
+
+
+SPELLED = {
+    "system": ["system", "developer", "Developer "],
+    "user": ["user", "human", "Human"],
+    "assistant": ["assistant", "gpt", "model", "bot", "chatgpt", "function_call"],
+    "tool": ["tool", "function", "observation", "function_response", "ipython"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "role"), [(name, role) for role, names in SPELLED.items() for name in names]
+)
+def test_each_name_of_a_role_is_read(name, role):
+    content = '{"name": "f"}' if name == "function_call" else "a"
+    assert messages({"messages": [{"role": name, "content": content}]})[0][0] == role
+
+
+@pytest.mark.parametrize(
+    ("turns", "column", "expected"),
+    [
+        ([("system", "A"), ("human", "q")], "B", [("system", "A"), ("user", "q")]),
+        ([("system", " "), ("human", "q")], "B", [("system", "B"), ("user", "q")]),
+        ([("human", "q")], "B", [("system", "B"), ("user", "q")]),
+        ([("human", "q")], " ", [("user", "q")]),
+    ],
+)
+def test_a_system_column_leads_the_turns_that_bring_none(turns, column, expected):
+    value = [{"from": role, "value": text} for role, text in turns]
+    cells = Cells({"conversations": value, "system": column}, Origin("a", 1), {})
+    assert [(m.role, m.content) for m in turns_of(cells, "conversations")] == expected
 
 
 def test_content_parts_and_json_text_are_joined():

@@ -41,7 +41,7 @@ def test_all_is_on_the_screen_and_nothing_runs_over(width):
 def test_the_verdict_says_what_it_counts_with():
     _, text = screen(100, "llama-2-7b", "v100", streaming="off")
     assert "DOES NOT FIT" in text
-    assert "15.2 GiB needed, 15.8 GiB on V100, of which 5% stay free" in text
+    assert "15.2 GiB needed, 15.8 GiB on V100, of which 0.8 GiB stay free" in text
     assert "rows are longer" not in text
     _, text = screen(100, "llama-2-7b", "h100", cutoff_len=8192)
     assert "rows are longer than the model's context of 4,096 tokens" in text

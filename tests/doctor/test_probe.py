@@ -1,6 +1,8 @@
 """The probe survives packages that are missing, crash or hang; test_doctor asks the real ones."""
 
 import os
+import subprocess
+import time
 
 import pytest
 
@@ -37,8 +39,29 @@ def test_a_crash_and_a_hang_are_told_and_what_came_before_is_kept(path, monkeypa
     found = facts.probe()
     assert found["torch"]["version"] == "1"
     assert found["bitsandbytes"] == {"error": "the import crashes (signal 6)"}
-    (path / "bitsandbytes" / "__init__.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(facts, "PROBE_SECONDS", 2)
+    reached = path / "reached"
+    (path / "bitsandbytes" / "__init__.py").write_text(
+        f"import pathlib, time; pathlib.Path({str(reached)!r}).touch(); time.sleep(3600)"
+    )
+    monkeypatch.setattr(facts.subprocess, "run", until(reached))
     found = facts.probe()
     assert found["torch"]["version"] == "1"
-    assert "hangs" in found["bitsandbytes"]["error"]
+    assert found["bitsandbytes"] == {"error": "the import hangs (no answer in 180 s)"}
+
+
+def until(file):
+    """`subprocess.run` whose time is over once `file` is there, however slow the machine is."""
+
+    def run(command, capture_output, text, timeout):
+        assert capture_output
+        assert timeout == facts.PROBE_SECONDS == 180
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=text) as process:
+            try:
+                while not file.exists():
+                    assert process.poll() is None
+                    time.sleep(0.01)
+                process.communicate(timeout=0.1)
+            finally:
+                process.kill()
+
+    return run

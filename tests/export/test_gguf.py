@@ -25,7 +25,7 @@ from lorakit.export.source import float32_model, open_source
 from lorakit.export.spelling import write_config, write_tokenizer
 from lorakit.export.verify import make_reference
 
-from .conftest import CHATS, make_base, make_run
+from .conftest import CHATS, decided, make_base, make_run
 
 # Variants that change what a GGUF file holds; the others become the same plain merged folder, and
 # that equals the adapter to the bit in `test_merged.py`.
@@ -75,30 +75,36 @@ def heard(variant_run, tmp_path_factory):
         for (_, v), (m, a) in files.items()
     ]
     return {
-        key: (compare_heard(*references[key[1]], said, chats), files[key][0], references[key[1]][0])
+        key: (
+            compare_heard(*references[key[1]], said, chats),
+            # It keeps keys and values in 16 bits.
+            decided(references[key[1]][1], 1e-2)[0],
+            files[key][0],
+            references[key[1]][0],
+        )
         for key, said in zip(files, llama_cpp.ask_all(tasks), strict=True)
     }
 
 
 @pytest.mark.parametrize("variant", MERGED)
 def test_a_merged_file_predicts_as_the_adapter(heard, variant):
-    found, path, source = heard["merged", variant]
+    found, sure, path, source = heard["merged", variant]
     assert found.kl_per_token < 1e-3
-    assert found.top1_agreement == 1.0
+    assert found.top1_agreement >= sure
     written = path.read_bytes()
     assert str(path.parent).encode() not in written
     assert str(source.run.path).encode() not in written
 
 
 def test_the_end_of_turn_and_the_template_are_in_the_file(heard):
-    _, path, source = heard["merged", "several stops"]
+    _, _, path, source = heard["merged", "several stops"]
     assert value_of(path, "tokenizer.ggml.eos_token_id") == 2
     assert value_of(path, "tokenizer.chat_template") == source.tokenizer.chat_template
 
 
 def test_a_window_that_llama_cpp_ignores_bounds_the_context(heard):
     """Its Llama and Mistral attend to everything: beyond the window that is another model."""
-    path = heard["merged", "sliding window"][1]
+    path = heard["merged", "sliding window"][2]
     assert value_of(path, "llama.context_length") == 128
 
 
@@ -108,9 +114,9 @@ def value_of(path, key):
 
 @pytest.mark.parametrize("variant", ADAPTERS)
 def test_an_adapter_file_predicts_as_the_adapter(heard, variant):
-    found = heard["adapter", variant][0]
+    found, sure, *_ = heard["adapter", variant]
     assert found.kl_per_token < 1e-3
-    assert found.top1_agreement == 1.0
+    assert found.top1_agreement >= sure
 
 
 @pytest.mark.parametrize("variant", UNPORTABLE)
@@ -147,7 +153,7 @@ def instead_of_converting(monkeypatch, file):
 def test_a_file_that_says_something_else_is_not_kept(
     variant_run, job, heard, tmp_path, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "biases"][1])
+    instead_of_converting(monkeypatch, heard["merged", "biases"][2])
     with pytest.raises(WorkError, match="predicts something else"):
         export_gguf(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +162,7 @@ def test_a_file_that_says_something_else_is_not_kept(
 def test_without_memory_for_models_chats_are_compared_all_the_same(
     variant_run, job, heard, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][2])
     monkeypatch.setattr(merged, "memory_missing", lambda _: "too little memory")
     facts = export_gguf(job(variant_run("rslora"), "right"))
     assert "reads chats as training did" in facts["skipped"]
@@ -173,7 +179,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_not_kept(
     variant_run, job, heard, tmp_path, monkeypatch
 ):
     broken = tmp_path / "broken"
-    broken.write_bytes(heard["merged", "biases"][1].read_bytes()[:200_000])
+    broken.write_bytes(heard["merged", "biases"][2].read_bytes()[:200_000])
     instead_of_converting(monkeypatch, broken)
     with pytest.raises(WorkError, match="cannot run"):
         export_gguf(job(variant_run("rslora")))
@@ -219,7 +225,7 @@ def test_quantizations_by_any_spelling(monkeypatch):
 def test_without_the_engine_the_file_is_written_and_that_is_said(
     variant_run, job, heard, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][2])
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
     order = job(variant_run("rslora"), quantization="Q8_0", verify=False)
     assert export_gguf(order)["skipped"] == "xllamacpp is not installed"

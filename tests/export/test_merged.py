@@ -12,16 +12,20 @@ from lorakit.export import merge, merged
 from lorakit.export.merged import export_merged
 from lorakit.export.source import open_source
 
-from .conftest import VARIANTS, make_run, read_json
+from .conftest import VARIANTS, decided, make_run, read_json
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_equals_adapter_in_float32(variant_run, job, variant):
+def test_merged_equals_adapter_in_float32(variant_run, job, variant, monkeypatch):
     order = job(variant_run(variant))
+    made, plain = [], merged.make_reference
+    monkeypatch.setattr(merged, "make_reference", lambda *v: made.append(plain(*v)) or made[-1])
     facts = export_merged(order)
     assert facts["written"] == "shard by shard"
     assert facts["kl_per_token"] < 1e-6 < facts["base_kl_per_token"]
-    assert facts["top1_agreement"] == facts["greedy_equal"] == 1.0
+    positions, answers = decided(made[0], 1e-4)
+    assert facts["top1_agreement"] >= positions > 0.5
+    assert facts["greedy_equal"] >= answers
     config = read_json(order.target / "config.json")
     assert "quantization_config" not in config
     untied = variant in ("tied, head adapted", "tied, head trained")

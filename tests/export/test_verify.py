@@ -33,7 +33,8 @@ def test_answers_are_greedy_and_end_at_a_stop(variant_run):
     model = float32_model(source)
     found = make_reference(source, model, 3, 6)
     for prompt, answer, rows in zip(found.prompts, found.answers, found.predictions, strict=True):
-        assert rows.argmax(-1).tolist() == answer
+        said = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (said > rows.max(-1).values - 1e-4).all()  # the best, or one of two that are equal
         assert torch.equal(rows, predictions(model, prompt, answer))
         assert not found.stops & set(answer[:-1])
     assert found.base_kl > 1e-4

@@ -19,7 +19,14 @@ FAMILIES = {
 VOCABULARY = 300
 
 
-def tiny(family="llama", dtype=torch.float32, device="cpu", base_changes=None, **lora):
+def tiny(
+    family="llama",
+    dtype=torch.float32,
+    device="cpu",
+    base_changes=None,
+    attention="sdpa",
+    **lora,
+):
     """A PEFT model in training mode: 3 layers, 64 wide, 4 heads on 2, random norms and biases."""
     values = {
         "vocab_size": VOCABULARY,
@@ -35,7 +42,7 @@ def tiny(family="llama", dtype=torch.float32, device="cpu", base_changes=None, *
     }
     torch.manual_seed(1)
     config = AutoConfig.for_model(family, **values)
-    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in base.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)

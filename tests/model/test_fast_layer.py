@@ -43,3 +43,16 @@ def test_more_kept_means_less_recomputed_and_the_same_bits():
     for other in found[1:]:
         for ours, first in zip(other, found[0], strict=True):
             assert torch.equal(ours, first)
+
+
+@pytest.mark.parametrize(
+    "name", ["input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"]
+)
+def test_a_norm_that_trains_is_left_to_the_model(name):
+    """The layer's backward has no gradient for it."""
+    model = tiny("qwen3")
+    layer = model.get_base_model().model.layers[1]
+    layer.get_submodule(name).weight.requires_grad_(True)
+    engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
+    assert engine is None
+    assert "norm weights train" in path

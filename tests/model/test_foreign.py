@@ -72,7 +72,7 @@ def test_what_published_configs_hold_is_taken(model):
     folder = model(
         _name_or_path="/home/author/model", _attn_implementation_autoset=True,
         _sliding_window_pattern=6, conv_kernel=4, attn_implementation="eager",
-        transformers_version="4.1.0",
+        transformers_version="4.1.0", time_step_limit=[0.0, {"__float__": "Infinity"}],
     )  # fmt: skip
     assert load_config(recipe(folder), str(folder)).hidden_size == 64
 

@@ -77,6 +77,27 @@ def test_copies_of_a_carry_scale_and_dropout():
     torch.testing.assert_close(group.a[:4], own.data * 2.0)
 
 
+@pytest.mark.parametrize("targets", [["o_proj"], ["q_proj"]])
+def test_the_full_output_has_residual_bias_and_adapter(targets):
+    model = tiny(base_changes={"attention_bias": True}, target_modules=targets)
+    module = model.get_base_model().model.layers[0].self_attn.o_proj
+    group = LoraGroup("o", [module], {})
+    group.merge()
+    refresh([group], training=True)
+    with torch.no_grad():
+        x, residual = torch.randn(9, 64), torch.randn(9, 64)
+        out, update = group.full(x, group.weight(), NONE, residual)
+        torch.testing.assert_close(out, residual + module(x))
+    assert (update is not None) == (targets == ["o_proj"])
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("odd", ["q_proj", "v_proj"])
+def test_ranks_and_scales_that_differ_are_refused(pattern, odd):
+    with pytest.raises(Unsupported, match="ranks or scales differ within qkv"):
+        group_of(**{pattern: {odd: 2}})
+
+
 def test_trained_base_weights_are_refused():
     model = tiny()
     attention = model.get_base_model().model.layers[0].self_attn

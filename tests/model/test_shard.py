@@ -60,6 +60,6 @@ def test_three_ranks_hold_a_third_each_and_gather_all(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # a pool of threads does not survive a fork
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -37,6 +37,34 @@ def test_value_and_gradients_equal_the_definition_in_float64(
         torch.testing.assert_close(ours, definition, rtol=1e-5, atol=1e-6)
 
 
+class FrozenHead(torch.nn.Linear):
+    """A head that is its product alone, as `SupervisedHead` says of a frozen output embedding."""
+
+    @property
+    def frozen_weight(self):
+        return self.weight.data
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 13, 1000])
+def test_each_chunk_has_its_own_gradient_for_every_token_id(frozen, rows_per_chunk):
+    """Every id of the vocabulary is a target, 0 too; two rows are padding and have no gradient."""
+    torch.manual_seed(0)
+    vocabulary, width = 11, 6
+    kind = FrozenHead if frozen else torch.nn.Linear
+    head = kind(width, vocabulary, bias=False).requires_grad_(not frozen)
+    targets = torch.arange(13) % vocabulary
+    targets[4] = targets[12] = -100
+    hidden = torch.randn(13, width, requires_grad=True)
+    found = summed_cross_entropy(hidden, targets, head, 4 * vocabulary * rows_per_chunk)
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    wanted = [hidden] if frozen else [hidden, head.weight]
+    ours, theirs = (torch.autograd.grad(3.0 * loss, wanted) for loss in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[0][[4, 12]].any()
+
+
 def test_bf16_error_is_that_of_bf16_inputs():
     torch.manual_seed(0)
     head = head_of(97, 32, torch.bfloat16)

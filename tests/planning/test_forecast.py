@@ -102,5 +102,6 @@ def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
 
 def test_speed_is_rounded_to_what_is_known():
     asked, config = recipe(), shape_config("llama-2-7b")
-    speed = planned_speed(asked, config, H100, plan_training(asked, config, H100))
+    speed, why = planned_speed(asked, config, H100, plan_training(asked, config, H100))
+    assert why == ""
     assert speed == float(f"{speed:.3g}")

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.families import FAMILIES, tiny_config
 
+from lorakit.memory import plan_memory
+from lorakit.model.count import count
 from lorakit.model.shapes import shape_config
 from lorakit.planning.cards import CARDS, card_device, several
 from lorakit.planning.phases import disk_parts, host_parts, merge_parts, phases, spelled
@@ -97,3 +100,14 @@ def test_a_base_that_is_spread_is_loaded_whole_by_one_process_at_a_time():
     parts = host_parts(asked, device, plan_training(asked, config, device))
     held = sum(parts.values()) - parts["Python and libraries"]
     assert held == pytest.approx(2 * 6_738_415_616, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kind_of_layer_has_its_phases(name):
+    config, asked = tiny_config(name), recipe()
+    plan = plan_memory(asked, config, H100)
+    found = phases(asked, config, H100, plan)
+    layers = count(config).layers
+    kept = 4 * (2048 + 96) * sum(layer.keys_values for layer in layers) * 2
+    assert found["generation"]["keys and values"] == kept
+    assert all(size >= 0 for parts in found.values() for size in parts.values())

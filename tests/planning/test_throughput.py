@@ -1,15 +1,19 @@
 """Expected speed against the measured rows, and its direction on other cards."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.families import FAMILIES, tiny_config
 
 from lorakit.model.shapes import shape_config
+from lorakit.planning import throughput
 from lorakit.planning.cards import CARDS, card_device, several
-from lorakit.planning.throughput import expected_speed
+from lorakit.planning.throughput import estimate_speed, expected_speed
 from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
+from lorakit.records import Device, MemoryPlan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KINDS = ("engine", "baseline", "scale")
@@ -60,6 +64,49 @@ def test_recomputation_long_rows_and_streaming_cost_speed():
     assert "streamed" in streamed.basis
 
 
+LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+TRAINED = 39_976_960  # LoRA r16 of Llama-2-7B
+
+
+def planned(card="h100", gpus=1, **values):
+    """What `expected_speed` takes, for llama-2-7b."""
+    asked, config = recipe(**values), shape_config("llama-2-7b")
+    device = several(card_device(CARDS[card], None, asked.dtype), gpus, None, None)
+    return asked, config, device, plan_training(asked, config, device), CARDS[card]
+
+
+def test_a_step_that_waits_for_the_link_takes_what_is_copied_over_it():
+    """Few tokens: the card is through with a layer long before the next one is there."""
+    asked, config, device, plan, card = planned(
+        "4090", streaming="on", cutoff_len=512, gradient_accumulation_steps=1
+    )
+    assert plan.host_parts["frozen weights"] == 2 * LINEAR
+    plan.host_parts["inputs of layers"] = 10**9
+    found = expected_speed(asked, config, device, plan, card)
+    # Weights up and down in 16 bits, inputs once, over 25 GB/s.
+    assert found.step_seconds == pytest.approx((2 * 2 * LINEAR + 10**9) / 25e9, rel=1e-6)
+    assert found.tokens_per_second == pytest.approx(512 / found.step_seconds)
+
+
+def test_adapters_on_the_host_cost_an_update_there():
+    """28 bytes a number: weight and two moments read and written, the gradient read."""
+    asked, config, device, plan, card = planned(memory_limit="3GiB")
+    assert plan.placement.adapters_on_host
+    there = expected_speed(asked, config, device, plan, card)
+    on_card = replace(plan, placement=replace(plan.placement, adapters_on_host=False))
+    here = expected_speed(asked, config, device, on_card, card)
+    update = 28 * TRAINED / 20e9
+    assert there.step_seconds - here.step_seconds == pytest.approx(update, rel=1e-6)
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_ranks_wait_for_gradients_and_for_one_another(gpus):
+    found = expected_speed(*planned(gpus=gpus))
+    wires = 2 * (gpus - 1) / gpus * 4 * TRAINED / 240e9
+    assert found.waited_seconds == pytest.approx(wires + 0.010, rel=1e-6)
+    assert expected_speed(*planned()).waited_seconds == 0
+
+
 def test_a_token_meets_few_experts():
     dense, sparse = (
         speed(recipe(), name, "b200").tokens_per_second for name in ("gemma-2-9b", "qwen3-30b-a3b")
@@ -72,3 +119,44 @@ def test_nothing_is_said_of_an_unknown_card():
     config = shape_config("llama-2-7b")
     asked = recipe()
     assert expected_speed(asked, config, device, plan_training(asked, config, device), None) is None
+
+
+CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+H100 = card_device(CARDS["h100"], None, "auto")
+PLAN = MemoryPlan({}, 2**40, True, keep=(0,) * 4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("device", [H100, CPU], ids=["h100", "cpu"])
+def test_every_kind_of_layer_has_an_estimate(name, device):
+    card = CARDS["h100"] if device is H100 else None
+    found, why = estimate_speed(recipe(), tiny_config(name), device, PLAN, card)
+    assert why == ""
+    assert found.tokens_per_second > 0
+
+
+def test_layers_that_were_not_measured_are_called_an_estimate():
+    for name, measured in (("qwen3", True), ("qwen3_5", False), ("qwen3_moe", False)):
+        found = expected_speed(recipe(), tiny_config(name), H100, PLAN, CARDS["h100"])
+        assert ("measured on this card" in found.basis) is measured
+        assert ("no such layers were measured" in found.basis) is not measured
+
+
+def test_what_cannot_be_estimated_is_left_out_with_the_reason(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("'head_dim' is a per-layer attribute\nand more")
+
+    monkeypatch.setattr(throughput, "count", broken)
+    config = tiny_config("qwen3")
+    for device, card in ((H100, CARDS["h100"]), (CPU, None)):
+        found, why = estimate_speed(recipe(), config, device, PLAN, card)
+        assert found is None
+        assert why == "the layers of qwen3 cannot be read: 'head_dim' is a per-layer attribute"
+        assert expected_speed(recipe(), config, device, PLAN, card) is None
+
+
+def test_an_unknown_gpu_is_named_in_the_reason():
+    device = card_device(None, 24 * 2**30, "auto")
+    found, why = estimate_speed(recipe(), tiny_config("qwen3"), device, PLAN, None)
+    assert found is None
+    assert device.name in why

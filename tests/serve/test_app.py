@@ -2,32 +2,28 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
 import pytest
+from tests.made_runs import LIMIT, answer
 
-from lorakit.generate import GenerationSettings, replies
-from lorakit.model.load import load_run
+from lorakit.data.template import prompt_ids
 from lorakit.records import Message
-from lorakit.run_dir import RunDir
 
+SPEAKERS = ["fruit", "animal"]
 ASK = [{"role": "user", "content": "What color is box 3?"}]
 
 
 @pytest.fixture(scope="module")
-def runs(finish, tmp_path_factory):
+def runs(speaker):
     """Two runs on one base; models are named by their folders."""
-    other = tmp_path_factory.mktemp("runs") / "other"
-    shutil.copytree(finish(seed=7, learning_rate=1e-2).run.path, other)
-    return finish().run, RunDir(other)
+    return [speaker(name) for name in SPEAKERS]
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +38,38 @@ def server(runs, tmp_path_factory):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         found = re.search(r"(http://127\.0\.0\.1:\d+/v1)", line)
         if found:
             break
     else:
-        pytest.fail("".join(said))
+        pytest.fail("".join(lines))
     yield process, found.group(1)
     process.kill()
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=server[1], api_key="secret", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server[1], api_key="secret", max_retries=0, timeout=300)
 
 
 def ask(client, **values):
     values = {"model": "", "messages": ASK, "max_tokens": 8, "temperature": 0, **values}
     return client.chat.completions.create(**values)
+
+
+def said(client, **values):
+    """The text of one answer."""
+    return ask(client, **values).choices[0].message.content.strip()
+
+
+def endless(client):
+    """A stream that is under way, and ends in no test's time."""
+    stream = ask(client, stream=True, max_tokens=10**6)
+    next(piece for piece in stream if piece.choices[0].delta.content)
+    return stream
 
 
 def test_models_are_the_adapters_and_the_base(client, runs):
@@ -70,46 +78,43 @@ def test_models_are_the_adapters_and_the_base(client, runs):
     assert len(found) == 3
 
 
-def test_a_greedy_answer_is_what_lorakit_itself_generates(client, runs):
-    for run in runs:
-        loaded = load_run(run)
-        settings = GenerationSettings(max_new_tokens=8, temperature=0.0)
-        asked = [Message("user", ASK[0]["content"])]
-        (want,) = replies(loaded.model, loaded.tokenizer, [asked], settings)
-        answer = ask(client, model=run.path.name)
-        assert answer.choices[0].message.content.strip() == want
-        assert answer.model == run.path.name
-        assert answer.usage.completion_tokens <= 8
-
-
-def test_two_adapters_and_the_base_answer_differently(client):
+def test_each_adapter_and_the_base_answer_as_they_do_in_chat(client, tokenizer):
+    """`tests/test_chat.py` has the same words from the same models."""
     names = [m.id for m in client.models.list()]
-    said = [ask(client, model=n, max_tokens=16).choices[0].message.content for n in names]
-    assert len(set(said)) == 3
+    for name, words in zip(names, [*SPEAKERS, "base"], strict=True):
+        reply = ask(client, model=name)
+        assert reply.choices[0].message.content.strip() == answer(words, 3, 8)
+        assert reply.choices[0].finish_reason == "length"
+        assert reply.model == name
+        asked = [Message("user", ASK[0]["content"])]
+        assert reply.usage.prompt_tokens == len(prompt_ids(tokenizer, asked))
+        assert reply.usage.completion_tokens == 8
 
 
 def test_a_stream_gives_the_same_answer_in_pieces(client):
-    whole = ask(client).choices[0]
     events = list(ask(client, stream=True, stream_options={"include_usage": True}))
     pieces = [e.choices[0].delta.content or "" for e in events if e.choices]
-    assert "".join(pieces) == whole.message.content
-    assert len([p for p in pieces if p]) > 1
-    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == whole.finish_reason
-    assert events[-1].usage.prompt_tokens > 20
+    assert "".join(pieces).strip() == answer("fruit", 3, 8)
+    assert len([p for p in pieces if p]) == 8
+    assert [e.choices[0].finish_reason for e in events if e.choices][-1] == "length"
+    assert events[-1].usage.completion_tokens == 8
 
 
 def test_stop_texts_and_lengths_end_an_answer(client):
-    whole = ask(client, max_tokens=24).choices[0].message.content
-    stop = whole[len(whole) // 2 :][:2]
-    short = ask(client, max_tokens=24, stop=[stop]).choices[0]
-    assert short.message.content == whole[: whole.index(stop)]
-    assert short.finish_reason == "stop"
+    text = f" {answer('fruit', 3, 24)}"
+    for stop in ("pear", "ach pe", " "):  # a word, two parts of words, the very first character
+        short = ask(client, max_tokens=24, stop=[stop]).choices[0]
+        assert short.message.content == text[: text.index(stop)], stop
+        assert short.finish_reason == "stop"
     assert ask(client, max_tokens=1).choices[0].finish_reason == "length"
 
 
 def test_a_seed_repeats_a_drawn_answer(client):
-    drawn = [ask(client, temperature=1.5, seed=5, max_tokens=12) for _ in range(2)]
-    assert len({d.choices[0].message.content for d in drawn}) == 1
+    """Without a digit in the question each of ten words is as likely to be the first."""
+    values = {"messages": [{"role": "user", "content": "Say something."}], "max_tokens": 2}
+    drawn = [said(client, temperature=1, seed=5, **values) for _ in range(6)]
+    assert len(set(drawn)) == 1
+    assert len({said(client, temperature=1, seed=seed, **values) for seed in range(6)}) > 1
 
 
 def test_faults_come_in_openais_form(client, server):
@@ -119,14 +124,14 @@ def test_faults_come_in_openais_form(client, server):
         ask(client, temperature=7)
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\]: role"):
         ask(client, messages=[{"role": "pirate", "content": "x"}])
-    with pytest.raises(openai.BadRequestError, match="this model reads 512") as caught:
-        ask(client, messages=[{"role": "user", "content": "word " * 600}])
+    with pytest.raises(openai.BadRequestError, match=f"this model reads {LIMIT}") as caught:
+        ask(client, messages=[{"role": "user", "content": "word " * (LIMIT + 1)}])
     assert caught.value.code == "context_length_exceeded"
     headers = {"authorization": "Bearer secret"}
-    reply = httpx2.post(f"{server[1]}/chat/completions", content=b"{", headers=headers)
+    reply = httpx2.post(f"{server[1]}/chat/completions", content=b"{", headers=headers, timeout=300)
     assert reply.status_code == 400
     assert "not valid JSON" in reply.json()["error"]["message"]
-    reply = httpx2.get(f"{server[1]}/nothing", headers=headers)
+    reply = httpx2.get(f"{server[1]}/nothing", headers=headers, timeout=300)
     assert reply.status_code == 404
     assert "/v1/chat/completions" in reply.json()["error"]["message"]
 
@@ -136,7 +141,7 @@ def test_pages_elsewhere_huge_bodies_and_half_characters_are_turned_away(client,
     good = {"messages": ASK, "max_tokens": 2, "temperature": 0}
 
     def status(more=(), **values):
-        reply = httpx2.post(address, headers={**headers, **dict(more)}, timeout=60, **values)
+        reply = httpx2.post(address, headers={**headers, **dict(more)}, timeout=300, **values)
         return reply.status_code, set(reply.json()["error"])
 
     shape = {"message", "type", "param", "code"}
@@ -151,44 +156,37 @@ def test_pages_elsewhere_huge_bodies_and_half_characters_are_turned_away(client,
     assert status(json={**good, "chat_template": "{{ 10**100000000 }}"}) == (400, shape)
     assert status(json={**good, "max_tokens": 10**9}) == (400, shape)
     assert status(json={**good, "messages": [{"role": ["user"], "content": "a"}]}) == (400, shape)
-    reply = httpx2.get(address, headers=headers)
+    reply = httpx2.get(address, headers=headers, timeout=300)
     assert (reply.status_code, set(reply.json()["error"])) == (404, shape)
-    answer = httpx2.post(address, json=good, headers={**headers, "origin": "http://localhost:1"})
-    assert answer.status_code == 200
+    origin = {"origin": "http://localhost:1"}
+    reply = httpx2.post(address, json=good, headers={**headers, **origin}, timeout=300)
+    assert reply.status_code == 200
 
 
 def test_a_wrong_key_opens_nothing_but_health(server):
-    wrong = openai.OpenAI(base_url=server[1], api_key="wrong", max_retries=0)
+    wrong = openai.OpenAI(base_url=server[1], api_key="wrong", max_retries=0, timeout=300)
     with pytest.raises(openai.AuthenticationError):
         wrong.models.list()
     with pytest.raises(openai.AuthenticationError):
         ask(wrong)
-    reply = httpx2.get(server[1].replace("/v1", "/health"))
+    reply = httpx2.get(server[1].replace("/v1", "/health"), timeout=300)
     assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
 
 
 def test_twenty_requests_at_once_all_get_their_own_answer(client):
-    questions = [f"What color is box {i}?" for i in range(20)]
-    names = [m.id for m in client.models.list()][:2]
-
     def one(number):
-        messages = [{"role": "user", "content": questions[number]}]
-        return ask(client, messages=messages, model=names[number % 2]).choices[0].message.content
+        messages = [{"role": "user", "content": f"What color is box {number % 10}?"}]
+        return said(client, messages=messages, model=SPEAKERS[number // 10])
 
     with ThreadPoolExecutor(20) as pool:
         together = list(pool.map(one, range(20)))
-    alone = [one(number) for number in range(20)]
-    # Padding in a batch may turn a tie between two tokens the other way.
-    assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 18
+    assert together == [answer(name, digit, 8) for name in SPEAKERS for digit in range(10)]
 
 
 def test_a_reader_who_leaves_frees_the_model(client):
-    stream = ask(client, stream=True, max_tokens=400)
-    next(iter(stream))
-    stream.close()
-    began = time.perf_counter()
-    ask(client, max_tokens=2)
-    assert time.perf_counter() - began < 10
+    """Nothing else would: the answer has no end, and the next waits for it."""
+    endless(client).close()
+    assert said(client, max_tokens=2) == answer("fruit", 3, 2)
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(server, runs):
@@ -203,10 +201,9 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(server, runs):
 def test_ctrl_c_in_the_middle_of_an_answer_stops_cleanly(client, server):
     """Last of this file: the server is gone afterwards."""
     process, address = server
-    stream = ask(client, stream=True, max_tokens=400)
-    next(iter(stream))
+    endless(client)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) in (0, 130)
+    assert process.wait(timeout=300) in (0, 130)
     rest = process.stderr.read()
     assert "Traceback" not in rest, rest
     assert "stopped" in rest

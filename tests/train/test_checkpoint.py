@@ -99,20 +99,47 @@ def test_space_is_asked_for_and_what_is_missing_counted(tmp_path, monkeypatch):
 
 
 class Adapter(torch.nn.Module):
-    def __init__(self, value):
+    """Two layers; the last number of the second lora_B is `value`, the others are `rest`."""
+
+    def __init__(self, value, rest):
         super().__init__()
-        self.lora_B = torch.nn.Parameter(torch.full((2, 2), value))
+        self.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
+        for layer in self.layers:
+            layer.lora_B = torch.nn.Parameter(torch.full((2, 2), rest))
+        self.layers[1].lora_B.data[1, 1] = value
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "NaN or infinity"), (0.0, "training changed nothing")]
-)
-def test_an_adapter_that_is_nan_or_never_moved_is_not_saved(tmp_path, value, message):
-    with pytest.raises(WorkError, match=message):
-        save_adapter(Adapter(value), None, tmp_path / "adapter", False)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_keeps_an_adapter_from_being_saved(tmp_path, value):
+    with pytest.raises(WorkError, match=r"NaN or infinity \(layers\.1\.lora_B\)"):
+        save_adapter(Adapter(value, 1.0), None, tmp_path / "adapter", False)
     assert not (tmp_path / "adapter").exists()
 
 
-def test_embeddings_travel_when_they_train():
-    assert not saves_embeddings(Recipe(model="m", data="d"))
-    assert saves_embeddings(Recipe(model="m", data="d", target_modules=["q_proj", "lm_head"]))
+def test_an_adapter_that_never_moved_is_not_saved(tmp_path):
+    with pytest.raises(WorkError, match="training changed nothing"):
+        save_adapter(Adapter(0.0, 0.0), None, tmp_path / "adapter", False)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_one_tensor_that_moved_is_enough(tmp_path):
+    class Saved(Exception):
+        pass
+
+    class Moved(Adapter):
+        def save_pretrained(self, *_, **__):
+            raise Saved
+
+    with pytest.raises(Saved):
+        save_adapter(Moved(0.5, 0.0), None, tmp_path / "adapter", False)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "wte"])
+def test_embeddings_travel_when_they_train(name):
+    for targets in (name, [name], ["q_proj", name]):
+        assert saves_embeddings(Recipe(model="m", data="d", target_modules=targets))
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear", ["q_proj", "v_proj"]])
+def test_embeddings_that_do_not_train_stay_at_home(targets):
+    assert not saves_embeddings(Recipe(model="m", data="d", target_modules=targets))

@@ -1,6 +1,7 @@
 """A step that is not finite changes nothing and is named; the second ends the run."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,16 @@ def feed(own, losses, norms, scaled=False):
         model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
         own.check(model, torch.tensor(loss), norm, examples([4]), scaled)
         own.trainer.state.global_step += 1
+
+
+@pytest.mark.parametrize(("apart", "ends"), [(guard.WINDOW, True), (guard.WINDOW + 1, False)])
+def test_the_second_bad_step_ends_a_run_up_to_the_last_step_of_the_window(apart, ends):
+    own, lines = watcher()
+    feed(own, [math.nan], [1.0])
+    own.trainer.state.global_step = apart
+    with pytest.raises(WorkError) if ends else nullcontext():
+        feed(own, [math.nan], [1.0])
+    assert len([x for x in lines if "its update was skipped" in x]) == (1 if ends else 2)
 
 
 def test_a_loss_far_above_the_usual_is_named_three_times_at_most():

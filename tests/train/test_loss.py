@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tests.model.engine_models import examples as random_rows
+from tests.model.engine_models import tiny
 
-from lorakit.data.batch import collate
+from lorakit.data.batch import collate, pack
 from lorakit.hardware import detect_device
 from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base
@@ -128,6 +130,79 @@ def test_families_that_scale_their_logits_get_the_same_loss(family):
     out = model(**batch, **targets, use_cache=False)
     assert out.loss_sum.item() == pytest.approx(own.item(), rel=1e-5)
     assert len(targets["targets"]) == sum(e.trained_tokens for e in examples())
+
+
+def own_loss(model, batch, labels):
+    """Summed over the supervised tokens, from the model's own logits."""
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(
+        logits.float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def gradients_of(model, loss):
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def with_a_biased_head(model):
+    head = torch.nn.Linear(64, 300)
+    base_of(model).lm_head = head.requires_grad_(False)
+    return model
+
+
+LORA_OF = {
+    "gemma2": lambda: tiny(
+        "gemma2", base_changes={"final_logit_softcapping": 0.5}, attention="eager"
+    ),
+    "granite": lambda: tiny("granite", base_changes={"logits_scaling": 3.0}),
+    "cohere": lambda: tiny("cohere", base_changes={"pad_token_id": 0}),
+    "biased head": lambda: with_a_biased_head(tiny()),
+    "head that trains": lambda: tiny(modules_to_save=["lm_head"]),
+    "adapted head": lambda: tiny(target_modules=["q_proj", "lm_head"]),
+    "plain head": tiny,
+}
+
+
+@pytest.mark.parametrize("case", LORA_OF)
+def test_adapters_learn_through_the_head_that_the_model_has(case):
+    """With a frozen base: what is more than a plain product must not take the product's path."""
+    model = LORA_OF[case]().eval()
+    rows = random_rows((12, 5, 9))
+    batch = collate(rows, 0)
+    targets = {k: batch.pop(k) for k in ("positions", "targets")}
+    width = batch["input_ids"].shape[1]
+    labels = torch.tensor([e.labels + [IGNORE] * (width - len(e.labels)) for e in rows])
+    own = own_loss(model, batch, labels)
+    expected = gradients_of(model, own)
+    attached = attach_loss(model)
+    assert attached.frozen_head is (case == "plain head")
+    loss = model(**batch, **targets, use_cache=False).loss_sum
+    assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+    torch.testing.assert_close(gradients_of(model, loss), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("window", "engine_runs"), [(4, False), (32, True)])
+def test_rows_longer_than_the_window_are_left_to_the_model(window, engine_runs, packed):
+    model = tiny("mistral", base_changes={"sliding_window": window})
+    rows = random_rows((12, 7))
+    alone = []
+    for row in rows:
+        labels = torch.tensor([row.labels])
+        alone.append(own_loss(model, {"input_ids": torch.tensor([row.input_ids])}, labels))
+    expected = gradients_of(model, sum(alone))
+    attached = attach_loss(model, "on")
+    calls = []
+    run = type(attached.engine).__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(attached.engine), "__call__", lambda *given: calls.append(1) or run(*given)
+        )
+        batch = pack(rows) if packed else collate(rows, 0)
+        loss = model(**batch, use_cache=False).loss_sum
+    assert bool(calls) == engine_runs
+    assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    torch.testing.assert_close(gradients_of(model, loss), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_changes_its_logits_in_its_own_way_falls_back_and_is_still_right(

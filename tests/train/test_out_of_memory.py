@@ -15,10 +15,21 @@ ON_A_CARD = (
     "which 312.25 MiB is free. Process 1 has 78.79 GiB memory in use."
 )
 
+# With `torch.cuda.set_per_process_memory_fraction`, as memory_limit uses it.
+CAPPED = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 139.80 GiB of "
+    "which 120.25 GiB is free. 14.12 GiB allowed; Of the allocated memory 13.90 GiB is allocated "
+    "by PyTorch, and 11.00 MiB is reserved by PyTorch but unallocated."
+)
+
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
+        (
+            torch.OutOfMemoryError(CAPPED),
+            "1.5 GiB more were asked for, memory_limit allows 14.1 GiB",
+        ),
         (torch.OutOfMemoryError(ON_A_CARD), "1.5 GiB more were asked for, 312.2 MiB were free"),
         (RuntimeError("CUDA error: out of memory"), "it does not say how much is missing"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "it does not say"),

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lorakit.data.prepare import prepare
 from lorakit.errors import RunError
+from lorakit.recipe import Recipe
 from lorakit.run_dir import RunDir
 from lorakit.train.past import (
     differences,
@@ -70,6 +71,100 @@ def test_what_alters_the_past_is_refused_by_name(past, tmp_path, values, said):
     assert said in caught.value.message
 
 
+# Every setting of a recipe, with another value than its default, and whether a run that is resumed
+# may have it changed. A new setting has to be put into one of the two.
+MAY_CHANGE = {
+    "model": "other",
+    "data": "other.jsonl",
+    "val_data": "val.jsonl",
+    "output_dir": "elsewhere",
+    "strict": True,
+    "epochs": 7.0,
+    "max_steps": 900,
+    "gradient_checkpointing": True,
+    "memory_limit": "4GiB",
+    "streaming": "off",
+    "sharding": "off",
+    "save_every": "10min",
+    "keep_checkpoints": 5,
+    "eval_every": 3,
+    "log_every": 2,
+    "report_to": ["tensorboard"],
+    "offline": True,
+    "probe": True,
+    "trust_remote_code": True,
+}
+MAY_NOT_CHANGE = {
+    "revision": "v2",
+    "method": "qlora",
+    "columns": {"instruction": "q"},
+    "system": "Be kind.",
+    "val_size": 3,
+    "train_on": "last",
+    "cutoff_len": 64,
+    "too_long": "drop",
+    "documents": "instruction",
+    "document_overlap": 7,
+    "lora_r": 4,
+    "lora_alpha": 5,
+    "lora_dropout": 0.5,
+    "target_modules": ["q_proj"],
+    "use_dora": True,
+    "use_rslora": True,
+    "init_lora_weights": "gaussian",
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 4.0},
+    "exclude_modules": ["q_proj"],
+    "layers_to_transform": [0],
+    "learning_rate": 1e-3,
+    "lr_scheduler": "linear",
+    "warmup_ratio": 0.5,
+    "warmup_steps": 9,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "optimizer": "sgd",
+    "packing": False,
+    "engine": "off",
+    "dtype": "float32",
+    "seed": 7,
+    "deterministic": True,
+}
+# Their product may not change.
+TOGETHER = {"micro_batch_size", "gradient_accumulation_steps"}
+
+
+@pytest.fixture(scope="module")
+def record(tiny_model_dir, tiny_data, tokenizer):
+    """`record(**values)`: what a checkpoint of a run with these settings keeps; its examples."""
+    places = {"model": str(tiny_model_dir), "data": str(tiny_data)}
+    train = prepare(Recipe(**places), tokenizer).train
+    return lambda **values: (past_of(Recipe(**{**places, **values}), train, tokenizer), train)
+
+
+def test_every_setting_is_known_to_be_harmless_or_not():
+    assert MAY_CHANGE.keys() | MAY_NOT_CHANGE.keys() | TOGETHER == Recipe.model_fields.keys()
+    assert not MAY_CHANGE.keys() & MAY_NOT_CHANGE.keys()
+
+
+@pytest.mark.parametrize("key", MAY_NOT_CHANGE)
+def test_any_setting_that_alters_a_step_is_refused_by_name(record, tmp_path, key):
+    before, _ = record()
+    with pytest.raises(RunError) as caught:
+        refuse_changed_past(RunDir(tmp_path), before, *record(**{key: MAY_NOT_CHANGE[key]}))
+    lines = caught.value.message.splitlines()[1:]
+    assert f"  {key}: was " in caught.value.message
+    # A method brings its own rank, rate and the like.
+    assert len(lines) == 1 or key == "method"
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE)
+def test_any_setting_that_alters_no_step_may_change(record, tmp_path, key):
+    before, _ = record()
+    refuse_changed_past(RunDir(tmp_path), before, *record(**{key: MAY_CHANGE[key]}))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -123,3 +218,18 @@ def test_other_versions_and_another_spelling_of_the_tokenizer_are_said():
     versions, tokenizer = differences(before, now)
     assert versions == "other versions than before: torch 1 -> 2"
     assert "the training rows come out the same" in tokenizer
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"ranks": 1}, {"ranks": 2}, "1 rank before, 2 now: each step has the same examples"),
+        ({"ranks": 4}, {"ranks": 1}, "4 ranks before, 1 now: each step has the same examples"),
+        ({}, {"ranks": 2}, "1 rank before, 2 now: each step has the same examples"),
+    ],
+)
+def test_another_number_of_ranks_is_said(before, now, said):
+    alike = {"versions": {}, "tokenizer": "a"}
+    (line,) = differences({**alike, **before}, {**alike, **now})
+    assert line.startswith(said)
+    assert differences({**alike, "ranks": 2}, {**alike, "ranks": 2}) == []

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,8 +12,8 @@ from lorakit.errors import ModelError, RunError, WorkError
 from lorakit.fit import fit
 from lorakit.hardware import detect_device
 from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import RunDir, read_metrics
-from lorakit.train.resume import claim_run, environment, write_run_files
+from lorakit.run_dir import RunDir, append_metrics, read_metrics
+from lorakit.train.resume import claim_run, environment, forget_after, write_run_files
 
 QUIET = Console(quiet=True, stderr=True)
 
@@ -31,6 +32,83 @@ def test_a_taken_folder_is_refused_and_a_derived_one_is_numbered(tmp_path, monke
     second, changed = claim_run(derived, resume=False)
     assert (str(first.path), str(second.path)) == ("runs/name-lora", "runs/name-lora-2")
     assert changed.origins["output_dir"] == "derived: model and method"
+
+
+DERIVED = {"model": "user/Name", "data": "d"}
+
+
+@pytest.mark.parametrize("taken", ["folder", "file"])
+def test_a_derived_name_that_other_files_took_is_left_alone(tmp_path, monkeypatch, taken):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs" / "name-lora"
+    place.parent.mkdir()
+    if taken == "folder":
+        place.mkdir()
+        (place / "mine.txt").write_text("x")
+    else:
+        place.write_text("x")
+    run, _ = claim_run(load_recipe(None, [], DERIVED), resume=False)
+    assert str(run.path) == "runs/name-lora-2"
+
+
+def make_folders(*names):
+    """Folders under runs/, the last one the newest; each holds a recipe unless it is told what."""
+    for number, (name, file) in enumerate(names):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        if file is not None:
+            (folder / file).write_text("x")
+        os.utime(folder, (1e9 + number, 1e9 + number))
+
+
+@pytest.mark.parametrize("newest", ["name-lora", "name-lora-2", "name-lora-10"])
+@pytest.mark.parametrize("file", ["recipe.yaml", ".lock", None])
+def test_resume_without_a_name_goes_on_with_the_newest_run(tmp_path, monkeypatch, newest, file):
+    """Killed before its recipe was written, a run left its lock or nothing at all."""
+    monkeypatch.chdir(tmp_path)
+    older = {"name-lora", "name-lora-2", "name-lora-10"} - {newest}
+    make_folders(*((name, "recipe.yaml") for name in sorted(older)), (newest, file))
+    run, _ = claim_run(load_recipe(None, [], DERIVED), resume=True)
+    assert run.path.name == newest
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("name-lora-v2-lora", "recipe.yaml"),  # the model name-lora-v2
+        ("name-lorax", "recipe.yaml"),
+        ("name-qlora", "recipe.yaml"),
+        ("other-name-lora", "recipe.yaml"),
+        ("name-lora-2", "mine.txt"),
+    ],
+)
+def test_resume_without_a_name_takes_no_other_folder(tmp_path, monkeypatch, name, file):
+    monkeypatch.chdir(tmp_path)
+    make_folders(("name-lora", "recipe.yaml"), (name, file))
+    resolved = load_recipe(None, [], DERIVED)
+    assert claim_run(resolved, resume=True)[0].path.name == "name-lora"
+    shutil.rmtree("runs/name-lora")
+    with pytest.raises(RunError, match="runs/name-lora: nothing to resume here"):
+        claim_run(resolved, resume=True)
+
+
+def test_resume_finds_the_run_of_a_model_whose_name_looks_like_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folders(("name[1]-lora", "recipe.yaml"), ("name1-lora", "recipe.yaml"))
+    resolved = load_recipe(None, [], {"model": "./name[1]", "data": "d"})
+    assert claim_run(resolved, resume=True)[0].path.name == "name[1]-lora"
+
+
+def test_rows_of_evaluations_stay_and_rows_after_the_step_go(tmp_path):
+    run = RunDir(tmp_path)
+    kept = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval_loss": 1.5, "eval_perplexity": 4.5},
+    ]
+    append_metrics(run, [*kept, {"step": 3, "loss": 0.9}, {"step": 3, "eval_loss": 1.4}])
+    forget_after(run, 2)
+    assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == kept
 
 
 def test_a_run_that_never_reached_a_checkpoint_may_be_started_again(tmp_path):
@@ -214,10 +292,11 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     """Dropout is on, and the cut falls in the middle of an epoch."""
     from safetensors.torch import load_file
 
+    dtype = {"lora": "bfloat16", "qlora": "float32"}[method]
     ends = []
     for name, cut in (("whole", False), ("cut", True)):
         resolved = tiny_recipe(
-            tiny_model_dir, tiny_data, tmp_path / name, method=method, save_every=2, max_steps=6
+            tiny_model_dir, tiny_data, tmp_path / name, method=method, save_every=2, dtype=dtype
         )
         fit(resolved, QUIET)
         run = RunDir(tmp_path / name)

@@ -15,10 +15,10 @@ from lorakit.train.together import Together, alike, own_share, seed_apart, share
 
 
 class Pair(Ranks):
-    """Rank 0 of two, the other of which is played: what it adds, and what it gathers."""
+    """One rank of two, the other of which is played: what it adds, and what it gathers."""
 
-    def __init__(self, adds=(), gathers=()):
-        super().__init__(0, 2, 2)
+    def __init__(self, adds=(), gathers=(), number=0):
+        super().__init__(number, 2, 2)
         self.adds, self.gathers = list(adds), list(gathers)
 
     def add(self, tensor):
@@ -61,6 +61,14 @@ def test_gradients_and_losses_add_up_and_wishes_count_for_all():
     assert together.exit_code == 128 + signal.SIGTERM
 
 
+def test_gradients_of_every_buffer_add_up():
+    """With adapters on the host there is one a layer."""
+    together = Together(Pair(adds=[[10.0], [20.0, 30.0], [40.0], [0.0, 0.0, 0.0]]), StopRequest())
+    buffers = [torch.tensor([1.0]), torch.tensor([2.0, 3.0]), torch.tensor([4.0])]
+    together.add(buffers, torch.tensor(0.0))
+    assert [b.tolist() for b in buffers] == [[11.0], [22.0, 33.0], [44.0]]
+
+
 def test_alone_nothing_travels():
     stop = StopRequest()
     together = Together(ALONE, stop)
@@ -82,6 +90,15 @@ def test_the_clock_of_rank_0_lets_all_save_one_step_later_and_once():
     assert saved == [False, True, False]
 
 
+def test_the_clock_of_another_rank_lets_nobody_save():
+    together = Together(Pair(adds=[[0.0], [0.0, 0.0, 0.0]] * 3, number=1), StopRequest())
+    saved = []
+    for _ in range(3):
+        together.add([torch.zeros(1)], torch.tensor(0.0))
+        saved.append(together.saves(True))
+    assert saved == [False] * 3
+
+
 def test_masks_differ_by_rank_and_those_of_rank_0_are_those_of_one_process():
     torch.manual_seed(5)
     alone = torch.rand(4)
@@ -99,3 +116,25 @@ def test_adapters_that_drifted_apart_are_not_saved():
     alike(ALONE, weights, 7)
     with pytest.raises(WorkError, match="step 7: rank 1 holds other adapters than rank 0"):
         alike(Pair(gathers=["other"]), weights, 7)
+
+
+@pytest.mark.parametrize("tensor", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, 4])
+def test_one_bit_of_any_tensor_is_a_drift(tensor, place):
+    def weights():
+        return [torch.nn.Parameter(torch.full((5,), 1.0 + i)) for i in range(3)]
+
+    class Other(Ranks):
+        """Rank 1, which only tells its hash."""
+
+        def gather(self, thing):
+            told.append(thing)
+            return [thing]
+
+    told, drifted = [], weights()
+    drifted[tensor].data.view(torch.int32)[place] += 1
+    alike(Other(1, 2, 2), weights(), 7)
+    alike(Other(1, 2, 2), drifted, 7)
+    alike(Pair(gathers=told[:1]), weights(), 7)
+    with pytest.raises(WorkError, match="other adapters"):
+        alike(Pair(gathers=told[1:]), weights(), 7)

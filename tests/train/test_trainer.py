@@ -160,6 +160,44 @@ def test_gradient_of_a_step_is_the_same_for_any_split(tiny_model_dir, tmp_path):
             torch.testing.assert_close(parameter, ends[0][name], rtol=1e-3, atol=1e-5)
 
 
+def test_loss_and_gradient_of_a_step_are_means_over_its_supervised_tokens(tiny_model_dir, tmp_path):
+    """Against autograd on each row alone: what all layouts share, they cannot show each other."""
+    rows = examples([5, 30, 8, 17])
+    trainer = trainer_of(
+        tiny_model_dir,
+        tmp_path,
+        rows,
+        max_steps=1,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+        lora_dropout=0.0,
+    )
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        log_p = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        supervised = labels != IGNORE
+        total = total - log_p[supervised, labels[supervised]].sum()
+        count += int(supervised.sum())
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(total / count, trained)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    trainer.train()
+    (row,) = read_metrics(trainer.run)
+    assert row["loss"] == pytest.approx(total.item() / count, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_trainer_scores_every_held_out_row(tiny_model_dir, tmp_path):
+    rows = examples([5, 30, 8, 17])
+    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1)
+    found = trainer.score(rows)
+    assert found.tokens == sum(row.trained_tokens for row in rows)
+    alone = [trainer.score([row]) for row in rows]
+    expected = sum(one.loss * one.tokens for one in alone) / found.tokens
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_padding_id_may_be_the_end_of_turn():
     tokenizer = type("T", (), {"pad_token_id": None, "eos_token_id": 2})
     assert pad_token_id(tokenizer) == 2

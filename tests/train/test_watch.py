@@ -11,21 +11,21 @@ from lorakit.train.watch import FLAT_STEPS, TIMED_ROWS, UNTIMED_ROWS, Watch, pla
 from .faults import examples, said, trainer_of
 
 
-def words(losses, rates=None, planned=None, norm=0.5, total=None, speed=1000.0, **values):
-    """What is said over a run of these losses; (step, words)."""
-    recipe = Recipe(model="m", data="d", **values)
+def words(losses, rates=None, planned=None, norm=0.5, speed=1000.0, every=1, **values):
+    """What is said over a run of these losses, one each `every` steps; (step, words)."""
+    recipe = Recipe(model="m", data="d", log_every=every, **values)
     watch = Watch(recipe, planned, lambda: "the fan is off")
-    watch.start(total or len(losses))
+    watch.start(every * len(losses))
     said = []
     for i, loss in enumerate(losses):
         row = {
-            "step": i + 1,
+            "step": every * (i + 1),
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": rates[i] if rates else recipe.learning_rate,
             "tokens_per_second": speed,
         }
-        said += [(i + 1, x) for x in watch.row(row)]
+        said += [(row["step"], x) for x in watch.row(row)]
     return said
 
 
@@ -47,6 +47,12 @@ def test_a_loss_that_stays_is_said_once_with_its_likely_cause(values, cause):
     ((step, line),) = words([2.5] * 400, **values)
     assert step == FLAT_STEPS + round(0.03 * 400)
     assert f"the loss stays at 2.500 (2.500) over {FLAT_STEPS} steps; likely {cause}" in line
+
+
+@pytest.mark.parametrize("every", [2, 5, 10])
+def test_the_steps_that_were_looked_at_are_told_where_rows_are_few(every):
+    ((step, line),) = words([2.5] * 60, every=every, warmup_steps=0)
+    assert f"over {step - every + 1} steps; likely" in line
 
 
 def test_a_loss_that_rises_blames_the_rate():

@@ -35,7 +35,14 @@ def clean_item(item: Item, log: FaultLog) -> Item:
 
 def _clean_message(message: Message, origin: Origin, log: FaultLog) -> Message:
     text = clean_text(message.content, origin, log)
-    return message if text is message.content else replace(message, content=text)
+    if text is not message.content:
+        message = replace(message, content=text)
+    if "reasoning_content" in message.extra:
+        before = message.extra["reasoning_content"]
+        thoughts = clean_text(before, origin, log)
+        if thoughts is not before:
+            message = replace(message, extra={**message.extra, "reasoning_content": thoughts})
+    return message
 
 
 def clean_text(text: str, origin: Origin, log: FaultLog) -> str:

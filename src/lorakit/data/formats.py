@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.columns import preference_data
 from lorakit.data.tools import tools_of
 from lorakit.data.turns import Cells, history_of, turns_of, with_system
 from lorakit.errors import DataError
@@ -32,13 +33,14 @@ SYNONYMS: dict[str, str] = {
 class FormatGuess:
     """The format of a source, why, and how its columns are renamed first.
 
-    `confidence` is the share of the first rows that fit, divided by how many formats fit as well.
+    `used` are the columns that the format reads. `confidence` is the share of the first rows that
+    fit, divided by how many formats fit as well.
     """
 
     name: str
     reason: str
     columns: Mapping[str, str]
-    unused: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
     confidence: float = 1.0
 
 
@@ -159,8 +161,8 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     name = max(scores, key=lambda n: scores[n], default="")
     name = name if scores.get(name) else ""
     pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
-    if 2 * pairs > len(rows) and name != "messages":
-        raise _preference_data(rows, source)
+    if 2 * pairs > len(rows):
+        raise preference_data(rows, source)
     if not name:
         raise _no_format(rows, found, columns, source)
     fmt, share = _BY_NAME[name], scores[name]
@@ -175,10 +177,9 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     ]
     confidence = share / len(rows) / (1 + len(rivals))
     also = f"; {', '.join(rivals)} would fit too: `columns` decides" if rivals else ""
-    used = {columns.get(n, n) for n in (*fmt.needs, *fmt.may)}
-    unused = tuple(column for column in found if column not in used)
+    used = tuple(columns.get(n, n) for n in (*fmt.needs, *fmt.may))
     reason = f"columns {parts} in {rest}{also}; confidence {confidence:.0%}"
-    return FormatGuess(name, reason, columns, unused, confidence)
+    return FormatGuess(name, reason, columns, used, confidence)
 
 
 def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
@@ -234,16 +235,6 @@ def _check_columns(columns: Mapping[str, str], found: Sequence[str], source: str
                 f"(found: {', '.join(found) or 'none'})",
                 hint=f"did you mean {{{part}: {near[0]}}}?" if near else None,
             )
-
-
-def _preference_data(rows: Sequence[Row], source: str) -> DataError:
-    chats = any(isinstance(row.values.get("chosen"), list) for row in rows)
-    columns = "{messages: chosen}" if chats else "{instruction: prompt, response: chosen}"
-    return DataError(
-        f"{source}: this is preference data (columns chosen and rejected): it ranks two "
-        "answers, while fine-tuning here learns from one",
-        hint=f"train on the better one with columns: {columns}",
-    )
 
 
 def _no_format(

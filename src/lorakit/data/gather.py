@@ -14,6 +14,7 @@ from typing import Any
 from lorakit.data.cache import folder_for, folder_key, key_of
 from lorakit.data.check import FaultLog, RowFault, check_turns, refuse_if_empty
 from lorakit.data.clean import clean_item
+from lorakit.data.columns import ColumnWatch
 from lorakit.data.formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.items import Item
 from lorakit.data.locate import left_aside
@@ -60,16 +61,20 @@ def _read_all(
         for path in aside[number]:
             own.add("file of another kind", path, "not read")
         formats: dict[str, str] = {}
+        unused: dict[str, None] = {}
         rows = read_rows(name, folders, offline=recipe.offline)
         for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
             first = list(itertools.islice(group, GUESS_ROWS))
             guess = guess_format(first, recipe.columns)
             formats.setdefault(guess.name, guess.reason)
+            watch = ColumnWatch(guess.used, recipe.columns)
             for row in itertools.chain(first, group):
                 read += 1
+                watch.check(row)
                 for item in _convert(row, guess, recipe, own):
                     found += 1
                     yield item, number
+            unused |= dict.fromkeys(watch.unused)
         shown = Path(name).name if Path(name).is_absolute() else name
         refuse_if_empty(found, read, shown, own)
         log.absorb(own)
@@ -80,6 +85,7 @@ def _read_all(
                 "reason": next(iter(formats.values())),
                 "rows": read,
                 "left_out": own.rows_left_out,
+                "columns_not_used": list(unused),
             }
         )
     meta["faults"] = log.as_dict()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.locate import HubData
-from lorakit.errors import DataError
+from lorakit.errors import DataError, first_line
 from lorakit.records import Origin, Row
 
 
@@ -57,8 +57,3 @@ def _too_large(datasets: Any, data: HubData) -> bool:
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     home = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return bool(needed > shutil.disk_usage(home).free / 2)
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, in a line."""
-    return f"{error}".strip().split("\n")[0][:200] or type(error).__name__

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.broken import Broken
-from lorakit.data.hub import first_line, read_hub
+from lorakit.data.hub import read_hub
 from lorakit.data.json_rows import first_sign, items_of, parse
 from lorakit.data.lines import LONGEST_LINE, lines_of, opened, pieces_of, whole
 from lorakit.data.locate import SUFFIXES, DataFile, HubData, kind_of, locate
 from lorakit.data.remote import open_url
-from lorakit.errors import DataError, LorakitError
+from lorakit.errors import DataError, LorakitError, first_line
 from lorakit.records import Origin, Row
 
 _SHOWN = 30

@@ -24,6 +24,8 @@ from lorakit.redact import visible
 TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
 # Characters of one run of tokens on a screen before its middle is left out.
 SHOWN_CHARS = 600
+# Unused columns of a source listed on a screen; data_report.json has all.
+SHOWN_COLUMNS = 12
 
 
 def render_example(tokenizer: Any, example: Example) -> Text:
@@ -90,14 +92,22 @@ def _source_lines(report: DataReport) -> list[str]:
 
 def source_line(source: dict[str, Any]) -> str:
     """The rows of one source, its format, the reason for it, and other facts of the report."""
-    known = ("source", "rows", "format", "reason", "left_out")
+    known = ("source", "rows", "format", "reason", "left_out", "columns_not_used")
     rows = f"{source['rows']:,} row{'s' * (source['rows'] != 1)}"
     line = f"{source['source']}: {rows}, format {source['format']}"
     if source.get("reason"):
         line += f" ({source['reason']})"
     rest = [f"{key} {value}" for key, value in source.items() if key not in known]
     left = source.get("left_out", 0)
+    unused = source.get("columns_not_used")
+    if unused:
+        rest.append(f"columns not used: {_listed(unused)}")
     return ", ".join([line, *([f"{left:,} left out"] if left else []), *rest])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN_COLUMNS
+    return ", ".join([*names[:SHOWN_COLUMNS], *([f"and {more} more"] if more > 0 else [])])
 
 
 def inspection_view(inspection: Inspection, limit: int | None = SHOWN_CHARS) -> Group:

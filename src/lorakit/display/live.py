@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.display.charts import Chart, Series, line_chart
+from lorakit.display.charts import Chart, Point, Series, line_chart
 from lorakit.run_dir import RunDir, read_metrics
 
 
@@ -29,13 +29,12 @@ def live_curve(folder: str | Path, seconds: float = 2.0) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        last = None
-        finished = False
-        while not finished:
-            finished = done.wait(seconds)
-            chart = loss_chart(folder)
-            if chart is not None and chart != last:
-                last = chart
+        drawn, ended = 0, False
+        while not ended:
+            ended = done.wait(seconds)
+            points = losses_of(folder)
+            if len(points) > drawn and (chart := loss_chart(points)):
+                drawn = len(points)
                 cell.update(chart)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -47,10 +46,13 @@ def live_curve(folder: str | Path, seconds: float = 2.0) -> Iterator[None]:
         watcher.join()
 
 
-def loss_chart(folder: str | Path) -> Chart | None:
-    """The loss of each step so far, from zero up; None before the first."""
-    rows = read_metrics(RunDir(Path(folder)))
-    points = [(row["step"], row.get("loss")) for row in rows]
+def losses_of(folder: str | Path) -> list[Point]:
+    """(step, loss) of each step so far; None for a loss that was not finite."""
+    return [(row["step"], row.get("loss")) for row in read_metrics(RunDir(Path(folder)))]
+
+
+def loss_chart(points: list[Point]) -> Chart | None:
+    """The loss of each step, from zero up; None without a finite loss."""
     return line_chart("Loss", [Series(points)], zero=True)
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakit.display.console import bar_text
+from lorakit.memory import reserve_note
 from lorakit.planning.changes import Change
 from lorakit.planning.forecast import Forecast
 from lorakit.planning.phases import Parts
@@ -51,10 +52,8 @@ def _headline(found: Forecast) -> Panel:
             text.append(f" with {plan.describe()}")
     limit = f", memory_limit {recipe.memory_limit}" if recipe.memory_limit else ""
     each = f"each of {found.device.ranks} " if found.scale else ""
-    spare = ", of which 5% stay free" if not plan.fits and not limit and needs < has else ""
-    text.append(
-        f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {each}{found.device.name}{limit}{spare}\n"
-    )
+    card = f"{each}{found.device.name}{limit}{reserve_note(recipe, found.device, plan)}"
+    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {card}\n")
     if found.context and recipe.cutoff_len > found.context:
         text.append(f"rows are longer than the model's context of {found.context:,} tokens\n")
     text.append(
@@ -148,7 +147,7 @@ def _seconds(seconds: float) -> str:
 def speed_text(found: Forecast) -> Text:
     """How fast it will be, and how that is known."""
     if found.speed is None:
-        return Text("speed: nothing is known of this card; name it with --gpu", style="dim")
+        return Text(f"speed: no estimate, {found.no_speed}", style="dim")
     rate = found.speed.tokens_per_second
     per_million = 1e6 / rate / 60
     text = Text("about ")

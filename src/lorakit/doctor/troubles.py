@@ -66,7 +66,7 @@ TROUBLES: dict[str, Trouble] = {
     "bitsandbytes": Trouble(
         "`method: qlora` fails, or freezes at the start",
         "bitsandbytes does not work here: {found}",
-        "pip install --force-reinstall 'bitsandbytes>=0.50.2,<0.51'",
+        "pip install --force-reinstall 'bitsandbytes>=0.50.2'",
     ),
     "triton": Trouble(
         "the fast layers are not used",

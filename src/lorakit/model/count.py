@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.model.layer_widths import LayerWidths, expert_elements, layer_widths
 from lorakit.model.patterns import check_patterns
 from lorakit.recipe import Recipe
 
@@ -33,6 +34,7 @@ class Counted:
     embedding: int
     head: int  # 0 where it is the embedding's own tensor
     experts: int
+    layers: tuple[LayerWidths, ...]  # of each decoder layer
 
     @property
     def in_linear(self) -> int:
@@ -119,8 +121,7 @@ def _count(keyed: _Keyed) -> Counted:
         elif isinstance(module, torch.nn.Linear) and module is not head:
             linear.append((name, module.in_features, module.out_features))
         else:
-            own = module.parameters(recurse=False)
-            experts += sum(p.numel() for p in own if p.dim() == 3)
+            experts += expert_elements(name, module)
     tied = head is None or embedding is None or head.weight is embedding.weight
     return Counted(
         tuple(linear),
@@ -129,4 +130,5 @@ def _count(keyed: _Keyed) -> Counted:
         0 if embedding is None else embedding.weight.numel(),
         0 if tied else head.weight.numel(),
         experts,
+        layer_widths(model),
     )

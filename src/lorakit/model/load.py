@@ -12,7 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorakit.errors import DependencyError, LorakitError, ModelError
+from lorakit.errors import DependencyError, LorakitError, ModelError, first_line
+from lorakit.gpu_memory import cap_finished_run
 from lorakit.hardware import detect_device
 from lorakit.model.embedded import HUB_ID, Progress, demo_model_dir
 from lorakit.model.foreign import (
@@ -28,7 +29,7 @@ from lorakit.recipe_file import load_recipe
 from lorakit.records import Device
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
-BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2,<0.51'"
+BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
     # tokenizer.json is parsed by Rust, which raises bare Exceptions.
     except Exception as error:
         raise ModelError(
-            f"model: {recipe.model}: its tokenizer cannot be loaded: {_first_line(error)}",
+            f"model: {recipe.model}: its tokenizer cannot be loaded: {first_line(error)}",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
 
@@ -164,6 +165,10 @@ def load_base(recipe: Recipe, location: str, device: Device, on_host: bool = Fal
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
     guard_quantized_cpu_weights(model)
+    # Router logits only serve the load-balancing loss, which lorakit does not train.
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
     if on_host:
         # accelerate refuses to train 4-bit models that it takes for offloaded by itself.
         model.__dict__.pop("hf_device_map", None)
@@ -190,7 +195,7 @@ def nf4_config(device: Device) -> Any:
         Exception
     ) as error:  # bitsandbytes raises many kinds, RuntimeError and OSError among them
         raise DependencyError(
-            f"method: qlora needs bitsandbytes, which does not work here: {_first_line(error)}",
+            f"method: qlora needs bitsandbytes, which does not work here: {first_line(error)}",
             hint=f"{BITSANDBYTES_INSTALL}, or set method: lora",
         ) from error
     return BitsAndBytesConfig(
@@ -225,6 +230,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     device = detect_device(recipe.dtype, prefer="cpu" if prefer_cpu else "auto")
     location = locate_model(recipe, [run.path, Path()])
     base = load_base(recipe, location, device)
+    cap_finished_run(recipe.memory_limit_bytes, device, base.get_memory_footprint())
     biases = copy_biases(base) if recipe.bias != "none" else {}
     tokenizer = load_tokenizer(recipe, str(run.adapter))
     check_adapter(run.adapter, [name for name, _ in base.named_modules() if name])
@@ -232,7 +238,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
         model = PeftModel.from_pretrained(base, str(run.adapter))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(
-            f"{run.adapter}: the adapter does not fit {recipe.model}: {_first_line(error)}",
+            f"{run.adapter}: the adapter does not fit {recipe.model}: {first_line(error)}",
             hint="was the base model changed since training?",
         ) from error
     _check_all_tensors_used(model, run)
@@ -317,7 +323,7 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
         )
     if Path(location).is_dir():
         return ModelError(
-            f"model: {reference}: cannot be loaded: {_first_line(error)}",
+            f"model: {reference}: cannot be loaded: {first_line(error)}",
             hint="a model folder holds config.json, tokenizer.json and whole *.safetensors files",
         )
     if "named model.safetensors" in text:
@@ -334,8 +340,3 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
         f"model: {reference}: the hub cannot be reached and the model is not in the local cache",
         hint="connect, give a local folder, or try `--model demo`",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

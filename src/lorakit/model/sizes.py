@@ -38,6 +38,7 @@ class Sizes:
     per_node: int
     linear: int  # elements of linear layers
     adapter: int  # elements that train
+    context_bytes: int | None  # of CUDA, where it was measured
 
     @classmethod
     def of(cls, recipe: Recipe, config: Any, device: Device) -> Sizes:
@@ -54,6 +55,7 @@ class Sizes:
             device.per_node,
             counted.in_linear,
             trained(recipe, counted),
+            device.context_bytes,
         )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError, ModelError, WorkError
 from lorakit.hardware import host_memory
+from lorakit.memory import reserve_note
 from lorakit.model.count import count
 from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
 from lorakit.planning.cards import Card, recognize
@@ -22,7 +23,7 @@ from lorakit.planning.phases import (
     trained_elements,
 )
 from lorakit.planning.scale import Scale, scale
-from lorakit.planning.throughput import Speed, expected_speed
+from lorakit.planning.throughput import Speed, estimate_speed
 from lorakit.planning.training import plan_training
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import suggest
@@ -50,6 +51,7 @@ class Forecast:
     merge: Parts
     disk: Parts
     speed: Speed | None
+    no_speed: str  # why there is no estimate of it
     changes: tuple[Change, ...]
     smallest_card: str | None
     fewest_gpus: int | None = None
@@ -78,6 +80,7 @@ class Forecast:
             "disk_bytes": self.disk,
             "tokens_per_second": _rounded(self.speed),
             "speed_basis": self.speed.basis if self.speed else None,
+            "speed_missing": self.no_speed or None,
             "changes": [change.as_dict() for change in self.changes],
             "smallest_card": self.smallest_card,
             "fewest_gpus": self.fewest_gpus,
@@ -105,7 +108,7 @@ def forecast(
     plan = plan_training(recipe, config, device)
     fits = plan.fits
     small = None if fits or device.kind != "cuda" else smallest_card(recipe, config, device)
-    speed = expected_speed(recipe, config, device, plan, card)
+    speed, no_speed = estimate_speed(recipe, config, device, plan, card)
     return Forecast(
         recipe=recipe,
         device=device,
@@ -119,6 +122,7 @@ def forecast(
         merge=merge_parts(config),
         disk=disk_parts(recipe, config, local),
         speed=speed,
+        no_speed=no_speed,
         changes=_changes(recipe, config, device, plan, card),
         smallest_card=small.name if small else None,
         fewest_gpus=None if fits else fewest_gpus(recipe, config, device),
@@ -138,10 +142,13 @@ def _changes(
     return tuple(c for c in found if c.fits and c.slower is not None and c.slower < -0.05)
 
 
-def planned_speed(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> float | None:
-    """Tokens per second for `plan.json`."""
+def planned_speed(
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan
+) -> tuple[float | None, str]:
+    """(tokens per second for `plan.json`, why there is no estimate)."""
     card = recognize(device.name, device.memory_bytes)
-    return _rounded(expected_speed(recipe, config, device, plan, card))
+    speed, why = estimate_speed(recipe, config, device, plan, card)
+    return _rounded(speed), why
 
 
 def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> None:
@@ -161,6 +168,7 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
     told = "".join(["\nthis would make it fit:", *lines]) if lines else ""
     limit = f"memory_limit is {recipe.memory_limit}" if recipe.memory_limit else ""
     has = limit or f"{device.name} has {plan.available_bytes / 2**30:.1f} GiB"
+    has += reserve_note(recipe, device, plan)
     raise WorkError(
         f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{told}",
         hint="`lorakit plan` shows every part; --force trains all the same",

@@ -44,13 +44,11 @@ MERGE_TENSORS = 24
 def phases(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -> dict[str, Parts]:
     """Bytes per part in the device's memory: training, evaluation, generation."""
     standing = {n: s for n, s in training.parts.items() if n in STANDING}
-    c, width = config.get_text_config(), BYTES[device.dtype]
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    pairs = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    c, width, layers = config.get_text_config(), BYTES[device.dtype], count(config).layers
     rows = max(1, BATCH_TOKENS // recipe.cutoff_len)
     tokens = rows * recipe.cutoff_len
-    passing = (6 * c.hidden_size + head * (c.num_attention_heads + 2 * pairs) + 3 * inner) * width
+    passing = max(int(w.queries + w.keys_values + 3 * w.inner) for w in layers)
+    passing = (6 * c.hidden_size + passing) * width
     logits = min(LOGITS_BYTES, tokens * c.vocab_size * 4)
     evaluation = {
         **standing,
@@ -61,7 +59,7 @@ def phases(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) ->
     context = recipe.cutoff_len + ANSWER_TOKENS
     generation = {
         **standing,
-        "keys and values": ANSWERS * context * 2 * head * pairs * c.num_hidden_layers * width,
+        "keys and values": ANSWERS * context * sum(w.keys_values for w in layers) * width,
         "one layer of a prompt": ANSWERS * context * passing,
     }
     trains = spelled(recipe, config, device, training)

@@ -12,12 +12,15 @@ is through and the gradients are summed (`traffic.py`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.errors import first_line
 from lorakit.memory import expects_engine
 from lorakit.model.count import Counted, count
+from lorakit.model.layer_widths import LayerWidths
 from lorakit.model.sizes import NF4_BYTES, examples_of_rank
 from lorakit.planning.cards import Card
 from lorakit.planning.traffic import traffic
@@ -54,15 +57,35 @@ class Speed:
 def expected_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
 ) -> Speed | None:
-    """Tokens per second of full rows; None for a card that nothing is known of."""
+    """Tokens per second of full rows; None where they cannot be estimated."""
+    return estimate_speed(recipe, config, device, plan, card)[0]
+
+
+def estimate_speed(
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+) -> tuple[Speed | None, str]:
+    """(tokens per second of full rows, why not): one of the two is empty.
+
+    A model that is built in a way of its own may break the estimate, never the plan or the run.
+    """
+    if device.kind != "cpu" and (device.kind != "cuda" or card is None):
+        return None, f"{device.name} is not in the table of GPUs (lorakit plan --gpu names one)"
+    try:
+        return _speed(recipe, config, device, plan, card), ""
+    except Exception as error:  # whatever a config or a module of a new family raises
+        return None, f"the layers of {config.model_type} cannot be read: {first_line(error)}"
+
+
+def _speed(
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+) -> Speed:
     work = _Work(recipe, config.get_text_config(), count(config), plan, device)
     tokens = recipe.examples_per_step * recipe.cutoff_len
     if device.kind == "cpu":
         seconds = _cpu_seconds(work, device) * work.step_tokens
         waited = 0.0 if device.ranks == 1 else None
         return Speed(tokens / seconds, "a rough estimate for a CPU", seconds, waited)
-    if device.kind != "cuda" or card is None:
-        return None
+    assert card is not None
     sent = traffic(recipe, config, device, plan, card)
     worked = _card_seconds(work, card) * work.step_tokens
     # Inputs of layers and gathered weights share the slot where there is no NVLink.
@@ -71,15 +94,18 @@ def expected_speed(
     waited = max(worked, wires) - max(worked, copied) + (sent.gradients_seconds or 0.0)
     waited += MEETING_SECONDS if device.ranks > 1 else 0.0
     seconds = max(worked, copied) + _host_seconds(work) + waited
-    return Speed(tokens / seconds, _basis(device, plan, card), seconds, waited)
+    return Speed(tokens / seconds, _basis(work, card), seconds, waited)
 
 
-def _basis(device: Device, plan: MemoryPlan, card: Card) -> str:
+def _basis(work: _Work, card: Card) -> str:
+    device, plan = work.device, work.plan
     if plan.placement.layer_major:
         moved = "gathered" if plan.placement.shards > 1 else "streamed"
         return f"an estimate: data sheet, and what is {moved}"
     if not card.measured:
         return "an estimate from its data sheet"
+    if work.counted.experts or not all(layer.queries for layer in work.counted.layers):
+        return "an estimate: no such layers were measured"
     if device.ranks > 1:
         return "from rows measured on one and two such cards"
     return "from rows measured on this card"
@@ -161,30 +187,18 @@ class _Work:
         return min(self.recipe.micro_batch_size, self.examples) * self.recipe.cutoff_len
 
     @property
-    def widths(self) -> tuple[int, int, int, int]:
-        """(model, queries, keys and values, inner)."""
-        c = self.config
-        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        pairs = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-        return c.hidden_size, head * c.num_attention_heads, 2 * head * pairs, inner
-
-    @property
     def linear(self) -> float:
-        """Weights a token meets: all linear ones, and its few experts."""
-        experts = getattr(self.config, "num_experts", None) or 1
-        chosen = getattr(self.config, "num_experts_per_tok", None) or 1
-        return self.counted.in_linear + self.counted.experts * chosen / experts
+        """Weights a token meets: those of its layers, of experts the ones it is sent to."""
+        return sum(layer.products for layer in self.counted.layers)
 
     @property
     def products(self) -> float:
         """FLOPs of matrix products: forward, gradient of the input, and what is made again."""
         recipe, c = self.recipe, self.config
-        model, queries, keys, inner = self.widths
-        gate_up, qkv, out = 2 * model * inner, model * (queries + keys), queries * model
-        per_level = (0, gate_up, gate_up + qkv, gate_up + qkv + out)
-        again: float = sum(per_level[level] for level in self.keep)
-        if self.counted.experts or not self.engine:
+        model = c.hidden_size
+        if self.engine:
+            again = sum(map(_made_again, self.counted.layers, self.keep, itertools.repeat(model)))
+        else:
             again = self.linear * self._share_again
         adapters = 6 * recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
         return 4 * self.linear + 2 * again + 4 * c.vocab_size * model + adapters
@@ -196,18 +210,18 @@ class _Work:
     @property
     def attention(self) -> float:
         """FLOPs of causal attention: 2 S a width forward, 2.5 times that backward."""
-        forward = 2 * self.recipe.cutoff_len * self.widths[1] * self.layers
+        queries = sum(layer.queries for layer in self.counted.layers)
+        forward = 2 * self.recipe.cutoff_len * queries
         return forward * (3.5 + self._share_again)
 
     @property
     def traffic(self) -> float:
         """Bytes of the activations that elementwise work passes over."""
-        model, queries, keys, inner = self.widths
-        c = self.config
-        if self.counted.experts:
-            inner = getattr(c, "moe_intermediate_size", inner) * c.num_experts_per_tok
+        # Beside the products of a Llama layer: norms, rotation, activation and residual sums pass
+        # over two model widths less than the products themselves.
+        model = self.config.hidden_size
         again = 1.35 if any(self.keep) else 1.0
-        return (5 * model + 2 * queries + keys + 3 * inner) * 2 * self.layers * again
+        return sum(layer.moved - 2 * model for layer in self.counted.layers) * 2 * again
 
     @property
     def weights_moved(self) -> float:
@@ -218,3 +232,9 @@ class _Work:
         if recipe.method == "qlora":
             moved += 2 * self.counted.in_linear * (2 + NF4_BYTES) / self.tokens
         return moved
+
+
+def _made_again(layer: LayerWidths, level: int, model: int) -> float:
+    """Weights of the products that one of the fast layers computes twice, by what it keeps."""
+    gate_up, qkv = 2 * model * layer.inner, model * (layer.queries + layer.keys_values)
+    return (0.0, gate_up, gate_up + qkv, gate_up + qkv + layer.queries * model)[level]

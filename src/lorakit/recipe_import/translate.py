@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic.fields import PydanticUndefined
 
 from lorakit.errors import RecipeError
 from lorakit.recipe import METHOD_DEFAULTS, Recipe

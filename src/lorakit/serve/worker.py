@@ -62,6 +62,7 @@ class Worker:
         self._put_back: list[Request] = []
         self._at_work: list[Request] = []
         self._stopping = False
+        self._closed, self._closing = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -70,8 +71,13 @@ class Worker:
         return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its pieces come through `send`."""
-        self.waiting.put(request)
+        """Queue a request; its pieces come through `send`. A stopped worker cancels it at once."""
+        with self._closing:
+            if not self._closed:
+                self.waiting.put(request)
+                return
+        request.cancel()
+        request.send(None)
 
     def stop(self) -> None:
         """End answers that are under way and the thread."""
@@ -91,6 +97,9 @@ class Worker:
             if not batch:
                 continue
             self._at_work = batch
+            if self._stopping:  # since the batch was taken: `cancel_all` did not find it here
+                for request in batch:
+                    request.cancel()
             try:
                 self._answer(batch)
             except Exception as error:  # one bad request must not end the server
@@ -101,6 +110,8 @@ class Worker:
                 self.batches += 1
                 for request in batch:
                     request.send(None)
+        with self._closing:
+            self._closed = True
         while not self.waiting.empty():
             if (left := self.waiting.get()) is not None:
                 self._put_back.append(left)

@@ -26,6 +26,7 @@ _WORDS = (
     "_status_alloc_failed",  # cuBLAS and cuDNN
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
+_ALLOWED = re.compile(r"([\d.]+) ?(bytes|KiB|MiB|GiB) allowed")
 _FREE = re.compile(r"of which ([\d.]+) ?(bytes|KiB|MiB|GiB) is free")
 Result = TypeVar("Result")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -38,8 +39,11 @@ def memory_trouble(error: BaseException) -> str | None:
     if not (told or isinstance(error, MemoryError | torch.OutOfMemoryError)):
         return None
     asked, free = _bytes(_ASKED, text), _bytes(_FREE, text)
+    allowed = _bytes(_ALLOWED, text)
     if asked is None:
         return "it does not say how much is missing"
+    if allowed is not None:
+        return f"{_told(asked)} more were asked for, memory_limit allows {_told(allowed)}"
     if free is None:
         return f"{_told(asked)} more were asked for"
     return f"{_told(asked)} more were asked for, {_told(free)} were free"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from lorakit.data.shelf import Examples
 from lorakit.errors import RunError, WorkError
+from lorakit.lock import LOCK
 from lorakit.model.load import public_name
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device
@@ -142,18 +144,26 @@ def environment(device: Device) -> dict[str, Any]:
 def _free(stem: str) -> RunDir:
     for number in range(1, 10_000):
         run = RunDir(Path("runs") / (stem if number == 1 else f"{stem}-{number}"))
-        if not run.has_run() and not (run.path.exists() and any(run.path.iterdir())):
+        if not run.path.exists() or _is_empty(run.path):
             return run
     raise RunError(f"runs/{stem}: 9,999 runs of this name exist", hint="name one with --output")
 
 
 def _newest(stem: str) -> RunDir:
-    found = [p for p in Path("runs").glob(f"{stem}*") if p.is_dir()]
+    """The newest run that `_free` named; not another model's, not a folder of other files."""
+    runs, name = Path("runs"), re.compile(re.escape(stem) + r"(-\d+)?")
+    named = [p for p in (runs.iterdir() if runs.is_dir() else ()) if name.fullmatch(p.name)]
+    # One killed before its recipe was written left its lock, or nothing.
+    found = [p for p in named if RunDir(p).has_run() or (p / LOCK).exists() or _is_empty(p)]
     if not found:
         raise RunError(
             f"runs/{stem}: nothing to resume here", hint="name the run's folder with --output"
         )
     return RunDir(max(found, key=lambda p: p.stat().st_mtime))
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _check_writable(run: RunDir) -> None:

@@ -23,6 +23,7 @@ from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
 from lorakit.data.pack import packing_words, saved_share
 from lorakit.data.shelf import lengths_of
 from lorakit.errors import DataError, WorkError
+from lorakit.gpu_memory import MemoryCap
 from lorakit.model.chunked_layer import Cut
 from lorakit.model.fast_layer import Keep
 from lorakit.ops.backend import has_matrix_kernels
@@ -83,7 +84,8 @@ class LoraTrainer(ResumableTrainer):
         self.pad_id: int = pad_token_id(tokenizer)
         self.layout = first_layout(recipe, plan, self.pad_id)
         self.guard = StepGuard(self, progress.note)
-        self.memory = WithinMemory(self, progress.note)
+        cap = MemoryCap(recipe.memory_limit_bytes, device)
+        self.memory = WithinMemory(self, progress.note, cap)
         watch = Watch(recipe, planned_rate(run), self._why_slow)
         self.past, self.loaded = past, dict[str, Any]()
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.

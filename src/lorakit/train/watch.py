@@ -98,14 +98,11 @@ class Watch:
         norms = [r["grad_norm"] for r in self.rows if r["grad_norm"] is not None]
         self.rows = self.rows[:1]
         if last > first * (1 + ROSE):
-            return self._told(row, f"rose from {first:.3f} to {last:.3f}", self._rising())
+            return _told(row, f"rose from {first:.3f} to {last:.3f}", steps, self._rising())
         if first > LEARNED and last > first * (1 - FLAT):
             norm = statistics.median(norms) if norms else None
-            return self._told(row, f"stays at {first:.3f} ({last:.3f})", self._flat(norm))
+            return _told(row, f"stays at {first:.3f} ({last:.3f})", steps, self._flat(norm))
         return None
-
-    def _told(self, row: dict[str, Any], what: str, cause: str) -> str:
-        return f"step {row['step']}: the loss {what} over {FLAT_STEPS} steps; likely {cause}"
 
     def _rising(self) -> str:
         return f"learning_rate is too high ({self.recipe.learning_rate:g})"
@@ -122,3 +119,7 @@ class Watch:
         if recipe.learning_rate > 2e-3:
             return f"learning_rate is too high ({recipe.learning_rate:g}; LoRA is used to 1e-4)"
         return "the model knows this data already, or the answers do not follow from the questions"
+
+
+def _told(row: dict[str, Any], what: str, steps: int, cause: str) -> str:
+    return f"step {row['step']}: the loss {what} over {steps} steps; likely {cause}"

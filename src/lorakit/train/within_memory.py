@@ -15,12 +15,16 @@ from torch import Tensor
 
 from lorakit.data.batch import Layout, StepBatch, step_batches
 from lorakit.errors import WorkError
+from lorakit.gpu_memory import MemoryCap
 from lorakit.ranks import Ranks
 from lorakit.recipe import Recipe
 from lorakit.records import EvalScore, Example, MemoryPlan
 from lorakit.run_dir import RunDir
 from lorakit.train.out_of_memory import Generators, attempt, smaller
 from lorakit.train.probe import longest_scored, room_for_optimizer, worst_step
+
+# CUDA loads kernels in the first steps; each is measured by NVML in about a millisecond.
+MEASURED_STEPS = 8
 
 
 class Stepping(Protocol):
@@ -56,8 +60,9 @@ class Stepping(Protocol):
 class WithinMemory:
     """Runs steps; owns the answer to memory that runs out in one."""
 
-    def __init__(self, trainer: Stepping, note: Callable[[str], None]) -> None:
-        self.trainer, self.note = trainer, note
+    def __init__(self, trainer: Stepping, note: Callable[[str], None], cap: MemoryCap) -> None:
+        self.trainer, self.note, self.cap = trainer, note, cap
+        self.to_measure = MEASURED_STEPS
         self.after: Generators | None = None  # the last step, as its checkpoint needs them
 
     def run(self, model: Any, step: StepBatch, scale: float) -> Tensor:
@@ -71,6 +76,9 @@ class WithinMemory:
         """
         loss = self._fitted(model, step, scale)
         self.after = Generators.now()
+        if self.to_measure:
+            self.to_measure -= 1
+            self.cap.tighten()
         return loss
 
     def _fitted(self, model: Any, step: StepBatch, scale: float) -> Tensor:
@@ -98,6 +106,7 @@ class WithinMemory:
         self._fitted(model, step, 1 / max(1, step.supervised))
         model.zero_grad(set_to_none=True)
         del room
+        self.cap.tighten()
         if trainer.val:
             trainer.score(longest_scored(trainer.val, trainer.eval_tokens))
             model.train()

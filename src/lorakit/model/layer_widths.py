@@ -1,0 +1,144 @@
+"""A model on the meta device enters; the widths of each of its decoder layers leave.
+
+They are read off the modules, not the config: a config may hold one number a layer (Gemma 3n's
+`intermediate_size`), refuse to be asked for one (Gemma 4's `head_dim`), or name its mixers in words
+of its own (Qwen3.5, LFM2, Falcon-H1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "experts_per_token", "moe_topk", "moe_k")
+# What attention's output projection is called.
+_OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+# An expert that is a module of its own, one of a list.
+_ONE_OF_MANY = re.compile(r"\bexperts\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWidths:
+    """What one token meets in one decoder layer, in elements.
+
+    Of experts those count that a token is sent to.
+    """
+
+    products: float  # weights of all matrix products
+    moved: float  # their inputs and outputs
+    queries: int  # heads x head size of softmax attention; 0 where the layer has none
+    keys_values: int  # what such a layer keeps of a token for generation
+    inner: float  # widest input of a product that leads back to the model's width
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix product of a module: its name in the layer, and its sizes."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+def expert_elements(name: str, module: Any) -> int:
+    """Elements of raw expert tensors [E, ., .] that `module` itself holds.
+
+    A convolution's weight [C, 1, K] has three dimensions too.
+    """
+    if "expert" not in f"{name} {type(module).__name__}".lower():
+        return 0
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
+
+
+def setting(config: Any, names: Iterable[str]) -> int | None:
+    """The first of these settings that the config has; of a list of them, one a layer, the most."""
+    for name in names:
+        try:
+            found = getattr(config, name, None)
+        except RuntimeError:  # transformers: "is a per-layer attribute"
+            continue
+        if isinstance(found, list | tuple):
+            found = max(found, default=None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
+
+
+def decoder_layers(model: Any) -> Any:
+    """The ModuleList of the text model's layers; None for a model built otherwise."""
+    import torch
+
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    return next((m for m in lists if len(m) == wanted), None)
+
+
+def layer_widths(model: Any) -> tuple[LayerWidths, ...]:
+    """Of each decoder layer in order; all in one where the model keeps no list of them."""
+    config, layers = model.config.get_text_config(), decoder_layers(model)
+    head = model.get_output_embeddings()
+    parts = [model.get_decoder()] if layers is None else list(layers)
+    return tuple(_widths(part, config, head) for part in parts)
+
+
+def _widths(layer: Any, config: Any, head: Any) -> LayerWidths:
+    model = int(config.hidden_size)
+    chosen, many = setting(config, CHOSEN), setting(config, EXPERTS)
+    products = moved = inner = 0.0
+    queries = keys_values = 0
+    within: set[str] = set()  # names of attention's own products
+    for name, module in layer.named_modules():
+        attention = _attention(module)
+        if attention is not None:
+            queries += attention[0]
+            keys_values += attention[1]
+            within |= {f"{name}.{child}" for child, _ in module.named_children()}
+    for linear in _linears(layer, head):
+        share = 1.0
+        if _ONE_OF_MANY.search(f"{linear.name}."):
+            share = (chosen or many or 1) / (many or 1)
+        products += share * linear.inputs * linear.outputs
+        moved += share * (linear.inputs + linear.outputs)
+        if linear.outputs == model and linear.name not in within:
+            inner = max(inner, linear.inputs)
+    for name, module in layer.named_modules():
+        if not expert_elements(name, module):
+            continue
+        tensors = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        each = chosen or tensors[0].shape[0]
+        sides = [side for tensor in tensors for side in tensor.shape[1:]]
+        products += each * sum(tensor.shape[1] * tensor.shape[2] for tensor in tensors)
+        # The model's own width once: a token's row is added up over its experts.
+        moved += sum(side if side == model else each * side for side in sides)
+        # Gate and up may be one tensor of twice the width.
+        inner = max(inner, each * min((side for side in sides if side != model), default=model))
+    return LayerWidths(products, moved, queries, keys_values, inner)
+
+
+def _linears(layer: Any, head: Any) -> Iterator[Linear]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in layer.named_modules():
+        if isinstance(module, Conv1D):
+            yield Linear(name, module.weight.shape[0], module.weight.shape[1])
+        elif isinstance(module, torch.nn.Linear) and module is not head:
+            yield Linear(name, module.in_features, module.out_features)
+
+
+def _attention(module: Any) -> tuple[int, int] | None:
+    """(queries, keys and values) of a module that is softmax attention."""
+    if not type(module).__name__.endswith("Attention"):
+        return None
+    children = dict(module.named_children())
+    out = next((children[name] for name in _OUT if name in children), None)
+    queries = getattr(out, "in_features", None)
+    if queries is None:
+        weight = getattr(out, "weight", None)  # GPT-2's Conv1D
+        if weight is None:
+            return None
+        queries = weight.shape[0]
+    return int(queries), 2 * int(queries) // (getattr(module, "num_key_value_groups", None) or 1)

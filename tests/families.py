@@ -1,0 +1,76 @@
+"""Tiny configs laid out as the hub has them, of families whose layers are not Llama's."""
+
+from transformers import AutoConfig
+
+TINY = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.1,
+}  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Qwen3.5 and Qwen3-Next: three layers of gated delta rule to one of softmax attention.
+DELTA = {
+    "num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}  # fmt: skip
+MIXED = {"num_hidden_layers": 4, "sliding_window": 32,
+         "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 32}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "patch_size": 4}
+GEMMA4 = {**TINY, **MIXED, "global_head_dim": 32}
+FAMILIES = {
+    "qwen3": {},
+    "gemma2": MIXED,
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": DELTA,
+    "qwen3_5": {
+        "text_config": {**TINY, **DELTA},
+        "vision_config": {**VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64,
+                          "num_position_embeddings": 16},
+    },
+    "qwen3_5_moe": {
+        "text_config": {**TINY, **DELTA, **EXPERTS, "shared_expert_intermediate_size": 32},
+        "vision_config": {**VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64,
+                          "num_position_embeddings": 16},
+    },
+    "granitemoehybrid": {
+        **MAMBA, "num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        "mamba_d_head": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64, "intermediate_size": 32,
+    },
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"],
+             "block_multiple_of": 32},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "mamba_d_head": 16},
+    # E2B's kind: inputs and widths of each layer, the last ones without keys of their own.
+    "gemma3n_text": {
+        **MIXED, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8, "num_kv_shared_layers": 2, "altup_num_inputs": 2,
+        "intermediate_size": [128, 128, 192, 192], "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4": {
+        "text_config": {**GEMMA4, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 2,
+                        "hidden_size_per_layer_input": 16},
+        "vision_config": {**VISION, "num_hidden_layers": 2, "num_key_value_heads": 2,
+                          "head_dim": 16, "position_embedding_size": 64},
+        "audio_config": None,
+    },
+    "gemma4_moe": {
+        "text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+                        "num_global_key_value_heads": 1, "enable_moe_block": True,
+                        "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
+        "vision_config": None,
+        "audio_config": None,
+    },
+}  # fmt: skip
+
+
+def tiny_config(name, **changes):
+    """The config of this family with `changes` to its text model."""
+    kind, values = "gemma4" if name == "gemma4_moe" else name, FAMILIES[name]
+    if "text_config" in values:
+        values = {**values, "text_config": {**values["text_config"], **changes}}
+        return AutoConfig.for_model(kind, **values)
+    return AutoConfig.for_model(kind, **{**TINY, **values, **changes})
