@@ -95,7 +95,9 @@ def loss_series(record: Record) -> list[Series]:
     held = [(row["step"], finite(row["eval_loss"])) for row in record.held]
     if record.evaluation and record.finished and record.steps:
         last = record.steps[-1]["step"]
-        held = [p for p in held if p[0] != last] + [(last, record.evaluation["tuned"]["loss"])]
+        held = [p for p in held if p[0] != last] + [
+            (last, finite(record.evaluation["tuned"]["loss"]))
+        ]
     return [*trend(record.column("loss")), Series(held, "held", "held out")]
 
 
@@ -136,33 +138,29 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
 
 
 def _charts(record: Record) -> dict[str, Chart | None]:
-    norm, speed = record.column("grad_norm"), record.column("tokens_per_second")
-    memory = [(x, y * 1e9 / GIB if y is not None else None) for x, y in record.column("memory_gb")]
+    memory = [(x, y and y * 1e9 / GIB) for x, y in record.column("memory_gb")]
     clip, expected = record.recipe.max_grad_norm, finite(record.plan.get("tokens_per_second"))
-    planned = finite(record.plan.get("total_bytes"))
-    limits = {
-        "grad_norm": [_bound(record, clip, f"clipped above {clip:g}")],
-        "speed": [_bound(record, expected, f"the plan expected {expected:,.0f}")]
-        if expected
-        else [],
-        "memory": [_bound(record, planned / GIB, f"the plan: {planned / GIB:.2f} GiB")]
-        if planned
-        else [],
-    }
+    planned = (finite(record.plan.get("total_bytes")) or 0) / GIB
+    norm = [*trend(record.column("grad_norm")), *_bound(record, clip, f"clipped above {clip:g}")]
+    speed = trend(record.column("tokens_per_second"))
+    if expected:
+        speed += _bound(record, expected, f"the plan expected {expected:,.0f}")
+    used = [Series(memory)]
+    if planned:
+        used += _bound(record, planned, f"the plan: {planned:.2f} GiB")
+    rate = [Series(record.column("learning_rate"))]
     return {
         "loss": line_chart("Loss", loss_series(record)),
-        "grad_norm": line_chart("Gradient norm", [*trend(norm), *limits["grad_norm"]]),
-        "learning_rate": line_chart(
-            "Learning rate", [Series(record.column("learning_rate"))], True
-        ),
-        "speed": line_chart("Speed", [*trend(speed), *limits["speed"]], True),
-        "memory": line_chart("Memory", [Series(memory), *limits["memory"]], True),
+        "grad_norm": line_chart("Gradient norm", norm),
+        "learning_rate": line_chart("Learning rate", rate, zero=True),
+        "speed": line_chart("Speed", speed, zero=True),
+        "memory": line_chart("Memory", used, zero=True),
     }
 
 
-def _bound(record: Record, value: float, label: str) -> Series:
+def _bound(record: Record, value: float, label: str) -> list[Series]:
     first, last = record.steps[0]["step"], record.steps[-1]["step"]
-    return Series([(first, value), (last, value)], "bound", label)
+    return [Series([(first, value), (last, value)], "bound", label)]
 
 
 def _memory(record: Record) -> dict[str, Any] | None:
