@@ -12,7 +12,7 @@ from tests.model.engine_models import tiny
 
 from lorakit import evaluate as module
 from lorakit.errors import DataError
-from lorakit.evaluate import evaluate, evaluate_loaded, show
+from lorakit.evaluate import evaluate, evaluate_loaded
 from lorakit.model.load import load_run
 from lorakit.records import (
     Conversation,
@@ -139,11 +139,3 @@ def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_mo
 def test_nothing_to_evaluate_on_is_said(finish):
     with pytest.raises(DataError, match="no held-out examples"):
         evaluate(None, None, [], [], "x")
-
-
-def test_the_table_shows_both_and_the_change(finish):
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
-    show(finish().evaluation, console)
-    text = console.export_text()
-    for word in ("base", "tuned", "change", "perplexity", "What color is box"):
-        assert word in text

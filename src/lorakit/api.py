@@ -20,8 +20,8 @@ from rich.console import Console
 
 from lorakit.quiet import quietly
 from lorakit.recipe_file import Given, ResolvedRecipe, load_recipe
+from lorakit.results import Inspected, Plan
 from lorakit.run import Run
-from lorakit.shown import Inspected, Plan
 
 
 def finetune(

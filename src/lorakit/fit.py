@@ -20,7 +20,7 @@ from rich.console import Console
 from lorakit.data.inspection import measure_prepared
 from lorakit.data.items import write_validation
 from lorakit.data.prepare import Prepared, prepare
-from lorakit.data.show import show_report
+from lorakit.display.inspection import report_view
 from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
 from lorakit.export.declared import misfit
@@ -37,7 +37,7 @@ from lorakit.planning.training import plan_for_data
 from lorakit.ranks import ALONE, Ranks, joined, shared_device
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
-from lorakit.report.write import renew_report
+from lorakit.report.page import renew_report
 from lorakit.run_dir import RunDir, read_metrics, write_json
 from lorakit.train.arguments import total_steps
 from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
@@ -122,7 +122,7 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     )
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
-    show_report(prepared.report, console)
+    console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorakit.live import live_curve, loss_curve, losses_of
+from lorakit.display.live import live_curve, loss_chart, losses_of
 
 
 def rows(folder, *losses):
@@ -13,11 +13,13 @@ def rows(folder, *losses):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_losses_are_read_and_a_skipped_step_is_left_out(tmp_path):
-    rows(tmp_path / "run", 3.0, None, 1.0)
-    assert losses_of(tmp_path / "run") == [(1, 3.0), (3, 1.0)]
+def test_losses_are_read_and_a_skipped_step_is_a_gap(tmp_path):
     assert losses_of(tmp_path / "none") == []
-    assert "loss while training" in loss_curve([]).svg
+    assert loss_chart([(1, None)]) is None
+    rows(tmp_path / "run", 3.0, None, 1.0)
+    chart = loss_chart(losses_of(tmp_path / "run"))
+    assert chart.description == "Loss by step from 3 to 1"
+    assert "no finite value" in chart.svg
 
 
 def test_outside_of_a_notebook_nothing_is_drawn(tmp_path, capsys):
@@ -29,14 +31,14 @@ def test_outside_of_a_notebook_nothing_is_drawn(tmp_path, capsys):
 CELL = """
 import json, threading
 from pathlib import Path
-from lorakit import live
-folder, drawn, plain = Path("run"), threading.Semaphore(0), live.loss_curve
-def counted(losses):
+from lorakit.display import live
+folder, drawn, plain = Path("run"), threading.Semaphore(0), live.loss_chart
+def counted(points):
     drawn.release()
-    return plain(losses)
+    return plain(points)
 folder.mkdir()
 with live.live_curve(folder, seconds=0.02):
-    live.loss_curve = counted
+    live.loss_chart = counted
     with (folder / "metrics.jsonl").open("w") as log:
         for step in range(1, 4):
             log.write(json.dumps({"step": step, "loss": 4.0 / step}) + "\\n")

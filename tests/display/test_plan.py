@@ -1,14 +1,18 @@
 """The screen says the verdict, every part and the ways out, and keeps within its width."""
 
+import html
 import io
+import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from lorakit.display.console import as_html, as_text
+from lorakit.display.plan import plan_view
 from lorakit.model.shapes import shape_config
 from lorakit.planning.cards import CARDS, card_device, several
 from lorakit.planning.forecast import forecast
-from lorakit.planning.show import show_forecast
 from lorakit.recipe import Recipe
 
 
@@ -17,7 +21,7 @@ def screen(width, name, card, gpus=None, nodes=None, **values):
     device = several(card_device(CARDS[card], None, "auto"), gpus, nodes, None)
     found = forecast(asked, shape_config(name), device, CARDS[card])
     console = Console(file=io.StringIO(), width=width)
-    show_forecast(found, console)
+    console.print(plan_view(found))
     return found, console.file.getvalue()
 
 
@@ -86,3 +90,14 @@ def test_several_gpus_have_a_table_of_their_own(width):
         assert said in words
     assert width < 80 or "RAM while training, 8 processes" in words
     assert "shared by" not in screen(width, "llama-2-7b", "h100")[1]
+
+
+def test_html_has_the_same_text_and_a_models_name_is_no_markup():
+    found, _ = screen(100, "llama-2-7b", "t4")
+    name = "[link=javascript:a()]</pre><script>a()</script>\x1b"
+    recipe = found.recipe.model_copy(update={"model": name})
+    view = plan_view(replace(found, recipe=recipe))
+    page = as_html(view)
+    assert html.unescape(re.sub("<[^>]+>", "", page)).rstrip("\n") == as_text(view)
+    assert set(re.findall(r"<(\w+)", page)) == {"span"}
+    assert "[link=javascript:a()]</pre><script>a()</script>\\x1b" in as_text(view)

@@ -1,43 +1,43 @@
-"""A Forecast enters; tables on the console leave."""
+"""The memory plan as rich tables: the verdict, its parts, speed, and changes that would fit."""
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lorakit.display.console import bar_text
 from lorakit.memory import reserve_note
 from lorakit.planning.changes import Change
 from lorakit.planning.forecast import Forecast
 from lorakit.planning.phases import Parts
 from lorakit.planning.scale import Scale
+from lorakit.redact import visible
 
 GIB = 2**30
-BAR = 24
 
 
-def show_forecast(found: Forecast, console: Console) -> None:
-    """The verdict first, then what it is made of, then the ways out."""
-    console.print(_headline(found))
-    console.print(_training(found))
-    console.print(_around(found))
+def plan_view(found: Forecast) -> Group:
+    """The verdict first, then its parts, then the ways out."""
+    views: list[RenderableType] = [_headline(found), _training(found), _around(found)]
     if found.scale:
-        console.print(_scale(found.scale))
-    console.print(Padding(speed_words(found), (1, 0, 0, 1)))
+        views.append(_scale(found.scale))
+    views.append(Padding(speed_text(found), (1, 0, 0, 1)))
     if found.changes and found.changes[0].fits:
         title = "what would be faster" if found.fits else "what makes it fit, cheapest first"
-        console.print(_changes(found.changes, title))
+        views.append(_changes(found.changes, title))
     elif found.changes:
         least = found.changes[0].total_bytes / GIB
-        console.print(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
-    if found.fewest_gpus:
-        console.print(
-            f" As it stands it fits on more of them: --gpus {found.fewest_gpus}.", highlight=False
+        views.append(
+            Text(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
         )
+    if found.fewest_gpus:
+        views.append(Text(f" As it stands it fits on more of them: --gpus {found.fewest_gpus}."))
     if found.smallest_card:
-        console.print(f" As it stands it fits on: {found.smallest_card} (--gpu).", highlight=False)
+        views.append(Text(f" As it stands it fits on: {found.smallest_card} (--gpu)."))
+    return Group(*views)
 
 
 def _headline(found: Forecast) -> Panel:
@@ -63,41 +63,42 @@ def _headline(found: Forecast) -> Panel:
         f"(from {found.config_from})",
         style="dim",
     )
-    return Panel(text, title=f"{recipe.model} · {recipe.method}", title_align="left")
+    # As Text: a folder's name may have brackets, which a plain string would lose as markup.
+    title = Text(visible(f"{recipe.model} · {recipe.method}"))
+    return Panel(text, title=title, title_align="left")
+
+
+def _table(title: str, show_header: bool = True) -> Table:
+    return Table(
+        title=title, title_justify="left", box=None, padding=(0, 1), show_header=show_header
+    )
 
 
 def _training(found: Forecast) -> Table:
-    parts, total = found.device_parts["training"], found.training.total_bytes
-    table = Table(title="while it trains", title_justify="left", box=None, padding=(0, 1))
+    total = found.training.total_bytes
+    table = _table("while it trains")
     table.add_column("part", overflow="fold")
     table.add_column("GiB", justify="right")
     table.add_column("", no_wrap=True)
-    for name, size in parts.items():
-        bar = "█" * round(BAR * size / max(total, 1))
-        table.add_row(name, as_gib(size), Text(bar or "▏", style="cyan"))
-    table.add_row("[bold]sum", f"[bold]{as_gib(total)}")
+    for name, size in found.device_parts["training"].items():
+        table.add_row(name, as_gib(size), bar_text(size, total))
+    table.add_row("sum", as_gib(total), style="bold")
     return table
 
 
 def _around(found: Forecast) -> Table:
-    table = Table(title="before and after", title_justify="left", box=None, padding=(0, 1))
+    table = _table("before and after")
     table.add_column("", overflow="fold")
     table.add_column("GiB", justify="right")
     table.add_column("most of it", overflow="fold", style="dim")
-    for row in around(found):
-        table.add_row(*row)
-    return table
-
-
-def around(found: Forecast) -> list[tuple[str, str, str]]:
-    """(what, GiB, most of it) of everything but training."""
     where = found.device.name if found.device.kind == "cuda" else "RAM"
     rows = [(f"{name}, {where}", found.device_parts[name]) for name in ("evaluation", "generation")]
     if found.host:
         of_node = f", {found.device.per_node} processes" if found.device.per_node > 1 else ""
         rows.append((f"RAM while training{of_node}", found.host))
-    rows += [("RAM to merge", found.merge), ("disk", found.disk)]
-    return [(name, as_gib(sum(parts.values())), _largest(parts)) for name, parts in rows]
+    for name, parts in [*rows, ("RAM to merge", found.merge), ("disk", found.disk)]:
+        table.add_row(Text(name), as_gib(sum(parts.values())), _largest(parts))
+    return table
 
 
 def _largest(parts: Parts) -> str:
@@ -109,7 +110,7 @@ def _scale(found: Scale) -> Table:
     """Who holds and does what, what travels, and what all that leaves of N times the speed."""
     nodes = f" on {found.nodes} nodes" if found.nodes > 1 else ""
     title = f"shared by {found.ranks}{nodes}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), show_header=False)
+    table = _table(title, show_header=False)
     table.add_column("")
     table.add_column("", overflow="fold")
     sent = found.traffic
@@ -131,7 +132,7 @@ def _scale(found: Scale) -> Table:
             gain += f" (one GPU: {found.one_gpu_choices})"
         table.add_row("gain", gain)
     for warning in found.warnings:
-        table.add_row("[yellow]warning", warning)
+        table.add_row(Text("warning", style="yellow"), warning)
     return table
 
 
@@ -143,7 +144,7 @@ def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{seconds:.2f} s"
 
 
-def speed_words(found: Forecast) -> Text:
+def speed_text(found: Forecast) -> Text:
     """How fast it will be, and how that is known."""
     if found.speed is None:
         return Text(f"speed: no estimate, {found.no_speed}", style="dim")
@@ -162,7 +163,7 @@ def _minutes(minutes: float) -> str:
 
 
 def _changes(changes: tuple[Change, ...], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    table = _table(title)
     table.add_column("change", overflow="fold", ratio=2)
     for column in ("GiB", "saves", "speed"):
         table.add_column(column, justify="right")
@@ -170,7 +171,8 @@ def _changes(changes: tuple[Change, ...], title: str) -> Table:
     for change in changes:
         speed = "" if change.slower is None else f"{-change.slower:+.0%}"
         saved = as_gib(change.saved_bytes)
-        table.add_row(change.flags, as_gib(change.total_bytes), saved, speed, change.price)
+        flags, price = Text(change.flags), Text(change.price)
+        table.add_row(flags, as_gib(change.total_bytes), saved, speed, price)
     return table
 
 

@@ -1,4 +1,4 @@
-"""A run directory enters; what its files say leaves as one record, whatever is missing.
+"""The record of a run from the files in its folder, whatever is missing.
 
 A stopped run has no evaluation, an old one no lengths, a diverged one rows without a number.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +17,7 @@ from lorakit.recipe_file import load_recipe
 from lorakit.run_dir import RunDir, read_metrics
 
 Row = dict[str, Any]
+LARGEST = 1e100  # an axis of matplotlib overflows near 1e308
 PATHS = ("model", "data", "val_data", "output_dir")
 
 
@@ -91,10 +91,10 @@ def read_run(run: RunDir) -> Record:
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None for what is none."""
+    """`value` as a float; None for infinity, NaN, and everything that is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) <= sys.float_info.max else None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 def _is_step(value: Any) -> bool:

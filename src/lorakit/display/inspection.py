@@ -1,7 +1,8 @@
-"""An example, a report or an inspection enters; text for a terminal leaves.
+"""Prepared data for a person: the report, the inspection, examples token by token.
 
-Trained tokens stand between ⟦ and ⟧. Color only repeats what the brackets say, so that a pipe,
-NO_COLOR or a color-blind reader loses nothing.
+Trained tokens are between ⟦ and ⟧. Color only repeats the brackets, so that nothing is lost in a
+pipe, under NO_COLOR, for a color-blind reader, or where a website strips the style of a notebook.
+Everything that comes from data is a `Text`: a plain string would be parsed as rich markup.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.data.inspection import Inspection, Piece, pieces, runs, visible
+from lorakit.data.inspection import Inspection, Piece, Shown, pieces, runs
 from lorakit.data.lengths import Lengths
 from lorakit.data.pack import PAYS_ABOVE, packing_words
-from lorakit.records import DataReport, Example, Fault
+from lorakit.display.console import bar_text
+from lorakit.records import DataReport, Example
+from lorakit.redact import visible
 
 TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
 # Characters of one run of tokens on a screen before its middle is left out.
@@ -27,11 +30,11 @@ SHOWN_COLUMNS = 12
 
 def render_example(tokenizer: Any, example: Example) -> Text:
     """The decoded tokens of `example`: special tokens spelled out, trained runs in ⟦ ⟧."""
-    return render_pieces(list(pieces(tokenizer, example)))
+    return token_text(list(pieces(tokenizer, example)))
 
 
-def render_pieces(parts: Sequence[Piece], limit: int | None = None) -> Text:
-    """Pieces as styled text; of runs longer than `limit` characters the middle is left out."""
+def token_text(parts: Sequence[Piece], limit: int | None = None) -> Text:
+    """Styled text of `parts`; runs longer than `limit` characters lose their middle."""
     text = Text()
     for trained, run in runs(parts):
         text.append("⟦" if trained else "")
@@ -67,29 +70,28 @@ def _shortened(run: list[Piece], limit: int | None) -> tuple[list[Piece], int, l
     return run[:head], sum(len(piece.ids) for piece in run[head:tail]), run[tail:]
 
 
-def show_report(report: DataReport, console: Console) -> None:
-    """What was read and what of it is trained, each fault on a line of its own."""
-    _show_sources(report, console)
-    for fault in report.faults:
-        rows = ", ".join(fault.first_rows)
-        line = f"note     {fault.count} x {fault.kind}: {fault.action} ({rows})"
-        console.print(visible(line), markup=False)
+def report_view(report: DataReport) -> Text:
+    """The sources and what of them is trained, then one line for each fault."""
+    notes = [
+        f"note     {fault.count} x {fault.kind}: {fault.action} ({', '.join(fault.first_rows)})"
+        for fault in report.faults
+    ]
+    return _lines(*_source_lines(report), *notes)
 
 
-def _show_sources(report: DataReport, console: Console) -> None:
-    for source in report.sources:
-        console.print(visible(f"data     {source_line(source)}"), markup=False)
-    console.print(
+def _source_lines(report: DataReport) -> list[str]:
+    return [
+        *(f"data     {source_line(source)}" for source in report.sources),
         f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
         f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained "
         f"({report.trained_share:.0%}); "
-        f"longest {report.longest_example} of {report.cutoff_len}"
-    )
-    console.print(visible(f"template {report.template}"), markup=False)
+        f"longest {report.longest_example} of {report.cutoff_len}",
+        f"template {report.template}",
+    ]
 
 
 def source_line(source: dict[str, Any]) -> str:
-    """One source in words: its rows, its format, why, and whatever else the report knows of it."""
+    """The rows of one source, its format, the reason for it, and other facts of the report."""
     known = ("source", "rows", "format", "reason", "left_out", "columns_not_used")
     rows = f"{source['rows']:,} row{'s' * (source['rows'] != 1)}"
     line = f"{source['source']}: {rows}, format {source['format']}"
@@ -108,70 +110,60 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join([*names[:SHOWN_COLUMNS], *([f"and {more} more"] if more > 0 else [])])
 
 
-def show_inspection(inspection: Inspection, console: Console) -> None:
-    """Sources, faults, lengths and examples, and at the end whether a run would go through."""
+def inspection_view(inspection: Inspection, limit: int | None = SHOWN_CHARS) -> Group:
+    """Sources, faults, lengths and examples, and at the end whether a run would go through.
+
+    Args:
+        limit: as in `token_text`.
+    """
     report = inspection.report
-    console.print(f"model    {inspection.model}", markup=False)
-    _show_sources(report, console)
-    console.print()
-    if report.faults and console.width >= 60:
-        console.print(_fault_table(inspection))
-    elif report.faults:
-        console.print("faults")
-        for fault in report.faults:
-            rows = ", ".join(fault.first_rows)
-            line = f"{fault.count:,} x {fault.kind}: {outcome(inspection, fault)} ({rows})"
-            style = "bold red" if inspection.stops(fault) else ""
-            console.print(Text(visible(line), style=style))
-    else:
-        console.print("no faults found")
-    console.print()
-    _show_lengths(inspection.lengths, console)
-    console.print()
     legend = Text("tokens as the model sees them: ")
     legend.append("⟦trained⟧", style=TRAINED).append("  ").append("read only", style=MASKED)
     legend.append("  ").append("<special>", style=SPECIAL)
-    console.print(legend)
-    for shown in inspection.shown:
-        example = shown.example
-        why = f", {shown.why}" if shown.why else ""
-        size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
-        console.print(Text(visible(f"\n── {example.origin}{why}: {size}"), style="bold"))
-        console.print(render_pieces(shown.pieces, SHOWN_CHARS))
-    console.print()
-    console.print(Text(visible(verdict(inspection)), style="bold"))
+    return Group(
+        _lines(f"model    {inspection.model}", *_source_lines(report), ""),
+        *_fault_lines(inspection),
+        Text("\nlength of an example in tokens"),
+        _length_table(inspection.lengths),
+        _lines(*length_lines(inspection.lengths), ""),
+        legend,
+        *(example_view(shown, limit) for shown in inspection.shown),
+        Text(f"\n{visible(verdict(inspection))}", style="bold"),
+    )
 
 
-def _fault_table(inspection: Inspection) -> Table:
-    table = Table(title="faults", title_justify="left")
-    table.add_column("rows", justify="right")
-    table.add_column("what", overflow="fold")
-    table.add_column("done", overflow="fold")
-    table.add_column("first rows", overflow="fold")
+def example_view(shown: Shown, limit: int | None = None) -> Group:
+    """One example: which row it is, how much of it is trained, and its tokens."""
+    example = shown.example
+    why = f", {shown.why}" if shown.why else ""
+    size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
+    head = visible(f"\n── {example.origin}{why}: {size}")
+    return Group(Text(head, style="bold"), token_text(shown.pieces, limit))
+
+
+def _fault_lines(inspection: Inspection) -> list[Text]:
+    lines = [Text("faults" if inspection.report.faults else "no faults found")]
     for fault in inspection.report.faults:
-        cells = (fault.kind, outcome(inspection, fault), ", ".join(fault.first_rows))
-        style = "bold red" if inspection.stops(fault) else ""
-        table.add_row(f"{fault.count:,}", *(Text(visible(cell)) for cell in cells), style=style)
+        stops = inspection.stops(fault)
+        done = "a run would stop here" if stops else fault.action
+        line = f"  {fault.count:,} x {fault.kind}: {done} ({', '.join(fault.first_rows)})"
+        lines.append(Text(visible(line), style="bold red" if stops else ""))
+    return lines
+
+
+def _length_table(lengths: Lengths) -> Table:
+    table = Table.grid(padding=(0, 0, 0, 2))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column()
+    most = max(bar.count for bar in lengths.bars)
+    for bar in lengths.bars:
+        table.add_row(f"{bar.begin}-{bar.end}", f"{bar.count:,}", bar_text(bar.count, most, 18))
     return table
 
 
-def outcome(inspection: Inspection, fault: Fault) -> str:
-    """What a run does about `fault`."""
-    return "a run would stop here" if inspection.stops(fault) else fault.action
-
-
-def _show_lengths(lengths: Lengths, console: Console) -> None:
-    console.print("length of an example in tokens")
-    label = max(len(f"{bar.begin}-{bar.end}") for bar in lengths.bars)
-    count = max(len(f"{bar.count:,}") for bar in lengths.bars)
-    room = max(8, min(60, console.width - label - count - 6))
-    most = max(bar.count for bar in lengths.bars)
-    for bar in lengths.bars:
-        # A bar that counts something is never empty.
-        size = max(round(room * bar.count / most), 1 if bar.count else 0)
-        name = f"{bar.begin}-{bar.end}"
-        console.print(f"  {name:>{label}}  {'█' * size}{' ' * bool(size)}{bar.count:,}")
-    console.print("\n".join(length_lines(lengths)))
+def _lines(*lines: str) -> Text:
+    return Text("\n".join(map(visible, lines)))
 
 
 def length_lines(lengths: Lengths) -> list[str]:

@@ -1,15 +1,24 @@
 """What is trained is visible without color."""
 
+import io
 import json
 import re
 
 import pytest
+from rich.console import Console
 
 from lorakit.data.inspection import inspect_prepared, pieces
 from lorakit.data.lengths import measure
 from lorakit.data.prepare import prepare
-from lorakit.data.show import MASKED, length_lines, render_example, render_pieces
 from lorakit.data.template import encode
+from lorakit.display.inspection import (
+    MASKED,
+    inspection_view,
+    length_lines,
+    render_example,
+    report_view,
+    token_text,
+)
 from lorakit.recipe import Recipe
 
 
@@ -37,11 +46,6 @@ def test_llama2_pieces_keep_their_spaces(family, chat):
 
 
 def test_a_report_counts_rows_tokens_and_faults():
-    import io
-
-    from rich.console import Console
-
-    from lorakit.data.show import show_report
     from lorakit.records import DataReport, Fault
 
     report = DataReport(
@@ -58,23 +62,15 @@ def test_a_report_counts_rows_tokens_and_faults():
         template="the model's own",
         faults=(Fault("empty [answer]", 1, ("a.jsonl:4",), "left out"),),
     )
-    stream = io.StringIO()
-    show_report(report, Console(file=stream, width=200))
-    text = stream.getvalue()
+    text = report_view(report).plain
     assert "a.jsonl: 9 rows, format text" in text
     assert "6 to train on, 2 held out; 40 of 100 tokens trained (40%); longest 31 of 64" in text
     assert "1 x empty [answer]: left out (a.jsonl:4)" in text
 
 
 def shown_on(width, inspection, **options):
-    import io
-
-    from rich.console import Console
-
-    from lorakit.data.show import show_inspection
-
     stream = io.StringIO()
-    show_inspection(inspection, Console(file=stream, width=width, **options))
+    Console(file=stream, width=width, **options).print(inspection_view(inspection))
     return stream.getvalue()
 
 
@@ -131,7 +127,7 @@ def test_without_color_the_brackets_and_bars_stay(inspected, monkeypatch):
 def test_the_middle_of_a_long_run_is_left_out_and_counted(smollm, chat):
     (example,) = encode(smollm, chat("a?", " ".join(map(str, range(400)))))
     parts = list(pieces(smollm, example))
-    text = render_pieces(parts, 100).plain
+    text = token_text(parts, 100).plain
     kept = re.search(r"⟦0 1 2 .* \[… (\d+) tokens …\] .* 399<\|im_end\|>⟧$", text, re.DOTALL)
     assert kept
     assert len(text) < 350

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lorakit.errors import RunError
-from lorakit.report.read import finite, read_run, without_path
+from lorakit.report.load import finite, read_run, without_path
 from lorakit.run_dir import RunDir, append_metrics
 
 
@@ -51,6 +51,7 @@ def test_no_number_is_none():
         finite(math.nan) is finite(math.inf) is finite("1") is finite(None) is finite(True) is None
     )
     assert finite(3) == 3.0
+    assert finite(1.7e308) is finite(-(10**400)) is None  # no chart could show them
 
 
 def test_seconds_are_those_of_every_step_also_where_few_are_logged(make_run):
