@@ -1,12 +1,10 @@
 """Base against tuned on the same tokens, from the run directory alone."""
 
-import io
 import json
 import math
 
 import pytest
 from peft.tuners.lora import LoraLayer
-from rich.console import Console
 from tests.made_runs import answer
 from tests.model.engine_models import tiny
 
@@ -17,8 +15,6 @@ from lorakit.model.load import load_run
 from lorakit.records import (
     Conversation,
     Document,
-    EvalResult,
-    EvalScore,
     Message,
     Origin,
     Sample,
@@ -116,18 +112,6 @@ def test_each_sample_has_the_question_the_reference_and_the_answer_of_each_model
     )
     prompts = [["a?", "one", "b?"], ["e?"]]
     assert asked == [(off, prompts, [(), tool]) for off in (False, True)]
-
-
-def test_the_table_shows_which_way_it_went():
-    console = Console(record=True, width=120, file=io.StringIO())
-    better = EvalResult(EvalScore(2.0, 10.0, 5), EvalScore(1.5, 4.0, 5), "x")
-    show(better, console)
-    rows = {line.split()[1]: line.split()[3::2] for line in console.export_text().splitlines()[4:7]}
-    assert rows == {
-        "base": ["2.0000", "10.00"],
-        "tuned": ["1.5000", "4.00"],
-        "change": ["-0.5000", "-60.0%"],
-    }
 
 
 def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_model_dir):
