@@ -31,6 +31,7 @@ from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
+from lorakit.model.matching import check_adapter_settings
 from lorakit.model.vocabulary import check_vocabulary
 from lorakit.planning.forecast import planned_speed, refuse
 from lorakit.planning.training import plan_for_data
@@ -120,6 +121,7 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     console.print(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
+    check_adapter_settings(resolved.recipe, config)
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
     console.print(report_view(prepared.report))
