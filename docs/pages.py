@@ -259,30 +259,50 @@ def troubles():
     return "\n".join(lines)
 
 
-def _keys(tool):
-    """What becomes of each key of another tool, by its import table."""
-    left = "No match, or not for every value"
-    titles = {"taken": "Taken", "own": "Needless here", "left": left}
+def _keys(name):
+    """What becomes of each key of another tool; those of every tool are a table of their own."""
+    from lorakit.recipe_import.convert import load_table, read_rows
+
+    table = load_table(name)
+    common = read_rows(load_table("common")) if "extends" in table else {}
+    found = {key: row for key, row in read_rows(table).items() if common.get(key) != row}
+    titles = {"translated": "Translated", "not_needed": "Not needed", "untranslated": "No match"}
     lines = []
     for status, title in titles.items():
         rows = {}
-        for key, rule in tool.keys.items():
-            if status == ("left" if rule.status == "taken" and not rule.here else rule.status):
-                rows.setdefault((rule.here, rule.note), []).append(f"`{key}`")
-        wide = status == "taken"
+        for key, row in found.items():
+            if row.status == status:
+                but = ", ".join(map(str, row.as_here))
+                label = f"`{key}` (not {but})" if but else f"`{key}`"
+                rows.setdefault((row.to, _row_note(row)), []).append(label)
+        wide = status == "translated"
         head = "| there | here | |\n|---|---|---|" if wide else "| there | why |\n|---|---|"
-        lines += [f"### {title}\n", head]
-        for (here, note), keys in rows.items():
-            here = f" {here or '-'} |" if wide else ""
-            lines.append(f"| {', '.join(keys)} |{here} {_cell(note)} |")
+        lines += [f"### {title}\n", head] if rows else []
+        for (to, note), keys in rows.items():
+            here = f" {', '.join(f'`{ours}`' for ours in to.split(', '))} |" if wide else ""
+            lines.append(f"| {_cell(', '.join(keys))} |{here} {_cell(note)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _defaults(tool):
+def _row_note(row):
+    """What the fields of a row say about its values."""
+    parts = [f"{', '.join(map(str, theirs))} → {ours}" for ours, theirs in row.values.items()]
+    parts += [f"on → {row.on if isinstance(row.on, str) else ', '.join(row.on)}"] if row.on else []
+    parts += [f"below 1: {row.below_1}"] if row.below_1 else []
+    parts += [f"below 1: `{row.share}`"] if row.share else []
+    parts += [f"others: {row.otherwise}"] if row.otherwise else []
+    text = "; ".join([*filter(None, [row.note]), *parts])
+    text = text.replace("{value}: ", "").replace(": {value}", "")
+    return text.replace("{value}", "N").replace("{cutoff_len}", "N")
+
+
+def _defaults(name):
     """Where a key is not written: what that tool takes, and what lorakit would."""
     from lorakit.recipe import METHOD_DEFAULTS, Recipe
+    from lorakit.recipe_import.convert import load_tool
 
+    tool = load_tool(name)
     lines = [f"| not written | {tool.name} | lorakit |", "|---|---|---|"]
     for key, theirs in tool.defaults.items():
         if key in METHOD_DEFAULTS["lora"]:
@@ -290,20 +310,13 @@ def _defaults(tool):
         else:
             ours = Recipe.model_fields[key].get_default(call_default_factory=True)
         ours = "0.05" if key == "val_size" else "none" if ours is None else ours
-        theirs = "2 x lora_r" if callable(theirs) else theirs
         theirs = ", ".join(theirs) if isinstance(theirs, list) else theirs
         if str(theirs) != str(ours):
             lines.append(f"| `{key}` | {theirs} | {ours} |")
     return "\n".join(lines)
 
 
-def _tool(name):
-    from lorakit.recipe_import.translate import TOOLS
-
-    return next(tool for tool in TOOLS if tool.name.lower().replace("-", "_") == name)
-
-
 MAKERS = {"settings": settings, "commands": commands, "python": python, "troubles": troubles}
-for _name in ("axolotl", "llama_factory", "unsloth", "trl", "peft"):
-    MAKERS[f"keys {_name}"] = lambda name=_name: _keys(_tool(name))
-    MAKERS[f"defaults {_name}"] = lambda name=_name: _defaults(_tool(name))
+for _name in ("common", "axolotl", "llama_factory", "unsloth", "trl", "peft"):
+    MAKERS[f"keys {_name}"] = lambda name=_name: _keys(name)
+    MAKERS[f"defaults {_name}"] = lambda name=_name: _defaults(name)

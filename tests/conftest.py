@@ -25,6 +25,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# The files that take longest, to be begun first: at the end one process would be alone with them.
+LONG = ("test_ranks_end_to_end.py", "test_crash.py", "export/test_gguf.py", "test_docs_blocks.py")
+LONG += ("test_notebooks.py", "test_end_to_end.py", "test_offline.py", "ops/test_launch.py")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.as_posix()
+        return next((i for i, long in enumerate(LONG) if name.endswith(f"/{long}")), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def kernel_device():
     """Where Triton kernels run in tests: the card, or the CPU through Triton's interpreter."""

@@ -1,23 +1,20 @@
 """Base against tuned on the same tokens, from the run directory alone."""
 
-import io
 import json
 import math
 
 import pytest
 from peft.tuners.lora import LoraLayer
-from rich.console import Console
+from tests.made_runs import answer
 from tests.model.engine_models import tiny
 
 from lorakit import evaluate as module
 from lorakit.errors import DataError
-from lorakit.evaluate import evaluate, evaluate_loaded, show
+from lorakit.evaluate import evaluate, evaluate_loaded
 from lorakit.model.load import load_run
 from lorakit.records import (
     Conversation,
     Document,
-    EvalResult,
-    EvalScore,
     Message,
     Origin,
     Sample,
@@ -46,6 +43,18 @@ def test_a_reloaded_run_scores_like_the_trained_model(finish, method):
     # What a random model says hangs on how the CPU rounds; what it was asked does not.
     asked = [(s.prompt, s.reference) for s in outcome.evaluation.samples]
     assert [(s.prompt, s.reference) for s in again.samples] == asked[:1]
+
+
+def test_the_answers_of_base_and_tuned_are_told_apart(speaker, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What color is box {i}?", "completion": f"It is {i}."} for i in (3, 8)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    loaded = load_run(speaker("fruit"))
+    for _ in range(2):  # the adapter is on again afterwards
+        found = evaluate_loaded(loaded, str(path), 2, print).samples
+        assert [s.reference for s in found] == ["It is 3.", "It is 8."]
+        assert [s.base for s in found] == [answer("base", i, 96) for i in (3, 8)]
+        assert [s.tuned for s in found] == [answer("fruit", i, 96) for i in (3, 8)]
 
 
 def test_other_data_can_be_scored(finish, tmp_path):
@@ -105,18 +114,6 @@ def test_each_sample_has_the_question_the_reference_and_the_answer_of_each_model
     assert asked == [(off, prompts, [(), tool]) for off in (False, True)]
 
 
-def test_the_table_shows_which_way_it_went():
-    console = Console(record=True, width=120, file=io.StringIO())
-    better = EvalResult(EvalScore(2.0, 10.0, 5), EvalScore(1.5, 4.0, 5), "x")
-    show(better, console)
-    rows = {line.split()[1]: line.split()[3::2] for line in console.export_text().splitlines()[4:7]}
-    assert rows == {
-        "base": ["2.0000", "10.00"],
-        "tuned": ["1.5000", "4.00"],
-        "change": ["-0.5000", "-60.0%"],
-    }
-
-
 def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_model_dir):
     """Switching the adapter off leaves trained biases on; the base's own must come back."""
     plain, biased = finish(), finish(bias="all")
@@ -126,11 +123,3 @@ def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_mo
 def test_nothing_to_evaluate_on_is_said(finish):
     with pytest.raises(DataError, match="no held-out examples"):
         evaluate(None, None, [], [], "x")
-
-
-def test_the_table_shows_both_and_the_change(finish):
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
-    show(finish().evaluation, console)
-    text = console.export_text()
-    for word in ("base", "tuned", "change", "perplexity", "What color is box"):
-        assert word in text

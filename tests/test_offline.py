@@ -84,7 +84,7 @@ def traced(tiny_model_dir, tiny_data, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     values |= {"XDG_CACHE_HOME": str(home / "cache")}
-    done = subprocess.run(line, capture_output=True, text=True, env=values, timeout=400)
+    done = subprocess.run(line, capture_output=True, text=True, env=values, timeout=800)
     return home, done, trace.read_text() if trace.exists() else None
 
 

@@ -3,6 +3,7 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from tests.made_runs import answer
 
 import lorakit
 from lorakit.errors import RunError
@@ -30,24 +31,28 @@ def test_a_notebook_gets_the_curve(run, tmp_path):
     assert Run(tmp_path)._repr_svg_() is None
 
 
-def test_base_and_tuned_answer_and_the_model_stays(run):
-    tuned = run.chat("What color is box 1?", temperature=0, max_new_tokens=4)
-    base = run.chat("What color is box 1?", temperature=0, max_new_tokens=4, base=True)
-    assert isinstance(tuned, str)
-    assert isinstance(base, str)
-    assert run.chat([{"role": "user", "content": "What color is box 1?"}], temperature=0,
-                    max_new_tokens=4) == tuned  # fmt: skip
+def test_base_and_tuned_answer_and_the_model_stays(speaker, tiny_data):
+    run, ask = lorakit.open_run(speaker("fruit").path), "What color is box 1?"
+    greedy = {"temperature": 0, "max_new_tokens": 4}
+    assert run.chat(ask, **greedy) == answer("fruit", 1, 4)
+    assert run.chat(ask, **greedy, base=True) == answer("base", 1, 4)
+    assert run.chat([{"role": "user", "content": ask}], **greedy) == answer("fruit", 1, 4)
     held = run._several
-    assert run.evaluate(samples=1).data == "the run's held-out rows"
+    assert run.evaluate(tiny_data, samples=1).tuned.tokens > 0
     assert run._several is held
     run.close()
     assert run._several is None
 
 
-def test_a_system_prompt_is_read(run):
-    asked = {"temperature": 0, "max_new_tokens": 8}
-    seen = {run.chat("Hi", system=s, **asked) for s in ("zebra " * 40, "17 " * 60, None)}
-    assert len(seen) > 1
+def test_a_system_prompt_is_read(speaker):
+    run = lorakit.open_run(speaker("fruit").path)
+    for digit in (2, 7):
+        said = run.chat("Hi", system=f"Box {digit}.", temperature=0, max_new_tokens=8)
+        assert said == answer("fruit", digit, 8)
+
+
+def test_without_data_the_held_out_rows_are_scored(run):
+    assert run.evaluate(samples=1).data == "the run's held-out rows"
 
 
 def test_one_talks_until_quit(run, monkeypatch, capsys):

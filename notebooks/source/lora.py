@@ -103,16 +103,14 @@ share = lambda sigma: (sigma.square() / sigma.square().sum()).cumsum(0).tolist()
 print(
     f"the 16 largest of {len(change)} carry {share(change)[15]:.0%}; of a random matrix {share(noise)[15]:.0%}"
 )
-figures.curves(
-    "share of the update's square sum in its largest directions",
-    {
-        "the trained update of one attention output": list(enumerate(share(change), 1)),
-        "a random matrix of the same shape": list(enumerate(share(noise), 1)),
-    },
-    x_label="directions kept",
-    log_x=True,
-    low=0,
-)
+directions = range(1, len(change) + 1)
+plt.semilogx(directions, share(change), label="the trained update of one attention output")
+plt.semilogx(directions, share(noise), label="a random matrix of the same shape")
+plt.title("share of the update's square sum in its largest directions")
+plt.xlabel("directions kept")
+plt.ylim(bottom=0)
+plt.legend()
+plt.show()
 
 # %% [markdown]
 # Sixteen of 576 directions hold most of it; in a random matrix they would hold a tenth. But a large
@@ -134,17 +132,14 @@ assert gain(kept[32]) > 0.8
 del full, watched
 
 # %% tags=["theory", "trains"]
-figures.curves(
-    "held-out loss when only r directions of each update are kept",
-    {
-        "update cut to rank r": list(kept.items()),
-        "whole update (rank up to 576)": [(1, trained_loss), (32, trained_loss)],
-        "no update": [(1, untrained), (32, untrained)],
-    },
-    x_label="rank r",
-    log_x=True,
-    dots=True,
-)
+plt.semilogx(kept.keys(), kept.values(), "o-", base=2, label="update cut to rank r")
+plt.axhline(trained_loss, color="C1", label="whole update (rank up to 576)")
+plt.axhline(untrained, color="C2", label="no update")
+plt.xticks(list(kept), list(kept))
+plt.title("held-out loss when only r directions of each update are kept")
+plt.xlabel("rank r")
+plt.legend()
+plt.show()
 
 # %% [markdown]
 # So a low-rank update *found afterwards* does nearly the whole work. LoRA's idea is not to find
@@ -156,21 +151,22 @@ figures.curves(
 # Instead of a $d_{out} \times d_{in}$ update, keep its two thin factors:
 
 # %% tags=["theory"]
-F_ = figures
-picture = [
-    F_.box(30, 60, 150, 150, F_.SOFT, "W, frozen"),
-    F_.text(192, 142, "+", size=24),
-    F_.text(214, 142, "α/r ·", size=18),
-    F_.box(270, 60, 34, 150, F_.COLORS[1], "B"),
-    F_.text(314, 142, "·", size=24),
-    F_.box(330, 118, 150, 34, F_.COLORS[0], "A"),
-    F_.text(105, 232, "d_out × d_in", F_.SOFT, anchor="middle"),
-    F_.text(287, 232, "d_out × r", F_.SOFT, anchor="middle"),
-    F_.text(405, 172, "r × d_in", F_.SOFT, anchor="middle"),
-    F_.text(30, 266, "rank 16 at d = 4096: 16.8 million numbers frozen, 131,072 trained", F_.SOFT),
-]
+figure, axes = plt.subplots(figsize=(6, 2.4))
+axes.set(xlim=(0, 4.2), ylim=(-0.3, 1.1), aspect="equal", title="one adapted matrix")
+axes.axis("off")
+for x, y, wide, high, color, name, size in [
+    (0, 0, 1, 1, "lightgray", "W, frozen", "d_out × d_in"),
+    (1.9, 0, 0.25, 1, "C1", "B", "d_out × r"),
+    (2.5, 0.4, 1, 0.25, "C0", "A", "r × d_in"),
+]:
+    axes.add_patch(plt.Rectangle((x, y), wide, high, color=color))
+    axes.text(x + wide / 2, y + high / 2, name, ha="center", va="center")
+    axes.text(x + wide / 2, y - 0.15, size, ha="center", color="gray")
+axes.text(1.4, 0.5, r"+  $\frac{\alpha}{r}$ ·", ha="center", va="center", fontsize=14)
+axes.text(2.32, 0.5, "·", ha="center", va="center", fontsize=14)
+plt.show()
 assert 16 * (4096 + 4096) == 131_072
-F_.figure("one adapted matrix", 284, picture)
+print("rank 16 at d = 4096: 16.8 million numbers frozen, 131,072 trained")
 
 # %% [markdown]
 # A layer computes (eq. 3 of the paper; $x$ is its input, $s = \alpha / r$)
@@ -290,9 +286,7 @@ model.enable_input_require_grads()
 model.gradient_checkpointing_enable({"use_reentrant": False})
 model.train()
 held["LoRA, checkpointed"] = kept_for_backward(model, pairs)
-figures.bars(
-    "kept for backward, four short rows", {k: v / 2**20 for k, v in held.items()}, "MiB", 1
-)
+bars("kept for backward, four short rows", {k: v / 2**20 for k, v in held.items()}, "MiB", 1)
 
 # %% [markdown]
 # On a GPU lorakit writes the backward pass of a whole layer itself, keeps less, and recomputes
@@ -318,7 +312,7 @@ for rank, alpha in [(1, 2), (4, 8), (16, 32), (16, 4), (16, 128)]:
 del model
 
 # %% tags=["theory", "trains"]
-figures.bars(
+bars(
     "held-out loss after 8 steps (lower is better)",
     {"no training": untrained} | {f"r {r}, alpha {a}": loss for (r, a), loss in swept.items()},
     digits=3,
@@ -372,15 +366,13 @@ print(
 )
 
 # %% tags=["after"]
-figures.curves(
-    "singular values of trained updates",
-    {
-        kind: list(enumerate(next(s for n, s in spectra.items() if kind in n).tolist(), 1))
-        for kind in ("q_proj", "v_proj", "up_proj", "down_proj")
-    },
-    x_label="direction",
-    low=0,
-)
+for kind in ("q_proj", "v_proj", "up_proj", "down_proj"):
+    plt.plot(next(s for n, s in spectra.items() if kind in n).tolist(), label=kind)
+plt.title("singular values of trained updates")
+plt.xlabel("direction")
+plt.ylim(bottom=0)
+plt.legend()
+plt.show()
 
 # %% [markdown]
 # Which kinds of matrices moved most? The length of the update (Frobenius norm, the root of the
@@ -393,7 +385,7 @@ moved = {
     / max(1, sum(kind in n for n in spectra))
     for kind in KINDS
 }
-figures.bars("mean length of the update, by kind of matrix", moved)
+bars("mean length of the update, by kind of matrix", moved)
 
 # %% [markdown]
 # **Exercises.** (1) Which layers moved most, the first or the last? Group by the number in the name.

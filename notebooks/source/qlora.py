@@ -101,14 +101,11 @@ bell = torch.exp(-places.square() / 2) / math.sqrt(2 * math.pi)
 print(
     f"{layer.numel():,} weights: {(standard.abs() < 1).float().mean():.1%} within one deviation of zero (normal: 68.3%)"
 )
-figures.curves(
-    "weights of layer 15, in standard deviations",
-    {
-        "weights": list(zip(places.tolist(), counts.tolist(), strict=True)),
-        "normal distribution": list(zip(places.tolist(), bell.tolist(), strict=True)),
-    },
-    low=0,
-)
+plt.plot(places, counts, label="weights")
+plt.plot(places, bell, label="normal distribution")
+plt.title("weights of layer 15, in standard deviations")
+plt.legend()
+plt.show()
 
 # %% [markdown]
 # ### 4.3 NF4: sixteen values, each used equally often
@@ -146,21 +143,14 @@ FP4 = bnb.quantize_4bit(W, blocksize=BLOCK, quant_type="fp4")[1].code.to(device)
 sharpest = Q(torch.tensor(TAIL)).item()  # the value 1 in standard deviations
 height = lambda v: math.exp(-((v * sharpest) ** 2) / 2)
 along = [v / 50 for v in range(-60, 61)]
-picture = [figures.line([(320 + 230 * v, 190 - 130 * height(v)) for v in along], figures.SOFT, 1.5)]
-for row, (title, book) in enumerate({"NF4": NF4, "FP4": FP4, "INT4": INT4}.items()):
-    y = 190 + 44 * row
-    picture.append(figures.text(24, y + 5, title, bold=True))
-    picture.append(figures.line([(320 - 230, y), (320 + 230, y)], figures.LINE, 1))
-    for value in book.tolist():
-        x = 320 + 230 * value
-        picture.append(figures.line([(x, y - 9), (x, y + 9)], figures.COLORS[row], 2.5))
-        if row == 0:
-            picture.append(
-                figures.line([(x, y), (x, y - 130 * height(value))], figures.COLORS[0], 0.7)
-            )
-for value in (-1, 0, 1):
-    picture.append(figures.text(320 + 230 * value, 308, f"{value}", figures.SOFT, anchor="middle"))
-figures.figure("the values of three 4-bit books, under the bell curve", 324, picture)
+plt.plot(along, [height(v) for v in along], color="gray")
+plt.vlines(NF4.tolist(), 0, [height(v) for v in NF4.tolist()], linewidth=0.7)
+books = {"NF4": NF4, "FP4": FP4, "INT4": INT4}
+for row, book in enumerate(books.values()):
+    plt.plot(book.tolist(), [-0.3 * row] * len(book), "|", markersize=14, markeredgewidth=2.5)
+plt.yticks([-0.3 * row for row in range(3)], books)
+plt.title("the values of three 4-bit books, under the bell curve")
+plt.show()
 
 # %% [markdown]
 # Are they used equally often? Nearly; a scale per block makes one weight in 64 an end of the book.
@@ -182,7 +172,7 @@ errors = {
     for title, book in {"NF4": NF4, "FP4": FP4, "INT4": INT4}.items()
 }
 assert errors["NF4"] < errors["FP4"] and errors["NF4"] < errors["INT4"]
-figures.bars(
+bars(
     f"mean error over all {len(matrices)} matrices, percent",
     {k: 100 * v for k, v in errors.items()},
     "%",
@@ -322,7 +312,7 @@ for title, book in {"NF4": NF4, "FP4": FP4, "INT4": INT4}.items():
     moved[title] = (exact.exp() * (exact - opinions(rounded))).sum(-1).mean().item()
 del rounded
 assert moved["NF4"] < moved["INT4"] and moved["NF4"] < moved["FP4"]
-figures.bars("KL divergence from the exact model, nats a token", moved, digits=3)
+bars("KL divergence from the exact model, nats a token", moved, digits=3)
 
 # %% [markdown]
 # NF4 loses least. Larger models lose less than this small one (Dettmers & Zettlemoyer 2022, arXiv
@@ -364,13 +354,13 @@ if PROFILE == "small":
 
 # %% tags=["run"]
 both = {"LoRA": twin, "QLoRA": run} if PROFILE == "small" else {"QLoRA": run}
-losses = {
-    t: [(r["step"], r["loss"]) for r in x.metrics if r.get("loss") is not None]
-    for t, x in both.items()
-}
-figures.curves(
-    "loss while training, the same rows in the same order", losses, x_label="step", log_y=True
-)
+for title, one in both.items():
+    rows = [row for row in one.metrics if row.get("loss") is not None]
+    plt.semilogy([row["step"] for row in rows], [row["loss"] for row in rows], label=title)
+plt.title("loss while training, the same rows in the same order")
+plt.xlabel("step")
+plt.legend()
+plt.show()
 
 # %% [markdown]
 # The rounded base starts worse, and the adapter repairs some of the rounding as well: so QLoRA's gain

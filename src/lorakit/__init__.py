@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from lorakit.hardware import detect_device
     from lorakit.recipe import Recipe
     from lorakit.recipe_file import ResolvedRecipe, load_recipe, recipe_schema
+    from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
-    from lorakit.shown import Evaluation, Inspected, Plan
 
 _WHERE = {
-    "Evaluation": "shown",
-    "Inspected": "shown",
+    "Evaluation": "results",
+    "Inspected": "results",
     "LorakitError": "errors",
-    "Plan": "shown",
+    "Plan": "results",
     "Recipe": "recipe",
     "ResolvedRecipe": "recipe_file",
     "Run": "run",

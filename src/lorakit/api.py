@@ -20,8 +20,8 @@ from rich.console import Console
 
 from lorakit.quiet import quietly
 from lorakit.recipe_file import Given, ResolvedRecipe, load_recipe
+from lorakit.results import Inspected, Plan
 from lorakit.run import Run
-from lorakit.shown import Inspected, Plan
 
 
 def finetune(
@@ -89,6 +89,7 @@ def plan(
     """
     from lorakit.hardware import detect_device
     from lorakit.model.adapters import resolve_targets
+    from lorakit.model.matching import check_adapter_settings
     from lorakit.planning.cards import card_device, find_card, parse_memory, several
     from lorakit.planning.forecast import find_config, forecast
 
@@ -100,6 +101,7 @@ def plan(
     with quietly(resolved.recipe.offline):
         config, source, local = find_config(resolved.recipe, _folders(resolved))
     asked = resolve_targets(resolved, config).recipe
+    check_adapter_settings(asked, config)
     device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
     device = several(device, gpus, nodes, network)
     return Plan.of(forecast(asked, config, device, card, source, local))

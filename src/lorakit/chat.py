@@ -17,12 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from lorakit.data.inspection import visible
 from lorakit.errors import LorakitError
 from lorakit.generate import GenerationSettings, base_answers, stream_reply
 from lorakit.model.several import Several
 from lorakit.recipe_file import suggest
 from lorakit.records import Message
+from lorakit.redact import visible
 from lorakit.run_dir import find_run
 
 HELP = """\

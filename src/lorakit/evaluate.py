@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lorakit.data.check import FaultLog, RowFault
 from lorakit.data.items import Item, read_validation
 from lorakit.data.prepare import prepare
@@ -19,7 +16,7 @@ from lorakit.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
 from lorakit.recipe import Recipe
 from lorakit.records import Conversation, EvalResult, Example, Message, Sample
-from lorakit.report.write import renew_report
+from lorakit.report.page import renew_report
 from lorakit.run_dir import write_json
 from lorakit.train.score import score
 from lorakit.train.trainer import pad_token_id
@@ -88,25 +85,6 @@ def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> 
             raise made
         found += made
     return found
-
-
-def show(result: EvalResult, console: Console) -> None:
-    """Print the scores and the answers side by side."""
-    console.print(f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)", markup=False)
-    scores = Table()
-    for column in ("", "loss", "perplexity"):
-        scores.add_column(column, justify="right" if column else "left")
-    for name, value in (("base", result.base), ("tuned", result.tuned)):
-        scores.add_row(name, f"{value.loss:.4f}", f"{value.perplexity:,.2f}")
-    change = result.tuned.perplexity / result.base.perplexity - 1
-    scores.add_row("change", f"{result.tuned.loss - result.base.loss:+.4f}", f"{change:+.1%}")
-    console.print(scores)
-    for sample in result.samples:
-        table = Table(title=sample.prompt, title_justify="left", show_header=True, expand=True)
-        for column in ("base", "tuned", "reference"):
-            table.add_column(column, ratio=1)
-        table.add_row(sample.base, sample.tuned, sample.reference)
-        console.print(table)
 
 
 def evaluate_loaded(

@@ -20,7 +20,7 @@ from rich.console import Console
 from lorakit.data.inspection import measure_prepared
 from lorakit.data.items import write_validation
 from lorakit.data.prepare import Prepared, prepare
-from lorakit.data.show import show_report
+from lorakit.display.inspection import report_view
 from lorakit.errors import LorakitError, RunError
 from lorakit.evaluate import evaluate
 from lorakit.export.declared import misfit
@@ -31,13 +31,14 @@ from lorakit.lock import only_writer
 from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
 from lorakit.model.fingerprint import check_base, remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer, locate_model, seed_everything
+from lorakit.model.matching import check_adapter_settings
 from lorakit.model.vocabulary import check_vocabulary
 from lorakit.planning.forecast import planned_speed, refuse
 from lorakit.planning.training import plan_for_data
 from lorakit.ranks import ALONE, Ranks, joined, shared_device
 from lorakit.recipe_file import ResolvedRecipe
 from lorakit.records import Device, EvalResult, MemoryPlan
-from lorakit.report.write import renew_report
+from lorakit.report.page import renew_report
 from lorakit.run_dir import RunDir, read_metrics, write_json
 from lorakit.train.arguments import total_steps
 from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
@@ -120,9 +121,10 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     console.print(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
+    check_adapter_settings(resolved.recipe, config)
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare(resolved.recipe, tokenizer, folders)
-    show_report(prepared.report, console)
+    console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30

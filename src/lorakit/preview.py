@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorakit.data.show import render_example
-from lorakit.evaluate import show
+from lorakit.display.evaluation import evaluation_view
+from lorakit.display.inspection import render_example
 from lorakit.fit import Outcome, Prologue
 from lorakit.records import MemoryPlan
 
@@ -72,7 +72,7 @@ def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
         console.print(f"go on with: {command}", soft_wrap=True)
         return
     if outcome.evaluation:
-        show(outcome.evaluation, console)
+        console.print(evaluation_view(outcome.evaluation))
     else:
         console.print("no held-out rows: nothing was evaluated (val_size is 0)")
     console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")

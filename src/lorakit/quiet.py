@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LOGGERS = ("bitsandbytes", "accelerate", "peft", "trl", "datasets", "huggingface_hub")
+LOGGERS = (
+    "bitsandbytes", "accelerate", "peft", "trl", "datasets", "huggingface_hub", "matplotlib",
+)  # fmt: skip
 
 
 def quiet(offline: bool = False) -> None:

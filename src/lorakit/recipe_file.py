@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml.comments import CommentedMap
 
 from lorakit.errors import RecipeError
 from lorakit.recipe import METHOD_DEFAULTS, SYNONYMS, Recipe
-from lorakit.yaml_text import LONGEST, YamlFault, plain, read_yaml
+from lorakit.yaml_text import YamlFault, plain, read_yaml, read_yaml_file
 
 SCHEMA_URL = "recipe.schema.json"
 # Faults that begin so: a recipe written for Axolotl, LLaMA-Factory, TRL or Unsloth.
@@ -138,24 +137,8 @@ def _take(
 
 
 def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
-    try:
-        with path.open(encoding="utf-8-sig") as handle:
-            loaded = read_yaml(handle.read(LONGEST + 1))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: no such recipe", hint="`lorakit train --help` shows how to do without one"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except YamlFault as fault:
-        line = f"line {fault.line}: " if fault.line else ""
-        raise RecipeError(f"{path}: {line}{fault.what}", fault.hint) from fault
-    if not isinstance(loaded, CommentedMap):
-        kind = "empty" if loaded is None else type(loaded).__name__
-        raise RecipeError(
-            f"{path}: a recipe is a list of `key: value` lines, found {kind}",
-            hint="begin with: model: demo",
-        )
+    hint = "begin with: model: demo; `lorakit train --help` shows how to do without a recipe"
+    loaded = read_yaml_file(path, hint)
     for key, value in loaded.items():
         values[str(key)] = plain(value)
         origins[str(key)] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"

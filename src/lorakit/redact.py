@@ -22,6 +22,8 @@ _SIGNED = re.compile(
     r"access[_-]?key|auth)[\w.-]{0,20}|sig|key|pwd|se|sp|sv)=)[^&;#\s'\"<>]{1,2000}",
     re.IGNORECASE,
 )
+# All but tab and line end.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE)
 _NO_SECRET = re.compile(r"(PATH|FILE|DIR|URL|URI|HOST|PORT|NAME)$", re.IGNORECASE)
 SHORTEST = 8
@@ -35,6 +37,11 @@ def redacted(text: str) -> str:
     if ":/" in text:
         text = _LOGIN.sub(rf"\1{HIDDEN}@", text)
     return _SIGNED.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+
+
+def visible(text: str) -> str:
+    """Control characters by their codes: data must not steer a terminal or hide in a page."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def has_login(address: str) -> bool:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorakit.chart import alone, line_chart
 from lorakit.quiet import quietly
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
 from lorakit.records import EvalScore, Message, Sample
+from lorakit.results import Evaluation
 from lorakit.run_dir import RunDir, find_run, read_metrics
-from lorakit.shown import Evaluation
 
 if TYPE_CHECKING:
     from lorakit.model.several import Several
@@ -203,7 +202,7 @@ class Run:
         Raises:
             LorakitError: a file of the run is damaged, or the page cannot be written.
         """
-        from lorakit.report.write import write_report
+        from lorakit.report.page import write_report
 
         return write_report(self.folder, Path(output) if output else None)
 
@@ -221,20 +220,23 @@ class Run:
             torch.cuda.empty_cache()
 
     def __repr__(self) -> str:
+        return f"<Run {self.path}: {self._state()}>"
+
+    def _state(self) -> str:
         rows = [row for row in self.metrics if row.get("loss") is not None]
-        said = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.4f}" if rows else "no step yet"
-        state = "trained" if self.finished else "not finished"
-        return f"<Run {self.path}: {state}, {said}>"
+        last = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.4f}" if rows else "no step yet"
+        return f"{'trained' if self.finished else 'not finished'}, {last}"
 
     def _repr_svg_(self) -> str | None:
         """The loss so far, for a notebook; nothing before the first step."""
+        from lorakit.display.charts import line_chart
+        from lorakit.report.load import read_run
         from lorakit.report.page import loss_series
-        from lorakit.report.read import read_run
 
         if not self.folder.has_run():
             return None
-        chart = line_chart(loss_series(read_run(self.folder)), "loss by step")
-        return alone(chart, repr(self)[1:-1]) if chart else None
+        chart = line_chart("Loss", loss_series(read_run(self.folder)))
+        return chart.standalone(f"{self.path.name}: {self._state()}") if chart else None
 
     def _model(self) -> Several:
         if self._several is None:

@@ -7,10 +7,11 @@ parser are looked at before a value is made of them.
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
@@ -18,6 +19,8 @@ from ruamel.yaml.events import (
     CollectionStartEvent,
     DocumentStartEvent,
 )
+
+from lorakit.errors import RecipeError
 
 # The longest recipe of every key takes 4,000 characters; the rest is room for a system prompt.
 LONGEST, EVENTS, DEPTH = 2**18, 20_000, 16
@@ -56,6 +59,33 @@ def read_yaml(text: str, aliases: bool = False) -> Any:
     if aliases:
         _refuse_unfolding(value)
     return value
+
+
+def read_yaml_file(path: Path, hint: str, aliases: bool = False) -> CommentedMap:
+    """Read a file of `key: value` lines, with the lines of its keys.
+
+    Args:
+        hint: what to do where there is no such file or no such lines in it.
+        aliases: as in `read_yaml`.
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML, or is not such a file.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as handle:
+            loaded = read_yaml(handle.read(LONGEST + 1), aliases)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe", hint) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}", "it must be UTF-8 text") from error
+    except YamlFault as fault:
+        line = f"line {fault.line}: " if fault.line else ""
+        hint = fault.hint or "correct the file"
+        raise RecipeError(f"{path}: {line}{fault.what}", hint) from fault
+    if not isinstance(loaded, CommentedMap):
+        kind = "empty" if loaded is None else type(plain(loaded)).__name__
+        raise RecipeError(f"{path}: a recipe is a list of `key: value` lines, found {kind}", hint)
+    return loaded
 
 
 def plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ import pytest
 
 from lorakit.data.columns import ColumnWatch
 from lorakit.data.prepare import prepare
-from lorakit.data.show import source_line
+from lorakit.display.inspection import source_line
 from lorakit.errors import DataError
 from lorakit.recipe import Recipe
 from lorakit.records import Origin, Row

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ModelError
 from lorakit.export.source import checked_prompts, float32_model, open_source, touches_embeddings
+from lorakit.model.load import adapter_names, load_run, unmatched
 from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
 
 
@@ -83,3 +84,13 @@ def test_embeddings_are_recognized_by_any_familys_name():
     assert touches_embeddings(["base_model.model.model.embed_tokens.lora_embedding_A"])
     assert touches_embeddings(["base_model.model.lm_head.weight"])
     assert not touches_embeddings(["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"])
+
+
+def test_whole_embeddings_that_were_trained_are_no_foreign_tensors(variant_run):
+    """`lorakit eval`, chat and serve refused every run with such `modules_to_save`."""
+    for variant in ("modules_to_save", "tied, head trained"):
+        run = variant_run(variant)
+        model = load_run(run, prefer_cpu=True).model
+        assert unmatched(model, set(adapter_names(run))) == (set(), set())
+        lost = set(adapter_names(run)) - {"base_model.model.lm_head.weight"}
+        assert unmatched(model, {*lost, "more"}) == ({"base_model.model.lm_head.weight"}, {"more"})

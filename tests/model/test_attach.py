@@ -247,8 +247,13 @@ def test_an_embedding_on_the_host_serves_ids_and_embedded_rows_alike(family):
     assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
     rows = engine.embed_on_host(tokens)
     assert_layers_equal(model, expected, lambda: engine({"inputs_embeds": rows}, None))
+    # After training it stays there, and the model's own forward finds it: generation sends its
+    # inputs to where the first parameter is.
+    own = model.get_base_model().get_decoder()
+    before = own(input_ids=tokens)[0]
     engine.detach()
-    assert not engine.embedding_on_host
+    assert engine.embedding_on_host
+    torch.testing.assert_close(own(input_ids=tokens)[0], before)
 
 
 def test_a_window_shorter_than_the_rows_is_left_to_the_model():

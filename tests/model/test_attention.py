@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.model.attention import attend
+from lorakit.model.attention import Segments, attend
 
 from .engine_models import segments_of
 
@@ -28,6 +28,15 @@ def test_documents_see_themselves_and_what_came_before(keys, lengths):
     found = attend(q, k, v, 0.3, segments)
     parts = zip(*(t[0].split(lengths) for t in (q, k, v)), strict=True)
     torch.testing.assert_close(found[0], torch.cat([formula(*p, 0.3) for p in parts]))
+
+
+def test_the_longest_document_may_be_anywhere():
+    """The window is compared with it, and the kernel is told of it."""
+    borders = torch.tensor([0, 2, 9, 12], dtype=torch.int32)
+    segments = Segments.of(borders, (2, 7, 3))
+    assert (segments.longest, segments.lengths) == (7, (2, 7, 3))
+    assert Segments.of(borders, (2, 7, 3), 8).longest == 8  # a bucket's
+    assert Segments.of(None) is None
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """The official `openai` client talks to `lorakit serve` as to any server of that kind."""
 
-import os
+import contextlib
 import re
 import signal
 import socket
@@ -26,33 +26,44 @@ def runs(speaker):
     return [speaker(name) for name in SPEAKERS]
 
 
-@pytest.fixture(scope="module")
-def server(runs, tmp_path_factory):
-    """(process, address) of a running `lorakit serve` with two adapters and a key."""
-    folder = tmp_path_factory.mktemp("serve")
+@contextlib.contextmanager
+def serving(runs, folder):
+    """(process, address) of a running `lorakit serve` with these adapters and a key."""
     (folder / "key").write_text("secret\n")
     words = ["serve", *(str(r.path) for r in runs), "--port", "0", "--engine", "embedded"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lorakit", *words, "--api-key-file", str(folder / "key")],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     lines = []
-    for line in process.stderr:
-        lines.append(line)
-        found = re.search(r"(http://127\.0\.0\.1:\d+/v1)", line)
-        if found:
-            break
-    else:
-        pytest.fail("".join(lines))
-    yield process, found.group(1)
-    process.kill()
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            found = re.search(r"(http://127\.0\.0\.1:\d+/v1)", line)
+            if found:
+                break
+        else:
+            pytest.fail("".join(lines))
+        yield process, found.group(1)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(runs, tmp_path_factory):
+    """One with two adapters, for all tests that leave it as it is."""
+    with serving(runs, tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+def client_of(server, key="secret"):
+    return openai.OpenAI(base_url=server[1], api_key=key, max_retries=0, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=server[1], api_key="secret", max_retries=0, timeout=300)
+    return client_of(server)
 
 
 def ask(client, **values):
@@ -164,7 +175,7 @@ def test_pages_elsewhere_huge_bodies_and_half_characters_are_turned_away(client,
 
 
 def test_a_wrong_key_opens_nothing_but_health(server):
-    wrong = openai.OpenAI(base_url=server[1], api_key="wrong", max_retries=0, timeout=300)
+    wrong = client_of(server, "wrong")
     with pytest.raises(openai.AuthenticationError):
         wrong.models.list()
     with pytest.raises(openai.AuthenticationError):
@@ -198,13 +209,13 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(server, runs):
     assert "hint: another program has it" in done.stderr
 
 
-def test_ctrl_c_in_the_middle_of_an_answer_stops_cleanly(client, server):
-    """Last of this file: the server is gone afterwards."""
-    process, address = server
-    endless(client)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=300) in (0, 130)
-    rest = process.stderr.read()
+def test_ctrl_c_in_the_middle_of_an_answer_stops_cleanly(runs, tmp_path):
+    with serving(runs[:1], tmp_path) as (process, address):
+        stream = endless(client_of((process, address)))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=300) in (0, 130)
+        rest = process.stderr.read()
+        stream.close()
     assert "Traceback" not in rest, rest
     assert "stopped" in rest
     host, port = address.split("/")[2].split(":")

@@ -14,11 +14,11 @@ from lorakit.serve.start import Place, check_port, read_key, serve, vllm_line, w
 QUIET = Console(quiet=True)
 
 
-def test_the_network_is_let_in_with_a_key_only(finish):
+def test_the_network_is_let_in_with_a_key_only(speaker):
     with pytest.raises(RecipeError, match="lets other machines in"):
-        serve([finish().run], Place("0.0.0.0"), "embedded", QUIET)
+        serve([speaker("fruit")], Place("0.0.0.0"), "embedded", QUIET)
     with pytest.raises(RecipeError, match="--engine tgi: unknown"):
-        serve([finish().run], Place(), "tgi", QUIET)
+        serve([speaker("fruit")], Place(), "tgi", QUIET)
 
 
 def test_a_port_that_is_taken_is_said():
@@ -33,23 +33,23 @@ def test_a_port_that_is_taken_is_said():
         check_port(Place(host="192.0.2.1"))
 
 
-def test_vllm_serves_where_it_is_and_can(finish, monkeypatch):
-    sources = [open_source(finish().run)]
-    biased = open_source(finish(bias="lora_only").run)
+def test_vllm_serves_where_it_is_and_can(speaker, monkeypatch):
+    sources = [open_source(speaker("fruit"))]
+    biased = open_source(speaker("fruit", bias="lora_only"))
     assert why_not_vllm(sources) == "vLLM is not installed"
     with pytest.raises(DependencyError, match="vLLM is not installed"):
-        serve([finish().run], Place(port=0), "vllm", QUIET)
+        serve([speaker("fruit")], Place(port=0), "vllm", QUIET)
     monkeypatch.setattr(start.importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert why_not_vllm(sources) is None
     assert "biases" in why_not_vllm([*sources, biased])
 
 
-def test_vllms_line_holds_all_adapters_and_no_key(finish):
-    runs = finish().run, finish(seed=7, learning_rate=1e-2).run
+def test_vllms_line_holds_all_adapters_and_no_key(speaker):
+    runs = speaker("fruit"), speaker("animal", lora_r=12)
     line = vllm_line([open_source(r) for r in runs], Place(port=9, api_key="secret"))
     first = line.index("--lora-modules")
-    assert line[first + 1 : first + 3] == [f"tiny-lora={r.adapter}" for r in runs]
+    assert line[first + 1 : first + 3] == [f"{r.path.name}={r.adapter}" for r in runs]
     assert line[line.index("--max-lora-rank") + 1] == "16"
     assert line[-4:] == ["--host", "127.0.0.1", "--port", "9"]
     assert "secret" not in line

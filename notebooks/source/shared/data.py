@@ -67,26 +67,20 @@ inspected = lorakit.inspect(
 print(str(inspected).partition("\nlength of")[0])
 
 # %% [markdown]
-# **Look at it.** Below is one example exactly as the model reads it. Only the colored, underlined
-# tokens are *trained*: they carry *loss*, the price for each token that was not foreseen. Question
+# **Look at it.** Below is one example exactly as the model reads it. Only the tokens between ⟦ and
+# ⟧ are *trained*: they carry *loss*, the price for each token that was not foreseen. Question
 # and system prompt are read, not learned; the sign that ends the answer is trained too, which is
 # how a model learns to stop.
 
-
 # %%
-def tokens(shown):
-    pieces = [(piece.text, piece.trained, piece.special) for piece in shown.pieces]
-    return figures.tokens(f"{shown.example.origin}", pieces)
-
-
-tokens(inspected.shown[0])
+inspected.shown[0]
 
 # %%
 report, lengths = inspected.report, inspected.lengths
 print(
     f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens are trained ({report.trained_share:.0%})"
 )
-figures.bars(
+bars(
     "length of an example in tokens",
     {f"{bar.begin}-{bar.end}": bar.count for bar in lengths.bars},
     digits=0,
@@ -111,7 +105,7 @@ pieces = lorakit.inspect(
     model=MODEL, method=METHOD, data=str(story), documents="instruction", cutoff_len=160, val_size=0
 )
 print(f"{len(story.read_text()):,} characters became {pieces.report.examples_train} examples")
-tokens(pieces.shown[0])
+pieces.shown[0]
 
 # %% [markdown]
 # **Exercises.** (1) Delete the answer of one row in `my_data/alpaca.jsonl` and inspect again: what

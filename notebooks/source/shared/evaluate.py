@@ -10,7 +10,7 @@ print(
     f"held-out perplexity: base {result.base.perplexity:.2f}, tuned {result.tuned.perplexity:.2f}, over {result.tuned.tokens:,} tokens"
 )
 assert result.tuned.perplexity < result.base.perplexity
-figures.bars(
+bars(
     "held-out loss, nats a token (lower is better)",
     {"base": result.base.loss, "tuned": result.tuned.loss},
     digits=3,

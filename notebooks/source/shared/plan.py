@@ -52,7 +52,16 @@ for title, more in budgets.items():
         part = PARTS.get(part, "activations and work")
         columns[title][part] = columns[title].get(part, 0) + size / 2**30
     print(f"{title:15} {sum(columns[title].values()):5.2f} GiB: {seven.training.describe()}")
-figures.stacks("training Llama-2-7B, planned", columns)
+figure, axes = plt.subplots(figsize=(7, 3.4))
+left = dict.fromkeys(columns, 0.0)
+for part in dict.fromkeys(part for column in columns.values() for part in column):
+    sizes = [column.get(part, 0.0) for column in columns.values()]
+    axes.barh(list(columns), sizes, left=list(left.values()), label=part)
+    left = {title: left[title] + size for title, size in zip(columns, sizes, strict=True)}
+axes.set(title="training Llama-2-7B, planned", xlabel="GiB")
+axes.invert_yaxis()
+axes.legend(loc="lower right", fontsize="small")
+plt.show()
 
 # %% [markdown]
 # **Exercises.** (1) `lorakit.plan(model="llama-2-7b", method=METHOD, gpu="t4")`: what is recomputed

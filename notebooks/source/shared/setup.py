@@ -112,13 +112,28 @@ import warnings
 from importlib.resources import files
 
 warnings.filterwarnings("ignore")
+import matplotlib.pyplot as plt
 import torch
 import transformers
 
 import lorakit
-from lorakit import figures
 
 torch.manual_seed(0)
+plt.rcParams.update(
+    {"figure.figsize": (7, 3), "axes.spines.top": False, "axes.spines.right": False}
+)
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+def bars(title, rows, unit="", digits=2):
+    """A horizontal bar for each name, with its number."""
+    _, axes = plt.subplots(figsize=(7, 0.6 + 0.3 * len(rows)))
+    axes.bar_label(
+        axes.barh(list(rows), list(rows.values())), fmt=f"{{:,.{digits}f}} {unit}", padding=4
+    )
+    axes.set(title=title, xticks=[])
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    plt.show()

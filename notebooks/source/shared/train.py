@@ -18,7 +18,7 @@
 # the cell again goes on from there, to the same bytes.
 
 # %% tags=["run"]
-from lorakit.live import live_curve
+from lorakit.display.live import live_curve
 
 folder = OUTPUT / f"{PROFILE}-{METHOD}"
 with live_curve(folder):
@@ -37,7 +37,7 @@ assert last["loss"] < first["loss"]
 
 # %% [markdown]
 # What a healthy curve looks like: a quick fall, then a slow one. Flat from the start: the rate is
-# too small, or nothing is trained (look at the colored example in part 2). Falling to zero: the
+# too small, or nothing is trained (look at the example in part 2). Falling to zero: the
 # rows are learned by heart, which is what this example wants and yours may not; the held-out loss
 # below tells. Jumping: the rate is too large.
 #

@@ -45,14 +45,15 @@ def evaluate_run(
 
     opened = find_run(run)
     quiet(offline or _is_offline(opened))
-    from lorakit.evaluate import evaluate_loaded, show
+    from lorakit.display.evaluation import evaluation_view
+    from lorakit.evaluate import evaluate_loaded
     from lorakit.model.load import load_run
 
     result = evaluate_loaded(load_run(opened), data, samples, log.print)
     if as_json:
         print_json(result.as_dict())
     else:
-        show(result, out)
+        out.print(evaluation_view(result))
 
 
 @app.command()
@@ -175,7 +176,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the run's page anew: curves, memory, data, answers, exports, how to reproduce it."""
-    from lorakit.report.write import write_report
+    from lorakit.report.page import write_report
     from lorakit.run_dir import find_run
 
     target = write_report(find_run(run, trained=False), output)

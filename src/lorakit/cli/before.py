@@ -48,16 +48,16 @@ def inspect(
     resolved = load_recipe(recipe, set_ or [], flags)
     quiet(resolved.recipe.offline)
     from lorakit.api import inspect as inspect_data
-    from lorakit.data.page import write_page
-    from lorakit.data.show import show_inspection
 
     found = inspect_data(resolved, examples=examples, say=log.print)
     if html:
-        write_page(found, html)
+        from lorakit.report.html import write_inspection
+
+        write_inspection(found, html)
     if as_json:
         print_json(found.as_dict())
     else:
-        show_inspection(found, out)
+        out.print(found)
     if html:
         log.print(f"page     {html}", markup=False)
     raise typer.Exit(1 if found.stopping else 0)

@@ -54,11 +54,10 @@ def plan(
     resolved = load_recipe(recipe, set_ or [], flags)
     quiet(resolved.recipe.offline)
     from lorakit.api import plan as plan_recipe
-    from lorakit.planning.show import show_forecast
 
     found = plan_recipe(resolved, gpu=gpu, memory=memory, gpus=gpus, nodes=nodes, network=network)
     if as_json:
         print_json(found.as_dict())
     else:
-        show_forecast(found, out)
+        out.print(found)
     raise typer.Exit(0 if found.fits else 1)

@@ -26,6 +26,6 @@ The stages in order, one module each; `prepare.py` runs them:
     pack      lengths -> groups that fill micro-batches
     batch     examples -> tensors, packed or padded
 
-For people: `inspection.py` gathers figures (`lengths.py`) and examples token by token; `show.py`
-prints them, `page.py` makes an HTML page of them.
+For people: `inspection.py` gathers figures (`lengths.py`) and examples token by token;
+`display/inspection.py` shows them.
 """

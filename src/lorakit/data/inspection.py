@@ -1,11 +1,10 @@
 """Prepared data and its tokenizer enter; what a person should see of it leaves, as records.
 
-`show.py` prints an Inspection, `page.py` makes a page of it, and `as_dict` a JSON object.
+`display/inspection.py` shows an Inspection; `as_dict` makes a JSON object of it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,6 @@ from lorakit.recipe import Recipe
 from lorakit.records import IGNORE, DataReport, Example, Fault
 
 _BROKEN = "\ufffd"
-# All but tab and line end.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +155,6 @@ def runs(parts: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
         run.append(piece)
     if run:
         yield run[-1].trained, run
-
-
-def visible(text: str) -> str:
-    """Control characters by their codes: data must not steer a terminal or hide in a page."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

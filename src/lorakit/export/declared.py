@@ -17,7 +17,7 @@ from lorakit.errors import ModelError, WorkError
 from lorakit.export.shards import TYPES, stored_tensors
 from lorakit.export.source import Source, float32_model, trained_class
 from lorakit.export.verify import Reference, agreement
-from lorakit.model.load import adapter_names
+from lorakit.model.load import adapter_names, unmatched
 from lorakit.run_dir import RunDir
 
 # Both classes compute the same in float32; a tenth of what the adapter changes is another model.
@@ -55,7 +55,7 @@ def declared_class(config: Any) -> Any:
 
 def adapter_keys(run: RunDir, config: Any, model_class: Any) -> Keys:
     """How the adapter's tensors fit `model_class`; no weight is read."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model
 
     names = set(adapter_names(run))
     settings = PeftConfig.from_pretrained(str(run.adapter))
@@ -64,9 +64,8 @@ def adapter_keys(run: RunDir, config: Any, model_class: Any) -> Keys:
         model = get_peft_model(_empty(model_class, config), settings, low_cpu_mem_usage=True)
     except ValueError:  # none of its layers has a name that the adapter asks for
         return Keys(0, (), tuple(sorted(names)))
-    embeddings = any("embed_tokens" in name or "lm_head" in name for name in names)
-    own = set(get_peft_model_state_dict(model, save_embedding_layers=embeddings))
-    return _keys(own, names)
+    missing, unexpected = unmatched(model, names)
+    return Keys(len(names - unexpected), tuple(sorted(missing)), tuple(sorted(unexpected)))
 
 
 def folder_keys(folder: Path, model_class: Any) -> Keys:
@@ -171,11 +170,6 @@ def check_predictions(
             hint="correct `architectures` in the base's config.json",
         )
     return {"declared_class": other.__name__, "declared_class_kl_per_token": kl}
-
-
-def _keys(own: set[str], given: set[str]) -> Keys:
-    missing, unexpected = tuple(sorted(own - given)), tuple(sorted(given - own))
-    return Keys(len(own & given), missing, unexpected)
 
 
 def _config_for(model_class: Any, config: Any) -> Any:

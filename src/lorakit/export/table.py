@@ -22,7 +22,7 @@ from lorakit.export.ollama import export_ollama
 from lorakit.export.source import open_source
 from lorakit.export.verify import record, show
 from lorakit.recipe_file import suggest
-from lorakit.report.write import renew_report
+from lorakit.report.page import renew_report
 from lorakit.run_dir import RunDir
 
 

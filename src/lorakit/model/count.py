@@ -30,6 +30,8 @@ class Counted:
 
     linear: tuple[Shape, ...]
     modules: tuple[str, ...]  # names of all of them
+    adaptable: tuple[str, ...]  # of those that peft has LoRA layers for
+    heads: tuple[str, ...]  # of those that make logits of hidden states
     total: int
     embedding: int
     head: int  # 0 where it is the embedding's own tensor
@@ -49,27 +51,35 @@ def targets(recipe: Recipe, counted: Counted) -> list[Shape]:
         RecipeError: the pattern is none, or would not end.
     """
     check_patterns(recipe, counted.modules)
-    wanted, left_out = recipe.target_modules, recipe.exclude_modules or []
+    return [shape for shape in counted.linear if is_target(recipe, shape[0])]
 
-    def ends(name: str, names: Sequence[str]) -> bool:
-        return any(name == n or name.endswith(f".{n}") for n in names)
 
-    def asked(name: str) -> bool:
-        if wanted in ("all-linear", "auto"):
-            return True
-        if isinstance(wanted, str):
-            return re.fullmatch(wanted, name) is not None
-        return ends(name, wanted)
+def is_target(recipe: Recipe, name: str) -> bool:
+    """Whether the layer of this name gets an adapter, if it is of a kind that can have one."""
+    wanted, numbers = recipe.target_modules, recipe.layers_to_transform
+    if ends(name, recipe.exclude_modules or []) or not is_named(wanted, name):
+        return False
+    return numbers is None or layer_number(name) in numbers
 
-    def in_layer(name: str) -> bool:
-        if recipe.layers_to_transform is None:
-            return True
-        number = re.search(r"\.(\d+)\.", name)
-        return number is not None and int(number[1]) in recipe.layers_to_transform
 
-    return [
-        s for s in counted.linear if asked(s[0]) and in_layer(s[0]) and not ends(s[0], left_out)
-    ]
+def is_named(wanted: str | Sequence[str], name: str) -> bool:
+    """Whether `target_modules` names this layer: by its end in a list, in full by a pattern."""
+    if wanted in ("all-linear", "auto"):
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return ends(name, wanted)
+
+
+def ends(name: str, names: Sequence[str]) -> bool:
+    """Whether the name is, or ends with, one of these as peft compares them: part by part."""
+    return any(name == n or name.endswith(f".{n}") for n in names)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that this module is in, as `layers_to_transform` has it."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else None
 
 
 def trained(recipe: Recipe, counted: Counted) -> int:
@@ -113,6 +123,8 @@ def _count(keyed: _Keyed) -> Counted:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(keyed.config)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    adaptable = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *convolutions)
     linear: list[Shape] = []
     experts = 0
     for name, module in model.named_modules():
@@ -126,6 +138,8 @@ def _count(keyed: _Keyed) -> Counted:
     return Counted(
         tuple(linear),
         tuple(name for name, _ in model.named_modules() if name),
+        tuple(name for name, module in model.named_modules() if isinstance(module, adaptable)),
+        tuple(name for name, module in model.named_modules() if module is head),
         sum(p.numel() for p in model.parameters()),
         0 if embedding is None else embedding.weight.numel(),
         0 if tied else head.weight.numel(),

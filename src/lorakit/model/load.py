@@ -23,6 +23,7 @@ from lorakit.model.foreign import (
     check_tokenizer,
     say_trust,
 )
+from lorakit.model.kernel_functions import check_kernels
 from lorakit.model.weight_files import check_weights, read_header
 from lorakit.recipe import Recipe
 from lorakit.recipe_file import load_recipe
@@ -180,6 +181,7 @@ def load_base(
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False
+    check_kernels(model)
     if on_host:
         # accelerate refuses to train 4-bit models that it takes for offloaded by itself.
         model.__dict__.pop("hf_device_map", None)
@@ -305,19 +307,26 @@ def check_all_tensors_used(model: Any, run: RunDir) -> None:
     Raises:
         ModelError: says how many do, and names the first that does not.
     """
-    from peft import get_peft_model_state_dict
-
     saved = set(adapter_names(run))
-    # Said outright: left to itself peft asks the hub whether the base's vocabulary was resized.
-    embeddings = any("embed_tokens" in name or "lm_head" in name for name in saved)
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=embeddings))
-    if saved != expected:
-        lost = sorted(saved ^ expected)
+    missing, unexpected = unmatched(model, saved)
+    if missing or unexpected:
         raise ModelError(
-            f"{run.adapter}: {len(saved & expected)} of {len(saved)} adapter tensors match the "
-            f"model (first that does not: {lost[0]})",
+            f"{run.adapter}: {len(saved) - len(unexpected)} of {len(saved)} adapter tensors match "
+            f"the model (first that does not: {min(missing | unexpected)})",
             hint="the adapter belongs to another model or was damaged",
         )
+
+
+def unmatched(model: Any, saved: set[str]) -> tuple[set[str], set[str]]:
+    """Tensors that a PEFT model has and a file with these names lacks, and the other way round."""
+    from peft import get_peft_model_state_dict
+
+    # Said outright: left to itself peft asks the hub whether the base's vocabulary was resized.
+    needed, known = (
+        set(get_peft_model_state_dict(model, save_embedding_layers=with_embeddings))
+        for with_embeddings in (False, True)
+    )
+    return needed - saved, saved - known - needed
 
 
 def _hub_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -9,10 +9,10 @@ others at import to flash-linear-attention, causal-conv1d or mamba-ssm, where th
 from __future__ import annotations
 
 import contextlib
-import inspect
-import sys
 from collections.abc import Iterator
 from typing import Any
+
+from lorakit.model.kernel_functions import kernel_functions
 
 
 @contextlib.contextmanager
@@ -35,27 +35,11 @@ def fake_pass(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _plain_torch(model: Any) -> Iterator[None]:
     """The modules that define the model's layers call their own torch functions."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    for source in {type(module).__module__ for module in model.modules()}:
-        names = vars(sys.modules[source]) if source in sys.modules else {}
-        before += [(names, n, bound) for n, bound in names.items() if _definition(bound)]
+    functions = kernel_functions(model)
     try:
-        for names, name, bound in before:
-            names[name] = _definition(bound)
+        for function in functions:
+            function.use_plain()
         yield
     finally:
-        for names, name, bound in before:
-            names[name] = bound
-
-
-def _definition(bound: Any) -> Any:
-    """The torch function behind one that transformers may bind to a kernel; None for any other."""
-    from torch import nn
-    from transformers.integrations import hub_kernels
-
-    if isinstance(bound, nn.Module):  # with the package `kernels` each is made a module
-        bound = inspect.getclosurevars(type(bound).forward).nonlocals.get("func")
-    code = getattr(bound, "__code__", None)
-    if code is None or code.co_filename != hub_kernels.__file__:
-        return None
-    return getattr(bound, "__wrapped__", None)
+        for function in functions:
+            function.restore()

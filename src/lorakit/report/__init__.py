@@ -1,1 +1,1 @@
-"""A run's folder leaves as one page: `read.py`, then `page.py`; `write.py` joins them."""
+"""HTML pages: a run's folder as its report, an inspection as a page."""

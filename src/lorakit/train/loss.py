@@ -22,7 +22,7 @@ from lorakit.errors import WorkError
 from lorakit.model.attach import Engine, attach_engine
 from lorakit.model.attention import Segments
 from lorakit.model.families import changes_logits, transform_logits
-from lorakit.model.modes import evaluating
+from lorakit.model.modes import device_of, evaluating
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.ranks import ALONE, Ranks
@@ -113,7 +113,7 @@ def attach_loss(
     """
     base = base_of(model)
     own_forward = type(base).forward
-    device = device or base.device
+    device = device or device_of(base)
     fast, layers = None, "the model's own (engine: off)"
     slow = not has_kernels(torch.empty(0, device=device))
     if engine == "auto" and slow and not placement.layer_major:

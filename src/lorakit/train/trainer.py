@@ -38,7 +38,7 @@ from lorakit.train.graphs import GraphedMicroSteps, to_bucket
 from lorakit.train.guard import StepGuard
 from lorakit.train.layer_major import LayerMajor
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
-from lorakit.train.out_of_memory import memory_trouble
+from lorakit.train.out_of_memory import free_caches, memory_trouble
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resumable import ResumableTrainer
 from lorakit.train.save_clock import SaveClock
@@ -364,7 +364,15 @@ class LoraTrainer(ResumableTrainer):
         return "is another program on this device (nvidia-smi, top), or is it too hot?"
 
     def close(self) -> Any:
-        """The trained model with its own forward back, free of the trainer's wrapping."""
+        """The trained model with its own forward back, free of the trainer's wrapping.
+
+        Graphs, gradients and the optimizer's state are let go of first: an embedding may need the
+        memory to return to the GPU.
+        """
+        self.graphs = self.layer_major = self.flat = None
+        self.optimizer = self.lr_scheduler = None
+        self.model.zero_grad(set_to_none=True)
+        free_caches()
         detach_loss(self.model)
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 

@@ -1,0 +1,138 @@
+"""A model enters; the functions that transformers bound to other packages' kernels leave, checked.
+
+transformers binds functions of Qwen3.5, LFM2, Falcon-H1 and others at import to
+flash-linear-attention, causal-conv1d or mamba-ssm, where these are installed. Whether such a kernel
+runs and is right on this GPU with this Triton is only known by running it: fla 0.6 refuses its
+backward on Hopper with Triton 3.4 to 3.7.0, since the gradients would be wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import first_line
+
+# Kernels and plain torch add up in another order: 1 to 2% apart in bfloat16. A wrong gradient
+# differs by far more.
+LARGEST_DIFFERENCE = 0.05
+_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFunction:
+    """A name in a modeling module that may be bound to a kernel, and the torch function for it."""
+
+    namespace: dict[str, Any]
+    name: str
+    bound: Any
+    plain: Callable[..., Any]
+
+    def use_plain(self) -> None:
+        """Let the model's layers call the torch function."""
+        self.namespace[self.name] = self.plain
+
+    def restore(self) -> None:
+        """Let them call what transformers bound."""
+        self.namespace[self.name] = self.bound
+
+
+def kernel_functions(model: Any) -> list[KernelFunction]:
+    """All such names of the modules that define the model's layers."""
+    made = []
+    for source in {type(module).__module__ for module in model.modules()}:
+        names = vars(sys.modules[source]) if source in sys.modules else {}
+        for name, bound in list(names.items()):
+            plain = _definition(bound)
+            if plain is not None:
+                made.append(KernelFunction(names, name, bound, plain))
+    return made
+
+
+def check_kernels(model: Any) -> str | None:
+    """Compare the bound kernels with plain torch on this GPU, and leave those that differ out.
+
+    One layer of each kind runs forward and backward both ways, with the model's own weights.
+
+    Returns:
+        Why plain torch is used, or None where the kernels are right or none is bound.
+    """
+    functions = kernel_functions(model)
+    for module in _layers_to_check(model, functions):
+        weight = next(module.parameters())
+        generator = torch.Generator(weight.device).manual_seed(0)
+        shape = (1, _TOKENS, int(model.config.get_text_config().hidden_size))
+        hidden = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+        try:
+            fast = _outputs(module, hidden)
+            for function in functions:
+                function.use_plain()
+            plain = _outputs(module, hidden)
+        except Exception as error:  # a package's own refusal, or a kernel that does not compile
+            reason = first_line(error)
+        else:
+            worst = max(map(_difference, fast, plain))
+            if worst <= LARGEST_DIFFERENCE:
+                for function in functions:
+                    function.restore()
+                continue
+            reason = f"its results differ from plain torch by {worst:.0%}"
+        for function in functions:
+            function.use_plain()
+        kind = type(module).__name__
+        logging.getLogger("lorakit").warning(
+            "note: the kernels bound to %s are not used (plain torch is, which is slower): %s",
+            kind,
+            reason,
+        )
+        return reason
+    return None
+
+
+def _layers_to_check(model: Any, functions: list[KernelFunction]) -> list[nn.Module]:
+    """The first module of each class whose forward calls one of the functions, on a GPU."""
+    names = {function.name for function in functions}
+    made: dict[type, nn.Module] = {}
+    for module in model.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        first = next(module.parameters(), None)
+        on_gpu = first is not None and first.device.type == "cuda"
+        if code is not None and on_gpu and names & set(code.co_names):
+            made.setdefault(type(module), module)
+    return list(made.values())
+
+
+def _outputs(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's output and the gradient of its input."""
+    inputs = hidden.clone().requires_grad_()
+    with torch.enable_grad():
+        out = module(inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    (grad,) = torch.autograd.grad(out.float().square().sum(), inputs)
+    return out.detach(), grad
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Norm of the difference over the norm; infinity where a number is not finite."""
+    apart = (one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30)
+    value = float(apart)
+    return value if value == value else float("inf")
+
+
+def _definition(bound: Any) -> Any:
+    """The torch function behind one that transformers may bind to a kernel; None for any other."""
+    from transformers.integrations import hub_kernels
+
+    if isinstance(bound, nn.Module):  # with the package `kernels` each is made a module
+        bound = inspect.getclosurevars(type(bound).forward).nonlocals.get("func")
+    code = getattr(bound, "__code__", None)
+    if code is None or code.co_filename != hub_kernels.__file__:
+        return None
+    return getattr(bound, "__wrapped__", None)
