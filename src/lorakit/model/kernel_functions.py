@@ -56,16 +56,19 @@ def kernel_functions(model: Any) -> list[KernelFunction]:
     return made
 
 
-def check_kernels(model: Any) -> str | None:
+def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
     """Compare the bound kernels with plain torch on this GPU, and leave those that differ out.
 
     One layer of each kind runs forward and backward both ways, with the model's own weights.
+
+    Args:
+        device_type: where the kernels run; layers on another device are not checked.
 
     Returns:
         Why plain torch is used, or None where the kernels are right or none is bound.
     """
     functions = kernel_functions(model)
-    for module in _layers_to_check(model, functions):
+    for module in _layers_to_check(model, functions, device_type):
         weight = next(module.parameters())
         generator = torch.Generator(weight.device).manual_seed(0)
         shape = (1, _TOKENS, int(model.config.get_text_config().hidden_size))
@@ -96,15 +99,17 @@ def check_kernels(model: Any) -> str | None:
     return None
 
 
-def _layers_to_check(model: Any, functions: list[KernelFunction]) -> list[nn.Module]:
-    """The first module of each class whose forward calls one of the functions, on a GPU."""
+def _layers_to_check(
+    model: Any, functions: list[KernelFunction], device_type: str
+) -> list[nn.Module]:
+    """The first module of each class whose forward calls one of the functions."""
     names = {function.name for function in functions}
     made: dict[type, nn.Module] = {}
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         first = next(module.parameters(), None)
-        on_gpu = first is not None and first.device.type == "cuda"
-        if code is not None and on_gpu and names & set(code.co_names):
+        here = first is not None and first.device.type == device_type
+        if code is not None and here and names & set(code.co_names):
             made.setdefault(type(module), module)
     return list(made.values())
 
