@@ -55,3 +55,10 @@ def test_what_the_converter_says_is_passed_on_with_a_way_out(reason, tmp_path):
     error = converter._explain(Conversion(tmp_path, tmp_path / "a.gguf", "F16", "n"), reason, "")
     assert type(error) is kind
     assert words in error.message
+
+
+def test_an_adapter_that_cannot_be_converted_is_sent_to_the_merged_model(tmp_path):
+    order = Conversion(tmp_path, tmp_path / "a.gguf", "F32", "n", base=tmp_path)
+    error = converter._explain(order, "NotImplementedError: ", "")
+    assert error.message.endswith("cannot write adapters of this model: NotImplementedError")
+    assert "--to gguf" in error.hint

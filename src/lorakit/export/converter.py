@@ -111,6 +111,11 @@ def _explain(job: Conversion, reason: str, log: str) -> Exception:
             hint="serve the merged folder with vLLM or transformers: lorakit export RUN --to vllm",
         )
     if "not supported" in reason or "not supported" in log or "NotImplementedError" in reason:
+        if job.base is not None:
+            return ModelError(
+                f"llama.cpp's converter cannot write adapters of this model: {reason.rstrip(': ')}",
+                hint="it may know the merged model: lorakit export RUN --to gguf",
+            )
         return ModelError(
             f"llama.cpp's converter cannot write this model as GGUF: {reason}",
             hint="serve the merged folder with vLLM or transformers: lorakit export RUN --to vllm",
