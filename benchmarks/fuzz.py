@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from lorakit.bench import provenance
 from lorakit.hardware import detect_device
 
 TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS.parent))  # the tests import from one another
 COUNTS = {"recipes": 20_000, "data": 10_000, "chat": 1_000, "report": 2_000}
 
 
