@@ -143,20 +143,3 @@ def test_layers_that_were_not_run_take_what_their_kind_does(name, recompute):
     every = simulate._run(question, config.num_hidden_layers)
     assert counted.kept == pytest.approx(every.kept, rel=0.01)
     assert counted.work == pytest.approx(max(every.forward, every.backward), rel=0.02)
-
-
-def test_as_few_layers_are_run_as_tell_each_kind():
-    depths, shares = simulate.depths_to_run(["a"] * 32)
-    assert depths == [1, 2]
-    assert shares == pytest.approx([-30, 31])
-    assert simulate.depths_to_run(["a", "a"]) == ([2], [1.0])
-    mixed = [*["linear"] * 3, "full"] * 8
-    depths, shares = simulate.depths_to_run(mixed)
-    assert depths == [1, 2, 4]
-    rows = [[1, mixed[:d].count("linear"), mixed[:d].count("full")] for d in depths]
-    whole = [sum(s * row[i] for s, row in zip(shares, rows, strict=True)) for i in range(3)]
-    assert whole == pytest.approx([1, 24, 8])
-    # The first layer alone is dense, the rest have experts.
-    assert simulate.depths_to_run(["dense", *["experts"] * 60])[0] == [1, 2]
-    # All different: all are run.
-    assert simulate.depths_to_run(list("abcdef")) == ([6], [1.0])

@@ -32,6 +32,7 @@ class LayerWidths:
     queries: int  # heads x head size of softmax attention; 0 where the layer has none
     keys_values: int  # what such a layer keeps of a token for generation
     inner: float  # widest input of a product that leads back to the model's width
+    plain: bool  # neither experts nor convolutions, as state space layers have them
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ def _widths(layer: Any, config: Any, head: Any) -> LayerWidths:
         moved += sum(side if side == model else each * side for side in sides)
         # Gate and up may be one tensor of twice the width.
         inner = max(inner, each * min((side for side in sides if side != model), default=model))
-    return LayerWidths(products, moved, queries, keys_values, inner)
+    plain = all(p.dim() < 3 for p in layer.parameters())
+    return LayerWidths(products, moved, queries, keys_values, inner, plain)
 
 
 def _linears(layer: Any, head: Any) -> Iterator[Linear]:

@@ -14,12 +14,13 @@ import functools
 import json
 import logging
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lorakit.model.layer_widths import decoder_layers
 from lorakit.planning.fake_pass import fake_pass
+from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
 from lorakit.recipe import Recipe
 from lorakit.records import Device
 
@@ -95,8 +96,7 @@ def _answer(asked: _Question) -> Activations | None:
 
 def _counted(asked: _Question) -> Activations:
     """Few layers are run; the others take what layers of their kind did."""
-    kinds = _kinds(asked.config)
-    depths, shares = depths_to_run(kinds)
+    depths, shares = depths_to_run(layer_kinds(asked.config))
     runs = [_run(asked, depth) for depth in depths]
 
     def whole(sizes: Iterable[int]) -> int:
@@ -109,47 +109,6 @@ def _counted(asked: _Question) -> Activations:
         # Autocast holds a 16-bit copy of every adapter until forward ends; else they are kept.
         forward += 2 * max(0, whole(run.adapters for run in runs) - runs[-1].adapters)
     return Activations(kept, kept + max(forward, backward), whole(run.in_heap for run in runs))
-
-
-def _kinds(config: Any) -> list[Hashable]:
-    """Of each decoder layer what tells its kind: its modules and the shapes of its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = decoder_layers(model) or ()
-    return [
-        (
-            tuple(type(module).__name__ for module in layer.modules()),
-            tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()),
-        )
-        for layer in layers
-    ]
-
-
-def depths_to_run(kinds: Sequence[Hashable]) -> tuple[list[int], list[float]]:
-    """(how many of the first layers to run, in several runs, and what each run counts in the sum).
-
-    The bytes of the first n layers are `fixed + sum over kinds of count x bytes`, so the whole is a
-    sum of runs as soon as its counts are one of theirs: of 32 layers alike, 31 x (2) - 30 x (1).
-    """
-    import numpy
-
-    names = list(dict.fromkeys(kinds))
-    whole = [1, *(kinds.count(name) for name in names)]
-    rows: list[list[int]] = []
-    depths: list[int] = []
-    for depth in range(1, len(kinds)):
-        row = [1, *(kinds[:depth].count(name) for name in names)]
-        if numpy.linalg.matrix_rank([*rows, row]) == len(rows):
-            continue  # adds nothing to the shorter ones
-        rows, depths = [*rows, row], [*depths, depth]
-        if sum(depths) >= len(kinds):
-            break
-        if numpy.linalg.matrix_rank([*rows, whole]) == len(rows):
-            return depths, numpy.linalg.lstsq(numpy.array(rows).T, whole)[0].tolist()
-    return [len(kinds)], [1.0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def _basis(work: _Work, card: Card) -> str:
         return f"an estimate: data sheet, and what is {moved}"
     if not card.measured:
         return "an estimate from its data sheet"
-    if work.counted.experts or not all(layer.queries for layer in work.counted.layers):
+    if not all(layer.plain for layer in work.counted.layers):
         return "an estimate: no such layers were measured"
     if device.ranks > 1:
         return "from rows measured on one and two such cards"
