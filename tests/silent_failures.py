@@ -107,7 +107,7 @@ CLASSES = [
     ),
     Class(
         "the adapter is empty, zero or NaN",
-        "tests/train/test_checkpoint.py::test_an_adapter_that_is_nan_or_never_moved_is_not_saved",
+        "tests/train/test_checkpoint.py::test_one_number_that_is_not_finite_keeps_an_adapter_from_being_saved",
         "train/checkpoint.py",
         "    _check_learned(model)\n",
         "",

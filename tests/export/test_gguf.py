@@ -139,7 +139,7 @@ def test_the_end_of_turn_and_the_template_are_in_the_file(heard):
 
 def test_a_window_that_llama_cpp_ignores_bounds_the_context(heard):
     """Its Llama and Mistral attend to everything: beyond the window that is another model."""
-    path = heard["merged", "sliding window"][2]
+    path = heard["merged", "sliding window"][1]
     assert value_of(path, "llama.context_length") == 128
 
 
@@ -210,7 +210,7 @@ def instead_of_converting(monkeypatch, file):
 def test_a_file_that_says_something_else_is_not_kept(
     variant_run, job, heard, tmp_path, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "biases"][2])
+    instead_of_converting(monkeypatch, heard["merged", "biases"][1])
     with pytest.raises(WorkError, match="predicts something else"):
         export_gguf(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
@@ -219,7 +219,7 @@ def test_a_file_that_says_something_else_is_not_kept(
 def test_without_memory_for_models_chats_are_compared_all_the_same(
     variant_run, job, heard, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "rslora"][2])
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
     monkeypatch.setattr(merged, "memory_missing", lambda _: "too little memory")
     facts = export_gguf(job(variant_run("rslora"), "right"))
     assert "reads chats as training did" in facts["skipped"]
@@ -236,7 +236,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_not_kept(
     variant_run, job, heard, tmp_path, monkeypatch
 ):
     broken = tmp_path / "broken"
-    broken.write_bytes(heard["merged", "biases"][2].read_bytes()[:200_000])
+    broken.write_bytes(heard["merged", "biases"][1].read_bytes()[:200_000])
     instead_of_converting(monkeypatch, broken)
     with pytest.raises(WorkError, match="cannot run"):
         export_gguf(job(variant_run("rslora")))
@@ -282,7 +282,7 @@ def test_quantizations_by_any_spelling(monkeypatch):
 def test_without_the_engine_the_file_is_written_and_that_is_said(
     variant_run, job, heard, monkeypatch
 ):
-    instead_of_converting(monkeypatch, heard["merged", "rslora"][2])
+    instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
     order = job(variant_run("rslora"), quantization="Q8_0", verify=False)
     assert export_gguf(order)["skipped"] == "xllamacpp is not installed"
