@@ -1,9 +1,10 @@
 """The habits of real templates are found by rendering, and texts become ids without surprises."""
 
+import copy
 import json
 
 import pytest
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
 from lorakit.data.render import (
     Guard,
@@ -74,6 +75,8 @@ def test_guarded_text_gives_no_control_token(smollm):
 
 SPECIAL = "<|im_end|>"
 CALL = {"type": "function", "function": {"name": "say", "arguments": {"x": SPECIAL}}}
+PLAIN_CALL = {"type": "function", "function": {"name": "say", "arguments": {"x": "y"}}}
+NAMED_SO = {"type": "function", "function": {"name": "say", "arguments": {SPECIAL: "x"}}}
 SCHEMA = {"type": "function", "function": {"name": "say", "description": SPECIAL}}
 
 
@@ -83,7 +86,10 @@ SCHEMA = {"type": "function", "function": {"name": "say", "description": SPECIAL
         ({"tool_calls": [CALL]}, ()),
         ({"reasoning_content": SPECIAL}, ()),
         ({"name": SPECIAL}, ()),
+        ({"tool_calls": [PLAIN_CALL, CALL]}, ()),
+        ({"tool_calls": [NAMED_SO]}, ()),
         ({}, (SCHEMA,)),
+        ({}, (PLAIN_CALL, SCHEMA)),
     ],
 )
 def test_a_special_token_in_one_place_alone_is_guarded_there(smollm, extra, tools):
@@ -93,6 +99,29 @@ def test_a_special_token_in_one_place_alone_is_guarded_there(smollm, extra, tool
     given = json.dumps([guard.messages(turns), guard.tools], ensure_ascii=False)
     assert SPECIAL not in given
     assert SPECIAL in "".join(text for text, _ in guard.pieces(given))
+
+
+def test_special_tokens_that_were_added_are_guarded_and_of_two_the_longer(smollm):
+    tokenizer = copy.deepcopy(smollm)
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in ("<x", "<x>", "<x>y")])
+    turns = [Message("user", "a <x> b <x>y c <x d")]
+    guard = Guard(habits_of(tokenizer), turns)
+    ids = to_ids(tokenizer, guard.messages(turns)[0]["content"], guard)
+    assert tokenizer.decode(ids) == "a <x> b <x>y c <x d"
+    assert not {tokenizer.convert_tokens_to_ids(t) for t in ("<x", "<x>", "<x>y")} & set(ids)
+    (text, *_), plain = zip(*guard.pieces(guard.messages(turns)[0]["content"]), strict=True)
+    assert (text, plain) == ("a ", (False, True, False, True, False, True, False))
+
+
+def test_thoughts_are_known_by_the_name_that_gpt_oss_reads(smollm):
+    smollm.chat_template = "{% for m in messages %}{{ m.thinking }}/{{ m.content }};{% endfor %}"
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "reasoning_content": "hm"},
+        {"role": "assistant", "content": "b", "reasoning_content": "so", "thinking": "own"},
+    ]
+    assert render(smollm, turns, prompt=False) == "/q;hm/a;own/b;"
+    assert "thinking" not in turns[1], "the turns themselves stay as they were"
 
 
 def test_schemas_are_hidden_from_the_template_with_the_turns_they_come_with(smollm):

@@ -304,24 +304,6 @@ def test_steps_that_keep_their_thoughts_share_one_example(family, trained_runs):
     ]
 
 
-@pytest.mark.parametrize(
-    ("switch", "thought"), [("enable_thinking", "hm"), ("not enable_thinking", "")]
-)
-def test_the_prompt_is_that_of_the_thinking_mode_in_which_the_answer_is_written(
-    smollm, trained_runs, switch, thought
-):
-    """Without a word on thinking its prompt is one that no answer of this row begins with."""
-    smollm.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n"
-        "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>"
-        "{% if enable_thinking is defined and " + switch + " %}{{ '\n' }}{% else %} I {% endif %}"
-        "{% endif %}"
-    )
-    examples = encode(smollm, thinking((thought, "42")))
-    assert trained_runs(smollm, examples) == [f"{thought}\n</think>\n\n42<|im_end|>"]
-
-
 def test_thoughts_that_no_template_shows_are_reported(smollm, trained_runs):
     log = FaultLog()
     examples = encode(smollm, thinking(("six sevens", "42")), log=log)

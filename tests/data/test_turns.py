@@ -35,6 +35,9 @@ def convert(values):
         ({"messages": "[broken"}, "is not JSON"),
         ({"messages": ["hello"]}, r"messages\[0\] is 'hello', expected an object"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) has no content"),
+        ({"messages": [{"role": "user", "content": " "}]}, r"messages\[0\] \(user\) is empty"),
+        ({"messages": [{"role": "gpt", "content": "\n"}]}, r"\[0\] \(assistant\) is empty"),
+        ({"messages": [{"role": "user", "content": []}]}, r"messages\[0\] \(user\) is empty"),
         ({"messages": [{"role": None, "content": "a"}]}, r"messages\[0\] has the role null"),
         ({"messages": [{"role": "alien", "content": "a"}]}, "known: system"),
         ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, "weight is 0.5: a turn"),
@@ -170,6 +173,12 @@ def test_the_old_function_call_key_and_its_role_are_read():
     call, result = turns_of(Cells({"messages": old}, Origin("a", 1), {}), "messages")
     assert call.extra == {"tool_calls": [CALL]}
     assert (result.role, result.content, result.extra) == ("tool", "", {"name": "find"})
+
+
+def test_names_and_ids_of_results_are_kept():
+    turns = [{"role": "tool", "content": "x", "name": "find", "tool_call_id": "call1"}]
+    (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+    assert turn.extra == {"name": "find", "tool_call_id": "call1"}
 
 
 def test_null_keys_of_a_table_are_as_if_absent():

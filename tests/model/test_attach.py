@@ -107,6 +107,14 @@ def test_dropout_of_attention_is_left_to_the_model():
     assert "attention dropout" in path
 
 
+def test_several_adapters_are_left_to_peft():
+    model = tiny()
+    model.add_adapter("other", model.peft_config["default"])
+    engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
+    assert engine is None
+    assert "several adapters" in path
+
+
 def test_another_adapter_that_is_switched_on_takes_the_models_own_path():
     model = tiny()
     engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))

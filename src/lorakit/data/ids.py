@@ -130,7 +130,6 @@ def _backend(tokenizer: Any) -> Any:
         copy = type(own).from_str(own.to_str())
         copy.no_padding()
         copy.no_truncation()
-        copy.encode_special_tokens = False
         known = _COPIES[tokenizer] = len(tokenizer), copy
     return known[1]
 
