@@ -133,6 +133,14 @@ def test_split_keeps_answers_that_are_not_trained_as_context_or_leaves_them_out(
         assert faults == {("too long", "split into several examples"): 1}
 
 
+def test_split_keeps_what_comes_before_a_trained_answer(smollm, chat):
+    """Two exchanges that are not trained, and a third that is: they fit, and stand together."""
+    item = marked(chat(*(f"number {i} here?" for i in range(12)), system="S"), 2, 4)
+    made, _ = encoded(smollm, item, cutoff_len=70, too_long="split")
+    assert len(made) > 1
+    assert all(f"number {i} here?" in smollm.decode(made[0].input_ids) for i in range(6))
+
+
 def test_split_makes_one_example_where_only_the_last_answer_is_trained(smollm, chat, trained_runs):
     item = chat(*(f"number {i} here?" for i in range(12)))
     made, _ = encoded(smollm, item, "last", cutoff_len=60, too_long="split")

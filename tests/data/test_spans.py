@@ -7,7 +7,7 @@ import pytest
 from lorakit.data.check import FaultLog, RowFault, SpoilsRun
 from lorakit.data.resolve import resolve_template
 from lorakit.data.spans import draft, told
-from lorakit.data.template import encode, prompt_ids
+from lorakit.data.template import encode, prompt_ids, stop_token_ids
 from lorakit.records import IGNORE, Conversation, Message, Origin
 
 AT = Origin("rows.jsonl", 7)
@@ -183,6 +183,8 @@ def test_glm_ends_calls_and_answers_with_the_next_turns_token(templated, trained
     assert "get_weather" in call
     assert call.endswith("</tool_call><|observation|>")
     assert (answer, last) == ("\nIt is 21 degrees.<|user|>", "\nYou are welcome.<|user|>")
+    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+    assert stops == ["<|user|>", "<|observation|>", tokenizer.eos_token]
 
 
 def blocks(tokenizer, answer):

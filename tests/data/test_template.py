@@ -376,6 +376,9 @@ def test_the_next_turns_token_ends_an_answer_where_nothing_else_does(marked, cha
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}",
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
         "{% if m.role == 'user' %}<|eos|>{% endif %}{% endfor %}",
+        # Each question begins with the BOS (SmolLM2's is <|im_start|>): that ends no answer.
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|assistant|>"
+        "{% endif %}{{ m.content }}{% endfor %}",
     ],
 )
 def test_a_lost_end_of_turn_is_not_taken_for_that(marked, template):

@@ -287,7 +287,9 @@ def test_names_and_files_are_peft_own_and_detaching_frees_the_weights(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
-def test_four_bit_weights_give_what_bitsandbytes_own_layers_give():
+@pytest.mark.parametrize("inner", [128, 64])
+def test_four_bit_weights_give_what_bitsandbytes_own_layers_give(inner):
+    """64 wide inside, o and down have one shape: they must not share a scratch matrix."""
     bnb = pytest.importorskip("bitsandbytes")
     from lorakit.model.random_weights import _quantize
     from lorakit.records import Device
@@ -295,7 +297,7 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give():
     device = Device("cpu", "cpu", 2**34, "float32", "sdpa")
     torch.manual_seed(1)
     config = AutoConfig.for_model(
-        "llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128,
+        "llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=inner,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config)

@@ -39,6 +39,21 @@ def test_kernels_give_the_gradients_of_plain_torch(card, family, dtype):
     assert 0 < apart < probe.GRADIENT_TOLERANCE[dtype] / 2
 
 
+@pytest.mark.parametrize("target", ["up_proj", "k_proj"])
+def test_kernels_serve_adapters_on_one_module_of_a_group(card, target):
+    model = tiny(target_modules=[target], lora_dropout=0.2)
+    tokens = torch.arange(2, 19).unsqueeze(0)
+    base = model.get_base_model()
+    with torch.no_grad():
+        expected = model.eval().get_base_model().get_decoder()(input_ids=tokens)[0]
+    engine, path = attach_engine(base, CPU)
+    assert engine is not None, path
+    with torch.no_grad():
+        found = engine({"input_ids": tokens}, None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert probe.of_gradients(engine, base) < probe.GRADIENT_TOLERANCE[torch.float32] / 2
+
+
 @pytest.mark.parametrize("card", ["a card of 8.0"], indirect=True)
 def test_the_layer_that_is_compared_has_adapters(card, monkeypatch):
     seen, plain = [], probe._gradients
