@@ -70,7 +70,7 @@ def run(folder: Path, limit: str) -> None:
         "peak_process_gib": round(peak / GIB, 3),
         "planned_gib": round(sum(plan["parts"].values()) / GIB, 3),
         "gpu": device.name,
-        **provenance(device),
+        **{key: value for key, value in provenance(device).items() if key != "command"},
     }
     print(json.dumps(row), flush=True)
     os._exit(0)
@@ -89,11 +89,11 @@ def main() -> None:
             me = [sys.executable, __file__]
             subprocess.run([*me, "--make", folder, layers or "32"], check=True)
             done = subprocess.run(
-                [*me, "--run", folder, limit], check=True, capture_output=True, text=True
+                [*me, "--run", folder, limit], check=True, stdout=subprocess.PIPE, text=True
             )
         rows.append({"layers": int(layers or 32), **json.loads(done.stdout.splitlines()[-1])})
         print(rows[-1])
-    Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
