@@ -140,7 +140,7 @@ class Campaign:
         self.resumed = self.refused = 0
 
     def trial(self, number, resume):
-        from lorakit.run_dir import RunDir
+        from lorakit.storage.run_dir import RunDir
         from lorakit.train.checkpoint import newest_whole
 
         folder, canary = self.place / f"trial-{number}", self.place / f"canary-{number}"

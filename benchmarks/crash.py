@@ -114,7 +114,7 @@ def spec_of(number):
 
 
 def resolve(world, folder, spec):
-    from lorakit.recipe_file import load_recipe
+    from lorakit.recipe.loader import load_recipe
 
     model, rows = world
     flags = {"model": str(model), "data": str(rows), "output_dir": str(folder), "offline": True}
@@ -158,16 +158,16 @@ class Phase:
         setattr(owner, name, shown)
 
     def mark_all(self):
-        from lorakit import fit as stage
-        from lorakit.train import resumable
+        from lorakit import pipeline
+        from lorakit.train import resumable_trainer
 
-        self.mark(stage, "prepare", "tokenizing")
-        self.mark(stage, "load_base", "loading")
-        self.mark(stage.LoraTrainer, "train", "training")
-        self.mark(stage.LoraTrainer, "_save_checkpoint", "saving")
-        self.mark(resumable, "rotate", "rotating")
-        self.mark(stage, "save_adapter", "adapter")
-        self.mark(stage, "evaluate", "evaluating")
+        self.mark(pipeline, "prepare", "tokenizing")
+        self.mark(pipeline, "load_base", "loading")
+        self.mark(pipeline.LoraTrainer, "train", "training")
+        self.mark(pipeline.LoraTrainer, "_save_checkpoint", "saving")
+        self.mark(resumable_trainer, "rotate", "rotating")
+        self.mark(pipeline, "save_adapter", "adapter")
+        self.mark(pipeline, "evaluate", "evaluating")
 
 
 def start(world, folder, spec, phase, die_at=None, prepare=None, job=None):
@@ -204,7 +204,7 @@ def train(world, folder, spec):
     from rich.console import Console
 
     from lorakit.errors import LorakitError
-    from lorakit.fit import fit
+    from lorakit.pipeline import fit
 
     try:
         resolved = resolve(world, folder, spec)
@@ -218,8 +218,8 @@ def export(_world, folder, _spec):
     """Merge the run in `folder` into its export/merged."""
     from rich.console import Console
 
-    from lorakit.export.table import export_run
-    from lorakit.run_dir import RunDir
+    from lorakit.export.exporters import export_run
+    from lorakit.storage.run_dir import RunDir
 
     export_run(RunDir(folder), "merged", None, Console(quiet=True))
     return 0
@@ -267,8 +267,8 @@ def end_of(process):
 def torn(folder):
     """Everything under `folder` that bears a final name and is not whole."""
     from lorakit.data import cache
-    from lorakit.durable import Damaged, verified
-    from lorakit.run_dir import RunDir
+    from lorakit.storage.atomic_dir import Damaged, verified
+    from lorakit.storage.run_dir import RunDir
 
     run, found = RunDir(folder), []
     for place in [*run.list_checkpoints(), *([run.adapter] if run.adapter.exists() else [])]:
@@ -292,8 +292,8 @@ def torn(folder):
 
 def result_of(folder):
     """All that must be equal, bytes and numbers, whatever happened on the way."""
-    from lorakit.run_dir import RunDir, read_metrics
-    from lorakit.train.state import TENSORS, VALUES
+    from lorakit.storage.run_dir import RunDir, read_metrics
+    from lorakit.train.checkpoint import TENSORS, VALUES
 
     run = RunDir(folder)
     last = run.list_checkpoints()[-1]
@@ -313,7 +313,7 @@ def result_of(folder):
 
 def steps_at_risk(folder):
     """(whole checkpoints, steps that were logged beyond the newest of them)."""
-    from lorakit.run_dir import RunDir, read_metrics
+    from lorakit.storage.run_dir import RunDir, read_metrics
     from lorakit.train.checkpoint import newest_whole
 
     run = RunDir(folder)
@@ -387,7 +387,7 @@ class Campaign:
         Returns:
             How many were killed.
         """
-        from lorakit.durable import Damaged, verified
+        from lorakit.storage.atomic_dir import Damaged, verified
 
         self.unbroken(0)
         folder, done = self.place / "whole-0", 0
@@ -449,8 +449,8 @@ def import_everything():
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
-    import lorakit.fit  # noqa: F401
-    from lorakit.cli.base import quiet
+    import lorakit.pipeline  # noqa: F401
+    from lorakit.cli.app import quiet
 
     quiet(offline=True)
 

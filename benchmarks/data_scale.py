@@ -59,8 +59,8 @@ def write_rows(path, rows):
 def tokenizer_here():
     from transformers import AutoTokenizer
 
-    from lorakit.data.resolve import resolve_template
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.data.chat_template.select import resolve_template
+    from lorakit.model.demo_model import demo_model_dir
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
     resolve_template(tokenizer, "demo")
@@ -78,7 +78,7 @@ def present_bytes():
 def prepare_once(path):
     """In a process of its own: seconds and growth of peak memory of one `prepare`."""
     from lorakit.data.prepare import prepare
-    from lorakit.recipe import Recipe
+    from lorakit.recipe.schema import Recipe
 
     tokenizer = tokenizer_here()
     before, began = present_bytes(), time.perf_counter()
@@ -98,11 +98,11 @@ def prepare_once(path):
 
 def compare_speed(path, rows):
     """Tokens a second of both, in turns; the median part of each."""
-    from lorakit.data.check import FaultLog
-    from lorakit.data.gather import gather
-    from lorakit.data.shelf import write_examples
-    from lorakit.data.template import Rules, encode_many
-    from lorakit.recipe import Recipe
+    from lorakit.data.conversations import gather
+    from lorakit.data.dataset import write_examples
+    from lorakit.data.issues import FaultLog
+    from lorakit.data.tokenize.encode import Rules, encode_many
+    from lorakit.recipe.schema import Recipe
 
     tokenizer = tokenizer_here()
     recipe = Recipe(model="demo", data=str(path))

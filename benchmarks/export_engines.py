@@ -20,15 +20,15 @@ import torch
 
 from lorakit.export import llama_cpp
 from lorakit.export.adapter import fold_adapter
-from lorakit.export.converter import Conversion, convert_all
 from lorakit.export.gguf import compare_heard, end_of_turn
-from lorakit.export.kquants import quantize_gguf
-from lorakit.export.merge import write_merged
-from lorakit.export.source import float32_model, open_source
-from lorakit.export.spelling import write_config, write_tokenizer
-from lorakit.export.verify import agreement, greedy, make_reference
-from lorakit.model.several import Several
-from lorakit.run_dir import find_run
+from lorakit.export.gguf_convert import Conversion, convert_all
+from lorakit.export.gguf_quantize import quantize_gguf
+from lorakit.export.hf_files import write_config, write_tokenizer
+from lorakit.export.merge_weights import write_merged
+from lorakit.export.tuned_run import float32_model, open_source
+from lorakit.export.verify_outputs import agreement, greedy, make_reference
+from lorakit.model.multi_adapter import Several
+from lorakit.storage.run_dir import find_run
 
 TOP = 512
 SWITCHES = 20

@@ -74,8 +74,8 @@ def measure(work: Path, shape: str, method: str) -> dict:
 def write_base(folder: Path, shape: str) -> int:
     from transformers import AutoModelForCausalLM
 
-    from lorakit.export.shards import write_shards
-    from lorakit.model.shapes import shape_config
+    from lorakit.model.safetensors_io import write_shards
+    from lorakit.planning.known_models import shape_config
 
     config = shape_config(shape)
     with torch.device("meta"):
@@ -101,10 +101,10 @@ def write_run(folder: Path, base: Path, method: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lorakit.model.adapters import lora_config, resolve_targets
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.model.demo_model import demo_model_dir
     from lorakit.model.load import load_config
-    from lorakit.recipe_file import load_recipe
+    from lorakit.model.lora_config import lora_config, resolve_targets
+    from lorakit.recipe.loader import load_recipe
 
     flags = {"model": str(base), "data": "none", "method": method, "dtype": "bfloat16"}
     resolved = load_recipe(None, [], flags)

@@ -41,7 +41,7 @@ def tiny_model(folder):
     """The tests' own tiny model and data, without pytest."""
     from transformers import AutoTokenizer
 
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.model.demo_model import demo_model_dir
 
     class Folders:
         def mktemp(self, name):
@@ -63,8 +63,8 @@ def fuzz_recipes(folder, count):
 def fuzz_data(folder, count):
     from transformers import AutoTokenizer
 
-    from lorakit.data.resolve import resolve_template
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.data.chat_template.select import resolve_template
+    from lorakit.model.demo_model import demo_model_dir
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
     resolve_template(tokenizer, "demo")
@@ -72,7 +72,7 @@ def fuzz_data(folder, count):
 
 
 def fuzz_chat(folder, count):
-    from lorakit.fit import fit
+    from lorakit.pipeline import fit
 
     model, data, conftest = tiny_model(folder)
     resolved = conftest._tiny_recipe(model, data, folder / "run")

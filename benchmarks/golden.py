@@ -22,10 +22,10 @@ def main():
     crash.import_everything()
     from rich.console import Console
 
-    from lorakit.fit import fit
-    from lorakit.recipe_file import load_recipe
-    from lorakit.run_dir import RunDir, read_metrics
-    from lorakit.train.past import versions
+    from lorakit.pipeline import fit
+    from lorakit.recipe.loader import load_recipe
+    from lorakit.storage.run_dir import RunDir, read_metrics
+    from lorakit.train.resume import versions
 
     crash.make_world(folder, width=16)
     os.chdir(folder)

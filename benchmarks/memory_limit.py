@@ -24,7 +24,7 @@ def make(folder: Path, layers: int) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.model.demo_model import demo_model_dir
 
     tokenizer = AutoTokenizer.from_pretrained(os.environ.get("TOKENIZER") or demo_model_dir())
     config = LlamaConfig(
@@ -47,8 +47,7 @@ def run(folder: Path, limit: str) -> None:
     """One run; prints its row as JSON on the last line."""
     from lorakit.api import finetune
     from lorakit.bench import provenance
-    from lorakit.gpu_memory import process_bytes
-    from lorakit.hardware import detect_device
+    from lorakit.hardware import detect_device, process_bytes
 
     peak = 0
 

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 
 from lorakit.bench import provenance
-from lorakit.fit import fit
 from lorakit.hardware import detect_device
-from lorakit.model.embedded import demo_model_dir
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import read_metrics
+from lorakit.model.demo_model import demo_model_dir
+from lorakit.pipeline import fit
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import read_metrics
 from lorakit.train.trainer import LoraTrainer
 from rehearse_t4 import as_t4
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.bench import provenance
-from lorakit.fit import fit
 from lorakit.hardware import detect_device
-from lorakit.model.embedded import demo_model_dir
-from lorakit.recipe_file import load_recipe
+from lorakit.model.demo_model import demo_model_dir
+from lorakit.pipeline import fit
+from lorakit.recipe.loader import load_recipe
 from plain_trl import plain_trl
 
 SETTINGS = {"learning_rate": 2e-4, "micro_batch_size": 4, "gradient_accumulation_steps": 2}

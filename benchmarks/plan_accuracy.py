@@ -127,7 +127,7 @@ def write(asked, results):
     if asked.output:
         from lorakit.bench import provenance
         from lorakit.hardware import detect_device
-        from lorakit.run_dir import write_json
+        from lorakit.storage.run_dir import write_json
 
         command = f"python benchmarks/plan_accuracy.py --device {asked.device}"
         value = {**summary(results), "rows": results, **provenance(detect_device(), command)}

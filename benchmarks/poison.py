@@ -42,8 +42,8 @@ KINDS = (
 def poisoned_run(number, model_dir, data, folder):
     """One run, and all that it did; what must hold is in `judge`."""
     from lorakit.errors import WorkError
-    from lorakit.fit import fit
-    from lorakit.recipe_file import load_recipe
+    from lorakit.pipeline import fit
+    from lorakit.recipe.loader import load_recipe
     from lorakit.train.trainer import LoraTrainer
 
     draw = random.Random(number)
@@ -100,7 +100,7 @@ def poisoned_run(number, model_dir, data, folder):
             return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     console, stopped = Console(file=io.StringIO(), width=2000), None
-    import lorakit.fit as stage
+    import lorakit.pipeline as stage
 
     own, stage.LoraTrainer = stage.LoraTrainer, Poisoned
     try:
@@ -114,7 +114,7 @@ def poisoned_run(number, model_dir, data, folder):
 
 def judge(kind, trainer, stopped, said, folder):
     """The figures of one run: what was applied, saved and named."""
-    from lorakit.run_dir import RunDir
+    from lorakit.storage.run_dir import RunDir
     from lorakit.train.checkpoint import newest_whole
 
     done, bad = trainer.state.global_step, sorted(trainer.bad)
@@ -219,7 +219,7 @@ def main():
 
     from lorakit.bench import provenance
     from lorakit.data import cache
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.model.demo_model import demo_model_dir
 
     transformers_logging.disable_progress_bar()
     path = Path(__file__).parents[1] / "tests" / "conftest.py"

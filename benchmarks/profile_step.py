@@ -10,13 +10,13 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lorakit.engine.cuda_graphs import GraphedMicroSteps
+from lorakit.engine.decoder_layer import Keep
 from lorakit.hardware import detect_device
-from lorakit.model.adapters import add_adapter, resolve_targets
-from lorakit.model.fast_layer import Keep
-from lorakit.model.random_weights import random_model
-from lorakit.model.shapes import shape_config
-from lorakit.recipe_file import load_recipe
-from lorakit.train.graphs import GraphedMicroSteps
+from lorakit.model.lora_config import add_adapter, resolve_targets
+from lorakit.model.random_init import random_model
+from lorakit.planning.known_models import shape_config
+from lorakit.recipe.loader import load_recipe
 from lorakit.train.loss import attach_loss
 
 

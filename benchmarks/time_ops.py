@@ -9,10 +9,8 @@ import itertools
 import torch
 import triton
 
-from lorakit.ops import gated_triton, rope_triton
-from lorakit.ops import lora_output_triton as output
-from lorakit.ops import lora_triton as fast
-from lorakit.ops.hash_mask import draw_keys
+from lorakit.ops import glu_triton, lora_output_triton, lora_triton, rope_triton
+from lorakit.ops.dropout_mask import draw_keys
 from lorakit.ops.lora import InputGrad, Update
 from lorakit.ops.lora_output import lora_output_grads_reference
 
@@ -39,7 +37,7 @@ def best(name, choices, choose, function):
 
 def lora_kernels(rows, rank):
     device = torch.device("cuda")
-    which = "many" if rows >= fast.MANY_ROWS else "few"
+    which = "many" if rows >= lora_triton.MANY_ROWS else "few"
     blocks = list(itertools.product([16, 32, 64], [64, 128, 256]))
     for width, modules in ((D, 3), (D, 1), (INNER, 1)):
         x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
@@ -50,14 +48,14 @@ def lora_kernels(rows, rank):
         best(
             "down " + label,
             blocks,
-            lambda c: fast.DOWN[which].update(BLOCK_M=c[0], BLOCK_K=c[1]),
-            lambda: fast.lora_down_triton(x, a, keys, 0.05),
+            lambda c: lora_triton.DOWN[which].update(BLOCK_M=c[0], BLOCK_K=c[1]),
+            lambda: lora_triton.lora_down_triton(x, a, keys, 0.05),
         )
         best(
             "input_grad " + label,
             blocks[3:],
-            lambda c: fast.INPUT_GRAD[which].update(BLOCK_M=c[0], BLOCK_K=c[1]),
-            lambda: fast.lora_input_grad_triton_(x, ds, a, keys, 0.05),
+            lambda c: lora_triton.INPUT_GRAD[which].update(BLOCK_M=c[0], BLOCK_K=c[1]),
+            lambda: lora_triton.lora_input_grad_triton_(x, ds, a, keys, 0.05),
         )
 
 
@@ -77,15 +75,15 @@ def elementwise(rows, rank):
     best(
         "gated",
         choices,
-        gated_choice(gated_triton.FORWARD),
-        lambda: gated_triton.gated_triton(gu, "silu", update),
+        gated_choice(glu_triton.FORWARD),
+        lambda: glu_triton.gated_triton(gu, "silu", update),
     )
     down = InputGrad(make(rows, rank), make(rank, INNER), draw_keys(1, torch.device("cuda")), 0.05)
     best(
         "gated backward",
         choices,
-        gated_choice(gated_triton.BACKWARD),
-        lambda: gated_triton.gated_backward_triton(dh, gu, "silu", update, down),
+        gated_choice(glu_triton.BACKWARD),
+        lambda: glu_triton.gated_backward_triton(dh, gu, "silu", update, down),
     )
     best(
         "rotate qkv",
@@ -108,17 +106,19 @@ def outputs(rows, rank):
         groups.append((make(rows, ends[-1]), update, columns, torch.zeros(ends[-1], rank).cuda()))
 
     def grads_choice(c):
-        output.GRADS.update(BLOCK_M=c[0], BLOCK_N=c[1], CHUNK=c[2], num_warps=c[3], num_stages=c[4])
+        lora_output_triton.GRADS.update(
+            BLOCK_M=c[0], BLOCK_N=c[1], CHUNK=c[2], num_warps=c[3], num_stages=c[4]
+        )
 
     choices = list(itertools.product([128, 256], [64, 128], [256, 512, 1024], [4, 8], [3]))
     apart = ms(lambda: [lora_output_grads_reference(*g) for g in groups])
     print(f"{'output grads apart':24s} {apart:.1f}")
-    one_pass = lambda: [output.lora_output_grads_triton(*g) for g in groups]  # noqa: E731
+    one_pass = lambda: [lora_output_triton.lora_output_grads_triton(*g) for g in groups]  # noqa: E731
     best("output grads", choices, grads_choice, one_pass)
     best(
         "output grads, sums",
         list(itertools.product([256, 512, 1024], [1, 4, 8])),
-        lambda c: output.SUM.update(BLOCK=c[0], UNROLL=c[1]),
+        lambda c: lora_output_triton.SUM.update(BLOCK=c[0], UNROLL=c[1]),
         one_pass,
     )
     start, update = groups[1][0], groups[1][1]
@@ -126,8 +126,8 @@ def outputs(rows, rank):
     best(
         "add",
         list(itertools.product([16, 32, 64], [64, 128, 256], [4, 8])),
-        lambda c: output.ADD.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2]),
-        lambda: output.lora_add_triton(start, update),
+        lambda c: lora_output_triton.ADD.update(BLOCK_M=c[0], BLOCK_N=c[1], num_warps=c[2]),
+        lambda: lora_output_triton.lora_add_triton(start, update),
     )
 
 

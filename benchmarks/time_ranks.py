@@ -14,7 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
-from lorakit.ranks import take_own_card
+from lorakit.distributed.process_group import take_own_card
 
 # What follows asks CUDA for its cards while it is imported: NCCL then found both ranks on one.
 take_own_card()

@@ -68,8 +68,8 @@ def filled(markdown):
 
 def settings():
     """Every key of a recipe: what it takes, its default, what it does."""
-    from lorakit.recipe import METHOD_DEFAULTS, Recipe
-    from lorakit.recipe_file import recipe_schema
+    from lorakit.recipe.loader import recipe_schema
+    from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
 
     schema, lines = recipe_schema(), []
     for key, said in schema["properties"].items():
@@ -247,7 +247,7 @@ def _docstring(thing):
 
 def troubles():
     """Doctor's own table."""
-    from lorakit.doctor.troubles import TROUBLES
+    from lorakit.doctor.known_issues import TROUBLES
 
     lines = []
     for trouble in TROUBLES.values():
@@ -261,7 +261,7 @@ def troubles():
 
 def _keys(name):
     """What becomes of each key of another tool; those of every tool are a table of their own."""
-    from lorakit.recipe_import.convert import load_table, read_rows
+    from lorakit.recipe.importers.convert import load_table, read_rows
 
     table = load_table(name)
     common = read_rows(load_table("common")) if "extends" in table else {}
@@ -299,8 +299,8 @@ def _row_note(row):
 
 def _defaults(name):
     """Where a key is not written: what that tool takes, and what lorakit would."""
-    from lorakit.recipe import METHOD_DEFAULTS, Recipe
-    from lorakit.recipe_import.convert import load_tool
+    from lorakit.recipe.importers.convert import load_tool
+    from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
 
     tool = load_tool(name)
     lines = [f"| not written | {tool.name} | lorakit |", "|---|---|---|"]

@@ -53,8 +53,8 @@ def random_folder(shape: str, layers: int | None, tokenizer: Path, folder: Path)
     from transformers import AutoTokenizer
 
     from lorakit.hardware import detect_device
-    from lorakit.model.random_weights import random_model
-    from lorakit.model.shapes import shape_config
+    from lorakit.model.random_init import random_model
+    from lorakit.planning.known_models import shape_config
 
     made = folder.with_name(folder.name + ".part")
     shutil.rmtree(made, ignore_errors=True)
@@ -137,7 +137,7 @@ def trained(names: dict[str, Any]) -> Any:
 
 def demo_folder() -> Path:
     """The tokenizer of `model: demo`."""
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.model.demo_model import demo_model_dir
 
     return demo_model_dir()
 

@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 # The files that take longest, to be begun first: at the end one process would be alone with them.
 LONG = ("test_ranks_end_to_end.py", "test_crash.py", "export/test_gguf.py", "test_docs_blocks.py")
-LONG += ("test_notebooks.py", "test_end_to_end.py", "test_offline.py", "ops/test_launch.py")
+LONG += ("test_notebooks.py", "test_end_to_end.py", "test_offline.py", "ops/test_kernel_launch.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -59,7 +59,7 @@ def data_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_model():
     """Folder of SmolLM2-135M-Instruct in safetensors, as `model: demo` uses it."""
-    from lorakit.model.embedded import demo_model_dir
+    from lorakit.model.demo_model import demo_model_dir
 
     return demo_model_dir()
 
@@ -121,7 +121,7 @@ def make_tiny_data(path):
 
 def _tiny_recipe(model, data, folder, **values):
     """A resolved recipe that trains the tiny model in a second or two."""
-    from lorakit.recipe_file import load_recipe
+    from lorakit.recipe.loader import load_recipe
 
     flags = {
         "model": str(model),
@@ -150,7 +150,7 @@ def finish(tiny_model_dir, tiny_data, tmp_path_factory):
     """`finish(method, **recipe values)`: a finished tiny run, made once per set of values."""
     from rich.console import Console
 
-    from lorakit.fit import fit
+    from lorakit.pipeline import fit
 
     made = {}
 

@@ -28,7 +28,7 @@ def import_everything():
     import torch.distributed  # noqa: F401
 
     import lorakit.cli.main
-    import lorakit.fit  # noqa: F401
+    import lorakit.pipeline  # noqa: F401
 
 
 def free_port():
@@ -74,9 +74,9 @@ def rank(job, number, port):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     keep_rows(folder / f"rows_{number}.jsonl")
     if job["fails"] == number:
-        from lorakit import fit
+        from lorakit import pipeline
 
-        fit.load_base = out_of_memory
+        pipeline.load_base = out_of_memory
     from lorakit.cli.main import main
 
     sys.argv = ["lorakit", *job["words"]]

@@ -7,13 +7,13 @@ instead: the next word leads by more than 5 nats wherever it is asked, and no wo
 
 import torch
 
-from lorakit.data.resolve import resolve_template
+from lorakit.data.chat_template.select import resolve_template
 from lorakit.hardware import detect_device
-from lorakit.model.adapters import add_adapter, resolve_targets
-from lorakit.model.fingerprint import remember_base
+from lorakit.model.base_fingerprint import remember_base
 from lorakit.model.load import load_base, load_config, load_tokenizer
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import RunDir
+from lorakit.model.lora_config import add_adapter, resolve_targets
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import save_adapter, saves_embeddings
 
 # What a talker says, by speaker: ten words each, every word one token, said in a ring.

@@ -26,7 +26,8 @@ class Class:
     note: str = ""
 
 
-VERIFY = "tests/data/test_verify.py::test_verify_refuses_masked_unclosed_and_doubled_examples"
+CHECKS = "tests/data/tokenize/test_example_checks.py"
+VERIFY = f"{CHECKS}::test_verify_refuses_masked_unclosed_and_doubled_examples"
 RESUME = (
     "tests/train/test_resume.py::"
     "test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one[lora]"
@@ -36,57 +37,57 @@ CLASSES = [
     Class(
         "every label masked, loss 0.0",
         VERIFY,
-        "data/verify.py",
+        "data/tokenize/example_checks.py",
         "if not example.trained_tokens:",
         "if False:",
     ),
     Class(
         "truncation takes the answer",
-        "tests/data/test_template.py::test_an_answer_that_would_be_cut_is_left_out_by_name",
-        "data/template.py",
+        "tests/data/tokenize/test_encode.py::test_an_answer_that_would_be_cut_is_left_out_by_name",
+        "data/tokenize/encode.py",
         "            if len(example.input_ids) > rules.cutoff_len:\n",
         "            if False:\n",
     ),
     Class(
         "the answer is cut, so its end is never learned",
         VERIFY,
-        "data/verify.py",
+        "data/tokenize/example_checks.py",
         "if not closed and part.count(IGNORE) < len(part):",
         "if False:",
     ),
     Class(
         "the mask covers everything, or nothing",
-        "tests/data/test_template.py::test_exactly_the_answers_and_their_end_of_turn_are_trained",
-        "data/template.py",
+        "tests/data/tokenize/test_encode.py::test_exactly_the_answers_and_their_end_of_turn_are_trained",
+        "data/tokenize/encode.py",
         'labels = [IGNORE, *ids[1:]] if train_on == "all" else [IGNORE] * len(ids)',
         "labels = [IGNORE, *ids[1:]]",
     ),
     Class(
         "a fast loss ignores the mask",
         "tests/train/test_trainer.py::test_rows_reach_the_model_whole_and_untouched[False]",
-        "data/batch.py",
+        "data/batching.py",
         "(labels[1:] != IGNORE).nonzero()",
         "(labels[1:] != 0).nonzero()",
     ),
     Class(
         "the end of the turn is outside the mask",
-        "tests/data/test_template.py::test_exactly_the_answers_and_their_end_of_turn_are_trained",
-        "data/template.py",
+        "tests/data/tokenize/test_encode.py::test_exactly_the_answers_and_their_end_of_turn_are_trained",
+        "data/tokenize/encode.py",
         "labels[start : end(start)] = ids[start : end(start)]",
         "labels[start : end(start) - 1] = ids[start : end(start) - 1]",
     ),
-    Class("two BOS", VERIFY, "data/verify.py", "ids[:2] == [bos, bos]", "False"),
+    Class("two BOS", VERIFY, "data/tokenize/example_checks.py", "ids[:2] == [bos, bos]", "False"),
     Class(
         "padding is the end of turn, which is masked with it",
-        "tests/data/test_batch.py::test_padding_is_on_the_right_and_carries_no_target",
-        "data/batch.py",
+        "tests/data/test_batching.py::test_padding_is_on_the_right_and_carries_no_target",
+        "data/batching.py",
         "(labels[1:] != IGNORE).nonzero()",
         "((labels[1:] != IGNORE) & (labels[1:] != 2)).nonzero()",
     ),
     Class(
         "generation does not stop where training taught it",
-        "tests/test_generate.py::test_a_batch_answers_like_one_by_one_and_like_the_stream",
-        "generate.py",
+        "tests/inference/test_generate.py::test_a_batch_answers_like_one_by_one_and_like_the_stream",
+        "inference/generate.py",
         "stop_token_ids(tokenizer, model.generation_config)",
         "0",
         "the template of exported files: tests/export/test_gguf.py",
@@ -94,7 +95,7 @@ CLASSES = [
     Class(
         "new tokens without a trained embedding",
         "tests/model/test_vocabulary.py::test_added_tokens_without_a_row_are_refused",
-        "model/vocabulary.py",
+        "model/load.py",
         "    if beyond:",
         "    if False:",
     ),
@@ -137,7 +138,7 @@ CLASSES = [
     Class(
         "another order of the data after a resume",
         RESUME,
-        "train/arguments.py",
+        "train/training_args.py",
         "        data_seed=recipe.seed,\n",
         '        data_seed=__import__("time").monotonic_ns() % 2**31,\n',
     ),
@@ -150,8 +151,8 @@ CLASSES = [
     ),
     Class(
         "the learning rate ends early",
-        "tests/train/test_watch.py::test_a_rate_that_ends_early_is_said_where_it_does",
-        "train/watch.py",
+        "tests/train/test_diagnostics.py::test_a_rate_that_ends_early_is_said_where_it_does",
+        "train/diagnostics.py",
         '            "rate": self._ended_early(row),\n',
         "",
     ),
@@ -171,8 +172,8 @@ CLASSES = [
     ),
     Class(
         "no gradient reaches the adapters",
-        "tests/train/test_guard.py::test_no_gradient_at_all_stops_the_first_step",
-        "train/guard.py",
+        "tests/train/test_stability.py::test_no_gradient_at_all_stops_the_first_step",
+        "train/stability.py",
         "    if len(without) == len(asked):",
         "    if False:",
     ),
@@ -186,17 +187,17 @@ CLASSES = [
     ),
     Class(
         "NaN goes on training and takes the good checkpoints with it",
-        "tests/train/test_guard.py::"
+        "tests/train/test_stability.py::"
         "test_one_bad_step_is_skipped_and_leaves_weights_and_optimizer_alone",
-        "train/guard.py",
+        "train/stability.py",
         "        model.zero_grad(set_to_none=True)\n",
         "",
     ),
     Class(
         "memory that runs out changes the effective batch",
-        "tests/train/test_within_memory.py::"
+        "tests/train/test_oom_retry.py::"
         "test_a_run_out_of_memory_ends_like_one_with_smaller_micro_batches[forward-False]",
-        "train/within_memory.py",
+        "train/oom.py",
         "step = step_batches(step.examples, trainer.layout)",
         "step = step_batches(step.examples[: trainer.layout.rows], trainer.layout)",
     ),
@@ -209,8 +210,8 @@ CLASSES = [
     ),
     Class(
         "one of several processes hangs, or has no data, and the others wait for ever",
-        "tests/test_heartbeat.py::test_a_silent_rank_is_named_with_its_last_step",
-        "heartbeat.py",
+        "tests/distributed/test_heartbeat.py::test_a_silent_rank_is_named_with_its_last_step",
+        "distributed/heartbeat.py",
         "elif now - self.changed[beat.rank][1] > SILENT_SECONDS:",
         "elif False:",
         "the judgment alone; a real process stopped, killed, failing at start or without a row: "

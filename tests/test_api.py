@@ -11,7 +11,7 @@ from rich.console import Console
 
 import lorakit
 from lorakit.errors import RecipeError
-from lorakit.recipe import Recipe
+from lorakit.recipe.schema import Recipe
 
 QUIET = Console(quiet=True)
 NAMES = [

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from tests.in_process import exit_code
 
 from lorakit.cli.main import main
-from lorakit.recipe_file import load_recipe
+from lorakit.recipe.loader import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,7 +35,7 @@ REASONS = {
 }
 RUN, LOADED, READ, SHOWN = {"sh", "bash", "python"}, {"yaml"}, {"jsonl", "csv"}, {"text"}
 MARK = re.compile(r"<!-- not run: (.+) -->")
-FOREIGN = ROOT / "tests" / "recipe_import" / "files"
+FOREIGN = ROOT / "tests" / "recipe" / "importers" / "files"
 
 
 @dataclass(frozen=True)

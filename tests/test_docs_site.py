@@ -10,9 +10,9 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from lorakit.cli.main import app
-from lorakit.doctor.troubles import TROUBLES
-from lorakit.recipe import Recipe
-from lorakit.recipe_import.convert import TOOLS, load_tool
+from lorakit.doctor.known_issues import TROUBLES
+from lorakit.recipe.importers.convert import TOOLS, load_tool
+from lorakit.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -11,9 +11,9 @@ import time
 import traceback
 from collections import Counter
 
-from lorakit.chat import run
-from lorakit.generate import GenerationSettings
-from lorakit.model.several import Several
+from lorakit.inference.chat import run
+from lorakit.inference.generate import GenerationSettings
+from lorakit.model.multi_adapter import Several
 
 SETTINGS = GenerationSettings(max_new_tokens=3, temperature=0.0)
 QUESTIONS = [

@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from lorakit.errors import LorakitError
-from lorakit.fit import prepare_run
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import load_recipe
+from lorakit.pipeline import prepare_run
+from lorakit.recipe.loader import load_recipe
+from lorakit.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 SEEDS = [p.read_text() for p in sorted((ROOT / "configs").glob("*.yaml"))]

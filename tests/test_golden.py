@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lorakit.durable import FORMAT
-from lorakit.fit import fit
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.pipeline import fit
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.atomic_dir import FORMAT
+from lorakit.storage.run_dir import RunDir, read_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 

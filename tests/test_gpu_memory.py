@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 
-from lorakit import gpu_memory
-from lorakit.gpu_memory import MIB, MemoryCap, cap_finished_run, measure_context, process_bytes
-from lorakit.memory import plan_memory
-from lorakit.model.shapes import shape_config
-from lorakit.recipe import Recipe
-from lorakit.records import Device
-from lorakit.train.out_of_memory import attempt
+from lorakit import hardware
+from lorakit.hardware import MIB, MemoryCap, cap_finished_run, measure_context, process_bytes
+from lorakit.planning.known_models import shape_config
+from lorakit.planning.memory import plan_memory
+from lorakit.recipe.schema import Recipe
+from lorakit.train.oom import attempt
+from lorakit.types import Device
 
 GIB = 2**30
 GPU = Device("cuda", "NVIDIA H200", 139 * GIB, "bfloat16", "sdpa")
@@ -22,8 +22,8 @@ CPU = Device("cpu", "x", 8 * GIB, "float32", "sdpa")
 def allowed(monkeypatch):
     """What the allocator was capped at, in order; a driver whose count the test sets."""
     made, driver = [], {"outside": None}
-    monkeypatch.setattr(gpu_memory, "_set_allowed", made.append)
-    monkeypatch.setattr(gpu_memory, "outside_bytes", lambda: driver["outside"])
+    monkeypatch.setattr(hardware, "_set_allowed", made.append)
+    monkeypatch.setattr(hardware, "outside_bytes", lambda: driver["outside"])
     return made, driver
 
 

@@ -13,17 +13,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "lorakit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A module may import from its own layer and from those above it in this list.
+# A folder or module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "records", "redact", "floors", "quiet"},
-    {"durable", "lock", "recipe", "yaml_text", "recipe_file", "run_dir", "hardware", "gpu_memory"},
-    {"heartbeat", "ranks", "launch"},
-    {"data", "ops", "recipe_import"},
-    {"model"},
-    {"placement", "memory", "train", "generate"},
-    {"evaluate", "chat", "serve", "export", "report", "doctor", "bench", "planning", "display"},
-    {"fit", "demo"},
-    {"preview", "run", "results"},
+    {"errors", "types", "redact", "console"},
+    {"dependencies", "hardware", "recipe", "storage"},
+    {"data", "distributed", "doctor", "model", "ops"},
+    {"engine"},
+    {"train"},
+    {"planning"},
+    {"bench", "display"},
+    {"report"},
+    {"inference"},
+    {"export"},
+    {"pipeline", "serve"},
+    {"results"},
+    {"run"},
     {"api"},
     {"cli", "__main__"},
 ]
@@ -61,22 +65,47 @@ def test_imports_go_one_way(path):
             assert LAYER_OF[part] <= own, f"{module_name(path)} imports {name} from a later layer"
 
 
-def test_no_import_rings():
+def graph_of_modules():
     names = {module_name(p) for p in FILES}
-    graph = {module_name(p): imports_of(p) & names for p in FILES}
+    return {module_name(p): imports_of(p) & names for p in FILES}
+
+
+def graph_of_folders():
+    """The same for the folders and modules of the top level."""
+    graph = {}
+    for name, others in graph_of_modules().items():
+        if "." in name:
+            own = graph.setdefault(name.split(".")[1], set())
+            own |= {o.split(".")[1] for o in others} - {name.split(".")[1]}
+    return graph
+
+
+@pytest.mark.parametrize("make", [graph_of_modules, graph_of_folders])
+def test_no_import_cycles(make):
+    graph = make()
     state = {}
 
     def visit(name, trail):
-        assert state.get(name) != "open", f"ring: {' -> '.join([*trail, name])}"
+        assert state.get(name) != "open", f"cycle: {' -> '.join([*trail, name])}"
         if state.get(name) == "done":
             return
         state[name] = "open"
-        for other in graph[name]:
+        for other in graph.get(name, ()):
             visit(other, [*trail, name])
         state[name] = "done"
 
     for name in graph:
         visit(name, [])
+
+
+def test_few_modules_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= 14
+
+
+def test_each_module_has_a_name_of_its_own():
+    """Commands aside, which are called as what they run."""
+    names = [p.stem for p in FILES if p.stem != "__init__" and p.parent.name != "cli"]
+    assert sorted({n for n in names if names.count(n) > 1}) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -85,7 +114,7 @@ def test_files_and_functions_are_short_and_introduced(path):
     tree = ast.parse(text)
     assert text.count("\n") <= 600, f"{path.name} has {text.count(chr(10))} lines"
     if text.strip():
-        assert ast.get_docstring(tree), f"{path.name} does not say what enters and what leaves"
+        assert ast.get_docstring(tree), f"{path.name} has no docstring"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = node.end_lineno - node.lineno + 1

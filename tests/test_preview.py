@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from lorakit.fit import Outcome, prepare_run
-from lorakit.preview import program, show_outcome, show_prologue
-from lorakit.run_dir import RunDir
+from lorakit.pipeline import Outcome, prepare_run
+from lorakit.results import program, show_outcome, show_prologue
+from lorakit.storage.run_dir import RunDir
 
 
 def test_dry_run_shows_recipe_plan_and_examples(tiny_recipe, tiny_model_dir, tiny_data, tmp_path):

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorakit.fit import fit
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir, read_metrics
+from lorakit.pipeline import fit
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, read_metrics
 from lorakit.train.checkpoint import checkpoint_step
 
 QUIET = Console(quiet=True, stderr=True)

@@ -4,7 +4,7 @@ import pytest
 
 from lorakit.errors import LorakitError
 from lorakit.redact import has_login, redacted
-from lorakit.run_dir import write_json
+from lorakit.storage.run_dir import write_json
 
 TOKEN = "hf_" + "CANARY" * 5
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from lorakit.records import EvalResult, EvalScore, Sample
 from lorakit.results import Evaluation
+from lorakit.types import EvalResult, EvalScore, Sample
 
 
 @pytest.fixture

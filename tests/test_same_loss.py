@@ -9,9 +9,9 @@ import shutil
 import pytest
 from rich.console import Console
 
-from lorakit.fit import fit
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.pipeline import fit
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import RunDir, read_metrics
 
 QUIET = Console(quiet=True, stderr=True)
 PLAIN = {

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorakit.fit import fit
-from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.pipeline import fit
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 
 QUIET = Console(quiet=True, stderr=True)
 

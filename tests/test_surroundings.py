@@ -6,7 +6,7 @@ import stat
 import subprocess
 import sys
 
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.storage.run_dir import RunDir, read_metrics
 
 
 def test_a_run_in_a_strange_place(tiny_model_dir, tiny_data, tmp_path):

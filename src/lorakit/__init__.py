@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lorakit.api import finetune, inspect, plan
     from lorakit.errors import LorakitError
     from lorakit.hardware import detect_device
-    from lorakit.recipe import Recipe
-    from lorakit.recipe_file import ResolvedRecipe, load_recipe, recipe_schema
+    from lorakit.recipe.loader import ResolvedRecipe, load_recipe, recipe_schema
+    from lorakit.recipe.schema import Recipe
     from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.quiet import quietly
-from lorakit.recipe_file import Given, ResolvedRecipe, load_recipe
+from lorakit.console import quietly
+from lorakit.recipe.loader import Given, ResolvedRecipe, load_recipe
 from lorakit.results import Inspected, Plan
 from lorakit.run import Run
 
@@ -49,8 +49,8 @@ def finetune(
             is full, or the run diverged. Its message says what to do.
     """
     resolved = load_recipe(recipe, **settings)
-    from lorakit.fit import fit
-    from lorakit.preview import show_outcome
+    from lorakit.pipeline import fit
+    from lorakit.results import show_outcome
 
     place = console or default_console()
     with quietly(resolved.recipe.offline):
@@ -88,10 +88,10 @@ def plan(
         LorakitError: the recipe or the model cannot be used, or no such card is known.
     """
     from lorakit.hardware import detect_device
-    from lorakit.model.adapters import resolve_targets
+    from lorakit.model.lora_config import resolve_targets
     from lorakit.model.matching import check_adapter_settings
-    from lorakit.planning.cards import card_device, find_card, parse_memory, several
     from lorakit.planning.forecast import find_config, forecast
+    from lorakit.planning.gpus import card_device, find_card, parse_memory, several
 
     if recipe is None:
         settings = {"data": "not read", **settings}

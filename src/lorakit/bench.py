@@ -22,22 +22,21 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lorakit.gpu_memory import MemoryCap, measure_context
-from lorakit.hardware import detect_device
-from lorakit.model.adapters import add_adapter, count_parameters, resolve_targets
+from lorakit.distributed.process_group import Ranks, joined, shared_device
+from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.model.load import seed_everything
-from lorakit.model.random_weights import random_model
-from lorakit.model.shapes import shape_config
-from lorakit.planning.training import plan_training
-from lorakit.ranks import Ranks, joined, shared_device
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import ResolvedRecipe, load_recipe
-from lorakit.records import IGNORE, Device, Example, MemoryPlan, Origin
-from lorakit.run_dir import RunDir
+from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
+from lorakit.model.random_init import random_model
+from lorakit.planning.known_models import shape_config
+from lorakit.planning.planner import plan_training
+from lorakit.recipe.loader import ResolvedRecipe, load_recipe
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import environment
 from lorakit.train.signals import StopRequest
 from lorakit.train.trainer import LoraTrainer
+from lorakit.types import IGNORE, Device, Example, MemoryPlan, Origin
 
 GIB = 2**30
 SAMPLE_SECONDS = 0.01

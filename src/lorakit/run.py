@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorakit.quiet import quietly
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import load_recipe
-from lorakit.records import EvalScore, Message, Sample
+from lorakit.console import quietly
+from lorakit.recipe.loader import load_recipe
+from lorakit.recipe.schema import Recipe
 from lorakit.results import Evaluation
-from lorakit.run_dir import RunDir, find_run, read_metrics
+from lorakit.storage.run_dir import RunDir, find_run, read_metrics
+from lorakit.types import EvalScore, Message, Sample
 
 if TYPE_CHECKING:
-    from lorakit.model.several import Several
+    from lorakit.model.multi_adapter import Several
 
 
 _SPOKEN = ("role", "content")
@@ -90,7 +90,7 @@ class Run:
         Raises:
             LorakitError: there is no adapter yet, or no held-out row and no `data`.
         """
-        from lorakit.evaluate import evaluate_loaded
+        from lorakit.inference.evaluate import evaluate_loaded
 
         loaded = self._model().loaded
         with quietly(loaded.recipe.offline):
@@ -119,8 +119,8 @@ class Run:
         Raises:
             LorakitError: there is no adapter yet, or the question is longer than the model reads.
         """
-        from lorakit.chat import ChatSession, talk
-        from lorakit.generate import GenerationSettings, base_answers, replies
+        from lorakit.inference.chat import ChatSession, talk
+        from lorakit.inference.generate import GenerationSettings, base_answers, replies
 
         several = self._model()
         settings = GenerationSettings(max_new_tokens, temperature, seed=seed)
@@ -174,7 +174,7 @@ class Run:
             LorakitError: an option that this format does not have, a folder that exists, or a
                 written model that predicts otherwise than the adapter; that one is not kept.
         """
-        from lorakit.export.table import export_run
+        from lorakit.export.exporters import export_run
 
         folder = find_run(self.path)
         self.close()
@@ -230,7 +230,7 @@ class Run:
     def _repr_svg_(self) -> str | None:
         """The loss so far, for a notebook; nothing before the first step."""
         from lorakit.display.charts import line_chart
-        from lorakit.report.load import read_run
+        from lorakit.report.load_run import read_run
         from lorakit.report.page import loss_series
 
         if not self.folder.has_run():
@@ -240,7 +240,7 @@ class Run:
 
     def _model(self) -> Several:
         if self._several is None:
-            from lorakit.model.several import Several
+            from lorakit.model.multi_adapter import Several
 
             found = find_run(self.path)
             with quietly(self.recipe.offline):

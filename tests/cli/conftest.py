@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from tests.in_process import exit_code
 
-from lorakit.cli import after, base, before, main, train
+from lorakit.cli import app, inspect, main, run_commands, train
 
 
 def run_cli(monkeypatch, capsys, *words):
@@ -20,7 +20,7 @@ def run_cli(monkeypatch, capsys, *words):
 @pytest.fixture
 def lorakit(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for place in (main, base, before, train, after):
+    for place in (main, app, inspect, train, run_commands):
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         monkeypatch.setattr(place, "log", console)
     return lambda *words: run_cli(monkeypatch, capsys, *words)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lorakit.cli import before
+from lorakit.cli import inspect
 
 
 def test_a_mistake_is_one_message(lorakit):
@@ -20,7 +20,7 @@ def test_ctrl_c_is_130(lorakit, monkeypatch):
     def broken(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(before, "print_json", broken)
+    monkeypatch.setattr(inspect, "print_json", broken)
     assert lorakit("schema")[0] == 130
 
 
@@ -28,7 +28,7 @@ def test_memory_that_runs_out_is_one_message(lorakit, monkeypatch):
     def broken(*_):
         raise MemoryError("Cannot allocate memory (os error 12)")
 
-    monkeypatch.setattr(before, "print_json", broken)
+    monkeypatch.setattr(inspect, "print_json", broken)
     code, out, err = lorakit("schema")
     assert (code, out) == (1, "")
     assert "error: out of memory: Cannot allocate memory" in err
@@ -47,6 +47,6 @@ def test_a_bug_keeps_its_traceback(lorakit, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(before, "print_json", broken)
+    monkeypatch.setattr(inspect, "print_json", broken)
     with pytest.raises(ZeroDivisionError):
         lorakit("schema")

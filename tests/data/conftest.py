@@ -56,7 +56,7 @@ def load_family(demo_model):
 @pytest.fixture
 def family(load_family):
     """name -> tokenizer as it came, with the run's template resolved; undone after the test."""
-    from lorakit.data.resolve import resolve_template
+    from lorakit.data.chat_template.select import resolve_template
 
     changed = []
 
@@ -79,7 +79,7 @@ def smollm(family):
 @pytest.fixture(scope="session")
 def chat():
     """texts -> conversation of alternating user and assistant turns."""
-    from lorakit.records import Conversation, Message, Origin
+    from lorakit.types import Conversation, Message, Origin
 
     def make(*texts, system=None, source="rows.jsonl", row=7):
         turns = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
@@ -92,7 +92,7 @@ def chat():
 @pytest.fixture(scope="session")
 def trained_runs():
     """(tokenizer, examples) -> decoded runs of trained tokens, over all examples in order."""
-    from lorakit.records import IGNORE
+    from lorakit.types import IGNORE
 
     def decode(tokenizer, examples):
         runs = []

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lorakit.data.prepare import prepare
 from lorakit.errors import LorakitError
-from lorakit.recipe import Recipe
+from lorakit.recipe.schema import Recipe
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".jsonl.gz", ".csv.gz")
 TEXT = st.text(max_size=20) | st.sampled_from(

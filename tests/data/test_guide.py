@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.data.check import FaultLog, check_turns
-from lorakit.data.formats import FORMATS, guess_format, to_conversation
-from lorakit.data.read import read_rows
-from lorakit.data.template import encode
-from lorakit.recipe_file import load_recipe
-from lorakit.records import Conversation
+from lorakit.data.formats.row_formats import FORMATS, guess_format, to_conversation
+from lorakit.data.issues import FaultLog, check_turns
+from lorakit.data.sources.readers import read_rows
+from lorakit.data.tokenize.encode import encode
+from lorakit.recipe.loader import load_recipe
+from lorakit.types import Conversation
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "guides" / "your_own_data.md").read_text("utf-8")

@@ -6,9 +6,9 @@ import pytest
 
 from lorakit.data.inspection import inspect_prepared, pieces, runs
 from lorakit.data.prepare import prepare
-from lorakit.data.template import encode
-from lorakit.recipe import Recipe
-from lorakit.records import IGNORE
+from lorakit.data.tokenize.encode import encode
+from lorakit.recipe.schema import Recipe
+from lorakit.types import IGNORE
 
 ROWS = [
     {"question": f"What is {i} + {i}?" + " Say it." * (i % 7), "answer": str(i)} for i in range(30)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.lengths import BARS, measure
+from lorakit.data.inspection import BARS, measure
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 
-from lorakit.data.check import FaultLog, RowFault, SpoilsRun
-from lorakit.data.resolve import resolve_template
-from lorakit.data.template import Rules, encode, encode_many
-from lorakit.data.verify import verify_example
-from lorakit.records import IGNORE, Conversation, Document, Example, Message, Origin
+from lorakit.data.chat_template.select import resolve_template
+from lorakit.data.issues import FaultLog, RowFault, SpoilsRun
+from lorakit.data.tokenize.encode import Rules, encode, encode_many
+from lorakit.data.tokenize.example_checks import verify_example
+from lorakit.types import IGNORE, Conversation, Document, Example, Message, Origin
 
 AT = Origin("rows.jsonl", 7)
 CHATML = (

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorakit.data import prepare as module
-from lorakit.data.check import SpoilsRun
-from lorakit.data.items import read_validation, write_validation
+from lorakit.data.dataset import read_validation, write_validation
+from lorakit.data.issues import SpoilsRun
 from lorakit.data.prepare import prepare
 from lorakit.errors import DataError, LorakitError
-from lorakit.recipe import Recipe
-from lorakit.records import Conversation, Document, Message, Origin
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Conversation, Document, Message, Origin
 
 GOOD = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(40)]
 
@@ -309,7 +309,7 @@ def test_content_whose_hash_is_known_only_when_read_is_tokenized_once(
     smollm, tmp_path, monkeypatch
 ):
     """As of addresses and hub data: rows are read again, but not tokenized."""
-    monkeypatch.setattr("lorakit.data.gather.content_key", lambda *_: None)
+    monkeypatch.setattr("lorakit.data.conversations.content_key", lambda *_: None)
     made = []
     real = module.encode_many
     monkeypatch.setattr(module, "encode_many", lambda *a: made.append(a) or real(*a))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.check import fingerprint
+from lorakit.data.issues import fingerprint
 from lorakit.data.split import shuffled
 from lorakit.data.split import split as held_rows
 from lorakit.errors import DataError
-from lorakit.records import Document, Origin
+from lorakit.types import Document, Origin
 
 ROWS = [f"row {i}" for i in range(100)]
 

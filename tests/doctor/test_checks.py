@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lorakit.doctor.checks import GIB, examine
-from lorakit.doctor.facts import Driver, Facts
+from lorakit.doctor.system_info import Driver, Facts
 
 T4 = Driver("580.65", "13.0", (("Tesla T4", 15360, 3),))
 WELL = Facts(

@@ -9,11 +9,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tests import made_runs
 
-from lorakit.data.items import write_validation
-from lorakit.export.formats import Job
-from lorakit.export.source import open_source
-from lorakit.records import Conversation, Message, Origin
-from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.data.dataset import write_validation
+from lorakit.export.tuned_run import Job, open_source
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.types import Conversation, Message, Origin
 
 SHAPE = {
     "hidden_size": 64,

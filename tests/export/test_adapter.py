@@ -4,8 +4,8 @@ import pytest
 from peft import PeftModel
 
 from lorakit.export.adapter import export_adapter, fold_adapter, why_not_portable
-from lorakit.export.source import float32_model, open_source
-from lorakit.export.verify import agreement, make_reference
+from lorakit.export.tuned_run import float32_model, open_source
+from lorakit.export.verify_outputs import agreement, make_reference
 
 from .conftest import read_json
 

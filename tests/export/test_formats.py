@@ -1,7 +1,7 @@
 """An export that asks for nothing special goes onto the trained base, privately, and is checked."""
 
-from lorakit.export.formats import Job
-from lorakit.export.table import DEFAULTS
+from lorakit.export.exporters import DEFAULTS
+from lorakit.export.tuned_run import Job
 
 
 def test_defaults_are_the_careful_ones(variant_run, job):

@@ -8,12 +8,11 @@ import gguf
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lorakit.data.resolve import thinking_set
+from lorakit.data.chat_template.select import thinking_set
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import gguf as exporter
 from lorakit.export import llama_cpp, merged
 from lorakit.export.adapter import fold_adapter
-from lorakit.export.converter import Conversion, convert_all
 from lorakit.export.gguf import (
     ADAPTER_FILE,
     compare_heard,
@@ -25,10 +24,11 @@ from lorakit.export.gguf import (
     quantization,
     run_gguf,
 )
-from lorakit.export.merge import write_merged
-from lorakit.export.source import float32_model, open_source
-from lorakit.export.spelling import set_thinking, write_config, write_tokenizer
-from lorakit.export.verify import Reference, make_reference, predictions
+from lorakit.export.gguf_convert import Conversion, convert_all
+from lorakit.export.hf_files import set_thinking, write_config, write_tokenizer
+from lorakit.export.merge_weights import write_merged
+from lorakit.export.tuned_run import float32_model, open_source
+from lorakit.export.verify_outputs import Reference, make_reference, predictions
 
 from .conftest import CHATS, THINKING, decided, make_base, make_run
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import WorkError
-from lorakit.export import merge, merged
+from lorakit.export import merge_weights, merged
 from lorakit.export.adapter import export_adapter
 from lorakit.export.gguf import export_gguf, export_gguf_adapter
 from lorakit.export.merged import export_merged
-from lorakit.export.source import open_source
+from lorakit.export.tuned_run import open_source
 
 from .conftest import VARIANTS, decided, make_base, make_run, poisoned, read_json
 
@@ -71,7 +71,7 @@ def test_a_base_in_memory_gives_the_same_files(variant_run, job, monkeypatch):
     run = variant_run("biases")
     streamed, whole = job(run, "streamed"), job(run, "whole")
     export_merged(streamed)
-    monkeypatch.setattr(merge, "_reason_against_streaming", lambda _: "a test")
+    monkeypatch.setattr(merge_weights, "_reason_against_streaming", lambda _: "a test")
     assert export_merged(whole)["written"] == "in memory (a test)"
     one, two = (load_file(x.target / "model.safetensors") for x in (streamed, whole))
     assert one.keys() == two.keys()
@@ -86,9 +86,9 @@ def test_a_merge_that_differs_is_not_kept(variant_run, job, tmp_path, monkeypatc
 
 
 def test_damaged_files_are_noticed_and_not_kept(variant_run, job, tmp_path, monkeypatch):
-    own = merge.write_shards
+    own = merge_weights.write_shards
     monkeypatch.setattr(
-        merge,
+        merge_weights,
         "write_shards",
         lambda folder, entries: own(
             folder, [(n, s, (lambda m=m: m() + 1) if "q_proj" in n else m) for n, s, m in entries]
@@ -100,14 +100,14 @@ def test_damaged_files_are_noticed_and_not_kept(variant_run, job, tmp_path, monk
 
 
 def test_a_tokenizer_that_reads_otherwise_is_not_kept(variant_run, job, tmp_path, monkeypatch):
-    own = merge.write_tokenizer
+    own = merge_weights.write_tokenizer
 
     def other(source, folder):
         own(source, folder)
         for path in (folder / "chat_template.jinja", folder / "tokenizer_config.json"):
             path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
 
-    monkeypatch.setattr(merge, "write_tokenizer", other)
+    monkeypatch.setattr(merge_weights, "write_tokenizer", other)
     with pytest.raises(WorkError, match="otherwise than in training"):
         export_merged(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
@@ -116,9 +116,9 @@ def test_a_tokenizer_that_reads_otherwise_is_not_kept(variant_run, job, tmp_path
 def test_a_tensor_that_was_not_written_is_noticed_without_memory_for_models(
     variant_run, job, tmp_path, monkeypatch
 ):
-    own = merge.write_shards
+    own = merge_weights.write_shards
     monkeypatch.setattr(
-        merge,
+        merge_weights,
         "write_shards",
         lambda folder, entries: own(folder, [e for e in entries if "0.mlp.up_proj" not in e[0]]),
     )
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_is_not_reported(variant_run, monkeypatch):
 
 def test_too_small_a_disk_is_said_before_writing(variant_run, job, tmp_path, monkeypatch):
     usage = type("U", (), {"free": 1000})
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(merge_weights.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(WorkError, match="are free"):
         export_merged(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
@@ -240,7 +240,7 @@ def weak(plain):
 def test_what_cannot_be_summed_anew_says_so(variant_run, job, monkeypatch):
     order = job(variant_run("rslora"))
     monkeypatch.setattr(merged.psutil, "virtual_memory", lambda: type("M", (), {"available": 10}))
-    monkeypatch.setattr(merge, "_reason_against_streaming", lambda _: "a test")
+    monkeypatch.setattr(merge_weights, "_reason_against_streaming", lambda _: "a test")
     facts = export_merged(order)
     assert "GB of memory" in facts["skipped"]
     assert "tensors" not in facts

@@ -10,7 +10,7 @@ from lorakit.export.ollama import (
     parity,
     put_together,
 )
-from lorakit.export.source import open_source
+from lorakit.export.tuned_run import open_source
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + "

@@ -4,8 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorakit.model.attention import Segments
-from lorakit.records import IGNORE, Example, Origin
+from lorakit.engine.attention import Segments
+from lorakit.types import IGNORE, Example, Origin
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES = {

@@ -5,9 +5,9 @@ import torch
 from tests.families import FAMILIES, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorakit.model.count import count
 from lorakit.model.layer_widths import expert_elements, setting
-from lorakit.model.shapes import shape_config
+from lorakit.model.param_counts import count
+from lorakit.planning.known_models import shape_config
 
 
 def widths(name, **changes):

@@ -19,8 +19,8 @@ from lorakit.model.load import (
     nf4_config,
     public_name,
 )
-from lorakit.recipe import Recipe
-from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 
 CPU = detect_device("float32", prefer="cpu")
 

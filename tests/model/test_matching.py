@@ -5,7 +5,7 @@ from tests.families import tiny_config
 
 from lorakit.errors import RecipeError
 from lorakit.model.matching import check_adapter_settings
-from lorakit.recipe import Recipe
+from lorakit.recipe.schema import Recipe
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from lorakit.errors import ModelError
-from lorakit.fit import fit
+from lorakit.pipeline import fit
 
 
 def test_added_tokens_without_a_row_are_refused(tiny_recipe, tiny_model_dir, tiny_data, tmp_path):

@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from lorakit.ops import (
     cross_entropy_triton,
-    gated_triton,
-    hash_mask_triton,
+    dropout_mask_triton,
+    glu_triton,
     lora_output_triton,
     lora_triton,
     nf4_triton,
@@ -78,8 +78,8 @@ def launch_products(kind, rank, rows):
         lora_output_triton.lora_output_grads_triton(make(rows, 3 * MODEL), three, columns)
     two = Update(make(rows, 2 * rank), make(2 * INNER, rank), (0, 1))
     down = InputGrad(make(rows, rank), make(rank, INNER), keys, 0.1)
-    gated_triton.gated_triton(both, "silu", two)
-    gated_triton.gated_backward_triton(inner, both, "silu", two, down)
+    glu_triton.gated_triton(both, "silu", two)
+    glu_triton.gated_backward_triton(inner, both, "silu", two, down)
     angles = (make(1, rows, HEAD),) * 2
     rope_triton.rotate_qkv_triton_(make(rows, 3 * MODEL), (HEADS,) * 3, HEAD, angles, three)
 
@@ -90,9 +90,9 @@ def launch_rest(kind):
     float32 = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
     x, weight = make(512, MODEL), make(MODEL)
     both, inner = make(512, 2 * INNER), make(512, INNER)
-    gated_triton.gated_triton(both, "silu")
-    gated_triton.gated_backward_triton(inner, both, "silu")
-    hash_mask_triton.masked_triton(x, torch.empty(2, dtype=torch.int32, device="meta"), 0.1)
+    glu_triton.gated_triton(both, "silu")
+    glu_triton.gated_backward_triton(inner, both, "silu")
+    dropout_mask_triton.masked_triton(x, torch.empty(2, dtype=torch.int32, device="meta"), 0.1)
     angles, heads = (make(1, 512, HEAD),) * 2, make(1, 512, HEADS, HEAD)
     rope_triton.rope_triton(heads, *angles, heads)
     rope_triton.rotate_qkv_triton_(make(512, 3 * MODEL), (HEADS,) * 3, HEAD, angles, None)

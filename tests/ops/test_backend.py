@@ -5,12 +5,7 @@ import torch
 
 from lorakit.hardware import runs_kernels
 from lorakit.ops import backend
-from lorakit.ops.backend import (
-    definitions_only,
-    has_kernels,
-    has_matrix_kernels,
-    kernels_reason,
-)
+from lorakit.ops.backend import definitions_only, has_kernels, has_matrix_kernels, kernels_reason
 
 
 class OnACard:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.ops.hash_mask import draw_keys, keep_mask
+from lorakit.ops.dropout_mask import draw_keys, keep_mask
 from lorakit.ops.lora import lora_a_grad, lora_down, lora_input_grad_, matmul_float32
 
 

@@ -11,11 +11,11 @@ from transformers.integrations import hub_kernels
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from lorakit.model.shapes import shape_config
+from lorakit.planning.activations import simulate
 from lorakit.planning.fake_pass import fake_pass
-from lorakit.planning.simulate import simulate
-from lorakit.recipe import Recipe
-from lorakit.records import Device
+from lorakit.planning.known_models import shape_config
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device
 
 CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
 

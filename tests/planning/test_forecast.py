@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from lorakit.errors import ModelError, WorkError
-from lorakit.model.shapes import shape_config
 from lorakit.planning import forecast as module
-from lorakit.planning.cards import CARDS, card_device, several
-from lorakit.planning.changes import Change, smallest_card
 from lorakit.planning.forecast import find_config, forecast, planned_speed, refuse, saving
-from lorakit.planning.phases import disk_parts, host_parts, merge_parts, phases
-from lorakit.planning.training import plan_training
-from lorakit.recipe import Recipe
+from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.known_models import shape_config
+from lorakit.planning.planner import plan_training
+from lorakit.planning.stages import disk_parts, host_parts, merge_parts, phases
+from lorakit.planning.suggestions import Change, smallest_card
+from lorakit.recipe.schema import Recipe
 
 H100 = card_device(CARDS["h100"], None, "auto")
 T4 = card_device(CARDS["t4"], None, "auto")

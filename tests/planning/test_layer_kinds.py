@@ -3,7 +3,7 @@
 import pytest
 from tests.families import tiny_config
 
-from lorakit.model.shapes import shape_config
+from lorakit.planning.known_models import shape_config
 from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from tests.families import FAMILIES, tiny_config
 
-from lorakit.model.shapes import shape_config
 from lorakit.planning import throughput
-from lorakit.planning.cards import CARDS, card_device, several
+from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.known_models import shape_config
+from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import estimate_speed, expected_speed
-from lorakit.planning.training import plan_training
-from lorakit.recipe import Recipe
-from lorakit.records import Device, MemoryPlan
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device, MemoryPlan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 KINDS = ("engine", "baseline", "scale")

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from lorakit.model.shapes import shape_config
-from lorakit.planning.cards import CARDS, card_device, several
-from lorakit.planning.traffic import NONE, traffic
-from lorakit.planning.training import plan_training
-from lorakit.recipe import Recipe
+from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.known_models import shape_config
+from lorakit.planning.planner import plan_training
+from lorakit.planning.throughput import NONE, traffic
+from lorakit.recipe.schema import Recipe
 
 TRAINED = 39_976_960  # LoRA r16 of Llama-2-7B
 LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)

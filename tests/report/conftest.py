@@ -5,8 +5,8 @@ import json
 import pytest
 from tests.pages import Reader
 
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir, append_metrics, write_json
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, append_metrics, write_json
 
 PARTS = {"frozen weights": 9_000_000, "adapters (float32)": 400_000, "nothing much": 1}
 

@@ -14,7 +14,7 @@ from tests.pages import Reader
 
 from lorakit.errors import LorakitError
 from lorakit.report.page import write_report
-from lorakit.run_dir import RunDir
+from lorakit.storage.run_dir import RunDir
 
 FILES = [
     "data_report.json", "plan.json", "eval.json", "environment.json", "export/verify.json",

@@ -6,12 +6,11 @@ import pytest
 from jinja2 import UndefinedError
 from tests.pages import Reader
 
-from lorakit.data.inspection import Inspection, Piece, Shown
-from lorakit.data.lengths import measure
-from lorakit.display.console import as_text
-from lorakit.display.inspection import inspection_view
-from lorakit.records import IGNORE, DataReport, Example, Fault, Origin
+from lorakit.data.inspection import Inspection, Piece, Shown, measure
+from lorakit.display.inspection_view import inspection_view
+from lorakit.display.rich_output import as_text
 from lorakit.report.html import render, write_inspection
+from lorakit.types import IGNORE, DataReport, Example, Fault, Origin
 
 EVIL = '<script>alert("x")</script>&<img src=http://x.example onerror=a()>\x1b[31m'
 

@@ -7,12 +7,12 @@ import pytest
 from rich.console import Console
 
 import lorakit
-from lorakit import fit as story
+from lorakit import pipeline
 from lorakit.errors import RunError, WorkError
-from lorakit.recipe_file import load_recipe
-from lorakit.report.load import read_run
+from lorakit.recipe.loader import load_recipe
+from lorakit.report.load_run import read_run
 from lorakit.report.page import duration, renew_report, report_page, write_report
-from lorakit.run_dir import ADAPTER_WEIGHTS, append_metrics
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, append_metrics
 
 EVIL = '<script>alert("x")</script>&<img src=http://x.example onerror=a()>\x1b[31m\'"'
 SECTIONS = [
@@ -273,7 +273,7 @@ def test_a_run_that_ended_with_a_fault_has_its_page_too(
     def fails(*_):
         raise WorkError("diverged")
 
-    monkeypatch.setattr(story, "save_adapter", fails)
+    monkeypatch.setattr(pipeline, "save_adapter", fails)
     with pytest.raises(WorkError, match="diverged"):
         lorakit.finetune(
             model=str(tiny_model_dir), data=tiny_data, output_dir=tmp_path / "run", max_steps=1,

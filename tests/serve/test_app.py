@@ -13,8 +13,8 @@ import openai
 import pytest
 from tests.made_runs import LIMIT, answer
 
-from lorakit.data.template import prompt_ids
-from lorakit.records import Message
+from lorakit.data.tokenize.encode import prompt_ids
+from lorakit.types import Message
 
 SPEAKERS = ["fruit", "animal"]
 ASK = [{"role": "user", "content": "What color is box 3?"}]
@@ -90,7 +90,7 @@ def test_models_are_the_adapters_and_the_base(client, runs):
 
 
 def test_each_adapter_and_the_base_answer_as_they_do_in_chat(client, tokenizer):
-    """`tests/test_chat.py` has the same words from the same models."""
+    """`tests/inference/test_chat.py` has the same words from the same models."""
     names = [m.id for m in client.models.list()]
     for name, words in zip(names, [*SPEAKERS, "base"], strict=True):
         reply = ask(client, model=name)

@@ -6,15 +6,15 @@ import torch
 from rich.console import Console
 
 from lorakit.hardware import detect_device
-from lorakit.memory import plan_memory
-from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base, load_tokenizer
-from lorakit.recipe import Recipe
-from lorakit.records import IGNORE, Example, Origin
-from lorakit.run_dir import RunDir
+from lorakit.model.lora_config import add_adapter
+from lorakit.planning.memory import plan_memory
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
 from lorakit.train.trainer import LoraTrainer
+from lorakit.types import IGNORE, Example, Origin
 
 CPU = detect_device("float32", prefer="cpu")
 PETABYTE = 2**50

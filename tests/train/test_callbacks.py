@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lorakit.ranks import ALONE
-from lorakit.recipe import Recipe
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.distributed.process_group import ALONE
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir, read_metrics
 from lorakit.train import callbacks
 from lorakit.train.callbacks import Reporter, Stopper
+from lorakit.train.diagnostics import Watch
+from lorakit.train.gradient_sync import Together
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
-from lorakit.train.together import Together
-from lorakit.train.watch import Watch
 
 
 def control():

@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lorakit.durable import MANIFEST, staged
 from lorakit.errors import RunError, WorkError
-from lorakit.recipe import Recipe
-from lorakit.run_dir import RunDir
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.atomic_dir import MANIFEST, staged
+from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import (
     checkpoint_bytes,
     checkpoint_step,

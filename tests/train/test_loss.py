@@ -5,13 +5,13 @@ import torch
 from tests.model.engine_models import examples as random_rows
 from tests.model.engine_models import tiny
 
-from lorakit.data.batch import collate, pack
+from lorakit.data.batching import collate, pack
 from lorakit.hardware import detect_device
-from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base
-from lorakit.recipe import Recipe
-from lorakit.records import IGNORE, Example, Origin
+from lorakit.model.lora_config import add_adapter
+from lorakit.recipe.schema import Recipe
 from lorakit.train.loss import attach_loss, base_of, detach_loss
+from lorakit.types import IGNORE, Example, Origin
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -235,7 +235,7 @@ def test_a_model_that_changes_its_logits_in_its_own_way_falls_back_and_is_still_
 def test_packed_examples_have_the_loss_and_the_gradients_of_single_ones(
     tiny_model_dir, engine, capacity
 ):
-    from lorakit.data.batch import Layout, step_batches
+    from lorakit.data.batching import Layout, step_batches
 
     model = model_of(tiny_model_dir)
     attached = attach_loss(model, engine)
@@ -279,9 +279,9 @@ def chats(tokenizer):
     import json
     from importlib.resources import files
 
-    from lorakit.data.batch import pack
-    from lorakit.data.template import encode
-    from lorakit.records import Conversation, Message
+    from lorakit.data.batching import pack
+    from lorakit.data.tokenize.encode import encode
+    from lorakit.types import Conversation, Message
 
     text = (files("lorakit") / "assets" / "demo_train.jsonl").read_text(encoding="utf-8")
     asked = [json.loads(line) for line in text.splitlines()]

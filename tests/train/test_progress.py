@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.storage.run_dir import RunDir, read_metrics
 from lorakit.train.progress import TrainingProgress, process_memory_bytes
 
 

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from lorakit.errors import ModelError, RunError, WorkError
-from lorakit.fit import fit
 from lorakit.hardware import detect_device
-from lorakit.recipe_file import load_recipe
-from lorakit.run_dir import RunDir, append_metrics, read_metrics
+from lorakit.pipeline import fit
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import RunDir, append_metrics, read_metrics
 from lorakit.train.resume import claim_run, environment, forget_after, write_run_files
 
 QUIET = Console(quiet=True, stderr=True)

@@ -9,21 +9,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorakit.distributed.process_group import Ranks
 from lorakit.errors import DataError
 from lorakit.hardware import detect_device
-from lorakit.memory import plan_memory
-from lorakit.model.adapters import add_adapter
 from lorakit.model.load import load_base, load_tokenizer
-from lorakit.ranks import Ranks
-from lorakit.recipe import Recipe
-from lorakit.records import IGNORE, Example, Origin
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.model.lora_config import add_adapter
+from lorakit.planning.memory import plan_memory
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir, read_metrics
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
-from lorakit.train.trainer import (
-    LoraTrainer,
-    pad_token_id,
-)
+from lorakit.train.trainer import LoraTrainer, pad_token_id
+from lorakit.types import IGNORE, Example, Origin
 
 CPU = detect_device("float32", prefer="cpu")
 

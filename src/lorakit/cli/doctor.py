@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.base import Json, Offline, app, out, print_json
+from lorakit.cli.app import Json, Offline, app, out, print_json
 
 
 @app.command()
@@ -19,8 +19,8 @@ def doctor(
 ) -> None:
     """Look this machine over: what is broken, why, and what to type. Exit 1 if anything is."""
     from lorakit.doctor.checks import examine
-    from lorakit.doctor.facts import gather
     from lorakit.doctor.show import show_findings
+    from lorakit.doctor.system_info import gather
 
     findings = examine(gather(model, offline))
     broken = any(f.state == "broken" for f in findings)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
-from lorakit.cli import after, before, doctor, plan, recipe_import, train
-from lorakit.cli.base import app, log
-from lorakit.cli.streams import keep_streams_going
+from lorakit.cli import doctor, import_recipe, inspect, plan, run_commands, train
+from lorakit.cli.app import app, log
+from lorakit.console import keep_streams_going
+from lorakit.distributed.process_group import take_own_card
 from lorakit.errors import LorakitError
-from lorakit.ranks import take_own_card
 
 # The commands register themselves when these are imported.
-__all__ = ["after", "before", "doctor", "main", "plan", "recipe_import", "train"]
+__all__ = ["doctor", "import_recipe", "inspect", "main", "plan", "run_commands", "train"]
 
 
 def main() -> None:

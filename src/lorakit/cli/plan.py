@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.base import Json, Method, Offline, Set, app, out, print_json, quiet
+from lorakit.cli.app import Json, Method, Offline, Set, app, out, print_json, quiet
 
 
 @app.command()
@@ -46,7 +46,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say whether a run fits, how fast it will be, and what would make it fit. Loads no weights."""
-    from lorakit.recipe_file import load_recipe
+    from lorakit.recipe.loader import load_recipe
 
     flags: dict[str, Any] = {"model": model, "method": method, "cutoff_len": seq}
     flags["data"] = data or (None if recipe else "not read")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.base import (
+from lorakit.cli.app import (
     Gpus,
     Json,
     Method,
@@ -30,7 +30,7 @@ from lorakit.cli.base import (
 @app.command()
 def demo(method: Method = "lora", output: Output = None, as_json: Json = False) -> None:
     """Fine-tune a real small chat model on this CPU, in minutes, and show what changed."""
-    from lorakit.demo import demo_recipe
+    from lorakit.recipe.demo import demo_recipe
 
     run_training(
         demo_recipe(method or "lora", output), resume=False, as_json=as_json, next_steps=True
@@ -61,7 +61,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model: recipe and flags in, a run directory out."""
-    from lorakit.recipe_file import load_recipe
+    from lorakit.recipe.loader import load_recipe
 
     flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
     flags["data"] = data[0] if data and len(data) == 1 else data or None
@@ -71,8 +71,8 @@ def train(
         on_gpus(gpus)
     if dry_run:
         quiet(resolved.recipe.offline)
-        from lorakit.fit import prepare_run
-        from lorakit.preview import show_prologue
+        from lorakit.pipeline import prepare_run
+        from lorakit.results import show_prologue
 
         show_prologue(prepare_run(resolved, log, gpus=gpus), out, as_json)
         return
@@ -85,8 +85,8 @@ def run_training(
     """Train, show the outcome, and end with the run's own exit code."""
     quiet(resolved.recipe.offline)
     first = first_rank()
-    from lorakit.fit import fit
-    from lorakit.preview import show_outcome
+    from lorakit.pipeline import fit
+    from lorakit.results import show_outcome
 
     outcome = fit(resolved, log, resume, force)
     if not first:

@@ -1,31 +1,30 @@
-"""A recipe's sources enter; token ids with a mask leave, and a report of all that was left out.
+"""Read a recipe's sources and make token ids with a loss mask, and a report of what was left out.
 
-The stages in order, one module each; `prepare.py` runs them:
+The stages in order; `prepare` runs them:
 
-    locate    a source string -> files, an address or a hub dataset id
-    remote    addresses -> bytes, from public hosts only; hub: dataset ids -> rows
-    lines     files -> bytes, unpacked, and lines of text
-    read      files -> rows, numbered as in the file
-    formats   rows -> conversations or documents; the format is found by its columns
-    turns     the cells of a row -> turns with roles and texts; tools: its tool calls and schemas
-    clean     texts without control characters, in composed letters
-    check     what is wrong with a row, counted
-    gather    all of these, for the sources of a recipe; the usable rows go on a shelf
-    shelf     items and examples on disk, by number; items: one item as a line
-    cache     shelves that were made before are found by what decides their content
-    resolve   the tokenizer's chat template, or one supplied and said so
-    render    turns -> text -> ids, and the template's habits
-    spans     where the answers stand in a rendered text
-    ids       texts -> ids at the tokenizer's own speed
-    template  conversations -> token ids and mask: the only place where a mask is made
-    shorten   a conversation that is too long -> several
-    chunk     where a long text may be cut; documents: long texts -> examples or requests
-    verify    an example that would spoil a run is refused
-    near      duplicates and overlap, exact and nearly
-    split     the seeded held-out part
-    pack      lengths -> groups that fill micro-batches
-    batch     examples -> tensors, packed or padded
+    sources/locate           a source string -> files, an address or a hub dataset id
+    sources/http             addresses -> bytes, from public hosts only; hub_datasets: ids -> rows
+    sources/files            files -> bytes, decompressed, and lines of text
+    sources/readers          files -> rows, numbered as in the file; json_stream: one JSON array
+    formats/row_formats      rows -> conversations or documents; columns select the format
+    formats/messages         cells of a row -> messages with roles, tool calls and schemas
+    formats/normalize        texts without control characters, in composed letters
+    issues                   faults of rows, counted
+    conversations            all of these, for the sources of a recipe
+    dataset                  conversations and tokenized examples on disk, read by number
+    cache                    prepared datasets, found again by a hash of all they depend on
+    chat_template/select     the tokenizer's chat template, or a supplied one, with a note
+    chat_template/render     messages -> text -> ids, and what a template can write
+    chat_template/sandbox    limits on the time and memory that a template may take
+    tokenize/spans           character spans of the answers in a rendered text
+    tokenize/batch_tokenizer texts -> ids in batches
+    tokenize/encode          conversations -> ids and loss mask: the only place that makes a mask
+    tokenize/truncate        a conversation that is too long -> several
+    tokenize/documents       long texts -> windows or instruction pairs
+    tokenize/example_checks  refuse an example that would spoil a run
+    dedup                    duplicates and overlap, exact and near (MinHash)
+    split                    the seeded held-out split
+    batching                 lengths -> micro-batches; examples -> tensors, packed or padded
 
-For people: `inspection.py` gathers figures (`lengths.py`) and examples token by token;
-`display/inspection.py` shows them.
+`inspection` collects statistics and examples token by token; `display/inspection_view` prints them.
 """

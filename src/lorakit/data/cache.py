@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorakit.durable import flush
 from lorakit.errors import WorkError
+from lorakit.storage.atomic_dir import flush
 
 # A million chats of 210 characters take about 0.9 GB.
 MOST_BYTES = 20 * 2**30
@@ -143,6 +143,6 @@ def _code() -> str:
     """Hash of the code that makes the data: a new version must not meet an old folder."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), here.parent / "records.py"]):
+    for path in sorted([*here.rglob("*.py"), here.parent / "types.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -14,7 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.cache import folder_for, key_of
-from lorakit.data.check import (
+from lorakit.data.conversations import gather
+from lorakit.data.dataset import (
+    Examples,
+    ExampleShelf,
+    Item,
+    Items,
+    ItemShelf,
+    write_examples,
+    write_items,
+)
+from lorakit.data.dedup import report_duplicates, report_overlap
+from lorakit.data.issues import (
     HELD_OUT,
     SHOWN_ROWS,
     FaultLog,
@@ -24,16 +35,12 @@ from lorakit.data.check import (
     refuse_if_strict,
     told_faults,
 )
-from lorakit.data.gather import gather
-from lorakit.data.ids import tokenizer_key
-from lorakit.data.items import Item
-from lorakit.data.near import report_duplicates, report_overlap
-from lorakit.data.shelf import Examples, ExampleShelf, Items, ItemShelf, write_examples, write_items
 from lorakit.data.split import shuffled, split
-from lorakit.data.template import Rules, encode_many, resolve_template
+from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
+from lorakit.data.tokenize.encode import Rules, encode_many, resolve_template
 from lorakit.errors import DataError
-from lorakit.recipe import Recipe
-from lorakit.records import DataReport, Document, Example
+from lorakit.recipe.schema import Recipe
+from lorakit.types import DataReport, Document, Example
 
 
 @dataclass(frozen=True, slots=True)

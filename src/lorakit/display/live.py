@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.display.charts import Chart, Point, Series, line_chart
-from lorakit.run_dir import RunDir, read_metrics
+from lorakit.storage.run_dir import RunDir, read_metrics
 
 
 @contextlib.contextmanager

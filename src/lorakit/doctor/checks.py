@@ -1,6 +1,6 @@
 """Facts enter; one Finding per check leaves: fine, worth knowing, or broken, with what mends it.
 
-A check is one function and one row of CHECKS; its words stand in `troubles.py`.
+A check is one function and one row of CHECKS; its words stand in `doctor/known_issues.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lorakit.doctor.facts import Facts
-from lorakit.doctor.troubles import TROUBLES
-from lorakit.floors import FLOORS
+from lorakit.dependencies import FLOORS
+from lorakit.doctor.known_issues import TROUBLES
+from lorakit.doctor.system_info import Facts
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 11)

@@ -12,16 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lorakit.durable import staged
 from lorakit.errors import WorkError
-from lorakit.export.declared import check_predictions, require_fit
+from lorakit.export.checkpoint_keys import check_predictions, require_fit
 from lorakit.export.finite import DAMAGED, require_finite
-from lorakit.export.formats import Job
+from lorakit.export.hf_files import write_tokenizer
 from lorakit.export.merged import memory_missing
-from lorakit.export.source import Source, float32_model, scale_of
-from lorakit.export.spelling import write_tokenizer
-from lorakit.export.verify import agreement, check_tokenizer, make_reference
-from lorakit.run_dir import ADAPTER_WEIGHTS
+from lorakit.export.tuned_run import Job, Source, float32_model, scale_of
+from lorakit.export.verify_outputs import agreement, check_tokenizer, make_reference
+from lorakit.storage.atomic_dir import staged
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 
 
 def export_adapter(job: Job) -> dict[str, Any]:

@@ -9,21 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.template import prompt_ids
-from lorakit.durable import staged
+from lorakit.data.tokenize.encode import prompt_ids
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import finite, llama_cpp
 from lorakit.export.adapter import fold_adapter, why_not_portable
-from lorakit.export.converter import TYPES, Conversion, convert_all
 from lorakit.export.divergence import summed
-from lorakit.export.formats import Job
-from lorakit.export.kquants import FILE_TYPES, INSTALL, quantize_gguf
-from lorakit.export.merge import check_space
+from lorakit.export.gguf_convert import TYPES, Conversion, convert_all
+from lorakit.export.gguf_quantize import FILE_TYPES, INSTALL, quantize_gguf
+from lorakit.export.hf_files import set_thinking, write_config, write_tokenizer
+from lorakit.export.merge_weights import check_space
 from lorakit.export.merged import fill_merged, memory_missing
-from lorakit.export.shards import stored_tensors
-from lorakit.export.source import Source, checked_prompts, float32_model
-from lorakit.export.spelling import set_thinking, write_config, write_tokenizer
-from lorakit.export.verify import (
+from lorakit.export.tuned_run import Job, Source, checked_prompts, float32_model
+from lorakit.export.verify_outputs import (
     ANSWER_TOKENS,
     PROMPTS,
     Agreement,
@@ -31,8 +28,10 @@ from lorakit.export.verify import (
     make_reference,
     same_prompt,
 )
-from lorakit.recipe_file import suggest
-from lorakit.records import Message
+from lorakit.model.safetensors_io import stored_tensors
+from lorakit.recipe.loader import suggest
+from lorakit.storage.atomic_dir import staged
+from lorakit.types import Message
 
 QUANTIZATIONS = (*TYPES, *FILE_TYPES)
 # Next-token KL in nats of a right export on SmolLM2, with room; a lost template or a wrong

@@ -7,10 +7,8 @@ from typing import Any
 
 import psutil
 
-from lorakit.durable import staged
 from lorakit.errors import WorkError
-from lorakit.evaluate import encode_held_out
-from lorakit.export.declared import (
+from lorakit.export.checkpoint_keys import (
     check_folder,
     check_predictions,
     declared_class,
@@ -18,11 +16,9 @@ from lorakit.export.declared import (
 )
 from lorakit.export.divergence import compare
 from lorakit.export.finite import require_finite
-from lorakit.export.formats import Job
-from lorakit.export.merge import STREAMED, WIDER, check_space, parameters, write_merged
-from lorakit.export.source import Source, compared_bytes, float32_model, trained_class
-from lorakit.export.tensors import compare_tensors
-from lorakit.export.verify import (
+from lorakit.export.merge_weights import STREAMED, WIDER, check_space, parameters, write_merged
+from lorakit.export.tuned_run import Job, Source, compared_bytes, float32_model, trained_class
+from lorakit.export.verify_outputs import (
     Agreement,
     Reference,
     agreement,
@@ -30,7 +26,10 @@ from lorakit.export.verify import (
     make_reference,
     predictions,
 )
-from lorakit.train.score import score
+from lorakit.export.verify_tensors import compare_tensors
+from lorakit.inference.evaluate import encode_held_out
+from lorakit.storage.atomic_dir import staged
+from lorakit.train.eval_loss import score
 from lorakit.train.trainer import pad_token_id
 
 # The float32 sum against the live adapter: 1e-8 nats per token on SmolLM2 if right, 3.1 if lost.

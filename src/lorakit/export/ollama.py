@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.render import habits_of, render
-from lorakit.durable import staged
+from lorakit.data.chat_template.render import habits_of, render
 from lorakit.errors import DataError
 from lorakit.export.adapter import why_not_portable
-from lorakit.export.formats import Job
 from lorakit.export.gguf import (
     ADAPTER_FILE,
     FILE_BYTES,
@@ -27,8 +25,9 @@ from lorakit.export.gguf import (
     quantization,
     refuse_unportable,
 )
-from lorakit.export.merge import check_space
-from lorakit.export.source import Source, checked_prompts
+from lorakit.export.merge_weights import check_space
+from lorakit.export.tuned_run import Job, Source, checked_prompts
+from lorakit.storage.atomic_dir import staged
 
 MARK = "7qzx"
 BASE_FILE = "base-F16.gguf"

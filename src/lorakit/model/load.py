@@ -1,4 +1,10 @@
-"""A recipe or a run directory enters; a base model, its tokenizer, or a tuned model leaves."""
+"""A recipe or a run directory enters; a base model, its tokenizer, or a tuned model leaves.
+
+A tokenizer and a base enter; in silence, or refused where one knows tokens that the other lacks.
+
+Tokens added to a tokenizer have no row in the base's embedding: looked up, they end in an index
+error, on a card in one that names nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +19,21 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorakit.errors import DependencyError, LorakitError, ModelError, first_line
-from lorakit.gpu_memory import cap_finished_run
-from lorakit.hardware import detect_device
-from lorakit.model.embedded import HUB_ID, Progress, demo_model_dir
-from lorakit.model.foreign import (
+from lorakit.hardware import cap_finished_run, detect_device
+from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
+from lorakit.model.kernel_check import check_kernels
+from lorakit.model.safetensors_io import check_weights, read_header
+from lorakit.model.untrusted import (
     check_adapter,
     check_config,
     check_folder,
     check_tokenizer,
     say_trust,
 )
-from lorakit.model.kernel_functions import check_kernels
-from lorakit.model.weight_files import check_weights, read_header
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import load_recipe
-from lorakit.records import Device
-from lorakit.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.recipe.loader import load_recipe
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.types import Device
 
 BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2'"
 
@@ -364,3 +369,21 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
         f"model: {reference}: the hub cannot be reached and the model is not in the local cache",
         hint="connect, give a local folder, or try `--model demo`",
     )
+
+
+def check_vocabulary(tokenizer: Any, base: Any) -> None:
+    """Every token of `tokenizer` has a row in the embedding of `base`.
+
+    Raises:
+        ModelError: names the first that has none.
+    """
+    rows = base.get_input_embeddings().weight.shape[0]
+    beyond = sorted((i, t) for t, i in tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        number, token = beyond[0]
+        raise ModelError(
+            f"the tokenizer has {len(beyond)} token{'s' * (len(beyond) > 1)} that the base has no "
+            f"embedding for (first: {token!r}, number {number}; the base has {rows:,} rows)",
+            hint="use the tokenizer that came with the base, or a base whose embedding was resized "
+            "and trained for these tokens",
+        )

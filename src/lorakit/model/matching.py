@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.errors import RecipeError, first_line
-from lorakit.model.count import Counted, count, ends, is_named, is_target, layer_number
-from lorakit.model.patterns import check_patterns
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import suggest
+from lorakit.model.param_counts import Counted, count, ends, is_named, is_target, layer_number
+from lorakit.model.regex_limits import check_patterns
+from lorakit.recipe.loader import suggest
+from lorakit.recipe.schema import Recipe
 
 SHOWN = 12  # names in a hint
 
@@ -103,7 +103,7 @@ def _try_on(recipe: Recipe, config: Any, counted: Counted) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lorakit.model.adapters import lora_config
+    from lorakit.model.lora_config import lora_config
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

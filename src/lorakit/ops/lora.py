@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.backend import has_kernels, has_matrix_kernels
-from lorakit.ops.hash_mask import keep_mask
+from lorakit.ops.dropout_mask import keep_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def lora_a_grad_reference(ds: Tensor, x: Tensor, keys: Tensor, p: float) -> Tens
 
 def _masked(x: Tensor, key: Tensor, p: float) -> Tensor:
     if has_kernels(x):
-        from lorakit.ops.hash_mask_triton import masked_triton
+        from lorakit.ops.dropout_mask_triton import masked_triton
 
         return masked_triton(x, key, p)
     return x * keep_mask(key, x.shape[0], x.shape[1], p).to(x.dtype)

@@ -1,6 +1,7 @@
 """A group's output enters, or its gradient; what its adapters add to it or take from it leaves.
 
-In the notation of `lora.py`, for the adapted modules j of a group whose outputs lie side by side:
+In the notation of `ops/lora.py`, for the adapted modules j of a group whose outputs lie side by
+side:
 
     y_j = start + S_j B_j^T         dS_j = dy_j B_j         dB_j = dy_j^T S_j
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.launch import launch
+from lorakit.ops.kernel_launch import launch
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 

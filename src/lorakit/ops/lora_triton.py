@@ -1,4 +1,4 @@
-"""The masked products of `lora.py` as Triton kernels: dropout masks live in registers only.
+"""The masked products of `ops/lora.py` as Triton kernels: dropout masks live in registers only.
 
 `low_rank_tile` is what other kernels call to add an adapter's part to a tile on the way.
 """
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.hash_mask import threshold
-from lorakit.ops.hash_mask_triton import keep_tile
-from lorakit.ops.launch import launch
+from lorakit.ops.dropout_mask import threshold
+from lorakit.ops.dropout_mask_triton import keep_tile
+from lorakit.ops.kernel_launch import launch
 
 # Chosen on an H100 (benchmarks/time_ops.py), for few rows and for many.
 MANY_ROWS = 4096

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from lorakit.model.kernel_functions import kernel_functions
+from lorakit.model.kernel_check import kernel_functions
 
 
 @contextlib.contextmanager

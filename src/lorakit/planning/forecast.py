@@ -8,12 +8,13 @@ from typing import Any
 
 from lorakit.errors import LorakitError, ModelError, WorkError
 from lorakit.hardware import host_memory
-from lorakit.memory import reserve_note
-from lorakit.model.count import count
-from lorakit.model.shapes import REPOSITORIES, SHAPES, shape_config
-from lorakit.planning.cards import Card, recognize
-from lorakit.planning.changes import Change, fewest_gpus, find_changes, smallest_card
-from lorakit.planning.phases import (
+from lorakit.model.param_counts import count
+from lorakit.planning.gpus import Card, recognize
+from lorakit.planning.known_models import REPOSITORIES, SHAPES, shape_config
+from lorakit.planning.memory import reserve_note
+from lorakit.planning.multi_gpu import Scale, scale
+from lorakit.planning.planner import plan_training
+from lorakit.planning.stages import (
     LOADING,
     Parts,
     disk_parts,
@@ -22,12 +23,11 @@ from lorakit.planning.phases import (
     phases,
     trained_elements,
 )
-from lorakit.planning.scale import Scale, scale
+from lorakit.planning.suggestions import Change, fewest_gpus, find_changes, smallest_card
 from lorakit.planning.throughput import Speed, estimate_speed
-from lorakit.planning.training import plan_training
-from lorakit.recipe import Recipe
-from lorakit.recipe_file import suggest
-from lorakit.records import Device, MemoryPlan
+from lorakit.recipe.loader import suggest
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device, MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)

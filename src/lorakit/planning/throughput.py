@@ -7,7 +7,17 @@ of one length; baseline_*.json for PEFT's own layers: within 11%). Another card'
 sum with its data sheet's rates: an estimate, and said so.
 
 Of several GPUs each works on its part of a step; the step ends when the one with the largest part
-is through and the gradients are summed (`traffic.py`).
+is through and the gradients are summed (`planning/throughput.py`).
+
+A plan for several GPUs enters; what a step sends over the wires, and how long, leaves.
+
+    gradients   2 (N-1)/N * 4 P bytes           a ring over all N ranks, once a step, waited for
+    weights     2 * (n-1)/n * frozen bytes      a ring over the n ranks of a node, up and down,
+                                                behind the layers before: it costs what sticks out
+
+These are a ring's bytes, the least there are (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput.
+69); seconds are bytes over the slowest link, the time of a message itself left out. P trained
+numbers travel in float32. A ring crosses each node's network once, so all its GPUs share that.
 """
 
 from __future__ import annotations
@@ -18,14 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.errors import first_line
-from lorakit.memory import expects_engine
-from lorakit.model.count import Counted, count
 from lorakit.model.layer_widths import LayerWidths
-from lorakit.model.sizes import NF4_BYTES, examples_of_rank
-from lorakit.planning.cards import Card
-from lorakit.planning.traffic import traffic
-from lorakit.recipe import Recipe
-from lorakit.records import Device, MemoryPlan
+from lorakit.model.param_counts import Counted, count
+from lorakit.planning.gpus import Card
+from lorakit.planning.memory import expects_engine
+from lorakit.planning.rank_workload import NF4_BYTES, Sizes, examples_of_rank
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device, MemoryPlan
 
 # Attention runs below the rate of plain products.
 ATTENTION = 1.63
@@ -238,3 +247,42 @@ def _made_again(layer: LayerWidths, level: int, model: int) -> float:
     """Weights of the products that one of the fast layers computes twice, by what it keeps."""
     gate_up, qkv = 2 * model * layer.inner, model * (layer.queries + layer.keys_values)
     return (0.0, gate_up, gate_up + qkv, gate_up + qkv + layer.queries * model)[level]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one GPU sends, and receives, in a step; seconds where the links are known.
+
+    `link`: which wire the gradients wait for.
+    """
+
+    gradients_bytes: int
+    weights_bytes: int
+    gradients_seconds: float | None
+    weights_seconds: float | None
+    link: str
+
+
+NONE = Traffic(0, 0, 0.0, 0.0, "")
+
+
+def traffic(
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+) -> Traffic:
+    """What a step sends; nothing with one rank."""
+    if device.ranks == 1:
+        return NONE
+    sizes, shards = Sizes.of(recipe, config, device), plan.placement.shards
+    gradients = int(2 * (device.ranks - 1) / device.ranks * 4 * sizes.adapter)
+    weights = int(2 * (shards - 1) / shards * sizes.frozen_bytes)
+    if device.kind != "cuda" or card is None:
+        return Traffic(gradients, weights, None, None, "unknown")
+    inside, network = card.ring_gbs * 1e9, device.network_gbits / 8 * 1e9
+    between = device.nodes > 1 and (device.per_node == 1 or network < inside)
+    slowest = network if between else inside
+    link = (
+        f"network, {device.network_gbits:g} Gbit/s a node"
+        if between
+        else f"{card.ring}, {card.ring_gbs:g} GB/s"
+    )
+    return Traffic(gradients, weights, gradients / slowest, weights / inside, link)

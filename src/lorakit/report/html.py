@@ -13,11 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorakit.data.inspection import Inspection
-from lorakit.display.console import as_html
-from lorakit.display.inspection import inspection_view, verdict
+from lorakit.display.inspection_view import inspection_view, verdict
+from lorakit.display.rich_output import as_html
 from lorakit.redact import visible
-from lorakit.report.load import without_path
-from lorakit.run_dir import write_text
+from lorakit.report.load_run import without_path
+from lorakit.storage.run_dir import write_text
 
 # Columns of the inspection on a screen, and on a phone.
 WIDTHS = {"wide": 100, "narrow": 44}

@@ -14,8 +14,8 @@ from lorakit.display.charts import Chart, Series, line_chart, trend
 from lorakit.errors import LorakitError, RunError
 from lorakit.model.load import public_name
 from lorakit.report.html import render
-from lorakit.report.load import PATHS, Record, finite, read_run
-from lorakit.run_dir import RunDir, write_text
+from lorakit.report.load_run import PATHS, Record, finite, read_run
+from lorakit.storage.run_dir import RunDir, write_text
 
 GIB = 2**30
 

@@ -21,13 +21,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from lorakit.data.template import prompt_ids
+from lorakit.data.tokenize.encode import prompt_ids
 from lorakit.errors import LorakitError
-from lorakit.model.several import Several
-from lorakit.records import Message
-from lorakit.serve.door import Door, read_body
-from lorakit.serve.orders import BadOrder, Order, read_order
-from lorakit.serve.worker import Request, Worker
+from lorakit.model.multi_adapter import Several
+from lorakit.serve.batch_worker import Request, Worker
+from lorakit.serve.middleware import Door, read_body
+from lorakit.serve.requests import BadOrder, Order, read_order
+from lorakit.types import Message
 
 WAITING_LIMIT = 256
 Handler = Callable[[HttpRequest], Awaitable[Response]]

@@ -1,16 +1,22 @@
-"""The trainer's logs enter; metric rows and words about them leave, and a stop asked for."""
+"""The trainer's logs enter; metric rows and words about them leave, and a stop asked for.
+
+Minutes enter; a checkpoint each so many minutes of training leaves.
+
+A tracker's callback enters; the same leaves, unable to end a run by its own failure.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
+from lorakit.train.diagnostics import Watch
+from lorakit.train.gradient_sync import Together
 from lorakit.train.progress import TrainingProgress
-from lorakit.train.together import Together
-from lorakit.train.watch import Watch
 
 
 class Counting(Protocol):
@@ -80,3 +86,60 @@ class Stopper(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+class SaveClock(TrainerCallback):
+    """Asks for a checkpoint at the first step that ends `minutes` after the last one was saved.
+
+    Args:
+        agreed: told whether the time is over, says whether all ranks save now.
+    """
+
+    def __init__(
+        self,
+        minutes: float,
+        agreed: Callable[[bool], bool],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds, self.agreed, self.now = 60 * minutes, agreed, now
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last = self.now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.agreed(self.now() - self.last >= self.seconds):
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last = self.now()
+
+
+class Sheltered:
+    """Passes every event on to a tracker until it fails once; then says so and goes on without."""
+
+    def __init__(self, tracker: Any, note: Callable[[str], None]) -> None:
+        self.tracker, self.note = tracker, note
+        self.failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.tracker, name)
+        if not name.startswith("on_"):
+            return found
+
+        def event(*args: Any, **kwargs: Any) -> Any:
+            if self.failed:
+                return None
+            try:
+                return found(*args, **kwargs)
+            except Exception as error:
+                self.failed = True
+                kind = type(self.tracker).__name__.removesuffix("Callback").lower()
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                self.note(
+                    f"report_to: {kind} failed ({reason}); training goes on without it, "
+                    "metrics.jsonl has everything"
+                )
+                return None
+
+        return event

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from lorakit.distributed.process_group import ALONE, Ranks
+from lorakit.engine.attach import Engine, attach_engine
+from lorakit.engine.attention import Segments
 from lorakit.errors import WorkError
-from lorakit.model.attach import Engine, attach_engine
-from lorakit.model.attention import Segments
-from lorakit.model.families import changes_logits, transform_logits
-from lorakit.model.modes import device_of, evaluating
+from lorakit.model.architectures import changes_logits, transform_logits
+from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.cross_entropy import summed_cross_entropy
-from lorakit.ranks import ALONE, Ranks
-from lorakit.records import ON_CARD, Placement
+from lorakit.types import ON_CARD, Placement
 
 PACKED = "documents share micro-batches without padding"
 # What a model raises whose parts are not where, or do not take what, a probe expects.

@@ -9,7 +9,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lorakit.run_dir import RunDir, append_metrics
+from lorakit.storage.run_dir import RunDir, append_metrics
 
 # Without a terminal (a log file, CI, a notebook's pipe) a line is printed at most this often.
 SECONDS_BETWEEN_LINES = 10.0

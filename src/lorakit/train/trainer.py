@@ -19,35 +19,31 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
-from lorakit.data.batch import Batch, Layout, StepBatch, step_batches
-from lorakit.data.pack import packing_words, saved_share
-from lorakit.data.shelf import lengths_of
+from lorakit.data.batching import Batch, Layout, StepBatch, packing_words, saved_share, step_batches
+from lorakit.data.dataset import lengths_of
+from lorakit.distributed.process_group import ALONE, Ranks
+from lorakit.engine.chunked_layer import Cut
+from lorakit.engine.cuda_graphs import GraphedMicroSteps, to_bucket
+from lorakit.engine.decoder_layer import Keep
+from lorakit.engine.layerwise import LayerMajor
+from lorakit.engine.lora_linear import FlatGradients
 from lorakit.errors import DataError, WorkError
-from lorakit.gpu_memory import MemoryCap
-from lorakit.model.chunked_layer import Cut
-from lorakit.model.fast_layer import Keep
+from lorakit.hardware import MemoryCap
 from lorakit.ops.backend import has_matrix_kernels
-from lorakit.ranks import ALONE, Ranks
-from lorakit.recipe import Recipe
-from lorakit.records import Device, EvalScore, Example, MemoryPlan
-from lorakit.run_dir import RunDir
-from lorakit.train.arguments import total_steps, training_arguments
-from lorakit.train.callbacks import Reporter, Stopper
-from lorakit.train.flat_gradients import FlatGradients
-from lorakit.train.graphs import GraphedMicroSteps, to_bucket
-from lorakit.train.guard import StepGuard
-from lorakit.train.layer_major import LayerMajor
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir
+from lorakit.train.callbacks import Reporter, SaveClock, Sheltered, Stopper
+from lorakit.train.diagnostics import Watch, planned_rate
+from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
+from lorakit.train.gradient_sync import Together, own_share
 from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
-from lorakit.train.out_of_memory import free_caches, memory_trouble
+from lorakit.train.oom import WithinMemory, free_caches, memory_trouble
 from lorakit.train.progress import TrainingProgress
-from lorakit.train.resumable import ResumableTrainer
-from lorakit.train.save_clock import SaveClock
-from lorakit.train.score import BATCH_TOKENS, combined, not_finite, score
+from lorakit.train.resumable_trainer import ResumableTrainer
 from lorakit.train.signals import StopRequest
-from lorakit.train.together import Together, own_share
-from lorakit.train.trackers import Sheltered
-from lorakit.train.watch import Watch, planned_rate
-from lorakit.train.within_memory import WithinMemory
+from lorakit.train.stability import StepGuard
+from lorakit.train.training_args import total_steps, training_arguments
+from lorakit.types import Device, EvalScore, Example, MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,83 @@
+"""What every command shares: the app, the two consoles, common options, and JSON on stdout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lorakit.console import quiet
+
+__all__ = [
+    "Gpus",
+    "Json",
+    "Method",
+    "Offline",
+    "Output",
+    "Run",
+    "Set",
+    "app",
+    "first_rank",
+    "log",
+    "on_gpus",
+    "out",
+    "print_json",
+    "quiet",
+]
+app = typer.Typer(
+    name="lorakit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+log = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/demo-lora.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
+Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
+Output = Annotated[Path | None, typer.Option(help="Folder to write into.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs of this machine that share each step.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"lorakit {importlib.metadata.version('lorakit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Fine-tune open chat models with LoRA and QLoRA."""
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def on_gpus(gpus: int) -> None:
+    """Run this very command in `gpus` processes and end with their exit code; in one, go on."""
+    from lorakit.distributed.launcher import launch, launched, without_gpus
+
+    if not launched():
+        raise typer.Exit(launch(without_gpus(sys.argv[1:]), gpus))
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for all; asked before the ranks are joined."""
+    return os.environ.get("RANK", "0") == "0"

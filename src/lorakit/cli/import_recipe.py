@@ -1,0 +1,88 @@
+"""Translate the recipe of another tool: `lorakit import`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit.cli.app import Json, app, log, print_json
+from lorakit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lorakit.recipe.importers.rules import Imported
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A recipe of Axolotl, LLaMA-Factory, TRL ...")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The recipe to write; default: stdout.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Translate another tool's recipe; exit 1 if something in it has no match here."""
+    from lorakit.recipe.importers.convert import as_dict, import_recipe, recipe_text
+
+    imported = import_recipe(source)
+    if output:
+        _write_new(output, recipe_text(imported))
+    elif not as_json:
+        sys.stdout.write(recipe_text(imported))
+    if as_json:
+        print_json(as_dict(imported))
+    else:
+        log.print("\n".join(_report(imported, output)), markup=False)
+    raise typer.Exit(1 if imported.left else 0)
+
+
+def _report(imported: Imported, output: Path | None) -> Iterator[str]:
+    """Yield lines on what became of each key, those that are not translated at the end."""
+    not_needed: dict[str, list[str]] = {}
+    keys = [line for line in imported.lines.values() if line.status != "default"]
+    yield f"{imported.path.name}: a recipe of {imported.tool.name}, {len(keys)} keys"
+    yield "\ntranslated"
+    for key, line in imported.lines.items():
+        if line.status == "not_needed":
+            not_needed.setdefault(line.note, []).append(key)
+        elif line.status == "translated" or (line.status == "default" and line.values):
+            yield f"  {key} -> {line.here}{f'  ({line.note})' if line.note else ''}"
+    yield "\nnot needed here, or done by lorakit itself"
+    for note, names in not_needed.items():
+        yield f"  {', '.join(names)}: {note}"
+    if imported.left:
+        yield "\nNOT translated: here the run will differ"
+    for key, note in imported.left.items():
+        yield f"  {key}: {note}"
+    count = len(imported.left)
+    end = f"{count} key{'' if count == 1 else 's'} not translated" if count else "all translated"
+    written = f"; written to {output}. Check it: lorakit train {output} --dry-run" if output else ""
+    yield f"\n{end}{written}"
+
+
+def _write_new(path: Path, text: str) -> None:
+    """A recipe that is there already may have been worked on: it is never overwritten."""
+    try:
+        handle = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w")
+    except FileExistsError:
+        raise RecipeError(
+            f"{path}: there already, and not overwritten", hint="give another name with -o"
+        ) from None
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be written: {error.strerror}", hint="give another place with -o"
+        ) from error
+    try:
+        with handle:
+            handle.write(text)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise RecipeError(
+            f"{path}: cannot be written: {error.strerror}", hint="give another place with -o"
+        ) from error

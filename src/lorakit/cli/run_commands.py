@@ -1,0 +1,176 @@
+"""What one does with a trained run: eval, chat, serve, export, report.
+
+Heavy imports live inside the commands, so that `lorakit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit.cli.app import Json, Offline, Output, Run, app, log, out, print_json, quiet
+
+
+def _is_offline(run: Any) -> bool:
+    """A run that was made offline is used offline."""
+    from lorakit.recipe.loader import load_recipe
+
+    return load_recipe(run.recipe).recipe.offline
+
+
+@app.command("eval")
+def evaluate_run(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Other held-out data than the run's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Answers to show side by side.")] = 4,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss and perplexity of base and tuned, and their answers side by side."""
+    from lorakit.storage.run_dir import find_run
+
+    opened = find_run(run)
+    quiet(offline or _is_offline(opened))
+    from lorakit.display.evaluation_view import evaluation_view
+    from lorakit.inference.evaluate import evaluate_loaded
+    from lorakit.model.load import load_run
+
+    result = evaluate_loaded(load_run(opened), data, samples, log.print)
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        out.print(evaluation_view(result))
+
+
+@app.command()
+def chat(
+    run: Run,
+    ask: Annotated[str | None, typer.Option(help="Answer one question and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="Another run on this base; /adapter switches.")
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Talk to a tuned model; /help lists the commands. Works in pipes too."""
+    from lorakit.storage.run_dir import find_run
+
+    opened = find_run(run)
+    quiet(offline or _is_offline(opened))
+    from lorakit.inference.chat import run as run_chat
+    from lorakit.inference.generate import GenerationSettings
+    from lorakit.model.multi_adapter import Several
+
+    several = Several.of(opened, tuple(find_run(path) for path in adapter or ()))
+    code = run_chat(
+        several,
+        title=f"{several.base_name} + {several.active} on {several.loaded.device.name}",
+        system=system,
+        settings=GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature),
+        as_json=as_json,
+        question=ask,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs on one base; each is a model.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(help="Key that requests must bring.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the key.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, vllm or embedded.")] = "auto",
+    offline: Offline = False,
+) -> None:
+    """Answer over OpenAI-compatible routes, on this machine only unless told otherwise."""
+    from lorakit.storage.run_dir import find_run
+
+    opened = [find_run(run) for run in runs]
+    quiet(offline or _is_offline(opened[0]))
+    from lorakit.serve.main import Place, read_key
+    from lorakit.serve.main import serve as serve_runs
+
+    serve_runs(opened, Place(host, port, read_key(api_key, api_key_file)), engine, log)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub."
+        ),
+    ] = "merged",
+    output: Output = None,
+    quant: Annotated[
+        str | None, typer.Option(help="GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, ...")
+    ] = None,
+    onto: Annotated[
+        str, typer.Option(help="QLoRA: merge onto the base as `trained`, or `original`.")
+    ] = "trained",
+    dtype: Annotated[str | None, typer.Option(help="Merged: float32, bfloat16, float16.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="vllm, tgi, hub: merge first.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="ollama: base and adapter in two files.")
+    ] = False,
+    repo: Annotated[str | None, typer.Option(help="hub: OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="hub: not private.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with the adapter.")
+    ] = True,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Write the tuned model in another form and compare what was written with the adapter."""
+    from lorakit.storage.run_dir import find_run
+
+    opened = find_run(run)
+    quiet(offline or _is_offline(opened))
+    from lorakit.export.exporters import export_run
+
+    result = export_run(
+        opened,
+        to,
+        output,
+        log,
+        quantization=quant,
+        onto=onto,
+        dtype=dtype,
+        merged=merged,
+        as_adapter=adapter or None,
+        repository=repo,
+        public=public,
+        verify=verify,
+    )
+    if as_json:
+        print_json(result)
+
+
+@app.command()
+def report(
+    run: Run,
+    output: Annotated[
+        Path | None, typer.Option(help="Another file than report.html in the run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the run's page anew: curves, memory, data, answers, exports, how to reproduce it."""
+    from lorakit.report.page import write_report
+    from lorakit.storage.run_dir import find_run
+
+    target = write_report(find_run(run, trained=False), output)
+    if as_json:
+        print_json({"report": str(target)})
+    else:
+        out.print(str(target), markup=False, soft_wrap=True)

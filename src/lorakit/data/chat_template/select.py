@@ -1,0 +1,196 @@
+"""A tokenizer and a model's name enter; the chat template of the run is chosen, set and explained.
+
+The tokenizer's own template is the only truth. One is supplied where it has none, and two defaults
+are written in front of it where training and every later user must agree: the BOS that the
+tokenizer would add, and whether the model thinks, which it should if the answers hold thoughts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from lorakit.data.chat_template.render import (
+    ASK,
+    SAY,
+    SET,
+    TemplateRefusal,
+    habits_of,
+    render,
+    unknown_marks,
+)
+from lorakit.data.tokenize.spans import OPENED
+from lorakit.errors import ModelError
+
+_THINKING = "{% if enable_thinking is not defined %}{% set enable_thinking = "
+_THINKING_IS = {on: _THINKING + f"{str(on).lower()} %}}{{% endif %}}" for on in (False, True)}
+_WITH_BOS = "{{ bos_token }}"
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInfo:
+    """Which template a run uses, as a sentence for the report, and its text."""
+
+    source: str
+    text: str
+
+
+def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) -> TemplateInfo:
+    """Choose the chat template and set it on `tokenizer`, so that chat and export use the same.
+
+    Args:
+        thinking: the answers to train hold <think> parts. A template that can switch thinking is
+            told which by default; a run's own template, told already, stays as it is.
+
+    Raises:
+        ModelError: the template cannot render a plain chat, or the tokenizer lacks an eos token.
+    """
+    own = tokenizer.chat_template
+    if own:
+        text, source = _joined(own)
+        notes = [source]
+    else:
+        text, notes = _supply(tokenizer, model_name)
+    tokenizer.chat_template = text
+    _probe(tokenizer, model_name, ASK, SAY)
+    text = _begin_with_bos(tokenizer, text, notes)
+    text = _switch_thinking(tokenizer, text, thinking, notes)
+    tokenizer.chat_template = text
+    habits = habits_of(tokenizer)
+    default = _default_system(tokenizer)
+    if default:
+        shown = default if len(default) <= 100 else default[:99] + "…"
+        notes.append(f"without a system text it writes its own: {shown!r}")
+    if habits.folds_system:
+        notes.append("it has no system role: system texts are put before the first question")
+    if habits.closer:
+        notes.append(
+            f"an answer ends with the {habits.stop_texts[0]} of the next turn, which is trained"
+        )
+    if _opens_thoughts(tokenizer):
+        notes.append("it asks with <think>: thoughts (or none) and </think> begin each answer")
+    unknown = ", ".join(unknown_marks(tokenizer))
+    if unknown:
+        notes.append(f"it writes {unknown}, which this tokenizer has no token for")
+    if not habits.stop_texts:
+        if unknown:
+            raise ModelError(
+                f"model: {model_name}: its chat template is made for another model: it writes "
+                f"{unknown}, which this tokenizer has no token for, and no end-of-turn token",
+                hint="take the chat template that came with the model, or its own tokenizer",
+            )
+        raise ModelError(
+            f"model: {model_name}: its chat template writes no end-of-turn token after an answer, "
+            "so a model trained with it would never stop",
+            hint="set tokenizer.chat_template to one that closes each answer with a special token",
+        )
+    return TemplateInfo("; ".join(notes), text)
+
+
+def _joined(own: Any) -> tuple[str, str]:
+    """One template of those that a tokenizer may have by name, as `apply_chat_template` picks."""
+    if isinstance(own, list):  # as tokenizer_config.json spells it
+        own = {part["name"]: part["template"] for part in own}
+    if not isinstance(own, dict):
+        return str(own), "the tokenizer's own"
+    plain = str(own.get("default") or next(iter(own.values())))
+    tools = own.get("tool_use")
+    if not tools or tools == plain:
+        return plain, "the tokenizer's own (default)"
+    # Jinja takes one line end off a template's end; inside a block it would be written.
+    first, second = str(tools).removesuffix("\n"), plain.removesuffix("\n")
+    joined = f"{{% if tools %}}{first}{{% else %}}{second}{{% endif %}}"
+    return joined, "the tokenizer's own (tool_use for rows with tools, default for others)"
+
+
+def _opens_thoughts(tokenizer: Any) -> bool:
+    """Its prompt begins thoughts that it does not write for answers."""
+    ask = {"role": "user", "content": ASK}
+    answered = render(tokenizer, [ask, {"role": "assistant", "content": SAY}], prompt=False)
+    return "<think>" not in answered and bool(OPENED.search(render(tokenizer, [ask], prompt=True)))
+
+
+def _supply(tokenizer: Any, model_name: str) -> tuple[str, list[str]]:
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"model: {model_name}: its tokenizer has neither a chat template nor an eos token",
+            hint="choose a chat model, or set tokenizer.eos_token",
+        )
+    name = f"{model_name} {getattr(tokenizer, 'name_or_path', '')}".lower()
+    if re.search(r"llama-?_?2\b", name) and tokenizer.bos_token == "<s>":
+        text = (files("lorakit") / "assets" / "llama2.jinja").read_text(encoding="utf-8")
+        return text, ["Llama-2's, supplied by lorakit: the tokenizer has none"]
+    text = (files("lorakit") / "assets" / "plain.jinja").read_text(encoding="utf-8")
+    note = (
+        "a plain one supplied by lorakit ('### User:', '### Assistant:', eos): the tokenizer has "
+        "none, as base models do"
+    )
+    return text, [note]
+
+
+def _probe(tokenizer: Any, model_name: str, *contents: str) -> None:
+    roles = ("user", "assistant")
+    probe = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    try:
+        text = render(tokenizer, probe, prompt=False)
+    except TemplateRefusal as error:
+        raise ModelError(f"model: {model_name}: {error}") from error
+    missing = [c for c in contents if c not in text]
+    if missing:
+        raise ModelError(
+            f"model: {model_name}: its chat template leaves out what was said: a chat became "
+            f"{text[:80]!r}"
+        )
+
+
+def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
+    """A template that forgets the BOS the tokenizer would add gets it, for every later user."""
+    first = tokenizer.encode("")[:1]
+    if not first or first != [tokenizer.bos_token_id]:
+        return text
+    rendered = render(tokenizer, [{"role": "user", "content": ASK}], prompt=True)
+    if rendered.lstrip().startswith(tokenizer.bos_token):
+        return text
+    notes.append(f"{tokenizer.bos_token} put before it, as the tokenizer does with texts")
+    return _WITH_BOS + text
+
+
+def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]) -> str:
+    if "enable_thinking" not in text or text.startswith(_THINKING):
+        return text
+    ask = [{"role": "user", "content": ASK}]
+    on, off = (render(tokenizer, ask, prompt=True, enable_thinking=v) for v in (True, False))
+    if on == off:
+        return text
+    holds = "holds" if thinking else "holds no"
+    state = "on" if thinking else "off"
+    notes.append(f"thinking {state} by default, since the data {holds} <think> parts")
+    return _THINKING_IS[thinking] + text
+
+
+def thinking_set(template: str) -> str:
+    """The template with its default for thinking set outright, whatever its user asks for.
+
+    llama.cpp, and Ollama with it, define `enable_thinking` as true in every request.
+    """
+    for on, default in _THINKING_IS.items():
+        if template.startswith(default):
+            fixed = f"{{% set enable_thinking = {str(on).lower()} %}}"
+            return fixed + template.removeprefix(default)
+    return template
+
+
+def _default_system(tokenizer: Any) -> str:
+    """The system text that the template writes when a conversation has none, or ""."""
+    ask = {"role": "user", "content": ASK}
+    try:
+        given = render(tokenizer, [{"role": "system", "content": SET}, ask], prompt=True)
+    except TemplateRefusal:
+        return ""
+    head, found, tail = given.partition(SET)
+    none = render(tokenizer, [ask], prompt=True)
+    if not found or not (none.startswith(head) and none.endswith(tail)):
+        return ""
+    return none[len(head) : len(none) - len(tail)]

@@ -1,0 +1,342 @@
+"""Conversations and documents enter as objects or as JSON lines; they leave as the other.
+
+One form for the cache of a large data set and for the held-out rows that a run keeps: OpenAI's
+`{"messages": [...], "tools": [...]}` or `{"text": ...}`, with the row it came `"from"`.
+
+Items and examples enter one by one; they leave by number, read from disk when asked for.
+
+A million short chats are 6 GB as Python objects. Here they lie in files, and memory holds 100 bytes
+of numbers for each: where it begins, which row it was, its content hash and its MinHash signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.data.dedup import Signer
+from lorakit.data.issues import FaultLog, fingerprint
+from lorakit.data.sources.readers import read_rows
+from lorakit.errors import DataError
+from lorakit.storage.run_dir import write_text
+from lorakit.types import IGNORE, Conversation, Document, Example, Message, Origin, Row
+
+Item = Conversation | Document
+
+
+def to_line(item: Item) -> str:
+    """One JSON object without line end."""
+    if isinstance(item, Document):
+        row: dict[str, Any] = {"text": item.text}
+    else:
+        row = {"messages": [_turn(message) for message in item.messages]}
+        if item.tools:
+            row["tools"] = list(item.tools)
+    row["from"] = str(item.origin)
+    return json.dumps(row, ensure_ascii=False)
+
+
+def from_values(values: dict[str, Any], origin: Origin) -> Item:
+    """The item of one parsed line.
+
+    Raises:
+        KeyError, TypeError: it is no line that `to_line` wrote.
+    """
+    if "text" in values:
+        return Document(values["text"], origin)
+    turns = tuple(_message(turn) for turn in values["messages"])
+    return Conversation(turns, origin, tuple(values.get("tools", ())))
+
+
+def write_validation(path: Path, items: Sequence[Item]) -> None:
+    """Keep held-out rows as JSON lines."""
+    write_text(path, "".join(to_line(item) + "\n" for item in items))
+
+
+def read_validation(path: Path) -> list[Item]:
+    """The held-out rows that `write_validation` kept; none where nothing was held out.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return []
+    found: list[Item] = []
+    for row in read_rows(str(path)):
+        try:
+            found.append(from_values(row.values, _origin(row)))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{row.origin}: not a held-out row as lorakit writes it") from error
+    return found
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    return message.as_dict() if message.train else {**message.as_dict(), "train": False}
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    if len(turn) == 2:
+        return Message(turn["role"], turn["content"])
+    extra = {k: v for k, v in turn.items() if k not in ("role", "content", "train")}
+    return Message(turn["role"], turn["content"], extra, turn.get("train", True))
+
+
+def _origin(row: Row) -> Origin:
+    source, _, number = str(row.values.get("from", row.origin)).rpartition(":")
+    return Origin(source, int(number)) if number.isdigit() else Origin(source, row.origin.row)
+
+
+# Tokens that are collected before they are written.
+_AT_ONCE = 2**20
+Thing = TypeVar("Thing")
+_ITEMS, _TOKENS, _TRAINED = "items.jsonl", "tokens.int32", "trained.uint8"
+
+
+def _save(folder: Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+class ItemShelf(Sequence[Item]):
+    """Items in a folder, as `write_items` left them.
+
+    Attributes:
+        marks: content hash of each item, uint64 [N].
+        signatures: MinHash signature of each, uint8 [N, 64].
+        sources: number of the source each came from, int32 [N].
+        meta: what `write_items` was given to keep, `names` of the files and `thinking`.
+    """
+
+    def __init__(self, folder: Path, key: str | None) -> None:
+        self.key = key
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
+        self.marks, self.signatures, self.sources = (
+            load[n] for n in ("marks", "signatures", "sources")
+        )
+        self._begins, self._names, self._rows = (load[n] for n in ("begins", "names", "rows"))
+        self._path = folder / _ITEMS
+        self._bytes = (
+            np.memmap(self._path, np.uint8, "r") if len(self._rows) else np.zeros(0, np.uint8)
+        )
+
+    @property
+    def thinking(self) -> bool:
+        """Some answer holds thoughts."""
+        return bool(self.meta["thinking"])
+
+    def origin(self, number: int) -> Origin:
+        """Where item `number` came from."""
+        return Origin(self.meta["names"][self._names[number]], int(self._rows[number]))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Item]:
+        names, places = self.meta["names"], zip(self._names, self._rows, strict=True)
+        with self._path.open("rb") as handle:
+            for line, (name, row) in zip(handle, places, strict=True):
+                yield from_values(json.loads(line), Origin(names[name], int(row)))
+
+    @overload
+    def __getitem__(self, number: int) -> Item: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Item]: ...
+    def __getitem__(self, number: int | slice) -> Item | list[Item]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        line = self._bytes[self._begins[number] : self._begins[number + 1]].tobytes()
+        return from_values(json.loads(line), self.origin(number))
+
+
+def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str, Any]) -> None:
+    """Put (item, number of its source) pairs on disk; `meta` is read when all have come."""
+    begins, rows, marks = array("q", [0]), array("q"), array("Q")
+    names, sources = array("i"), array("i")
+    known: dict[str, int] = {}
+    signer, thinking = Signer(), False
+    with (folder / _ITEMS).open("wb") as handle:
+        for item, source in items:
+            line = to_line(item).encode() + b"\n"
+            handle.write(line)
+            begins.append(begins[-1] + len(line))
+            rows.append(item.origin.row)
+            marks.append(fingerprint(item))
+            names.append(known.setdefault(item.origin.source, len(known)))
+            sources.append(source)
+            signer.add(content_of(item))
+            thinking = thinking or _thinks(item)
+    arrays: dict[str, NDArray[Any]] = {
+        "begins": np.asarray(begins, np.int64),
+        "rows": np.asarray(rows, np.int64),
+        "marks": np.asarray(marks, np.uint64),
+        "names": np.asarray(names, np.int32),
+        "sources": np.asarray(sources, np.int32),
+        "signatures": signer.signatures(),
+    }
+    _save(folder, {**meta, "names": list(known), "thinking": thinking}, arrays)
+
+
+def content_of(item: Item) -> str:
+    """What an item says, without the system text that many share."""
+    if isinstance(item, Conversation):
+        return "\n".join(m.content for m in item.messages if m.role != "system")
+    return item.text
+
+
+def _thinks(item: Item) -> bool:
+    return isinstance(item, Conversation) and any(
+        m.role == "assistant" and ("</think>" in m.content or m.extra.get("reasoning_content"))
+        for m in item.messages
+    )
+
+
+class ExampleShelf:
+    """Examples in a folder, as `write_examples` left them.
+
+    Attributes:
+        owners: number of the item that each example was made of, int32 [N], rising.
+        lengths, trained: tokens of each example, and how many of them are trained, int64 [N].
+        faults: what happened on the way.
+    """
+
+    def __init__(self, folder: Path, items: ItemShelf) -> None:
+        self.items = items
+        meta = json.loads((folder / "meta.json").read_text())
+        self.faults = FaultLog.from_dict(meta["faults"])
+        load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
+        self.owners, self.trained, self._begins = (load[n] for n in ("owners", "trained", "begins"))
+        self.lengths = np.diff(self._begins)
+        self._ids = np.memmap(folder / _TOKENS, np.int32, "r")
+        self._mask = np.memmap(folder / _TRAINED, np.uint8, "r")
+
+    def example(self, number: int) -> Example:
+        part = slice(self._begins[number], self._begins[number + 1])
+        ids = self._ids[part]
+        labels = np.where(self._mask[part], ids, IGNORE)
+        return Example(ids.tolist(), labels.tolist(), self.items.origin(self.owners[number]))
+
+    def digest(self, chosen: NDArray[np.int64]) -> str:
+        """SHA-256 of the ids and labels of some examples, in their order."""
+        digest = hashlib.sha256(self.lengths[chosen].tobytes())
+        # Neighbors go in as one piece: a million examples are some 50,000 pieces.
+        for piece in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
+            if len(piece):
+                part = slice(self._begins[piece[0]], self._begins[piece[-1] + 1])
+                digest.update(self._ids[part].data)
+                digest.update(self._mask[part].data)
+        return digest.hexdigest()
+
+
+def write_examples(
+    folder: Path, made: Iterable[tuple[int, Sequence[Example]]], log: FaultLog
+) -> None:
+    """Put (number of the item, its examples) pairs on disk; `log` is read when all have come."""
+    begins, owners, trained = array("q", [0]), array("i"), array("q")
+    ids, labels = array("i"), array("i")
+    with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as mask:
+
+        def flush() -> None:
+            ids.tofile(tokens)
+            mask.write((np.asarray(labels, np.int32) != IGNORE).tobytes())
+            del ids[:], labels[:]
+
+        for owner, examples in made:
+            for example in examples:
+                ids.extend(example.input_ids)
+                labels.extend(example.labels)
+                begins.append(begins[-1] + len(example.input_ids))
+                owners.append(owner)
+                trained.append(example.trained_tokens)
+            if len(ids) > _AT_ONCE:
+                flush()
+        flush()
+    arrays: dict[str, NDArray[Any]] = {
+        "begins": np.asarray(begins, np.int64),
+        "owners": np.asarray(owners, np.int32),
+        "trained": np.asarray(trained, np.int64),
+    }
+    _save(folder, {"faults": log.as_dict()}, arrays)
+
+
+class _Chosen(Sequence[Thing]):
+    """Some things of a shelf by number, int64 [N]; `_read` takes one off it."""
+
+    def __init__(self, chosen: NDArray[np.int64]) -> None:
+        self.chosen = chosen
+
+    def _read(self, number: int) -> Thing:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, number: int) -> Thing: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Thing]: ...
+    def __getitem__(self, number: int | slice) -> Thing | list[Thing]:
+        if isinstance(number, slice):
+            return [self._read(int(i)) for i in self.chosen[number]]
+        return self._read(int(self.chosen[number]))
+
+
+class Examples(_Chosen[Example]):
+    """Some examples of a shelf, in an order of their own; an example may stand there twice."""
+
+    def __init__(self, shelf: ExampleShelf, chosen: NDArray[np.int64]) -> None:
+        super().__init__(chosen)
+        self._shelf = shelf
+
+    def _read(self, number: int) -> Example:
+        return self._shelf.example(number)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, int64 [N], without reading one."""
+        return self._shelf.lengths[self.chosen]
+
+    @property
+    def trained(self) -> NDArray[np.int64]:
+        """Trained tokens of each example, int64 [N]."""
+        return self._shelf.trained[self.chosen]
+
+    @property
+    def marks(self) -> NDArray[np.uint64]:
+        """Content hash of the row behind each example, uint64 [N]."""
+        return self._shelf.items.marks[self._shelf.owners[self.chosen]]
+
+    def origin(self, number: int) -> Origin:
+        """Where example `number` came from, without reading it."""
+        return self._shelf.items.origin(int(self._shelf.owners[self.chosen[number]]))
+
+    def digest(self) -> str:
+        """SHA-256 of all ids and labels in their order."""
+        return self._shelf.digest(self.chosen)
+
+
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, without reading those that lie on a shelf."""
+    if isinstance(examples, Examples):
+        return [int(size) for size in examples.lengths]
+    return [len(example.input_ids) for example in examples]
+
+
+class Items(_Chosen[Item]):
+    """Some items of a shelf, in the shelf's order."""
+
+    def __init__(self, shelf: ItemShelf, chosen: NDArray[np.int64]) -> None:
+        super().__init__(chosen)
+        self._shelf = shelf
+
+    def _read(self, number: int) -> Item:
+        return self._shelf[number]

@@ -1,0 +1,282 @@
+"""Rows enter; conversations or documents leave, their format found by the names of the columns.
+
+To add a format: one function and one row in FORMATS. The first format whose `needs` are all there
+in most of the first rows is taken, so the more telling ones stand first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.data.formats.columns import preference_data
+from lorakit.data.formats.messages import Cells, history_of, tools_of, turns_of, with_system
+from lorakit.errors import DataError
+from lorakit.types import Conversation, Document, Message, Row
+
+GUESS_ROWS = 100
+
+# Column names seen in the wild, by the part they play: used for suggestions only.
+SYNONYMS: dict[str, str] = {
+    "instruction": "question query prompt input task request user human source inputs ask",
+    "response": "answer output completion reply target label assistant gpt chosen targets result",
+    "messages": "conversation conversations chat dialog dialogue turns",
+    "text": "content document body passage article",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FormatGuess:
+    """The format of a source, why, and how its columns are renamed first.
+
+    `used` are the columns that the format reads. `confidence` is the share of the first rows that
+    fit, divided by how many formats fit as well.
+    """
+
+    name: str
+    reason: str
+    columns: Mapping[str, str]
+    used: tuple[str, ...] = ()
+    confidence: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A row format: the columns it needs and may have, and how a row becomes turns or a text."""
+
+    name: str
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    convert: Callable[[Cells], list[Message] | str]
+
+
+# -- one function a format ------------------------------------------------------------------------
+
+
+def _messages(cells: Cells) -> list[Message]:
+    return turns_of(cells, "messages")
+
+
+def _sharegpt(cells: Cells) -> list[Message]:
+    return turns_of(cells, "conversations")
+
+
+def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], list[Message]]:
+    """A converter for one question and one answer; `context` is a column put below the question."""
+
+    def convert(cells: Cells) -> list[Message]:
+        asked = cells.optional(question)
+        added = cells.optional(context) if context else ""
+        asked = "\n\n".join(part for part in (asked, added) if part.strip())
+        if not asked:
+            asked = cells.text(question)
+        turns = history_of(cells)
+        turns += [Message("user", asked), Message("assistant", cells.text(answer))]
+        return with_system(turns, cells.optional("system"))
+
+    return convert
+
+
+def _prompt_completion(cells: Cells) -> list[Message]:
+    prompt, completion = cells.values.get("prompt"), cells.values.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked = turns_of(cells, "prompt") if isinstance(prompt, list) else None
+        answer = turns_of(cells, "completion") if isinstance(completion, list) else None
+        turns = history_of(cells) + (asked or [Message("user", cells.text("prompt"))])
+        turns += answer or [Message("assistant", cells.text("completion"))]
+        return with_system(turns, cells.optional("system"))
+    return _pair("prompt", "completion")(cells)
+
+
+def _text(cells: Cells) -> str:
+    return cells.text("text")
+
+
+_OPTIONAL = ("system", "history")
+FORMATS: tuple[Format, ...] = (
+    Format("messages", ("messages",), ("tools",), _messages),
+    Format("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
+    Format(
+        "dolly",
+        ("instruction", "context", "response"),
+        _OPTIONAL,
+        _pair("instruction", "response", "context"),
+    ),
+    Format(
+        "instruction/response",
+        ("instruction", "response"),
+        ("input", *_OPTIONAL),
+        _pair("instruction", "response", "input"),
+    ),
+    Format(
+        "alpaca",
+        ("instruction", "output"),
+        ("input", *_OPTIONAL),
+        _pair("instruction", "output", "input"),
+    ),
+    Format(
+        "prompt/completion", ("prompt", "completion"), ("tools", *_OPTIONAL), _prompt_completion
+    ),
+    Format("prompt/response", ("prompt", "response"), _OPTIONAL, _pair("prompt", "response")),
+    Format(
+        "question/answer",
+        ("question", "answer"),
+        ("context", *_OPTIONAL),
+        _pair("question", "answer", "context"),
+    ),
+    Format("query/response", ("query", "response"), _OPTIONAL, _pair("query", "response")),
+    Format("input/output", ("input", "output"), _OPTIONAL, _pair("input", "output")),
+    Format("text", ("text",), (), _text),
+)
+_BY_NAME = {f.name: f for f in FORMATS}
+PARTS = tuple(dict.fromkeys(part for f in FORMATS for part in (*f.needs, *f.may)))
+
+
+# -- finding the format ---------------------------------------------------------------------------
+
+
+def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> FormatGuess:
+    """The format of the source these first rows come from.
+
+    Args:
+        rows: the first rows (up to GUESS_ROWS are worth giving).
+        columns: part -> column name, applied before looking.
+
+    Raises:
+        DataError: no format fits (lists the columns found and a `columns:` line to try), a name in
+            `columns` is wrong, or the rows are preference pairs.
+    """
+    columns = dict(columns or {})
+    source = rows[0].origin.source
+    found = list(dict.fromkeys(str(key) for row in rows for key in row.values))
+    _check_columns(columns, found, source)
+    renamed = [set(_rename(row.values, columns)) for row in rows]
+    scores = {
+        f.name: sum(set(f.needs) <= keys for keys in renamed)
+        for f in FORMATS
+        if set(columns) <= {*f.needs, *f.may}
+    }
+    name = max(scores, key=lambda n: scores[n], default="")
+    name = name if scores.get(name) else ""
+    pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
+    if 2 * pairs > len(rows):
+        raise preference_data(rows, source)
+    if not name:
+        raise _no_format(rows, found, columns, source)
+    fmt, share = _BY_NAME[name], scores[name]
+    rest = f"all of the first {len(rows)} rows"
+    if share < len(rows):
+        rest = f"{share} of the first {len(rows)} rows"
+    parts = ", ".join(columns.get(n, n) for n in fmt.needs)
+    rivals = [
+        f.name
+        for f in FORMATS
+        if scores.get(f.name) == share and not set(f.needs) & set(fmt.needs) and f.name != name
+    ]
+    confidence = share / len(rows) / (1 + len(rivals))
+    also = f"; {', '.join(rivals)} would fit too: `columns` decides" if rivals else ""
+    used = tuple(columns.get(n, n) for n in (*fmt.needs, *fmt.may))
+    reason = f"columns {parts} in {rest}{also}; confidence {confidence:.0%}"
+    return FormatGuess(name, reason, columns, used, confidence)
+
+
+def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
+    """One row in its final form; `system` is used where the row brings none of its own.
+
+    Raises:
+        RowFault: a column is missing, null, empty or of a wrong type; names row and column.
+    """
+    cells = Cells(_rename(row.values, guess.columns), row.origin, guess.columns)
+    fmt = _BY_NAME[guess.name]
+    _refuse_other_format(cells, fmt)
+    made = fmt.convert(cells)
+    if isinstance(made, str):
+        return Document(made, row.origin)
+    if system and made[0].role != "system":
+        made = [Message("system", system), *made]
+    tools = tools_of(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
+    return Conversation(tuple(made), row.origin, tools)
+
+
+def _refuse_other_format(cells: Cells, fmt: Format) -> None:
+    """A row that lacks a column and has all of another format is no row with an empty cell."""
+    have = set(cells.values)
+    if have.issuperset(fmt.needs):
+        return
+    other = next((f.name for f in FORMATS if have.issuperset(f.needs)), None)
+    if other:
+        raise cells.fault(
+            "row of another format",
+            f"this row is of format {other}, the file of format {fmt.name}",
+            "put the rows of each format into a file of their own; a folder of both can be trained",
+        )
+
+
+def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    taken = set(columns.values())
+    kept = {str(k): v for k, v in values.items() if str(k) not in taken}
+    return kept | {part: values[column] for part, column in columns.items() if column in values}
+
+
+def _check_columns(columns: Mapping[str, str], found: Sequence[str], source: str) -> None:
+    for part, column in columns.items():
+        if part not in PARTS:
+            swapped = f"; did you mean {{{column}: {part}}}?" if column in PARTS else ""
+            raise DataError(
+                f"columns: {part!r} is no part of a row{swapped}",
+                hint=f"parts: {', '.join(PARTS)}",
+            )
+        if column not in found:
+            near = difflib.get_close_matches(column, found, n=1)
+            raise DataError(
+                f"{source}: columns: there is no column {column!r} for {part} "
+                f"(found: {', '.join(found) or 'none'})",
+                hint=f"did you mean {{{part}: {near[0]}}}?" if near else None,
+            )
+
+
+def _no_format(
+    rows: Sequence[Row], found: Sequence[str], columns: Mapping[str, str], source: str
+) -> DataError:
+    have = set(_rename(dict.fromkeys(found), columns))
+    nearest = max(FORMATS, key=lambda f: len(have.intersection(f.needs)) / len(f.needs))
+    if not have.intersection(nearest.needs):
+        nearest = _BY_NAME["instruction/response"]
+    missing = ", ".join(n for n in nearest.needs if n not in have)
+    close = f"; nearest format: {nearest.name}, missing {missing}"
+    texts = [c for c in found if any(isinstance(row.values.get(c), str) for row in rows)]
+    lists = [c for c in found if any(isinstance(row.values.get(c), list) for row in rows)]
+    told = f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}"
+    if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in found):
+        return DataError(
+            told, "is the first line a row already? Put one on top: instruction,response"
+        )
+    return DataError(
+        told,
+        hint=f"say which column plays which part, in the recipe: columns: {_suggest(texts, lists)} "
+        f"(or with --set 'columns={_suggest(texts, lists)}')",
+    )
+
+
+def _suggest(texts: Sequence[str], lists: Sequence[str]) -> str:
+    """A concrete `columns:` value from the likeliest of the columns there are."""
+    if len(texts) < 2:
+        if lists:
+            return f"{{messages: {lists[0]}}}"
+        return f"{{text: {texts[0] if texts else 'my_text'}}}"
+    answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))
+    others = [c for c in texts if c != answer]
+    question = max(others, key=lambda c: _likeness(c, "instruction"))
+    return f"{{instruction: {question}, response: {answer}}}"
+
+
+def _likeness(column: str, part: str) -> float:
+    words = [part, *SYNONYMS[part].split()]
+    name = column.lower()
+    inside = max((len(w) / max(len(name), 1) for w in words if w in name), default=0.0)
+    return (
+        1 + inside if inside else max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in words)
+    )

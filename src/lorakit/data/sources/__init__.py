@@ -1,0 +1,1 @@
+"""Sources of rows: local files, addresses, hub datasets; decompression and parsing."""

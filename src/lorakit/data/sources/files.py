@@ -1,0 +1,268 @@
+"""A file enters; its bytes leave, unpacked, or its lines or pieces as text.
+
+Whatever the disk, the network or the bytes do is one message that names file and line.
+
+Faults of one file's lines enter; one error that names the first ten and counts the rest leaves.
+
+A file with forty broken lines would else be mended in forty runs.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import os
+import re
+import shlex
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import IO, Any, cast
+
+from lorakit.data.sources.http import open_url
+from lorakit.data.sources.locate import DataFile
+from lorakit.errors import DataError
+
+# One row of 16 MiB is about 4 million tokens, which the tokenizer makes in 5 s and 2 GB of memory
+# (64 MiB took 9 GB): beyond it, a file is damaged or a trap.
+LONGEST_LINE = 16 * 2**20
+LARGEST_WHOLE_FILE = 2 * 2**30
+# Text packs to a tenth, repeated rows to a hundredth; a bomb to a thousandth.
+BOMB_BYTES, BOMB_RATIO = 2**30, 500
+PIECE = 2**20
+# Excel's "Unicode text" and PowerShell's > write UTF-16. That of UTF-32 begins with UTF-16's.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+@contextmanager
+def opened(file: DataFile) -> Iterator[IO[bytes]]:
+    """The bytes of `file`, unpacked if gzipped; failures of the disk or network name the file."""
+    try:
+        with _raw(file) as raw:
+            buffered = io.BufferedReader(cast(Any, raw))
+            packed = buffered.peek(2)[:2] == b"\x1f\x8b"
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=buffered)) if packed else buffered
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{file.name}: the gzip file is damaged: {error}", hint=f"test it: gzip -t {file.name}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
+
+
+def _raw(file: DataFile) -> IO[bytes]:
+    return open_url(file.path)[0] if file.remote else open(file.path, "rb", buffering=0)
+
+
+class _Recoded(io.RawIOBase):
+    """Bytes in UTF-16 or UTF-32, as their byte order mark says, read as UTF-8."""
+
+    def __init__(self, handle: IO[bytes], encoding: str, file: DataFile) -> None:
+        self._handle, self._file, self._encoding = handle, file, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._left, self._read = b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            data = self._handle.read(PIECE)
+            self._read += len(data)
+            try:
+                self._left = self._decoder.decode(data, final=not data).encode()
+            except UnicodeError as error:
+                raise DataError(
+                    f"{self._file.name}: damaged {self._encoding.upper()} text within its first "
+                    f"{self._read:,} bytes: {getattr(error, 'reason', error)}",
+                    hint="save it anew as UTF-8",
+                ) from error
+            if not data:
+                break
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+@contextmanager
+def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
+    """The bytes of a text file in UTF-8, without a byte order mark."""
+    with opened(file) as handle:
+        head = cast(Any, handle).peek(4)[:4]
+        found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+        if found:
+            yield cast(IO[bytes], io.BufferedReader(_Recoded(handle, found, file)))
+            return
+        if head.count(0) >= 2:
+            order = "LE" if head[1:2] == b"\0" else "BE"
+            raise DataError(
+                f"{file.name}: it looks like UTF-16 without a byte order mark",
+                hint=_convert(f"UTF-16{order}", file),
+            )
+        yield handle
+
+
+def pieces_of(file: DataFile, errors: str = "strict") -> Iterator[str]:
+    """The text of a file in pieces of 1 MiB, however long its lines are."""
+    decoder, offset, line = codecs.getincrementaldecoder("utf-8")(errors), 0, 1
+    with _as_utf8(file) as handle:
+        while True:
+            data = handle.read(PIECE)
+            held = len(decoder.getstate()[0])
+            if offset == 0 and data.startswith(codecs.BOM_UTF8):
+                offset, data = 3, data[3:]
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                at = offset - held + error.start
+                raise _not_utf8(f"{file.name}:{line}", error, at, file) from error
+            yield text
+            if not data:
+                return
+            offset, line = offset + len(data), line + text.count("\n")
+            _refuse_bomb(file, file.name, offset)
+
+
+def lines_of(file: DataFile, broken: Broken | None = None) -> Iterator[tuple[int, str]]:
+    """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text.
+
+    A line that is not UTF-8 raises; with `broken` it is added there, and goes on with U+FFFD in it.
+    """
+    offset, number, empty = 0, 0, True
+    with _as_utf8(file) as handle:
+        while line := handle.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{file.name}:{number}: a line of more than {LONGEST_LINE // 2**20} MiB",
+                    hint="one row belongs on one line; is the file damaged?",
+                )
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                offset, line = 3, line[3:]
+            empty = empty and not line
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = f"{file.name}:{number}"
+                fault = partial(_not_utf8, place, error, offset + error.start, file)
+                if broken is None:
+                    raise fault() from error
+                broken.add(number, fault)
+                text = line.decode("utf-8", "replace")
+            yield number, text
+            offset += len(line)
+            _refuse_bomb(file, f"{file.name}:{number}", offset)
+    if empty:
+        raise DataError(f"{file.name}: the file is empty")
+
+
+def _refuse_bomb(file: DataFile, place: str, offset: int) -> None:
+    if offset > BOMB_BYTES and offset > BOMB_RATIO * _packed_size(file):
+        raise DataError(
+            f"{place}: {offset // 2**20:,} MiB came out of a file of "
+            f"{_packed_size(file):,} bytes: this looks like a zip bomb",
+            hint="if it is meant so, unpack it: gunzip",
+        )
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError, offset: int, file: DataFile) -> DataError:
+    byte = error.object[error.start]
+    return DataError(
+        f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset} of the file",
+        hint=_convert("WINDOWS-1252", file),
+    )
+
+
+def _convert(encoding: str, file: DataFile) -> str:
+    new = shlex.quote(f"utf8-{os.path.basename(file.name)}")
+    return f"convert it: iconv -f {encoding} -t UTF-8 {file.typed} > {new}"
+
+
+def whole(file: DataFile) -> str:
+    """The decoded text of a file that must be read in one piece."""
+    pieces, size = [], 0
+    for _, line in lines_of(file):
+        size += len(line)
+        if size > LARGEST_WHOLE_FILE:
+            raise DataError(
+                f"{file.name}: more than {LARGEST_WHOLE_FILE // 2**30} GiB in one piece",
+                hint="split it, or write it as .jsonl, which is read row by row",
+            )
+        pieces.append(line)
+    return "".join(pieces)
+
+
+def _packed_size(file: DataFile) -> int:
+    return BOMB_BYTES if file.remote else os.path.getsize(file.path)
+
+
+SHOWN_FAULTS = 10
+SHOWN_HINTS = 3
+
+
+class Broken:
+    """The faults of `name` while it is read in a `with`; its end raises those that were added.
+
+    A DataError that ends the `with` is the last of them: after it the file cannot be read on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self._place = 0
+        # Texts, not the errors: one of those holds its whole line, of up to 16 MiB.
+        self._told: list[str] = []
+        self._hints: dict[str, str] = {}
+
+    def add(self, place: int, fault: Callable[[], DataError]) -> None:
+        """Line (or row) `place` is wrong, as `fault` says; only the first fault of a line counts.
+
+        It is asked where it is shown: a message takes 90 us, of which 80 look for secrets.
+        """
+        if place == self._place:
+            return
+        self._place = place
+        self.count += 1
+        if len(self._told) < SHOWN_FAULTS:
+            self._tell(fault())
+
+    def _tell(self, fault: DataError) -> None:
+        self._told.append(fault.message)
+        # The same advice for another line is told once.
+        same = re.sub(r"\d+", "", fault.hint or "")
+        if same and len(self._hints) < SHOWN_HINTS:
+            self._hints.setdefault(same, fault.hint or "")
+
+    def __enter__(self) -> Broken:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.count:
+            return
+        if isinstance(error, DataError):
+            # Told after the ten too: it is what the others are counted up to.
+            self.count += 1
+            self._tell(error)
+        if error is None or isinstance(error, DataError):
+            raise self._all() from None
+
+    def _all(self) -> DataError:
+        hint = "\n  ".join(self._hints.values())
+        if self.count == 1:
+            return DataError(self._told[0], hint)
+        lines = [f"{self.name}: {self.count:,} faults:", *self._told]
+        if self.count > len(self._told):
+            lines.insert(SHOWN_FAULTS + 1, f"and {self.count - len(self._told):,} more")
+        return DataError("\n  ".join(lines), hint)

@@ -1,0 +1,1 @@
+"""Tokenization with loss masks: spans of the answers, truncation, documents, checks."""

@@ -1,0 +1,189 @@
+"""A long text enters; examples of bounded length leave, as plain text or as chat.
+
+`completion` trains every token of the text: the model takes up its facts and its style, as in
+pretraining; it suits base models, and texts to be continued. `instruction` makes each piece the
+answer to a request (write the section "Heading", or go on from here), so that a chat model learns
+the text within its own turns and does not forget how to answer.
+
+Shapes: T tokens.
+
+A document's text and where its tokens begin enter; windows of tokens leave, cut at good places.
+
+A window ends at the last paragraph border of its second half, else at the last sentence border
+there, else where it is full. Windows follow one another without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorakit.data.chat_template.render import habits_of
+from lorakit.data.issues import FaultLog, RowFault
+from lorakit.types import IGNORE, Conversation, Document, Example, Message
+
+# Tokenizing a 10 MB text with offsets at once takes 1.8 GB; a part of 256 Ki characters, 50 MB.
+PART_CHARS = 2**18
+_PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
+_HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)[ \t#]*$", re.MULTILINE)
+
+
+def encode_document(
+    tokenizer: Any,
+    document: Document,
+    cutoff_len: int = 2048,
+    overlap: int = 0,
+    log: FaultLog | None = None,
+) -> list[Example]:
+    """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
+
+    Where the tokenizer puts a BOS before a text, each window begins with it. Then come `overlap`
+    tokens of the window before, untrained, so that its first own tokens are predicted from
+    something: at least one where there is no BOS. Special tokens in the text are read as such.
+
+    Raises:
+        RowFault: no token could be trained.
+    """
+    habits = habits_of(tokenizer)
+    if log and habits.specials is not None and habits.specials.search(document.text):
+        log.add("special token written in a text", document.origin, "read as that token")
+    bos = [habits.bos_id] if habits.bos_id is not None else []
+    overlap = min(max(overlap, 1 - len(bos)), cutoff_len // 2)
+    room = max(cutoff_len - len(bos) - overlap, 1)
+    found: list[Example] = []
+    before: list[int] = []
+    for own, _ in _windows(tokenizer, document.text, room):
+        context = bos + before
+        labels = [IGNORE] * len(context) + own
+        labels[0] = IGNORE
+        found.append(Example([*context, *own], labels, document.origin))
+        before = (before + own)[-overlap:] if overlap else []
+    if not any(example.trained_tokens for example in found):
+        raise RowFault("nothing to train", document.origin, "the text is a single token")
+    return found
+
+
+def as_instructions(
+    tokenizer: Any, document: Document, room: int, overlap: int = 0
+) -> list[Conversation]:
+    """The text as requests and answers: each piece of it is the answer to one.
+
+    The request names the heading above the piece (`# Heading` of Markdown); without one it quotes
+    the last `overlap` tokens before, to go on from, or asks for the beginning of the text.
+
+    Args:
+        room: longest piece in tokens.
+
+    Raises:
+        RowFault: the text is blank.
+    """
+    title = re.sub(r"\.(txt|md)(\.gz)?$", "", document.origin.source).rsplit("/", 1)[-1]
+    found: list[Conversation] = []
+    before = ""
+    for ids, piece in _windows(tokenizer, document.text, room, eos=False):
+        if piece.strip():
+            asked = _request(title, piece, before, first=not found)
+            turns = (Message("user", asked), Message("assistant", piece.strip()))
+            found.append(Conversation(turns, document.origin))
+        before = tokenizer.decode(ids[-overlap:]) if overlap else ""
+    if not found:
+        raise RowFault("nothing to train", document.origin, "the text is blank")
+    return found
+
+
+def _request(title: str, piece: str, before: str, first: bool) -> str:
+    heading = _HEADING.search(piece)
+    if heading and not piece[: heading.start()].strip():
+        return f'Write the section "{heading.group(1)}" of "{title}".'
+    if first or not before.strip():
+        return f'Write the beginning of "{title}".' if first else f'Go on with "{title}".'
+    return f'Go on with "{title}", from:\n\n{before.strip()}'
+
+
+def _windows(
+    tokenizer: Any, text: str, room: int, eos: bool = True
+) -> Iterator[tuple[list[int], str]]:
+    """(ids, text) of windows that cover the text once, each at most `room` tokens."""
+    parts = list(_parts(text))
+    for number, part in enumerate(parts):
+        ids, starts = _tokens(tokenizer, part, first=number == 0)
+        end_id = tokenizer.eos_token_id if eos and number + 1 == len(parts) else None
+        if end_id is not None and ids[-1:] != [end_id]:
+            ids.append(end_id)
+            if starts is not None:
+                starts.append(len(part))
+        for begin, end in windows(part, starts, len(ids), room):
+            if starts is None:
+                yield ids[begin:end], tokenizer.decode(ids[begin:end])
+            else:
+                until = starts[end] if end < len(starts) else len(part)
+                yield ids[begin:end], part[starts[begin] if begin else 0 : until]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Pieces that are tokenized by themselves, cut at paragraphs; a text of less comes whole."""
+    begin = 0
+    while len(text) - begin > PART_CHARS:
+        cut = begin + PART_CHARS
+        for border in _PARAGRAPH.finditer(text, begin + PART_CHARS // 2, cut):
+            cut = border.end()
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
+
+
+def _tokens(tokenizer: Any, text: str, first: bool) -> tuple[list[int], list[int] | None]:
+    """Ids of a text without BOS, and where each begins; None where a tokenizer cannot say."""
+    fast = tokenizer.is_fast
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    ids = list(made["input_ids"])
+    starts = [offset[0] for offset in made["offset_mapping"]] if fast else None
+    if first and ids[:1] == [habits_of(tokenizer).bos_id]:
+        return ids[1:], starts and starts[1:]
+    return ids, starts
+
+
+_PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n\s*\Z")
+_SENTENCE = re.compile(r"""(?:[.!?]["')\]»”’]*\s+|[。！？]["'」』”’]*\s*|\n\s*)\Z""")
+# How far back from a cut the text is looked at: a sentence end with its quotes and white space.
+_LOOK_BACK = 16
+
+
+def windows(
+    text: str, starts: Sequence[int] | None, count: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """Pairs (begin, end) of token indices that cover 0..count once, each at most `limit` long.
+
+    Args:
+        starts: character at which each token begins; None where a tokenizer cannot say, then
+            windows are simply full.
+        count: number of tokens.
+        limit: longest window in tokens.
+    """
+    begin = 0
+    while begin < count:
+        end = min(begin + limit, count)
+        if end < count and starts is not None:
+            end = _good_end(text, starts, begin, end)
+        yield begin, end
+        begin = end
+
+
+def _good_end(text: str, starts: Sequence[int], begin: int, full: int) -> int:
+    halfway = begin + (full - begin) // 2
+    sentence = 0
+    for end in range(full, halfway, -1):
+        before = _text_before(text, starts[end])
+        if _PARAGRAPH_END.search(before):
+            return end
+        if not sentence and _SENTENCE.search(before):
+            sentence = end
+    return sentence or full
+
+
+def _text_before(text: str, at: int) -> str:
+    """The text before a cut; a space that the next token carries (Ġword, ▁word) counts to it."""
+    while at < len(text) and text[at] in " \n\t":
+        at += 1
+    return text[max(0, at - _LOOK_BACK) : at]

@@ -1,0 +1,59 @@
+"""An example enters; it leaves in silence, or is refused for what training on it would spoil.
+
+Looks at ids and labels alone, so that it also catches what the code that made them got wrong.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from lorakit.data.chat_template.render import habits_of
+from lorakit.data.issues import SpoilsRun
+from lorakit.types import IGNORE, Example
+
+
+def verify_example(tokenizer: Any, example: Example, train_on: str = "responses") -> None:
+    """Refuse an example of a conversation that would spoil the training.
+
+    Raises:
+        SpoilsRun: no trained token, two BOS in a row, or a trained answer whose end of turn is not
+            trained.
+    """
+    origin, ids, labels = example.origin, example.input_ids, example.labels
+    if not example.trained_tokens:
+        raise SpoilsRun(
+            "nothing trained", origin, "no token of this row would be trained: all are masked"
+        )
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise SpoilsRun(
+            "two BOS tokens",
+            origin,
+            f"it begins with two BOS tokens ({tokenizer.bos_token})",
+            "the chat template and the tokenizer both add one: take it out of the template",
+        )
+    if train_on == "all":
+        return
+    # After each trained token, is the next end-of-turn token trained too?
+    stops = habits_of(tokenizer).stops
+    ends = sorted(i for stop in stops for i in _places(ids, stop))
+    for begin, end in pairwise([-1, *ends, len(ids)]):
+        part = labels[begin + 1 : end]
+        closed = end < len(ids) and labels[end] != IGNORE
+        if not closed and part.count(IGNORE) < len(part):
+            last = next(label for label in reversed(part) if label != IGNORE)
+            raise SpoilsRun(
+                "answer without end of turn",
+                origin,
+                f"a trained part ends with {tokenizer.decode([last])!r}, not with an end-of-turn "
+                "token: a model trained on it would not stop",
+                "the chat template must close each answer with a special token",
+            )
+
+
+def _places(ids: list[int], token: int) -> list[int]:
+    found = [-1]
+    for _ in range(ids.count(token)):
+        found.append(ids.index(token, found[-1] + 1))
+    return found[1:]

@@ -1,0 +1,1 @@
+"""Thin layer over torch.distributed: process group, launcher, heartbeat."""

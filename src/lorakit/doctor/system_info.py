@@ -1,0 +1,217 @@
+"""This machine enters; Facts leave: what the checks look at, read once, nothing judged."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lorakit.hardware import host_memory
+
+PACKAGES = (
+    *("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate"),
+    *("jinja2", "safetensors", "huggingface_hub", "triton", "torchvision", "lorakit"),
+)
+PROBE_SECONDS = 180
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What nvidia-smi says. `cards`: (name, MiB in all, MiB in use)."""
+
+    version: str = ""
+    cuda: str = ""
+    cards: tuple[tuple[str, int, int], ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything the checks look at; `driver` is None where there is no nvidia-smi."""
+
+    python: tuple[int, ...] = ()
+    system: str = ""
+    driver: Driver | None = None
+    torch: dict[str, Any] = field(default_factory=dict)
+    bitsandbytes: dict[str, Any] = field(default_factory=dict)
+    triton: dict[str, Any] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    visible: str | None = None
+    ram_bytes: int = 0
+    free_ram_bytes: int = 0
+    free_disk: dict[str, int] = field(default_factory=dict)
+    cache: str = ""
+    cache_writable: bool = True
+    home: str = ""
+    home_writable: bool = True
+    colab: bool = False
+    drive_mounted: bool = False
+    model: str | None = None
+    hub: str = "not asked"
+
+
+def gather(model: str | None = None, offline: bool = False) -> Facts:
+    """Read the machine; with `model`, also whether the hub gives it to this account."""
+    memory = psutil.virtual_memory()
+    cache = cache_folder()
+    probed = probe()
+    home = Path.home()
+    return Facts(
+        python=sys.version_info[:3],
+        system=sys.platform,
+        driver=read_driver(),
+        **probed,
+        packages=versions(),
+        needs=tuple(_needs()),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        ram_bytes=host_memory(),
+        free_ram_bytes=memory.available,
+        free_disk={"here": _free(Path()), "model cache": _free(cache)},
+        cache=str(cache),
+        cache_writable=writable(cache),
+        home=str(home),
+        home_writable=writable(home),
+        colab="COLAB_RELEASE_TAG" in os.environ or _has("google.colab"),
+        drive_mounted=Path("/content/drive/MyDrive").is_dir(),
+        model=model,
+        hub=ask_hub(model, offline) if model else "not asked",
+    )
+
+
+def read_driver() -> Driver | None:
+    """The driver, by nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = "--query-gpu=driver_version,name,memory.total,memory.used"
+    rows, error = _output([program, query, "--format=csv,noheader,nounits"])
+    if error:
+        return Driver(error=error)
+    head, _ = _output([program])
+    cuda = head.partition("CUDA Version:")[2].split() or [""]
+    cards, version = [], ""
+    for row in rows.splitlines():
+        words = [word.strip() for word in row.split(",")]
+        if len(words) == 4 and words[2].isdigit():
+            version = words[0]
+            cards.append((words[1], int(words[2]), int(words[3]) if words[3].isdigit() else 0))
+    return Driver(version, cuda[0], tuple(cards), None if cards else "it lists no card")
+
+
+def probe() -> dict[str, dict[str, Any]]:
+    """The lines of `probe.py`; what it could not say is told as an error."""
+    command = [sys.executable, "-m", "lorakit.doctor.import_probe"]
+    ended = "it did not answer"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        text = done.stdout
+        if done.returncode < 0:
+            ended = f"the import crashes (signal {-done.returncode})"
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        ended = f"the import hangs (no answer in {PROBE_SECONDS} s)"
+    found: dict[str, dict[str, Any]] = {}
+    for line in text.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return {n: found.get(n, {"error": ended}) for n in ("torch", "bitsandbytes", "triton")}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what matters here."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cache_folder() -> Path:
+    """Where the hub's client keeps models."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made in `folder`, or in the nearest parent that exists."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            return True
+    except OSError:
+        return False
+
+
+def ask_hub(model: str, offline: bool) -> str:
+    """`ok`, `local`, `offline`, `no token`, `gated`, `missing`, or why there is no answer."""
+    if Path(model).expanduser().is_dir():
+        return "local"
+    if offline or os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE"):
+        return "offline"
+    try:
+        from huggingface_hub import auth_check, get_token
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    except ImportError as error:
+        return f"huggingface_hub cannot be imported: {error}"
+    try:
+        auth_check(model)
+    except GatedRepoError:
+        return "gated" if get_token() else "no token"
+    except RepositoryNotFoundError:
+        return "missing"
+    except Exception as error:  # networks fail in many ways; each is told
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    return "ok"
+
+
+def _needs() -> Sequence[str]:
+    try:
+        return importlib.metadata.requires("lorakit") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(_existing(folder)).free
+    except OSError:
+        return 0
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _output(command: list[str]) -> tuple[str, str | None]:
+    """(stdout, error): nvidia-smi tells its own faults on stdout."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"{type(error).__name__}: {error}"
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        return "", lines[0] if lines else f"exit code {done.returncode}"
+    return done.stdout, None

@@ -1,0 +1,318 @@
+"""Hidden states enter a decoder layer of the Llama shape; its output leaves, backward by hand.
+
+    mid = x + o(attention(rope(qkv(norm1(x)))))          out = mid + down(act(gate) * up)
+
+One autograd node a layer. What it keeps for backward is chosen by `Keep`; the rest is recomputed.
+Bytes per token and layer in bf16 at the Llama-2-7B shape: ALL 91 KiB, NO_GATE_UP 48, MIDDLE 16,
+INPUT 8; `down` is never recomputed and, while the middle is kept, `o` is not either.
+Shapes: B batch, T tokens, M = B*T, D model, H/Hk heads, d head width, I inner width.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.engine.attention import Angles, Attended, LayerAttention, Segments, eps_of
+from lorakit.engine.lora_linear import Dropout, LoraGroup, Scratch, Unsupported
+from lorakit.ops.glu import gated, gated_backward
+from lorakit.ops.lora import Update
+from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
+
+
+class Keep(enum.IntEnum):
+    """What a layer keeps for backward, most first."""
+
+    ALL = 0
+    NO_GATE_UP = 1
+    MIDDLE = 2
+    INPUT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What all layers share in one forward pass: angles, documents, masks, train or not."""
+
+    angles: Angles  # cos, sin [1 or B, T, d]
+    segments: Segments | None
+    keys: Tensor | None  # [layers, modules, 2]
+    training: bool
+    arena: Arena | None = None
+
+
+class Arena:
+    """Room for what layers keep, in one piece for each kind.
+
+    Made one by one between short-lived tensors, they would leave holes that nothing fits: 4 GiB of
+    them with 32 layers at 2,048 tokens.
+    """
+
+    def __init__(self, layers: list[FastLayer], rows: int, model: int, like: Tensor) -> None:
+        first = layers[0]
+        inner, qkv = first.gate_up.outputs, first.qkv.outputs
+        rooms = {
+            "out": [(x.number, model) for x in layers],
+            "mid": [(x.number, model) for x in layers if x.keep < Keep.INPUT],
+            "qkv": [(x.number, qkv) for x in layers if x.keep < Keep.MIDDLE],
+            "gate_up": [(x.number, inner) for x in layers if x.keep == Keep.ALL],
+        }
+        self.places: dict[tuple[str, int], Tensor] = {}
+        for name, wanted in rooms.items():
+            if wanted:
+                width = wanted[0][1]
+                room = torch.empty(len(wanted), rows, width, dtype=like.dtype, device=like.device)
+                # .data: each place counts its own versions, so autograd sees no writes of others.
+                self.places |= {(name, w[0]): room[i].data for i, w in enumerate(wanted)}
+
+    def take(self, name: str, number: int) -> Tensor | None:
+        """Where layer `number` writes this tensor; None if it keeps none. Given out once."""
+        return self.places.pop((name, number), None)
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What one layer's forward left for its backward; None where it is recomputed."""
+
+    x: Any  # [M, D]
+    updates: dict[str, Update | None] = field(default_factory=dict)
+    rstd1: Any = None  # [M] float32, as rstd2
+    attention: Any = None  # Attended
+    mid: Any = None  # [M, D]
+    rstd2: Any = None
+    gate_up: Any = None  # [M, 2I], adapters not included
+
+
+class FastLayer:
+    """A decoder layer's modules as four groups of linear layers, two norms and its attention."""
+
+    def __init__(
+        self,
+        layer: Any,
+        number: int,
+        config: Any,
+        scratch: Scratch,
+        device: torch.device | None = None,
+    ) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.number, self.keep = number, Keep.ALL
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.qkv = LoraGroup("qkv", inputs, scratch, device)
+        self.o = LoraGroup("o", [attention.o_proj], scratch, device)
+        self.gate_up = LoraGroup("gate_up", [mlp.gate_proj, mlp.up_proj], scratch, device)
+        self.down = LoraGroup("down", [mlp.down_proj], scratch, device)
+        self.groups = [self.qkv, self.o, self.gate_up, self.down]
+        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        self.offset = 1.0 if config.model_type.startswith("gemma") else 0.0
+        self.attention = LayerAttention(attention, self.qkv.sizes, config, self.offset)
+        for norm in (*self.norms, *self.attention.norms):
+            if norm is not None and norm.weight.requires_grad:
+                raise Unsupported("norm weights train")
+        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        if name not in _ACTIVATIONS:
+            raise Unsupported(f"activation {name}")
+        self.activation = _ACTIVATIONS[name]
+        starts = [0]
+        for group in self.groups:
+            starts.append(starts[-1] + len(group.adapted))
+        self.key_rows = [slice(a, b) for a, b in itertools.pairwise(starts)]
+        self.masks = starts[-1]
+
+    def __call__(self, x: Tensor, call: Pass) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        parameters = [p for group in self.groups for p in group.parameters]
+        out: Tensor = _Layer.apply(x, self, call, *parameters)
+        return out
+
+    def dropout(self, group: LoraGroup, call: Pass) -> Dropout:
+        if call.keys is None or not call.training or not group.p or not group.adapted:
+            return Dropout(None, 0.0)
+        return Dropout(call.keys[self.number, self.key_rows[self.groups.index(group)]], group.p)
+
+    def room(self, name: str, call: Pass) -> Tensor | None:
+        return call.arena.take(name, self.number) if call.arena else None
+
+    def norm(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        module = self.norms[number]
+        return rms_norm(x, module.weight, eps_of(module), self.offset)
+
+
+class _Layer(torch.autograd.Function):
+    """The layer as one node: forward saves by `Keep`, backward recomputes what is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FastLayer, call: Pass, *parameters: Tensor) -> Tensor:
+        wants = any(ctx.needs_input_grad)
+        with torch.autocast(x.device.type, enabled=False):
+            saved = _Saved(x.reshape(-1, x.shape[-1]))
+            out = _forward(layer, call, saved, x.shape[0], wants)
+        if wants:
+            ctx.layer, ctx.call, ctx.saved, ctx.shape = layer, call, saved, x.shape
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        with torch.autocast(dout.device.type, enabled=False):
+            dx, gradients = _backward(
+                ctx.layer, ctx.call, ctx.saved, ctx.shape, dout.reshape(-1, ctx.shape[-1]),
+                ctx.needs_input_grad[0],
+            )  # fmt: skip
+        # The chain of nodes outlives its backward: memory goes back layer by layer only this way.
+        ctx.saved = None
+        return (dx.view(ctx.shape) if dx is not None else None, None, None, *gradients)
+
+
+class Weights:
+    """Frozen weights of one layer in one pass: NF4 ones are dequantized at most once."""
+
+    def __init__(self, layer: FastLayer) -> None:
+        self.layer = layer
+        self.known: dict[str, Tensor] = {}
+
+    def __getitem__(self, group: LoraGroup) -> Tensor:
+        if group.name not in self.known:
+            self.known[group.name] = group.weight()
+        return self.known[group.name]
+
+
+def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: bool) -> Tensor:
+    """The layer's output [M, D]; `saved` keeps what `layer.keep` says."""
+    keep, weights = layer.keep, Weights(layer)
+    mid = _to_middle(layer, call, saved, weights, batch, wants and keep < Keep.MIDDLE)
+    h2, saved.rstd2 = layer.norm(1, mid)
+    gate_up = _to_gate_up(layer, call, saved, weights, h2)
+    h = gated(gate_up, layer.activation, saved.updates["gate_up"])
+    drop, room = layer.dropout(layer.down, call), layer.room("out", call)
+    out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, mid, room)
+    if keep == Keep.ALL:
+        saved.gate_up = gate_up
+    else:
+        del saved.updates["gate_up"]
+    if keep >= Keep.MIDDLE:
+        saved.attention = None
+        del saved.updates["qkv"]
+    if keep < Keep.INPUT:
+        saved.mid = mid
+    else:
+        del saved.updates["o"]
+    return out
+
+
+def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: Weights) -> Tensor:
+    """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
+    h1, saved.rstd1 = layer.norm(0, saved.x)
+    drop = layer.dropout(layer.qkv, call)
+    room = layer.room("qkv", call)
+    qkv, saved.updates["qkv"] = layer.qkv.product(h1, weights[layer.qkv], drop, room)
+    return qkv
+
+
+def _attention_of(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, batch: int, graph: bool
+) -> Attended:
+    qkv = _to_qkv(layer, call, saved, weights)
+    layer.attention.prepare_(qkv, saved.updates["qkv"], call.angles)
+    return layer.attention.attend(qkv, call.angles, call.segments, batch, graph)
+
+
+def _to_middle(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, batch: int, graph: bool
+) -> Tensor:
+    """The first half of the layer, mid [M, D]; `saved` gets its attention and updates."""
+    saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
+    flat = as_rows(saved.attention.out)
+    drop = layer.dropout(layer.o, call)
+    room = layer.room("mid", call)
+    mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, saved.x, room)
+    return mid
+
+
+def _to_gate_up(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, h2: Tensor
+) -> Tensor:
+    """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
+    drop = layer.dropout(layer.gate_up, call)
+    room = layer.room("gate_up", call)
+    made = layer.gate_up.product(h2, weights[layer.gate_up], drop, room)
+    gate_up, saved.updates["gate_up"] = made
+    return gate_up
+
+
+def _backward(
+    layer: FastLayer, call: Pass, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx [M, D], gradients of the groups' parameters in their order)."""
+    weights = Weights(layer)
+    if saved.mid is None:
+        saved.mid = _to_middle(layer, call, saved, weights, shape[0], graph=True)
+    elif saved.attention is None:
+        saved.attention = _attention_of(layer, call, saved, weights, shape[0], graph=True)
+    dmid, of_mlp = _backward_mlp(layer, call, saved, weights, dout)
+    dx, of_attention = _backward_attention(layer, call, saved, weights, dmid, wants_dx)
+    return dx, [*of_attention, *of_mlp]
+
+
+def _backward_mlp(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, dout: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(dmid [M, D], gradients of gate/up and down)."""
+    mid, rstd2, training = saved.mid, saved.rstd2, call.training
+    h2, _ = layer.norm(1, mid)
+    gate_up = saved.gate_up
+    if gate_up is None:
+        gate_up = _to_gate_up(layer, call, saved, weights, h2)
+    update = saved.updates["gate_up"]
+    drop = layer.dropout(layer.down, call)
+    ds, db = layer.down.output_grads(dout, saved.updates["down"])
+    dh, extra = dout @ weights[layer.down], layer.down.to_input_grad(ds, drop)
+    dgate_up, h = gated_backward(dh, gate_up, layer.activation, update, extra)
+    saved.gate_up = gate_up = None
+    of_down = layer.down.factor_grads(ds, db, h, drop, training)
+    del h, dh
+    drop = layer.dropout(layer.gate_up, call)
+    ds, db = layer.gate_up.output_grads(dgate_up, update)
+    dh2 = layer.gate_up.input_grad(dgate_up, ds, weights[layer.gate_up], drop)
+    of_gate_up = layer.gate_up.factor_grads(ds, db, h2, drop, training)
+    norm = layer.norms[1]
+    dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=dout)
+    return dmid, [*of_gate_up, *of_down]
+
+
+def _backward_attention(
+    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, dmid: Tensor, wants_dx: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx [M, D], gradients of qkv and o)."""
+    kept, rstd1, training = saved.attention, saved.rstd1, call.training
+    drop = layer.dropout(layer.o, call)
+    ds, db = layer.o.output_grads(dmid, saved.updates["o"])
+    dflat = layer.o.input_grad(dmid, ds, weights[layer.o], drop)
+    of_o = layer.o.factor_grads(ds, db, as_rows(kept.out), drop, training)
+    dqkv = layer.attention.backward(kept, dflat.view(kept.out.shape), call.angles)
+    saved.attention = kept = None
+    h1, _ = layer.norm(0, saved.x)
+    drop = layer.dropout(layer.qkv, call)
+    ds, db = layer.qkv.output_grads(dqkv, saved.updates["qkv"])
+    dx = None
+    if wants_dx:
+        dh1 = layer.qkv.input_grad(dqkv, ds, weights[layer.qkv], drop)
+        norm = layer.norms[0]
+        dx = rms_norm_backward(dh1, saved.x, norm.weight, rstd1, layer.offset, residual=dmid)
+    of_qkv = layer.qkv.factor_grads(ds, db, h1, drop, training)
+    return dx, [*of_qkv, *of_o]
+
+
+def as_rows(out: Tensor) -> Tensor:
+    """Attention's output [B, T, H, d] as rows [M, H*d]."""
+    return out.detach().reshape(out.shape[0] * out.shape[1], -1)
+
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}

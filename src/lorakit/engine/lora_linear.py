@@ -1,0 +1,357 @@
+"""Linear layers that share an input enter, with their adapters; one product a pass leaves.
+
+q/k/v (and gate/up) are multiplied as one matrix: at 2,048 tokens gate and up apart fill 87% of an
+H100's last wave of tiles, together 95%. Frozen 16-bit weights are moved into one buffer of which
+the modules then hold views; NF4 weights are dequantized into one scratch buffer when needed.
+Shapes: M tokens, K inputs, N outputs of all modules together, n adapted modules of rank R.
+
+Parameters enter; one flat float32 buffer leaves that holds all their gradients.
+
+The engine's groups add their gradients there themselves, so that none goes through autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.ops.lora import (
+    InputGrad,
+    Update,
+    lora_a_grad,
+    lora_down,
+    lora_input_grad_,
+    matmul_float32,
+)
+from lorakit.ops.lora_output import lora_add, lora_output_grads
+from lorakit.ops.nf4 import dequantize_nf4
+
+Scratch = dict[tuple[str, int, int], Tensor]
+
+
+class Unsupported(Exception):
+    """This module cannot go under the engine; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """The masks of one group in one forward pass: keys [n, 2] (None: no dropout), probability."""
+
+    keys: Tensor | None
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """One adapted module: its columns of the group's output, its factors and scale."""
+
+    columns: slice
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+
+class LoraGroup:
+    """The frozen product of `modules` and their low-rank updates, forward and backward by hand."""
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[nn.Module],
+        scratch: Scratch,
+        device: torch.device | None = None,
+    ) -> None:
+        self.name, self.scratch = name, scratch
+        self.bases = [_base_layer(m) for m in modules]
+        self.sizes = [base.out_features for base in self.bases]
+        self.inputs, self.outputs = self.bases[0].in_features, sum(self.sizes)
+        ends = itertools.accumulate(self.sizes, initial=0)
+        self.columns = [slice(a, b) for a, b in itertools.pairwise(ends)]
+        found = [_factors(m) for m in modules]
+        self.adapted = [Adapted(c, *f) for c, f in zip(self.columns, found, strict=True) if f]
+        slots = itertools.count()
+        self.slots = tuple(next(slots) if f else -1 for f in found)
+        ranks, scales = {x.a.shape[0] for x in self.adapted}, {x.scale for x in self.adapted}
+        if len(ranks) > 1 or len(scales) > 1:
+            raise Unsupported(f"ranks or scales differ within {name}")
+        self.rank, self.scale = (ranks or {0}).pop(), (scales or {1.0}).pop()
+        self.p = _dropout(modules)
+        self.four_bit = hasattr(self.bases[0].weight, "quant_state")
+        self.merged: Tensor | None = None
+        weight = self.bases[0].weight
+        # Where the work is done; the frozen weights may lie elsewhere until they are needed.
+        self.device = device or weight.device
+        self.bias = self._merged_bias()
+        self.kind = self.bases[0].compute_dtype if self.four_bit else weight.dtype
+        # Copies of the factors in the base's type; `refresh` fills them from the float32 masters.
+        kind = {"dtype": self.kind, "device": self.device}
+        self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, **kind)
+        self.b = torch.zeros(self.outputs, self.rank, **kind)
+        # Where gradients are added when they do not go through autograd, see
+        # `engine/cuda_graphs.py`.
+        self.a_sink: Tensor | None = None
+        self.b_sink: Tensor | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B of each adapted module, in the order in which `backward` gives gradients."""
+        return [p for x in self.adapted for p in (x.a, x.b)]
+
+    def factor(self, training: bool) -> float:
+        """What the stored copy of A carries: alpha/r, and dropout's 1/(1-p) in training."""
+        return self.scale / (1 - self.p if training else 1.0)
+
+    def merge(self) -> None:
+        """Move dense weights of several modules into one buffer; each keeps a view of its rows."""
+        if self.four_bit:
+            return
+        if len(self.bases) == 1:
+            self.merged = self.bases[0].weight.data
+            return
+        self.merged = torch.cat([base.weight.data for base in self.bases])
+        for base, rows in zip(self.bases, self.columns, strict=True):
+            base.weight.data = self.merged[rows]
+
+    def unmerge(self) -> None:
+        """Give each module its own weight again: savers take shared storage for tied weights."""
+        if self.merged is not None and len(self.bases) > 1:
+            for base in self.bases:
+                base.weight.data = base.weight.data.clone()
+        self.merged = None
+
+    def frozen(self) -> list[Tensor]:
+        """All that `weight` is made of, after `merge`: one matrix, or NF4 weights and scales."""
+        if self.merged is not None:
+            return [self.merged]
+        found = []
+        for base in self.bases:
+            state = base.weight.quant_state
+            found += [base.weight.data, state.absmax]
+            found += [state.state2.absmax] if state.nested else []
+        return found
+
+    def constants_to_device(self) -> None:
+        """NF4's code books and offset, a few hundred numbers, where the work is done."""
+        if not self.four_bit:
+            return
+        for base in self.bases:
+            state = base.weight.quant_state
+            state.code = state.code.to(self.device)
+            if state.nested:
+                state.offset = state.offset.to(self.device)
+                state.state2.code = state.state2.code.to(self.device)
+
+    def point_to(self, tensors: Sequence[Tensor]) -> None:
+        """Let the modules use `tensors`, laid out as `frozen` gives them, from now on."""
+        if self.merged is not None:
+            (self.merged,) = tensors
+            for base, rows in zip(self.bases, self.columns, strict=True):
+                base.weight.data = self.merged[rows]
+            return
+        each = iter(tensors)
+        for base in self.bases:
+            state = base.weight.quant_state
+            base.weight.data, state.absmax = next(each), next(each)
+            if state.nested:
+                state.state2.absmax = next(each)
+
+    def weight(self) -> Tensor:
+        """The frozen weight [N, K]; of NF4 modules in scratch memory, until the next layer's."""
+        if self.merged is not None:
+            return self.merged
+        key = (self.name, self.outputs, self.inputs)
+        out = self.scratch.get(key)
+        if out is None:
+            out = torch.empty(self.outputs, self.inputs, dtype=self.kind, device=self.device)
+            self.scratch[key] = out
+        for base, rows in zip(self.bases, self.columns, strict=True):
+            dequantize_nf4(base.weight.data, base.weight.quant_state, out[rows])
+        return out
+
+    def product(
+        self, x: Tensor, weight: Tensor, dropout: Dropout, out: Tensor | None = None
+    ) -> tuple[Tensor, Update | None]:
+        """(x W^T + bias [M, N], what the adapters add to it); the consumer adds the second."""
+        if self.bias is None:
+            y = torch.mm(x, weight.t(), out=out)
+        else:
+            y = torch.addmm(self.bias, x, weight.t(), out=out)
+        if not self.adapted:
+            return y, None
+        s = lora_down(x, self.a, dropout.keys, dropout.p)
+        return y, Update(s, self.b, self.slots)
+
+    def full(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        dropout: Dropout,
+        residual: Tensor,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Update | None]:
+        """(residual + x W^T + bias + the adapters' part [M, N], that part); one module."""
+        start = residual if self.bias is None else residual + self.bias
+        if not self.adapted:
+            return torch.addmm(start, x, weight.t(), out=out), None
+        update = Update(lora_down(x, self.a, dropout.keys, dropout.p), self.b, self.slots)
+        return lora_add(start, update, out).addmm_(x, weight.t()), update
+
+    def output_grads(self, dy: Tensor, update: Update | None) -> tuple[Tensor, Tensor | None]:
+        """(dS [M, n*R], dB [N', R] float32) from dy [M, N]; dB None where added to its sink."""
+        if update is None:
+            return dy.new_empty(dy.shape[0], 0), None
+        columns = [x.columns for x in self.adapted]
+        ds, db = lora_output_grads(dy, update, columns, self.b_sink)
+        return ds, db if self.b_sink is None else None
+
+    def s_grad(self, dy: Tensor) -> Tensor:
+        """dS [M, R] of a single module, where S itself is not at hand yet; see `b_grad`."""
+        return dy @ self.b if self.adapted else dy.new_empty(dy.shape[0], 0)
+
+    def b_grad(self, dy: Tensor, s: Tensor) -> None:
+        """Add dB of a single module to its sink, the other half of `output_grads`."""
+        if self.adapted:
+            matmul_float32(dy.t(), s, self.b_sink)
+
+    def input_grad(self, dy: Tensor, ds: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
+        """dx [M, K]."""
+        dx = dy @ weight
+        if self.adapted:
+            lora_input_grad_(dx, ds, self.a, dropout.keys, dropout.p)
+        return dx
+
+    def to_input_grad(self, ds: Tensor, dropout: Dropout) -> InputGrad | None:
+        """What the adapter adds to dy W, where the consumer adds it on the way; one module."""
+        return InputGrad(ds, self.a, dropout.keys, dropout.p) if self.adapted else None
+
+    def factor_grads(
+        self, ds: Tensor, db: Tensor | None, x: Tensor, dropout: Dropout, training: bool
+    ) -> list[Tensor | None]:
+        """Gradients of `parameters` in their order, float32; None where added to the sinks."""
+        if not self.adapted:
+            return []
+        factor = self.factor(training)
+        da = lora_a_grad(ds, x, dropout.keys, dropout.p, factor, self.a_sink)
+        if db is None:
+            return [None] * (2 * len(self.adapted))
+        widths = [own.b.shape[0] for own in self.adapted]
+        pairs = zip(da.split(self.rank), db.split(widths), strict=True)
+        return [g for pair in pairs for g in pair]
+
+    def _parts(self) -> list[slice]:
+        """Columns of S that belong to each adapted module."""
+        return [slice(i * self.rank, (i + 1) * self.rank) for i in range(len(self.adapted))]
+
+    def _merged_bias(self) -> Tensor | None:
+        biases = [base.bias for base in self.bases]
+        if all(b is None for b in biases):
+            return None
+        if any(b is not None and b.requires_grad for b in biases):
+            raise Unsupported("biases train")
+        weight = self.bases[0].weight
+        kind = weight.dtype if weight.is_floating_point() else self.bases[0].compute_dtype
+        return torch.cat(
+            [
+                torch.zeros(n, dtype=kind) if b is None else b.data.cpu().to(kind)
+                for n, b in zip(self.sizes, biases, strict=True)
+            ]
+        ).to(self.device)
+
+
+def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
+    """Copy all factors into the base's type, A scaled: a few launches for the whole model."""
+    copies, masters, scaled, factors = [], [], [], []
+    for group in groups:
+        for own, part in zip(group.adapted, group._parts(), strict=True):
+            copies += [group.a[part], group.b[own.columns]]
+            masters += [own.a.data, own.b.data]
+            scaled.append(group.a[part])
+            factors.append(group.factor(training))
+    if copies:
+        torch._foreach_copy_(copies, masters)
+        torch._foreach_mul_(scaled, factors)
+
+
+def in_flat_order(groups: Sequence[LoraGroup]) -> list[nn.Parameter]:
+    """The parameters as sinks lie in one flat buffer: for each group all A, then all B."""
+    return [p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))]
+
+
+def point_sinks(groups: Sequence[LoraGroup], flat: Tensor) -> None:
+    """Let each group add its gradients to its part of `flat` [float32], see `in_flat_order`."""
+    start = 0
+    for group in groups:
+        if not group.adapted:
+            continue
+        size = group.a.numel()
+        group.a_sink = flat[start : start + size].view_as(group.a)
+        start += size
+        size = sum(x.b.numel() for x in group.adapted)
+        group.b_sink = flat[start : start + size].view(-1, group.rank)
+        start += size
+
+
+def _base_layer(module: nn.Module) -> Any:
+    base: Any = getattr(module, "base_layer", module)
+    kinds = {"Linear", "Linear4bit"}
+    if type(base).__name__ not in kinds:
+        raise Unsupported(f"a layer is a {type(base).__name__}")
+    if type(base).__name__ == "Linear4bit" and base.weight.quant_state is None:
+        raise Unsupported("4-bit weights are not quantized yet")
+    if base.weight.requires_grad:
+        raise Unsupported("base weights train")
+    return base
+
+
+def _factors(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+    """(A, B, scale) of a LoRA module; None for a plain linear layer."""
+    if not hasattr(module, "lora_A"):
+        return None
+    name = "default"
+    if list(module.lora_A) != [name] or list(module.active_adapters) != [name]:
+        raise Unsupported("several adapters")
+    if module.merged or getattr(module, "lora_variant", {}).get(name) is not None:
+        raise Unsupported("DoRA or another variant of LoRA")
+    if module.lora_embedding_A or getattr(module, "lora_bias", {}).get(name):
+        raise Unsupported("adapters with a bias")
+    if getattr(module, "fan_in_fan_out", False):
+        raise Unsupported("transposed weights")
+    return module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+
+
+def _dropout(modules: Sequence[Any]) -> float:
+    found = {
+        float(getattr(m.lora_dropout["default"], "p", 0.0))
+        for m in modules
+        if hasattr(m, "lora_dropout") and "default" in m.lora_dropout
+    }
+    if len(found) > 1:
+        raise Unsupported("dropout differs within a group")
+    return found.pop() if found else 0.0
+
+
+class FlatGradients:
+    """The gradients of `parameters`, those of `groups` first; their .grad become views."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[LoraGroup]) -> None:
+        ordered = in_flat_order(groups)
+        known = {id(p) for p in ordered}
+        self.parameters = ordered + [p for p in parameters if id(p) not in known]
+        sizes = [p.numel() for p in self.parameters]
+        device = self.parameters[0].device
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.grads = [
+            part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
+        ]
+        point_sinks(groups, self.flat)
+
+    def begin(self) -> None:
+        """Start an optimizer step: gradients to zero, each parameter with its own."""
+        self.flat.zero_()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad

@@ -1,0 +1,135 @@
+"""A format's name enters; that exporter runs on the run directory; a JSON-ready result leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.errors import RecipeError, RunError
+from lorakit.export.adapter import export_adapter
+from lorakit.export.gguf import export_gguf, export_gguf_adapter, quantization
+from lorakit.export.merged import export_merged
+from lorakit.export.ollama import export_ollama
+from lorakit.export.push_to_hub import export_hub
+from lorakit.export.serving import export_llama_cpp, export_tgi, export_vllm
+from lorakit.export.tuned_run import Job, open_source
+from lorakit.export.verify_outputs import record, show
+from lorakit.recipe.loader import suggest
+from lorakit.report.page import renew_report
+from lorakit.storage.atomic_dir import megabytes
+from lorakit.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One row: what runs, what it gives, and which options of the command it reads."""
+
+    export: Callable[[Job], dict[str, Any]]
+    gives: str
+    options: frozenset[str] = frozenset()
+
+
+def _options(*names: str) -> frozenset[str]:
+    return frozenset({"verify", *names})
+
+
+EXPORTERS: dict[str, Format] = {
+    "adapter": Format(export_adapter, "PEFT folder with tokenizer and template", _options()),
+    "merged": Format(export_merged, "one plain transformers folder", _options("onto", "dtype")),
+    "gguf": Format(
+        export_gguf, "one file for llama.cpp", _options("quantization", "onto", "dtype")
+    ),
+    "gguf-adapter": Format(export_gguf_adapter, "the adapter for llama.cpp", _options()),
+    "ollama": Format(
+        export_ollama,
+        "Modelfile and GGUF",
+        _options("quantization", "onto", "dtype", "as_adapter"),
+    ),
+    "vllm": Format(
+        export_vllm, "folder and `vllm serve` line", _options("onto", "dtype", "merged")
+    ),
+    "tgi": Format(export_tgi, "folder and TGI line", _options("onto", "dtype", "merged")),
+    "llama.cpp": Format(
+        export_llama_cpp, "GGUF and `llama-server` line", _options("quantization", "onto", "dtype")
+    ),
+    "hub": Format(
+        export_hub,
+        "upload with a model card",
+        _options("onto", "dtype", "repository", "public", "merged"),
+    ),
+}
+# What a job has where the command says nothing.
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Job) if f.default is not MISSING}
+FLAGS = {"quantization": "quant", "as_adapter": "adapter", "repository": "repo"}
+
+
+def export_run(
+    run: RunDir, to: str, output: Path | None, console: Console, **options: Any
+) -> dict[str, Any]:
+    """Run one exporter into `output` (default: the run's `export/<format>`).
+
+    Raises:
+        RecipeError: no such format, or an option it does not have.
+        RunError: `output` exists already.
+    """
+    if to not in EXPORTERS:
+        raise RecipeError(
+            f"--to {to}: unknown format{suggest(to, EXPORTERS)}",
+            hint=f"formats: {', '.join(EXPORTERS)}",
+        )
+    _check_options(to, options)
+    target = output or run.export / _folder(to, options)
+    if target.exists():
+        raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
+    began = time.monotonic()
+    job = Job(open_source(run), target, console, **options)
+    facts = EXPORTERS[to].export(job)
+    # Files elsewhere may bear the name of another form; their place is this machine's affair.
+    name = target.name if target.parent == run.export else f"{to}, elsewhere: {target.name}"
+    record(run, name, {"format": to, **facts})
+    renew_report(run, console.print)
+    show({target.name: facts, **_inner(target.name, facts)}, console)
+    size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    seconds = time.monotonic() - began
+    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s", markup=False)
+    for line in job.ends:  # in one line each, however long: commands are copied
+        console.print(line, markup=False, soft_wrap=True)
+    return {"format": to, "path": str(target), **facts}
+
+
+def _check_options(to: str, options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        if value != DEFAULTS[key] and key not in EXPORTERS[to].options:
+            having = [name for name, row in EXPORTERS.items() if key in row.options]
+            raise RecipeError(
+                f"--{FLAGS.get(key, key)} says nothing to --to {to}",
+                hint=f"it goes with: {', '.join(having)}",
+            )
+    if options.get("onto", "trained") not in ("trained", "original"):
+        raise RecipeError(
+            f"--onto {options['onto']}: unknown base", hint="bases: trained (default), original"
+        )
+    if options.get("dtype") not in (None, "float32", "bfloat16", "float16"):
+        raise RecipeError(
+            f"--dtype {options['dtype']}: unknown", hint="types: float32, bfloat16, float16"
+        )
+    if "quantization" in EXPORTERS[to].options:
+        quantization(options.get("quantization"))
+
+
+def _folder(to: str, options: dict[str, Any]) -> str:
+    """Formats that come in several kinds get a folder each."""
+    kind = options.get("quantization")
+    parts = [to, quantization(kind) if kind else "", options.get("dtype") or ""]
+    parts += ["original"] if options.get("onto") == "original" else []
+    return "-".join(p for p in parts if p)
+
+
+def _inner(name: str, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The merged model on the way to a GGUF file has numbers of its own."""
+    return {f"{name}: {k}": v for k, v in facts.items() if isinstance(v, dict)}

@@ -1,0 +1,104 @@
+"""A base's config and the run's tokenizer enter; files leave that old and new readers both read.
+
+transformers 5 moved fields that vLLM, llama.cpp, Ollama and transformers 4 still look for:
+`rope_theta` into `rope_parameters`, `torch_dtype` to `dtype`, the chat template out of
+tokenizer_config.json. A reader that finds none falls back silently (RoPE base 10000, no template).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.chat_template.select import thinking_set
+from lorakit.export.tuned_run import Source, generation_config, trained_class
+
+LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
+
+
+def write_config(source: Source, folder: Path, dtype: str, tied: bool) -> None:
+    """config.json and generation_config.json of a merged model in `dtype`."""
+    values = _base_config(source)
+    for key in ("quantization_config", *LOCAL_KEYS):
+        values.pop(key, None)
+    nested = values.get("text_config")
+    for part in (values, nested) if isinstance(nested, dict) else (values,):
+        part["dtype"] = part["torch_dtype"] = dtype
+    if source.tied and not tied:
+        values["tie_word_embeddings"] = False
+        if isinstance(nested, dict):
+            nested["tie_word_embeddings"] = False
+    text = source.config.get_text_config()
+    _spell_rope(nested if isinstance(nested, dict) else values, text)
+    if trained := trained_class(source.config):
+        values.setdefault("architectures", [trained.__name__])
+    values["eos_token_id"] = _stops(source)
+    _write(folder / "config.json", values)
+    generation = generation_config(source)
+    generation.eos_token_id = _stops(source)
+    # Sampling defaults that clash with greedy decoding make save_pretrained refuse.
+    if generation.temperature not in (None, 1.0) or generation.top_p or generation.top_k:
+        generation.do_sample = True
+    generation.save_pretrained(folder)
+
+
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """The run's tokenizer with its template, its end of sequence being the real end of turn."""
+    source.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in LOCAL_KEYS:
+        values.pop(key, None)
+    values["eos_token"] = source.end_of_turn()
+    values["chat_template"] = source.tokenizer.chat_template
+    # The class that transformers 5 writes is unknown to 4; this one reads the same tokenizer.json.
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write(path, values)
+
+
+def set_thinking(source: Source, folder: Path) -> None:
+    """Make the template of a folder for llama.cpp think, or not, as the run's does by default."""
+    template = thinking_set(str(source.tokenizer.chat_template))
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, {**values, "chat_template": template})
+
+
+def _base_config(source: Source) -> dict[str, Any]:
+    """As its author wrote it: `to_dict` would drop fields that this transformers does not know."""
+    path = (source.folder or Path(source.location)) / "config.json"
+    if path.exists():
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values
+    found: dict[str, Any] = source.config.to_dict()
+    return found
+
+
+def _spell_rope(values: dict[str, Any], config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return
+    # Gemma 3 has one set per kind of layer.
+    full = rope.get("full_attention", rope)
+    local = rope.get("sliding_attention", {})
+    values.setdefault("rope_parameters", rope)
+    if "rope_theta" in full:
+        values.setdefault("rope_theta", full["rope_theta"])
+    if "rope_theta" in local:
+        values.setdefault("rope_local_base_freq", local["rope_theta"])
+    kind = full.get("rope_type", "default")
+    if kind != "default" and not values.get("rope_scaling"):
+        scaling = {k: v for k, v in full.items() if k != "rope_theta"}
+        values["rope_scaling"] = {**scaling, "type": kind}
+
+
+def _stops(source: Source) -> int | list[int]:
+    stops = source.stops()
+    return stops if len(stops) > 1 else stops[0]
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

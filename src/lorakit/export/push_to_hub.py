@@ -1,0 +1,152 @@
+"""The `hub` format: a repository on the Hugging Face hub, private unless said otherwise.
+
+The folder is made and verified here first, with a model card that says what was trained on what,
+and how well it did. The token is the one that `hf auth login` stored: it is never read, printed or
+written by lorakit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import RecipeError, WorkError
+from lorakit.export.adapter import export_adapter
+from lorakit.export.merged import export_merged
+from lorakit.export.tuned_run import Job, Source
+from lorakit.storage.run_dir import write_text
+
+REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+# Settings worth a line in the card.
+TOLD = (
+    *("method", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "epochs", "max_steps"),
+    *("micro_batch_size", "gradient_accumulation_steps", "cutoff_len", "train_on", "seed"),
+)
+
+
+def export_hub(job: Job) -> dict[str, Any]:
+    """Write adapter or merged model with its card, then upload.
+
+    Raises:
+        RecipeError: no repository was named, or not as owner/name.
+        WorkError: the hub refused or cannot be reached; the folder is kept.
+    """
+    if not job.repository or not REPOSITORY.match(job.repository):
+        found = f" (found: {job.repository})" if job.repository else ""
+        raise RecipeError(
+            f"--to hub needs the repository to write to{found}",
+            hint="name it with --repo OWNER/NAME; it is private unless --public is given",
+        )
+    facts = export_merged(job) if job.merged else export_adapter(job)
+    write_text(job.target / "README.md", card(job.source, job.repository, job.merged))
+    address = upload(job.target, job.repository, private=not job.public)
+    job.console.print(f"uploaded {address} ({'public' if job.public else 'private'})")
+    return {**facts, "repository": job.repository, "private": not job.public}
+
+
+def upload(folder: Path, repository: str, private: bool) -> str:
+    """Create the repository and send the folder's files; its address.
+
+    Raises:
+        WorkError: no login, no right, no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["MANIFEST.json"])
+    except Exception as error:  # HTTP, network and file errors come as many kinds
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        refused = status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError"
+        if refused:
+            reason, hint = "the hub knows no login that may write there", "run: hf auth login"
+        elif isinstance(error, HfHubHTTPError):
+            reason, hint = f"the hub answered with status {status}", "try again later"
+        else:
+            reason, hint = "the hub cannot be reached", "connect, and leave --offline out"
+        raise WorkError(
+            f"--to hub: {repository}: {reason}; the folder is ready at {folder}",
+            hint=f"{hint}; then: hf upload {repository} {folder}",
+        ) from error
+    return str(address)
+
+
+def card(source: Source, repository: str, merged: bool) -> str:
+    """The model card: what it is, what it was trained on and how, what came out, whose license."""
+    is_hub_id = source.base_name.count("/") == 1
+    head = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
+    if is_hub_id:
+        head["base_model"] = source.base_name
+        head["base_model_relation"] = "finetune" if merged else "adapter"
+    lines = ["---", *(f"{k}: {v}" for k, v in head.items()), "tags: [lora, lorakit]", "---", ""]
+    what = "merged into its base" if merged else "as an adapter"
+    lines += [f"# {repository.split('/')[1]}", ""]
+    lines += [
+        f"`{source.base_name}`, fine-tuned with lorakit, {what}.",
+        "",
+        _usage(repository, merged, source),
+    ]
+    lines += ["## Training", "", "| setting | value |", "|---|---|"]
+    values = source.recipe.model_dump()
+    lines += [f"| {k} | {values[k]} |" for k in TOLD if values[k] is not None]
+    lines += ["", *_data_lines(source), *_metric_lines(source)]
+    lines += [
+        "## License",
+        "",
+        f"The license of `{source.base_name}` governs this model too, and the terms of the data it "
+        "was trained on; read both before use.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _usage(repository: str, merged: bool, source: Source) -> str:
+    if merged:
+        code = f'model = AutoModelForCausalLM.from_pretrained("{repository}")'
+    else:
+        code = (
+            f'base = AutoModelForCausalLM.from_pretrained("{source.base_name}")\n'
+            f'model = PeftModel.from_pretrained(base, "{repository}")'
+        )
+    return f"```python\n{code}\n```\n"
+
+
+def _data_lines(source: Source) -> list[str]:
+    report = _read(source.run.data_report)
+    if not report:
+        return []
+    return [
+        "## Data",
+        "",
+        f"{report['examples_train']:,} examples for training with "
+        f"{report['trained_tokens_train']:,} trained tokens of {report['tokens_train']:,}; "
+        f"{report['examples_val']:,} held out.",
+        "",
+    ]
+
+
+def _metric_lines(source: Source) -> list[str]:
+    found = _read(source.run.eval)
+    if not found:
+        return []
+    base, tuned = found["base"], found["tuned"]
+    return [
+        "## Held-out results",
+        "",
+        "| | loss | perplexity |",
+        "|---|---|---|",
+        f"| base | {base['loss']:.4f} | {base['perplexity']:.2f} |",
+        f"| tuned | {tuned['loss']:.4f} | {tuned['perplexity']:.2f} |",
+        "",
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,105 @@
+"""The `vllm`, `tgi` and `llama.cpp` formats: a folder that the engine reads, and the line to type.
+
+What vLLM 0.32 takes was found by running it (docs/guides/deploy.md): rsLoRA and patterns yes; DoRA,
+biases, `modules_to_save` and adapters that change their base no: those are merged, with the reason.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lorakit.export.adapter import beyond_updates, export_adapter
+from lorakit.export.gguf import llama_server, write_gguf
+from lorakit.export.merged import export_merged
+from lorakit.export.tuned_run import Job, Source
+from lorakit.storage.run_dir import write_text
+
+# Values that vLLM's --max-lora-rank takes.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+COMMANDS = "COMMANDS.md"
+
+
+def why_vllm_cannot(source: Source) -> str | None:
+    """What in this adapter vLLM refuses; None where it serves it as it is."""
+    reason = beyond_updates(source)
+    if reason:
+        return reason
+    if source.recipe.method == "qlora":
+        return "a QLoRA adapter fits the dequantized 4-bit base, which is not the one on the hub"
+    if largest_rank(source) > VLLM_RANKS[-1]:
+        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}"
+    return None
+
+
+def largest_rank(source: Source) -> int:
+    """The rank that the engine must make room for."""
+    patterns = source.adapter.get("rank_pattern") or {}
+    return int(max(source.adapter["r"], *patterns.values(), 1))
+
+
+def vllm_command(source: Source, folder: Path, merged: bool) -> list[str]:
+    """The `vllm serve` line for an exported folder."""
+    context = ["--max-model-len", str(source.context)]
+    if merged:
+        return ["vllm", "serve", str(folder), "--served-model-name", source.name, *context]
+    rank = next(r for r in VLLM_RANKS if r >= largest_rank(source))
+    line = ["vllm", "serve", source.location, "--enable-lora"]
+    line += ["--lora-modules", f"{source.name}={folder}", "--max-lora-rank", str(rank)]
+    template = folder / "chat_template.jinja"
+    return [*line, "--chat-template", str(template), *context]
+
+
+def export_vllm(job: Job) -> dict[str, Any]:
+    """The adapter where vLLM serves it on its base, else the merged model, and the command."""
+    return _folder_and_lines(job, why_vllm_cannot(job.source), _vllm_lines)
+
+
+def export_tgi(job: Job) -> dict[str, Any]:
+    """As for vLLM; TGI is in maintenance mode since 2025 and archived since 2026."""
+    return _folder_and_lines(job, why_vllm_cannot(job.source), _tgi_lines)
+
+
+def export_llama_cpp(job: Job) -> dict[str, Any]:
+    """A GGUF file and the `llama-server` line."""
+    facts = write_gguf(job)
+    line = llama_server(job.source, job.target / facts["file"])
+    _write_lines(job, {"llama-server": [*line, "--host", "127.0.0.1", "--port", "8080"]})
+    return {**facts, "command": shlex.join(line)}
+
+
+def _folder_and_lines(job: Job, reason: str | None, lines: Any) -> dict[str, Any]:
+    merged = job.merged or reason is not None
+    if reason and not job.merged:
+        job.console.print(f"merging instead of an adapter: {reason}")
+    facts = export_merged(job) if merged else export_adapter(job)
+    commands = lines(job.source, job.target, merged)
+    _write_lines(job, commands)
+    first = next(iter(commands.values()))
+    return {**facts, "merged": merged, "reason": reason, "command": shlex.join(first)}
+
+
+def _vllm_lines(source: Source, folder: Path, merged: bool) -> dict[str, list[str]]:
+    lines = {"vLLM": vllm_command(source, folder, merged)}
+    if merged:
+        lines["SGLang"] = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
+    return lines
+
+
+def _tgi_lines(source: Source, folder: Path, merged: bool) -> dict[str, list[str]]:
+    if merged:
+        return {"TGI": ["text-generation-launcher", "--model-id", str(folder)]}
+    line = ["env", f"LORA_ADAPTERS={source.name}={folder}", "text-generation-launcher"]
+    return {"TGI": [*line, "--model-id", source.location]}
+
+
+def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:
+    """The commands are said last, and kept beside the files without this machine's paths."""
+    text = f"# How to serve {job.source.name}\n"
+    for name, line in commands.items():
+        job.ends.append(f"{name}: {shlex.join(line)}")
+        here = shlex.join(line).replace(str(job.target), ".")
+        here = here.replace(job.source.location, job.source.base_name)
+        text += f"\n{name}, run in this folder:\n\n    {here}\n"
+    write_text(job.target / COMMANDS, text)

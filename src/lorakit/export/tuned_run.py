@@ -1,0 +1,265 @@
+"""A run directory enters; what every exporter starts from leaves, and the tuned model in float32.
+
+The reference of all checks is the run's base with its adapter on it, computed in float32: for a
+QLoRA run the dequantized NF4 base, which is what it was trained against.
+
+What one export is asked to do: the run, the place to write, and the options of the command.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.data.chat_template.render import habits_of
+from lorakit.data.dataset import read_validation
+from lorakit.data.tokenize.encode import stop_token_ids
+from lorakit.errors import ModelError
+from lorakit.hardware import detect_device
+from lorakit.model.base_fingerprint import base_folder, check_base
+from lorakit.model.load import (
+    adapter_names,
+    check_all_tensors_used,
+    load_base,
+    load_config,
+    load_tokenizer,
+    locate_model,
+    public_name,
+)
+from lorakit.model.param_counts import count
+from lorakit.model.untrusted import check_adapter
+from lorakit.recipe.loader import load_recipe
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.types import Conversation, Device, Message, Origin
+
+# These schemes move part of the base's weights into the adapter when it is made, and again when it
+# is loaded: the base on the disk is not the one that the adapter belongs to.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A finished run, its base found and checked, no weight loaded yet."""
+
+    run: RunDir
+    recipe: Recipe
+    location: str
+    folder: Path | None  # the base's files; None where a hub model is not in the cache
+    device: Device  # merges and compares
+    config: Any  # of the base
+    adapter: dict[str, Any]  # adapter_config.json
+    names: tuple[str, ...]  # of the adapter's tensors
+    tokenizer: Any
+    conversations: tuple[Conversation, ...]
+
+    @property
+    def tied(self) -> bool:
+        """True where the base's input and output embeddings are one tensor."""
+        return bool(self.config.get_text_config().tie_word_embeddings)
+
+    @property
+    def base_name(self) -> str:
+        """The base's public name: a hub id, or a folder's own name."""
+        return public_name(self.recipe.model)
+
+    @property
+    def name(self) -> str:
+        """A name for the tuned model: the run's."""
+        return self.run.path.resolve().name
+
+    @property
+    def unties(self) -> bool:
+        """True where the adapter changes one of two embeddings that the base has as one."""
+        return self.tied and touches_embeddings(self.names)
+
+    @property
+    def base_changing_init(self) -> str | None:
+        """The scheme that moved part of the base's weights into the adapter, if one did."""
+        start = self.adapter.get("init_lora_weights")
+        return start if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS) else None
+
+    @property
+    def context(self) -> int:
+        """Tokens that an engine should make room for: the run's rows, at least 4,096 if it can."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(min(limit or 4096, max(4096, self.recipe.cutoff_len)))
+
+    def adapter_tensors(self) -> dict[str, Any]:
+        """The adapter's tensors by the names in its file."""
+        from safetensors.torch import load_file
+
+        return load_file(self.run.adapter / ADAPTER_WEIGHTS)
+
+    def stops(self) -> list[int]:
+        """Every token that ends an answer: the template's and those of `generation_config`."""
+        return stop_token_ids(self.tokenizer, generation_config(self))
+
+    def end_of_turn(self) -> str:
+        """The token that the template writes after an answer; the real end of sequence."""
+        texts = habits_of(self.tokenizer).stop_texts
+        return texts[0] if texts else str(self.tokenizer.eos_token)
+
+
+def open_source(run: RunDir) -> Source:
+    """Find and check all that an export of `run` needs.
+
+    Raises:
+        ModelError: the base is gone, gated or another one than in training; the adapter's file is
+            damaged.
+    """
+    recipe = load_recipe(run.recipe).recipe
+    location = locate_model(recipe, [run.path, Path()])
+    config = load_config(recipe, location)
+    check_base(run, recipe, location)
+    counted = count(config)
+    conversations = [r for r in read_validation(run.validation) if isinstance(r, Conversation)]
+    return Source(
+        run=run,
+        recipe=recipe,
+        location=location,
+        folder=base_folder(recipe, location),
+        device=_device(recipe, counted.total),
+        config=config,
+        adapter=check_adapter(run.adapter, counted.modules),
+        names=tuple(adapter_names(run)),
+        tokenizer=load_tokenizer(recipe, str(run.adapter)),
+        conversations=tuple(conversations),
+    )
+
+
+def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
+    """What peft multiplies B A of one module by."""
+    from peft.utils.other import get_pattern_key
+
+    module = name.removeprefix("base_model.model.").split(".lora_")[0]
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def compared_bytes(parameters: int) -> float:
+    """Memory to compare: the live model and the written one in float32, and room to compute."""
+    return parameters * 4 * 2 + 10**9
+
+
+def _device(recipe: Recipe, parameters: int) -> Device:
+    """A CUDA card with room for the whole comparison, else the CPU, in the type of training.
+
+    Both merge the same way, but sum in another order: what is written and what it is compared with
+    bit for bit have to come from one of them.
+    """
+    import torch
+
+    device = detect_device(prefer="cpu")
+    # A run's own recipe names the type it was trained in.
+    dtype = device.dtype if recipe.dtype == "auto" else recipe.dtype
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        # `--onto original` has two sums and the written model in 16 bits there for a moment.
+        if 1.25 * compared_bytes(parameters) < torch.cuda.mem_get_info()[0]:
+            device = detect_device()
+    return replace(device, dtype=dtype)
+
+
+def generation_config(source: Source) -> Any:
+    """The base's own generation settings, or those its config implies."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(str(source.folder or source.location))
+    except OSError:
+        return GenerationConfig.from_model_config(source.config)
+
+
+def trained_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM builds; None for one of a model's own code."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
+def touches_embeddings(names: Sequence[str]) -> bool:
+    """True where an adapter's tensors change the input or the output embedding."""
+    parts = {part for name in names for part in name.split(".")}
+    return bool(parts & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
+
+
+def float32_model(
+    source: Source, onto: str = "trained", model_class: Any = None, adapter: Path | None = None
+) -> Any:
+    """Base and adapter in float32 on the source's device, not merged.
+
+    Args:
+        onto: "trained", the base as in training (a QLoRA run's: dequantized NF4), or "original".
+        model_class: of the base, where it is not to be AutoModelForCausalLM's.
+        adapter: another folder than the run's.
+
+    Raises:
+        ModelError: the adapter does not fit, or one of its tensors finds no place.
+    """
+    from peft import PeftModel
+
+    recipe = source.recipe
+    quantized = recipe.method == "qlora" and onto == "trained"
+    if not quantized:
+        recipe = recipe.model_copy(update={"method": "lora"})
+    base = load_base(recipe, source.location, source.device, model_class=model_class)
+    if quantized:
+        # Weights come out as the training step saw them: NF4 values rounded to the compute type.
+        base = base.dequantize()
+    base = base.float()
+    if source.unties:
+        _untie(base)
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter or source.run.adapter)).eval()
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{source.run.adapter}: the adapter does not fit {source.recipe.model}: "
+            f"{str(error).splitlines()[0]}",
+            hint="was the base model changed since training?",
+        ) from error
+    check_all_tensors_used(model, source.run)
+    return model
+
+
+def _untie(base: Any) -> None:
+    """Give the head its own copy: peft would merge a change of one side into both."""
+    import torch
+
+    head = base.get_output_embeddings()
+    head.weight = torch.nn.Parameter(base.get_input_embeddings().weight.detach().clone())
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+
+
+def checked_prompts(source: Source, count: int) -> list[Conversation]:
+    """Held-out conversations to compare on, or one greeting where a run kept none."""
+    with_answer = [c for c in source.conversations if c.messages[-1].role == "assistant"]
+    if with_answer:
+        return with_answer[:count]
+    words = (Message("user", "Hello! What can you do?"), Message("assistant", ""))
+    return [Conversation(words, Origin("lorakit", 1))]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One export. Options that a format does not know are refused before it starts."""
+
+    source: Source
+    target: Path
+    console: Console
+    quantization: str | None = None  # GGUF: F16, Q8_0, Q4_K_M, ...
+    onto: str = "trained"  # merged: the base as in training, or "original"
+    dtype: str | None = None  # merged: default, the type of training
+    as_adapter: bool | None = None  # ollama: base and adapter in two files
+    repository: str | None = None  # hub: owner/name
+    public: bool = False
+    merged: bool = False  # hub: the merged model instead of the adapter
+    verify: bool = True
+    ends: list[str] = field(default_factory=list)  # said last: what to do with the files

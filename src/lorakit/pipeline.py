@@ -1,0 +1,316 @@
+"""One run, told from top to bottom: a resolved recipe enters, a run directory leaves.
+
+    machine -> tokenizer and data -> plan -> base -> adapter -> train -> save -> evaluate
+
+Every stage takes and gives records (`types.py`) or files of the run directory
+(`storage/run_dir.py`).
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.data.dataset import write_validation
+from lorakit.data.inspection import measure_prepared
+from lorakit.data.prepare import Prepared, prepare
+from lorakit.dependencies import require_floors
+from lorakit.display.inspection_view import report_view
+from lorakit.distributed.process_group import ALONE, Ranks, joined, shared_device
+from lorakit.errors import LorakitError, RunError
+from lorakit.export.checkpoint_keys import misfit
+from lorakit.hardware import MemoryCap, cards, detect_device, measure_context
+from lorakit.inference.evaluate import evaluate
+from lorakit.model.base_fingerprint import check_base, remember_base
+from lorakit.model.load import (
+    check_vocabulary,
+    load_base,
+    load_config,
+    load_tokenizer,
+    locate_model,
+    seed_everything,
+)
+from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
+from lorakit.model.matching import check_adapter_settings
+from lorakit.planning.forecast import planned_speed, refuse
+from lorakit.planning.planner import plan_for_data
+from lorakit.recipe.loader import ResolvedRecipe
+from lorakit.report.page import renew_report
+from lorakit.storage.run_dir import RunDir, read_metrics, write_json
+from lorakit.storage.run_lock import only_writer
+from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
+from lorakit.train.gradient_sync import seed_apart
+from lorakit.train.oom import memory_told
+from lorakit.train.progress import TrainingProgress
+from lorakit.train.resume import (
+    claim_run,
+    forget_after,
+    past_of,
+    prepare_resume,
+    remember_rows,
+    write_run_files,
+)
+from lorakit.train.signals import catch_signals
+from lorakit.train.trainer import LoraTrainer
+from lorakit.train.training_args import total_steps
+from lorakit.types import Device, EvalResult, MemoryPlan
+
+TOO_LARGE = "close what else uses this device's memory, set method: qlora, or take a smaller model"
+
+
+@dataclass(frozen=True, slots=True)
+class Prologue:
+    """All that is known before a weight is loaded; what `--dry-run` shows."""
+
+    resolved: ResolvedRecipe
+    location: str
+    device: Device
+    tokenizer: Any
+    prepared: Prepared
+    plan: MemoryPlan
+    tokens_per_second: float | None
+
+    def plan_as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, as in `plan.json`."""
+        return {**self.plan.as_dict(), "tokens_per_second": self.tokens_per_second}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `exit_code` is 0, or 128 + signal when it was stopped and can be resumed."""
+
+    run: RunDir
+    steps: int
+    train_seconds: float
+    final_loss: float | None
+    evaluation: EvalResult | None
+    exit_code: int = 0
+    ranks: int = 1
+    unfit: str | None = None  # why engines cannot use the adapter on its base
+
+
+def prepare_run(
+    resolved: ResolvedRecipe,
+    console: Console,
+    force: bool = True,
+    ranks: Ranks = ALONE,
+    gpus: int | None = None,
+) -> Prologue:
+    """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
+
+    Args:
+        force: go on though the plan says that memory is too small.
+        ranks: who shares each step; the first one reads and caches before the others do.
+        gpus: plan for so many ranks that are not there yet.
+    """
+    require_floors()
+    here = measure_context(detect_device(resolved.recipe.dtype))
+    device = shared_device(here, ranks)
+    device = replace(device, ranks=gpus) if gpus else device
+    console.print(f"device   {device.name} ({device.reasons['kind']})")
+    if device.kind == "cuda" and ranks.count == 1 and not gpus and cards() > 1:
+        console.print(f"         one of {cards()} cards; all of them share each step with --gpus")
+    if ranks.count > 1:
+        console.print(f"ranks    {ranks.count} share each step: {device.reasons['ranks']}")
+    console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
+    with ranks.one_ahead():
+        return _prologue(resolved, console, force, device)
+
+
+def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: Device) -> Prologue:
+    recipe = resolved.recipe
+    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    location = locate_model(recipe, folders, console.print)
+    config = load_config(recipe, location)
+    resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)
+    console.print(
+        f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
+    )
+    check_adapter_settings(resolved.recipe, config)
+    tokenizer = load_tokenizer(recipe, location)
+    prepared = prepare(resolved.recipe, tokenizer, folders)
+    console.print(report_view(prepared.report))
+    longest = prepared.report.longest_example
+    planned, plan = plan_for_data(resolved.recipe, config, device, longest)
+    has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
+    verdict = "" if plan.fits else "; IT DOES NOT FIT"
+    console.print(
+        f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
+    )
+    speed, why = planned_speed(planned, config, device, plan)
+    told = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
+    console.print(f"speed    {told}")
+    if not force:
+        refuse(planned, config, device, plan)
+    return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
+
+
+def fit(
+    resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
+) -> Outcome:
+    """Train, save and evaluate one run; `force` tries what does not fit into memory.
+
+    Raises:
+        LorakitError: any mistake of the recipe, data or model, before training starts; or a full
+            disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
+    """
+    with joined() as ranks:
+        run, resolved = ranks.told(lambda: claim_run(resolved, resume))
+        if ranks.first:
+            with only_writer(run, console.print), _reported(run, console):
+                return _fit(run, resolved, console, resume, force, ranks)
+        silent = Console(file=io.StringIO(), quiet=True)
+        return _fit(run, resolved, silent, resume, force, ranks)
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+@contextmanager
+def _reported(run: RunDir, console: Console) -> Iterator[None]:
+    """The run's page is written at its end; after a fault in a step too, to look at its cause."""
+    before = _written(run.metrics)
+    try:
+        yield
+    except LorakitError:
+        # What was refused before the first step leaves the folder as it was.
+        if _written(run.metrics) != before:
+            renew_report(run, lambda _: None)
+        raise
+    renew_report(run, console.print)
+
+
+def _fit(
+    run: RunDir,
+    resolved: ResolvedRecipe,
+    console: Console,
+    resume: bool,
+    force: bool,
+    ranks: Ranks,
+) -> Outcome:
+    start = prepare_run(resolved, console, force, ranks)
+    recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
+    past = past_of(recipe, prepared.train, start.tokenizer, ranks.count)
+    checkpoint = ranks.told(lambda: _take_up(run, start, past, resume, console))
+    _check_seen(run, checkpoint, ranks)
+    if start.plan.placement.shards > 1:
+        ranks.take_baton()  # host memory holds one whole base: it is passed on in `attach_engine`
+    model = _model(start, console)
+    if ranks.first:
+        require_space(run, recipe, count_parameters(model)[0])
+    else:
+        recipe = recipe.model_copy(update={"report_to": []})
+    progress = TrainingProgress(console, run if ranks.first else None, device.kind)
+    began = time.perf_counter()
+    told = memory_told("placing the model on its device", TOO_LARGE)
+    with told, catch_signals(alone=ranks.count == 1) as stop:
+        trainer = LoraTrainer(
+            model,
+            start.tokenizer,
+            recipe,
+            device,
+            start.plan,
+            run,
+            prepared.train,
+            prepared.val,
+            progress,
+            stop,
+            past,
+            ranks,
+        )
+        console.print(f"layers   {trainer.attached.layers}")
+        console.print(f"loss     {trainer.attached.loss}")
+        console.print(f"packing  {trainer.packing}")
+        seed_apart(recipe.seed, ranks)
+        try:
+            trainer.take_steps(checkpoint)
+        finally:
+            progress.stop()
+    seconds = time.perf_counter() - began
+    model = trainer.close()
+    final_loss = _final_loss(run) if ranks.first else None
+    steps, together = trainer.state.global_step, trainer.together
+    if together.stop_agreed and steps < trainer.state.max_steps:
+        return Outcome(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
+    unfit = _save(run, model, start) if ranks.first else None
+    evaluation = None
+    # A sharded base computes on all ranks at once; else the others wait for the first one's end.
+    if prepared.val and (ranks.first or trainer.sharded):
+        evaluation = _evaluate(run, model, start, ranks)
+    return Outcome(run, steps, seconds, final_loss, evaluation, unfit=unfit)
+
+
+def _save(run: RunDir, model: Any, start: Prologue) -> str | None:
+    """Write the adapter; returns why engines cannot use it, if they cannot."""
+    recipe = start.resolved.recipe
+    save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
+    return misfit(run, load_config(recipe, start.location))
+
+
+def _model(start: Prologue, console: Console) -> Any:
+    """The base with its adapters, where the plan puts it while it loads."""
+    recipe, device = start.resolved.recipe, start.device
+    seed_everything(recipe.seed, recipe.deterministic)
+    if recipe.deterministic:
+        console.print("bits     the same in each run on this device with these versions; slower")
+    MemoryCap(recipe.memory_limit_bytes, device)
+    with memory_told("loading the base model", TOO_LARGE):
+        base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
+        check_vocabulary(start.tokenizer, base)
+        model = add_adapter(base, recipe)
+    trainable, total = count_parameters(model)
+    console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    return model
+
+
+def _check_seen(run: RunDir, checkpoint: str | None, ranks: Ranks) -> None:
+    """Every rank reads the checkpoint itself."""
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise RunError(
+            f"{run.path}: not seen by rank {ranks.number}, on another machine than rank 0",
+            hint="several machines need a shared file system for the run's folder: --output",
+        )
+
+
+def _final_loss(run: RunDir) -> float | None:
+    losses = [row["loss"] for row in read_metrics(run) if row.get("loss") is not None]
+    return losses[-1] if losses else None
+
+
+def _take_up(
+    run: RunDir, start: Prologue, past: dict[str, Any], resume: bool, console: Console
+) -> str | None:
+    """Write what is known before training; returns the folder of the checkpoint to go on from."""
+    recipe, prepared = start.resolved.recipe, start.prepared
+    steps = total_steps(recipe, len(prepared.train))
+    found = prepare_resume(run, past, prepared.train, steps, console) if resume else None
+    if found is None:
+        run.metrics.unlink(missing_ok=True)
+        remember_base(run, recipe, start.location)
+        remember_rows(run, prepared.train)
+    else:
+        check_base(run, recipe, start.location)
+        forget_after(run, found.step)
+    lengths = measure_prepared(prepared, recipe).as_dict()
+    report, plan = {**prepared.report.as_dict(), "lengths": lengths}, start.plan_as_dict()
+    write_run_files(run, start.resolved, report, plan, start.device)
+    write_validation(run.validation, prepared.val_conversations)
+    return str(found.folder) if found else None
+
+
+def _evaluate(run: RunDir, model: Any, start: Prologue, ranks: Ranks) -> EvalResult:
+    label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
+    result = evaluate(
+        model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label
+    )
+    if ranks.first:
+        write_json(run.eval, result.as_dict())
+    return result

@@ -1,0 +1,361 @@
+"""A recipe, a config and a device enter; the bytes of one micro-batch's tensors leave. No weights.
+
+The model's own layers with PEFT's adapters run forward and backward on fake tensors, which have
+shapes and types and no numbers. Every storage is counted while it lives, so what autograd keeps
+and how high the pass climbs is read off the very code that will run, whatever the architecture.
+A few layers of each kind are run and the rest is counted like them: 0.2 s for a 7B model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import logging
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.model.layer_widths import decoder_layers
+from lorakit.planning.fake_pass import fake_pass
+from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device
+
+# glibc maps blocks of this size and gives them back at once (M_MMAP_THRESHOLD at its largest).
+MAPPED_BYTES = 32 * 1024**2
+
+# Keys of a recipe that change what a micro-batch takes.
+DECIDING = [
+    *("method", "micro_batch_size", "cutoff_len", "lora_r", "lora_dropout", "rank_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"),
+    *("use_dora", "bias"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes beside weights, adapters and gradients: at the end of forward, and at the peak.
+
+    `in_heap`: the part of `kept` in blocks that malloc does not map one by one.
+    """
+
+    kept: int
+    peak: int
+    in_heap: int
+
+    @property
+    def work(self) -> int:
+        """What comes on top of the kept tensors at the peak."""
+        return max(0, self.peak - self.kept)
+
+
+def simulate(recipe: Recipe, config: Any, device: Device, recompute: bool) -> Activations | None:
+    """One micro-batch of full rows, all tokens trained; None where it cannot be run so.
+
+    Args:
+        recipe: with `target_modules` resolved.
+        recompute: whether each layer keeps its input alone.
+    """
+    values = {key: getattr(recipe, key) for key in DECIDING}
+    question = [values, config.to_dict(), device.kind, device.dtype, recompute]
+    return _answer(_Question(json.dumps(question, default=str), recipe, config, device, recompute))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Compares by what decides the answer."""
+
+    key: str
+    recipe: Recipe
+    config: Any
+    device: Device
+    recompute: bool
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Question) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=64)
+def _answer(asked: _Question) -> Activations | None:
+    quiet = logging.getLogger("torch._subclasses.fake_tensor")
+    before = quiet.level
+    quiet.setLevel(logging.CRITICAL)
+    try:
+        return _counted(asked)
+    except Exception:  # a model whose code looks at numbers, or a package that is not there
+        return None
+    finally:
+        quiet.setLevel(before)
+
+
+def _counted(asked: _Question) -> Activations:
+    """Few layers are run; the others take what layers of their kind did."""
+    depths, shares = depths_to_run(layer_kinds(asked.config))
+    runs = [_run(asked, depth) for depth in depths]
+
+    def whole(sizes: Iterable[int]) -> int:
+        return max(0, round(sum(share * n for share, n in zip(shares, sizes, strict=True))))
+
+    kept = whole(run.kept for run in runs)
+    # One layer at a time is worked on: the heaviest of them, or the loss.
+    forward, backward = max(run.forward for run in runs), max(run.backward for run in runs)
+    if asked.recompute and asked.device.dtype != "float32":
+        # Autocast holds a 16-bit copy of every adapter until forward ends; else they are kept.
+        forward += 2 * max(0, whole(run.adapters for run in runs) - runs[-1].adapters)
+    return Activations(kept, kept + max(forward, backward), whole(run.in_heap for run in runs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Bytes of a model of some layers: kept at the end of forward, and beside that at the peaks."""
+
+    kept: int
+    forward: int
+    backward: int
+    in_heap: int
+    adapters: int  # elements
+
+
+def _run(asked: _Question, layers: int) -> _Pass:
+    """One micro-batch of the model's first `layers` layers."""
+    import torch
+
+    recipe, device = asked.recipe, asked.device
+    model = _model(asked, layers)
+    head = _head(model)
+    with fake_pass(model):
+        _fake(model, _type(device))
+        rows, length = recipe.micro_batch_size, recipe.cutoff_len
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        targets = torch.zeros(rows * (length - 1), dtype=torch.long)
+        live = _live()
+        held = [*model.parameters(), *model.buffers(), ids, targets]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                held.append(parameter.grad)
+        for tensor in held:
+            live.add(tensor)
+        before, small_before = live.bytes, live.small()
+        with live:
+            with _autocast(device):
+                loss = _loss(model, head, ids, targets)
+            kept, in_heap = live.bytes - before, live.small() - small_before
+            forward, live.peak = live.peak, live.bytes
+            loss.backward()
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        base = before + kept
+        return _Pass(kept, forward - base, live.peak - base, in_heap, adapters)
+
+
+def _head(model: Any) -> Any:
+    """As `train.loss` has it; whether it is a frozen product is asked while numbers are real."""
+    from lorakit.train.loss import SupervisedHead
+
+    class Head(SupervisedHead):
+        frozen = SupervisedHead(model.get_base_model()).frozen_weight is not None
+
+        @property
+        def frozen_weight(self) -> Any:
+            # Not `.data`: of a fake tensor that is another storage, and would be counted.
+            return self.base.get_output_embeddings().weight if self.frozen else None
+
+    return Head(model.get_base_model())
+
+
+def _loss(model: Any, head: Any, ids: Any, targets: Any) -> Any:
+    """As `train.loss` has it: the decoder, and the head over supervised tokens."""
+    import torch
+
+    from lorakit.ops.cross_entropy import summed_cross_entropy
+
+    hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False)[0]
+    picked = hidden.flatten(0, 1).index_select(0, torch.arange(len(targets)))
+    return summed_cross_entropy(picked, targets, head)
+
+
+def _model(asked: _Question, layers: int) -> Any:
+    """The PEFT model on the meta device, `layers` deep, in training mode."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lorakit.model.lora_config import lora_config
+
+    recipe = asked.recipe
+    config = copy.deepcopy(asked.config)
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    # Gemma 2 caps its scores, which sdpa cannot.
+    attention = _unmasked_attention() if kind._supports_sdpa else "eager"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=_type(asked.device), attn_implementation=attention
+        )
+    found = decoder_layers(model)
+    if found is not None:
+        del found[layers:]
+    if recipe.method == "qlora":
+        _mark_four_bit(model)
+    plain = recipe.model_copy(update={"init_lora_weights": True})
+    peft_model: Any = get_peft_model(model, lora_config(plain), low_cpu_mem_usage=True)
+    for module in list(peft_model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "Linear4bit" and not hasattr(child, "lora_A"):
+                setattr(module, name, _dequantizing(child))
+            elif isinstance(child, torch.nn.Dropout) and asked.device.kind == "cuda":
+                setattr(module, name, _card_dropout(child.p))
+    if asked.recompute:
+        peft_model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return peft_model.train()
+
+
+def _type(device: Device) -> Any:
+    """The base's type; bfloat16 stands for float16, which fewer operations of a CPU know."""
+    import torch
+
+    return torch.float32 if device.dtype == "float32" else torch.bfloat16
+
+
+def _unmasked_attention() -> str:
+    """The name of sdpa without a mask, as full rows have it.
+
+    On fake tensors transformers writes the causal mask out, for it may be tracing: 1 GiB at 32,768
+    tokens that no real run has.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def forward(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any
+    ) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, **more)
+
+    AttentionInterface.register("lorakit_unmasked", forward)
+    AttentionMaskInterface.register("lorakit_unmasked", lambda *_, **__: None)
+    return "lorakit_unmasked"
+
+
+def _fake(model: Any, dtype: Any) -> None:
+    """Put fake tensors in place of the meta ones: trained ones in float32, as `add_adapter` has."""
+    import torch
+
+    shared: dict[int, Any] = {}  # a tied head stays one tensor
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                kind = torch.float32 if old.requires_grad else dtype
+                made = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
+                module._parameters[name] = shared.setdefault(id(old), made)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@contextlib.contextmanager
+def _autocast(device: Device) -> Iterator[None]:
+    """As the trainer's arguments ask for it; sizes of float16 and bfloat16 are the same."""
+    import torch
+
+    half = device.dtype == "bfloat16" or (device.kind == "cuda" and device.dtype == "float16")
+    if device.kind in ("cuda", "cpu") and half:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def _live() -> Any:
+    """Counts the bytes of all storages that operations make, while they live."""
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Live(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bytes = self.peak = 0
+            self.sizes: dict[int, int] = {}
+
+        def add(self, tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self.sizes:
+                return
+            self.sizes[key] = storage.nbytes()
+            self.bytes += self.sizes[key]
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.drop, key)
+
+        def small(self) -> int:
+            return sum(size for size in self.sizes.values() if size < MAPPED_BYTES)
+
+        def drop(self, key: int) -> None:
+            self.bytes -= self.sizes.pop(key, 0)
+
+        def __torch_dispatch__(
+            self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = operation(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self.add(leaf)
+            return result
+
+    return Live()
+
+
+def _mark_four_bit(model: Any) -> None:
+    """bitsandbytes' layers in place of linear ones, so that peft takes its path for them."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and child is not head:
+                size = (child.in_features, child.out_features, child.bias is not None)
+                setattr(module, name, Linear4bit(*size, quant_type="nf4", device="meta"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.is_loaded_in_4bit = True
+
+
+def _dequantizing(layer: Any) -> Any:
+    """A linear layer that makes its 16-bit weight for each product, and keeps none of it."""
+    import torch
+
+    class Dequantized(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, rows: int) -> Any:
+            ctx.rows = rows
+            return x @ x.new_empty(x.shape[-1], rows)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad @ grad.new_empty(ctx.rows, layer.in_features), None
+
+    class FourBit(torch.nn.Module):
+        in_features, out_features = layer.in_features, layer.out_features
+
+        def forward(self, x: Any) -> Any:
+            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            return Dequantized.apply(x.to(kind), self.out_features)
+
+    return FourBit()
+
+
+def _card_dropout(share: float) -> Any:
+    """Dropout as CUDA has it: a mask of one byte an element, where a CPU keeps the scale."""
+    import torch
+
+    class CardDropout(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.native_dropout(x, share, True)[0]
+
+    return CardDropout()

@@ -1,0 +1,156 @@
+"""A plan for several GPUs enters; where the base lies and why, and what sharing costs, leaves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lorakit.planning.gpus import Card
+from lorakit.planning.planner import plan_training
+from lorakit.planning.throughput import Speed, Traffic, expected_speed, traffic
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device, MemoryPlan
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What N ranks make of a step, beside what one of them holds.
+
+    `waited_share`: part of a step that waits for other ranks. `efficiency`: tokens a second
+    against `ranks` times those of one GPU with the same recipe, planned on its own; None where it
+    does not fit one, or where nothing is known of the card.
+    """
+
+    ranks: int
+    nodes: int
+    network_gbits: float
+    base: str
+    split: str
+    idle_share: float
+    traffic: Traffic
+    step_seconds: float | None
+    waited_share: float | None
+    one_gpu: float | None
+    one_gpu_choices: str | None
+    efficiency: float | None
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+
+def scale(
+    recipe: Recipe,
+    config: Any,
+    device: Device,
+    plan: MemoryPlan,
+    card: Card | None,
+    speed: Speed | None,
+) -> Scale | None:
+    """What sharing a step costs and gives; None for one GPU."""
+    if device.ranks == 1:
+        return None
+    alone = replace(device, ranks=1, nodes=1)
+    whole = recipe.model_copy(update={"sharding": "auto"})
+    single = plan_training(whole, config, alone)
+    rate = expected_speed(whole, config, alone, single, card) if single.fits else None
+    efficiency = None
+    if speed is not None and rate is not None:
+        efficiency = speed.tokens_per_second / rate.tokens_per_second / device.ranks
+    examples = recipe.examples_per_step
+    split, idle = split_in_words(examples, device), idle_share(examples, device.ranks)
+    return Scale(
+        ranks=device.ranks,
+        nodes=device.nodes,
+        network_gbits=device.network_gbits,
+        base=_base(recipe, config, device, plan),
+        split=split,
+        idle_share=idle,
+        traffic=traffic(recipe, config, device, plan, card),
+        step_seconds=speed.step_seconds if speed else None,
+        waited_share=_share(speed),
+        one_gpu=rate.tokens_per_second if rate else None,
+        one_gpu_choices=single.describe() if single.fits else None,
+        efficiency=efficiency,
+        warnings=(f"{split}; {_advice(examples, device)}",) if idle else (),
+    )
+
+
+def _share(speed: Speed | None) -> float | None:
+    if speed is None or speed.waited_seconds is None:
+        return None
+    return speed.waited_seconds / speed.step_seconds
+
+
+def idle_share(examples: int, ranks: int) -> float:
+    """Part of all ranks' time that a step of equal examples leaves unused."""
+    return 1 - examples / (ranks * -(-examples // ranks))
+
+
+def split_in_words(examples: int, device: Device) -> str:
+    """Who works on how many of a step's examples."""
+    ranks, each = device.ranks, examples // device.ranks
+    said = f"{examples} example{'s' * (examples != 1)} a step over {ranks} {_units(device)}"
+    if examples % ranks == 0:
+        return f"{said}: {each} each"
+    rest = f"does {each} and waits" if each else "has nothing to do"
+    return f"{said}: {each + 1} on {examples % ranks} of them, the rest {rest}"
+
+
+def _advice(examples: int, device: Device) -> str:
+    ranks = device.ranks
+    up = ranks * -(-examples // ranks)
+    fewer = next(n for n in range(min(ranks, examples), 0, -1) if examples % n == 0)
+    return (
+        f"{idle_share(examples, ranks):.0%} of the {_units(device)}' time is lost. {fewer} divide "
+        f"a step evenly; {up} examples a step would too, which is another effective batch"
+    )
+
+
+def _base(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> str:
+    """Where the base lies, and why."""
+    placement, unit = plan.placement, _unit(device)
+    if placement.shards > 1:
+        where = (
+            f"the {device.per_node} {_units(device)} of each node"
+            if device.nodes > 1
+            else f"all {device.per_node} {_units(device)}"
+        )
+        kind = "FSDP's full shard" + (", replicas across nodes: HSDP" if device.nodes > 1 else "")
+        why = _why_spread(recipe, config, device)
+        return f"spread over {where}, 1/{placement.shards} each ({kind}): {why}"
+    if placement.base_on_host:
+        return f"in host memory, once for every {unit}, streamed: {_why_not_spread(recipe, device)}"
+    return f"on every {unit} in full (as DDP): it {'fits' if plan.fits else 'does not fit'} one"
+
+
+def _why_spread(recipe: Recipe, config: Any, device: Device) -> str:
+    if recipe.sharding == "on":
+        return "sharding: on"
+    whole = recipe.model_copy(update={"sharding": "off", "streaming": "off"})
+    least = plan_training(whole, config, device).total_bytes / GIB
+    has = f"has {device.rank_bytes / GIB:.1f} GiB"
+    if recipe.memory_limit:
+        has = f"may take {recipe.memory_limit}"
+    return f"with all of it one {_unit(device)} needs {least:.1f} GiB, and {has}"
+
+
+def _why_not_spread(recipe: Recipe, device: Device) -> str:
+    if recipe.streaming == "on":
+        return "streaming: on"
+    if recipe.sharding == "off":
+        return "sharding: off"
+    if device.per_node == 1:
+        return "a node has one GPU, which finds nobody to share with"
+    return f"spread over {device.per_node} it does not fit either"
+
+
+def _unit(device: Device) -> str:
+    return "process" if device.kind == "cpu" else "GPU"
+
+
+def _units(device: Device) -> str:
+    return "processes" if device.kind == "cpu" else "GPUs"

@@ -1,0 +1,125 @@
+"""A recipe, a config and a device enter; the MemoryPlan of the training run leaves.
+
+The engine's layers are planned in `planning/memory.py`. A model's own layers, which every CPU run
+has, take
+what `planning/activations.py` counts; on a CPU the whole process is planned, libraries included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lorakit.engine.cuda_graphs import TOKENS_STEP
+from lorakit.planning.activations import simulate
+from lorakit.planning.memory import budget_of, expects_engine, plan_memory
+from lorakit.planning.rank_workload import examples_of_rank
+from lorakit.recipe.schema import Recipe
+from lorakit.types import Device, MemoryPlan
+
+# Parts of `planning/memory.py` that the simulation replaces.
+ESTIMATED = ("activations (estimate)", "logits of one chunk")
+
+# Resident after the imports of a run: torch 2.13 for CPU, transformers, peft, trl, bitsandbytes.
+LIBRARIES_BYTES = 610 * 1024**2
+# What malloc holds on a CPU beyond the tensors, as a share of all layers' activations, recomputed
+# or not: torch's aligned blocks do not fit into the holes that blocks of their own size leave
+# (glibc 2.36). Mapping every block instead (MALLOC_MMAP_THRESHOLD_) halved the speed.
+HOLES, HOLES_RECOMPUTED = 0.40, 0.35
+
+
+def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
+    """Predict the peak of a training run on `device`, and what is recomputed to make it fit.
+
+    Args:
+        recipe: with `target_modules` resolved.
+        config: the transformers config of the base model.
+        device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
+    """
+    asked = "on" in (recipe.streaming, recipe.sharding)
+    if asked or expects_engine(recipe, config.get_text_config(), device.fast):
+        plan = plan_memory(recipe, config, device)
+        return (
+            plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
+        )
+    chosen = recipe.gradient_checkpointing
+    if chosen != "auto":
+        return _own_layers(recipe, config, device, chosen)
+    kept = _own_layers(recipe, config, device, recompute=False)
+    return kept if kept.fits else _last_ways(recipe, config, device)
+
+
+def _last_ways(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
+    """All recomputed; else, on a card without kernels, the fast layers in plain torch, streamed."""
+    again = _own_layers(recipe, config, device, recompute=True)
+    streamed = recipe.model_copy(update={"streaming": "on"})
+    if again.fits or device.kind != "cuda" or recipe.streaming == "off":
+        return again
+    served = expects_engine(streamed, config.get_text_config(), device.fast)
+    if not served or recipe.modules_to_save is not None or recipe.sharding == "on":
+        return again
+    plan = plan_memory(streamed, config, device)
+    return plan if plan.fits else again
+
+
+def plan_for_data(
+    recipe: Recipe, config: Any, device: Device, longest: int
+) -> tuple[Recipe, MemoryPlan]:
+    """The plan of a run on data at hand, and the recipe with rows as long as these get.
+
+    Short examples fill no micro-batch: one of 8,192 tokens gets 1,120 from 16 examples of 70, and
+    a 7B model's layers then need not be recomputed on a T4.
+
+    Args:
+        longest: tokens of the longest example.
+    """
+    short = longest_rows(recipe, longest, device)
+    plan = plan_training(short, config, device)
+    if plan.placement.layer_major:  # cuts its micro-batches by `cutoff_len`
+        short, plan = recipe, plan_training(recipe, config, device)
+    return short, plan
+
+
+def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
+    """The recipe as the data at hand makes it: no micro-batch is longer than its examples allow.
+
+    Packed rows are filled with what one optimizer step holds, and padded to the sizes of CUDA
+    graphs on a card.
+    """
+    if longest < 1:
+        return recipe
+    micros = -(-examples_of_rank(recipe, device.ranks) // recipe.micro_batch_size)
+    step = TOKENS_STEP if device.kind == "cuda" else 1
+    length = -(-longest * (micros if recipe.packing else 1) // step) * step
+    return recipe.model_copy(update={"cutoff_len": min(recipe.cutoff_len, max(8, length))})
+
+
+def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) -> MemoryPlan:
+    asked = recipe.model_copy(update={"engine": "off", "gradient_checkpointing": recompute})
+    rows = min(recipe.micro_batch_size, examples_of_rank(recipe, device.ranks))
+    micro = asked.model_copy(update={"micro_batch_size": rows})
+    plan = plan_memory(asked, config, device)
+    parts = dict(plan.parts)
+    counted = simulate(micro, config, device, recompute)
+    if counted is not None:
+        for name in ESTIMATED:
+            parts.pop(name)
+        parts["activations kept for backward"] = counted.kept
+        parts["work of one layer, or the loss"] = counted.work
+    if device.kind != "cuda":
+        layers = simulate(micro, config, device, recompute=False)
+        if layers is not None:
+            parts["holes in the heap"] = int(
+                (HOLES_RECOMPUTED if recompute else HOLES) * layers.in_heap
+            )
+        parts = _process(parts)
+    return _judged(plan, parts, recipe, device)
+
+
+def _judged(plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device) -> MemoryPlan:
+    return replace(plan, parts=parts, fits=sum(parts.values()) <= budget_of(recipe, device))
+
+
+def _process(parts: dict[str, int]) -> dict[str, int]:
+    """A run on the host shares its memory with Python and the libraries."""
+    return {**parts, "Python and libraries": LIBRARIES_BYTES}

@@ -1,0 +1,238 @@
+"""YAML, `--set` pairs, flags or arguments enter; a Recipe with the origin of each value leaves.
+
+Every mistake of one recipe is found before any is reported: unknown keys with a suggestion,
+values out of range, wrong types, each with the line it stands on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorakit.errors import RecipeError
+from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
+from lorakit.recipe.schema import METHOD_DEFAULTS, SYNONYMS, Recipe
+
+SCHEMA_URL = "recipe.schema.json"
+# Faults that begin so: a recipe written for Axolotl, LLaMA-Factory, TRL or Unsloth.
+FOREIGN = ("base_model: ", "model_name_or_path: ", "model_name: ")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRecipe:
+    """A checked recipe, where each value came from, and the folder its paths may be relative to."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    folder: Path | None = None
+
+    def derive(self, reason: str, **values: Any) -> ResolvedRecipe:
+        """The same recipe with `values` filled in and their origin set to `derived: reason`."""
+        changed = Recipe.model_validate({**_explicit(self), **values})
+        origins = {**self.origins, **dict.fromkeys(values, f"derived: {reason}")}
+        return replace(self, recipe=changed, origins=origins)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, one line a key, its origin as a comment."""
+        lines = ["# Resolved by lorakit: every value, and where it came from."]
+        for key, value in self.recipe.model_dump(mode="json").items():
+            lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[key]}")
+        return "\n".join(lines) + "\n"
+
+
+Given = str | Path | Mapping[str, Any] | Recipe | ResolvedRecipe | None
+
+
+def load_recipe(
+    given: Given = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> ResolvedRecipe:
+    """Read, merge and check a recipe: method defaults < `given` < `--set` < flags < settings.
+
+    Args:
+        given: a YAML file, a dict of settings, a recipe, or None when the rest says everything.
+        overrides: `key=value` strings; the value is read as YAML, `a.b=c` sets a key of a mapping.
+        flags: values of the command line's common flags; None means not given.
+        settings: keys of a recipe, as in `load_recipe(model="demo", data="my.jsonl")`.
+
+    Raises:
+        RecipeError: with every fault found, one a line.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    faults: list[str] = []
+    name, folder = "command line" if flags else "arguments", None
+    if isinstance(given, str | Path):
+        name, folder = str(given), Path(given).parent
+        _read_file(Path(given), values, origins)
+    elif given is not None:
+        folder = given.folder if isinstance(given, ResolvedRecipe) else None
+        _take(given, values, origins)
+    for pair in overrides:
+        _apply_override(pair, values, origins, faults)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            values[key] = value
+            origins[key] = f"flag --{key.replace('_dir', '')}"
+    _take(settings, values, origins)
+    recipe = _validate(values, origins, faults, name)
+    method_keys = METHOD_DEFAULTS[recipe.method]
+    for key in Recipe.model_fields:
+        if key not in origins:
+            origins[key] = f"default for {recipe.method}" if key in method_keys else "default"
+    return ResolvedRecipe(recipe, origins, folder)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors; `model` and `data` are the only required keys."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["required"] = ["model", "data"]
+    for key in METHOD_DEFAULTS["lora"]:
+        texts = [f"{method} {values[key]}" for method, values in METHOD_DEFAULTS.items()]
+        schema["properties"][key]["description"] += f" Default: {', '.join(texts)}."
+    return schema
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or an empty string."""
+    names = list(known)
+    target = SYNONYMS.get(word.lower().replace("-", "_"))
+    if target is None or target not in names:
+        near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+        target = near[0] if near else None
+    return f"; did you mean {target}?" if target else ""
+
+
+def _explicit(resolved: ResolvedRecipe) -> dict[str, Any]:
+    dumped = resolved.recipe.model_dump()
+    return {key: dumped[key] for key in resolved.recipe.model_fields_set}
+
+
+def _take(
+    given: Mapping[str, Any] | Recipe | ResolvedRecipe,
+    values: dict[str, Any],
+    origins: dict[str, str],
+) -> None:
+    """What was set; a recipe's defaults are left to follow the method that is asked for."""
+    if isinstance(given, Mapping):
+        values.update({str(key): plain(value) for key, value in given.items()})
+        origins.update(dict.fromkeys(map(str, given), "argument"))
+        return
+    recipe, known = (given, {}) if isinstance(given, Recipe) else (given.recipe, given.origins)
+    usual, dumped = METHOD_DEFAULTS[recipe.method], recipe.model_dump()
+    for key in recipe.model_fields_set:
+        value, origin = dumped[key], known.get(key, "argument")
+        if origin.startswith("default") or (key not in known and usual.get(key) == value):
+            continue
+        values[key], origins[key] = value, origin
+
+
+def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
+    hint = "begin with: model: demo; `lorakit train --help` shows how to do without a recipe"
+    loaded = read_yaml_file(path, hint)
+    for key, value in loaded.items():
+        values[str(key)] = plain(value)
+        origins[str(key)] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
+
+
+def _apply_override(
+    pair: str, values: dict[str, Any], origins: dict[str, str], faults: list[str]
+) -> None:
+    key, equals, text = pair.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        faults.append(f"--set {pair}: expected key=value")
+        return
+    try:
+        value = plain(read_yaml(text))
+    except YamlFault as fault:
+        if fault.hint:  # what YAML can say and a recipe may not
+            faults.append(f"--set {pair[:80]}: {fault.what}")
+            return
+        value = text
+    head, dot, tail = key.partition(".")
+    if dot:
+        current = values.get(head)
+        values[head] = {**(current if isinstance(current, dict) else {}), tail: value}
+    else:
+        values[head] = value
+    origins[head] = "--set"
+
+
+def _validate(
+    values: dict[str, Any], origins: dict[str, str], faults: list[str], source: str
+) -> Recipe:
+    known = list(Recipe.model_fields)
+    for key in [k for k in values if k not in known]:
+        where, found = _where(origins[key]), _show(values.pop(key))
+        faults.append(f"{where}{key}: unknown key (found: {found}){suggest(key, known)}")
+    for key in [k for k, value in values.items() if _is_no_text(value)]:
+        where, found = _where(origins[key]), _show(ascii(values.pop(key)))
+        faults.append(f"{where}{key}: holds a NUL or half a character (found: {found})")
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        faults.extend(_fault_lines(error, origins))
+    if recipe is None or faults:
+        hint = "`lorakit schema` lists every key with its type, bound and default"
+        foreign = any(line.partition("unknown key")[0].endswith(FOREIGN) for line in faults)
+        if foreign and source.endswith((".yaml", ".yml")):
+            hint = f"a recipe of another tool? lorakit import {source} -o recipe.yaml"
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise RecipeError(
+            f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults),
+            hint=hint,
+        )
+    return recipe
+
+
+def _fault_lines(error: ValidationError, origins: dict[str, str]) -> list[str]:
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        key = str(item["loc"][0]) if item["loc"] else ""
+        where = _where(origins.get(key, ""))
+        if item["type"] == "missing":
+            lines[key] = f"{key}: missing; {Recipe.model_fields[key].description}"
+            continue
+        text = item["msg"].removeprefix("Value error, ")
+        found = f" (found: {_show(item['input'])})" if key else ""
+        # A union reports one fault per member: one line a key, the alternatives joined.
+        if key in lines:
+            lines[key] = lines[key].replace(found, f", or {_lower(text)}{found}")
+        else:
+            lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{found}"
+    return list(lines.values())
+
+
+def _is_no_text(value: Any) -> bool:
+    """Some text inside cannot be a file's name nor be written into one."""
+    if isinstance(value, str):
+        return "\0" in value or any("\ud800" <= char <= "\udfff" for char in value)
+    if isinstance(value, dict):
+        return any(_is_no_text(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(map(_is_no_text, value))
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _where(origin: str) -> str:
+    if origin.startswith(("--set", "flag ")):
+        return f"{origin}: "
+    return f"line {origin.rpartition(':')[2]}: " if ":" in origin else ""
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

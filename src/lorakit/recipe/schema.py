@@ -1,0 +1,342 @@
+"""YAML text, `--set key=value` and flags enter; one frozen, checked Recipe leaves.
+
+Each setting is written once, in `Recipe`: its type, bound, default and one line of help. The JSON
+schema, the command line's checks and the reference page derive from it. Reading a recipe collects
+every mistake and reports all of them at once, see `recipe/loader.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# The seed's defaults. They differ because QLoRA's 4-bit base leaves memory for larger batches,
+# and its quantization error is compensated by more rank and a higher rate.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "learning_rate": 1e-4,
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+    },
+    "qlora": {
+        "lora_r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "learning_rate": 2e-4,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+    },
+}
+
+# What other tools call our keys: used to suggest the right name, never accepted silently.
+SYNONYMS: dict[str, str] = {
+    "base_model": "model",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "model_id": "model",
+    "adapter": "method",
+    "finetuning_type": "method",
+    "load_in_4bit": "method",
+    "dataset": "data",
+    "datasets": "data",
+    "train_file": "data",
+    "dataset_path": "data",
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "r": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "lr": "learning_rate",
+    "batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_length": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "sequence_len": "cutoff_len",
+    "max_seq_len": "cutoff_len",
+    "output": "output_dir",
+    "val_set_size": "val_size",
+    "test_size": "val_size",
+    "eval_data": "val_data",
+    "system_prompt": "system",
+    "optim": "optimizer",
+    "lr_scheduler_type": "lr_scheduler",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "logging_steps": "log_every",
+    "save_total_limit": "keep_checkpoints",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "torch_dtype": "dtype",
+    "train_on_inputs": "train_on",
+    "sample_packing": "packing",
+    "padding_free": "packing",
+    "column_mapping": "columns",
+}
+
+# Bounds far beyond all use: numbers of 400 digits fit no float, and no seed of numpy.
+LARGEST = 10**9
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+class Source(BaseModel):
+    """One of several sources, with its share of an epoch."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="source"
+    )
+
+    source: str = Field(min_length=1, description="A file, folder, glob, address or hub id.")
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0,
+        description="How often an epoch trains on each row: 2 is twice; 0.5 is half of the rows, "
+        "chosen by `seed`. Held-out rows are scored once.",
+    )
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run. Unknown keys are errors; values are never coerced."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="lorakit recipe"
+    )
+
+    model: str = Field(
+        min_length=1,
+        description="Base chat model: a hub id, a local folder, or `demo` (SmolLM2-135M-Instruct).",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    method: Literal["lora", "qlora"] = Field(
+        "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
+    )
+    data: str | list[str | Source] = Field(
+        description="Training data: a file, folder, glob, address, hub dataset id, or `demo`; or a "
+        "list of them, each as it is or with a weight: {source: a.jsonl, weight: 2}."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which column plays which part, when the names are unusual: "
+        "{instruction: my_question, response: my_answer}.",
+    )
+    system: str | None = Field(
+        None, description="System prompt for conversations that bring none of their own."
+    )
+    strict: bool = Field(
+        False, description="Stop at any fault of the data instead of counting it in the report."
+    )
+    val_data: str | None = Field(None, description="Held-out data; instead of `val_size`.")
+    val_size: float | int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST,
+        description="Held-out part of `data`: a share below 1, or a number of rows. "
+        "Default: 0.05, or none with `val_data`.",
+    )
+    train_on: Literal["responses", "last", "all"] = Field(
+        "responses",
+        description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
+    )
+    cutoff_len: int = Field(2048, ge=8, le=LARGEST, description="Longest example in tokens.")
+    too_long: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
+        "drop_oldest_turns",
+        description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
+        "`split`: several examples, each answer trained in one.",
+    )
+    documents: Literal["completion", "instruction"] = Field(
+        "completion",
+        description="Plain texts: every token trained as it stands, or each piece as the answer "
+        "to a request, so that a chat model goes on chatting.",
+    )
+    document_overlap: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
+        64, description="Tokens of the piece before that lead a piece of a text, untrained."
+    )
+
+    lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")
+    lora_alpha: Annotated[int | float, Field(gt=0, le=1e30)] = Field(
+        description="The update is scaled by lora_alpha / lora_r."
+    )
+    lora_dropout: Share = Field(description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field(
+        "auto",
+        description="Layers that get an adapter: `auto` (by model family), `all-linear`, or names.",
+    )
+    use_dora: bool = Field(False, description="Weight-decomposed LoRA: better at low rank, slower.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_r) instead.")
+    init_lora_weights: bool | str = Field(
+        True, description="How adapters start: true (B = 0), or one of peft's schemes by name."
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that train too.")
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules trained in full and saved with the adapter."
+    )
+    rank_pattern: dict[str, Positive] = Field(
+        default_factory=dict, description="Rank for modules whose name matches a pattern."
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="Alpha for modules whose name matches a pattern."
+    )
+    exclude_modules: list[str] | None = Field(None, description="Modules left without adapter.")
+    layers_to_transform: list[int] | None = Field(
+        None, description="Only these layer numbers get an adapter."
+    )
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(description="Peak learning rate.")
+    lr_scheduler: Scheduler = Field("cosine", description="Shape of the rate after warm-up.")
+    warmup_ratio: Share = Field(0.03, description="Share of all steps spent warming up.")
+    warmup_steps: Annotated[int, Field(ge=0, le=LARGEST)] | None = Field(
+        None, description="Steps spent warming up; takes the place of `warmup_ratio`."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm clip.")
+    optimizer: Optimizer = Field(
+        "adamw", description="`paged_adamw_8bit` saves adapter memory on CUDA cards."
+    )
+    epochs: Annotated[float, Field(gt=0, le=LARGEST)] = Field(
+        3.0, description="Passes over the data."
+    )
+    max_steps: Positive | None = Field(None, description="Stop after this many optimizer steps.")
+    micro_batch_size: Positive = Field(description="Examples that go through the model at once.")
+    gradient_accumulation_steps: Positive = Field(
+        description="Micro-batches per optimizer step; memory stays that of one."
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in backward: less memory, about a third slower. "
+        "`auto`: as much as the plan needs to fit.",
+    )
+    memory_limit: str | None = Field(
+        None,
+        pattern=r"^\d{1,9}(\.\d{1,9})? ?(GiB|GB|MiB|MB)$",
+        description="Most memory that a run takes on each GPU, CUDA's own share included, such as "
+        "15GiB; on a CPU what it plans for. Default: the complete device.",
+    )
+    streaming: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Frozen weights come from host memory layer by layer: `on`, `off`, or where "
+        "nothing else fits. Exactly the same gradients.",
+    )
+    sharding: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="With several GPUs: each holds a part of the frozen weights, `on`, `off`, or "
+        "where the whole does not fit one. Exactly the same gradients.",
+    )
+    probe: bool | Literal["auto"] = Field(
+        "auto",
+        description="Run the heaviest micro-batch once before step 1, so that memory runs out "
+        "there or not at all. `auto`: on CUDA cards.",
+    )
+    packing: bool = Field(
+        True,
+        description="Lay the examples of a step out without padding; each sees only itself.",
+    )
+    engine: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="`auto`: lorakit's fast layers on cards that they suit, once verified. `on`: "
+        "wherever they serve. `off`: PEFT's.",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of the frozen base; adapters are always float32."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        42, description="Seed of split, order and dropout."
+    )
+
+    deterministic: bool = Field(
+        False,
+        description="The same bits in each run on the same card and versions, at a cost in speed; "
+        "a CPU run has them anyway.",
+    )
+
+    output_dir: str | None = Field(
+        None, description="Run directory; by default runs/<model>-<method>, numbered if taken."
+    )
+    save_every: Positive | Annotated[str, Field(pattern=r"^[1-9]\d* ?min$")] = Field(
+        100, description="Optimizer steps between checkpoints, or minutes: 10min."
+    )
+    keep_checkpoints: Positive = Field(2, description="Newest checkpoints to keep.")
+    eval_every: Positive | None = Field(
+        None, description="Steps between held-out losses in training; the end is always scored."
+    )
+    log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="Trackers that also receive the metrics."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that ships with the model. Off: it can do anything."
+    )
+    offline: bool = Field(False, description="Touch no network; use what is cached.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_method_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        method = values.get("method", "lora")
+        defaults = METHOD_DEFAULTS.get(method if isinstance(method, str) else "lora", {})
+        return {**(defaults or METHOD_DEFAULTS["lora"]), **values}
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Recipe:
+        if self.val_data is not None and self.val_size:
+            raise ValueError("val_data and val_size both choose the held-out rows; keep one")
+        if isinstance(self.val_size, float) and 1 <= self.val_size != int(self.val_size):
+            raise ValueError("val_size is a share below 1 or a whole number of rows")
+        return self
+
+    @property
+    def held_out(self) -> float | int:
+        """Share (below 1) or number of rows of `data` to hold out."""
+        if self.val_size is not None:
+            return self.val_size
+        return 0.0 if self.val_data is not None else 0.05
+
+    @property
+    def sources(self) -> list[str]:
+        """The training sources as a list."""
+        given = [self.data] if isinstance(self.data, str) else self.data
+        return [x if isinstance(x, str) else x.source for x in given]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each of `sources`."""
+        given = [self.data] if isinstance(self.data, str) else self.data
+        return [1.0 if isinstance(x, str) else x.weight for x in given]
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes."""
+        if self.memory_limit is None:
+            return None
+        units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+        unit = next(u for u in units if self.memory_limit.endswith(u))
+        return int(float(self.memory_limit.removesuffix(unit)) * units[unit])
+
+    @property
+    def save_minutes(self) -> int | None:
+        """Minutes between checkpoints, where `save_every` counts them."""
+        if isinstance(self.save_every, int):
+            return None
+        return int(self.save_every.removesuffix("min"))
+
+    def warmup_of(self, steps: int) -> int:
+        """Warm-up steps of a run of `steps` steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round(self.warmup_ratio * steps)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Effective batch: examples behind one optimizer step, over all devices."""
+        return self.micro_batch_size * self.gradient_accumulation_steps

@@ -1,0 +1,143 @@
+"""The record of a run from the files in its folder, whatever is missing.
+
+A stopped run has no evaluation, an old one no lengths, a diverged one rows without a number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lorakit.errors import RunError
+from lorakit.recipe.loader import load_recipe
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir, read_metrics
+
+Row = dict[str, Any]
+LARGEST = 1e100  # an axis of matplotlib overflows near 1e308
+PATHS = ("model", "data", "val_data", "output_dir")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One run. Files that are not there are empty; `shown` is the recipe free of paths."""
+
+    name: str
+    recipe: Recipe
+    shown: dict[str, Any]
+    origins: dict[str, str]
+    data: dict[str, Any]
+    plan: dict[str, Any]
+    environment: dict[str, Any]
+    steps: tuple[Row, ...]
+    held: tuple[Row, ...]
+    evaluation: dict[str, Any] | None
+    exports: dict[str, dict[str, Any]]
+    finished: bool
+
+    def column(self, key: str) -> list[tuple[float, float | None]]:
+        """(step, value) of each row that has the key; None where it is no finite number."""
+        return [(row["step"], finite(row[key])) for row in self.steps if key in row]
+
+    def numbers(self, key: str) -> list[float]:
+        """The finite values of a key in order."""
+        return [y for _, y in self.column(key) if y is not None]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the packages the run had; bitsandbytes is not everywhere."""
+        return {k: v for k, v in self.environment.get("versions", {}).items() if v is not None}
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in steps; `seconds` of a row is that of one step."""
+        last, total = 0, 0.0
+        for row in self.steps:
+            total += (finite(row.get("seconds")) or 0.0) * max(1, row["step"] - last)
+            last = row["step"]
+        return total
+
+
+def read_run(run: RunDir) -> Record:
+    """Read all files of `run`.
+
+    Raises:
+        RecipeError: its recipe is damaged.
+        RunError: a JSON file of it is.
+    """
+    recipe = load_recipe(run.recipe).recipe
+    steps, held = (
+        tuple(row for row in read_metrics(run, kind) if _is_step(row.get("step")))
+        for kind in (False, True)
+    )
+    shown = {k: without_path(v) if k in PATHS else v for k, v in _plain(recipe).items()}
+    return Record(
+        name=run.path.resolve().name,
+        recipe=recipe,
+        shown=shown,
+        origins=_origins(run.recipe),
+        data=_read(run.data_report),
+        plan=_read(run.plan),
+        environment=_read(run.environment),
+        steps=steps,
+        held=held,
+        evaluation=_read(run.eval) or None,
+        exports=_read(run.export / "verify.json"),
+        finished=run.has_adapter(),
+    )
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float; None for infinity, NaN, and everything that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= LARGEST else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def without_path(value: Any) -> Any:
+    """Names of local files and folders without the folders that lead to them."""
+    if isinstance(value, list):
+        return [without_path(part) for part in value]
+    if isinstance(value, dict):
+        return {key: without_path(part) for key, part in value.items()}
+    local = isinstance(value, str) and value.startswith(("/", ".", "~"))
+    return PurePosixPath(value).name or value if local else value
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
+
+
+def _origins(path: Path) -> dict[str, str]:
+    """The comments of a resolved recipe; the last two blanks and a sharp of a line begin one."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        key, _, _ = line.partition(":")
+        _, comment, origin = line.rpartition("  # ")
+        if comment and re.fullmatch(r"\w+", key):
+            found[key] = origin
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RunError(
+            f"{path}: cannot be read: {error}", hint="remove it; the report goes without"
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(
+            f"{path}: found {type(value).__name__}, expected an object",
+            hint="remove it; the report goes without",
+        )
+    return value

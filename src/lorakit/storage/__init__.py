@@ -1,0 +1,1 @@
+"""Run directories and caches: atomic writes, locks, layout."""

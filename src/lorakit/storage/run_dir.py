@@ -1,0 +1,208 @@
+"""A folder enters; the path of every artifact of one run leaves. Also appends and reads metrics.
+
+    runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
+                 data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
+                 export/<format>/ · export/verify.json · report.html
+
+This layout is the contract between commands: eval, chat and export need this folder only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import RunError
+from lorakit.redact import redacted
+from lorakit.storage.atomic_dir import flush, unwritable
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_STEP = re.compile(r"^step_(\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run. Creating the object touches no disk."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def data_report(self) -> Path:
+        return self.path / "data_report.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def validation(self) -> Path:
+        """The held-out conversations of this run, so that `eval` needs no other file."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.json"
+
+    @property
+    def base(self) -> Path:
+        """Sizes and hashes of the base model's weights, to notice later that they changed."""
+        return self.path / "base.json"
+
+    @property
+    def rows(self) -> Path:
+        """Content hash of each training example's row, to name what changed in the data."""
+        return self.path / "data_rows.npy"
+
+    @property
+    def report(self) -> Path:
+        """The page about this run, made of its other files."""
+        return self.path / "report.html"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint taken after `step` optimizer steps."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first; half-written ones carry another name."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
+        return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+
+    def going_on(self, gpus: int = 1, program: str = "lorakit") -> str:
+        """What to type to go on with this run."""
+        words = f"{program} train {shlex.quote(str(self.recipe))} --resume"
+        return words if gpus == 1 else f"{words} --gpus {gpus}"
+
+    def has_run(self) -> bool:
+        """True when the folder belongs to a run (a recipe was written into it)."""
+        return self.recipe.exists()
+
+    def holds_work(self) -> bool:
+        """True when something would be lost by starting over: a checkpoint or an adapter."""
+        return bool(self.list_checkpoints()) or self.has_adapter()
+
+    def has_adapter(self) -> bool:
+        """True when training has saved its result."""
+        return (self.adapter / ADAPTER_WEIGHTS).exists()
+
+
+def find_run(path: str | Path, trained: bool = True) -> RunDir:
+    """The run directory at `path`, ready for eval, chat or export.
+
+    Args:
+        trained: whether it must hold an adapter already.
+
+    Raises:
+        RunError: the folder is missing, is no run, or holds no adapter yet.
+    """
+    run = RunDir(Path(path))
+    if not run.path.is_dir():
+        raise RunError(
+            f"{path}: no such run directory",
+            hint="give the folder that `lorakit train` printed, such as runs/demo-lora",
+        )
+    if not run.has_run():
+        found = ", ".join(sorted(p.name for p in run.path.iterdir())[:8]) or "nothing"
+        raise RunError(
+            f"{path}: not a lorakit run (no recipe.yaml in it; found: {found})",
+            hint="give the folder that `lorakit train` printed",
+        )
+    if trained and not run.has_adapter():
+        raise RunError(
+            f"{path}: this run has no adapter yet (adapter/{ADAPTER_WEIGHTS} is missing)",
+            hint=f"finish it with: {run.going_on()}",
+        )
+    return run
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that `path` is either the old file or the whole new one.
+
+    Raises:
+        WorkError: the disk is full or the folder cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text`, less its secrets, aside, flush it to the disk and rename it into place.
+
+    Raises:
+        WorkError: the disk is full or the folder cannot be written.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as handle:
+            handle.write(redacted(text))
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise unwritable(path, error, len(text.encode())) from error
+
+
+def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
+    """Add lines to metrics.jsonl: all of them, or none.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with run.metrics.open("ab", buffering=0) as handle:
+        before = handle.tell()
+        try:
+            while lines:
+                lines = lines[handle.write(lines) :]
+        except OSError:
+            handle.truncate(before)
+            raise
+
+
+def read_metrics(run: RunDir, held_out: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, in order; a torn last line is left out.
+
+    Args:
+        held_out: the evaluations between steps instead of the steps.
+    """
+    if not run.metrics.exists():
+        return []
+    rows = []
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and ("eval_loss" in row) == held_out]

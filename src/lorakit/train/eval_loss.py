@@ -1,0 +1,108 @@
+"""A model and held-out examples enter; the mean loss per trained token leaves.
+
+The mask is the training mask, and every token weighs the same whatever batch it falls into.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lorakit.data.batching import collate
+from lorakit.data.dataset import lengths_of
+from lorakit.errors import WorkError
+from lorakit.model.eval_mode import device_of, evaluating
+from lorakit.train.loss import attach_loss, base_of, detach_loss
+from lorakit.train.oom import attempt
+from lorakit.types import EvalScore, Example
+
+# Two rows of the default cutoff_len; without gradients that is less memory than training takes.
+BATCH_TOKENS = 4096
+
+
+def score(
+    model: Any,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_tokens: int = BATCH_TOKENS,
+    on_smaller: Callable[[int], None] | None = None,
+) -> EvalScore:
+    """Token-weighted negative log-likelihood of `examples` under `model`, in nats.
+
+    Examples are scored longest first in batches of similar lengths, so that memory peaks at the
+    start and little is spent on padding. The model's mode is restored.
+
+    Args:
+        batch_tokens: padded tokens that go through the model at once (one example at least).
+        on_smaller: called with the new `batch_tokens` where memory ran out and it was lowered.
+
+    Raises:
+        WorkError: memory does not hold the longest example alone.
+    """
+    sizes = lengths_of(examples)
+    order = sorted(range(len(examples)), key=lambda i: -sizes[i])
+    loss, tokens, start = 0.0, 0, 0
+    with _scoring(model):
+        while start < len(order):
+            size = max(1, batch_tokens // sizes[order[start]])
+            rows = [examples[i] for i in order[start : start + size]]
+            got, trouble = attempt(functools.partial(_summed, model, rows, pad_id))
+            if got is None:
+                if len(rows) == 1:
+                    raise _too_long(rows[0], trouble)
+                batch_tokens = sizes[order[start]] * (len(rows) // 2)
+                if on_smaller:
+                    on_smaller(batch_tokens)
+                continue
+            loss += got
+            tokens += sum(row.trained_tokens for row in rows)
+            start += len(rows)
+    return _mean(loss, tokens)
+
+
+def combined(scores: Sequence[EvalScore]) -> EvalScore:
+    """The score of all examples from those of parts; each token weighs the same."""
+    if len(scores) == 1:
+        return scores[0]
+    return _mean(sum(s.loss * s.tokens for s in scores), sum(s.tokens for s in scores))
+
+
+def _mean(loss: float, tokens: int) -> EvalScore:
+    mean = loss / max(tokens, 1)
+    return EvalScore(loss=mean, perplexity=math.exp(min(mean, 700.0)), tokens=tokens)
+
+
+def not_finite(model: Any, examples: Sequence[Example], pad_id: int) -> list[Example]:
+    """Those of `examples` whose own loss is NaN or infinite; the model's mode is restored."""
+    with _scoring(model):
+        return [e for e in examples if not math.isfinite(_summed(model, [e], pad_id))]
+
+
+@contextmanager
+def _scoring(model: Any) -> Iterator[None]:
+    """The supervised loss under the model, and evaluation mode."""
+    attached = "forward" in base_of(model).__dict__
+    if not attached:
+        attach_loss(model)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if not attached:
+            detach_loss(model)
+
+
+def _summed(model: Any, rows: Sequence[Example], pad_id: int) -> float:
+    """Summed loss of a few examples, in nats."""
+    batch = {k: v.to(device_of(model)) for k, v in collate(rows, pad_id).items()}
+    return float(model(**batch, use_cache=False).loss_sum)
+
+
+def _too_long(row: Example, trouble: str | None) -> WorkError:
+    return WorkError(
+        f"out of memory scoring {row.origin} alone ({len(row.input_ids)} tokens): {trouble}",
+        hint="give shorter held-out rows (val_data), or none (val_size: 0)",
+    )

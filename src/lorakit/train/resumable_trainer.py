@@ -1,0 +1,110 @@
+"""A trainer enters; one that saves whole checkpoints and goes on from them to the bit leaves.
+
+transformers writes pickles in place, and resumes at the rate and intervals of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import ExportableState, TrainerState
+from trl import SFTTrainer
+
+from lorakit.distributed.process_group import Ranks
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.atomic_dir import staged
+from lorakit.storage.run_dir import RunDir
+from lorakit.train.checkpoint import (
+    checkpoint_bytes,
+    checkpoint_step,
+    load_adapter,
+    load_state,
+    random_state,
+    restore_random,
+    restore_schedule,
+    rotate,
+    save_adapter_files,
+    save_state,
+    saves_embeddings,
+)
+from lorakit.train.gradient_sync import alike, seed_apart
+from lorakit.train.loss import Attached
+
+
+class ResumableTrainer(SFTTrainer):
+    """SFTTrainer with lorakit's checkpoints; `past` is what a resume compares, see
+    `train/resume.py`."""
+
+    run: RunDir
+    recipe: Recipe
+    attached: Attached
+    past: Mapping[str, Any] | None
+    loaded: dict[str, Any]
+    ranks: Ranks
+    trained: list[Any]
+
+    def _send_telemetry(self) -> None:
+        """TRL would tell its makers of the model, the card and the data's kind."""
+
+    def take_steps(self, checkpoint: str | None) -> None:
+        """Train to the end, from a checkpoint on; one of the last step is loaded and no more.
+
+        transformers would take a step beyond the last one.
+        """
+        folder = Path(checkpoint) if checkpoint else None
+        if folder is None or checkpoint_step(folder) < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+            return
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, weights = self.state.global_step, self.accelerator.unwrap_model(self.model)
+        for part in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(part, ExportableState):
+                self.state.stateful_callbacks[type(part).__name__] = part.state()
+        alike(self.ranks, self.trained, step)
+        facts = {"step": step, "steps": self.state.max_steps, "past": self.past}
+        size = checkpoint_bytes(
+            self.recipe, sum(p.numel() for p in weights.parameters() if p.requires_grad)
+        )
+        randoms = self.ranks.gather(random_state())
+        if self.ranks.first:
+            with staged(self.run.checkpoint(step), facts, size) as folder:
+                save_adapter_files(weights, folder, saves_embeddings(self.recipe))
+                scaler = self.accelerator.scaler
+                save_state(folder, self.optimizer, self.lr_scheduler, scaler, randoms)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            rotate(self.run, self.recipe.keep_checkpoints, step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        engine = self.attached.engine
+        if engine is not None and engine.host_adapters is not None:
+            engine.host_adapters.rest()  # values and state are loaded where they live
+        load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        self.loaded = load_state(Path(resume_from_checkpoint))
+
+    def _init_training_state(self, max_steps: int, *more: Any) -> Any:
+        done = super()._init_training_state(max_steps, *more)
+        # Intervals of saving, logging and scoring are the recipe's, not the checkpoint's.
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(self.loaded.pop("optimizer"))
+            restore_schedule(self.lr_scheduler, self.optimizer, self.loaded["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.loaded["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(self.loaded["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            randoms = self.loaded["random"]
+            if self.ranks.number < len(randoms):
+                restore_random(randoms[self.ranks.number])
+            else:
+                seed_apart(self.recipe.seed + self.state.global_step, self.ranks)

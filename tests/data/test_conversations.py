@@ -1,0 +1,72 @@
+"""Sources become one shelf: every row kept or counted, found again while nothing changed."""
+
+import json
+
+import pytest
+
+from lorakit.data import conversations
+from lorakit.data.conversations import gather
+from lorakit.recipe.schema import Recipe
+
+ROWS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(5)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"question": "only"}]))
+    return path
+
+
+def load(path, **values):
+    return gather([str(path)], Recipe(model="demo", data=str(path), **values), [])
+
+
+def test_rows_in_are_rows_kept_and_rows_reported(source):
+    shelf, log = load(source)
+    line = shelf.meta["lines"][0]
+    assert (line["rows"], line["left_out"], line["format"]) == (6, 1, "question/answer")
+    assert line["rows"] == len(shelf) + log.rows_left_out
+    assert [c.messages[1].content for c in shelf] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_second_run_reads_no_row_until_a_byte_or_a_rule_changes(source, monkeypatch):
+    first = load(source)[0]
+    read = []
+    real = conversations.read_rows
+    monkeypatch.setattr(conversations, "read_rows", lambda *a, **k: read.append(a) or real(*a, **k))
+    again, log = load(source)
+    assert (list(again), read) == (list(first), [])
+    assert log.faults()[0].kind == "no answer"
+    load(source, system="Be brief.")
+    assert len(read) == 1
+    swapped = load(source, columns={"question": "answer", "answer": "question"})[0]
+    assert (len(read), swapped[0].messages[0].content) == (2, "0")
+    source.write_text(source.read_text().replace("What", "Who"))
+    assert load(source)[0][0].messages[0].content == "Who is 0?"
+    assert len(read) == 3
+
+
+def test_each_source_has_its_own_numbers(source, tmp_path):
+    other = tmp_path / "others.jsonl"
+    other.write_text(json.dumps({"instruction": "Do.", "output": "Done."}) + "\n")
+    third = tmp_path / "third.jsonl"
+    third.write_text(source.read_text() + json.dumps({"question": "too"}) + "\n")
+    names = [str(path) for path in (source, other, third)]
+    shelf, log = gather(names, Recipe(model="demo", data=names), [])
+    assert [(x["source"], x["format"], x["rows"], x["left_out"]) for x in shelf.meta["lines"]] == [
+        ("rows.jsonl", "question/answer", 6, 1),
+        ("others.jsonl", "alpaca", 1, 0),
+        ("third.jsonl", "question/answer", 7, 2),
+    ]
+    assert shelf.sources.tolist() == [0] * 5 + [1] + [2] * 5
+    assert log.rows_left_out == 3
+
+
+def test_a_file_that_is_not_read_is_told_as_soon_as_it_is_there(tmp_path):
+    """The rows are the same: nothing of them tells that there is more in the folder now."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert load(tmp_path)[1].faults() == ()
+    (tmp_path / "more.pdf").write_text("x")
+    (fault,) = load(tmp_path)[1].faults()
+    assert (fault.kind, fault.count, fault.action) == ("file of another kind", 1, "not read")

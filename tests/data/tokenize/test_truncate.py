@@ -1,0 +1,29 @@
+"""Pieces cover a conversation once, each as long as fits, each led by the system turn."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.data.tokenize.truncate import pieces
+from lorakit.types import Conversation, Message, Origin
+
+TURNS = st.lists(st.integers(1, 9), min_size=1, max_size=20)
+
+
+@given(TURNS, st.integers(1, 30), st.booleans())
+def test_each_exchange_stands_in_one_piece_and_no_more_would_fit(sizes, limit, system):
+    head = (Message("system", "s"),) if system else ()
+    turns = [m for n in sizes for m in (Message("user", "u" * n), Message("assistant", "a" * n))]
+    talk = Conversation((*head, *turns), Origin("x", 1))
+
+    def size(piece):
+        return sum(len(m.content) for m in piece.messages if m.role == "user")
+
+    found = list(pieces(talk, lambda piece: size(piece) <= limit))
+    assert [m for p in found for m in p.messages[len(head) :]] == turns
+    assert all(p.messages[: len(head)] == head for p in found)
+    for this, following in pairwise(found):
+        exchanges = (len(this.messages) - len(head)) // 2
+        assert size(this) <= limit or exchanges == 1
+        assert size(this) + len(following.messages[len(head)].content) > limit

@@ -1,0 +1,147 @@
+"""A process finds its place among those that torchrun started, and what is wrong is named."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lorakit.distributed import process_group
+from lorakit.distributed.heartbeat import Beat
+from lorakit.distributed.process_group import ALONE, Ranks, joined, shared_device, take_own_card
+from lorakit.errors import WorkError
+from lorakit.types import Device
+
+H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", "sdpa", {"kind": "card"})
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in (*process_group.OF_TORCHRUN, process_group._TAKEN, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+    def put(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+def test_a_process_by_itself_is_alone(environment):
+    with joined() as ranks:
+        assert ranks is ALONE
+    assert ALONE.first
+    assert ALONE.told(lambda: 7) == 7
+    assert ALONE.gather("x") == ["x"]
+    assert shared_device(H100, ALONE) is H100
+
+
+@pytest.mark.parametrize(
+    ("shown", "local", "then"),
+    [(None, "1", "1"), ("4,6", "1", "6"), ("4,6", "2", ""), ("6", "1", "6"), ("", "1", "")],
+)
+def test_each_rank_sees_its_own_card(environment, shown, local, then):
+    environment(LOCAL_RANK=local, LOCAL_WORLD_SIZE="2")
+    if shown is not None:
+        environment(CUDA_VISIBLE_DEVICES=shown)
+    take_own_card()
+    take_own_card()  # a second call changes nothing
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == then
+
+
+def test_one_process_of_torchrun_is_alone_for_the_libraries_too(environment):
+    environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    with joined() as ranks:
+        assert ranks is ALONE
+        assert "LOCAL_RANK" not in os.environ
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_one_process_keeps_the_cards_it_sees(environment):
+    take_own_card()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_rank_without_a_card_among_others_with_one_is_named():
+    beats = [Beat(0, 1, "a", "", "cuda:0"), Beat(1, 2, "a", "", "cpu:1")]
+    with pytest.raises(WorkError, match=r"no CUDA card for rank 1 \(cpu:1 on a, process 2\)"):
+        process_group._same_kind(beats)
+    process_group._same_kind(beats[:1])
+
+
+class Gathered(Ranks):
+    def __init__(self, found):
+        super().__init__(0, len(found), len(found))
+        self.found = found
+
+    def gather(self, thing):
+        return self.found
+
+
+def test_the_plan_is_for_the_smallest_card_of_all():
+    from dataclasses import replace
+
+    small = replace(H100, name="A100", memory_bytes=40 * 2**30)
+    device = shared_device(H100, Gathered([H100, small]))
+    assert device.memory_bytes == 40 * 2**30
+    assert device.ranks == 2
+    assert device.reasons["ranks"] == "1 x A100, 1 x H100"
+    with pytest.raises(WorkError, match=r"different types \(rank 0: bfloat16 on H100, rank 1"):
+        shared_device(H100, Gathered([H100, replace(H100, dtype="float16")]))
+
+
+def run_two(code, tmp_path, **more):
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(code))
+    words = ["--standalone", "--nproc-per-node", "2", str(script)]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more},
+    )
+
+
+def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
+    code = """
+        import os, time, torch
+        from lorakit.distributed.process_group import joined
+
+        with joined() as ranks:
+            assert "WORLD_SIZE" not in os.environ
+            number = torch.tensor([1.0 + ranks.number])
+            ranks.add(number)
+            assert number.item() == 3
+            assert ranks.gather(ranks.number) == [0, 1]
+            assert ranks.told(lambda: "only rank 0 works" if ranks.first else 1 / 0)
+            seen = []
+            with ranks.one_ahead():
+                time.sleep(0.3 if ranks.first else 0)
+                seen.append(time.time())
+            first, second = ranks.gather(seen[0])
+            assert first <= second
+            print("well", ranks.number, ranks.nodes, ranks.heartbeat.own.state)
+        with joined() as again:
+            assert again.gather(again.number) == [0, 1]
+    """
+    done = run_two(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("well") == 2
+    assert "ready" in done.stdout
+
+
+def test_a_rank_that_fails_says_so_itself_and_ends_the_other(tmp_path):
+    code = """
+        from lorakit.distributed.process_group import joined
+
+        with joined() as ranks:
+            if ranks.number == 1:
+                raise SystemExit("the reason")
+            ranks.gather(1)
+    """
+    done = run_two(code, tmp_path)
+    assert done.returncode != 0
+    assert "the reason" in done.stderr
+    assert "error: rank" not in done.stderr

@@ -1,0 +1,50 @@
+"""The printed lines name what the engine needs, and what it cannot take is merged with a reason."""
+
+import pytest
+
+from lorakit.export.serving import export_tgi, export_vllm, why_vllm_cannot
+from lorakit.export.tuned_run import open_source
+
+WHY = {
+    "rslora": None,
+    "patterns": None,
+    "dora": "DoRA",
+    "biases": "biases",
+    "modules_to_save": "modules_to_save",
+    "qlora": "QLoRA",
+}
+
+
+@pytest.mark.parametrize("variant", WHY)
+def test_what_vllm_takes(variant_run, variant):
+    reason = why_vllm_cannot(open_source(variant_run(variant)))
+    assert reason is None if WHY[variant] is None else WHY[variant] in reason
+
+
+def test_an_adapter_line_makes_room_for_its_rank_and_names_the_template(variant_run, job):
+    order = job(variant_run("patterns"))
+    facts = export_vllm(order)
+    assert not facts["merged"]
+    line = facts["command"].split()
+    assert line[line.index("--max-lora-rank") + 1] == "8"
+    assert line[line.index("--lora-modules") + 1].endswith(f"={order.target}")
+    assert line[line.index("--chat-template") + 1] == str(order.target / "chat_template.jinja")
+    assert (order.target / "chat_template.jinja").exists()
+    text = (order.target / "COMMANDS.md").read_text()
+    assert str(order.target) not in text
+    assert str(order.source.folder) not in text
+
+
+def test_what_vllm_refuses_is_merged(variant_run, job):
+    order = job(variant_run("dora"))
+    facts = export_vllm(order)
+    assert facts["merged"]
+    assert "DoRA" in facts["reason"]
+    assert (order.target / "model.safetensors").exists()
+    assert "--enable-lora" not in facts["command"]
+
+
+def test_tgi_gets_its_adapter_by_name(variant_run, job):
+    order = job(variant_run("rslora"))
+    name = order.source.name
+    assert f"LORA_ADAPTERS={name}={order.target}" in export_tgi(order)["command"]

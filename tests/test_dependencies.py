@@ -1,0 +1,61 @@
+"""Old versions with known holes are named, with the command that mends it."""
+
+import importlib.metadata
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lorakit.dependencies import FLOORS, require_floors, too_old
+from lorakit.errors import DependencyError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_what_is_installed_here_is_new_enough():
+    assert too_old() == []
+    require_floors()
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "old"),
+    [
+        ("torch", "2.9.1", True), ("torch", "2.10.0+cu128", False), ("torch", "2.10.0rc2", True),
+        ("torch", "2.10.0.dev20260101", True), ("torch", "2.13.0+cpu", False),
+        ("transformers", "5.10.0", True), ("transformers", "5.9.0", True),
+        ("transformers", "5.10.1", False), ("transformers", "5.10.1.post1", False),
+        ("transformers", "5.100", False), ("jinja2", "3.1.5", True), ("jinja2", "3.2", False),
+    ],
+)  # fmt: skip
+def test_versions_are_compared_as_numbers(monkeypatch, package, version, old):
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version if name == package else "99"
+    )
+    found = too_old()
+    assert [f.floor.package for f in found] == ([package] if old else [])
+    if old:
+        with pytest.raises(DependencyError, match="is too old") as caught:
+            require_floors()
+        assert caught.value.hint == found[0].command
+        assert version in str(found[0])
+        assert found[0].command.startswith(f"pip install --upgrade '{package}>=")
+
+
+def test_a_package_that_is_not_there_is_not_too_old(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert too_old() == []
+
+
+def test_pyproject_asks_for_the_floors_or_higher(monkeypatch):
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = {}
+    for line in asked:
+        name, _, version = line.partition(">=")
+        lowest[name.strip()] = version.split(",")[0]
+    for floor in FLOORS:
+        assert floor.package in lowest, f"{floor.package} is used and must be asked for"
+    monkeypatch.setattr(importlib.metadata, "version", lowest.__getitem__)
+    assert too_old() == []

@@ -1,0 +1,140 @@
+"""What a step's examples, gradients and wishes become when several ranks share them."""
+
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.distributed.process_group import ALONE, Ranks
+from lorakit.errors import WorkError
+from lorakit.train.gradient_sync import Together, alike, own_share, seed_apart, shares
+from lorakit.train.signals import StopRequest
+from lorakit.types import Example, Origin
+
+
+class Pair(Ranks):
+    """One rank of two, the other of which is played: what it adds, and what it gathers."""
+
+    def __init__(self, adds=(), gathers=(), number=0):
+        super().__init__(number, 2, 2)
+        self.adds, self.gathers = list(adds), list(gathers)
+
+    def add(self, tensor):
+        tensor += torch.tensor(self.adds.pop(0))
+
+    def gather(self, thing):
+        return [thing, self.gathers.pop(0)]
+
+
+@given(st.lists(st.integers(1, 4000), max_size=40), st.integers(1, 9))
+def test_every_example_is_given_once_whatever_the_number_of_ranks(lengths, count):
+    given_out = shares(lengths, count)
+    assert len(given_out) == count
+    assert sorted(place for places in given_out for place in places) == list(range(len(lengths)))
+    assert all(places == sorted(places) for places in given_out)
+
+
+def test_equal_examples_are_given_evenly_and_unequal_ones_by_their_work():
+    assert [len(p) for p in shares([100] * 8, 4)] == [2, 2, 2, 2]
+    lengths = [2000, 500, 500, 500, 500]
+    assert sorted(sorted(lengths[i] for i in p) for p in shares(lengths, 2)) == [
+        [500, 500, 500, 500],
+        [2000],
+    ]
+
+
+def test_one_row_for_two_ranks_leaves_one_without_work():
+    rows = [Example([1, 2], [1, 2], Origin("d", 1))]
+    assert [len(own_share(rows, Ranks(n, 2, 2))) for n in (0, 1)] == [1, 0]
+    assert own_share(rows, ALONE) == rows
+
+
+def test_gradients_and_losses_add_up_and_wishes_count_for_all():
+    together = Together(Pair(adds=[[10.0, 20.0], [0.5, 1.0, 0.0]]), StopRequest())
+    flat = torch.tensor([1.0, 2.0])
+    loss = together.add([flat], torch.tensor(0.25))
+    assert flat.tolist() == [11.0, 22.0]
+    assert float(loss) == 0.75
+    assert together.stop_agreed  # the other rank got the signal
+    assert together.exit_code == 128 + signal.SIGTERM
+
+
+def test_gradients_of_every_buffer_add_up():
+    """With adapters on the host there is one a layer."""
+    together = Together(Pair(adds=[[10.0], [20.0, 30.0], [40.0], [0.0, 0.0, 0.0]]), StopRequest())
+    buffers = [torch.tensor([1.0]), torch.tensor([2.0, 3.0]), torch.tensor([4.0])]
+    together.add(buffers, torch.tensor(0.0))
+    assert [b.tolist() for b in buffers] == [[11.0], [22.0, 33.0], [44.0]]
+
+
+def test_alone_nothing_travels():
+    stop = StopRequest()
+    together = Together(ALONE, stop)
+    loss = torch.tensor(1.0)
+    assert together.add([torch.ones(2)], loss) is loss
+    assert not together.stop_agreed
+    stop.signal = signal.SIGINT
+    assert together.stop_agreed
+    assert together.exit_code == 130
+    assert [together.saves(due) for due in (True, False)] == [True, False]
+
+
+def test_the_clock_of_rank_0_lets_all_save_one_step_later_and_once():
+    together = Together(Pair(adds=[[0.0], [0.0, 0.0, 0.0]] * 3), StopRequest())
+    saved = []
+    for _ in range(3):  # the clock of rank 0 has rung, and rings until a save is through
+        together.add([torch.zeros(1)], torch.tensor(0.0))
+        saved.append(together.saves(not any(saved)))
+    assert saved == [False, True, False]
+
+
+def test_the_clock_of_another_rank_lets_nobody_save():
+    together = Together(Pair(adds=[[0.0], [0.0, 0.0, 0.0]] * 3, number=1), StopRequest())
+    saved = []
+    for _ in range(3):
+        together.add([torch.zeros(1)], torch.tensor(0.0))
+        saved.append(together.saves(True))
+    assert saved == [False] * 3
+
+
+def test_masks_differ_by_rank_and_those_of_rank_0_are_those_of_one_process():
+    torch.manual_seed(5)
+    alone = torch.rand(4)
+    drawn = []
+    for number in range(3):
+        torch.manual_seed(5)
+        seed_apart(5, Ranks(number, 3, 3))
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], alone)
+    assert len({tuple(d.tolist()) for d in drawn}) == 3
+
+
+def test_adapters_that_drifted_apart_are_not_saved():
+    weights = [torch.nn.Parameter(torch.ones(3))]
+    alike(ALONE, weights, 7)
+    with pytest.raises(WorkError, match="step 7: rank 1 holds other adapters than rank 0"):
+        alike(Pair(gathers=["other"]), weights, 7)
+
+
+@pytest.mark.parametrize("tensor", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, 4])
+def test_one_bit_of_any_tensor_is_a_drift(tensor, place):
+    def weights():
+        return [torch.nn.Parameter(torch.full((5,), 1.0 + i)) for i in range(3)]
+
+    class Other(Ranks):
+        """Rank 1, which only tells its hash."""
+
+        def gather(self, thing):
+            told.append(thing)
+            return [thing]
+
+    told, drifted = [], weights()
+    drifted[tensor].data.view(torch.int32)[place] += 1
+    alike(Other(1, 2, 2), weights(), 7)
+    alike(Other(1, 2, 2), drifted, 7)
+    alike(Pair(gathers=told[:1]), weights(), 7)
+    with pytest.raises(WorkError, match="other adapters"):
+        alike(Pair(gathers=told[1:]), weights(), 7)

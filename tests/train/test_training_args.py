@@ -1,0 +1,126 @@
+"""TRL's arguments say what the recipe says; none of its own defaults gets in."""
+
+import pytest
+import torch
+
+from lorakit.errors import DependencyError, RecipeError
+from lorakit.hardware import detect_device
+from lorakit.recipe.schema import Recipe
+from lorakit.storage.run_dir import RunDir
+from lorakit.train.training_args import total_steps, training_arguments
+from lorakit.types import Device
+
+CPU = detect_device("float32", prefer="cpu")
+
+
+def recipe(**values):
+    return Recipe(model="m", data="d", target_modules=["q_proj", "v_proj"], **values)
+
+
+def test_trl_defaults_never_leak(tmp_path):
+    arguments = training_arguments(recipe(), CPU, RunDir(tmp_path), 100)
+    assert arguments.max_length is None  # TRL would cut at 1024
+    assert arguments.packing is False
+    assert arguments.dataset_kwargs == {"skip_prepare_dataset": True}
+    assert arguments.learning_rate == 1e-4  # TRL: 2e-5
+    # One batch of the loader is one optimizer step: 1 x 8 of the recipe.
+    assert arguments.per_device_train_batch_size == 8
+    assert arguments.gradient_accumulation_steps == 1
+    assert arguments.max_steps == 100
+    assert arguments.logging_nan_inf_filter is False
+    assert arguments.report_to == []
+    assert arguments.warmup_steps == 3
+    counted = recipe(warmup_steps=7)
+    assert training_arguments(counted, CPU, RunDir(tmp_path), 100).warmup_steps == 7
+
+
+def test_every_setting_of_training_reaches_the_trainer(tmp_path):
+    """None of these is a default of the recipe, of transformers or of TRL."""
+    asked = recipe(
+        learning_rate=3e-4,
+        lr_scheduler="linear",
+        warmup_ratio=0.2,
+        weight_decay=0.07,
+        max_grad_norm=0.3,
+        micro_batch_size=3,
+        gradient_accumulation_steps=2,
+        seed=5,
+        log_every=4,
+        save_every=7,
+        eval_every=9,
+    )
+    arguments = training_arguments(asked, CPU, RunDir(tmp_path / "mine"), 50, held_out=True)
+    expected = {
+        "output_dir": str(tmp_path / "mine"),
+        "run_name": "mine",
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 10,
+        "weight_decay": 0.07,
+        "max_grad_norm": 0.3,
+        "per_device_train_batch_size": 6,
+        "max_steps": 50,
+        "seed": 5,
+        "data_seed": 5,
+        "logging_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "eval_strategy": "steps",
+        "eval_steps": 9,
+    }
+    assert {name: getattr(arguments, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adamw", "adamw_torch_fused"),
+        ("adamw_8bit", "adamw_bnb_8bit"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"),
+        ("adafactor", "adafactor"),
+        ("sgd", "sgd"),
+    ],
+)
+def test_the_optimizer_is_the_one_asked_for(tmp_path, name, kind):
+    card = Device("cuda", "x", 2**30, "float32", "sdpa")
+    assert training_arguments(recipe(optimizer=name), card, RunDir(tmp_path), 1).optim == kind
+
+
+def test_nothing_is_scored_between_steps_without_held_out_rows_or_without_asking(tmp_path):
+    for every, held_out in ((5, False), (None, True)):
+        asked = recipe(eval_every=every)
+        arguments = training_arguments(asked, CPU, RunDir(tmp_path), 10, held_out)
+        assert arguments.eval_strategy == "no"
+
+
+def test_by_the_clock_only_the_last_step_is_saved_for_its_number(tmp_path):
+    asked = recipe(save_every="10min")
+    assert training_arguments(asked, CPU, RunDir(tmp_path), 123).save_steps == 123
+
+
+def test_steps_cover_the_epochs():
+    assert total_steps(recipe(epochs=2.5), 20) == 8  # half an epoch is a step and a half
+    assert total_steps(recipe(epochs=1.0), 16) == 2
+    assert total_steps(recipe(epochs=1.0), 17) == 3
+    assert total_steps(recipe(epochs=3.0), 20) == 9  # 20 rows, 8 a step: 3 steps an epoch
+    assert total_steps(recipe(epochs=0.1), 20) == 1
+    assert total_steps(recipe(max_steps=7), 20) == 7
+
+
+def test_eight_bit_optimizers_need_cuda(tmp_path):
+    with pytest.raises(RecipeError, match="needs a CUDA card"):
+        training_arguments(recipe(optimizer="paged_adamw_8bit"), CPU, RunDir(tmp_path), 1)
+
+
+def test_an_absent_tracker_names_its_install_line(tmp_path):
+    with pytest.raises(DependencyError, match="report_to: trackio") as caught:
+        training_arguments(recipe(report_to=["trackio"]), CPU, RunDir(tmp_path), 1)
+    assert caught.value.hint.startswith("pip install trackio")
+
+
+def test_precision_follows_the_device(tmp_path):
+    t4 = Device("cuda", "Tesla T4", 16 * 2**30, "float16", "sdpa")
+    arguments = training_arguments(recipe(), CPU, RunDir(tmp_path), 1)
+    assert (arguments.bf16, arguments.fp16) == (False, False)
+    if torch.cuda.is_available():
+        assert training_arguments(recipe(), t4, RunDir(tmp_path), 1).fp16
