@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.model.engine_models import examples, tiny
+from tests.engine.engine_models import examples, tiny
 
 from lorakit.data.batching import collate, pack
 from lorakit.engine.cuda_graphs import GraphedMicroSteps, first_tokens, shape_key, to_bucket

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.model.engine_models import FAMILIES, TARGETS, examples, tiny, worst
+from tests.engine.engine_models import FAMILIES, TARGETS, examples, tiny, worst
 
 from lorakit.data.batching import collate, pack
 from lorakit.engine.chunked_layer import Cut
