@@ -79,26 +79,26 @@ def run_bench(
     }
     meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
     with init_distributed() as ranks:
-        console = console if ranks.first else Console(quiet=True)
+        console = console if ranks.is_main else Console(quiet=True)
         job = _job(load_recipe(None, overrides, flags), lengths, ranks)
         model = _model(job)
         trainable, total = count_parameters(model)
         console.print(
-            f"{shape} {method} on {ranks.count} x {job.device.name}: {trainable:,} of {total:,} "
+            f"{shape} {method} on {ranks.world_size} x {job.device.name}: {trainable:,} of {total:,} "
             f"parameters train; {job.plan.describe()}"
         )
         clock, trainer = _train(model, job, meter, console)
-        measured = ranks.gather(_measured(clock, meter))
+        measured = ranks.all_gather_object(_measured(clock, meter))
     return {
         "id": label,
         "shape": shape,
         "trainable_parameters": trainable,
         "seq": seq,
-        "gpus": ranks.count,
+        "gpus": ranks.world_size,
         **measured[0],
         **{key: max(m[key] for m in measured) for key in measured[0] if key.startswith("peak")},
         **_described(job, trainer),
-        **provenance(job.device, _command(ranks.count)),
+        **provenance(job.device, _command(ranks.world_size)),
     }
 
 
@@ -128,10 +128,10 @@ def _model(job: _Job) -> Any:
     seed_everything(job.recipe.seed)
     placement = job.plan.placement
     if placement.shards > 1:
-        job.ranks.take_baton()
+        job.ranks.wait_for_load_turn()
     MemoryCap(job.recipe.memory_limit_bytes, job.device)
     four_bit = job.recipe.method == "qlora"
-    base = random_model(job.config, job.device, four_bit, placement.base_elsewhere)
+    base = random_model(job.config, job.device, four_bit, placement.base_offloaded)
     return add_adapter(base, job.recipe)
 
 
@@ -149,7 +149,7 @@ def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
         "keep": list(job.plan.keep),
         "layers": trainer.attached.layers,
         "loss": trainer.attached.loss,
-        "graphs": trainer.graphs_in_words(),
+        "graphs": trainer.describe_graphs(),
         "recipe": job.recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
     }
 

@@ -120,12 +120,12 @@ def prepare_run(
     device = shared_device(here, ranks)
     device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
-    if device.kind == "cuda" and ranks.count == 1 and not gpus and cards() > 1:
+    if device.kind == "cuda" and ranks.world_size == 1 and not gpus and cards() > 1:
         console.print(f"         one of {cards()} cards; all of them share each step with --gpus")
-    if ranks.count > 1:
-        console.print(f"ranks    {ranks.count} share each step: {device.reasons['ranks']}")
+    if ranks.world_size > 1:
+        console.print(f"ranks    {ranks.world_size} share each step: {device.reasons['ranks']}")
     console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
-    with ranks.one_ahead():
+    with ranks.main_process_first():
         return _prologue(resolved, console, force, device)
 
 
@@ -169,8 +169,8 @@ def fit(
             disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
     """
     with init_distributed() as ranks:
-        run, resolved = ranks.told(lambda: resolve_run_dir(resolved, resume))
-        if ranks.first:
+        run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
+        if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
                 return _fit(run, resolved, console, resume, force, ranks)
         silent = Console(file=io.StringIO(), quiet=True)
@@ -205,20 +205,22 @@ def _fit(
 ) -> TrainResult:
     start = prepare_run(resolved, console, force, ranks)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    past = run_fingerprint(recipe, prepared.train, start.tokenizer, ranks.count)
-    checkpoint = ranks.told(lambda: _write_run_files(run, start, past, resume, console))
+    fingerprint = run_fingerprint(recipe, prepared.train, start.tokenizer, ranks.world_size)
+    checkpoint = ranks.run_on_main_and_broadcast(
+        lambda: _write_run_files(run, start, fingerprint, resume, console)
+    )
     _check_shared_filesystem(run, checkpoint, ranks)
     if start.plan.placement.shards > 1:
-        ranks.take_baton()  # host memory holds one whole base: it is passed on in `attach_engine`
+        ranks.wait_for_load_turn()  # host memory holds one whole base: it is passed on in `attach_engine`
     model = _model(start, console)
-    if ranks.first:
+    if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
     else:
         recipe = recipe.model_copy(update={"report_to": []})
-    progress = TrainingProgress(console, run if ranks.first else None, device.kind)
+    progress = TrainingProgress(console, run if ranks.is_main else None, device.kind)
     began = time.perf_counter()
     told = oom_as_error("placing the model on its device", OOM_HINT)
-    with told, catch_signals(alone=ranks.count == 1) as stop:
+    with told, catch_signals(alone=ranks.world_size == 1) as stop:
         trainer = LoraTrainer(
             model,
             start.tokenizer,
@@ -230,7 +232,7 @@ def _fit(
             prepared.val,
             progress,
             stop,
-            past,
+            fingerprint,
             ranks,
         )
         console.print(f"layers   {trainer.attached.layers}")
@@ -243,14 +245,14 @@ def _fit(
             progress.stop()
     seconds = time.perf_counter() - began
     model = trainer.close()
-    final_loss = _final_loss(run) if ranks.first else None
-    steps, together = trainer.state.global_step, trainer.together
-    if together.stop_agreed and steps < trainer.state.max_steps:
-        return TrainResult(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
-    unfit = _save(run, model, start) if ranks.first else None
+    final_loss = _final_loss(run) if ranks.is_main else None
+    steps, sync = trainer.state.global_step, trainer.sync
+    if sync.should_stop and steps < trainer.state.max_steps:
+        return TrainResult(run, steps, seconds, final_loss, None, sync.exit_code, ranks.world_size)
+    unfit = _save(run, model, start) if ranks.is_main else None
     evaluation = None
     # A sharded base computes on all ranks at once; else the others wait for the first one's end.
-    if prepared.val and (ranks.first or trainer.sharded):
+    if prepared.val and (ranks.is_main or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
     return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit)
 
@@ -270,7 +272,7 @@ def _model(start: PreparedRun, console: Console) -> Any:
         console.print("bits     the same in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
+        base = load_base(recipe, start.location, device, start.plan.placement.base_offloaded)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe)
     trainable, total = count_parameters(model)
@@ -284,7 +286,7 @@ def _check_shared_filesystem(
     """Every rank reads the checkpoint itself."""
     if checkpoint and not Path(checkpoint).is_dir():
         raise RunError(
-            f"{run.path}: not seen by rank {ranks.number}, on another machine than rank 0",
+            f"{run.path}: not seen by rank {ranks.rank}, on another machine than rank 0",
             hint="several machines need a shared file system for the run's folder: --output",
         )
 
@@ -295,12 +297,12 @@ def _final_loss(run: RunDir) -> float | None:
 
 
 def _write_run_files(
-    run: RunDir, start: PreparedRun, past: dict[str, Any], resume: bool, console: Console
+    run: RunDir, start: PreparedRun, fingerprint: dict[str, Any], resume: bool, console: Console
 ) -> str | None:
     """Write what is known before training; returns the folder of the checkpoint to go on from."""
     recipe, prepared = start.resolved.recipe, start.prepared
     steps = total_steps(recipe, len(prepared.train))
-    found = prepare_resume(run, past, prepared.train, steps, console) if resume else None
+    found = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
     if found is None:
         run.metrics.unlink(missing_ok=True)
         remember_base(run, recipe, start.location)
@@ -320,6 +322,6 @@ def _evaluate(run: RunDir, model: Any, start: PreparedRun, ranks: DistributedCon
     result = evaluate(
         model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label
     )
-    if ranks.first:
+    if ranks.is_main:
         write_json(run.eval, result.as_dict())
     return result

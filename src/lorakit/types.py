@@ -177,30 +177,30 @@ class Device:
 class Placement:
     """What lies in host memory instead of the card's, and in which order a step is worked.
 
-    `layer_major`: each layer takes all micro-batches of a step before the next one does
+    `layerwise`: each layer takes all micro-batches of a step before the next one does
     (`engine/layerwise.py`); only then may base and adapters lie on the host. `tokens_at_once` go
     through a layer's products and `heads_at_once` of its keys through attention; the inputs of
-    the last `inputs_on_card` layers stay on the card. `shards` above 1: so many ranks of a machine
+    the last `inputs_on_gpu` layers stay on the card. `shards` above 1: so many ranks of a machine
     hold a part each of every layer's frozen weights, gathered when the layer's turn comes.
     """
 
-    layer_major: bool = False
+    layerwise: bool = False
     embedding_on_host: bool = False
     base_on_host: bool = False
     adapters_on_host: bool = False
-    inputs_on_card: int = 0
+    inputs_on_gpu: int = 0
     tokens_at_once: int = 0
     heads_at_once: int = 0
     shards: int = 1
 
     @property
-    def base_elsewhere(self) -> bool:
+    def base_offloaded(self) -> bool:
         """Layers' frozen weights come to the card by turns."""
         return self.base_on_host or self.shards > 1
 
-    def in_words(self, layers: int) -> list[str]:
+    def describe(self, layers: int) -> list[str]:
         """What lies on the host, of a model of so many layers."""
-        away = layers - self.inputs_on_card if self.layer_major else 0
+        away = layers - self.inputs_on_gpu if self.layerwise else 0
         inputs = "layer inputs" if away == layers else f"the inputs of {away} layers"
         named = {
             "the base": self.base_on_host,
@@ -248,7 +248,7 @@ class MemoryPlan:
     def describe(self) -> str:
         """What is recomputed and moved to make it fit, in a few words."""
         said = []
-        if self.placement.layer_major:
+        if self.placement.layerwise:
             said.append("layer by layer, all recomputed but the last product")
         else:
             inside = "all but the last product" if self.engine else "all"
@@ -261,7 +261,7 @@ class MemoryPlan:
             ]
         if self.placement.shards > 1:
             said.append(f"each layer's weights spread over {self.placement.shards} GPUs")
-        on_host = self.placement.in_words(len(self.keep))
+        on_host = self.placement.describe(len(self.keep))
         said += [f"in host memory: {', '.join(on_host)}"] if on_host else []
         return "; ".join(said) or "nothing recomputed"
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "guides" / "your_own_data.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
 ROWS = [(kind, name, text) for kind, name, text in BLOCKS if name]
-MAKERS = {"RowFault", "SpoilsRun", "fault", "add", "_add"}
+MAKERS = {"RowError", "FatalRowError", "fault", "add", "_add"}
 
 
 @pytest.mark.parametrize(("kind", "name", "text"), ROWS)
@@ -71,7 +71,7 @@ def test_keys_and_values_named_in_the_guide_exist():
 
 def kinds():
     """The first text of every call that makes a fault."""
-    for path in sorted((ROOT / "src" / "lorakit" / "data").glob("*.py")):
+    for path in sorted((ROOT / "src" / "lorakit" / "data").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call) or len(node.args) < 2:
                 continue

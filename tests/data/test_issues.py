@@ -88,9 +88,9 @@ def test_results_may_follow_calls_that_are_written_as_text():
 
 def test_a_fault_that_spoils_a_run_is_marked():
     log, other = IssueLog(), IssueLog()
-    log.leave_out(RowError("no answer", AT, "x"))
-    other.leave_out(FatalRowError("two BOS tokens", AT, "x"))
-    log.absorb(other)
+    log.skip_row(RowError("no answer", AT, "x"))
+    other.skip_row(FatalRowError("two BOS tokens", AT, "x"))
+    log.merge(other)
     assert {f.kind: f.spoils for f in log.faults()} == {"no answer": False, "two BOS tokens": True}
 
 
@@ -100,9 +100,9 @@ def test_what_a_log_absorbs_takes_nothing_from_its_own():
     plain = RowError("no answer", Origin("b.jsonl", 1), "x")
     for first, second in ((spoiled, plain), (plain, spoiled)):
         log, other = IssueLog(), IssueLog()
-        log.leave_out(first)
-        other.leave_out(second)
-        log.absorb(other)
+        log.skip_row(first)
+        other.skip_row(second)
+        log.merge(other)
         assert log.spoils
         assert {f.kind: f.spoils for f in log.faults()} == {
             "no answer": False,
@@ -111,7 +111,7 @@ def test_what_a_log_absorbs_takes_nothing_from_its_own():
         assert log.first_left_out is first
         assert log.rows_left_out == 2
         empty = IssueLog()
-        empty.absorb(log)
+        empty.merge(log)
         assert empty.first_left_out is first
 
 
@@ -130,9 +130,9 @@ def test_the_commonest_fault_comes_first_and_a_row_is_named_once():
 def test_the_log_counts_all_and_shows_the_first_rows():
     log, other = IssueLog(), IssueLog()
     for row in range(1, 9):
-        log.leave_out(RowError("no answer", Origin("a.jsonl", row), "x"))
-    other.leave_out(RowError("no answer", Origin("b.jsonl", 1), "x"))
-    log.absorb(other)
+        log.skip_row(RowError("no answer", Origin("a.jsonl", row), "x"))
+    other.skip_row(RowError("no answer", Origin("b.jsonl", 1), "x"))
+    log.merge(other)
     (fault,) = log.faults()
     assert (fault.count, fault.action, log.rows_left_out) == (9, "left out", 9)
     assert fault.first_rows == tuple(f"a.jsonl:{row}" for row in range(1, 6))
@@ -156,7 +156,7 @@ def test_a_log_survives_the_way_through_json():
     log = IssueLog()
     log.add("near duplicate", AT, "kept")
     log.add_many("exact duplicate", 9, [f"a:{i}" for i in range(9)], "kept")
-    log.leave_out(FatalRowError("two BOS tokens", AT, "it begins with two"))
+    log.skip_row(FatalRowError("two BOS tokens", AT, "it begins with two"))
     again = IssueLog.from_dict(json.loads(json.dumps(log.as_dict())))
     assert again.faults() == log.faults()
     assert (again.rows_left_out, again.spoils) == (1, True)
@@ -167,14 +167,14 @@ def test_strict_names_every_fault_but_not_what_was_asked_for():
     log.add("weight 0.5", AT, "not drawn")
     refuse_if_strict(log)
     log.add("near duplicate", AT, "kept")
-    log.leave_out(RowError("no answer", AT, "column answer is null"))
+    log.skip_row(RowError("no answer", AT, "column answer is null"))
     with pytest.raises(DataError, match=r"1 x near duplicate \(rows.jsonl:3\)\n.*1 x no answer"):
         refuse_if_strict(log)
 
 
 def test_nothing_left_stops_with_the_commonest_reasons():
     log = IssueLog()
-    log.leave_out(RowError("no answer", AT, "column answer is null"))
+    log.skip_row(RowError("no answer", AT, "column answer is null"))
     with pytest.raises(DataError, match=r"none of its 1 rows .*1 x no answer \(rows.jsonl:3\)"):
         refuse_if_empty(0, 1, "rows.jsonl", log)
     refuse_if_empty(1, 2, "rows.jsonl", log)
@@ -185,8 +185,8 @@ def test_nothing_left_stops_with_the_commonest_reasons():
 def test_a_row_that_spoils_the_run_is_what_is_said_where_it_came_first():
     log = IssueLog()
     spoiled = FatalRowError("no end of turn", AT, "the model would not learn to stop")
-    log.leave_out(spoiled)
-    log.leave_out(RowError("no answer", AT, "column answer is null"))
+    log.skip_row(spoiled)
+    log.skip_row(RowError("no answer", AT, "column answer is null"))
     with pytest.raises(FatalRowError) as caught:
         refuse_if_empty(0, 2, "rows.jsonl", log)
     assert caught.value is spoiled

@@ -42,7 +42,7 @@ def test_items_come_back_whole(shelf):
     assert list(shelf) == shelf[:] == ITEMS
     assert shelf[-2] == ITEMS[1]
     assert shelf.sources.tolist() == [0, 1, 2]
-    assert shelf.marks.tolist() == [content_hash(item) for item in ITEMS]
+    assert shelf.content_hashes.tolist() == [content_hash(item) for item in ITEMS]
     assert shelf.signatures.shape == (3, 64)
     assert (shelf.meta["lines"], shelf.thinking, str(shelf.origin(1))) == ([1], True, "b:c.txt:1")
     with pytest.raises(IndexError):
@@ -98,8 +98,8 @@ def test_examples_come_back_whole_and_in_the_order_asked_for(shelf, tmp_path, mo
     flat = [example for _, examples in made for example in examples]
     assert [back.example(i) for i in range(3)] == flat
     assert back.faults.faults() == log.faults()
-    chosen = Examples(back, back.owners.argsort()[::-1].copy())
+    chosen = Examples(back, back.source_rows.argsort()[::-1].copy())
     assert chosen[:] == list(chosen) == flat[::-1]
     assert lengths_of(chosen) == lengths_of(list(chosen)) == chosen.lengths.tolist()
     assert (chosen.lengths.tolist(), chosen.trained.tolist()) == ([1, 2, 3], [0, 1, 1])
-    assert back.owners.tolist() == [0, 2, 2]
+    assert back.source_rows.tolist() == [0, 2, 2]

@@ -37,9 +37,9 @@ def environment(monkeypatch):
 def test_a_process_by_itself_is_alone(environment):
     with init_distributed() as ranks:
         assert ranks is SINGLE_PROCESS
-    assert SINGLE_PROCESS.first
-    assert SINGLE_PROCESS.told(lambda: 7) == 7
-    assert SINGLE_PROCESS.gather("x") == ["x"]
+    assert SINGLE_PROCESS.is_main
+    assert SINGLE_PROCESS.run_on_main_and_broadcast(lambda: 7) == 7
+    assert SINGLE_PROCESS.all_gather_object("x") == ["x"]
     assert shared_device(H100, SINGLE_PROCESS) is H100
 
 
@@ -117,20 +117,20 @@ def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
 
         with joined() as ranks:
             assert "WORLD_SIZE" not in os.environ
-            number = torch.tensor([1.0 + ranks.number])
-            ranks.add(number)
+            number = torch.tensor([1.0 + ranks.rank])
+            ranks.all_reduce_(number)
             assert number.item() == 3
-            assert ranks.gather(ranks.number) == [0, 1]
-            assert ranks.told(lambda: "only rank 0 works" if ranks.first else 1 / 0)
+            assert ranks.all_gather_object(ranks.rank) == [0, 1]
+            assert ranks.run_on_main_and_broadcast(lambda: "only rank 0 works" if ranks.is_main else 1 / 0)
             seen = []
-            with ranks.one_ahead():
-                time.sleep(0.3 if ranks.first else 0)
+            with ranks.main_process_first():
+                time.sleep(0.3 if ranks.is_main else 0)
                 seen.append(time.time())
-            first, second = ranks.gather(seen[0])
+            first, second = ranks.all_gather_object(seen[0])
             assert first <= second
-            print("well", ranks.number, ranks.nodes, ranks.heartbeat.own.state)
+            print("well", ranks.rank, ranks.nodes, ranks.heartbeat.own_beat.state)
         with joined() as again:
-            assert again.gather(again.number) == [0, 1]
+            assert again.all_gather_object(again.rank) == [0, 1]
     """
     done = run_two(code, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -143,9 +143,9 @@ def test_a_rank_that_fails_says_so_itself_and_ends_the_other(tmp_path):
         from lorakit.distributed.process_group import joined
 
         with joined() as ranks:
-            if ranks.number == 1:
+            if ranks.rank == 1:
                 raise SystemExit("the reason")
-            ranks.gather(1)
+            ranks.all_gather_object(1)
     """
     done = run_two(code, tmp_path)
     assert done.returncode != 0

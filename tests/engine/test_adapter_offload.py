@@ -22,14 +22,14 @@ def test_values_survive_and_come_to_the_layer_that_is_entered():
     _, adapters = made()
     values = [[p.clone() for p in own] for own in adapters.parameters]
     for number in (0, 1, 2, 1, 0):
-        adapters.enter(number, following=(number + 1) % 3)
+        adapters.load_layer(number, following=(number + 1) % 3)
         for parameters, before in zip(adapters.parameters, values, strict=True):
             for parameter, value in zip(parameters, before, strict=True):
                 assert torch.equal(parameter, value)
-    adapters.rest()
+    adapters.point_to_host()
     with torch.no_grad():
         adapters.parameters[1][0].fill_(7.0)  # the optimizer writes at home
-    adapters.enter(1)
+    adapters.load_layer(1)
     assert bool((adapters.parameters[1][0] == 7.0).all())
 
 
@@ -37,13 +37,13 @@ def test_values_that_were_loaded_over_them_reach_every_layer():
     """A checkpoint puts tensors of its own in; a layer's copy may be at work meanwhile."""
     _, adapters = made()
     for number in (0, 1, 2):
-        adapters.enter(number, following=(number + 1) % 3)
-    adapters.enter(0)
+        adapters.load_layer(number, following=(number + 1) % 3)
+    adapters.load_layer(0)
     for parameter in (p for own in adapters.parameters for p in own):
         parameter.data = torch.full_like(parameter, 7.0)
     adapters.adopt()
     for number in (0, 1, 2):
-        adapters.enter(number, following=(number + 1) % 3)
+        adapters.load_layer(number, following=(number + 1) % 3)
         assert all(bool((p == 7.0).all()) for p in adapters.parameters[number])
 
 
@@ -61,7 +61,7 @@ def test_layers_with_other_modules_have_room_and_copies_of_their_own():
         assert flat.numel() == sum(p.numel() for group in layer.groups for p in group.parameters)
         point_sinks(layer.groups, flat)
         flat.fill_(number + 1)
-        adapters.collect(number)
+        adapters.copy_grads_to_host(number)
     adapters.finish()
     for number, own in enumerate(adapters.parameters):
         assert all(bool((p.grad == number + 1).all()) for p in own)
@@ -73,9 +73,9 @@ def test_gradients_go_home_layer_by_layer_and_start_at_zero():
         for number in (2, 1, 0):
             point_sinks(layers[number].groups, adapters.gradients(number))
             for group in layers[number].groups:
-                group.a_sink += step * (number + 1)
-                group.b_sink -= step * (number + 1)
-            adapters.collect(number)
+                group.a_grad_buffer += step * (number + 1)
+                group.b_grad_buffer -= step * (number + 1)
+            adapters.copy_grads_to_host(number)
         adapters.finish()
         for number, layer in enumerate(layers):
             for group in layer.groups:

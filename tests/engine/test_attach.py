@@ -37,7 +37,7 @@ def test_hidden_states_and_every_gradient_equal_the_models_own(family):
     engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert "3 fused layers" in path
     for keep in SavedActivations:
-        engine.keep([keep] * 3)
+        engine.set_checkpointing([keep] * 3)
         assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
 
 
@@ -75,7 +75,7 @@ def test_biases_of_every_projection_are_served():
     engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine is not None, path
     for keep in SavedActivations:
-        engine.keep([keep] * 3)
+        engine.set_checkpointing([keep] * 3)
         found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         # Without o's bias they are 90% off; in float32 these small ones are 8e-6 off.
@@ -119,11 +119,11 @@ def test_another_adapter_that_is_switched_on_takes_the_models_own_path():
     model = tiny()
     engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     model.add_adapter("other", model.peft_config["default"])
-    assert engine.serves(9)
+    assert engine.supports(9)
     model.set_adapter("other")
-    assert not engine.serves(9)
+    assert not engine.supports(9)
     model.set_adapter("default")
-    assert engine.serves(9)
+    assert engine.supports(9)
 
 
 def test_other_scales_in_a_group_are_seen_before_the_first_step():
@@ -193,7 +193,7 @@ def test_dropout_is_peft_dropout_with_masks_from_keys(keep):
 
     model, tokens = tiny(lora_dropout=0.3), ids(2, 9)
     engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
-    engine.keep([keep] * 3)
+    engine.set_checkpointing([keep] * 3)
     torch.manual_seed(7)
     found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
 
@@ -228,21 +228,21 @@ def test_evaluation_has_no_dropout_and_switched_off_adapters_take_the_models_own
         torch.testing.assert_close(
             engine({"input_ids": tokens}, None), own(model, tokens)(), rtol=1e-5, atol=1e-5
         )
-    assert engine.serves(9)
+    assert engine.supports(9)
     with model.disable_adapter():
-        assert not engine.serves(9)
+        assert not engine.supports(9)
     model.merge_adapter()
-    assert not engine.serves(9)
+    assert not engine.supports(9)
 
 
 @pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"]], ids=str)
 def test_adapters_anywhere_can_be_switched_off(targets):
     model = tiny(target_modules=targets)
     engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
-    assert engine.serves(9)
+    assert engine.supports(9)
     with model.disable_adapter():
-        assert not engine.serves(9)
-    assert engine.serves(9)
+        assert not engine.supports(9)
+    assert engine.supports(9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -267,7 +267,7 @@ def test_an_embedding_on_the_host_serves_ids_and_embedded_rows_alike(family):
 def test_a_window_shorter_than_the_rows_is_left_to_the_model():
     model = tiny("mistral", base_changes={"sliding_window": 8})
     engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
-    assert engine is None or not engine.serves(9)
+    assert engine is None or not engine.supports(9)
 
 
 def test_names_and_files_are_peft_own_and_detaching_frees_the_weights(tmp_path):
@@ -318,7 +318,7 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give(inner):
     engine, path = attach_engine(base, torch.device("cpu"))
     assert engine is not None, path
     for keep in SavedActivations:
-        engine.keep([keep] * 2)
+        engine.set_checkpointing([keep] * 2)
         found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert worst(ours, grads) < 1e-4
@@ -340,7 +340,7 @@ def test_bf16_gradients_on_a_card_are_as_near_the_truth_as_the_models_own(family
     engine, path = attach_engine(model.get_base_model(), torch.device("cuda"))
     assert "Triton kernels" in path
     for keep in SavedActivations:
-        engine.keep([keep] * 3)
+        engine.set_checkpointing([keep] * 3)
         _, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         for name, truth in exact.items():
             error = float((ours[name] - truth).norm() / truth.norm())

@@ -20,7 +20,7 @@ def start(batch=1, **lora):
     refresh(engine.groups, training=True)
     torch.manual_seed(3)
     ids = torch.arange(2, 2 + 30).view(batch, -1)
-    hidden, call = engine.begin({"input_ids": ids}, None)
+    hidden, call = engine.embed_and_context({"input_ids": ids}, None)
     return engine, hidden.detach(), call
 
 

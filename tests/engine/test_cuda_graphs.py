@@ -41,7 +41,7 @@ def test_graphs_give_the_gradients_of_eager_runs(kept, dropout):
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = tiny("llama", torch.bfloat16, "cuda", base_changes=wide, lora_dropout=dropout)
     attached = attach_loss(model, "auto")
-    attached.engine.keep([SavedActivations(kept)] * 3)
+    attached.engine.set_checkpointing([SavedActivations(kept)] * 3)
     batches = [
         pack(examples([200, 90, 33])), collate(examples([128, 128]), 0), pack(examples([190, 99])),
     ]  # fmt: skip

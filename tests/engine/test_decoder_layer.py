@@ -20,10 +20,10 @@ from .engine_models import tiny
 )
 def test_the_arena_has_room_for_what_the_level_keeps(level, kinds):
     engine, _ = attach_engine(tiny().get_base_model(), torch.device("cpu"))
-    engine.keep([level] * 3)
+    engine.set_checkpointing([level] * 3)
     arena = ActivationBuffers(engine.layers, 5, 64, torch.zeros(1))
-    assert {name for name, _ in arena.places} == kinds
-    assert len(arena.places) == 3 * len(kinds)
+    assert {name for name, _ in arena.buffers} == kinds
+    assert len(arena.buffers) == 3 * len(kinds)
     place = arena.take("out", 1)
     assert place.shape == (5, 64)
     assert arena.take("out", 1) is None  # a recomputation takes memory of its own
@@ -35,7 +35,7 @@ def test_more_kept_means_less_recomputed_and_the_same_bits():
     tokens = torch.arange(2, 30).view(2, 14)
     found = []
     for level in SavedActivations:
-        engine.keep([level] * 3)
+        engine.set_checkpointing([level] * 3)
         torch.manual_seed(5)
         model.zero_grad()
         engine({"input_ids": tokens}, None).square().sum().backward()

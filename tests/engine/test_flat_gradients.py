@@ -15,8 +15,8 @@ def test_sinks_and_grads_are_views_of_one_buffer():
     assert flat.flat.numel() == sum(p.numel() for p in parameters)
     flat.begin()
     for number, group in enumerate(engine.groups):
-        group.a_sink += number + 1
-        group.b_sink += 100 + number
+        group.a_grad_buffer += number + 1
+        group.b_grad_buffer += 100 + number
     for number, group in enumerate(engine.groups):
         for own in group.adapted:
             assert bool((own.a.grad == number + 1).all())

@@ -14,9 +14,9 @@ def prepared(family):
     model = tiny(family)
     engine, _ = attach_engine(model.get_base_model(), CPU)
     ids = torch.arange(3, 23).view(1, 20)
-    hidden, call = engine.begin({"input_ids": ids}, segments_of([12, 8], "cpu"))
+    hidden, call = engine.embed_and_context({"input_ids": ids}, segments_of([12, 8], "cpu"))
     layer = engine.layers[0]
-    qkv, _ = layer.qkv.product(hidden[0], layer.qkv.weight(), layer.dropout(layer.qkv, call))
+    qkv, _ = layer.qkv.forward(hidden[0], layer.qkv.weight(), layer.dropout(layer.qkv, call))
     qkv = qkv.detach()
     layer.attention.prepare_(qkv, None, call.angles)
     return layer.attention, qkv, call

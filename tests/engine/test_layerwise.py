@@ -6,7 +6,7 @@ from tests.engine.engine_models import FAMILIES, TARGETS, examples, tiny, worst
 
 from lorakit.data.batching import collate, pack
 from lorakit.engine.chunked_layer import ChunkSize
-from lorakit.engine.layerwise import LayerMajor
+from lorakit.engine.layerwise import LayerwiseSchedule
 from lorakit.train.loss import attach_loss
 from lorakit.types import Placement
 
@@ -34,10 +34,10 @@ def micro_by_micro(model, batches, scale=0.01, engine="off"):
 
 
 def layer_by_layer(model, batches, cut=WHOLE, scale=0.01, **where):
-    placement = Placement(layer_major=True, **where)
+    placement = Placement(layerwise=True, **where)
     attached = attach_loss(model, "on", CPU, placement)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    schedule = LayerMajor(attached.engine, attached.head, parameters, cut)
+    schedule = LayerwiseSchedule(attached.engine, attached.head, parameters, cut)
     torch.manual_seed(4)
     if where.get("embedding_on_host"):
         batches = [
@@ -96,10 +96,10 @@ def test_steps_on_host_adapters_follow_the_optimizer():
     ends = []
     for where in ({}, {"adapters_on_host": True, "base_on_host": True}):
         model = tiny()
-        attached = attach_loss(model, "on", CPU, Placement(layer_major=True, **where))
+        attached = attach_loss(model, "on", CPU, Placement(layerwise=True, **where))
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.05, fused=True)
-        schedule = LayerMajor(attached.engine, attached.head, parameters, WHOLE)
+        schedule = LayerwiseSchedule(attached.engine, attached.head, parameters, WHOLE)
         losses = []
         for _ in range(3):
             losses.append(float(schedule(micros(), 0.01)))
@@ -152,13 +152,13 @@ def test_on_a_card_the_gradients_are_near_those_in_float32(where, cut):
     truth = micro_by_micro(made(torch.float32), batches)
     with torch.autocast("cuda", torch.bfloat16):
         peft = micro_by_micro(made(torch.bfloat16), batches)
-    placement = Placement(layer_major=True, **where)
+    placement = Placement(layerwise=True, **where)
     model = made(torch.bfloat16)
     if where:
         model.cpu()
     attached = attach_loss(model, "on", torch.device("cuda"), placement)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    schedule = LayerMajor(attached.engine, attached.head, parameters, cut)
+    schedule = LayerwiseSchedule(attached.engine, attached.head, parameters, cut)
     if where:
         batches = [
             {**b, "inputs_embeds": attached.engine.embed_on_host(b["input_ids"].cpu()).cuda()}

@@ -31,7 +31,7 @@ def test_product_and_gradients_are_those_of_the_modules(targets):
     y.backward(dy)
     with torch.no_grad():
         weight = group.weight()
-        product, update = group.product(x, weight, NONE)
+        product, update = group.forward(x, weight, NONE)
         made = product.clone()
         for module, columns in enumerate(group.columns):
             if update is not None and update.slots[module] >= 0:
@@ -59,14 +59,14 @@ def test_sinks_take_the_gradients_instead():
     group, _ = group_of()
     x, dy = torch.randn(9, 64), torch.randn(9, group.outputs)
     with torch.no_grad():
-        _, update = group.product(x, group.weight(), NONE)
+        _, update = group.forward(x, group.weight(), NONE)
         ds, db = group.output_grads(dy, update)
         expected = group.factor_grads(ds, db, x, NONE, training=True)
-        group.a_sink, group.b_sink = torch.ones_like(group.a), torch.ones_like(db)
+        group.a_grad_buffer, group.b_grad_buffer = torch.ones_like(group.a), torch.ones_like(db)
         ds, db = group.output_grads(dy, update)
         assert set(group.factor_grads(ds, db, x, NONE, training=True)) == {None}
-    torch.testing.assert_close(group.a_sink, 1 + torch.cat(expected[0::2]))
-    torch.testing.assert_close(group.b_sink, 1 + torch.cat(expected[1::2]))
+    torch.testing.assert_close(group.a_grad_buffer, 1 + torch.cat(expected[0::2]))
+    torch.testing.assert_close(group.b_grad_buffer, 1 + torch.cat(expected[1::2]))
 
 
 def test_copies_of_a_carry_scale_and_dropout():
@@ -86,7 +86,7 @@ def test_the_full_output_has_residual_bias_and_adapter(targets):
     refresh([group], training=True)
     with torch.no_grad():
         x, residual = torch.randn(9, 64), torch.randn(9, 64)
-        out, update = group.full(x, group.weight(), NONE, residual)
+        out, update = group.forward_residual(x, group.weight(), NONE, residual)
         torch.testing.assert_close(out, residual + module(x))
     assert (update is not None) == (targets == ["o_proj"])
 

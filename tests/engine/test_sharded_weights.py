@@ -30,7 +30,7 @@ def test_three_ranks_hold_a_third_each_and_gather_all(tmp_path):
             store = dist.FileStore(sys.argv[1], 3)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
             ranks = Ranks(rank, 3, 3)
-            ranks.of_node = dist.group.WORLD
+            ranks.node_group = dist.group.WORLD
             whole = torch.arange(252, dtype=torch.uint8)
             shard = Shard(whole, ranks, torch.device("cpu"))
             assert shard.bytes.tolist() == list(range(84 * rank, 84 * rank + 84))

@@ -29,11 +29,11 @@ def test_modules_point_at_the_card_while_entered_and_home_afterwards():
     streamed = StreamedBase([layer.groups for layer in layers], CPU)
     home = [w.data_ptr() for w in weights]
     for number, following in ((0, 1), (1, 2), (2, None), (2, 1), (1, 0), (0, None)):
-        streamed.enter(number, following)
+        streamed.load_layer(number, following)
         assert weights[number].data_ptr() != home[number]
         for w, old in zip(weights, before, strict=True):
             assert torch.equal(w, old)
-    streamed.rest()
+    streamed.offload()
     assert [w.data_ptr() for w in weights] == home
 
 
@@ -45,7 +45,7 @@ def test_every_group_of_a_layer_travels():
     streamed = StreamedBase([layer.groups for layer in layers], CPU)
     home = [[w.data_ptr() for w in own] for own in weights]
     for number in (0, 2, 1):
-        streamed.enter(number)
+        streamed.load_layer(number)
         assert all(map(torch.equal, weights[number], before[number]))
         away = [w.data_ptr() for w in weights[number]]
         assert len({*away, *home[number]}) == 2 * len(away)
@@ -56,7 +56,7 @@ def test_every_group_of_a_layer_travels():
 def test_merged_matrices_and_their_modules_are_one_memory():
     layers = layers_of(tiny())
     streamed = StreamedBase([layer.groups for layer in layers], CPU)
-    streamed.enter(1)
+    streamed.load_layer(1)
     group = layers[1].qkv
     for base, rows in zip(group.bases, group.columns, strict=True):
         assert base.weight.data_ptr() == group.merged[rows].data_ptr()
@@ -73,9 +73,9 @@ def test_four_bit_weights_travel_packed_with_their_scales():
     layers = [FastLayer(x, i, base.config, {}, CPU) for i, x in enumerate(base.model.layers)]
     before = [layer.gate_up.weight().clone() for layer in layers]
     streamed = StreamedBase([layer.groups for layer in layers], CPU)
-    packed = streamed.rooms[0].bytes.numel()
+    packed = streamed.host_buffers[0].bytes.numel()
     assert packed < sum(b.in_features * b.out_features for g in layers[0].groups for b in g.bases)
     for number in (0, 1, 0):
-        streamed.enter(number)
+        streamed.load_layer(number)
         assert torch.equal(layers[number].gate_up.weight(), before[number])
     assert isinstance(base.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)

@@ -7,5 +7,10 @@ from lorakit.export.tuned_run import Job
 def test_defaults_are_the_careful_ones(variant_run, job):
     order = job(variant_run("tied"))
     assert isinstance(order, Job)
-    assert (order.onto, order.public, order.merged, order.verify) == ("trained", False, False, True)
+    assert (order.merge_base, order.public, order.merged, order.verify) == (
+        "trained",
+        False,
+        False,
+        True,
+    )
     assert {name: getattr(order, name) for name in DEFAULTS} == DEFAULTS

@@ -172,7 +172,10 @@ def test_a_quantization_that_costs_more_than_tuning_changed_gets_a_hint(heard, v
     for effect, hinted in ((1e-12, True), (reference.base_kl, False)):
         order = job(variant_run("rslora"))
         run_gguf(order, replace(reference, base_kl=effect), path, None, "F32")
-        assert any("F32 costs more than the tuning changed" in end for end in order.ends) is hinted
+        assert (
+            any("F32 costs more than the tuning changed" in end for end in order.next_steps)
+            is hinted
+        )
 
 
 @pytest.mark.parametrize("variant", UNPORTABLE)

@@ -46,7 +46,7 @@ def test_one_cast_rounds_and_is_reported(variant_run, job):
 def test_a_qlora_run_goes_onto_either_base(variant_run, job):
     run = variant_run("qlora")
     trained = export_merged(job(run, "trained"))
-    original = export_merged(job(run, "original", onto="original"))
+    original = export_merged(job(run, "original", merge_base="original"))
     assert trained["kl_per_token"] < 1e-6 < original["kl_per_token"]
     assert original["loss_trained_base"] != original["loss_original_base"]
     assert "loss_original_base" not in trained
@@ -219,7 +219,7 @@ def test_an_update_that_the_cast_takes_away_gets_a_hint(variant_run, tmp_path, j
         facts = export_merged(order)
         said = order.console.export_text()
         assert (facts["update_kept"] < 0.9) is hinted
-        assert any("bfloat16 rounds much of this" in line for line in order.ends) is hinted
+        assert any("bfloat16 rounds much of this" in line for line in order.next_steps) is hinted
         assert f"{facts['update_kept']:.1%} of the update is left after the cast" in said
 
 
@@ -227,9 +227,9 @@ def test_a_base_on_which_the_adapter_is_no_gain_gets_a_hint(
     tmp_path, variant_run, job, monkeypatch
 ):
     monkeypatch.setattr(merged, "make_reference", weak(merged.make_reference))
-    order = job(variant_run("qlora"), onto="original")
+    order = job(variant_run("qlora"), merge_base="original")
     export_merged(order)
-    assert "farther from what was trained than the untuned model is" in order.ends[0]
+    assert "farther from what was trained than the untuned model is" in order.next_steps[0]
 
 
 def weak(plain):

@@ -21,7 +21,7 @@ def places(found):
     order = []
     for _, placement in placement_candidates(found, engine=True):
         word = "card"
-        if placement.layer_major:
+        if placement.layerwise:
             word = "host" if placement.base_on_host else f"spread {placement.shards}"
         elif placement != ON_CARD:
             word = "embedding"

@@ -233,7 +233,7 @@ def test_the_fast_layers_start_over_too(run, streaming):
     """Where a step is worked layer by layer all of it was under way; dropout draws the same."""
     values = {"engine": "on", "streaming": streaming, "target_modules": "all-linear"}
     cut = run("cut", micro_batch_size=4, gradient_accumulation_steps=1, **values)
-    work = cut.layer_major if streaming == "on" else cut.attached.engine
+    work = cut.layerwise if streaming == "on" else cut.attached.engine
     assert work is not None
     part = "_down" if streaming == "on" else "begin"
     own, calls = getattr(work, part), []

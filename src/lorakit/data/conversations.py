@@ -76,7 +76,7 @@ def _read_all(
             unused |= dict.fromkeys(watch.unused)
         shown = Path(name).name if Path(name).is_absolute() else name
         refuse_if_empty(found, read, shown, own)
-        log.absorb(own)
+        log.merge(own)
         meta["lines"].append(
             {
                 "source": shown,
@@ -95,4 +95,4 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
         item = clean_item(to_conversation(row, guess, recipe.system), log)
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:
-        log.leave_out(fault)
+        log.skip_row(fault)

@@ -109,7 +109,7 @@ class ConversationDataset(Sequence[Item]):
     """Items in a folder, as `write_items` left them.
 
     Attributes:
-        marks: content hash of each item, uint64 [N].
+        content_hashes: content hash of each item, uint64 [N].
         signatures: MinHash signature of each, uint8 [N, 64].
         sources: number of the source each came from, int32 [N].
         meta: what `write_items` was given to keep, `names` of the files and `thinking`.
@@ -119,8 +119,8 @@ class ConversationDataset(Sequence[Item]):
         self.key = key
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
-        self.marks, self.signatures, self.sources = (
-            load[n] for n in ("marks", "signatures", "sources")
+        self.content_hashes, self.signatures, self.sources = (
+            load[n] for n in ("content_hashes", "signatures", "sources")
         )
         self._begins, self._names, self._rows = (load[n] for n in ("begins", "names", "rows"))
         self._path = folder / _ITEMS
@@ -160,7 +160,7 @@ class ConversationDataset(Sequence[Item]):
 
 def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str, Any]) -> None:
     """Put (item, number of its source) pairs on disk; `meta` is read when all have come."""
-    begins, rows, marks = array("q", [0]), array("q"), array("Q")
+    begins, rows, content_hashes = array("q", [0]), array("q"), array("Q")
     names, sources = array("i"), array("i")
     known: dict[str, int] = {}
     signer, thinking = Signer(), False
@@ -170,7 +170,7 @@ def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str,
             handle.write(line)
             begins.append(begins[-1] + len(line))
             rows.append(item.origin.row)
-            marks.append(content_hash(item))
+            content_hashes.append(content_hash(item))
             names.append(known.setdefault(item.origin.source, len(known)))
             sources.append(source)
             signer.add(content_of(item))
@@ -178,7 +178,7 @@ def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str,
     arrays: dict[str, NDArray[Any]] = {
         "begins": np.asarray(begins, np.int64),
         "rows": np.asarray(rows, np.int64),
-        "marks": np.asarray(marks, np.uint64),
+        "content_hashes": np.asarray(content_hashes, np.uint64),
         "names": np.asarray(names, np.int32),
         "sources": np.asarray(sources, np.int32),
         "signatures": signer.signatures(),
@@ -214,7 +214,9 @@ class TokenizedDataset:
         meta = json.loads((folder / "meta.json").read_text())
         self.faults = IssueLog.from_dict(meta["faults"])
         load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
-        self.owners, self.trained, self._begins = (load[n] for n in ("owners", "trained", "begins"))
+        self.source_rows, self.trained, self._begins = (
+            load[n] for n in ("owners", "trained", "begins")
+        )
         self.lengths = np.diff(self._begins)
         self._ids = np.memmap(folder / _TOKENS, np.int32, "r")
         self._mask = np.memmap(folder / _TRAINED, np.uint8, "r")
@@ -223,7 +225,7 @@ class TokenizedDataset:
         part = slice(self._begins[number], self._begins[number + 1])
         ids = self._ids[part]
         labels = np.where(self._mask[part], ids, IGNORE)
-        return Example(ids.tolist(), labels.tolist(), self.items.origin(self.owners[number]))
+        return Example(ids.tolist(), labels.tolist(), self.items.origin(self.source_rows[number]))
 
     def digest(self, chosen: NDArray[np.int64]) -> str:
         """SHA-256 of the ids and labels of some examples, in their order."""
@@ -311,13 +313,13 @@ class Examples(Subset[Example]):
         return self._shelf.trained[self.chosen]
 
     @property
-    def marks(self) -> NDArray[np.uint64]:
+    def content_hashes(self) -> NDArray[np.uint64]:
         """Content hash of the row behind each example, uint64 [N]."""
-        return self._shelf.items.marks[self._shelf.owners[self.chosen]]
+        return self._shelf.items.content_hashes[self._shelf.source_rows[self.chosen]]
 
     def origin(self, number: int) -> Origin:
         """Where example `number` came from, without reading it."""
-        return self._shelf.items.origin(int(self._shelf.owners[self.chosen[number]]))
+        return self._shelf.items.origin(int(self._shelf.source_rows[self.chosen[number]]))
 
     def digest(self) -> str:
         """SHA-256 of all ids and labels in their order."""

@@ -58,7 +58,7 @@ class IssueLog:
         had, own = self._seen.get((kind, action), (0, []))
         self._seen[kind, action] = (had + count, [*own, *rows][:SHOWN_ROWS])
 
-    def leave_out(self, fault: RowError) -> None:
+    def skip_row(self, fault: RowError) -> None:
         """The row of `fault` is not used."""
         self.rows_left_out += 1
         self.first_left_out = self.first_left_out or fault
@@ -66,7 +66,7 @@ class IssueLog:
             self._spoiling.add(fault.kind)
         self.add(fault.kind, fault.origin, LEFT_OUT)
 
-    def absorb(self, other: IssueLog) -> None:
+    def merge(self, other: IssueLog) -> None:
         """Add all that `other` counted."""
         for (kind, action), (count, rows) in other._seen.items():
             self.add_many(kind, count, rows, action)

@@ -68,7 +68,9 @@ class _Split:
     @property
     def prints(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
         """Content hash and signature of each item."""
-        return self.shelf.items.marks[self.chosen], self.shelf.items.signatures[self.chosen]
+        return self.shelf.items.content_hashes[self.chosen], self.shelf.items.signatures[
+            self.chosen
+        ]
 
     def place(self, number: int) -> Any:
         return self.shelf.items.origin(int(self.chosen[number]))
@@ -82,7 +84,7 @@ class _Split:
         """The examples of these items, each as many times as its item is wanted, int64 [items]."""
         wanted = np.zeros(len(self.shelf.items), np.int64)
         wanted[self.chosen] = 1 if times is None else times[self.chosen]
-        left = wanted[self.shelf.owners]
+        left = wanted[self.shelf.source_rows]
         # All of them once, then those wanted twice: copies do not stand side by side.
         rounds = [np.flatnonzero(left > done) for done in range(int(left.max(initial=1)))]
         return Examples(self.shelf, np.concatenate(rounds))
@@ -117,7 +119,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     if recipe.val_data:
         held_items, held_log = read_conversations([recipe.val_data], recipe, folders)
         lines += held_items.meta["lines"]
-        log.absorb(held_log)
+        log.merge(held_log)
     elif recipe.held_out and len(items) == 1:
         items, held_items = _split_single_document(items, recipe.held_out, log)
     thinking = items.thinking or (held_items is not None and held_items.thinking)
@@ -214,8 +216,8 @@ class _Encoder:
         if shelf.faults.spoils and not self.inspecting:
             for _ in self._made(items, rules, own):  # kept by `inspect`: stops at the row again
                 pass
-        self.log.absorb(shelf.faults)
-        return _Split(shelf, np.unique(shelf.owners).astype(np.int64))
+        self.log.merge(shelf.faults)
+        return _Split(shelf, np.unique(shelf.source_rows).astype(np.int64))
 
     def _made(
         self, items: ConversationDataset, rules: EncodeConfig, log: IssueLog
@@ -225,7 +227,7 @@ class _Encoder:
             if isinstance(examples, FatalRowError) and not self.inspecting:
                 raise examples
             if isinstance(examples, RowError):
-                log.leave_out(examples)
+                log.skip_row(examples)
             else:
                 yield number, examples
         refuse_if_empty(len(items) - log.rows_left_out, len(items), "data", log)
@@ -247,7 +249,7 @@ def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | N
         rows = side.chosen[items.sources[side.chosen] == number]
         times[rows] = int(weight)
         more = round((weight - int(weight)) * len(rows))
-        order = shuffled(items.marks[rows], recipe.seed)
+        order = shuffled(items.content_hashes[rows], recipe.seed)
         times[rows[order[: max(more, weight < 1)]]] += 1
         rest = rows[times[rows] == 0]
         if len(rest):

@@ -171,7 +171,7 @@ def _changes(changes: tuple[Suggestion, ...], title: str) -> Table:
     for change in changes:
         speed = "" if change.slower is None else f"{-change.slower:+.0%}"
         saved = as_gib(change.saved_bytes)
-        flags, price = Text(change.flags), Text(change.price)
+        flags, price = Text(change.flags), Text(change.cost)
         table.add_row(flags, as_gib(change.total_bytes), saved, speed, price)
     return table
 

@@ -44,22 +44,22 @@ class Beat:
     rank: int
     pid: int
     host: str
-    space: str
+    pid_namespace: str
     device: str
-    count: int = 0
+    world_size: int = 0
     step: int = 0
     state: str = "preflight"
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.device} on {self.host}, process {self.pid})"
 
-    def beside(self, own: Beat) -> bool:
+    def shares_host_with(self, own: Beat) -> bool:
         """Whether both are processes of one machine, or of one container in it."""
-        return (self.host, self.space) == (own.host, own.space)
+        return (self.host, self.pid_namespace) == (own.host, own.pid_namespace)
 
     def dead(self, own: Beat) -> bool:
         """Whether the process is known to be gone; of another machine's nothing is known."""
-        return self.beside(own) and not psutil.pid_exists(self.pid)
+        return self.shares_host_with(own) and not psutil.pid_exists(self.pid)
 
 
 def key(rank: int) -> str:
@@ -76,36 +76,36 @@ class Heartbeat(threading.Thread):
 
     def __init__(self, store: Any, rank: int, count: int, device: str) -> None:
         super().__init__(daemon=True, name="heartbeat")
-        self.store, self.count = store, count
+        self.store, self.world_size = store, count
         space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-        self.own = Beat(rank, os.getpid(), socket.gethostname(), space, device)
-        self.kept: Callable[[], str] = lambda: "nothing was trained yet"
+        self.own_beat = Beat(rank, os.getpid(), socket.gethostname(), space, device)
+        self.checkpoint_summary: Callable[[], str] = lambda: "nothing was trained yet"
         self.folder: Path | None = None
         self.done = threading.Event()
         self.parent = os.getppid()
         self.changed: dict[int, tuple[int, float]] = {}
         self.born = time.monotonic()
         self.orphaned: float | None = None
-        self.say()
+        self.publish()
 
-    def say(self) -> None:
+    def publish(self) -> None:
         """Write this process's line."""
-        self.own.count += 1
-        self.store.set(key(self.own.rank), json.dumps(asdict(self.own)))
+        self.own_beat.world_size += 1
+        self.store.set(key(self.own_beat.rank), json.dumps(asdict(self.own_beat)))
 
-    def at(self, step: int, kept: Callable[[], str], folder: Path | None = None) -> None:
+    def set_step(self, step: int, kept: Callable[[], str], folder: Path | None = None) -> None:
         """Step `step` is taken; what `kept` then says, and `folder`, are for a sudden end."""
-        self.own.step, self.kept, self.folder = step, kept, folder
+        self.own_beat.step, self.checkpoint_summary, self.folder = step, kept, folder
 
-    def leave(self, state: str) -> None:
+    def shutdown(self, state: str) -> None:
         """Say goodbye: nobody takes this process's silence for a fault."""
         self.done.set()
         if self.is_alive():
             # A thread that is in the store while the interpreter ends would abort the process.
             self.join(GRACE_SECONDS)
-        self.own.state = state
+        self.own_beat.state = state
         with suppress(Exception):
-            self.say()
+            self.publish()
 
     def run(self) -> None:
         last = self.born = time.monotonic()
@@ -116,45 +116,45 @@ class Heartbeat(threading.Thread):
                 self.changed.clear()
             last = now
             try:
-                self.say()
+                self.publish()
                 beats = self.read()
             except Exception:  # the store went with its launcher
                 self._without_launcher()
                 continue
             if os.getppid() != self.parent:
                 self._without_launcher()
-            self._judge(beats)
+            self._check_peers(beats)
 
     def read(self) -> list[Beat]:
         """What every rank said last."""
-        found = self.store.multi_get([key(rank) for rank in range(self.count)])
+        found = self.store.multi_get([key(rank) for rank in range(self.world_size)])
         return [Beat(**json.loads(text)) for text in found]
 
-    def _judge(self, beats: list[Beat]) -> None:
+    def _check_peers(self, beats: list[Beat]) -> None:
         now = time.monotonic()
         gone, silent, failed = [], [], []
         for beat in beats:
-            if self.changed.get(beat.rank, (-1, 0.0))[0] != beat.count:
-                self.changed[beat.rank] = (beat.count, now)
-            if beat.rank == self.own.rank or beat.state == "left":
+            if self.changed.get(beat.rank, (-1, 0.0))[0] != beat.world_size:
+                self.changed[beat.rank] = (beat.world_size, now)
+            if beat.rank == self.own_beat.rank or beat.state == "left":
                 continue
             if beat.state == "failed":
                 failed.append(beat)
-            elif beat.dead(self.own):
+            elif beat.dead(self.own_beat):
                 gone.append(beat)
             elif now - self.changed[beat.rank][1] > SILENT_SECONDS:
                 silent.append(beat)
         if failed:
             time.sleep(GRACE_SECONDS)  # it says itself what happened
-            self._end([], "")
+            self._abort([], "")
         elif gone or silent:
-            apart = not all(beat.beside(self.own) for beat in beats)
-            self._end([*gone, *silent], self._told(gone, silent, apart))
-        elif self.own.state == "preflight" and now - self.born > PREFLIGHT_SECONDS:
+            apart = not all(beat.shares_host_with(self.own_beat) for beat in beats)
+            self._abort([*gone, *silent], self._failure_message(gone, silent, apart))
+        elif self.own_beat.state == "preflight" and now - self.born > PREFLIGHT_SECONDS:
             stuck = [b for b in beats if b.state == "preflight"]
-            self._end(stuck[1:], no_answer(stuck))
+            self._abort(stuck[1:], no_answer(stuck))
 
-    def _told(self, gone: list[Beat], silent: list[Beat], apart: bool) -> str:
+    def _failure_message(self, gone: list[Beat], silent: list[Beat], apart: bool) -> str:
         lines = [
             f"error: {beat} has ended without a word, after step {beat.step}: was it killed?"
             for beat in gone
@@ -169,20 +169,20 @@ class Heartbeat(threading.Thread):
         elif apart:
             again = "start the same command again on every machine, with --resume"
         else:
-            again = f"go on with: {RunDir(self.folder).going_on(self.count)}"
-        return "\n".join([*lines, f"  {self.kept()}", f"hint: {why}{again}"])
+            again = f"go on with: {RunDir(self.folder).going_on(self.world_size)}"
+        return "\n".join([*lines, f"  {self.checkpoint_summary()}", f"hint: {why}{again}"])
 
-    def _end(self, troubled: list[Beat], words: str) -> None:
+    def _abort(self, troubled: list[Beat], words: str) -> None:
         """End this process; the first of those that are well says why."""
         stacks = self._keep_stacks()
         ill = {beat.rank for beat in troubled}
-        if words and self.own.rank == min(set(range(self.count)) - ill):
+        if words and self.own_beat.rank == min(set(range(self.world_size)) - ill):
             where = f"\n  where each process stood: {stacks}" if stacks else ""
             sys.stderr.write(f"\n{words}{where}\n")
             sys.stderr.flush()
         for beat in troubled:
             # A stopped process would outlive all; torchrun waits 30 s for it.
-            if beat.beside(self.own):
+            if beat.shares_host_with(self.own_beat):
                 with suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)
         time.sleep(GRACE_SECONDS)
@@ -196,7 +196,7 @@ class Heartbeat(threading.Thread):
         if self.folder is None or not self.folder.is_dir():
             return None
         with suppress(OSError):
-            path = self.folder / f"stacks_rank{self.own.rank}.txt"
+            path = self.folder / f"stacks_rank{self.own_beat.rank}.txt"
             with path.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             return self.folder / "stacks_rank*.txt"

@@ -44,76 +44,76 @@ class DistributedContext:
     def __init__(
         self, number: int = 0, count: int = 1, per_node: int = 1, heartbeat: Any = None
     ) -> None:
-        self.number, self.count, self.per_node = number, count, per_node
+        self.rank, self.world_size, self.local_world_size = number, count, per_node
         self.heartbeat: Heartbeat | None = heartbeat
         self.store: Any = None
-        self.of_node: Any = None
-        self.of_host: Any = None
+        self.node_group: Any = None
+        self.cpu_group: Any = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this one writes and speaks for all."""
-        return self.number == 0
+        return self.rank == 0
 
     @property
     def nodes(self) -> int:
         """Machines."""
-        return self.count // self.per_node
+        return self.world_size // self.local_world_size
 
-    def add(self, tensor: Any) -> None:
+    def all_reduce_(self, tensor: Any) -> None:
         """Sum `tensor` over all ranks, in place; each gets the same bits."""
-        if self.count > 1:
+        if self.world_size > 1:
             import torch.distributed as dist
 
-            group = self.of_host if tensor.device.type == "cpu" else None
-            self._together(lambda: dist.all_reduce(tensor, group=group))
+            group = self.cpu_group if tensor.device.type == "cpu" else None
+            self._run_collective(lambda: dist.all_reduce(tensor, group=group))
 
-    def gather(self, thing: T) -> list[T]:
+    def all_gather_object(self, thing: T) -> list[T]:
         """Every rank's `thing`, by rank."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [thing]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.count
-        self._together(lambda: dist.all_gather_object(found, thing, group=self.of_host))
+        found: list[Any] = [None] * self.world_size
+        self._run_collective(lambda: dist.all_gather_object(found, thing, group=self.cpu_group))
         return found
 
-    def told(self, work: Callable[[], T]) -> T:
+    def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; the others wait for it."""
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         import torch.distributed as dist
 
-        box: list[Any] = [work() if self.first else None]
-        self._together(lambda: dist.broadcast_object_list(box, src=0, group=self.of_host))
+        box: list[Any] = [work() if self.is_main else None]
+        self._run_collective(lambda: dist.broadcast_object_list(box, src=0, group=self.cpu_group))
         return box[0]
 
     @contextmanager
-    def one_ahead(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Rank 0 does what follows before the others do: downloads and caches are made once."""
-        if not self.first:
-            self.told(lambda: None)
+        if not self.is_main:
+            self.run_on_main_and_broadcast(lambda: None)
         yield
-        if self.first:
-            self.told(lambda: None)
+        if self.is_main:
+            self.run_on_main_and_broadcast(lambda: None)
 
-    def take_baton(self) -> None:
+    def wait_for_load_turn(self) -> None:
         """Wait until the ranks of this machine before this one have passed the baton on."""
-        before = self.number - 1
-        while self.number % self.per_node and not self.store.check([f"baton/{before}"]):
+        before = self.rank - 1
+        while self.rank % self.local_world_size and not self.store.check([f"baton/{before}"]):
             time.sleep(0.2)
 
-    def pass_baton(self) -> None:
-        """What `take_baton` held back may begin on the next rank."""
-        if self.count > 1:
-            self.store.set(f"baton/{self.number}", "")
+    def release_load_turn(self) -> None:
+        """What `wait_for_load_turn` held back may begin on the next rank."""
+        if self.world_size > 1:
+            self.store.set(f"baton/{self.rank}", "")
 
     def at(self, step: int, kept: Callable[[], str], folder: Any = None) -> None:
         """For the message at a sudden end: the last step, and who says what is kept."""
         if self.heartbeat is not None:
-            self.heartbeat.at(step, kept, folder)
+            self.heartbeat.set_step(step, kept, folder)
 
-    def _together(self, work: Callable[[], Any]) -> None:
+    def _run_collective(self, work: Callable[[], Any]) -> None:
         try:
             work()
         except RuntimeError:
@@ -131,9 +131,9 @@ def shared_device(device: Device, ranks: DistributedContext) -> Device:
     Raises:
         WorkError: the base would have another type on some ranks.
     """
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         return device
-    found = ranks.gather(device)
+    found = ranks.all_gather_object(device)
     types = {other.dtype for other in found}
     if len(types) > 1:
         told = ", ".join(f"rank {n}: {d.dtype} on {d.name}" for n, d in enumerate(found))
@@ -145,7 +145,7 @@ def shared_device(device: Device, ranks: DistributedContext) -> Device:
     on = f" on {ranks.nodes} machines" if ranks.nodes > 1 else ""
     return replace(
         min(found, key=lambda other: other.memory_bytes),
-        ranks=ranks.count,
+        ranks=ranks.world_size,
         nodes=ranks.nodes,
         reasons={**device.reasons, "ranks": ", ".join(sorted(names)) + on},
     )
@@ -180,12 +180,12 @@ def _ranks(found: dict[str, str]) -> Iterator[DistributedContext]:
         _init_groups(ranks, store)
         yield ranks
     except BaseException:
-        ranks.heartbeat.leave("failed")
+        ranks.heartbeat.shutdown("failed")
         raise
-    ranks.told(lambda: None)  # the store stays until all are through
-    ranks.heartbeat.leave("left")
+    ranks.run_on_main_and_broadcast(lambda: None)  # the store stays until all are through
+    ranks.heartbeat.shutdown("left")
     # A group that outlives this call may be taken apart after the interpreter: gloo aborts then.
-    ranks.of_host = ranks.of_node = ranks.store = ranks.heartbeat = None
+    ranks.cpu_group = ranks.node_group = ranks.store = ranks.heartbeat = None
     dist.destroy_process_group()
 
 
@@ -231,23 +231,23 @@ def _init_groups(ranks: DistributedContext, store: Any) -> None:
     dist.init_process_group(
         "nccl" if card else "gloo",
         store=store,
-        rank=ranks.number,
-        world_size=ranks.count,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=torch.device("cuda", 0) if card else None,
     )
-    ranks.of_host = (
+    ranks.cpu_group = (
         dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if card else dist.group.WORLD
     )
     for node in range(ranks.nodes):
-        members = list(range(node * ranks.per_node, (node + 1) * ranks.per_node))
+        members = list(range(node * ranks.local_world_size, (node + 1) * ranks.local_world_size))
         group = (
             dist.new_group(members, timeout=COLLECTIVE_TIMEOUT)
             if ranks.nodes > 1
             else dist.group.WORLD
         )
-        if ranks.number in members:
-            ranks.of_node = group
+        if ranks.rank in members:
+            ranks.node_group = group
     _preflight(ranks, "cuda" if card else "cpu")
 
 
@@ -255,15 +255,15 @@ def _preflight(ranks: DistributedContext, device: str) -> None:
     """One all-reduce and the versions of all; what hangs here is named by the heartbeat."""
     import torch
 
-    probe = torch.full((1,), float(ranks.number), device=device)
-    ranks.add(probe)
-    expected = ranks.count * (ranks.count - 1) / 2
+    probe = torch.full((1,), float(ranks.rank), device=device)
+    ranks.all_reduce_(probe)
+    expected = ranks.world_size * (ranks.world_size - 1) / 2
     if float(probe) != expected:
         raise WorkError(
-            f"an all-reduce over {ranks.count} ranks gave {float(probe):g} instead of {expected:g}",
+            f"an all-reduce over {ranks.world_size} ranks gave {float(probe):g} instead of {expected:g}",
             hint="a card or a link between cards computes wrong: NCCL_P2P_DISABLE=1 goes round it",
         )
-    found = ranks.gather([f"{name} {_version(name)}" for name in COMPARED])
+    found = ranks.all_gather_object([f"{name} {_version(name)}" for name in COMPARED])
     for number, versions in enumerate(found):
         if versions != found[0]:
             raise WorkError(
@@ -271,7 +271,7 @@ def _preflight(ranks: DistributedContext, device: str) -> None:
                 hint="install the same versions on every machine",
             )
     assert ranks.heartbeat is not None
-    ranks.heartbeat.own.state = "ready"
+    ranks.heartbeat.own_beat.state = "ready"
 
 
 def set_cuda_device_from_local_rank() -> None:

@@ -54,12 +54,12 @@ class Engine:
     def groups(self) -> list[Any]:
         return [group for layer in self.layers for group in layer.groups]
 
-    def keep(self, levels: list[SavedActivations]) -> None:
+    def set_checkpointing(self, levels: list[SavedActivations]) -> None:
         """Choose what each layer keeps for backward."""
         for layer, level in zip(self.layers, levels, strict=True):
             layer.keep = level
 
-    def serves(self, length: int) -> bool:
+    def supports(self, length: int) -> bool:
         """True where the fast path computes what the model would: adapters on, window not hit."""
         windows = [layer.attention.window for layer in self.layers]
         if any(window and length > window for window in windows):
@@ -100,15 +100,15 @@ class Engine:
         """Adapters go to host memory, and their gradients and optimizer with them."""
         self.host_adapters = HostAdapters([layer.groups for layer in self.layers], self.device)
 
-    def enter(self, number: int, training: bool, following: int | None = None) -> None:
+    def load_layer(self, number: int, training: bool, following: int | None = None) -> None:
         """Layer `number` can be worked with from here on; the `following` one is on its way."""
         if self.streamed is not None:
-            self.streamed.enter(number, following)
+            self.streamed.load_layer(number, following)
         if self.host_adapters is not None:
-            self.host_adapters.enter(number, following)
+            self.host_adapters.load_layer(number, following)
             refresh(self.layers[number].groups, training)
 
-    def begin(
+    def embed_and_context(
         self, inputs: dict[str, Any], segments: Segments | None
     ) -> tuple[Tensor, ForwardContext]:
         """(embedded ids [B, T, D], what all layers share) of one micro-batch.
@@ -133,7 +133,7 @@ class Engine:
 
     def __call__(self, inputs: dict[str, Any], segments: Segments | None) -> Tensor:
         """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
-        hidden, call = self.begin(inputs, segments)
+        hidden, call = self.embed_and_context(inputs, segments)
         if self.host_adapters is None:
             refresh(self.groups, call.training)
         if torch.is_grad_enabled():
@@ -141,7 +141,7 @@ class Engine:
             call = replace(call, arena=ActivationBuffers(self.layers, rows, width, hidden))
         for number, layer in enumerate(self.layers):
             last = number + 1 == len(self.layers)
-            self.enter(number, call.training, None if last else number + 1)
+            self.load_layer(number, call.training, None if last else number + 1)
             hidden = layer(hidden, call)
         return self.decoder.norm(hidden)
 
@@ -155,7 +155,7 @@ class Engine:
             self.host_adapters.leave()
             self.host_adapters = None
         for group in self.groups:
-            group.a_sink = group.b_sink = None
+            group.a_grad_buffer = group.b_grad_buffer = None
         if self.device.type == "cuda":
             # Gradient buffers kept the memory pool of the CUDA graphs: 430 MiB at 12 layers of 7B.
             torch.cuda.empty_cache()
@@ -166,9 +166,9 @@ class Engine:
     def _enter_own(self, number: int, *_: Any) -> None:
         """Before the model's own layer `number` runs (generation, probes)."""
         if self.streamed is not None:
-            self.streamed.enter(number, (number + 1) % len(self.layers))
+            self.streamed.load_layer(number, (number + 1) % len(self.layers))
         if self.host_adapters is not None:
-            self.host_adapters.enter(number)
+            self.host_adapters.load_layer(number)
 
 
 def attach_engine(
@@ -210,10 +210,10 @@ def attach_engine(
 
 def _place(engine: Engine, base: Any, placement: Placement, ranks: DistributedContext) -> None:
     """Let parts lie where the plan says; what is not of the layers goes to the card."""
-    if placement.base_elsewhere:
+    if placement.base_offloaded:
         engine.stream_base(None if placement.base_on_host else ranks)
         if not placement.base_on_host:
-            ranks.pass_baton()
+            ranks.release_load_turn()
         own = [(*layer.norms, *layer.attention.norms) for layer in engine.layers]
         parts = [engine.decoder.norm, engine.decoder.rotary_emb, *itertools.chain(*own)]
         parts += [base.get_output_embeddings()]

@@ -80,13 +80,15 @@ def forward(work: LayerTask, x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     for rows in work.cut.rows(x, work.batch):
         drop = work.drop(layer.o, rows)
-        mid, _ = layer.o.full(flat[rows], weights[layer.o], drop, x[rows])
+        mid, _ = layer.o.forward_residual(flat[rows], weights[layer.o], drop, x[rows])
         h2, _ = layer.norm(1, mid)
         drop = work.drop(layer.gate_up, rows)
-        gate_up, update = layer.gate_up.product(h2, weights[layer.gate_up], drop)
+        gate_up, update = layer.gate_up.forward(h2, weights[layer.gate_up], drop)
         h = gated(gate_up, layer.activation, update)
         del gate_up, h2
-        layer.down.full(h, weights[layer.down], work.drop(layer.down, rows), mid, out[rows])
+        layer.down.forward_residual(
+            h, weights[layer.down], work.drop(layer.down, rows), mid, out[rows]
+        )
     return out
 
 
@@ -123,7 +125,7 @@ def _qkv(work: LayerTask, x: Tensor) -> tuple[Tensor, Update | None]:
     for rows in work.cut.rows(x, work.batch):
         h1, _ = layer.norm(0, x[rows])
         drop, weight = work.drop(layer.qkv, rows), work.weights[layer.qkv]
-        _, update = layer.qkv.product(h1, weight, drop, qkv[rows])
+        _, update = layer.qkv.forward(h1, weight, drop, qkv[rows])
         layer.attention.prepare_(qkv[rows], update, work.angles(rows))
         updates.append(update)
     whole = [u for u in updates if u is not None]
@@ -158,10 +160,10 @@ def _backward_mlp(
     """From d of the output to d of the middle, in place, and to `dflat` of attention's output."""
     layer, weights, training = work.layer, work.weights, work.call.training
     down, gate_up, o = layer.down, layer.gate_up, layer.o
-    mid, of_o = o.full(flat, weights[o], work.drop(o, rows), x)
+    mid, of_o = o.forward_residual(flat, weights[o], work.drop(o, rows), x)
     h2, rstd2 = layer.norm(1, mid)
     drop = work.drop(gate_up, rows)
-    made, of_gate_up = gate_up.product(h2, weights[gate_up], drop)
+    made, of_gate_up = gate_up.forward(h2, weights[gate_up], drop)
     ds = down.s_grad(d)
     dh, drop_down = d @ weights[down], work.drop(down, rows)
     extra = down.to_input_grad(ds, drop_down)

@@ -62,17 +62,17 @@ class ActivationBuffers:
             "qkv": [(x.number, qkv) for x in layers if x.keep < SavedActivations.MIDDLE],
             "gate_up": [(x.number, inner) for x in layers if x.keep == SavedActivations.ALL],
         }
-        self.places: dict[tuple[str, int], Tensor] = {}
+        self.buffers: dict[tuple[str, int], Tensor] = {}
         for name, wanted in rooms.items():
             if wanted:
                 width = wanted[0][1]
                 room = torch.empty(len(wanted), rows, width, dtype=like.dtype, device=like.device)
                 # .data: each place counts its own versions, so autograd sees no writes of others.
-                self.places |= {(name, w[0]): room[i].data for i, w in enumerate(wanted)}
+                self.buffers |= {(name, w[0]): room[i].data for i, w in enumerate(wanted)}
 
     def take(self, name: str, number: int) -> Tensor | None:
         """Where layer `number` writes this tensor; None if it keeps none. Given out once."""
-        return self.places.pop((name, number), None)
+        return self.buffers.pop((name, number), None)
 
 
 @dataclass(slots=True)
@@ -193,7 +193,9 @@ def _forward(
     gate_up = _to_gate_up(layer, call, saved, weights, h2)
     h = gated(gate_up, layer.activation, saved.updates["gate_up"])
     drop, room = layer.dropout(layer.down, call), layer.room("out", call)
-    out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, mid, room)
+    out, saved.updates["down"] = layer.down.forward_residual(
+        h, weights[layer.down], drop, mid, room
+    )
     if keep == SavedActivations.ALL:
         saved.gate_up = gate_up
     else:
@@ -213,7 +215,7 @@ def _to_qkv(layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weig
     h1, saved.rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
     room = layer.room("qkv", call)
-    qkv, saved.updates["qkv"] = layer.qkv.product(h1, weights[layer.qkv], drop, room)
+    qkv, saved.updates["qkv"] = layer.qkv.forward(h1, weights[layer.qkv], drop, room)
     return qkv
 
 
@@ -233,7 +235,7 @@ def _to_middle(
     flat = as_rows(saved.attention.out)
     drop = layer.dropout(layer.o, call)
     room = layer.room("mid", call)
-    mid, saved.updates["o"] = layer.o.full(flat, weights[layer.o], drop, saved.x, room)
+    mid, saved.updates["o"] = layer.o.forward_residual(flat, weights[layer.o], drop, saved.x, room)
     return mid
 
 
@@ -243,7 +245,7 @@ def _to_gate_up(
     """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
     drop = layer.dropout(layer.gate_up, call)
     room = layer.room("gate_up", call)
-    made = layer.gate_up.product(h2, weights[layer.gate_up], drop, room)
+    made = layer.gate_up.forward(h2, weights[layer.gate_up], drop, room)
     gate_up, saved.updates["gate_up"] = made
     return gate_up
 

@@ -38,8 +38,8 @@ class DoubleBuffer:
     def __init__(self, rooms: Sequence[HostBuffer], device: torch.device) -> None:
         self.rooms = rooms
         size = max(room.size for room in rooms)
-        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.holds: list[int | None] = [None, None]
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.resident: list[int | None] = [None, None]
         self.in_use = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = [_event(self.stream) for _ in range(2)]
@@ -47,15 +47,15 @@ class DoubleBuffer:
 
     def prefetch(self, number: int) -> int | None:
         """Start copying layer `number` into the place not in use; returns whom it displaces."""
-        if number in self.holds:
+        if number in self.resident:
             return None
         place = 1 - self.in_use
-        displaced, self.holds[place] = self.holds[place], number
+        displaced, self.resident[place] = self.resident[place], number
         room = self.rooms[number]
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             if self.stream is not None:
                 self.stream.wait_event(self.left[place])
-            room.fill(self.places[place][: room.size])
+            room.fill(self.buffers[place][: room.size])
             if self.stream is not None:
                 self.copied[place].record(self.stream)
         return displaced
@@ -69,14 +69,14 @@ class DoubleBuffer:
             # What was queued so far may read the place in use; the next copy into it waits.
             self.left[self.in_use].record()
         displaced = self.prefetch(number)
-        self.in_use = self.holds.index(number)
+        self.in_use = self.resident.index(number)
         if self.stream is not None:
             torch.cuda.current_stream().wait_event(self.copied[self.in_use])
-        return self.places[self.in_use][: self.rooms[number].size], displaced
+        return self.buffers[self.in_use][: self.rooms[number].size], displaced
 
     def forget(self) -> None:
         """The rooms were written: what the places hold is out of date."""
-        self.holds = [None, None]
+        self.resident = [None, None]
 
 
 def _event(stream: Any) -> Any:

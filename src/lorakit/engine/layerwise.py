@@ -40,7 +40,7 @@ class _Micro:
     positions: Tensor
 
 
-class LayerMajor:
+class LayerwiseSchedule:
     """Runs optimizer steps layer by layer.
 
     Args:
@@ -89,14 +89,14 @@ class LayerMajor:
 
     def _start(self, micro: Batch) -> _Micro:
         segments = Segments.of(micro.get("borders"), micro.get("lengths", ()))
-        hidden, call = self.engine.begin(micro, segments)
+        hidden, call = self.engine.embed_and_context(micro, segments)
         rows = hidden.reshape(-1, hidden.shape[-1])
         return _Micro(call, hidden.shape[0], rows, micro["targets"], micro["positions"])
 
     def _up(self, states: list[_Micro]) -> None:
         count = len(self.engine.layers)
         for number, layer in enumerate(self.engine.layers):
-            self.engine.enter(number, True, number + 1 if number + 1 < count else None)
+            self.engine.load_layer(number, True, number + 1 if number + 1 < count else None)
             weights = Weights(layer)
             for at, state in enumerate(states):
                 work = LayerTask(layer, state.call, state.batch, weights, self.cut)
@@ -111,7 +111,7 @@ class LayerMajor:
         adapters = self.engine.host_adapters
         for number in reversed(range(len(layers))):
             layer = layers[number]
-            self.engine.enter(number, True, number - 1 if number else None)
+            self.engine.load_layer(number, True, number - 1 if number else None)
             if adapters is not None:
                 point_sinks(layer.groups, adapters.gradients(number))
             weights = Weights(layer)
@@ -123,7 +123,7 @@ class LayerMajor:
                 backward(work, x, state.hidden, wants_dx=number > 0)
                 del x
             if adapters is not None:
-                adapters.collect(number)
+                adapters.copy_grads_to_host(number)
 
     def _top(self, state: _Micro, scale: float) -> Tensor:
         """The loss times `scale`; the hidden states become their gradient, in place."""

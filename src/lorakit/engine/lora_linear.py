@@ -87,15 +87,15 @@ class FusedLoraLinear:
         # Where the work is done; the frozen weights may lie elsewhere until they are needed.
         self.device = device or weight.device
         self.bias = self._merged_bias()
-        self.kind = self.bases[0].compute_dtype if self.four_bit else weight.dtype
+        self.dtype = self.bases[0].compute_dtype if self.four_bit else weight.dtype
         # Copies of the factors in the base's type; `refresh` fills them from the float32 masters.
-        kind = {"dtype": self.kind, "device": self.device}
+        kind = {"dtype": self.dtype, "device": self.device}
         self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, **kind)
         self.b = torch.zeros(self.outputs, self.rank, **kind)
         # Where gradients are added when they do not go through autograd, see
         # `engine/cuda_graphs.py`.
-        self.a_sink: Tensor | None = None
-        self.b_sink: Tensor | None = None
+        self.a_grad_buffer: Tensor | None = None
+        self.b_grad_buffer: Tensor | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -124,7 +124,7 @@ class FusedLoraLinear:
                 base.weight.data = base.weight.data.clone()
         self.merged = None
 
-    def frozen(self) -> list[Tensor]:
+    def base_tensors(self) -> list[Tensor]:
         """All that `weight` is made of, after `merge`: one matrix, or NF4 weights and scales."""
         if self.merged is not None:
             return [self.merged]
@@ -146,7 +146,7 @@ class FusedLoraLinear:
                 state.offset = state.offset.to(self.device)
                 state.state2.code = state.state2.code.to(self.device)
 
-    def point_to(self, tensors: Sequence[Tensor]) -> None:
+    def set_base_storage(self, tensors: Sequence[Tensor]) -> None:
         """Let the modules use `tensors`, laid out as `frozen` gives them, from now on."""
         if self.merged is not None:
             (self.merged,) = tensors
@@ -167,13 +167,13 @@ class FusedLoraLinear:
         key = (self.name, self.outputs, self.inputs)
         out = self.scratch.get(key)
         if out is None:
-            out = torch.empty(self.outputs, self.inputs, dtype=self.kind, device=self.device)
+            out = torch.empty(self.outputs, self.inputs, dtype=self.dtype, device=self.device)
             self.scratch[key] = out
         for base, rows in zip(self.bases, self.columns, strict=True):
             dequantize_nf4(base.weight.data, base.weight.quant_state, out[rows])
         return out
 
-    def product(
+    def forward(
         self, x: Tensor, weight: Tensor, dropout: Dropout, out: Tensor | None = None
     ) -> tuple[Tensor, Update | None]:
         """(x W^T + bias [M, N], what the adapters add to it); the consumer adds the second."""
@@ -186,7 +186,7 @@ class FusedLoraLinear:
         s = lora_down(x, self.a, dropout.keys, dropout.p)
         return y, Update(s, self.b, self.slots)
 
-    def full(
+    def forward_residual(
         self,
         x: Tensor,
         weight: Tensor,
@@ -206,8 +206,8 @@ class FusedLoraLinear:
         if update is None:
             return dy.new_empty(dy.shape[0], 0), None
         columns = [x.columns for x in self.adapted]
-        ds, db = lora_output_grads(dy, update, columns, self.b_sink)
-        return ds, db if self.b_sink is None else None
+        ds, db = lora_output_grads(dy, update, columns, self.b_grad_buffer)
+        return ds, db if self.b_grad_buffer is None else None
 
     def s_grad(self, dy: Tensor) -> Tensor:
         """dS [M, R] of a single module, where S itself is not at hand yet; see `b_grad`."""
@@ -216,7 +216,7 @@ class FusedLoraLinear:
     def b_grad(self, dy: Tensor, s: Tensor) -> None:
         """Add dB of a single module to its sink, the other half of `output_grads`."""
         if self.adapted:
-            matmul_float32(dy.t(), s, self.b_sink)
+            matmul_float32(dy.t(), s, self.b_grad_buffer)
 
     def input_grad(self, dy: Tensor, ds: Tensor, weight: Tensor, dropout: Dropout) -> Tensor:
         """dx [M, K]."""
@@ -236,7 +236,7 @@ class FusedLoraLinear:
         if not self.adapted:
             return []
         factor = self.factor(training)
-        da = lora_a_grad(ds, x, dropout.keys, dropout.p, factor, self.a_sink)
+        da = lora_a_grad(ds, x, dropout.keys, dropout.p, factor, self.a_grad_buffer)
         if db is None:
             return [None] * (2 * len(self.adapted))
         widths = [own.b.shape[0] for own in self.adapted]
@@ -289,10 +289,10 @@ def point_sinks(groups: Sequence[FusedLoraLinear], flat: Tensor) -> None:
         if not group.adapted:
             continue
         size = group.a.numel()
-        group.a_sink = flat[start : start + size].view_as(group.a)
+        group.a_grad_buffer = flat[start : start + size].view_as(group.a)
         start += size
         size = sum(x.b.numel() for x in group.adapted)
-        group.b_sink = flat[start : start + size].view(-1, group.rank)
+        group.b_grad_buffer = flat[start : start + size].view(-1, group.rank)
         start += size
 
 

@@ -27,7 +27,7 @@ PROBE_TOKENS = 32
 
 def self_test(engine: Any, base: Any) -> tuple[str, str | None]:
     """(what was found, why the engine does not serve or None)."""
-    kind = engine.layers[0].qkv.kind
+    kind = engine.layers[0].qkv.dtype
     try:
         apart = of_layers(engine, base)
         if not apart < TOLERANCE[kind]:
@@ -67,7 +67,7 @@ def of_layers(engine: Any, base: Any) -> float:
                 use_cache=False,
             )
             own = own[0] if isinstance(own, tuple) else own
-            engine.enter(number, training=False)
+            engine.load_layer(number, training=False)
             error = (fast(hidden, call) - own).float().norm()
             differences.append(error / (own - hidden).float().norm())
             hidden = own
@@ -83,7 +83,7 @@ def of_gradients(engine: Any, base: Any) -> float:
     layer = next((x for x in engine.layers if x.masks), engine.layers[0])
     with evaluating(base):
         hidden, call, _ = _begin(engine, base)
-    engine.enter(layer.number, training=True)
+    engine.load_layer(layer.number, training=True)
     refresh(layer.groups, training=True)
     cards = [torch.cuda.current_device()] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(cards):
@@ -105,7 +105,7 @@ def _begin(engine: Any, base: Any) -> tuple[Tensor, ForwardContext, Tensor]:
     """Embedded tokens [1, T, D], what layers share, and positions [1, T]."""
     places = torch.arange(PROBE_TOKENS, device=engine.device).unsqueeze(0)
     ids = (places * 7919 + 13) % base.config.get_text_config().vocab_size
-    return *engine.begin({"input_ids": ids, "position_ids": places}, None), places
+    return *engine.embed_and_context({"input_ids": ids, "position_ids": places}, None), places
 
 
 def _gradients(layer: Any, call: ForwardContext, hidden: Tensor, weight: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Stream the frozen weights of fused layers from host memory, or gather them from all ranks.
 
 Weights are kept in pinned host memory, one buffer a layer, or sharded over the GPUs of all ranks.
-`enter(n)` points the modules of layer n at their copy on the GPU (`DoubleBuffer`); the modules of
+`load_layer(n)` points the modules of layer n at their copy on the GPU (`DoubleBuffer`); the modules of
 all other layers point to the host copy, which any reader may use, or to NaN where no rank has all
 weights. NF4 weights are copied packed, with their scales.
 
@@ -38,10 +38,10 @@ class StreamedBase:
         spread: DistributedContext | None = None,
     ) -> None:
         self.layers = layers
-        self.rooms: list[PageLocked | Shard] = []
-        self.home: list[list[list[Tensor]]] = []
+        self.host_buffers: list[PageLocked | Shard] = []
+        self.host_views: list[list[list[Tensor]]] = []
         for groups in layers:
-            tensors = [group.frozen() for group in groups]
+            tensors = [group.base_tensors() for group in groups]
             size = _round(sum(_round(t.nbytes) for own in tensors for t in own), spread)
             if spread is None:
                 room: PageLocked | Shard = PageLocked(size, device)
@@ -52,31 +52,31 @@ class StreamedBase:
                 room = Shard(whole, spread, device)
                 home = [[nan_placeholder(tensor) for tensor in own] for own in tensors]
             for group, own in zip(groups, home, strict=True):
-                group.point_to(own)
+                group.set_base_storage(own)
                 group.constants_to_device()
-            self.rooms.append(room)
-            self.home.append(home)
-        self.slots = DoubleBuffer(self.rooms, device)
+            self.host_buffers.append(room)
+            self.host_views.append(home)
+        self.slots = DoubleBuffer(self.host_buffers, device)
 
-    def enter(self, number: int, following: int | None = None) -> None:
+    def load_layer(self, number: int, following: int | None = None) -> None:
         """Layer `number` is on the card for the work queued from here on, `following` under way."""
         place, displaced = self.slots.acquire(number)
-        self._send_home(displaced)
-        views = _views(place, self.home[number])
+        self._point_to_host(displaced)
+        views = _views(place, self.host_views[number])
         for group, own in zip(self.layers[number], views, strict=True):
-            group.point_to(own)
+            group.set_base_storage(own)
         if following is not None:
-            self._send_home(self.slots.prefetch(following))
+            self._point_to_host(self.slots.prefetch(following))
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Point every module home."""
         for number in range(len(self.layers)):
-            self._send_home(number)
+            self._point_to_host(number)
 
-    def _send_home(self, number: int | None) -> None:
+    def _point_to_host(self, number: int | None) -> None:
         if number is not None:
-            for group, own in zip(self.layers[number], self.home[number], strict=True):
-                group.point_to(own)
+            for group, own in zip(self.layers[number], self.host_views[number], strict=True):
+                group.set_base_storage(own)
 
 
 def _filled(room: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -101,7 +101,7 @@ def _views(room: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
 
 
 def _round(size: int, spread: DistributedContext | None = None) -> int:
-    step = _ALIGNED * (spread.per_node if spread else 1)
+    step = _ALIGNED * (spread.local_world_size if spread else 1)
     return -(-size // step) * step
 
 
@@ -110,9 +110,9 @@ class Shard:
 
     def __init__(self, whole: Tensor, ranks: DistributedContext, device: torch.device) -> None:
         self.size = whole.numel()
-        self.group = ranks.of_node
-        part = self.size // ranks.per_node
-        start = part * (ranks.number % ranks.per_node)
+        self.group = ranks.node_group
+        part = self.size // ranks.local_world_size
+        start = part * (ranks.rank % ranks.local_world_size)
         self.bytes = torch.empty(part, dtype=torch.uint8, device=device)
         self.bytes.copy_(whole[start : start + part])
 

@@ -42,7 +42,7 @@ def export_adapter(job: Job) -> dict[str, Any]:
             facts: dict[str, Any] = {"skipped": short or "asked not to compare (--no-verify)"}
         else:
             facts = _verify(source, folder)
-    job.ends.append(f"load it with: PeftModel.from_pretrained(base, {str(job.target)!r})")
+    job.next_steps.append(f"load it with: PeftModel.from_pretrained(base, {str(job.target)!r})")
     return facts
 
 

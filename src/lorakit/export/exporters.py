@@ -99,7 +99,7 @@ def export_run(
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     seconds = time.monotonic() - began
     console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s", markup=False)
-    for line in job.ends:  # in one line each, however long: commands are copied
+    for line in job.next_steps:  # in one line each, however long: commands are copied
         console.print(line, markup=False, soft_wrap=True)
     return {"format": to, "path": str(target), **facts}
 

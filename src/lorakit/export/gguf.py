@@ -54,7 +54,7 @@ def export_gguf(job: Job) -> dict[str, Any]:
     """
     facts = write_gguf(job)
     line = llama_server(job.source, job.target / facts["file"])
-    job.ends.append(f"serve it with: {shlex.join(line)}")
+    job.next_steps.append(f"serve it with: {shlex.join(line)}")
     return facts
 
 
@@ -239,7 +239,9 @@ def _check_distance(job: Job, kl: float, base_kl: float, kind: str, file: Path) 
             "it was not kept",
             hint="export the merged model: lorakit export RUN --to gguf",
         )
-    job.ends.append(f"hint: {kind} costs more than the tuning changed {far}: take a larger --quant")
+    job.next_steps.append(
+        f"hint: {kind} costs more than the tuning changed {far}: take a larger --quant"
+    )
 
 
 def end_of_turn(source: TunedRun) -> int:
@@ -298,9 +300,9 @@ def export_gguf_adapter(job: Job) -> dict[str, Any]:
         facts = fill_gguf_adapter(job, folder)
     more = ("--lora", str(job.target / ADAPTER_FILE))
     line = llama_server(job.source, Path("BASE.gguf"), *more)
-    job.ends.append(f"serve it with: {shlex.join(line)}")
+    job.next_steps.append(f"serve it with: {shlex.join(line)}")
     base = f"lorakit export {shlex.quote(str(job.source.run.path))} --to ollama --adapter"
-    job.ends.append(f"BASE.gguf, its base, is written by: {base}")
+    job.next_steps.append(f"BASE.gguf, its base, is written by: {base}")
     return facts
 
 

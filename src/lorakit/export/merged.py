@@ -61,19 +61,21 @@ def export_merged(job: Job) -> dict[str, Any]:
             facts |= check_predictions(source, reference, folder, expected=kl)
     off, effect = facts.get("kl_per_token", 0.0), facts.get("base_kl_per_token", 0.0)
     lost = off > min(NOTABLE_ROUNDING, NOTABLE_SHARE * effect)
-    if job.onto == "original":
+    if job.merge_base == "original":
         if off > effect:
-            job.ends.append(
+            job.next_steps.append(
                 "hint: on this base the adapter is farther from what was trained than the untuned "
                 "model is: leave out --onto original, or use the adapter on its own base"
             )
     elif lost or facts.get("update_kept", 1.0) < LEAST_KEPT:
         better = "float16 (as small) or float32" if dtype == "bfloat16" else "float32"
-        job.ends.append(
+        job.next_steps.append(
             f"hint: {dtype} rounds much of this adapter away: export with --dtype {better}, or use "
             "the adapter itself"
         )
-    job.ends.append(f"load it with: AutoModelForCausalLM.from_pretrained({str(job.target)!r})")
+    job.next_steps.append(
+        f"load it with: AutoModelForCausalLM.from_pretrained({str(job.target)!r})"
+    )
     return facts
 
 
@@ -86,12 +88,12 @@ def fill_merged(
         wider: what to do where `dtype` does not hold the model's values.
     """
     source = job.source
-    how = "the original base" if job.onto == "original" else "the base it was trained on"
+    how = "the original base" if job.merge_base == "original" else "the base it was trained on"
     job.console.print(f"merging onto {how}, float32 arithmetic, one cast to {dtype}")
-    way = write_merged(source, folder, job.onto, dtype, wider)
+    way = write_merged(source, folder, job.merge_base, dtype, wider)
     check_checkpoint_keys(folder, trained_class(source.config))
     check_exported_tokenizer(source, folder)
-    facts: dict[str, Any] = {"dtype": dtype, "onto": job.onto, "written": way}
+    facts: dict[str, Any] = {"dtype": dtype, "onto": job.merge_base, "written": way}
     if not job.verify:
         return {**facts, "skipped": "asked not to compare (--no-verify)"}, None
     short = memory_missing(source)
@@ -99,9 +101,9 @@ def fill_merged(
         return {**facts, **_by_tensor(job, folder, way, short)}, None
     where = source.device.name if source.device.kind == "cuda" else "the CPU"
     job.console.print(f"comparing it with the adapter, in float32 on {where}")
-    found, reference = _verify(source, folder, job.onto)
+    found, reference = _verify(source, folder, job.merge_base)
     facts |= found.as_dict()
-    if job.onto == "original" and source.conversations:
+    if job.merge_base == "original" and source.conversations:
         facts |= _both_losses(source, folder)
         job.console.print(
             f"held-out loss on the base it was trained on: {facts['loss_trained_base']:.4f}; "
@@ -116,7 +118,7 @@ def _by_tensor(job: Job, folder: Path, way: str, short: str) -> dict[str, Any]:
     if way != STREAMED:
         return {"skipped": short}
     job.console.print("comparing it tensor by tensor")
-    found = compare_tensors(job.source, folder, job.onto)
+    found = compare_tensors(job.source, folder, job.merge_base)
     job.console.print(
         f"all {found['tensors']} tensors are what base and adapter sum to; "
         f"{found['update_kept']:.1%} of the update is left after the cast"

@@ -66,10 +66,12 @@ def export_ollama(job: Job) -> dict[str, Any]:
         body, notes = modelfile(source, lines)
         (folder / "Modelfile").write_text(body, encoding="utf-8")
     for note in notes:
-        job.ends.append(f"note: {note}")
-    job.ends.append(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
+        job.next_steps.append(f"note: {note}")
+    job.next_steps.append(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
     if not job.as_adapter and why_not_portable(source) is None:
-        job.ends.append("several adapters on one base: --adapter writes base and adapter apart")
+        job.next_steps.append(
+            "several adapters on one base: --adapter writes base and adapter apart"
+        )
     return {**facts, "modelfile": "Modelfile", "template": "TEMPLATE" in body}
 
 
@@ -108,7 +110,7 @@ def frame_of(source: TunedRun) -> TemplateFrame | None:
         # A second question shows what is written between an answer and the next turn.
         plain = render_chat(source.tokenizer, [user, answer, user], prompt=True)
         with_system = plain
-        if not template_capabilities(source.tokenizer).folds_system:
+        if not template_capabilities(source.tokenizer).merges_system_into_user:
             system = {"role": "system", "content": told}
             with_system = render_chat(source.tokenizer, [system, user, answer, user], prompt=True)
     except DataError:

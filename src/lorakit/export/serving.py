@@ -98,7 +98,7 @@ def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:
     """The commands are said last, and kept beside the files without this machine's paths."""
     text = f"# How to serve {job.source.name}\n"
     for name, line in commands.items():
-        job.ends.append(f"{name}: {shlex.join(line)}")
+        job.next_steps.append(f"{name}: {shlex.join(line)}")
         here = shlex.join(line).replace(str(job.target), ".")
         here = here.replace(job.source.location, job.source.base_name)
         text += f"\n{name}, run in this folder:\n\n    {here}\n"

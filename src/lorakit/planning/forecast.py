@@ -134,7 +134,7 @@ def _changes(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> tuple[Suggestion, ...]:
     """What makes it fit; where it fits by streaming only, what would be faster."""
-    if plan.fits and not plan.placement.layer_major:
+    if plan.fits and not plan.placement.layerwise:
         return ()
     found = find_changes(recipe, config, device, plan, card)
     if not plan.fits:
@@ -186,7 +186,7 @@ def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     if plan.placement.shards > 1:
         each += f", {parts[LOADING] / 2**30:.1f} of it while the base is loaded"
         way = "method: qlora, or fewer GPUs on more nodes, take less of it"
-    lies = ", ".join(plan.placement.in_words(len(plan.keep)))
+    lies = ", ".join(plan.placement.describe(len(plan.keep)))
     raise WorkError(
         f"this run fits {device.name} with {lies} in host memory: {needs / 2**30:.1f} GiB of "
         f"it{each}; this machine has {has / 2**30:.1f} GiB",
@@ -199,7 +199,7 @@ def saving(change: Suggestion) -> str:
     words = [f"{change.total_bytes / 2**30:.1f} GiB", f"saves {change.saved_bytes / 2**30:.1f}"]
     if change.slower is not None:
         words.append("no slower" if change.slower < 0.01 else f"{change.slower:.0%} slower")
-    return ", ".join([*words, change.price])
+    return ", ".join([*words, change.cost])
 
 
 def find_config(recipe: Recipe, folders: Any) -> tuple[Any, str, bool]:

@@ -34,7 +34,7 @@ class Gpu:
     tflops: float
     memory_gbs: float
     link_gbs: float
-    share: float = 0.7
+    utilization: float = 0.7
     nvlink_gbs: float = 0
 
     @property

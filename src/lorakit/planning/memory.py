@@ -88,8 +88,8 @@ def _planned(
 ) -> MemoryPlan:
     engine = _engine(sizes)
     parts = _fixed_parts(sizes, placement, engine)
-    if placement.layer_major:
-        parts |= _layer_major_parts(sizes, placement)
+    if placement.layerwise:
+        parts |= _layerwise_parts(sizes, placement)
     else:
         parts |= _working_parts(sizes, keep, engine)
     host = _host_parts(sizes, placement)
@@ -98,10 +98,10 @@ def _planned(
 
 def _fill(placement: Placement, sizes: RankWorkload, room: int) -> Placement:
     """Keep on the card the inputs of as many layers as there is room for."""
-    if not placement.layer_major:
+    if not placement.layerwise:
         return placement
     count = (room + _under_way(sizes, placement)) // sizes.inputs_bytes
-    return replace(placement, inputs_on_card=min(sizes.layers, count))
+    return replace(placement, inputs_on_gpu=min(sizes.layers, count))
 
 
 def _engine(sizes: RankWorkload) -> bool:
@@ -128,7 +128,7 @@ def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dic
     own = -(-sizes.frozen_bytes // placement.shards)
     parts = {
         "frozen weights": two_layers if placement.base_on_host else own,
-        "embeddings, head and norms": int((sizes.others - embedding) * width),
+        "embeddings, head and norms": int((sizes.non_linear_params - embedding) * width),
     }
     if placement.shards > 1:
         parts["two layers, gathered"] = two_layers
@@ -169,8 +169,8 @@ def _host_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
         parts |= _adapter_parts(sizes)
     if placement.embedding_on_host:
         parts["embedding"] = _embedding(sizes) * sizes.width
-    if placement.layer_major:
-        parts["inputs of layers"] = (sizes.layers - placement.inputs_on_card) * sizes.inputs_bytes
+    if placement.layerwise:
+        parts["inputs of layers"] = (sizes.layers - placement.inputs_on_gpu) * sizes.inputs_bytes
     return parts
 
 
@@ -188,7 +188,7 @@ def _under_way(sizes: RankWorkload, placement: Placement) -> int:
     return 3 * _micro_tokens(sizes, placement) * int(sizes.config.hidden_size) * sizes.width
 
 
-def _layer_major_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
+def _layerwise_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
     """What a step needs that goes layer by layer through all its micro-batches."""
     model, qkv, out, inner = _widths(sizes)
     micro = _micro_tokens(sizes, placement)
@@ -206,7 +206,7 @@ def _layer_major_parts(sizes: RankWorkload, placement: Placement) -> dict[str, i
         "hidden states of a step": sizes.inputs_bytes,
         # Those under way need room only once the kept ones are used up.
         "inputs of layers": max(
-            _under_way(sizes, placement), placement.inputs_on_card * sizes.inputs_bytes
+            _under_way(sizes, placement), placement.inputs_on_gpu * sizes.inputs_bytes
         ),
         "work of one layer, or the loss": int(
             max(micro * standing + max(chunk * products, micro * attention), head)

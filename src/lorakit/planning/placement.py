@@ -54,10 +54,10 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
     """(what layers keep, what lies where), cheapest in speed first."""
     recipe, layers = sizes.recipe, sizes.layers
     if recipe.streaming == "on":
-        yield from _layer_major(sizes, (True,))
+        yield from _layerwise(sizes, (True,))
         return
     if recipe.sharding == "on":
-        yield from _layer_major(sizes, (False,), sizes.per_node)
+        yield from _layerwise(sizes, (False,), sizes.per_node)
         return
     chosen = recipe.gradient_checkpointing
     if chosen != "auto":
@@ -76,12 +76,12 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
     if not sizes.cuda or recipe.modules_to_save is not None:
         return
     if recipe.sharding == "auto" and sizes.per_node > 1:
-        yield from _layer_major(sizes, (False,), sizes.per_node)
+        yield from _layerwise(sizes, (False,), sizes.per_node)
     if recipe.streaming == "auto":
-        yield from _layer_major(sizes, (False, True))
+        yield from _layerwise(sizes, (False, True))
 
 
-def _layer_major(
+def _layerwise(
     sizes: RankWorkload, base_on_host: tuple[bool, ...], shards: int = 1
 ) -> Iterator[Choice]:
     """Step by step less on the card, and fewer tokens at once."""
@@ -98,7 +98,7 @@ def _layer_major(
             yield (
                 (3,) * sizes.layers,
                 Placement(
-                    layer_major=True,
+                    layerwise=True,
                     embedding_on_host=not sizes.config.tie_word_embeddings,
                     base_on_host=on_host,
                     adapters_on_host=adapters_on_host,

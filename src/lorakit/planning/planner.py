@@ -75,7 +75,7 @@ def plan_for_data(
     """
     short = longest_rows(recipe, longest, device)
     plan = plan_training(short, config, device)
-    if plan.placement.layer_major:  # cuts its micro-batches by `cutoff_len`
+    if plan.placement.layerwise:  # cuts its micro-batches by `cutoff_len`
         short, plan = recipe, plan_training(recipe, config, device)
     return short, plan
 

@@ -67,7 +67,7 @@ class RankWorkload:
         return self.counted.linear
 
     @property
-    def others(self) -> int:
+    def non_linear_params(self) -> int:
         return self.counted.total - self.linear - self.counted.experts
 
     @property

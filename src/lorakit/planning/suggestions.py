@@ -24,7 +24,7 @@ class Suggestion:
     """One way out. `slower`: share of the speed it costs, None where no speed is known."""
 
     settings: dict[str, Any]
-    price: str
+    cost: str
     total_bytes: int
     saved_bytes: int
     fits: bool
@@ -39,7 +39,7 @@ class Suggestion:
         """JSON-ready form."""
         return {
             "settings": self.settings,
-            "price": self.price,
+            "price": self.cost,
             "total_bytes": self.total_bytes,
             "saved_bytes": self.saved_bytes,
             "fits": self.fits,

@@ -108,7 +108,7 @@ def _speed(
 
 def _basis(work: _Work, card: Gpu) -> str:
     device, plan = work.device, work.plan
-    if plan.placement.layer_major:
+    if plan.placement.layerwise:
         moved = "gathered" if plan.placement.shards > 1 else "streamed"
         return f"an estimate: data sheet, and what is {moved}"
     if not card.measured:
@@ -135,7 +135,7 @@ def _card_seconds(work: _Work, card: Gpu) -> float:
         (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if work.engine else (OWN_TRAFFIC, OWN_OVERHEAD)
     )
     rate, bandwidth = card.tflops * 1e12, card.memory_gbs * 1e9
-    seconds = work.products / (rate * card.share)
+    seconds = work.products / (rate * card.utilization)
     seconds += ATTENTION * work.attention / rate
     seconds += passes * work.traffic / bandwidth
     seconds += overhead * work.layers / work.tokens
@@ -169,7 +169,7 @@ class _Work:
     def engine(self) -> bool:
         """Whether the fast layers do the work."""
         expected = engine_supported(self.recipe, self.config, self.device.fast)
-        return expected or self.plan.placement.layer_major
+        return expected or self.plan.placement.layerwise
 
     @property
     def keep(self) -> Sequence[int]:
@@ -191,7 +191,7 @@ class _Work:
     @property
     def tokens(self) -> int:
         """Tokens that go through a layer at once; layer by layer, all of a step share its pass."""
-        if self.plan.placement.layer_major:
+        if self.plan.placement.layerwise:
             return self.step_tokens
         return min(self.recipe.micro_batch_size, self.examples) * self.recipe.cutoff_len
 

@@ -78,11 +78,11 @@ def _finite(value: float | None) -> float | None:
 class StopOnSignal(TrainerCallback):
     """After a signal: finish the step, save a checkpoint, stop."""
 
-    def __init__(self, together: GradientSync) -> None:
-        self.together = together
+    def __init__(self, sync: GradientSync) -> None:
+        self.sync = sync
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if self.together.stop_agreed:
+        if self.sync.should_stop:
             control.should_save = True
             control.should_training_stop = True
         return control

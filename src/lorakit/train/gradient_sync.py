@@ -44,16 +44,16 @@ def partition_examples(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 def local_examples(examples: Sequence[Example], ranks: DistributedContext) -> list[Example]:
     """Those of a step's examples that this rank computes."""
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         return list(examples)
     lengths = [len(example.input_ids) for example in examples]
-    return [examples[i] for i in partition_examples(lengths, ranks.count)[ranks.number]]
+    return [examples[i] for i in partition_examples(lengths, ranks.world_size)[ranks.rank]]
 
 
 def seed_per_rank(seed: int, ranks: DistributedContext) -> None:
     """Other dropout masks on each rank; rank 0 keeps those it would draw alone."""
-    if not ranks.first:
-        torch.manual_seed(seed + ranks.number * SEED_STEP)
+    if not ranks.is_main:
+        torch.manual_seed(seed + ranks.rank * SEED_STEP)
 
 
 def assert_parameters_in_sync(
@@ -64,15 +64,15 @@ def assert_parameters_in_sync(
     Raises:
         WorkError: they have drifted apart.
     """
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         return
     found = hashlib.sha256()
     for parameter in parameters:
         found.update(parameter.detach().cpu().numpy().tobytes())
-    for number, other in enumerate(ranks.gather(found.hexdigest())):
+    for number, other in enumerate(ranks.all_gather_object(found.hexdigest())):
         if other != found.hexdigest():
             raise WorkError(
-                f"step {step}: rank {number} holds other adapters than rank {ranks.number}; "
+                f"step {step}: rank {number} holds other adapters than rank {ranks.rank}; "
                 "nothing was saved",
                 hint="a card or its memory computes wrong: which one, a run with --gpus 1 on each "
                 "shows; go on with --resume from the last checkpoint",
@@ -88,33 +88,33 @@ class GradientSync:
 
     def __init__(self, ranks: DistributedContext, stop: StopRequest) -> None:
         self.ranks, self.stop = ranks, stop
-        self.save_wished = self.save_agreed = False
+        self.save_requested = self.save_agreed = False
         self.agreed: Tensor | None = None
         self.stopping: signal.Signals | None = None
 
-    def saves(self, due: bool) -> bool:
+    def agree_to_save(self, due: bool) -> bool:
         """Whether all save after this step, where this rank's clock says that it is time, or not.
 
         With several ranks it is rank 0's clock, and the step after that in which it rang.
         """
-        if self.ranks.count == 1:
+        if self.ranks.world_size == 1:
             return due
-        self._settle()
-        self.save_wished = due and self.ranks.first and not self.save_agreed
+        self._read_flags()
+        self.save_requested = due and self.ranks.is_main and not self.save_agreed
         return self.save_agreed
 
     @property
-    def stop_agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """All stop after this step."""
-        if self.ranks.count == 1:
+        if self.ranks.world_size == 1:
             return self.stop.asked
-        self._settle()
+        self._read_flags()
         return self.stopping is not None
 
     @property
     def exit_code(self) -> int:
         """128 + signal number: this process's, or SIGTERM's where another one had it."""
-        if self.ranks.count == 1:
+        if self.ranks.world_size == 1:
             return self.stop.exit_code
         return 0 if self.stopping is None else 128 + int(self.stop.signal or self.stopping)
 
@@ -124,22 +124,22 @@ class GradientSync:
         Args:
             buffers: float32, each gradient in one of them; as many and as long on every rank.
         """
-        if self.ranks.count == 1:
+        if self.ranks.world_size == 1:
             return loss
         for buffer in buffers:
-            self.ranks.add(buffer)
+            self.ranks.all_reduce_(buffer)
         # Filled on the card: a copy from the host would wait for all that is queued there, and what
         # follows (norm, clipping) would be launched while the card has no work.
         tail = torch.empty(3, device=loss.device)
         tail[0] = loss.detach()
         tail[1].fill_(float(self.stop.asked))
-        tail[2].fill_(float(self.save_wished))
-        self.ranks.add(tail)
+        tail[2].fill_(float(self.save_requested))
+        self.ranks.all_reduce_(tail)
         # Read when it is needed: a wait here would leave the card without work.
         self.agreed = tail[1:]
         return tail[0]
 
-    def _settle(self) -> None:
+    def _read_flags(self) -> None:
         if self.agreed is None:
             return
         stop, save = self.agreed.tolist()

@@ -116,12 +116,12 @@ def attach_loss(
     device = device or device_of(base)
     fast, layers = None, "the model's own (engine: off)"
     slow = not has_kernels(torch.empty(0, device=device))
-    if engine == "auto" and slow and not placement.layer_major:
+    if engine == "auto" and slow and not placement.layerwise:
         # On a CPU they took 0.92 s a demo step, PEFT's own 0.84.
         layers = f"PEFT's own: {kernels_reason(device.type)} is no faster fused"
     elif engine != "off":
         fast, layers = attach_engine(base, device, placement, ranks)
-    if placement.layer_major and fast is None:
+    if placement.layerwise and fast is None:
         raise WorkError(
             f"this run was planned layer by layer, which takes the fast layers ({layers})",
             hint="raise memory_limit, or lower micro_batch_size or cutoff_len",
@@ -179,7 +179,7 @@ def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **input
     """Hidden states [B, T, D]: the engine's where it serves this call, else the model's own."""
     embeds = inputs.get("inputs_embeds")
     length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
-    if engine is None or not engine.serves(segments.longest if segments else length):
+    if engine is None or not engine.supports(segments.longest if segments else length):
         hidden: Tensor = base.get_decoder()(**inputs)[0]
         return hidden
     # Rows are padded on the right: causal attention never looks there, so no mask is needed.

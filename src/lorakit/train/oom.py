@@ -109,10 +109,10 @@ class RngState:
     """Where the random generators stood, to draw the same once more."""
 
     host: Tensor
-    card: Tensor | None
+    cuda: Tensor | None
 
     @classmethod
-    def now(cls) -> RngState:
+    def capture(cls) -> RngState:
         """The present states; reading them does not wait for a card."""
         card = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         return cls(torch.get_rng_state(), card)
@@ -120,8 +120,8 @@ class RngState:
     def restore(self) -> None:
         """Go back to them."""
         torch.set_rng_state(self.host)
-        if self.card is not None:
-            torch.cuda.set_rng_state(self.card)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
 
 
 def halve_micro_batches(step: StepBatch) -> StepBatch | None:
@@ -186,7 +186,7 @@ class Stepping(Protocol):
 
     def last_checkpoint(self) -> str: ...
 
-    def start_over(self) -> None: ...
+    def reset_after_oom(self) -> None: ...
 
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor: ...
 
@@ -199,7 +199,7 @@ class OomRetry:
     def __init__(self, trainer: Stepping, note: Callable[[str], None], cap: MemoryCap) -> None:
         self.trainer, self.note, self.cap = trainer, note, cap
         self.to_measure = MEASURED_STEPS
-        self.after: RngState | None = None  # the last step, as its checkpoint needs them
+        self.rng_after_step: RngState | None = None  # the last step, as its checkpoint needs them
 
     def run(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """The gradients and the loss of one step.
@@ -210,15 +210,15 @@ class OomRetry:
         Raises:
             WorkError: memory runs out with one example at a time.
         """
-        loss = self._fitted(model, step, scale)
-        self.after = RngState.now()
+        loss = self._run_with_retry(model, step, scale)
+        self.rng_after_step = RngState.capture()
         if self.to_measure:
             self.to_measure -= 1
             self.cap.tighten()
         return loss
 
-    def _fitted(self, model: Any, step: StepBatch, scale: float) -> Tensor:
-        trainer, start = self.trainer, RngState.now()
+    def _run_with_retry(self, model: Any, step: StepBatch, scale: float) -> Tensor:
+        trainer, start = self.trainer, RngState.capture()
         while True:
             if step.layout != trainer.layout:  # laid out ahead, before the layout changed
                 step = step_batches(step.examples, trainer.layout)
@@ -235,11 +235,11 @@ class OomRetry:
 
         Weights, gradients and generators are afterwards as if this had not been.
         """
-        trainer, start = self.trainer, RngState.now()
+        trainer, start = self.trainer, RngState.capture()
         room = room_for_optimizer(trainer.optimizer, trainer.plan, trainer.args.device)
-        per_step = -(-trainer.recipe.examples_per_step // trainer.ranks.count)
+        per_step = -(-trainer.recipe.examples_per_step // trainer.ranks.world_size)
         step = worst_step(trainer.train_rows, trainer.layout, per_step)
-        self._fitted(model, step, 1 / max(1, step.supervised))
+        self._run_with_retry(model, step, 1 / max(1, step.supervised))
         model.zero_grad(set_to_none=True)
         del room
         self.cap.tighten()
@@ -269,7 +269,7 @@ class OomRetry:
                 hint="lower memory_limit: the plan then takes fewer tokens at once",
             )
         trainer.layout = made.layout
-        trainer.start_over()
+        trainer.reset_after_oom()
         self.note(
             f"step {number}: out of memory ({trouble}); it runs again, and all after it, in "
             f"smaller micro-batches: {len(made.micro)} instead of {len(step.micro)} for the same "
@@ -280,9 +280,13 @@ class OomRetry:
         """Memory does not hold one example: keep what was trained, and say what would help."""
         trainer = self.trainer
         number = trainer.state.global_step
-        alone = trainer.ranks.count == 1  # the others are in the middle of the step
-        if alone and self.after is not None and not trainer.run.checkpoint(number).exists():
-            self.after.restore()
+        alone = trainer.ranks.world_size == 1  # the others are in the middle of the step
+        if (
+            alone
+            and self.rng_after_step is not None
+            and not trainer.run.checkpoint(number).exists()
+        ):
+            self.rng_after_step.restore()
             trainer._save_checkpoint(trainer.model, None)
         longest = max(step.examples, key=lambda e: len(e.input_ids))
         size = len(longest.input_ids)

@@ -34,13 +34,13 @@ from lorakit.train.loss import AttachResult
 
 
 class ResumableTrainer(SFTTrainer):
-    """SFTTrainer with lorakit's checkpoints; `past` is what a resume compares, see
+    """SFTTrainer with lorakit's checkpoints; `fingerprint` is what a resume compares, see
     `train/resume.py`."""
 
     run: RunDir
     recipe: Recipe
     attached: AttachResult
-    past: Mapping[str, Any] | None
+    fingerprint: Mapping[str, Any] | None
     loaded: dict[str, Any]
     ranks: DistributedContext
     trained: list[Any]
@@ -66,12 +66,12 @@ class ResumableTrainer(SFTTrainer):
             if isinstance(part, ExportableState):
                 self.state.stateful_callbacks[type(part).__name__] = part.state()
         assert_parameters_in_sync(self.ranks, self.trained, step)
-        facts = {"step": step, "steps": self.state.max_steps, "past": self.past}
+        facts = {"step": step, "steps": self.state.max_steps, "past": self.fingerprint}
         size = checkpoint_bytes(
             self.recipe, sum(p.numel() for p in weights.parameters() if p.requires_grad)
         )
-        randoms = self.ranks.gather(random_state())
-        if self.ranks.first:
+        randoms = self.ranks.all_gather_object(random_state())
+        if self.ranks.is_main:
             with atomic_directory(self.run.checkpoint(step), facts, size) as folder:
                 save_adapter_files(weights, folder, saves_embeddings(self.recipe))
                 scaler = self.accelerator.scaler
@@ -82,7 +82,7 @@ class ResumableTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         engine = self.attached.engine
         if engine is not None and engine.host_adapters is not None:
-            engine.host_adapters.rest()  # values and state are loaded where they live
+            engine.host_adapters.point_to_host()  # values and state are loaded where they live
         load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         self.loaded = load_state(Path(resume_from_checkpoint))
 
@@ -104,7 +104,7 @@ class ResumableTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             randoms = self.loaded["random"]
-            if self.ranks.number < len(randoms):
-                restore_random(randoms[self.ranks.number])
+            if self.ranks.rank < len(randoms):
+                restore_random(randoms[self.ranks.rank])
             else:
                 seed_per_rank(self.recipe.seed + self.state.global_step, self.ranks)

@@ -63,12 +63,12 @@ def resolve_run_dir(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, Res
 
 
 def prepare_resume(
-    run: RunDir, past: Mapping[str, Any], train: Examples, steps: int, console: Console
+    run: RunDir, fingerprint: Mapping[str, Any], train: Examples, steps: int, console: Console
 ) -> Checkpoint | None:
     """The checkpoint to go on from; nothing is written yet.
 
     Args:
-        past: what the steps hang on now, see `train/resume.py`.
+        fingerprint: see `run_fingerprint`.
         steps: the steps that the whole run has now.
 
     Returns:
@@ -83,7 +83,7 @@ def prepare_resume(
     if found is None:
         console.print(f"{run.path} has no checkpoint yet: it begins at step 0")
         return None
-    check_resume_compatible(run, found.facts["past"], past, train)
+    check_resume_compatible(run, found.facts["past"], fingerprint, train)
     if found.step > steps:
         raise RunError(
             f"{run.path}: {found.step} steps are taken already, the recipe asks for {steps}",
@@ -95,7 +95,7 @@ def prepare_resume(
             f"         {found.facts['steps']} steps were planned before: the learning rate goes "
             f"on as a run of {steps} steps has it from here"
         )
-    for line in harmless_changes(found.facts["past"], past):
+    for line in harmless_changes(found.facts["past"], fingerprint):
         console.print(f"note: {line}")
     return found
 
@@ -259,13 +259,13 @@ def library_versions() -> dict[str, str | None]:
 
 def remember_rows(run: RunDir, train: Examples) -> None:
     """Keep the content hash of each row, to say later which one changed."""
-    np.save(run.rows, train.marks)
+    np.save(run.rows, train.content_hashes)
 
 
 def check_resume_compatible(
     run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any], train: Examples
 ) -> None:
-    """Compare the past of a checkpoint with what a resume finds.
+    """Compare the fingerprint in a checkpoint with what a resume finds.
 
     Raises:
         RunError: names everything that would alter the steps already taken.
@@ -332,7 +332,7 @@ def _changed_rows(run: RunDir, train: Examples) -> str:
         before = np.load(run.rows, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return f"({run.rows.name} is gone, so the rows cannot be named)"
-    marks = train.marks
+    marks = train.content_hashes
     fresh = np.flatnonzero(~np.isin(marks, before))
     gone = int((~np.isin(before, marks)).sum())
     said = []

@@ -25,7 +25,7 @@ from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.chunked_layer import ChunkSize
 from lorakit.engine.cuda_graphs import GraphedMicroSteps, to_bucket
 from lorakit.engine.decoder_layer import SavedActivations
-from lorakit.engine.layerwise import LayerMajor
+from lorakit.engine.layerwise import LayerwiseSchedule
 from lorakit.engine.lora_linear import FlatGradients
 from lorakit.errors import DataError, WorkError
 from lorakit.hardware import MemoryCap
@@ -71,19 +71,19 @@ class LoraTrainer(ResumableTrainer):
         val: Sequence[Example],
         progress: TrainingProgress,
         stop: StopRequest,
-        past: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
         ranks: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        self.together, self.ranks = GradientSync(ranks, stop), ranks
+        self.sync, self.ranks = GradientSync(ranks, stop), ranks
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
         self.pad_id: int = pad_token_id(tokenizer)
         self.layout = first_layout(recipe, plan, self.pad_id)
-        self.guard = StepGuard(self, progress.note)
+        self.stability = StepGuard(self, progress.note)
         cap = MemoryCap(recipe.memory_limit_bytes, device)
-        self.memory = OomRetry(self, progress.note, cap)
+        self.oom_retry = OomRetry(self, progress.note, cap)
         watch = RunMonitor(recipe, planned_rate(run), self._why_slow)
-        self.past, self.loaded = past, dict[str, Any]()
+        self.fingerprint, self.loaded = fingerprint, dict[str, Any]()
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -97,14 +97,14 @@ class LoraTrainer(ResumableTrainer):
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
             data_collator=self._collate,
             callbacks=[
-                self.guard,
+                self.stability,
                 MetricsCallback(self, progress, watch),
-                StopOnSignal(self.together),
+                StopOnSignal(self.sync),
             ],
         )
         self.remove_callback(PrinterCallback)
         if recipe.save_minutes is not None:
-            self.add_callback(TimedCheckpoint(recipe.save_minutes, self.together.saves))
+            self.add_callback(TimedCheckpoint(recipe.save_minutes, self.sync.agree_to_save))
         self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
         for name, parameter in self.model.named_parameters():
             if name in masters:
@@ -119,7 +119,7 @@ class LoraTrainer(ResumableTrainer):
         self.step_tokens, self.eval_tokens = 0, BATCH_TOKENS
         self.to_probe = device.kind == "cuda" if recipe.probe == "auto" else recipe.probe
         self.graphs = self._graphed()
-        self.layer_major = self._layer_major()
+        self.layerwise = self._layerwise()
         self.flat = self._flat()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
@@ -131,11 +131,11 @@ class LoraTrainer(ResumableTrainer):
         model.train()
         if self.to_probe:
             self.to_probe = False
-            self.memory.probe(model)
+            self.oom_retry.probe(model)
         ready: StepInputs = inputs["ready"]()
-        loss = self.memory.run(model, ready.own, 1 / max(1, ready.supervised))
-        if self.ranks.count > 1:
-            loss = self.together.add(self._gradients(), loss)
+        loss = self.oom_retry.run(model, ready.own, 1 / max(1, ready.supervised))
+        if self.ranks.world_size > 1:
+            loss = self.sync.add(self._gradients(), loss)
         self.step_tokens += ready.tokens
         self.step_loss, self.step_examples = loss, ready.examples
         self.next_step()  # while the card computes: 4 ms for 8 rows of 2,048 tokens
@@ -151,12 +151,12 @@ class LoraTrainer(ResumableTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.scaler is not None
-        return self.guard.check(self.model, self.step_loss, norm, self.step_examples, scaled)
+        return self.stability.check(self.model, self.step_loss, norm, self.step_examples, scaled)
 
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """Add the gradients of the step's mean loss; returns that loss."""
-        if self.layer_major is not None:
-            return self.layer_major((self._to_device(micro) for micro in step.micro), scale)
+        if self.layerwise is not None:
+            return self.layerwise((self._to_device(micro) for micro in step.micro), scale)
         total = torch.zeros((), device=self.args.device)
         if self.graphs is not None:
             self.graphs.begin(scale)
@@ -174,7 +174,7 @@ class LoraTrainer(ResumableTrainer):
         engine = self.attached.engine
         if engine is not None and engine.host_adapters is not None:
             return [room.bytes.view(torch.float32) for room in engine.host_adapters.grads]
-        for part in (self.graphs, self.layer_major):
+        for part in (self.graphs, self.layerwise):
             if part is not None and part.gradients is not None:
                 return [part.gradients.flat]
         assert self.flat is not None
@@ -198,7 +198,7 @@ class LoraTrainer(ResumableTrainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def graphs_in_words(self) -> str:
+    def describe_graphs(self) -> str:
         """Whether micro-batches run as CUDA graphs, and why not."""
         if self.graphs is None:
             return "no CUDA graphs"
@@ -220,12 +220,12 @@ class LoraTrainer(ResumableTrainer):
         engine = self.attached.engine
         if (
             engine is None
-            or self.plan.placement.layer_major
+            or self.plan.placement.layerwise
             or not self.attached.frozen_head
             or self.args.fp16
         ):
             return None
-        if not has_matrix_kernels(self.trained[0]) or engine.layers[0].qkv.kind == torch.float32:
+        if not has_matrix_kernels(self.trained[0]) or engine.layers[0].qkv.dtype == torch.float32:
             # Packed documents in float32 attend one by one: as many shapes as there are steps.
             return None
         return GraphedMicroSteps(
@@ -234,27 +234,29 @@ class LoraTrainer(ResumableTrainer):
             engine.groups,
         )
 
-    def _layer_major(self) -> LayerMajor | None:
+    def _layerwise(self) -> LayerwiseSchedule | None:
         """The schedule by layers, where the plan asks for it."""
         placement, engine = self.plan.placement, self.attached.engine
-        if not placement.layer_major or engine is None:
+        if not placement.layerwise or engine is None:
             return None
         cut = ChunkSize(placement.tokens_at_once, placement.heads_at_once)
-        return LayerMajor(engine, self.attached.head, self.trained, cut, placement.inputs_on_card)
+        return LayerwiseSchedule(
+            engine, self.attached.head, self.trained, cut, placement.inputs_on_gpu
+        )
 
     def _flat(self) -> FlatGradients | None:
         """One buffer to sum over the ranks, where no part above has one of its own."""
-        if self.ranks.count == 1 or self.graphs is not None or self.layer_major is not None:
+        if self.ranks.world_size == 1 or self.graphs is not None or self.layerwise is not None:
             return None
         groups = self.attached.engine.groups if self.attached.engine else []
         return FlatGradients(self.trained, groups)
 
-    def start_over(self) -> None:
+    def reset_after_oom(self) -> None:
         """Forget what a broken step left: captured graphs and their memory, kept layer inputs."""
         if self.graphs is not None:
             self.graphs = self._graphed()
-        if self.layer_major is not None:
-            self.layer_major = self._layer_major()
+        if self.layerwise is not None:
+            self.layerwise = self._layerwise()
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
@@ -272,7 +274,7 @@ class LoraTrainer(ResumableTrainer):
         found = score(
             self.model, own, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
         )
-        return found if self.sharded else combined(self.ranks.gather(found))
+        return found if self.sharded else combined(self.ranks.all_gather_object(found))
 
     def _score_smaller(self, tokens: int) -> None:
         self.eval_tokens = tokens
@@ -285,7 +287,9 @@ class LoraTrainer(ResumableTrainer):
         own = examples if self.sharded else local_examples(examples, self.ranks)
         found = not_finite(self.model, own, self.pad_id)
         self.model.train()
-        return found if self.sharded else list(itertools.chain(*self.ranks.gather(found)))
+        return (
+            found if self.sharded else list(itertools.chain(*self.ranks.all_gather_object(found)))
+        )
 
     @property
     def sharded(self) -> bool:
@@ -300,7 +304,7 @@ class LoraTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Rows for trackers and metrics.jsonl; skipped steps do not count in the mean loss."""
         if "loss" in logs:
-            logs.update(self.guard.row(logs["loss"]))
+            logs.update(self.stability.row(logs["loss"]))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -351,12 +355,12 @@ class LoraTrainer(ResumableTrainer):
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""
-        if self.layer_major is not None:
+        if self.layerwise is not None:
             return "is the link to the card shared, or another program on this device (nvidia-smi)?"
         if self.layout.rows < self.recipe.micro_batch_size:
             return "micro-batches were made smaller when memory ran out"
         if self.graphs is not None and self.graphs.failed:
-            return self.graphs_in_words()
+            return self.describe_graphs()
         if self.args.device.type == "cuda" and self.attached.engine is None:
             return f"the fast layers are off ({self.attached.layers})"
         if not self.layout.packed and self.recipe.micro_batch_size > 1:
@@ -369,7 +373,7 @@ class LoraTrainer(ResumableTrainer):
         Graphs, gradients and the optimizer's state are let go of first: an embedding may need the
         memory to return to the GPU.
         """
-        self.graphs = self.layer_major = self.flat = None
+        self.graphs = self.layerwise = self.flat = None
         self.optimizer = self.lr_scheduler = None
         self.model.zero_grad(set_to_none=True)
         free_caches()
@@ -380,7 +384,7 @@ class LoraTrainer(ResumableTrainer):
 def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
     """Micro-batches as the recipe has them, or of so many tokens as the plan lets work at once."""
     rows = recipe.micro_batch_size
-    if plan.placement.layer_major:
+    if plan.placement.layerwise:
         rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
     return Layout(pad_id, rows, rows * recipe.cutoff_len, packed=False)
 
@@ -388,7 +392,7 @@ def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
 def recompute(model: Any, attached: AttachResult, plan: MemoryPlan, recipe: Recipe) -> None:
     """Let layers keep for backward what the plan says; nothing where it was not made for them."""
     if attached.engine is not None:
-        attached.engine.keep([SavedActivations(level) for level in plan.keep])
+        attached.engine.set_checkpointing([SavedActivations(level) for level in plan.keep])
     elif any(plan.keep) or (plan.engine and recipe.gradient_checkpointing == "auto"):
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -44,15 +44,15 @@ class TemplateCapabilities:
     template: str
     stops: tuple[int, ...]
     stop_texts: tuple[str, ...]
-    closer: str  # what the next turn begins with, where that is what ends an answer
-    call_closer: str  # and a call of tools
-    folds_system: bool
+    turn_end: str  # what the next turn begins with, where that is what ends an answer
+    call_end: str  # and a call of tools
+    merges_system_into_user: bool
     bos_id: int | None  # set where the tokenizer puts a BOS before a text
     specials: re.Pattern[str] | None
     special_texts: tuple[str, ...]
-    marks_answers: bool  # by {% generation %} blocks
+    has_generation_blocks: bool  # by {% generation %} blocks
     arguments_as_text: bool  # of tool calls; most templates take an object
-    unwritten: tuple[str, ...]  # which of tool schemas, calls and results it leaves out
+    unsupported: tuple[str, ...]  # which of tool schemas, calls and results it leaves out
 
 
 _KNOWN: WeakKeyDictionary[Any, TemplateCapabilities] = WeakKeyDictionary()
@@ -80,15 +80,15 @@ def template_capabilities(tokenizer: Any) -> TemplateCapabilities:
         template=template,
         stops=tuple(dict.fromkeys(i for i in ids if i is not None)),
         stop_texts=stops,
-        closer=closer,
-        call_closer=call_closer,
-        folds_system=_refuses_system(tokenizer),
+        turn_end=closer,
+        call_end=call_closer,
+        merges_system_into_user=_refuses_system(tokenizer),
         bos_id=tokenizer.bos_token_id if adds_bos else None,
         specials=re.compile("|".join(re.escape(t) for t in texts)) if texts else None,
         special_texts=texts,
-        marks_answers=bool(_GENERATION.search(template)),
+        has_generation_blocks=bool(_GENERATION.search(template)),
         arguments_as_text=tools.as_text,
-        unwritten=tools.unwritten,
+        unsupported=tools.unwritten,
     )
     _KNOWN[tokenizer] = found
     return found
@@ -265,7 +265,7 @@ class SpecialTokenEscaper:
         if self._habits.arguments_as_text:
             for call in (c["function"] for m in made for c in m.get("tool_calls", ())):
                 call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-        if self._habits.folds_system and len(made) > 1 and made[0]["role"] == "system":
+        if self._habits.merges_system_into_user and len(made) > 1 and made[0]["role"] == "system":
             system, first, *rest = made
             joined = f"{system['content'].strip()}\n\n{first['content']}"
             return [{**first, "content": joined}, *rest]

@@ -63,9 +63,9 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     if default:
         shown = default if len(default) <= 100 else default[:99] + "…"
         notes.append(f"without a system text it writes its own: {shown!r}")
-    if habits.folds_system:
+    if habits.merges_system_into_user:
         notes.append("it has no system role: system texts are put before the first question")
-    if habits.closer:
+    if habits.turn_end:
         notes.append(
             f"an answer ends with the {habits.stop_texts[0]} of the next turn, which is trained"
         )

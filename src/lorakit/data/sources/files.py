@@ -218,7 +218,7 @@ class LineErrors:
         self.count = 0
         self._place = 0
         # Texts, not the errors: one of those holds its whole line, of up to 16 MiB.
-        self._told: list[str] = []
+        self._format: list[str] = []
         self._hints: dict[str, str] = {}
 
     def add(self, place: int, fault: Callable[[], DataError]) -> None:
@@ -230,11 +230,11 @@ class LineErrors:
             return
         self._place = place
         self.count += 1
-        if len(self._told) < SHOWN_FAULTS:
-            self._tell(fault())
+        if len(self._format) < SHOWN_FAULTS:
+            self._report(fault())
 
-    def _tell(self, fault: DataError) -> None:
-        self._told.append(fault.message)
+    def _report(self, fault: DataError) -> None:
+        self._format.append(fault.message)
         # The same advice for another line is told once.
         same = re.sub(r"\d+", "", fault.hint or "")
         if same and len(self._hints) < SHOWN_HINTS:
@@ -254,15 +254,15 @@ class LineErrors:
         if isinstance(error, DataError):
             # Told after the ten too: it is what the others are counted up to.
             self.count += 1
-            self._tell(error)
+            self._report(error)
         if error is None or isinstance(error, DataError):
             raise self._all() from None
 
     def _all(self) -> DataError:
         hint = "\n  ".join(self._hints.values())
         if self.count == 1:
-            return DataError(self._told[0], hint)
-        lines = [f"{self.name}: {self.count:,} faults:", *self._told]
-        if self.count > len(self._told):
-            lines.insert(SHOWN_FAULTS + 1, f"and {self.count - len(self._told):,} more")
+            return DataError(self._format[0], hint)
+        lines = [f"{self.name}: {self.count:,} faults:", *self._format]
+        if self.count > len(self._format):
+            lines.insert(SHOWN_FAULTS + 1, f"and {self.count - len(self._format):,} more")
         return DataError("\n  ".join(lines), hint)

@@ -2,7 +2,7 @@
 
 JSON and CSV are read row by row with the standard library. `datasets` would turn date-like
 strings into timestamps and the answers "NA" and "None" into nulls, and names no line of a broken
-file (docs/log.md has the trials). Parquet, whose types are written in the file, and hub datasets
+file (docs/decisions/001-own-json-and-csv-readers.md has the trials). Parquet, whose types are written in the file, and hub datasets
 go through `datasets`.
 """
 

@@ -251,7 +251,7 @@ def _encode_document(
                 break
             found += made
         else:
-            log.absorb(own)
+            log.merge(own)
             return found
     raise fault
 

@@ -127,7 +127,7 @@ def _uses_tools(conversation: Conversation) -> bool:
 
 def _refuse_unwritten_tools(conversation: Conversation, habits: TemplateCapabilities) -> None:
     """Stop a row whose tools the template would silently leave out."""
-    if not habits.unwritten:
+    if not habits.unsupported:
         return
     messages = conversation.messages
     has = {
@@ -135,7 +135,7 @@ def _refuse_unwritten_tools(conversation: Conversation, habits: TemplateCapabili
         "tool calls": any(m.extra.get("tool_calls") for m in messages),
         "tool results": any(m.role == "tool" for m in messages),
     }
-    missing = [part for part in habits.unwritten if has[part]]
+    missing = [part for part in habits.unsupported if has[part]]
     if missing:
         raise RowError(
             f"{missing[0]} not written by the chat template",
@@ -165,9 +165,9 @@ class _SpanFinder:
     def span(self, turn: int) -> Span:
         origin, answer = self.conversation.origin, turn - self.shift
         text = self._render(self.messages[: answer + 1], prompt=False)
-        prompt, text = self._fitted(text, self.messages[: answer + 1], origin)
+        prompt, text = self._with_shifted_prompt(text, self.messages[: answer + 1], origin)
         calls = self.messages[answer].get("tool_calls")
-        text += self.habits.call_closer if calls else self.habits.closer
+        text += self.habits.call_end if calls else self.habits.turn_end
         ends = [at for stop in self.habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
         if not ends:
             raise FatalRowError(
@@ -181,14 +181,16 @@ class _SpanFinder:
         stop = next(s for s in self.habits.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
         whole = text[: end + len(stop)]
-        gaps = self._gaps(self.messages[: answer + 1], len(prompt), whole, stop, turn)
+        gaps = self._untrained_ranges(self.messages[: answer + 1], len(prompt), whole, stop, turn)
         return Span(turn, prompt, whole, gaps)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
         tools = self.guard.tools
         return render_chat(self.tokenizer, messages, prompt, tools=tools, **options)
 
-    def _fitted(self, text: str, messages: list[dict[str, Any]], origin: Origin) -> tuple[str, str]:
+    def _with_shifted_prompt(
+        self, text: str, messages: list[dict[str, Any]], origin: Origin
+    ) -> tuple[str, str]:
         """The prompt of the last of `messages`, and `text` so that it begins with that."""
         prompts = []
         for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
@@ -237,10 +239,10 @@ class _SpanFinder:
                     f"the chat template does not write the call of {name}: {written[:60]!r}",
                 )
 
-    def _gaps(
+    def _untrained_ranges(
         self, messages: list[dict[str, Any]], start: int, text: str, stop: str, turn: int
     ) -> tuple[tuple[int, int], ...]:
-        if not self.habits.marks_answers:
+        if not self.habits.has_generation_blocks:
             return ()
         parts = generated_parts(self.tokenizer, messages, self.guard.tools)
         gaps, at, end = [], start, len(text)
