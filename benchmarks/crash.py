@@ -267,14 +267,14 @@ def end_of(process):
 def torn(folder):
     """Everything under `folder` that bears a final name and is not whole."""
     from lorakit.data import cache
-    from lorakit.storage.atomic_dir import Damaged, verified
+    from lorakit.storage.atomic_dir import CorruptedError, verified
     from lorakit.storage.run_dir import RunDir
 
     run, found = RunDir(folder), []
     for place in [*run.list_checkpoints(), *([run.adapter] if run.adapter.exists() else [])]:
         try:
             verified(place)
-        except Damaged as trouble:
+        except CorruptedError as trouble:
             found.append(f"{place.name}: {trouble}")
     home = cache_of(folder)
     found += [
@@ -387,7 +387,7 @@ class Campaign:
         Returns:
             How many were killed.
         """
-        from lorakit.storage.atomic_dir import Damaged, verified
+        from lorakit.storage.atomic_dir import CorruptedError, verified
 
         self.unbroken(0)
         folder, done = self.place / "whole-0", 0
@@ -404,7 +404,7 @@ class Campaign:
                     verified(target)
                 elif code == 0:
                     self.failures.append(f"export {number}: nothing there")
-            except Damaged as trouble:
+            except CorruptedError as trouble:
                 self.failures.append(f"export {number}: torn: {trouble}")
             shutil.rmtree(target, ignore_errors=True)
         return done

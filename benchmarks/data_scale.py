@@ -98,15 +98,15 @@ def prepare_once(path):
 
 def compare_speed(path, rows):
     """Tokens a second of both, in turns; the median part of each."""
-    from lorakit.data.conversations import gather
+    from lorakit.data.conversations import read_conversations
     from lorakit.data.dataset import write_examples
-    from lorakit.data.issues import FaultLog
-    from lorakit.data.tokenize.encode import Rules, encode_many
+    from lorakit.data.issues import IssueLog
+    from lorakit.data.tokenize.encode import EncodeConfig, encode_many
     from lorakit.recipe.schema import Recipe
 
     tokenizer = tokenizer_here()
     recipe = Recipe(model="demo", data=str(path))
-    shelf, _ = gather([str(path)], recipe, [])
+    shelf, _ = read_conversations([str(path)], recipe, [])
     gc.freeze()  # as `prepare` does
     raw, parts, stream = tokenizer.backend_tokenizer, [], iter(shelf)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,16 +122,16 @@ def compare_speed(path, rows):
             )
             raw_seconds = time.perf_counter() - began
             del chats, texts
-            rules, began = Rules.of(recipe), time.perf_counter()
+            rules, began = EncodeConfig.of(recipe), time.perf_counter()
             counted = 0
-            for _, made in encode_many(tokenizer, items, rules, FaultLog()):
+            for _, made in encode_many(tokenizer, items, rules, IssueLog()):
                 counted += sum(len(example.input_ids) for example in made)
             seconds = time.perf_counter() - began
             assert counted == tokens
             del items
             began = time.perf_counter()
-            made = encode_many(tokenizer, islice(stream, PART), rules, FaultLog())
-            write_examples(Path(folder), ((0, x) for _, x in made), FaultLog())
+            made = encode_many(tokenizer, islice(stream, PART), rules, IssueLog())
+            write_examples(Path(folder), ((0, x) for _, x in made), IssueLog())
             disk_seconds = time.perf_counter() - began
             parts.append([tokens / s for s in (raw_seconds, seconds, disk_seconds)])
     raw, ours, disk = (statistics.median(part[i] for part in parts) for i in range(3))

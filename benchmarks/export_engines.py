@@ -27,7 +27,7 @@ from lorakit.export.hf_files import write_config, write_tokenizer
 from lorakit.export.merge_weights import write_merged
 from lorakit.export.tuned_run import float32_model, open_source
 from lorakit.export.verify_outputs import agreement, greedy, make_reference
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.storage.run_dir import find_run
 
 TOP = 512
@@ -54,7 +54,7 @@ def main() -> None:
 
 def switch_milliseconds(run: Path, other: Path) -> list[float]:
     """Of each switch from one run's adapter to another's on a loaded base, and back."""
-    several = Several.of(find_run(run), (find_run(other),))
+    several = MultiAdapterModel.of(find_run(run), (find_run(other),))
     names, found = list(several.tuned), []
     for number in range(SWITCHES):
         began = time.perf_counter()

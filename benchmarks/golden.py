@@ -25,7 +25,7 @@ def main():
     from lorakit.pipeline import fit
     from lorakit.recipe.loader import load_recipe
     from lorakit.storage.run_dir import RunDir, read_metrics
-    from lorakit.train.resume import versions
+    from lorakit.train.resume import library_versions
 
     crash.make_world(folder, width=16)
     os.chdir(folder)
@@ -37,7 +37,7 @@ def main():
     fit(load_recipe(None, [], flags), Console(stderr=True))
     run = RunDir(Path("run"))
     rows = read_metrics(run)
-    expected = {"losses": [row["loss"] for row in rows], "versions": versions()}
+    expected = {"losses": [row["loss"] for row in rows], "versions": library_versions()}
     Path("expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     shutil.rmtree(run.checkpoint(8))
     for path in (run.adapter, Path("cache")):

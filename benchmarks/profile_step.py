@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lorakit.engine.cuda_graphs import GraphedMicroSteps
-from lorakit.engine.decoder_layer import Keep
+from lorakit.engine.decoder_layer import SavedActivations
 from lorakit.hardware import detect_device
 from lorakit.model.lora_config import add_adapter, resolve_targets
 from lorakit.model.random_init import random_model
@@ -43,7 +43,7 @@ def main():
     attached = attach_loss(model, a.engine)
     print(attached.layers)
     if attached.engine:
-        attached.engine.keep([Keep(a.keep)] * a.layers)
+        attached.engine.keep([SavedActivations(a.keep)] * a.layers)
     ids = torch.randint(10, config.vocab_size, (a.rows, a.seq), device=device.kind)
     positions = torch.arange(a.rows * a.seq, device=device.kind).view(a.rows, a.seq)[:, :-1]
     batch = {

@@ -261,11 +261,11 @@ def troubles():
 
 def _keys(name):
     """What becomes of each key of another tool; those of every tool are a table of their own."""
-    from lorakit.recipe.importers.convert import load_table, read_rows
+    from lorakit.recipe.importers.convert import load_table, table_rows
 
     table = load_table(name)
-    common = read_rows(load_table("common")) if "extends" in table else {}
-    found = {key: row for key, row in read_rows(table).items() if common.get(key) != row}
+    common = table_rows(load_table("common")) if "extends" in table else {}
+    found = {key: row for key, row in table_rows(table).items() if common.get(key) != row}
     titles = {"translated": "Translated", "not_needed": "Not needed", "untranslated": "No match"}
     lines = []
     for status, title in titles.items():

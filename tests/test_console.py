@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from lorakit.console import quietly
+from lorakit.console import silence_libraries
 
 
 def test_nothing_is_said_inside_and_all_is_as_before_outside(request):
@@ -16,7 +16,7 @@ def test_nothing_is_said_inside_and_all_is_as_before_outside(request):
     logger.setLevel(logging.INFO)
     before = transformers_logging.get_verbosity()
     transformers_logging.enable_progress_bar()
-    with quietly():
+    with silence_libraries():
         assert not logger.isEnabledFor(logging.WARNING)
         assert not transformers_logging.is_progress_bar_enabled()
         with warnings.catch_warnings(record=True) as caught:
@@ -31,7 +31,7 @@ def test_nothing_is_said_inside_and_all_is_as_before_outside(request):
 
 def test_offline_lasts_as_long_as_the_call(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ZeroDivisionError), quietly(offline=True):
+    with pytest.raises(ZeroDivisionError), silence_libraries(offline=True):
         assert huggingface_hub.is_offline_mode()
         raise ZeroDivisionError
     assert not huggingface_hub.is_offline_mode()

@@ -13,7 +13,7 @@ from collections import Counter
 
 from lorakit.inference.chat import run
 from lorakit.inference.generate import GenerationSettings
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 
 SETTINGS = GenerationSettings(max_new_tokens=3, temperature=0.0)
 QUESTIONS = [
@@ -56,7 +56,7 @@ def session(rng):
 def campaign(run_dir, folder, count, seed=0):
     """`count` sessions: outcomes, the traceback of each failure, seconds of the slowest."""
     outcomes, failures, slowest = Counter(), [], 0.0
-    rng, several = random.Random(seed), Several.of(run_dir)
+    rng, several = random.Random(seed), MultiAdapterModel.of(run_dir)
     with contextlib.chdir(folder):
         for _ in range(count):
             data, as_json = session(rng), rng.random() < 0.3

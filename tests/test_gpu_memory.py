@@ -10,7 +10,7 @@ from lorakit.hardware import MIB, MemoryCap, cap_finished_run, measure_context, 
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.memory import plan_memory
 from lorakit.recipe.schema import Recipe
-from lorakit.train.oom import attempt
+from lorakit.train.oom import run_catching_oom
 from lorakit.types import Device
 
 GIB = 2**30
@@ -83,7 +83,7 @@ def test_a_real_allocator_stays_within_the_limit():
             while True:
                 kept.append(torch.empty(64 * MIB, dtype=torch.uint8, device="cuda"))
 
-        result, trouble = attempt(fill)
+        result, trouble = run_catching_oom(fill)
         assert result is None
         assert "memory_limit allows" in trouble
         assert len(kept) >= 8

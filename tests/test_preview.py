@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from lorakit.pipeline import Outcome, prepare_run
+from lorakit.pipeline import TrainResult, prepare_run
 from lorakit.results import program, show_outcome, show_prologue
 from lorakit.storage.run_dir import RunDir
 
@@ -51,9 +51,9 @@ def test_an_adapter_that_engines_cannot_use_is_not_recommended_for_them(finish):
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
-    show_outcome(Outcome(RunDir(tmp_path), 7, 1.0, 1.0, None, 130), console, next_steps=True)
+    show_outcome(TrainResult(RunDir(tmp_path), 7, 1.0, 1.0, None, 130), console, next_steps=True)
     assert f"lorakit train {tmp_path}/recipe.yaml --resume\n" in console.export_text()
-    of_two = Outcome(RunDir(tmp_path), 7, 1.0, 1.0, None, 130, ranks=2)
+    of_two = TrainResult(RunDir(tmp_path), 7, 1.0, 1.0, None, 130, ranks=2)
     show_outcome(of_two, console, next_steps=True)
     assert f"lorakit train {tmp_path}/recipe.yaml --resume --gpus 2\n" in console.export_text()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.console import Lasting
+from lorakit.console import SafeStream
 from lorakit.storage.run_dir import RunDir, read_metrics
 
 
@@ -31,7 +31,7 @@ def test_a_run_outlives_the_reader_of_its_output(tiny_model_dir, tiny_data, tmp_
 
 def test_writes_to_nobody_are_let_go():
     reading, writing = os.pipe()
-    stream = Lasting(os.fdopen(writing, "w"))
+    stream = SafeStream(os.fdopen(writing, "w"))
     os.close(reading)
     assert stream.write("lost") == 4
     stream.flush()
@@ -42,7 +42,7 @@ def test_writes_to_nobody_are_let_go():
 
 
 def test_a_full_disk_is_tried_again(tmp_path):
-    stream = Lasting(Path("/dev/full").open("w"))
+    stream = SafeStream(Path("/dev/full").open("w"))
     stream.write("x")
     stream.flush()
     os.dup2(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), stream.fileno())
@@ -51,7 +51,7 @@ def test_a_full_disk_is_tried_again(tmp_path):
 
 
 def test_it_is_the_stream_in_all_else():
-    stream = Lasting(sys.stderr)
+    stream = SafeStream(sys.stderr)
     assert stream.encoding == sys.stderr.encoding
     assert stream.isatty() == sys.stderr.isatty()
     with pytest.raises(AttributeError, match="nothing"):
@@ -61,7 +61,7 @@ def test_it_is_the_stream_in_all_else():
 def test_secrets_are_not_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "CANARY" * 5)
     with (tmp_path / "out").open("w") as handle:
-        stream = Lasting(handle)
+        stream = SafeStream(handle)
         print("a", os.environ["HF_TOKEN"], "https://me:pw@x.org/?sig=abc", file=stream)
         stream.flush()
     assert (tmp_path / "out").read_text() == "a *** https://***@x.org/?sig=***\n"

@@ -18,14 +18,14 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.console import quietly
-from lorakit.recipe.loader import Given, ResolvedRecipe, load_recipe
+from lorakit.console import silence_libraries
+from lorakit.recipe.loader import RecipeInput, ResolvedRecipe, load_recipe
 from lorakit.results import Inspected, Plan
 from lorakit.run import Run
 
 
 def finetune(
-    recipe: Given = None,
+    recipe: RecipeInput = None,
     *,
     resume: bool = False,
     force: bool = False,
@@ -53,7 +53,7 @@ def finetune(
     from lorakit.results import show_outcome
 
     place = console or default_console()
-    with quietly(resolved.recipe.offline):
+    with silence_libraries(resolved.recipe.offline):
         outcome = fit(resolved, place, resume, force)
     if outcome.exit_code:
         place.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Go on with:")
@@ -64,7 +64,7 @@ def finetune(
 
 
 def plan(
-    recipe: Given = None,
+    recipe: RecipeInput = None,
     *,
     gpu: str | None = None,
     memory: str | None = None,
@@ -91,24 +91,24 @@ def plan(
     from lorakit.model.lora_config import resolve_targets
     from lorakit.model.matching import check_adapter_settings
     from lorakit.planning.forecast import find_config, forecast
-    from lorakit.planning.gpus import card_device, find_card, parse_memory, several
+    from lorakit.planning.gpus import card_device, find_card, parse_memory, with_gpu_count
 
     if recipe is None:
         settings = {"data": "not read", **settings}
     resolved = load_recipe(recipe, **settings)
     card = find_card(gpu) if gpu else None
     size = parse_memory(memory) if memory else None
-    with quietly(resolved.recipe.offline):
+    with silence_libraries(resolved.recipe.offline):
         config, source, local = find_config(resolved.recipe, _folders(resolved))
     asked = resolve_targets(resolved, config).recipe
     check_adapter_settings(asked, config)
     device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
-    device = several(device, gpus, nodes, network)
+    device = with_gpu_count(device, gpus, nodes, network)
     return Plan.of(forecast(asked, config, device, card, source, local))
 
 
 def inspect(
-    recipe: Given = None,
+    recipe: RecipeInput = None,
     *,
     examples: int = 3,
     say: Callable[[str], None] | None = None,
@@ -133,7 +133,7 @@ def inspect(
 
     resolved = load_recipe(recipe, **settings)
     asked, folders = resolved.recipe, _folders(resolved)
-    with quietly(asked.offline):
+    with silence_libraries(asked.offline):
         location = locate_model(asked, folders, say)
         load_config(asked, location)
         tokenizer = load_tokenizer(asked, location)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lorakit.distributed.process_group import Ranks, joined, shared_device
+from lorakit.distributed.process_group import DistributedContext, init_distributed, shared_device
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.model.load import seed_everything
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
@@ -78,7 +78,7 @@ def run_bench(
         "probe": False,  # the first step is one
     }
     meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
-    with joined() as ranks:
+    with init_distributed() as ranks:
         console = console if ranks.first else Console(quiet=True)
         job = _job(load_recipe(None, overrides, flags), lengths, ranks)
         model = _model(job)
@@ -102,7 +102,7 @@ def run_bench(
     }
 
 
-def _job(resolved: ResolvedRecipe, lengths: str, ranks: Ranks) -> _Job:
+def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _Job:
     """The recipe's model is a shape's name."""
     device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
     config = shape_config(resolved.recipe.model)
@@ -120,7 +120,7 @@ class _Job:
     device: Device
     plan: MemoryPlan
     lengths: str
-    ranks: Ranks
+    ranks: DistributedContext
 
 
 def _model(job: _Job) -> Any:

@@ -43,7 +43,7 @@ def quiet(offline: bool = False) -> None:
 
 
 @contextmanager
-def quietly(offline: bool = False) -> Iterator[None]:
+def silence_libraries(offline: bool = False) -> Iterator[None]:
     """As `quiet`, until the block ends: a notebook's own settings are then as they were."""
     from transformers.utils import logging as transformers_logging
 
@@ -83,7 +83,7 @@ def _network_switches() -> list[tuple[Any, str]]:
     return [(place, name) for place in places for name in names if hasattr(place, name)]
 
 
-class Lasting:
+class SafeStream:
     """A text stream whose writes never raise for want of a reader or of space."""
 
     def __init__(self, stream: Any) -> None:
@@ -117,5 +117,5 @@ def keep_streams_going() -> None:
     """Let this process outlive its output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Lasting):
-            setattr(sys, name, Lasting(stream))
+        if stream is not None and not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream))

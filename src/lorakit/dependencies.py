@@ -14,7 +14,7 @@ from lorakit.errors import DependencyError
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class MinVersion:
     """The first version of a package that is used, and what happened below it."""
 
     package: str
@@ -23,20 +23,27 @@ class Floor:
 
 
 FLOORS = (
-    Floor("torch", "2.10", "a crafted checkpoint corrupts memory even with weights_only "
-          "(CVE-2026-24747)"),
-    Floor("transformers", "5.10.1", "config.json runs code of a hub kernel (CVE-2026-4372), names "
-          "of chat templates write outside the folder (CVE-2026-9856)"),
-    Floor("jinja2", "3.1.6", "chat templates escape the sandbox (CVE-2025-27516)"),
-    Floor("safetensors", "0.8", "the version whose header checks were tried here"),
-)  # fmt: skip
+    MinVersion(
+        "torch",
+        "2.10",
+        "a crafted checkpoint corrupts memory even with weights_only (CVE-2026-24747)",
+    ),
+    MinVersion(
+        "transformers",
+        "5.10.1",
+        "config.json runs code of a hub kernel (CVE-2026-4372), names of chat templates write "
+        "outside the folder (CVE-2026-9856)",
+    ),
+    MinVersion("jinja2", "3.1.6", "chat templates escape the sandbox (CVE-2025-27516)"),
+    MinVersion("safetensors", "0.8", "the version whose header checks were tried here"),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class TooOld:
+class OutdatedPackage:
     """A package below its floor."""
 
-    floor: Floor
+    floor: MinVersion
     found: str
 
     def __str__(self) -> str:
@@ -49,7 +56,7 @@ class TooOld:
         return f"pip install --upgrade '{self.floor.package}>={self.floor.version}'"
 
 
-def too_old() -> list[TooOld]:
+def too_old() -> list[OutdatedPackage]:
     """Installed packages below their floor. One that is not installed is none of them."""
     found = []
     for floor in FLOORS:
@@ -58,7 +65,7 @@ def too_old() -> list[TooOld]:
         except importlib.metadata.PackageNotFoundError:
             continue
         if _numbers(installed) < _numbers(floor.version):
-            found.append(TooOld(floor, installed))
+            found.append(OutdatedPackage(floor, installed))
     return found
 
 

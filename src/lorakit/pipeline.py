@@ -23,7 +23,12 @@ from lorakit.data.inspection import measure_prepared
 from lorakit.data.prepare import Prepared, prepare
 from lorakit.dependencies import require_floors
 from lorakit.display.inspection_view import report_view
-from lorakit.distributed.process_group import ALONE, Ranks, joined, shared_device
+from lorakit.distributed.process_group import (
+    SINGLE_PROCESS,
+    DistributedContext,
+    init_distributed,
+    shared_device,
+)
 from lorakit.errors import LorakitError, RunError
 from lorakit.export.checkpoint_keys import misfit
 from lorakit.hardware import MemoryCap, cards, detect_device, measure_context
@@ -39,22 +44,22 @@ from lorakit.model.load import (
 )
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.matching import check_adapter_settings
-from lorakit.planning.forecast import planned_speed, refuse
+from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
 from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
 from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
-from lorakit.train.gradient_sync import seed_apart
-from lorakit.train.oom import memory_told
+from lorakit.train.gradient_sync import seed_per_rank
+from lorakit.train.oom import oom_as_error
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import (
-    claim_run,
-    forget_after,
-    past_of,
     prepare_resume,
     remember_rows,
+    resolve_run_dir,
+    run_fingerprint,
+    truncate_metrics,
     write_run_files,
 )
 from lorakit.train.signals import catch_signals
@@ -62,11 +67,11 @@ from lorakit.train.trainer import LoraTrainer
 from lorakit.train.training_args import total_steps
 from lorakit.types import Device, EvalResult, MemoryPlan
 
-TOO_LARGE = "close what else uses this device's memory, set method: qlora, or take a smaller model"
+OOM_HINT = "close what else uses this device's memory, set method: qlora, or take a smaller model"
 
 
 @dataclass(frozen=True, slots=True)
-class Prologue:
+class PreparedRun:
     """All that is known before a weight is loaded; what `--dry-run` shows."""
 
     resolved: ResolvedRecipe
@@ -83,7 +88,7 @@ class Prologue:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrainResult:
     """How a run ended. `exit_code` is 0, or 128 + signal when it was stopped and can be resumed."""
 
     run: RunDir
@@ -100,9 +105,9 @@ def prepare_run(
     resolved: ResolvedRecipe,
     console: Console,
     force: bool = True,
-    ranks: Ranks = ALONE,
+    ranks: DistributedContext = SINGLE_PROCESS,
     gpus: int | None = None,
-) -> Prologue:
+) -> PreparedRun:
     """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
 
     Args:
@@ -124,7 +129,9 @@ def prepare_run(
         return _prologue(resolved, console, force, device)
 
 
-def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: Device) -> Prologue:
+def _prologue(
+    resolved: ResolvedRecipe, console: Console, force: bool, device: Device
+) -> PreparedRun:
     recipe = resolved.recipe
     folders = [Path(), *([resolved.folder] if resolved.folder else [])]
     location = locate_model(recipe, folders, console.print)
@@ -148,23 +155,23 @@ def _prologue(resolved: ResolvedRecipe, console: Console, force: bool, device: D
     told = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
     console.print(f"speed    {told}")
     if not force:
-        refuse(planned, config, device, plan)
-    return Prologue(resolved, location, device, tokenizer, prepared, plan, speed)
+        require_plan_fits(planned, config, device, plan)
+    return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed)
 
 
 def fit(
     resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
-) -> Outcome:
+) -> TrainResult:
     """Train, save and evaluate one run; `force` tries what does not fit into memory.
 
     Raises:
         LorakitError: any mistake of the recipe, data or model, before training starts; or a full
             disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
     """
-    with joined() as ranks:
-        run, resolved = ranks.told(lambda: claim_run(resolved, resume))
+    with init_distributed() as ranks:
+        run, resolved = ranks.told(lambda: resolve_run_dir(resolved, resume))
         if ranks.first:
-            with only_writer(run, console.print), _reported(run, console):
+            with only_writer(run, console.print), _report_on_exit(run, console):
                 return _fit(run, resolved, console, resume, force, ranks)
         silent = Console(file=io.StringIO(), quiet=True)
         return _fit(run, resolved, silent, resume, force, ranks)
@@ -175,7 +182,7 @@ def _written(path: Path) -> int | None:
 
 
 @contextmanager
-def _reported(run: RunDir, console: Console) -> Iterator[None]:
+def _report_on_exit(run: RunDir, console: Console) -> Iterator[None]:
     """The run's page is written at its end; after a fault in a step too, to look at its cause."""
     before = _written(run.metrics)
     try:
@@ -194,13 +201,13 @@ def _fit(
     console: Console,
     resume: bool,
     force: bool,
-    ranks: Ranks,
-) -> Outcome:
+    ranks: DistributedContext,
+) -> TrainResult:
     start = prepare_run(resolved, console, force, ranks)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    past = past_of(recipe, prepared.train, start.tokenizer, ranks.count)
-    checkpoint = ranks.told(lambda: _take_up(run, start, past, resume, console))
-    _check_seen(run, checkpoint, ranks)
+    past = run_fingerprint(recipe, prepared.train, start.tokenizer, ranks.count)
+    checkpoint = ranks.told(lambda: _write_run_files(run, start, past, resume, console))
+    _check_shared_filesystem(run, checkpoint, ranks)
     if start.plan.placement.shards > 1:
         ranks.take_baton()  # host memory holds one whole base: it is passed on in `attach_engine`
     model = _model(start, console)
@@ -210,7 +217,7 @@ def _fit(
         recipe = recipe.model_copy(update={"report_to": []})
     progress = TrainingProgress(console, run if ranks.first else None, device.kind)
     began = time.perf_counter()
-    told = memory_told("placing the model on its device", TOO_LARGE)
+    told = oom_as_error("placing the model on its device", OOM_HINT)
     with told, catch_signals(alone=ranks.count == 1) as stop:
         trainer = LoraTrainer(
             model,
@@ -229,7 +236,7 @@ def _fit(
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
         console.print(f"packing  {trainer.packing}")
-        seed_apart(recipe.seed, ranks)
+        seed_per_rank(recipe.seed, ranks)
         try:
             trainer.take_steps(checkpoint)
         finally:
@@ -239,30 +246,30 @@ def _fit(
     final_loss = _final_loss(run) if ranks.first else None
     steps, together = trainer.state.global_step, trainer.together
     if together.stop_agreed and steps < trainer.state.max_steps:
-        return Outcome(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
+        return TrainResult(run, steps, seconds, final_loss, None, together.exit_code, ranks.count)
     unfit = _save(run, model, start) if ranks.first else None
     evaluation = None
     # A sharded base computes on all ranks at once; else the others wait for the first one's end.
     if prepared.val and (ranks.first or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
-    return Outcome(run, steps, seconds, final_loss, evaluation, unfit=unfit)
+    return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit)
 
 
-def _save(run: RunDir, model: Any, start: Prologue) -> str | None:
+def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     """Write the adapter; returns why engines cannot use it, if they cannot."""
     recipe = start.resolved.recipe
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: Prologue, console: Console) -> Any:
+def _model(start: PreparedRun, console: Console) -> Any:
     """The base with its adapters, where the plan puts it while it loads."""
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
         console.print("bits     the same in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
-    with memory_told("loading the base model", TOO_LARGE):
+    with oom_as_error("loading the base model", OOM_HINT):
         base = load_base(recipe, start.location, device, start.plan.placement.base_elsewhere)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe)
@@ -271,7 +278,9 @@ def _model(start: Prologue, console: Console) -> Any:
     return model
 
 
-def _check_seen(run: RunDir, checkpoint: str | None, ranks: Ranks) -> None:
+def _check_shared_filesystem(
+    run: RunDir, checkpoint: str | None, ranks: DistributedContext
+) -> None:
     """Every rank reads the checkpoint itself."""
     if checkpoint and not Path(checkpoint).is_dir():
         raise RunError(
@@ -285,8 +294,8 @@ def _final_loss(run: RunDir) -> float | None:
     return losses[-1] if losses else None
 
 
-def _take_up(
-    run: RunDir, start: Prologue, past: dict[str, Any], resume: bool, console: Console
+def _write_run_files(
+    run: RunDir, start: PreparedRun, past: dict[str, Any], resume: bool, console: Console
 ) -> str | None:
     """Write what is known before training; returns the folder of the checkpoint to go on from."""
     recipe, prepared = start.resolved.recipe, start.prepared
@@ -298,7 +307,7 @@ def _take_up(
         remember_rows(run, prepared.train)
     else:
         check_base(run, recipe, start.location)
-        forget_after(run, found.step)
+        truncate_metrics(run, found.step)
     lengths = measure_prepared(prepared, recipe).as_dict()
     report, plan = {**prepared.report.as_dict(), "lengths": lengths}, start.plan_as_dict()
     write_run_files(run, start.resolved, report, plan, start.device)
@@ -306,7 +315,7 @@ def _take_up(
     return str(found.folder) if found else None
 
 
-def _evaluate(run: RunDir, model: Any, start: Prologue, ranks: Ranks) -> EvalResult:
+def _evaluate(run: RunDir, model: Any, start: PreparedRun, ranks: DistributedContext) -> EvalResult:
     label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
     result = evaluate(
         model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label

@@ -23,7 +23,7 @@ from lorakit.display.evaluation_view import evaluation_view
 from lorakit.display.inspection_view import example_view, inspection_view, render_example
 from lorakit.display.plan_view import plan_view
 from lorakit.display.rich_output import Displayed
-from lorakit.pipeline import Outcome, Prologue
+from lorakit.pipeline import PreparedRun, TrainResult
 from lorakit.planning.forecast import Forecast
 from lorakit.types import EvalResult, MemoryPlan
 
@@ -87,7 +87,7 @@ def _values(record: Any) -> dict[str, Any]:
 SHOWN_EXAMPLES = 3
 
 
-def show_prologue(start: Prologue, console: Console, as_json: bool) -> None:
+def show_prologue(start: PreparedRun, console: Console, as_json: bool) -> None:
     """The resolved recipe with origins, the data, the plan and rendered examples."""
     if as_json:
         value = {
@@ -130,7 +130,7 @@ def show_examples(tokenizer: Any, examples: Sequence[Any], console: Console) -> 
         console.print(render_example(tokenizer, example))
 
 
-def show_outcome(outcome: Outcome, console: Console, next_steps: bool) -> None:
+def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> None:
     """How it went, where everything lies, and what to type next."""
     run = outcome.run.path
     if outcome.exit_code:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorakit.console import quietly
+from lorakit.console import silence_libraries
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.results import Evaluation
@@ -18,7 +18,7 @@ from lorakit.storage.run_dir import RunDir, find_run, read_metrics
 from lorakit.types import EvalScore, Message, Sample
 
 if TYPE_CHECKING:
-    from lorakit.model.multi_adapter import Several
+    from lorakit.model.multi_adapter import MultiAdapterModel
 
 
 _SPOKEN = ("role", "content")
@@ -38,7 +38,7 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = RunDir(Path(path))
-        self._several: Several | None = None
+        self._several: MultiAdapterModel | None = None
 
     @property
     def path(self) -> Path:
@@ -93,7 +93,7 @@ class Run:
         from lorakit.inference.evaluate import evaluate_loaded
 
         loaded = self._model().loaded
-        with quietly(loaded.recipe.offline):
+        with silence_libraries(loaded.recipe.offline):
             found = evaluate_loaded(loaded, str(data) if data else None, samples, print)
         return Evaluation.of(found)
 
@@ -178,7 +178,7 @@ class Run:
 
         folder = find_run(self.path)
         self.close()
-        with quietly(self.recipe.offline):
+        with silence_libraries(self.recipe.offline):
             return export_run(
                 folder,
                 to,
@@ -238,13 +238,13 @@ class Run:
         chart = line_chart("Loss", loss_series(read_run(self.folder)))
         return chart.standalone(f"{self.path.name}: {self._state()}") if chart else None
 
-    def _model(self) -> Several:
+    def _model(self) -> MultiAdapterModel:
         if self._several is None:
-            from lorakit.model.multi_adapter import Several
+            from lorakit.model.multi_adapter import MultiAdapterModel
 
             found = find_run(self.path)
-            with quietly(self.recipe.offline):
-                self._several = Several.of(found)
+            with silence_libraries(self.recipe.offline):
+                self._several = MultiAdapterModel.of(found)
         return self._several
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.data import conversations
-from lorakit.data.conversations import gather
+from lorakit.data.conversations import read_conversations
 from lorakit.recipe.schema import Recipe
 
 ROWS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(5)]
@@ -19,7 +19,7 @@ def source(tmp_path):
 
 
 def load(path, **values):
-    return gather([str(path)], Recipe(model="demo", data=str(path), **values), [])
+    return read_conversations([str(path)], Recipe(model="demo", data=str(path), **values), [])
 
 
 def test_rows_in_are_rows_kept_and_rows_reported(source):
@@ -53,7 +53,7 @@ def test_each_source_has_its_own_numbers(source, tmp_path):
     third = tmp_path / "third.jsonl"
     third.write_text(source.read_text() + json.dumps({"question": "too"}) + "\n")
     names = [str(path) for path in (source, other, third)]
-    shelf, log = gather(names, Recipe(model="demo", data=names), [])
+    shelf, log = read_conversations(names, Recipe(model="demo", data=names), [])
     assert [(x["source"], x["format"], x["rows"], x["left_out"]) for x in shelf.meta["lines"]] == [
         ("rows.jsonl", "question/answer", 6, 1),
         ("others.jsonl", "alpaca", 1, 0),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lorakit.data.dedup import Signer, near_twins, report_duplicates, report_overlap
-from lorakit.data.issues import FaultLog
+from lorakit.data.issues import IssueLog
 from lorakit.types import Origin
 
 LONG = (
@@ -62,7 +62,7 @@ def test_batches_do_not_alter_signatures():
 
 
 def test_held_out_rows_that_are_like_one_another_overlap_with_nothing():
-    log = FaultLog()
+    log = IssueLog()
     near = LONG.replace("eight", "seven")
     trained = np.array([1], np.uint64), signed(OTHER)
     report_overlap(trained, (np.array([2, 3], np.uint64), signed(LONG, near)), at("v"), log)
@@ -72,7 +72,7 @@ def test_held_out_rows_that_are_like_one_another_overlap_with_nothing():
 
 
 def test_duplicates_and_overlap_are_counted_with_their_first_rows():
-    log = FaultLog()
+    log = IssueLog()
     near = LONG.replace("eight", "seven")
     signatures = signed(LONG, OTHER, LONG, near)
     marks = np.array([1, 2, 1, 3], np.uint64)

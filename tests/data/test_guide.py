@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.data.formats.row_formats import FORMATS, guess_format, to_conversation
-from lorakit.data.issues import FaultLog, check_turns
+from lorakit.data.issues import IssueLog, check_turns
 from lorakit.data.sources.readers import read_rows
 from lorakit.data.tokenize.encode import encode
 from lorakit.recipe.loader import load_recipe
@@ -29,7 +29,7 @@ def test_each_example_is_read_as_what_the_guide_says(tmp_path, kind, name, text)
     assert guess.name == name
     assert {str(key) for row in rows for key in row.values} <= set(guess.used)
     for row in rows:
-        item, log = to_conversation(row, guess, None), FaultLog()
+        item, log = to_conversation(row, guess, None), IssueLog()
         if isinstance(item, Conversation):
             assert check_turns(item, log) == item
         assert log.faults() == ()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorakit.data.inspection import inspect_prepared, pieces, runs
+from lorakit.data.inspection import inspect_prepared, runs, token_texts
 from lorakit.data.prepare import prepare
 from lorakit.data.tokenize.encode import encode
 from lorakit.recipe.schema import Recipe
@@ -27,7 +27,7 @@ def inspection(tokenizer, folder, rows=ROWS, count=3, **values):
 def test_pieces_hold_every_token_once_and_read_as_the_text(family, chat, name):
     tokenizer = family(name)
     for example in encode(tokenizer, chat("Привет 🙂, naïve?", "日本語 🤷🏽‍♀️ ok", system="S")):
-        parts = list(pieces(tokenizer, example))
+        parts = list(token_texts(tokenizer, example))
         assert [i for p in parts for i in p.ids] == example.input_ids
         assert sum(len(p.ids) for p in parts if p.trained) == example.trained_tokens
         text = "".join(p.text for p in parts)
@@ -40,7 +40,9 @@ def test_pieces_hold_every_token_once_and_read_as_the_text(family, chat, name):
 
 def test_runs_join_neighbors_that_are_alike(smollm, chat):
     (example,) = encode(smollm, chat("a?", "one", "b?", "two"))
-    found = [(on, "".join(p.text for p in run)) for on, run in runs(list(pieces(smollm, example)))]
+    found = [
+        (on, "".join(p.text for p in run)) for on, run in runs(list(token_texts(smollm, example)))
+    ]
     assert [text for on, text in found if on] == ["one<|im_end|>", "two<|im_end|>"]
     assert [on for on, _ in found] == [False, True, False, True]
 

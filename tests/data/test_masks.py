@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from lorakit.data.chat_template.select import resolve_template
-from lorakit.data.issues import FaultLog, RowFault, SpoilsRun
-from lorakit.data.tokenize.encode import Rules, encode, encode_many
+from lorakit.data.issues import FatalRowError, IssueLog, RowError
+from lorakit.data.tokenize.encode import EncodeConfig, encode, encode_many
 from lorakit.data.tokenize.example_checks import verify_example
 from lorakit.types import IGNORE, Conversation, Document, Example, Message, Origin
 
@@ -27,8 +27,8 @@ def marked(item, *turns):
 
 def encoded(tokenizer, item, train_on="responses", **rules):
     """(examples or fault, what was counted)."""
-    log = FaultLog()
-    ((_, made),) = encode_many(tokenizer, [item], Rules(train_on, **rules), log)
+    log = IssueLog()
+    ((_, made),) = encode_many(tokenizer, [item], EncodeConfig(train_on, **rules), log)
     return made, {(f.kind, f.action): f.count for f in log.faults()}
 
 
@@ -60,7 +60,7 @@ def test_each_call_of_a_turn_must_be_written(smollm):
     calls = [{"function": {"name": name, "arguments": {}}} for name in ("find", "open")]
     for made, missing in ((calls, "open"), (calls[::-1], "find")):
         turns = (Message("user", "a"), Message("assistant", "", {"tool_calls": made}))
-        with pytest.raises(RowFault, match=f"does not write the call of {missing}"):
+        with pytest.raises(RowError, match=f"does not write the call of {missing}"):
             encode(smollm, Conversation(turns, AT))
         encode(
             smollm, Conversation((turns[0], Message("assistant", "", {"tool_calls": made[:1]})), AT)
@@ -105,7 +105,7 @@ def test_each_example_of_a_chat_is_verified(smollm, chat):
     assert len(encode(tokenizer, item)) == 2
     again = "{% if messages | length > 2 %}{{ bos_token }}{% endif %}"
     tokenizer.chat_template = again + FORGETS
-    with pytest.raises(SpoilsRun, match=r"rows.jsonl:7: it begins with two BOS"):
+    with pytest.raises(FatalRowError, match=r"rows.jsonl:7: it begins with two BOS"):
         encode(tokenizer, item)
 
 
@@ -114,7 +114,7 @@ def test_too_long_error_stops_at_any_answer_of_a_chat(family, chat):
     thoughts = ("<think>\nhm\n</think>\n\none", "<think>\nso\n</think>\n\n" + "two " * 60)
     for answers in (thoughts, thoughts[::-1]):
         item = chat("a?", answers[0], "b?", answers[1])
-        with pytest.raises(SpoilsRun, match=r"rows.jsonl:7: too long: \d+ tokens"):
+        with pytest.raises(FatalRowError, match=r"rows.jsonl:7: too long: \d+ tokens"):
             encode(tokenizer, item, cutoff_len=60, too_long="error")
 
 
@@ -165,5 +165,5 @@ def test_no_answer_may_lose_its_end_of_turn(smollm, chat, number):
     place = [i for i, label in enumerate(good.labels) if label == end][number]
     labels = [IGNORE if i == place else label for i, label in enumerate(good.labels)]
     word = ("one", "two", "three")[number]
-    with pytest.raises(SpoilsRun, match=f"rows.jsonl:7: a trained part ends with '{word}'"):
+    with pytest.raises(FatalRowError, match=f"rows.jsonl:7: a trained part ends with '{word}'"):
         verify_example(smollm, Example(good.input_ids, labels, AT))

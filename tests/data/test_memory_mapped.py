@@ -5,16 +5,16 @@ import pytest
 
 from lorakit.data import dataset
 from lorakit.data.dataset import (
+    ConversationDataset,
     Examples,
-    ExampleShelf,
     Items,
-    ItemShelf,
+    TokenizedDataset,
     content_of,
     lengths_of,
     write_examples,
     write_items,
 )
-from lorakit.data.issues import FaultLog, fingerprint
+from lorakit.data.issues import IssueLog, content_hash
 from lorakit.types import IGNORE, Conversation, Document, Example, Message, Origin
 
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "ü"}}}]}
@@ -35,14 +35,14 @@ ITEMS = [TALK, Document("Some\ntext", Origin("b:c.txt", 1)), TALK]
 @pytest.fixture
 def shelf(tmp_path):
     write_items(tmp_path, [(item, i) for i, item in enumerate(ITEMS)], {"lines": [1]})
-    return ItemShelf(tmp_path, "key")
+    return ConversationDataset(tmp_path, "key")
 
 
 def test_items_come_back_whole(shelf):
     assert list(shelf) == shelf[:] == ITEMS
     assert shelf[-2] == ITEMS[1]
     assert shelf.sources.tolist() == [0, 1, 2]
-    assert shelf.marks.tolist() == [fingerprint(item) for item in ITEMS]
+    assert shelf.marks.tolist() == [content_hash(item) for item in ITEMS]
     assert shelf.signatures.shape == (3, 64)
     assert (shelf.meta["lines"], shelf.thinking, str(shelf.origin(1))) == ([1], True, "b:c.txt:1")
     with pytest.raises(IndexError):
@@ -53,13 +53,13 @@ def test_items_come_back_whole(shelf):
 
 def test_an_empty_shelf_is_a_shelf(tmp_path):
     write_items(tmp_path, [], {})
-    assert list(ItemShelf(tmp_path, None)) == []
+    assert list(ConversationDataset(tmp_path, None)) == []
 
 
 def example_shelf(folder, items, *examples):
     folder.mkdir()
-    write_examples(folder, [(0, examples)], FaultLog())
-    return ExampleShelf(folder, items)
+    write_examples(folder, [(0, examples)], IssueLog())
+    return TokenizedDataset(folder, items)
 
 
 def test_the_digest_follows_ids_masks_borders_and_order(shelf, tmp_path):
@@ -91,10 +91,10 @@ def test_examples_come_back_whole_and_in_the_order_asked_for(shelf, tmp_path, mo
         (2, [Example([1, 2], [IGNORE, 2], TALK.origin), Example([70000], [IGNORE], TALK.origin)]),
     ]
     (tmp_path / "examples").mkdir()
-    log = FaultLog()
+    log = IssueLog()
     log.add("too long", TALK.origin, "left out")
     write_examples(tmp_path / "examples", made, log)
-    back = ExampleShelf(tmp_path / "examples", shelf)
+    back = TokenizedDataset(tmp_path / "examples", shelf)
     flat = [example for _, examples in made for example in examples]
     assert [back.example(i) for i in range(3)] == flat
     assert back.faults.faults() == log.faults()

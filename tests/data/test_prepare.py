@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorakit.data import prepare as module
 from lorakit.data.dataset import read_validation, write_validation
-from lorakit.data.issues import SpoilsRun
+from lorakit.data.issues import FatalRowError
 from lorakit.data.prepare import prepare
 from lorakit.errors import DataError, LorakitError
 from lorakit.recipe.schema import Recipe
@@ -206,7 +206,7 @@ def test_one_spoiled_row_stops_a_run_and_is_named_by_inspect(family, tmp_path, c
     path = write(tmp_path, rows)
     assert prepare(recipe(path, **values | {"cutoff_len": 99}), tokenizer).report.faults == ()
     sabotage(tokenizer)
-    with pytest.raises(SpoilsRun, match=rf"^rows.jsonl:4: .*{message}"):
+    with pytest.raises(FatalRowError, match=rf"^rows.jsonl:4: .*{message}"):
         prepare(recipe(path, **values), tokenizer)
     report = prepare(recipe(path, **values), tokenizer, inspecting=True).report
     assert [(f.count, f.first_rows, f.spoils) for f in report.faults] == [

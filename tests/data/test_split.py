@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.issues import fingerprint
+from lorakit.data.issues import content_hash
 from lorakit.data.split import shuffled
 from lorakit.data.split import split as held_rows
 from lorakit.errors import DataError
@@ -17,7 +17,7 @@ ROWS = [f"row {i}" for i in range(100)]
 
 
 def split(rows, held_out, seed):
-    marks = np.array([fingerprint(Document(row, Origin("x", 1))) for row in rows], np.uint64)
+    marks = np.array([content_hash(Document(row, Origin("x", 1))) for row in rows], np.uint64)
     out = held_rows(marks, held_out, seed)
     return tuple([r for r, h in zip(rows, out, strict=True) if h == side] for side in (False, True))
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from lorakit.data.inspection import inspect_prepared, measure, pieces
+from lorakit.data.inspection import inspect_prepared, measure, token_texts
 from lorakit.data.prepare import prepare
 from lorakit.data.tokenize.encode import encode
 from lorakit.display.inspection_view import (
@@ -125,7 +125,7 @@ def test_without_color_the_brackets_and_bars_stay(inspected, monkeypatch):
 
 def test_the_middle_of_a_long_run_is_left_out_and_counted(smollm, chat):
     (example,) = encode(smollm, chat("a?", " ".join(map(str, range(400)))))
-    parts = list(pieces(smollm, example))
+    parts = list(token_texts(smollm, example))
     text = token_text(parts, 100).plain
     kept = re.search(r"⟦0 1 2 .* \[… (\d+) tokens …\] .* 399<\|im_end\|>⟧$", text, re.DOTALL)
     assert kept

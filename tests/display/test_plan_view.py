@@ -11,15 +11,15 @@ from rich.console import Console
 from lorakit.display.plan_view import plan_view
 from lorakit.display.rich_output import as_html, as_text
 from lorakit.planning.forecast import forecast
-from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.recipe.schema import Recipe
 
 
 def screen(width, name, card, gpus=None, nodes=None, **values):
     asked = Recipe(**{"model": name, "data": "d", "target_modules": "all-linear", **values})
-    device = several(card_device(CARDS[card], None, "auto"), gpus, nodes, None)
-    found = forecast(asked, shape_config(name), device, CARDS[card])
+    device = with_gpu_count(card_device(GPUS[card], None, "auto"), gpus, nodes, None)
+    found = forecast(asked, shape_config(name), device, GPUS[card])
     console = Console(file=io.StringIO(), width=width)
     console.print(plan_view(found))
     return found, console.file.getvalue()

@@ -9,7 +9,13 @@ import pytest
 
 from lorakit.distributed import process_group
 from lorakit.distributed.heartbeat import Beat
-from lorakit.distributed.process_group import ALONE, Ranks, joined, shared_device, take_own_card
+from lorakit.distributed.process_group import (
+    SINGLE_PROCESS,
+    DistributedContext,
+    init_distributed,
+    set_cuda_device_from_local_rank,
+    shared_device,
+)
 from lorakit.errors import WorkError
 from lorakit.types import Device
 
@@ -18,7 +24,7 @@ H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", "sdpa", {"kind": "card"})
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in (*process_group.OF_TORCHRUN, process_group._TAKEN, "CUDA_VISIBLE_DEVICES"):
+    for name in (*process_group.TORCHRUN_ENV_VARS, process_group._OWN_ENV, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
     def put(**values):
@@ -29,12 +35,12 @@ def environment(monkeypatch):
 
 
 def test_a_process_by_itself_is_alone(environment):
-    with joined() as ranks:
-        assert ranks is ALONE
-    assert ALONE.first
-    assert ALONE.told(lambda: 7) == 7
-    assert ALONE.gather("x") == ["x"]
-    assert shared_device(H100, ALONE) is H100
+    with init_distributed() as ranks:
+        assert ranks is SINGLE_PROCESS
+    assert SINGLE_PROCESS.first
+    assert SINGLE_PROCESS.told(lambda: 7) == 7
+    assert SINGLE_PROCESS.gather("x") == ["x"]
+    assert shared_device(H100, SINGLE_PROCESS) is H100
 
 
 @pytest.mark.parametrize(
@@ -45,21 +51,21 @@ def test_each_rank_sees_its_own_card(environment, shown, local, then):
     environment(LOCAL_RANK=local, LOCAL_WORLD_SIZE="2")
     if shown is not None:
         environment(CUDA_VISIBLE_DEVICES=shown)
-    take_own_card()
-    take_own_card()  # a second call changes nothing
+    set_cuda_device_from_local_rank()
+    set_cuda_device_from_local_rank()  # a second call changes nothing
     assert os.environ["CUDA_VISIBLE_DEVICES"] == then
 
 
 def test_one_process_of_torchrun_is_alone_for_the_libraries_too(environment):
     environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    with joined() as ranks:
-        assert ranks is ALONE
+    with init_distributed() as ranks:
+        assert ranks is SINGLE_PROCESS
         assert "LOCAL_RANK" not in os.environ
     assert os.environ["LOCAL_RANK"] == "0"
 
 
 def test_one_process_keeps_the_cards_it_sees(environment):
-    take_own_card()
+    set_cuda_device_from_local_rank()
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
@@ -70,7 +76,7 @@ def test_a_rank_without_a_card_among_others_with_one_is_named():
     process_group._same_kind(beats[:1])
 
 
-class Gathered(Ranks):
+class Gathered(DistributedContext):
     def __init__(self, found):
         super().__init__(0, len(found), len(found))
         self.found = found

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from lorakit.doctor.checks import GIB, examine
-from lorakit.doctor.system_info import Driver, Facts
+from lorakit.doctor.system_info import Driver, SystemInfo
 
 T4 = Driver("580.65", "13.0", (("Tesla T4", 15360, 3),))
-WELL = Facts(
+WELL = SystemInfo(
     python=(3, 12, 3),
     system="linux",
     driver=T4,

@@ -23,7 +23,7 @@ def path(tmp_path, monkeypatch):
 
 def test_a_torch_that_cannot_be_imported_is_a_finding(path):
     fake(path, "torch", "raise OSError('libcudart.so.12: cannot open shared object file')")
-    found = system_info.probe()
+    found = system_info.run_import_probe()
     assert found["torch"] == {"error": "OSError: libcudart.so.12: cannot open shared object file"}
     assert "error" in found["bitsandbytes"]
 
@@ -36,7 +36,7 @@ def test_a_crash_and_a_hang_are_told_and_what_came_before_is_kept(path, monkeypa
         "class cuda:\n    is_available = staticmethod(lambda: False)\n",
     )
     fake(path, "bitsandbytes", "import os; os.abort()")
-    found = system_info.probe()
+    found = system_info.run_import_probe()
     assert found["torch"]["version"] == "1"
     assert found["bitsandbytes"] == {"error": "the import crashes (signal 6)"}
     reached = path / "reached"
@@ -44,7 +44,7 @@ def test_a_crash_and_a_hang_are_told_and_what_came_before_is_kept(path, monkeypa
         f"import pathlib, time; pathlib.Path({str(reached)!r}).touch(); time.sleep(3600)"
     )
     monkeypatch.setattr(system_info.subprocess, "run", until(reached))
-    found = system_info.probe()
+    found = system_info.run_import_probe()
     assert found["torch"]["version"] == "1"
     assert found["bitsandbytes"] == {"error": "the import hangs (no answer in 180 s)"}
 

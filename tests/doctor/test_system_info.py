@@ -11,8 +11,8 @@ from lorakit.doctor.system_info import (
     Driver,
     ask_hub,
     cache_folder,
+    installed_versions,
     read_driver,
-    versions,
     writable,
 )
 
@@ -106,11 +106,11 @@ def test_gated_models_tell_login_from_access(monkeypatch):
 
 def test_everything_is_gathered(monkeypatch):
     told = {name: {"version": "1"} for name in ("torch", "bitsandbytes", "triton")}
-    monkeypatch.setattr(system_info, "probe", lambda: told)
-    found = system_info.gather()
+    monkeypatch.setattr(system_info, "run_import_probe", lambda: told)
+    found = system_info.collect_system_info()
     assert found.python == sys.version_info[:3]
     assert found.torch == {"version": "1"}
     assert 0 < found.free_ram_bytes <= found.ram_bytes
     assert found.free_disk["here"] > 0
-    assert versions()["torch"] == found.packages["torch"]
+    assert installed_versions()["torch"] == found.packages["torch"]
     assert found.hub == "not asked"

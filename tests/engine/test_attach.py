@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.engine.attach import attach_engine
-from lorakit.engine.decoder_layer import Keep
+from lorakit.engine.decoder_layer import SavedActivations
 from lorakit.train.loss import attach_loss, detach_loss
 
 from .engine_models import (
@@ -36,7 +36,7 @@ def test_hidden_states_and_every_gradient_equal_the_models_own(family):
     expected = hidden_and_grads(model, own(model, tokens))
     engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert "3 fused layers" in path
-    for keep in Keep:
+    for keep in SavedActivations:
         engine.keep([keep] * 3)
         assert_layers_equal(model, expected, lambda: engine({"input_ids": tokens}, None))
 
@@ -74,7 +74,7 @@ def test_biases_of_every_projection_are_served():
     expected, grads = hidden_and_grads(model, own(model, tokens))
     engine, path = attach_engine(model.get_base_model(), torch.device("cpu"))
     assert engine is not None, path
-    for keep in Keep:
+    for keep in SavedActivations:
         engine.keep([keep] * 3)
         found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -186,7 +186,7 @@ def test_packed_documents_do_not_see_one_another(family):
     assert worst(ours, grads) < 1e-5
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUT])
+@pytest.mark.parametrize("keep", [SavedActivations.ALL, SavedActivations.INPUT])
 def test_dropout_is_peft_dropout_with_masks_from_keys(keep):
     """PEFT's own layers, their dropout replaced by the masks of the same keys, give the same."""
     from lorakit.ops.dropout_mask import draw_keys, keep_mask
@@ -317,7 +317,7 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give(inner):
     expected, grads = hidden_and_grads(model, own(model, tokens))
     engine, path = attach_engine(base, torch.device("cpu"))
     assert engine is not None, path
-    for keep in Keep:
+    for keep in SavedActivations:
         engine.keep([keep] * 2)
         found, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -339,7 +339,7 @@ def test_bf16_gradients_on_a_card_are_as_near_the_truth_as_the_models_own(family
         _, peft = hidden_and_grads(model, own(model, tokens))
     engine, path = attach_engine(model.get_base_model(), torch.device("cuda"))
     assert "Triton kernels" in path
-    for keep in Keep:
+    for keep in SavedActivations:
         engine.keep([keep] * 3)
         _, ours = hidden_and_grads(model, lambda: engine({"input_ids": tokens}, None))
         for name, truth in exact.items():

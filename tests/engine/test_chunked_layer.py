@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorakit.engine.attach import attach_engine
-from lorakit.engine.chunked_layer import Cut, Work, backward, forward
+from lorakit.engine.chunked_layer import ChunkSize, LayerTask, backward, forward
 from lorakit.engine.decoder_layer import Weights
 from lorakit.engine.lora_linear import in_flat_order, point_sinks, refresh
 from lorakit.ops.dropout_mask import keep_mask
@@ -25,7 +25,7 @@ def start(batch=1, **lora):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("cut", [Cut(7, 1), Cut(30, 2), Cut(4096, 1)])
+@pytest.mark.parametrize("cut", [ChunkSize(7, 1), ChunkSize(30, 2), ChunkSize(4096, 1)])
 def test_output_and_gradients_are_those_of_the_layer_under_autograd(cut, batch):
     engine, hidden, call = start(batch, lora_dropout=0.3)
     layer = engine.layers[1]
@@ -42,7 +42,7 @@ def test_output_and_gradients_are_those_of_the_layer_under_autograd(cut, batch):
     point_sinks(layer.groups, flat)
     with torch.no_grad():
         rows = hidden.view(-1, hidden.shape[-1])
-        work = Work(layer, call, batch, Weights(layer), cut)
+        work = LayerTask(layer, call, batch, Weights(layer), cut)
         torch.testing.assert_close(forward(work, rows), out.view_as(rows), rtol=1e-5, atol=1e-5)
         d = dout.view_as(rows).clone()
         backward(work, rows, d, wants_dx=True)
@@ -59,7 +59,7 @@ def test_a_chunks_mask_is_its_rows_of_the_whole_mask(first):
     engine, _, call = start(lora_dropout=0.4)
     layer = engine.layers[0]
     call.keys[0, layer.key_rows[0], 0] = first
-    work = Work(layer, call, 1, Weights(layer), Cut(7, 1))
+    work = LayerTask(layer, call, 1, Weights(layer), ChunkSize(7, 1))
     whole = layer.dropout(layer.qkv, call)
     part = work.drop(layer.qkv, slice(11, 17))
     for old, new in zip(whole.keys, part.keys, strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.model.engine_models import examples, tiny
+from tests.engine.engine_models import examples, tiny
 
 from lorakit.data.batching import collate, pack
 from lorakit.engine.cuda_graphs import GraphedMicroSteps, first_tokens, shape_key, to_bucket
@@ -36,12 +36,12 @@ def test_first_tokens_are_one_document():
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kept", [0, 3])
 def test_graphs_give_the_gradients_of_eager_runs(kept, dropout):
-    from lorakit.engine.decoder_layer import Keep
+    from lorakit.engine.decoder_layer import SavedActivations
 
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = tiny("llama", torch.bfloat16, "cuda", base_changes=wide, lora_dropout=dropout)
     attached = attach_loss(model, "auto")
-    attached.engine.keep([Keep(kept)] * 3)
+    attached.engine.keep([SavedActivations(kept)] * 3)
     batches = [
         pack(examples([200, 90, 33])), collate(examples([128, 128]), 0), pack(examples([190, 99])),
     ]  # fmt: skip

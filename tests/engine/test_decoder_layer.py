@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorakit.engine.attach import attach_engine
-from lorakit.engine.decoder_layer import Arena, Keep
+from lorakit.engine.decoder_layer import ActivationBuffers, SavedActivations
 
 from .engine_models import tiny
 
@@ -12,16 +12,16 @@ from .engine_models import tiny
 @pytest.mark.parametrize(
     ("level", "kinds"),
     [
-        (Keep.ALL, {"out", "mid", "qkv", "gate_up"}),
-        (Keep.NO_GATE_UP, {"out", "mid", "qkv"}),
-        (Keep.MIDDLE, {"out", "mid"}),
-        (Keep.INPUT, {"out"}),
+        (SavedActivations.ALL, {"out", "mid", "qkv", "gate_up"}),
+        (SavedActivations.NO_GATE_UP, {"out", "mid", "qkv"}),
+        (SavedActivations.MIDDLE, {"out", "mid"}),
+        (SavedActivations.INPUT, {"out"}),
     ],
 )
 def test_the_arena_has_room_for_what_the_level_keeps(level, kinds):
     engine, _ = attach_engine(tiny().get_base_model(), torch.device("cpu"))
     engine.keep([level] * 3)
-    arena = Arena(engine.layers, 5, 64, torch.zeros(1))
+    arena = ActivationBuffers(engine.layers, 5, 64, torch.zeros(1))
     assert {name for name, _ in arena.places} == kinds
     assert len(arena.places) == 3 * len(kinds)
     place = arena.take("out", 1)
@@ -34,7 +34,7 @@ def test_more_kept_means_less_recomputed_and_the_same_bits():
     engine, _ = attach_engine(model.get_base_model(), torch.device("cpu"))
     tokens = torch.arange(2, 30).view(2, 14)
     found = []
-    for level in Keep:
+    for level in SavedActivations:
         engine.keep([level] * 3)
         torch.manual_seed(5)
         model.zero_grad()

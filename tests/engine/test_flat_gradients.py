@@ -1,7 +1,7 @@
 """One buffer holds every gradient: the groups' sinks and the parameters' .grad are its parts."""
 
 import torch
-from tests.model.engine_models import tiny
+from tests.engine.engine_models import tiny
 
 from lorakit.engine.attach import attach_engine
 from lorakit.engine.lora_linear import FlatGradients

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.engine.host_memory import PageLocked, Slots
+from lorakit.engine.host_memory import DoubleBuffer, PageLocked
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
@@ -17,7 +17,7 @@ def rooms(device, count=5, size=64):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_up_and_down_every_layer_is_the_right_one(device):
-    slots = Slots(rooms(device), torch.device(device))
+    slots = DoubleBuffer(rooms(device), torch.device(device))
     order = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 3]
     for at, number in enumerate(order):
         found, _ = slots.acquire(number)
@@ -27,7 +27,7 @@ def test_up_and_down_every_layer_is_the_right_one(device):
 
 
 def test_a_prefetch_leaves_the_one_in_use_alone_and_names_whom_it_displaces():
-    slots = Slots(rooms("cpu"), torch.device("cpu"))
+    slots = DoubleBuffer(rooms("cpu"), torch.device("cpu"))
     _, displaced = slots.acquire(0)
     assert displaced is None
     assert slots.prefetch(1) is None
@@ -40,7 +40,7 @@ def test_a_prefetch_leaves_the_one_in_use_alone_and_names_whom_it_displaces():
 
 def test_what_was_written_in_the_room_is_copied_anew_once_forgotten():
     made = rooms("cpu")
-    slots = Slots(made, torch.device("cpu"))
+    slots = DoubleBuffer(made, torch.device("cpu"))
     slots.acquire(0)
     made[0].bytes.fill_(99)
     assert set(slots.acquire(0)[0].tolist()) == {1}

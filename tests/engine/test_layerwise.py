@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tests.model.engine_models import FAMILIES, TARGETS, examples, tiny, worst
+from tests.engine.engine_models import FAMILIES, TARGETS, examples, tiny, worst
 
 from lorakit.data.batching import collate, pack
-from lorakit.engine.chunked_layer import Cut
+from lorakit.engine.chunked_layer import ChunkSize
 from lorakit.engine.layerwise import LayerMajor
 from lorakit.train.loss import attach_loss
 from lorakit.types import Placement
 
 CPU = torch.device("cpu")
-WHOLE = Cut(10_000, 8)
+WHOLE = ChunkSize(10_000, 8)
 
 
 def micros(packed=True):
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_the_models_own_layers(family):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("cut", [Cut(16, 2), Cut(10_000, 1), Cut(9, 1)])
+@pytest.mark.parametrize("cut", [ChunkSize(16, 2), ChunkSize(10_000, 1), ChunkSize(9, 1)])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_chunks_of_tokens_and_groups_of_heads_change_nothing(family, cut, packed):
     """With dropout: a chunk's masks are those of the whole, drawn from the same keys."""
@@ -81,14 +81,14 @@ def test_chunks_of_tokens_and_groups_of_heads_change_nothing(family, cut, packed
 )
 def test_gradients_are_the_same_wherever_things_lie(where):
     expected = micro_by_micro(tiny(lora_dropout=0.2), micros(), engine="on")
-    found = layer_by_layer(tiny(lora_dropout=0.2), micros(), Cut(32, 1), **where)
+    found = layer_by_layer(tiny(lora_dropout=0.2), micros(), ChunkSize(32, 1), **where)
     assert_same(found, expected)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], TARGETS[:4]])
 def test_layers_without_some_adapters(targets):
     expected = micro_by_micro(tiny(target_modules=targets), micros())
-    assert_same(layer_by_layer(tiny(target_modules=targets), micros(), Cut(16, 1)), expected)
+    assert_same(layer_by_layer(tiny(target_modules=targets), micros(), ChunkSize(16, 1)), expected)
 
 
 def test_steps_on_host_adapters_follow_the_optimizer():
@@ -137,7 +137,7 @@ def test_a_checkpoint_loaded_beside_the_host_copy_is_taken_in():
 @pytest.mark.parametrize(
     "where", [{}, {"base_on_host": True, "adapters_on_host": True, "embedding_on_host": True}]
 )
-@pytest.mark.parametrize("cut", [WHOLE, Cut(64, 1)])
+@pytest.mark.parametrize("cut", [WHOLE, ChunkSize(64, 1)])
 def test_on_a_card_the_gradients_are_near_those_in_float32(where, cut):
     """bfloat16 on the card against float32 micro by micro there; PEFT's bfloat16 is the measure."""
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}

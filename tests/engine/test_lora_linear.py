@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.engine.lora_linear import Dropout, LoraGroup, Unsupported, refresh
+from lorakit.engine.lora_linear import Dropout, FusedLoraLinear, Unsupported, refresh
 
 from .engine_models import tiny
 
@@ -14,7 +14,7 @@ def group_of(**lora):
     model = tiny("qwen2", **lora)  # q, k and v with biases
     attention = model.get_base_model().model.layers[0].self_attn
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    group = LoraGroup("qkv", modules, {})
+    group = FusedLoraLinear("qkv", modules, {})
     group.merge()
     refresh([group], training=True)
     return group, modules
@@ -81,7 +81,7 @@ def test_copies_of_a_carry_scale_and_dropout():
 def test_the_full_output_has_residual_bias_and_adapter(targets):
     model = tiny(base_changes={"attention_bias": True}, target_modules=targets)
     module = model.get_base_model().model.layers[0].self_attn.o_proj
-    group = LoraGroup("o", [module], {})
+    group = FusedLoraLinear("o", [module], {})
     group.merge()
     refresh([group], training=True)
     with torch.no_grad():
@@ -103,4 +103,4 @@ def test_trained_base_weights_are_refused():
     attention = model.get_base_model().model.layers[0].self_attn
     attention.q_proj.base_layer.weight.requires_grad_(True)
     with pytest.raises(Unsupported, match="base weights train"):
-        LoraGroup("qkv", [attention.q_proj], {})
+        FusedLoraLinear("qkv", [attention.q_proj], {})

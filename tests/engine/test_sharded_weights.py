@@ -7,14 +7,14 @@ import textwrap
 
 import torch
 
-from lorakit.engine.weight_streaming import nowhere
+from lorakit.engine.weight_streaming import nan_placeholder
 
 
 def test_what_reads_a_weight_that_no_rank_holds_gets_nan():
-    weight = nowhere(torch.ones(3, 4, dtype=torch.bfloat16))
+    weight = nan_placeholder(torch.ones(3, 4, dtype=torch.bfloat16))
     assert weight.shape == (3, 4)
     assert weight.isnan().all()
-    packed = nowhere(torch.ones(8, 1, dtype=torch.uint8))
+    packed = nan_placeholder(torch.ones(8, 1, dtype=torch.uint8))
     assert packed.shape == (8, 1)
     assert packed.dtype == torch.uint8
 

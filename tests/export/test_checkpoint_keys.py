@@ -12,7 +12,7 @@ from lorakit.errors import ModelError, WorkError
 from lorakit.export import checkpoint_keys
 from lorakit.export.adapter import export_adapter
 from lorakit.export.checkpoint_keys import (
-    check_folder,
+    check_checkpoint_keys,
     check_predictions,
     declared_class,
     folder_keys,
@@ -94,7 +94,7 @@ def test_the_merged_folder_of_such_a_run_misses_what_the_class_has(wrapped, tmp_
     keys = folder_keys(tmp_path, trained_class(source.config))
     assert (keys.missing, keys.unexpected) == ((), ())
     with pytest.raises(WorkError, match="does not fit Qwen3_5ForConditionalGeneration: 0 of") as e:
-        check_folder(tmp_path, trained_class(source.config), declared_class(source.config))
+        check_checkpoint_keys(tmp_path, trained_class(source.config), declared_class(source.config))
     assert "model.language_model.layers.0" in str(
         folder_keys(tmp_path, declared_class(source.config)).missing
     )
@@ -105,7 +105,7 @@ def test_the_merged_folder_of_such_a_run_misses_what_the_class_has(wrapped, tmp_
 def test_one_tensor_too_few_or_too_many_is_enough(variant_run, tmp_path, change):
     source = open_source(variant_run("rslora"))
     shutil.copytree(source.folder, tmp_path / "m")
-    check_folder(tmp_path / "m", trained_class(source.config), None)
+    check_checkpoint_keys(tmp_path / "m", trained_class(source.config), None)
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     value = tensors[name] if change == "more" else tensors.pop(name)
@@ -114,7 +114,7 @@ def test_one_tensor_too_few_or_too_many_is_enough(variant_run, tmp_path, change)
     save_file(tensors, tmp_path / "m" / "model.safetensors")
     named = name if change == "lost" else "model.layers.1.mlp.other.weight"
     with pytest.raises(WorkError, match=f"does not fit LlamaForCausalLM: .*first: {named}"):
-        check_folder(tmp_path / "m", trained_class(source.config))
+        check_checkpoint_keys(tmp_path / "m", trained_class(source.config))
 
 
 @pytest.fixture

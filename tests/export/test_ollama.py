@@ -8,7 +8,7 @@ from lorakit.export.ollama import (
     go_template,
     modelfile,
     parity,
-    put_together,
+    render_frame,
 )
 from lorakit.export.tuned_run import open_source
 
@@ -49,7 +49,7 @@ def test_a_go_engine_renders_it_as_jinja_does(source):
     turns.append({"Role": "user", "Content": "c"})
     made = gotpl.render(go_template(frame), {"System": frame.default_system, "Messages": turns})
     asked = [{"role": t["Role"], "content": t["Content"]} for t in turns]
-    assert made == put_together(frame, asked)
+    assert made == render_frame(frame, asked)
 
 
 @pytest.mark.parametrize("template", [LLAMA3, REWRITES])

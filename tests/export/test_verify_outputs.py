@@ -12,7 +12,7 @@ from lorakit.export.hf_files import write_tokenizer
 from lorakit.export.tuned_run import float32_model, open_source
 from lorakit.export.verify_outputs import (
     _until_stop,
-    check_tokenizer,
+    check_exported_tokenizer,
     make_reference,
     predictions,
     record,
@@ -73,11 +73,11 @@ def test_other_tokens_of_the_same_text_are_shown_as_tokens(tokenizer):
 def test_a_tokenizer_that_reads_otherwise_is_refused(variant_run, tmp_path):
     source = open_source(variant_run("rslora"))
     write_tokenizer(source, tmp_path)
-    check_tokenizer(source, tmp_path)
+    check_exported_tokenizer(source, tmp_path)
     for path in (tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"):
         path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>bot"))
     with pytest.raises(WorkError, match=r"reads .* otherwise than in training.*bot"):
-        check_tokenizer(source, tmp_path)
+        check_exported_tokenizer(source, tmp_path)
 
 
 def test_an_adapter_that_changes_nothing_is_an_error(variant_run, tmp_path, monkeypatch):

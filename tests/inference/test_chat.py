@@ -16,7 +16,7 @@ from tests.made_runs import WORDS, answer
 from lorakit.data.prepare import prepare
 from lorakit.inference.chat import ChatSession, run
 from lorakit.inference.generate import GenerationSettings
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.recipe.schema import Recipe
 
 SETTINGS = GenerationSettings(max_new_tokens=6, temperature=0.0)
@@ -29,7 +29,7 @@ ASK = "What color is box 3?"
 
 @pytest.fixture(scope="module")
 def loaded(speaker):
-    return Several.of(speaker("fruit"))
+    return MultiAdapterModel.of(speaker("fruit"))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_unknown_commands_suggest_and_help_lists(session):
 
 
 def test_adapters_are_listed_loaded_and_switched(speaker):
-    session = ChatSession(Several.of(speaker("fruit")), None, SETTINGS)
+    session = ChatSession(MultiAdapterModel.of(speaker("fruit")), None, SETTINGS)
     assert say(session, "/adapter") == "fruit (active)"
     first = say(session, ASK)
     other = speaker("animal", method="qlora")

@@ -5,8 +5,8 @@ import math
 
 import pytest
 from peft.tuners.lora import LoraLayer
+from tests.engine.engine_models import tiny
 from tests.made_runs import answer
-from tests.model.engine_models import tiny
 
 from lorakit.errors import DataError
 from lorakit.inference import evaluate as module

@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import ModelError
-from lorakit.model.base_fingerprint import base_folder, check_base, fingerprint, remember_base
+from lorakit.model.base_fingerprint import (
+    base_folder,
+    check_base,
+    remember_base,
+    weights_fingerprint,
+)
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
 
@@ -16,7 +21,7 @@ def weights(folder, value):
     tensor = torch.zeros(1000, 1000)
     tensor[500, 500:] = value
     save_file({"w": tensor}, folder / "model.safetensors")
-    return fingerprint(folder)
+    return weights_fingerprint(folder)
 
 
 def test_the_same_weights_have_the_same_record(tmp_path):
@@ -28,7 +33,7 @@ def test_one_bit_is_enough(tmp_path):
     raw = bytearray((tmp_path / "model.safetensors").read_bytes())
     raw[2_345_678] ^= 1
     (tmp_path / "model.safetensors").write_bytes(raw)
-    assert fingerprint(tmp_path) != before
+    assert weights_fingerprint(tmp_path) != before
 
 
 def test_trained_weights_have_another_even_sampled(tmp_path, monkeypatch):
@@ -36,9 +41,9 @@ def test_trained_weights_have_another_even_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr("lorakit.model.base_fingerprint.WHOLE_BYTES", 1000)
     before = weights(tmp_path, 1.0)
     save_file({"w": torch.full((1000, 1000), 1e-3)}, tmp_path / "model.safetensors")
-    assert fingerprint(tmp_path) != before
+    assert weights_fingerprint(tmp_path) != before
     save_file({"v": torch.zeros(1000, 1000)}, tmp_path / "model.safetensors")
-    assert fingerprint(tmp_path) != before
+    assert weights_fingerprint(tmp_path) != before
 
 
 def test_a_run_remembers_its_base_without_its_path(tmp_path):

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from lorakit.model.gguf_to_hf import _halves, convert
+from lorakit.model.gguf_to_hf import _halves, convert_gguf
 
 
 def test_rotary_pairs_become_two_halves():
@@ -68,5 +68,5 @@ def test_another_kind_of_gguf_is_refused_and_leaves_nothing(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(ValueError, match=r"not SmolLM2.*qwen3"):
-        convert(path, tmp_path / "out")
+        convert_gguf(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

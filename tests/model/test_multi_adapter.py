@@ -7,7 +7,7 @@ import torch
 
 from lorakit.errors import ModelError, RunError
 from lorakit.model.load import load_run
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.storage.run_dir import RunDir
 
 IDS = torch.tensor([[1, 4093, 198, 50, 60]])
@@ -24,7 +24,7 @@ def runs(speaker):
 
 
 def test_each_adapter_predicts_as_it_would_alone(runs):
-    several = Several.of(runs[0], (runs[1],))
+    several = MultiAdapterModel.of(runs[0], (runs[1],))
     for run in (runs[1], runs[0], runs[1]):
         several.switch(run.path.name)
         assert torch.equal(logits(several.model), logits(load_run(run).model))
@@ -35,7 +35,7 @@ def test_switching_moves_no_weight_and_reads_no_file(runs, tmp_path):
     for run in runs:
         shutil.copytree(run.path, tmp_path / run.path.name)
     copies = [RunDir(tmp_path / run.path.name) for run in runs]
-    several = Several.of(copies[0], (copies[1],))
+    several = MultiAdapterModel.of(copies[0], (copies[1],))
     seen = {}
     for name in list(several.tuned):
         several.switch(name)
@@ -54,7 +54,7 @@ def test_an_adapter_replaced_on_the_disk_goes_on_as_it_was(runs, tmp_path):
     """A run trained anew, deleted or torn while it is served."""
     run = RunDir(tmp_path / "served")
     shutil.copytree(runs[0].path, run.path)
-    several = Several.of(run)
+    several = MultiAdapterModel.of(run)
     before = logits(several.model)
     weights = run.adapter / "adapter_model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))  # the very file, not a new one of its name
@@ -64,7 +64,7 @@ def test_an_adapter_replaced_on_the_disk_goes_on_as_it_was(runs, tmp_path):
 
 
 def test_what_cannot_share_a_base_is_refused(runs, speaker, tmp_path):
-    several = Several.of(runs[0])
+    several = MultiAdapterModel.of(runs[0])
     with pytest.raises(RunError, match="is loaded already"):
         several.add(runs[0])
     with pytest.raises(ModelError, match=r"\(qlora\), not on .*\(lora\)"):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from lorakit.model.param_counts import count, trained
+from lorakit.model.param_counts import count, count_trainable
 from lorakit.planning.known_models import shape_config
 from lorakit.recipe.schema import Recipe
 
@@ -73,4 +73,4 @@ def test_what_trains_is_what_peft_trains(values):
     config = shape_config("tiny")
     model = get_peft_model(AutoModelForCausalLM.from_config(config), lora_config(asked))
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained(asked, count(config)) == real
+    assert count_trainable(asked, count(config)) == real

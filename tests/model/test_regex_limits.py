@@ -4,7 +4,7 @@ import pytest
 
 from lorakit.errors import ModelError, RecipeError
 from lorakit.model.lora_config import add_adapter
-from lorakit.model.param_counts import count, trained
+from lorakit.model.param_counts import count, count_trainable
 from lorakit.model.regex_limits import check_patterns, check_settings
 from lorakit.planning.known_models import shape_config
 from lorakit.recipe.schema import Recipe
@@ -47,7 +47,7 @@ def test_patterns_of_every_key_are_tried_and_plain_names_start_no_process(monkey
 
 def test_plan_and_training_ask_before_they_match():
     with pytest.raises(RecipeError, match="target_modules"):
-        trained(recipe(target_modules="(q_proj"), count(shape_config("tiny")))
+        count_trainable(recipe(target_modules="(q_proj"), count(shape_config("tiny")))
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_config(shape_config("tiny"))

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 from triton.runtime.errors import OutOfResources
 
 from lorakit.ops import kernel_launch
-from lorakit.ops.kernel_launch import launch, smaller
+from lorakit.ops.kernel_launch import launch_kernel, smaller_config
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = Path(__file__).parents[2]
@@ -59,12 +59,12 @@ SETTINGS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 3}
 
 def test_stages_go_first_then_columns_then_rows():
     seen = [SETTINGS]
-    while (less := smaller(seen[-1])) is not None:
+    while (less := smaller_config(seen[-1])) is not None:
         seen.append(less)
     assert [tuple(s.values()) for s in seen] == [
         (64, 64, 3), (64, 64, 2), (64, 64, 1), (64, 32, 1), (64, 16, 1), (32, 16, 1), (16, 16, 1),
     ]  # fmt: skip
-    assert smaller({"BLOCK_M": 64, "BLOCK_N": 16}, fixed=("BLOCK_M",)) is None
+    assert smaller_config({"BLOCK_M": 64, "BLOCK_N": 16}, fixed=("BLOCK_M",)) is None
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +75,15 @@ def nothing_known(monkeypatch):
 def test_the_grid_is_of_the_settings_that_ran_and_they_are_remembered():
     kernel = Kernel(room=64 * 32)
     for _ in range(2):
-        launch(kernel, SETTINGS, lambda s: (1024 // s["BLOCK_N"],), torch.zeros(1))
+        launch_kernel(kernel, SETTINGS, lambda s: (1024 // s["BLOCK_N"],), torch.zeros(1))
     assert kernel.ran == [((32,), 64, 32, 1)] * 2
     kernel.room = 64 * 64 * 3
-    launch(kernel, SETTINGS, lambda s: (1,), torch.zeros(1))
+    launch_kernel(kernel, SETTINGS, lambda s: (1,), torch.zeros(1))
     assert kernel.ran[-1] == ((1,), 64, 32, 1)  # the same for the whole run
-    launch(kernel, SETTINGS, lambda s: (1,), torch.zeros(1, dtype=torch.float16))
+    launch_kernel(kernel, SETTINGS, lambda s: (1,), torch.zeros(1, dtype=torch.float16))
     assert kernel.ran[-1] == ((1,), 64, 64, 3)  # another type may fit
 
 
 def test_what_fits_in_no_way_is_the_callers():
     with pytest.raises(OutOfResources):
-        launch(Kernel(room=10), SETTINGS, lambda s: (1,), torch.zeros(1))
+        launch_kernel(Kernel(room=10), SETTINGS, lambda s: (1,), torch.zeros(1))

@@ -7,16 +7,22 @@ import pytest
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.planning import forecast as module
-from lorakit.planning.forecast import find_config, forecast, planned_speed, refuse, saving
-from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.forecast import (
+    find_config,
+    forecast,
+    planned_speed,
+    require_plan_fits,
+    saving,
+)
+from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.stages import disk_parts, host_parts, merge_parts, phases
-from lorakit.planning.suggestions import Change, smallest_card
+from lorakit.planning.suggestions import Suggestion, smallest_gpu
 from lorakit.recipe.schema import Recipe
 
-H100 = card_device(CARDS["h100"], None, "auto")
-T4 = card_device(CARDS["t4"], None, "auto")
+H100 = card_device(GPUS["h100"], None, "auto")
+T4 = card_device(GPUS["t4"], None, "auto")
 
 
 def recipe(**values):
@@ -45,7 +51,7 @@ def test_each_part_of_a_forecast_is_under_its_own_name():
     assert value["disk_bytes"] == disk_parts(asked, config, local=True)
     assert value["speed_basis"] == "an estimate from its data sheet"
     assert (value["fits"], value["fewest_gpus"]) == (False, 2)
-    assert value["smallest_card"] == smallest_card(asked, config, T4).name
+    assert value["smallest_card"] == smallest_gpu(asked, config, T4).name
     assert value["context"] == 4096
     assert value["changes"]
     assert value["scale"] is None
@@ -69,12 +75,12 @@ def test_more_gpus_are_told_only_where_they_are_needed_and_help(values):
     ],
 )
 def test_what_a_change_saves_and_costs(slower, words):
-    assert saving(Change({}, "its price", 2 * 2**30, 3 * 2**29, True, slower)) == words
+    assert saving(Suggestion({}, "its price", 2 * 2**30, 3 * 2**29, True, slower)) == words
 
 
 def test_streaming_that_fits_is_told_with_what_would_be_faster():
     # 512 tokens do not hide a copy of 26 GB.
-    asked, card = recipe(gradient_accumulation_steps=1, cutoff_len=512), CARDS["4090"]
+    asked, card = recipe(gradient_accumulation_steps=1, cutoff_len=512), GPUS["4090"]
     found = forecast(asked, shape_config("llama-2-13b"), card_device(card, None, "auto"), card)
     assert found.fits
     assert found.training.placement.base_on_host
@@ -109,16 +115,16 @@ def test_what_cannot_fit_is_refused_with_what_would():
     config, asked = shape_config("llama-2-7b"), recipe(streaming="off")
     plan = plan_training(asked, config, T4)
     with pytest.raises(WorkError, match="does not fit") as caught:
-        refuse(asked, config, T4, plan)
+        require_plan_fits(asked, config, T4, plan)
     assert "T4 has 14.6 GiB" in caught.value.message
     assert "--set streaming=auto" in caught.value.message
     assert "--set method=qlora" in caught.value.message
     assert "--gpus 2  (the same result, the base spread over them)" in caught.value.message
     assert "--force" in caught.value.hint
-    refuse(asked, config, H100, plan_training(asked, config, H100))
+    require_plan_fits(asked, config, H100, plan_training(asked, config, H100))
     tight = recipe(memory_limit="1GiB", streaming="off")
     with pytest.raises(WorkError, match="memory_limit is 1GiB"):
-        refuse(tight, config, H100, plan_training(tight, config, H100))
+        require_plan_fits(tight, config, H100, plan_training(tight, config, H100))
 
 
 def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
@@ -127,16 +133,16 @@ def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
     assert plan.fits
     monkeypatch.setattr(module, "host_memory", lambda: 8 * 2**30)
     with pytest.raises(WorkError, match=r"the base.* in host memory: .* has 8.0 GiB"):
-        refuse(asked, config, T4, plan)
+        require_plan_fits(asked, config, T4, plan)
     monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
-    refuse(asked, config, T4, plan)
-    eight = several(T4, 8, None, None)
+    require_plan_fits(asked, config, T4, plan)
+    eight = with_gpu_count(T4, 8, None, None)
     with pytest.raises(WorkError, match=r"for 8 processes; this machine has 64.0 GiB"):
-        refuse(asked, config, eight, plan_training(asked, config, eight))
+        require_plan_fits(asked, config, eight, plan_training(asked, config, eight))
     spread = recipe(sharding="on")
     monkeypatch.setattr(module, "host_memory", lambda: 16 * 2**30)
     with pytest.raises(WorkError, match="of it while the base is loaded") as caught:
-        refuse(spread, config, eight, plan_training(spread, config, eight))
+        require_plan_fits(spread, config, eight, plan_training(spread, config, eight))
     assert "method: qlora" in caught.value.hint
 
 

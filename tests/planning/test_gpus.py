@@ -4,13 +4,13 @@ import pytest
 
 from lorakit.errors import RecipeError
 from lorakit.planning.gpus import (
-    CARDS,
     GIB,
+    GPUS,
     card_device,
     find_card,
+    match_gpu,
     parse_memory,
-    recognize,
-    several,
+    with_gpu_count,
 )
 
 
@@ -35,7 +35,7 @@ def test_names(said, name):
 
 @pytest.mark.parametrize("said", ["GeForce RTX 4090 Laptop GPU", "RTX 3060 Ti", "rtx4900", "", "x"])
 def test_other_cards_are_not_taken_for_them(said):
-    assert recognize(said) is None
+    assert match_gpu(said) is None
     with pytest.raises(RecipeError, match="not in the table") as caught:
         find_card(said)
     assert "a100-80" in caught.value.hint
@@ -43,11 +43,11 @@ def test_other_cards_are_not_taken_for_them(said):
 
 
 def test_memory_tells_two_cards_of_one_name_apart():
-    assert recognize("NVIDIA A100", 79 * GIB).name == "a100-80"
-    assert recognize("NVIDIA A100", 39 * GIB).name == "a100-40"
+    assert match_gpu("NVIDIA A100", 79 * GIB).name == "a100-80"
+    assert match_gpu("NVIDIA A100", 39 * GIB).name == "a100-40"
 
 
-@pytest.mark.parametrize("card", CARDS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("card", GPUS.values(), ids=lambda c: c.name)
 def test_a_card_is_a_device_with_a_type_it_can_multiply(card):
     device = card_device(card, None, "auto")
     assert device.dtype == ("bfloat16" if card.capability >= (8, 0) else "float16")
@@ -67,7 +67,7 @@ def test_sizes_are_read_with_their_unit():
             parse_memory(text)
 
 
-@pytest.mark.parametrize("card", CARDS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("card", GPUS.values(), ids=lambda c: c.name)
 def test_a_ring_is_no_faster_than_its_wires(card):
     assert card.ring == ("NVLink" if card.nvlink_gbs else "PCIe")
     assert card.ring_gbs == (card.nvlink_gbs or card.link_gbs / 2)
@@ -75,12 +75,12 @@ def test_a_ring_is_no_faster_than_its_wires(card):
 
 
 def test_several_devices_of_one_kind():
-    one = card_device(CARDS["h100"], None, "auto")
-    assert several(one, None, None, None) == one
-    found = several(one, 8, 4, 400)
+    one = card_device(GPUS["h100"], None, "auto")
+    assert with_gpu_count(one, None, None, None) == one
+    found = with_gpu_count(one, 8, 4, 400)
     assert (found.ranks, found.nodes, found.per_node, found.network_gbits) == (32, 4, 8, 400)
-    assert several(one, None, 2, None).ranks == 2
+    assert with_gpu_count(one, None, 2, None).ranks == 2
     assert found.rank_bytes == one.memory_bytes
     for nodes, network in ((None, 100), (1, 100), (4, 0), (4, -1)):
         with pytest.raises(RecipeError, match="--network"):
-            several(one, 8, nodes, network)
+            with_gpu_count(one, 8, nodes, network)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.planning.forecast import forecast
-from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.multi_gpu import idle_share, split_in_words
 from lorakit.recipe.schema import Recipe
@@ -17,8 +17,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def found(shape="llama-2-7b", card="h100", gpus=1, nodes=1, network=None, **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
-    device = several(card_device(CARDS[card], None, recipe.dtype), gpus, nodes, network)
-    return forecast(recipe, shape_config(shape), device, CARDS[card])
+    device = with_gpu_count(card_device(GPUS[card], None, recipe.dtype), gpus, nodes, network)
+    return forecast(recipe, shape_config(shape), device, GPUS[card])
 
 
 def test_one_gpu_has_no_scale():
@@ -133,7 +133,7 @@ def test_weights_that_a_slot_cannot_carry_are_waited_for():
 
 def test_nothing_is_said_of_unknown_wires():
     recipe = Recipe(model="m", data="d", target_modules="all-linear")
-    device = several(card_device(None, 40 * 2**30, "auto"), 2, None, None)
+    device = with_gpu_count(card_device(None, 40 * 2**30, "auto"), 2, None, None)
     value = forecast(recipe, shape_config("llama-2-7b"), device)
     assert value.scale.traffic.gradients_bytes > 0
     assert value.scale.efficiency is None

@@ -4,8 +4,8 @@ import pytest
 
 from lorakit.errors import RecipeError
 from lorakit.planning.known_models import shape_config
-from lorakit.planning.placement import choices, refuse_placement
-from lorakit.planning.rank_workload import Sizes
+from lorakit.planning.placement import check_placement, placement_candidates
+from lorakit.planning.rank_workload import RankWorkload
 from lorakit.recipe.schema import Recipe
 from lorakit.types import ON_CARD, Device
 
@@ -13,13 +13,13 @@ from lorakit.types import ON_CARD, Device
 def sizes(ranks=1, nodes=1, kind="cuda", shape="llama-2-7b", **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
     device = Device(kind, "x", 80 * 2**30, "bfloat16", "sdpa", ranks=ranks, nodes=nodes)
-    return Sizes.of(recipe, shape_config(shape), device)
+    return RankWorkload.of(recipe, shape_config(shape), device)
 
 
 def places(found):
     """The order of placements, each run of equals once."""
     order = []
-    for _, placement in choices(found, engine=True):
+    for _, placement in placement_candidates(found, engine=True):
         word = "card"
         if placement.layer_major:
             word = "host" if placement.base_on_host else f"spread {placement.shards}"
@@ -51,14 +51,14 @@ def test_recipes_choose():
     ("length", "heads"), [(2048, 32), (32767, 32), (32768, 16), (65536, 8), (2**21, 1)]
 )
 def test_long_rows_go_through_attention_in_groups_of_heads(length, heads):
-    found = list(choices(sizes(streaming="on", cutoff_len=length), engine=True))
+    found = list(placement_candidates(sizes(streaming="on", cutoff_len=length), engine=True))
     assert {placement.heads_at_once for _, placement in found} == {heads}
 
 
 def test_an_optimizer_of_cards_stays_there():
-    found = list(choices(sizes(2, sharding="on", optimizer="adamw_8bit"), engine=True))
+    found = list(placement_candidates(sizes(2, sharding="on", optimizer="adamw_8bit"), engine=True))
     assert not any(placement.adapters_on_host for _, placement in found)
-    plain = list(choices(sizes(2, sharding="on"), engine=True))
+    plain = list(placement_candidates(sizes(2, sharding="on"), engine=True))
     assert plain[-1][1].adapters_on_host
 
 
@@ -85,11 +85,11 @@ def test_an_optimizer_of_cards_stays_there():
 )
 def test_what_cannot_be_is_refused_by_name(given, engine, said, hint):
     with pytest.raises(RecipeError, match=said) as caught:
-        refuse_placement(sizes(**given), engine)
+        check_placement(sizes(**given), engine)
     assert hint in caught.value.hint
 
 
 def test_what_can_be_is_not():
     for given in ({}, {"sharding": "on", "ranks": 2}, {"streaming": "on", "ranks": 2}):
-        refuse_placement(sizes(**given), engine=True)
-    refuse_placement(sizes(ranks=2), engine=False)
+        check_placement(sizes(**given), engine=True)
+    check_placement(sizes(ranks=2), engine=False)

@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.planning.known_models import shape_config
-from lorakit.planning.rank_workload import NF4_BYTES, Sizes, examples_of_rank
+from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload, examples_of_rank
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
@@ -11,7 +11,7 @@ from lorakit.types import Device
 def sizes(ranks=1, **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
     device = Device("cuda", "x", 2**30, "bfloat16", "sdpa", ranks=ranks)
-    return Sizes.of(recipe, shape_config("llama-2-7b"), device)
+    return RankWorkload.of(recipe, shape_config("llama-2-7b"), device)
 
 
 @pytest.mark.parametrize(("ranks", "most"), [(1, 16), (2, 8), (3, 6), (5, 4), (16, 1), (64, 1)])

@@ -7,15 +7,15 @@ import pytest
 from tests.families import FAMILIES, tiny_config
 
 from lorakit.model.param_counts import count
-from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.memory import plan_memory
 from lorakit.planning.planner import LIBRARIES_BYTES, plan_training
-from lorakit.planning.stages import disk_parts, host_parts, merge_parts, phases, spelled
+from lorakit.planning.stages import disk_parts, host_parts, merge_parts, phases, split_weight_parts
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
-H100 = card_device(CARDS["h100"], None, "auto")
+H100 = card_device(GPUS["h100"], None, "auto")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -28,14 +28,14 @@ def recipe(**values):
 def test_parts_are_spelled_out_and_keep_their_sum(name, values):
     asked, config = recipe(**values), shape_config(name)
     plan = plan_training(asked, config, H100)
-    told = spelled(asked, config, H100, plan)
+    told = split_weight_parts(asked, config, H100, plan)
     assert sum(told.values()) == plan.total_bytes
     assert all(size > 0 for size in told.values())
 
 
 def test_quantization_constants_are_an_eighth_of_a_bit_a_weight():
     asked, config = recipe(method="qlora"), shape_config("llama-2-7b")
-    told = spelled(asked, config, H100, plan_training(asked, config, H100))
+    told = split_weight_parts(asked, config, H100, plan_training(asked, config, H100))
     bits = 8 * told["quantization constants"] / (2 * told["frozen weights (4-bit)"])
     assert bits == pytest.approx(0.127, abs=0.001)
 
@@ -54,7 +54,7 @@ def test_evaluation_and_generation_stand_on_the_same_weights():
 def test_what_does_not_come_and_go_is_in_every_phase():
     """QLoRA on two GPUs has all of it; evaluation comes while the optimizer is still there."""
     asked, config = recipe(method="qlora"), shape_config("llama-2-7b")
-    device = several(H100, 2, None, None)
+    device = with_gpu_count(H100, 2, None, None)
     plan = plan_training(asked, config, device)
     stays = {
         "frozen weights",
@@ -87,7 +87,7 @@ def test_on_a_cpu_python_stands_beside_every_phase():
 def test_pages_of_a_paged_optimizer_lie_in_host_memory_of_each_process():
     config = shape_config("llama-2-7b")
     for ranks in (1, 2):
-        device = several(H100, ranks, None, None)
+        device = with_gpu_count(H100, ranks, None, None)
         pages = {}
         for name in ("adamw_8bit", "paged_adamw_8bit"):
             asked = recipe(optimizer=name)
@@ -106,7 +106,7 @@ def test_pages_of_a_paged_optimizer_lie_in_host_memory_of_each_process():
 )
 def test_embedding_and_head_are_told_apart(name, values, expected):
     asked, config = recipe(**values), shape_config(name)
-    told = spelled(asked, config, H100, plan_training(asked, config, H100))
+    told = split_weight_parts(asked, config, H100, plan_training(asked, config, H100))
     found = {part: size for part, size in told.items() if "embedding" in part or part == "head"}
     assert found == {part: 2 * count for part, count in expected.items()}
 
@@ -147,9 +147,9 @@ def test_disk_holds_the_checkpoints_that_stay_and_the_one_being_written(keep, op
 
 def test_what_a_spread_base_takes_is_spelled_out_with_its_sum():
     asked, config = recipe(method="qlora", sharding="on"), shape_config("llama-2-7b")
-    device = several(H100, 4, None, None)
+    device = with_gpu_count(H100, 4, None, None)
     plan = plan_training(asked, config, device)
-    told = spelled(asked, config, device, plan)
+    told = split_weight_parts(asked, config, device, plan)
     assert sum(told.values()) == plan.total_bytes
     bits = 8 * told["quantization constants"] / (2 * told["frozen weights (4-bit)"])
     assert bits == pytest.approx(0.127, abs=0.001)
@@ -159,7 +159,7 @@ def test_what_a_spread_base_takes_is_spelled_out_with_its_sum():
 
 def test_each_process_of_a_machine_has_host_memory_of_its_own():
     config, asked = shape_config("llama-2-7b"), recipe(streaming="on")
-    one, four = (several(H100, n, None, None) for n in (1, 4))
+    one, four = (with_gpu_count(H100, n, None, None) for n in (1, 4))
     single = host_parts(asked, one, plan_training(asked, config, one))
     shared = host_parts(asked, four, plan_training(asked, config, four))
     for name in ("frozen weights", "embedding", "Python and libraries"):
@@ -168,7 +168,7 @@ def test_each_process_of_a_machine_has_host_memory_of_its_own():
 
 def test_a_base_that_is_spread_is_loaded_whole_by_one_process_at_a_time():
     config, asked = shape_config("llama-2-7b"), recipe(sharding="on")
-    device = several(H100, 4, None, None)
+    device = with_gpu_count(H100, 4, None, None)
     parts = host_parts(asked, device, plan_training(asked, config, device))
     held = sum(parts.values()) - parts["Python and libraries"]
     assert held == pytest.approx(2 * 6_738_415_616, rel=1e-6)

@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 
-from lorakit.planning.gpus import CARDS, card_device
+from lorakit.planning.gpus import GPUS, card_device
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
-from lorakit.planning.suggestions import _with, fewest_gpus, find_changes, smallest_card
+from lorakit.planning.suggestions import _with, fewest_gpus, find_changes, smallest_gpu
 from lorakit.planning.throughput import expected_speed
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
@@ -30,9 +30,9 @@ def recipe(**values):
 def changes(case):
     name, card, values = CASES[case]
     asked, config = recipe(**values), shape_config(name)
-    device = card_device(CARDS[card], None, "auto")
+    device = card_device(GPUS[card], None, "auto")
     plan = plan_training(asked, config, device)
-    return asked, config, device, plan, find_changes(asked, config, device, plan, CARDS[card])
+    return asked, config, device, plan, find_changes(asked, config, device, plan, GPUS[card])
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -45,7 +45,7 @@ def test_what_is_offered_fits_and_is_what_it_says(case):
         assert change.fits
         assert again.fits
         assert again.total_bytes == change.total_bytes == plan.total_bytes - change.saved_bytes
-        typed, card = _with(asked, change.settings), CARDS[CASES[case][1]]
+        typed, card = _with(asked, change.settings), GPUS[CASES[case][1]]
         before, after = (
             expected_speed(*one, card).tokens_per_second
             for one in ((asked, config, device, plan), (typed, config, device, again))
@@ -95,28 +95,28 @@ def test_the_nearest_is_given_where_nothing_fits():
 
 
 def test_the_smallest_card():
-    one = card_device(CARDS["t4"], None, "auto")
+    one = card_device(GPUS["t4"], None, "auto")
     tight = recipe(streaming="off")
-    assert smallest_card(tight, shape_config("llama-3.1-8b"), one).name == "l4"
-    assert smallest_card(recipe(), shape_config("smollm2-135m"), one).memory_gib < 12
-    two = smallest_card(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2))
-    assert two.memory_gib < CARDS["l4"].memory_gib
+    assert smallest_gpu(tight, shape_config("llama-3.1-8b"), one).name == "l4"
+    assert smallest_gpu(recipe(), shape_config("smollm2-135m"), one).memory_gib < 12
+    two = smallest_gpu(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2))
+    assert two.memory_gib < GPUS["l4"].memory_gib
     # One in each of two machines cannot share the base.
-    apart = smallest_card(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2, nodes=2))
+    apart = smallest_gpu(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2, nodes=2))
     assert apart.name == "l4"
 
 
 def test_sharding_is_offered_where_it_was_forbidden():
     asked = recipe(streaming="off", sharding="off")
-    device = replace(card_device(CARDS["t4"], None, "auto"), ranks=2)
+    device = replace(card_device(GPUS["t4"], None, "auto"), ranks=2)
     config = shape_config("llama-2-7b")
-    found = find_changes(asked, config, device, plan_training(asked, config, device), CARDS["t4"])
+    found = find_changes(asked, config, device, plan_training(asked, config, device), GPUS["t4"])
     assert {"sharding": "auto"} in [change.settings for change in found]
 
 
 def test_more_gpus_are_counted():
     asked, config = recipe(streaming="off"), shape_config("llama-2-13b")
-    one = card_device(CARDS["4080"], None, "auto")
+    one = card_device(GPUS["4080"], None, "auto")
     assert not plan_training(asked, config, one).fits
     count = fewest_gpus(asked, config, one)
     assert plan_training(asked, config, replace(one, ranks=count)).fits

@@ -8,7 +8,7 @@ import pytest
 from tests.families import FAMILIES, tiny_config
 
 from lorakit.planning import throughput
-from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import estimate_speed, expected_speed
@@ -21,10 +21,10 @@ ROWS = [path for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json")
 
 
 def speed(recipe, shape, card, gpus=1):
-    config, device = shape_config(shape), card_device(CARDS[card], None, recipe.dtype)
-    device = several(device, gpus, None, None)
+    config, device = shape_config(shape), card_device(GPUS[card], None, recipe.dtype)
+    device = with_gpu_count(device, gpus, None, None)
     plan = plan_training(recipe, config, device)
-    return expected_speed(recipe, config, device, plan, CARDS[card])
+    return expected_speed(recipe, config, device, plan, GPUS[card])
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda p: p.stem)
@@ -74,8 +74,8 @@ TRAINED = 39_976_960  # LoRA r16 of Llama-2-7B
 def planned(card="h100", gpus=1, **values):
     """What `expected_speed` takes, for llama-2-7b."""
     asked, config = recipe(**values), shape_config("llama-2-7b")
-    device = several(card_device(CARDS[card], None, asked.dtype), gpus, None, None)
-    return asked, config, device, plan_training(asked, config, device), CARDS[card]
+    device = with_gpu_count(card_device(GPUS[card], None, asked.dtype), gpus, None, None)
+    return asked, config, device, plan_training(asked, config, device), GPUS[card]
 
 
 def test_a_step_that_waits_for_the_link_takes_what_is_copied_over_it():
@@ -125,14 +125,14 @@ def test_nothing_is_said_of_an_unknown_card():
 
 
 CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
-H100 = card_device(CARDS["h100"], None, "auto")
+H100 = card_device(GPUS["h100"], None, "auto")
 PLAN = MemoryPlan({}, 2**40, True, keep=(0,) * 4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("device", [H100, CPU], ids=["h100", "cpu"])
 def test_every_kind_of_layer_has_an_estimate(name, device):
-    card = CARDS["h100"] if device is H100 else None
+    card = GPUS["h100"] if device is H100 else None
     found, why = estimate_speed(recipe(), tiny_config(name), device, PLAN, card)
     assert why == ""
     assert found.tokens_per_second > 0
@@ -141,7 +141,7 @@ def test_every_kind_of_layer_has_an_estimate(name, device):
 def test_layers_that_were_not_measured_are_called_an_estimate():
     for name in FAMILIES:
         measured = name in ("qwen3", "gemma2", "gemma3n_text", "gemma4")
-        found = expected_speed(recipe(), tiny_config(name), H100, PLAN, CARDS["h100"])
+        found = expected_speed(recipe(), tiny_config(name), H100, PLAN, GPUS["h100"])
         assert ("measured on this card" in found.basis) is measured
         assert ("no such layers were measured" in found.basis) is not measured
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_estimated_is_left_out_with_the_reason(monkeypatch):
 
     monkeypatch.setattr(throughput, "count", broken)
     config = tiny_config("qwen3")
-    for device, card in ((H100, CARDS["h100"]), (CPU, None)):
+    for device, card in ((H100, GPUS["h100"]), (CPU, None)):
         found, why = estimate_speed(recipe(), config, device, PLAN, card)
         assert found is None
         assert why == "the layers of qwen3 cannot be read: 'head_dim' is a per-layer attribute"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorakit.planning.gpus import CARDS, card_device, several
+from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import NONE, traffic
@@ -17,8 +17,8 @@ LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 def sent(card="h100", gpus=1, nodes=1, network=None, **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
     config = shape_config("llama-2-7b")
-    device = several(card_device(CARDS[card], None, "auto"), gpus, nodes, network)
-    return traffic(recipe, config, device, plan_training(recipe, config, device), CARDS[card])
+    device = with_gpu_count(card_device(GPUS[card], None, "auto"), gpus, nodes, network)
+    return traffic(recipe, config, device, plan_training(recipe, config, device), GPUS[card])
 
 
 def test_one_gpu_sends_nothing():

@@ -9,7 +9,7 @@ from tests.pages import Reader
 from lorakit.data.inspection import Inspection, Piece, Shown, measure
 from lorakit.display.inspection_view import inspection_view
 from lorakit.display.rich_output import as_text
-from lorakit.report.html import render, write_inspection
+from lorakit.report.html import render_page, write_inspection
 from lorakit.types import IGNORE, DataReport, Example, Fault, Origin
 
 EVIL = '<script>alert("x")</script>&<img src=http://x.example onerror=a()>\x1b[31m'
@@ -143,10 +143,10 @@ def test_trained_special_and_masked_tokens_differ_by_more_than_color(page):
 
 def test_values_are_escaped_and_a_missing_one_is_an_error():
     nasty = "</title><script>a()</script>\x1b\ud800"
-    text = render(
+    text = render_page(
         "inspection.html.jinja", sources=[nasty], model=nasty, verdict=nasty, stops=False, views={}
     )
     assert "<script" not in text
     assert text.count("&lt;/title&gt;&lt;script&gt;a()&lt;/script&gt;\\x1b?") == 4
     with pytest.raises(UndefinedError):
-        render("inspection.html.jinja")
+        render_page("inspection.html.jinja")

@@ -6,14 +6,14 @@ import pytest
 from tests.made_runs import LIMIT, answer
 
 from lorakit.data.tokenize.encode import prompt_ids
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.serve.batch_worker import Request, Worker, _overlap
 from lorakit.types import Message
 
 
 @pytest.fixture(scope="module")
 def several(speaker):
-    return Several.of(speaker("fruit"))
+    return MultiAdapterModel.of(speaker("fruit"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.data.issues import RowFault
+from lorakit.data.issues import RowError
 from lorakit.serve.requests import BadOrder, read_order
 
 ASK = [{"role": "user", "content": "Hi"}]
@@ -62,7 +62,7 @@ def test_a_wrong_key_is_named(param):
 
 def test_a_broken_tool_call_is_a_fault_of_the_request():
     turn = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": "{"}}]}
-    with pytest.raises(RowFault, match=r"messages\[0\].tool_calls\[0\]"):
+    with pytest.raises(RowError, match=r"messages\[0\].tool_calls\[0\]"):
         read_order({"messages": [turn]})
     with pytest.raises(BadOrder, match="no JSON object"):
         read_order([1])

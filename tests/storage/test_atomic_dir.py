@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import WorkError
-from lorakit.storage.atomic_dir import MANIFEST, Damaged, discard, intact, staged, sweep, verified
+from lorakit.storage.atomic_dir import (
+    MANIFEST,
+    CorruptedError,
+    atomic_directory,
+    discard,
+    intact,
+    remove_leftovers,
+    verified,
+)
 from lorakit.storage.run_dir import write_text
 
 SAVE = """
@@ -34,14 +42,14 @@ def fill(folder, text="x"):
 
 @pytest.fixture
 def sealed(tmp_path):
-    with staged(tmp_path / "place" / "target", {"step": 5}) as folder:
+    with atomic_directory(tmp_path / "place" / "target", {"step": 5}) as folder:
         fill(folder)
     return tmp_path / "place" / "target"
 
 
 def test_a_folder_appears_in_one_rename(tmp_path):
     target = tmp_path / "target"
-    with staged(target, {"step": 5, "past": {"rate": 1e-4, "names": ["ä"]}}) as folder:
+    with atomic_directory(target, {"step": 5, "past": {"rate": 1e-4, "names": ["ä"]}}) as folder:
         fill(folder)
         assert not target.exists()
     facts = verified(target)
@@ -52,7 +60,7 @@ def test_a_folder_appears_in_one_rename(tmp_path):
 
 
 def test_an_interrupted_write_leaves_what_was_there(sealed):
-    with pytest.raises(KeyboardInterrupt), staged(sealed) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(sealed) as folder:
         fill(folder, "new")
         raise KeyboardInterrupt
     assert (sealed / "a.bin").read_text() == "x"
@@ -69,7 +77,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(sealed, monkeypatch):
         return plain(path, other)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(WorkError, match="Input/output error"), staged(sealed) as folder:
+    with pytest.raises(WorkError, match="Input/output error"), atomic_directory(sealed) as folder:
         fill(folder, "new")
     monkeypatch.undo()
     assert (sealed / "a.bin").read_text() == "x"
@@ -132,7 +140,7 @@ DAMAGES = {
 @pytest.mark.parametrize("said", DAMAGES)
 def test_damage_is_found_and_named(sealed, said):
     DAMAGES[said](sealed)
-    with pytest.raises(Damaged, match=said):
+    with pytest.raises(CorruptedError, match=said):
         verified(sealed)
 
 
@@ -141,12 +149,12 @@ def test_a_finished_folder_may_gain_and_lose_files_but_none_may_change(sealed):
     (sealed / "a.bin").unlink()
     intact(sealed)
     flip(sealed)
-    with pytest.raises(Damaged, match=r"sub/b\.bin was changed"):
+    with pytest.raises(CorruptedError, match=r"sub/b\.bin was changed"):
         intact(sealed)
     path = sealed / MANIFEST
     whole = path.read_text()
     path.write_text(whole.replace('"step": 5', '"step": 7'))
-    with pytest.raises(Damaged, match="MANIFEST"):
+    with pytest.raises(CorruptedError, match="MANIFEST"):
         intact(sealed)
     path.write_text(re.sub(r'"format": \d+', '"format": 0', whole))
     intact(sealed)  # of another version, whose seal is not known here
@@ -161,7 +169,7 @@ def test_every_bit_of_a_manifest_counts(sealed):
         raw = bytearray(whole)
         raw[at // 8] ^= 1 << at % 8
         path.write_bytes(raw)
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptedError):
             verified(sealed)
 
 
@@ -170,7 +178,7 @@ def test_leftovers_of_killed_processes_are_swept_and_those_of_living_ones_stay(t
     done.wait()
     for name in (f".a.tmp-{done.pid}", f".b.old-{done.pid}", ".c.tmp-1", "d.tmp-5", ".hidden"):
         (tmp_path / name).mkdir()
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".c.tmp-1", ".hidden", "d.tmp-5"]
 
 
@@ -180,7 +188,7 @@ def test_leftovers_of_another_users_living_process_stay(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "kill", refused)
     (tmp_path / ".a.tmp-77777").mkdir()
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert (tmp_path / ".a.tmp-77777").exists()
 
 
@@ -221,7 +229,7 @@ def test_files_then_folder_then_rename_then_parent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", traced_fsync)
     monkeypatch.setattr(os, "rename", traced_rename)
-    with staged(tmp_path / "target") as folder:
+    with atomic_directory(tmp_path / "target") as folder:
         fill(folder)
     check_order(calls, tmp_path / "target")
     calls.clear()
@@ -257,7 +265,7 @@ def test_the_system_calls_come_in_that_order(tmp_path):
 def test_a_kill_at_any_file_operation_leaves_the_old_folder_or_the_new_one(tmp_path):
     """Replacing an export: at each operation a forked child kills itself."""
     target = tmp_path / "target"
-    with staged(target) as folder:
+    with atomic_directory(target) as folder:
         fill(folder, "old")
     seen, number = set(), 0
     while True:
@@ -265,7 +273,7 @@ def test_a_kill_at_any_file_operation_leaves_the_old_folder_or_the_new_one(tmp_p
         if not process:
             try:
                 _die_at(number, str(tmp_path))
-                with staged(target) as folder:
+                with atomic_directory(target) as folder:
                     fill(folder, "new")
             finally:
                 os._exit(0)
@@ -277,7 +285,7 @@ def test_a_kill_at_any_file_operation_leaves_the_old_folder_or_the_new_one(tmp_p
             seen.add("absent")
             (aside,) = (p for p in tmp_path.iterdir() if ".tmp-" in p.name)
             assert verified(aside)
-            with staged(target) as folder:
+            with atomic_directory(target) as folder:
                 fill(folder, "old")
         if code == 0:
             break
@@ -285,7 +293,7 @@ def test_a_kill_at_any_file_operation_leaves_the_old_folder_or_the_new_one(tmp_p
         number += 1
     assert number > 15
     assert seen == {"old", "absent", "new"}
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
@@ -390,7 +398,7 @@ def test_what_is_missing_is_counted(tmp_path, monkeypatch):
     import errno
 
     monkeypatch.setattr("lorakit.storage.atomic_dir.free_bytes", lambda path: 3_000_000)
-    with pytest.raises(WorkError) as caught, staged(tmp_path / "t", size=10_000_000):
+    with pytest.raises(WorkError) as caught, atomic_directory(tmp_path / "t", size=10_000_000):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "No space left on device (it takes 10.0 MB, 3.0 MB free, 7.0 MB missing)" in str(
         caught.value
@@ -400,6 +408,6 @@ def test_what_is_missing_is_counted(tmp_path, monkeypatch):
 
 
 def test_a_fault_of_reading_keeps_its_own_words(tmp_path):
-    with pytest.raises(FileNotFoundError), staged(tmp_path / "t"):
+    with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "t"):
         (tmp_path / "no such source").read_text()
     assert list(tmp_path.iterdir()) == []

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lorakit.distributed.process_group import ALONE
+from lorakit.distributed.process_group import SINGLE_PROCESS
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir, read_metrics
 from lorakit.train import callbacks
-from lorakit.train.callbacks import Reporter, Stopper
-from lorakit.train.diagnostics import Watch
-from lorakit.train.gradient_sync import Together
+from lorakit.train.callbacks import MetricsCallback, StopOnSignal
+from lorakit.train.diagnostics import RunMonitor
+from lorakit.train.gradient_sync import GradientSync
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.signals import StopRequest
 
@@ -30,7 +30,7 @@ def reporter_of(tmp_path, tokens=640, recipe=None):
     recipe = recipe or Recipe(model="m", data="d")
     trainer = SimpleNamespace(step_tokens=tokens)
     progress = TrainingProgress(Console(quiet=True), RunDir(tmp_path), "cpu")
-    return Reporter(trainer, progress, Watch(recipe, None, str))
+    return MetricsCallback(trainer, progress, RunMonitor(recipe, None, str))
 
 
 def test_a_row_has_the_rate_of_its_own_steps(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_skipped_step_is_a_row_of_plain_json(tmp_path):
 
 def test_a_stop_saves_after_the_step_it_came_in():
     stop, asked = StopRequest(), control()
-    stopper = Stopper(Together(ALONE, stop))
+    stopper = StopOnSignal(GradientSync(SINGLE_PROCESS, stop))
     assert not stopper.on_step_end(None, state(1), asked).should_training_stop
     stop.signal = 15
     asked = stopper.on_step_end(None, state(1), asked)

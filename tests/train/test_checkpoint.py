@@ -7,7 +7,7 @@ import torch
 
 from lorakit.errors import RunError, WorkError
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.atomic_dir import MANIFEST, staged
+from lorakit.storage.atomic_dir import MANIFEST, atomic_directory
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import (
     checkpoint_bytes,
@@ -22,7 +22,7 @@ from lorakit.train.checkpoint import (
 
 
 def make(run, step, text="x"):
-    with staged(run.checkpoint(step), {"step": step}) as folder:
+    with atomic_directory(run.checkpoint(step), {"step": step}) as folder:
         (folder / "a.bin").write_text(text)
         (folder / "sub").mkdir()
         (folder / "sub" / "b.bin").write_text(text)

@@ -6,7 +6,7 @@ import pytest
 
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.diagnostics import FLAT_STEPS, TIMED_ROWS, UNTIMED_ROWS, Watch, planned_rate
+from lorakit.train.diagnostics import FLAT_STEPS, TIMED_ROWS, UNTIMED_ROWS, RunMonitor, planned_rate
 
 from .faults import examples, said, trainer_of
 
@@ -14,7 +14,7 @@ from .faults import examples, said, trainer_of
 def words(losses, rates=None, planned=None, norm=0.5, speed=1000.0, every=1, **values):
     """What is said over a run of these losses, one each `every` steps; (step, words)."""
     recipe = Recipe(model="m", data="d", log_every=every, **values)
-    watch = Watch(recipe, planned, lambda: "the fan is off")
+    watch = RunMonitor(recipe, planned, lambda: "the fan is off")
     watch.start(every * len(losses))
     said = []
     for i, loss in enumerate(losses):

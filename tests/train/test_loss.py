@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.model.engine_models import examples as random_rows
-from tests.model.engine_models import tiny
+from tests.engine.engine_models import examples as random_rows
+from tests.engine.engine_models import tiny
 
 from lorakit.data.batching import collate, pack
 from lorakit.hardware import detect_device

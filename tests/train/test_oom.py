@@ -5,7 +5,13 @@ import torch
 
 from lorakit.data.batching import Layout, step_batches
 from lorakit.errors import WorkError
-from lorakit.train.oom import Generators, attempt, memory_told, memory_trouble, smaller
+from lorakit.train.oom import (
+    RngState,
+    describe_oom,
+    halve_micro_batches,
+    oom_as_error,
+    run_catching_oom,
+)
 
 from .faults import PETABYTE, ask_for_a_petabyte, examples
 
@@ -40,14 +46,14 @@ CAPPED = (
     ],
 )
 def test_the_words_for_no_memory(error, words):
-    assert memory_trouble(error).startswith(words)
+    assert describe_oom(error).startswith(words)
 
 
 def test_the_real_allocator_is_understood():
     with pytest.raises(RuntimeError) as error:
         ask_for_a_petabyte()
-    assert memory_trouble(error.value) == f"{PETABYTE / 2**30:,.1f} GiB more were asked for"
-    assert attempt(ask_for_a_petabyte) == (None, memory_trouble(error.value))
+    assert describe_oom(error.value) == f"{PETABYTE / 2**30:,.1f} GiB more were asked for"
+    assert run_catching_oom(ask_for_a_petabyte) == (None, describe_oom(error.value))
 
 
 @pytest.mark.parametrize(
@@ -57,23 +63,23 @@ def test_other_errors_pass(error):
     def work():
         raise error
 
-    assert memory_trouble(error) is None
+    assert describe_oom(error) is None
     with pytest.raises(type(error)):
-        attempt(work)
-    with pytest.raises(type(error)), memory_told("saving", "hint"):
+        run_catching_oom(work)
+    with pytest.raises(type(error)), oom_as_error("saving", "hint"):
         work()
 
 
 def test_it_is_told_with_what_was_being_done():
     with (
         pytest.raises(WorkError, match=r"^out of memory loading the base model: .* asked for"),
-        memory_told("loading the base model", "take a smaller one"),
+        oom_as_error("loading the base model", "take a smaller one"),
     ):
         ask_for_a_petabyte()
 
 
 def test_generators_draw_the_same_again():
-    before = Generators.now()
+    before = RngState.now()
     drawn = torch.rand(3)
     before.restore()
     assert torch.equal(torch.rand(3), drawn)
@@ -84,7 +90,7 @@ def test_micro_batches_halve_until_each_holds_one_example(packed):
     rows = examples([40, 9, 30, 14, 22, 7, 11, 26])
     step = step_batches(rows, Layout(pad_id=0, rows=8, capacity=8 * 512, packed=packed))
     counts, longest = [len(step.micro)], 40
-    while (made := smaller(step)) is not None:
+    while (made := halve_micro_batches(step)) is not None:
         assert made.examples == step.examples
         assert (made.tokens, made.supervised) == (step.tokens, step.supervised)
         widths = [m["input_ids"].numel() for m in made.micro]
@@ -98,7 +104,7 @@ def test_micro_batches_halve_until_each_holds_one_example(packed):
 
 def test_a_half_is_what_a_recipe_of_half_the_rows_has():
     layout = Layout(pad_id=0, rows=6, capacity=6 * 10, packed=True)
-    made = smaller(step_batches(examples([9] * 12), layout))
+    made = halve_micro_batches(step_batches(examples([9] * 12), layout))
     assert (made.layout.rows, made.layout.capacity) == (3, 30)
-    made = smaller(made)
+    made = halve_micro_batches(made)
     assert (made.layout.rows, made.layout.capacity) == (1, 10)

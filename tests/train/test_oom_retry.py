@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from lorakit.data.batching import step_batches
-from lorakit.distributed.process_group import Ranks
+from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.storage.run_dir import read_metrics
 from lorakit.train.checkpoint import newest_whole
@@ -170,7 +170,7 @@ def test_a_probe_finds_it_before_step_1_and_changes_nothing_else(run):
 def test_a_probe_of_several_ranks_holds_what_one_of_them_gets(run):
     """Four examples a step, two for each of two ranks: the longest are 40 and 33 tokens."""
     trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
-    trainer.ranks = Ranks(0, 2, 2)
+    trainer.ranks = DistributedContext(0, 2, 2)
     trainer.memory.probe(trainer.model)
     assert "probe    73 tokens at once" in said(trainer)
 
@@ -194,7 +194,7 @@ def test_one_of_several_ranks_saves_nothing_when_it_gives_up(run, count):
     trainer = run("r", max_steps=1, micro_batch_size=2, gradient_accumulation_steps=1)
     trainer.train()
     shutil.rmtree(trainer.run.checkpoint(1))
-    trainer.ranks = Ranks(0, count, count)
+    trainer.ranks = DistributedContext(0, count, count)
     step = step_batches(examples([5]), trainer.layout)
     with pytest.raises(WorkError, match="with one example at a time: too much"):
         trainer.memory._give_up(step, "too much")

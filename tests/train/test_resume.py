@@ -13,7 +13,7 @@ from lorakit.hardware import detect_device
 from lorakit.pipeline import fit
 from lorakit.recipe.loader import load_recipe
 from lorakit.storage.run_dir import RunDir, append_metrics, read_metrics
-from lorakit.train.resume import claim_run, environment, forget_after, write_run_files
+from lorakit.train.resume import environment, resolve_run_dir, truncate_metrics, write_run_files
 
 QUIET = Console(quiet=True, stderr=True)
 
@@ -22,14 +22,14 @@ def test_a_taken_folder_is_refused_and_a_derived_one_is_numbered(tmp_path, monke
     taken = finish().run
     resolved = load_recipe(None, [], {"model": "m", "data": "d", "output_dir": str(taken.path)})
     with pytest.raises(RunError, match="never overwritten"):
-        claim_run(resolved, resume=False)
+        resolve_run_dir(resolved, resume=False)
     monkeypatch.chdir(tmp_path)
     derived = load_recipe(None, [], {"model": "user/Name", "data": "d"})
-    first, _ = claim_run(derived, resume=False)
+    first, _ = resolve_run_dir(derived, resume=False)
     assert not first.path.exists()  # a run that fails on its input leaves nothing behind
     first.path.mkdir(parents=True)
     first.recipe.write_text("x")
-    second, changed = claim_run(derived, resume=False)
+    second, changed = resolve_run_dir(derived, resume=False)
     assert (str(first.path), str(second.path)) == ("runs/name-lora", "runs/name-lora-2")
     assert changed.origins["output_dir"] == "derived: model and method"
 
@@ -47,7 +47,7 @@ def test_a_derived_name_that_other_files_took_is_left_alone(tmp_path, monkeypatc
         (place / "mine.txt").write_text("x")
     else:
         place.write_text("x")
-    run, _ = claim_run(load_recipe(None, [], DERIVED), resume=False)
+    run, _ = resolve_run_dir(load_recipe(None, [], DERIVED), resume=False)
     assert str(run.path) == "runs/name-lora-2"
 
 
@@ -68,7 +68,7 @@ def test_resume_without_a_name_goes_on_with_the_newest_run(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     older = {"name-lora", "name-lora-2", "name-lora-10"} - {newest}
     make_folders(*((name, "recipe.yaml") for name in sorted(older)), (newest, file))
-    run, _ = claim_run(load_recipe(None, [], DERIVED), resume=True)
+    run, _ = resolve_run_dir(load_recipe(None, [], DERIVED), resume=True)
     assert run.path.name == newest
 
 
@@ -86,17 +86,17 @@ def test_resume_without_a_name_takes_no_other_folder(tmp_path, monkeypatch, name
     monkeypatch.chdir(tmp_path)
     make_folders(("name-lora", "recipe.yaml"), (name, file))
     resolved = load_recipe(None, [], DERIVED)
-    assert claim_run(resolved, resume=True)[0].path.name == "name-lora"
+    assert resolve_run_dir(resolved, resume=True)[0].path.name == "name-lora"
     shutil.rmtree("runs/name-lora")
     with pytest.raises(RunError, match="runs/name-lora: nothing to resume here"):
-        claim_run(resolved, resume=True)
+        resolve_run_dir(resolved, resume=True)
 
 
 def test_resume_finds_the_run_of_a_model_whose_name_looks_like_a_pattern(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folders(("name[1]-lora", "recipe.yaml"), ("name1-lora", "recipe.yaml"))
     resolved = load_recipe(None, [], {"model": "./name[1]", "data": "d"})
-    assert claim_run(resolved, resume=True)[0].path.name == "name[1]-lora"
+    assert resolve_run_dir(resolved, resume=True)[0].path.name == "name[1]-lora"
 
 
 def test_rows_of_evaluations_stay_and_rows_after_the_step_go(tmp_path):
@@ -107,7 +107,7 @@ def test_rows_of_evaluations_stay_and_rows_after_the_step_go(tmp_path):
         {"step": 2, "eval_loss": 1.5, "eval_perplexity": 4.5},
     ]
     append_metrics(run, [*kept, {"step": 3, "loss": 0.9}, {"step": 3, "eval_loss": 1.4}])
-    forget_after(run, 2)
+    truncate_metrics(run, 2)
     assert [json.loads(line) for line in run.metrics.read_text().splitlines()] == kept
 
 
@@ -115,20 +115,20 @@ def test_a_run_that_never_reached_a_checkpoint_may_be_started_again(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "recipe.yaml").write_text("model: m\n")
     resolved = load_recipe(None, [], {"model": "m", "data": "d", "output_dir": str(tmp_path / "r")})
-    assert claim_run(resolved, resume=False)[0].path == tmp_path / "r"
+    assert resolve_run_dir(resolved, resume=False)[0].path == tmp_path / "r"
 
 
 def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
     (tmp_path / "file").write_text("x")
     flags = {"model": "m", "data": "d", "output_dir": str(tmp_path / "file" / "run")}
     with pytest.raises(WorkError, match="is a file"):
-        claim_run(load_recipe(None, [], flags), resume=False)
+        resolve_run_dir(load_recipe(None, [], flags), resume=False)
 
 
 def test_resume_needs_a_run(tmp_path):
     resolved = load_recipe(None, [], {"model": "m", "data": "d", "output_dir": str(tmp_path / "x")})
     with pytest.raises(RunError, match="nothing to resume"):
-        claim_run(resolved, resume=True)
+        resolve_run_dir(resolved, resume=True)
 
 
 def spoken():
@@ -258,7 +258,7 @@ def test_a_run_ended_before_its_first_checkpoint_begins_again(
 def test_the_runs_own_recipe_resumes_it_before_its_first_checkpoint_too(copied):
     run, _ = copied
     shutil.rmtree(run.checkpoints)
-    claimed, _ = claim_run(load_recipe(run.recipe), resume=True)
+    claimed, _ = resolve_run_dir(load_recipe(run.recipe), resume=True)
     assert claimed.path == run.path
 
 

@@ -9,7 +9,12 @@ from lorakit.data.prepare import prepare
 from lorakit.errors import RunError
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.resume import differences, past_of, refuse_changed_past, remember_rows
+from lorakit.train.resume import (
+    check_resume_compatible,
+    harmless_changes,
+    remember_rows,
+    run_fingerprint,
+)
 
 QUIET = Console(quiet=True, stderr=True)
 
@@ -24,7 +29,7 @@ def past(tiny_recipe, tiny_model_dir, tiny_data, tokenizer, tmp_path):
         path.write_text("\n".join(rows) + "\n")
         recipe = tiny_recipe(tiny_model_dir, path, tmp_path / "run", **values).recipe
         train = prepare(recipe, tokenizer).train
-        return past_of(recipe, train, tokenizer), train
+        return run_fingerprint(recipe, train, tokenizer), train
 
     build.lines = lines
     return build
@@ -43,7 +48,7 @@ def past(tiny_recipe, tiny_model_dir, tiny_data, tokenizer, tmp_path):
 )
 def test_harmless_settings_may_change(past, tmp_path, values):
     before, _ = past()
-    refuse_changed_past(RunDir(tmp_path), before, *past(**values))
+    check_resume_compatible(RunDir(tmp_path), before, *past(**values))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,7 @@ def test_harmless_settings_may_change(past, tmp_path, values):
 def test_what_alters_the_past_is_refused_by_name(past, tmp_path, values, said):
     before, _ = past()
     with pytest.raises(RunError, match="would alter steps already taken") as caught:
-        refuse_changed_past(RunDir(tmp_path), before, *past(**values))
+        check_resume_compatible(RunDir(tmp_path), before, *past(**values))
     assert said in caught.value.message
 
 
@@ -135,7 +140,10 @@ def record(tiny_model_dir, tiny_data, tokenizer):
     """`record(**values)`: what a checkpoint of a run with these settings keeps; its examples."""
     places = {"model": str(tiny_model_dir), "data": str(tiny_data)}
     train = prepare(Recipe(**places), tokenizer).train
-    return lambda **values: (past_of(Recipe(**{**places, **values}), train, tokenizer), train)
+    return lambda **values: (
+        run_fingerprint(Recipe(**{**places, **values}), train, tokenizer),
+        train,
+    )
 
 
 def test_every_setting_is_known_to_be_harmless_or_not():
@@ -147,7 +155,7 @@ def test_every_setting_is_known_to_be_harmless_or_not():
 def test_any_setting_that_alters_a_step_is_refused_by_name(record, tmp_path, key):
     before, _ = record()
     with pytest.raises(RunError) as caught:
-        refuse_changed_past(RunDir(tmp_path), before, *record(**{key: MAY_NOT_CHANGE[key]}))
+        check_resume_compatible(RunDir(tmp_path), before, *record(**{key: MAY_NOT_CHANGE[key]}))
     lines = caught.value.message.splitlines()[1:]
     assert f"  {key}: was " in caught.value.message
     # A method brings its own rank, rate and the like.
@@ -157,7 +165,7 @@ def test_any_setting_that_alters_a_step_is_refused_by_name(record, tmp_path, key
 @pytest.mark.parametrize("key", MAY_CHANGE)
 def test_any_setting_that_alters_no_step_may_change(record, tmp_path, key):
     before, _ = record()
-    refuse_changed_past(RunDir(tmp_path), before, *record(**{key: MAY_CHANGE[key]}))
+    check_resume_compatible(RunDir(tmp_path), before, *record(**{key: MAY_CHANGE[key]}))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +182,7 @@ def test_changed_data_is_refused_with_the_row(past, tmp_path, change, said):
     before, train = past(val_size=0)
     remember_rows(RunDir(tmp_path), train)
     with pytest.raises(RunError, match="the data is not what this run trained on") as caught:
-        refuse_changed_past(RunDir(tmp_path), before, *past(change(past.lines), val_size=0))
+        check_resume_compatible(RunDir(tmp_path), before, *past(change(past.lines), val_size=0))
     assert said in caught.value.message
     tokens = sum(len(example.input_ids) for example in train)
     then = f"then {len(train)} examples, {tokens:,} tokens, sha256 {train.digest()[:12]}; now "
@@ -184,14 +192,14 @@ def test_changed_data_is_refused_with_the_row(past, tmp_path, change, said):
 def test_changed_data_is_refused_without_the_list_of_rows_too(past, tmp_path):
     before, _ = past()
     with pytest.raises(RunError, match=r"data_rows\.npy is gone"):
-        refuse_changed_past(RunDir(tmp_path), before, *past(past.lines[2:]))
+        check_resume_compatible(RunDir(tmp_path), before, *past(past.lines[2:]))
 
 
 def test_another_template_is_refused(past, tmp_path, tokenizer, monkeypatch):
     before, _ = past()
     monkeypatch.setattr(tokenizer, "chat_template", "# " + tokenizer.chat_template)
     with pytest.raises(RunError, match="chat template is not the one"):
-        refuse_changed_past(RunDir(tmp_path), before, *past())
+        check_resume_compatible(RunDir(tmp_path), before, *past())
 
 
 def test_the_record_is_json_and_names_no_place(past, tiny_model_dir, tmp_path):
@@ -205,14 +213,14 @@ def test_the_record_is_json_and_names_no_place(past, tiny_model_dir, tmp_path):
 def test_a_setting_that_an_older_version_did_not_know_had_its_default(past, tmp_path):
     before, train = past()
     del before["settings"]["deterministic"]
-    refuse_changed_past(RunDir(tmp_path), before, past()[0], train)
+    check_resume_compatible(RunDir(tmp_path), before, past()[0], train)
 
 
 def test_other_versions_and_another_spelling_of_the_tokenizer_are_said():
     now = {"versions": {"torch": "2", "peft": "1"}, "tokenizer": "a"}
-    assert differences(now, now) == []
+    assert harmless_changes(now, now) == []
     before = {"versions": {"torch": "1", "peft": "1"}, "tokenizer": "b"}
-    versions, tokenizer = differences(before, now)
+    versions, tokenizer = harmless_changes(before, now)
     assert versions == "other versions than before: torch 1 -> 2"
     assert "the training rows come out the same" in tokenizer
 
@@ -227,6 +235,6 @@ def test_other_versions_and_another_spelling_of_the_tokenizer_are_said():
 )
 def test_another_number_of_ranks_is_said(before, now, said):
     alike = {"versions": {}, "tokenizer": "a"}
-    (line,) = differences({**alike, **before}, {**alike, **now})
+    (line,) = harmless_changes({**alike, **before}, {**alike, **now})
     assert line.startswith(said)
-    assert differences({**alike, "ranks": 2}, {**alike, "ranks": 2}) == []
+    assert harmless_changes({**alike, "ranks": 2}, {**alike, "ranks": 2}) == []

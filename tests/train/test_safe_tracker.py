@@ -5,7 +5,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from lorakit.storage.run_dir import read_metrics
-from lorakit.train.callbacks import Sheltered
+from lorakit.train.callbacks import SafeTracker
 
 from .faults import examples, said, trained, trainer_of
 
@@ -66,4 +66,4 @@ def test_a_tracker_that_works_hears_of_every_step(tracked, monkeypatch):
 def test_all_but_its_events_is_the_tracker_itself():
     tracker = TensorBoardCallback()
     tracker.project = "p"
-    assert Sheltered(tracker, print).project == "p"
+    assert SafeTracker(tracker, print).project == "p"

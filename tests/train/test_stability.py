@@ -13,7 +13,7 @@ from lorakit.errors import WorkError
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import read_metrics
 from lorakit.train import stability
-from lorakit.train.stability import StepGuard, told_rows, unreached
+from lorakit.train.stability import StepGuard, format_row_origins, params_without_grad
 from lorakit.types import Example, Origin
 
 from .faults import examples, nan_where, poison, said, trained, trainer_of
@@ -122,7 +122,7 @@ def test_a_resumed_run_knows_the_bad_step_before_it(run):
 
 
 def test_a_gradient_far_above_the_usual_is_named_and_trained(run, monkeypatch):
-    monkeypatch.setattr(stability, "ENOUGH", 3)
+    monkeypatch.setattr(stability, "MIN_HISTORY", 3)
     trainer = run(max_steps=6)
     poison(trainer, [5], "gradient spike")
     trainer.train()
@@ -235,11 +235,11 @@ def test_adapters_without_a_gradient_are_told(run):
 def test_a_model_that_learns_reaches_all():
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()
-    assert unreached(model, 1) is None
+    assert params_without_grad(model, 1) is None
 
 
 def test_rows_are_named_once_by_source():
     made = [Example([1], [1], Origin(s, r)) for s, r in [("a", 3), ("b", 1), ("a", 3), ("a", 9)]]
-    assert told_rows(made) == "a: 3, 9; b: 1"
+    assert format_row_origins(made) == "a: 3, 9; b: 1"
     many = [Example([1], [1], Origin("a", r)) for r in range(70)]
-    assert told_rows(many).endswith(", 63 and 6 more")
+    assert format_row_origins(many).endswith(", 63 and 6 more")

@@ -2,12 +2,12 @@
 
 from transformers import TrainerControl
 
-from lorakit.train.callbacks import SaveClock
+from lorakit.train.callbacks import TimedCheckpoint
 
 
 def test_it_asks_when_the_time_is_over_and_counts_from_each_save():
     times = iter([0, 30, 61, 62, 70, 130])
-    clock = SaveClock(1, bool, now=lambda: next(times))
+    clock = TimedCheckpoint(1, bool, now=lambda: next(times))
     clock.on_train_begin(None, None, None)  # 0 s
 
     def asked():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakit.distributed.process_group import Ranks
+from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import DataError
 from lorakit.hardware import detect_device
 from lorakit.model.load import load_base, load_tokenizer
@@ -237,7 +237,7 @@ def test_what_ranks_add_up_is_every_gradient(
     rows = examples([5, 30, 8, 17])
     trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1, **values)
     trainer.train()
-    trainer.ranks = Ranks(0, 2, 2)
+    trainer.ranks = DistributedContext(0, 2, 2)
     trainer.flat = trainer._flat()
     found = trainer._gradients()
     assert len(found) == buffers

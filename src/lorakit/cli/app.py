@@ -20,7 +20,7 @@ __all__ = [
     "Method",
     "Offline",
     "Output",
-    "Run",
+    "RunArgument",
     "Set",
     "app",
     "first_rank",
@@ -40,7 +40,9 @@ app = typer.Typer(
 log = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False)
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/demo-lora.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/demo-lora.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
 Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
@@ -72,10 +74,10 @@ def print_json(value: Any) -> None:
 
 def on_gpus(gpus: int) -> None:
     """Run this very command in `gpus` processes and end with their exit code; in one, go on."""
-    from lorakit.distributed.launcher import launch, launched, without_gpus
+    from lorakit.distributed.launcher import launch_processes, launched, without_gpus
 
     if not launched():
-        raise typer.Exit(launch(without_gpus(sys.argv[1:]), gpus))
+        raise typer.Exit(launch_processes(without_gpus(sys.argv[1:]), gpus))
 
 
 def first_rank() -> bool:

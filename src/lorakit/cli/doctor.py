@@ -20,9 +20,9 @@ def doctor(
     """Look this machine over: what is broken, why, and what to type. Exit 1 if anything is."""
     from lorakit.doctor.checks import examine
     from lorakit.doctor.show import show_findings
-    from lorakit.doctor.system_info import gather
+    from lorakit.doctor.system_info import collect_system_info
 
-    findings = examine(gather(model, offline))
+    findings = examine(collect_system_info(model, offline))
     broken = any(f.state == "broken" for f in findings)
     if as_json:
         print_json({"well": not broken, "findings": [f.as_dict() for f in findings]})

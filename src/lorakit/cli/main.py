@@ -8,7 +8,7 @@ import sys
 from lorakit.cli import doctor, import_recipe, inspect, plan, run_commands, train
 from lorakit.cli.app import app, log
 from lorakit.console import keep_streams_going
-from lorakit.distributed.process_group import take_own_card
+from lorakit.distributed.process_group import set_cuda_device_from_local_rank
 from lorakit.errors import LorakitError
 
 # The commands register themselves when these are imported.
@@ -18,7 +18,7 @@ __all__ = ["doctor", "import_recipe", "inspect", "main", "plan", "run_commands",
 def main() -> None:
     """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
     keep_streams_going()
-    take_own_card()
+    set_cuda_device_from_local_rank()
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"rank {rank}: "
     try:

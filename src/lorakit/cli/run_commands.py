@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.app import Json, Offline, Output, Run, app, log, out, print_json, quiet
+from lorakit.cli.app import Json, Offline, Output, RunArgument, app, log, out, print_json, quiet
 
 
 def _is_offline(run: Any) -> bool:
@@ -22,7 +22,7 @@ def _is_offline(run: Any) -> bool:
 
 @app.command("eval")
 def evaluate_run(
-    run: Run,
+    run: RunArgument,
     data: Annotated[
         str | None, typer.Option(help="Other held-out data than the run's own.")
     ] = None,
@@ -48,7 +48,7 @@ def evaluate_run(
 
 @app.command()
 def chat(
-    run: Run,
+    run: RunArgument,
     ask: Annotated[str | None, typer.Option(help="Answer one question and end.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -66,9 +66,9 @@ def chat(
     quiet(offline or _is_offline(opened))
     from lorakit.inference.chat import run as run_chat
     from lorakit.inference.generate import GenerationSettings
-    from lorakit.model.multi_adapter import Several
+    from lorakit.model.multi_adapter import MultiAdapterModel
 
-    several = Several.of(opened, tuple(find_run(path) for path in adapter or ()))
+    several = MultiAdapterModel.of(opened, tuple(find_run(path) for path in adapter or ()))
     code = run_chat(
         several,
         title=f"{several.base_name} + {several.active} on {several.loaded.device.name}",
@@ -105,7 +105,7 @@ def serve(
 
 @app.command()
 def export(
-    run: Run,
+    run: RunArgument,
     to: Annotated[
         str,
         typer.Option(
@@ -159,7 +159,7 @@ def export(
 
 @app.command()
 def report(
-    run: Run,
+    run: RunArgument,
     output: Annotated[
         Path | None, typer.Option(help="Another file than report.html in the run.")
     ] = None,

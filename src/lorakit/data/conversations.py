@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.cache import folder_for, folder_key, key_of
-from lorakit.data.dataset import Item, ItemShelf, write_items
+from lorakit.data.dataset import ConversationDataset, Item, write_items
 from lorakit.data.formats.columns import ColumnWatch
 from lorakit.data.formats.normalize import clean_item
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
-from lorakit.data.issues import FaultLog, RowFault, check_turns, refuse_if_empty
+from lorakit.data.issues import IssueLog, RowError, check_turns, refuse_if_empty
 from lorakit.data.sources.locate import left_aside
 from lorakit.data.sources.readers import content_key, read_rows
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Document, Row
 
 
-def gather(
+def read_conversations(
     names: Sequence[str], recipe: Recipe, folders: Sequence[Path]
-) -> tuple[ItemShelf, FaultLog]:
+) -> tuple[ConversationDataset, IssueLog]:
     """Usable rows of all sources in order; `meta["lines"]` has a line of the report for each.
 
     Raises:
@@ -42,8 +42,8 @@ def gather(
 
     folder = folder_for(key, make)
     # What came from a network is read anew each time; what was read decides what is tokenized.
-    shelf = ItemShelf(folder, key or folder_key(folder))
-    return shelf, FaultLog.from_dict(shelf.meta["faults"])
+    shelf = ConversationDataset(folder, key or folder_key(folder))
+    return shelf, IssueLog.from_dict(shelf.meta["faults"])
 
 
 def _read_all(
@@ -54,9 +54,9 @@ def _read_all(
     meta: dict[str, Any],
 ) -> Iterator[tuple[Item, int]]:
     """(item, number of its source); what became of the rows is written into `meta`."""
-    log = FaultLog()
+    log = IssueLog()
     for number, name in enumerate(names):
-        own, read, found = FaultLog(), 0, 0
+        own, read, found = IssueLog(), 0, 0
         for path in aside[number]:
             own.add("file of another kind", path, "not read")
         formats: dict[str, str] = {}
@@ -90,9 +90,9 @@ def _read_all(
     meta["faults"] = log.as_dict()
 
 
-def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: FaultLog) -> Iterator[Item]:
+def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Iterator[Item]:
     try:
         item = clean_item(to_conversation(row, guess, recipe.system), log)
         yield item if isinstance(item, Document) else check_turns(item, log)
-    except RowFault as fault:
+    except RowError as fault:
         log.leave_out(fault)

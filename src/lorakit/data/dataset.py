@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.dedup import Signer
-from lorakit.data.issues import FaultLog, fingerprint
+from lorakit.data.issues import IssueLog, content_hash
 from lorakit.data.sources.readers import read_rows
 from lorakit.errors import DataError
 from lorakit.storage.run_dir import write_text
@@ -105,7 +105,7 @@ def _save(folder: Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-class ItemShelf(Sequence[Item]):
+class ConversationDataset(Sequence[Item]):
     """Items in a folder, as `write_items` left them.
 
     Attributes:
@@ -170,7 +170,7 @@ def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str,
             handle.write(line)
             begins.append(begins[-1] + len(line))
             rows.append(item.origin.row)
-            marks.append(fingerprint(item))
+            marks.append(content_hash(item))
             names.append(known.setdefault(item.origin.source, len(known)))
             sources.append(source)
             signer.add(content_of(item))
@@ -200,7 +200,7 @@ def _thinks(item: Item) -> bool:
     )
 
 
-class ExampleShelf:
+class TokenizedDataset:
     """Examples in a folder, as `write_examples` left them.
 
     Attributes:
@@ -209,10 +209,10 @@ class ExampleShelf:
         faults: what happened on the way.
     """
 
-    def __init__(self, folder: Path, items: ItemShelf) -> None:
+    def __init__(self, folder: Path, items: ConversationDataset) -> None:
         self.items = items
         meta = json.loads((folder / "meta.json").read_text())
-        self.faults = FaultLog.from_dict(meta["faults"])
+        self.faults = IssueLog.from_dict(meta["faults"])
         load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
         self.owners, self.trained, self._begins = (load[n] for n in ("owners", "trained", "begins"))
         self.lengths = np.diff(self._begins)
@@ -238,7 +238,7 @@ class ExampleShelf:
 
 
 def write_examples(
-    folder: Path, made: Iterable[tuple[int, Sequence[Example]]], log: FaultLog
+    folder: Path, made: Iterable[tuple[int, Sequence[Example]]], log: IssueLog
 ) -> None:
     """Put (number of the item, its examples) pairs on disk; `log` is read when all have come."""
     begins, owners, trained = array("q", [0]), array("i"), array("q")
@@ -268,7 +268,7 @@ def write_examples(
     _save(folder, {"faults": log.as_dict()}, arrays)
 
 
-class _Chosen(Sequence[Thing]):
+class Subset(Sequence[Thing]):
     """Some things of a shelf by number, int64 [N]; `_read` takes one off it."""
 
     def __init__(self, chosen: NDArray[np.int64]) -> None:
@@ -290,10 +290,10 @@ class _Chosen(Sequence[Thing]):
         return self._read(int(self.chosen[number]))
 
 
-class Examples(_Chosen[Example]):
+class Examples(Subset[Example]):
     """Some examples of a shelf, in an order of their own; an example may stand there twice."""
 
-    def __init__(self, shelf: ExampleShelf, chosen: NDArray[np.int64]) -> None:
+    def __init__(self, shelf: TokenizedDataset, chosen: NDArray[np.int64]) -> None:
         super().__init__(chosen)
         self._shelf = shelf
 
@@ -331,10 +331,10 @@ def lengths_of(examples: Sequence[Example]) -> list[int]:
     return [len(example.input_ids) for example in examples]
 
 
-class Items(_Chosen[Item]):
+class Items(Subset[Item]):
     """Some items of a shelf, in the shelf's order."""
 
-    def __init__(self, shelf: ItemShelf, chosen: NDArray[np.int64]) -> None:
+    def __init__(self, shelf: ConversationDataset, chosen: NDArray[np.int64]) -> None:
         super().__init__(chosen)
         self._shelf = shelf
 

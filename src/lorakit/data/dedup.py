@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.issues import SHOWN_ROWS, FaultLog
+from lorakit.data.issues import SHOWN_ROWS, IssueLog
 from lorakit.types import Origin
 
-Place = Callable[[int], Origin]
+OriginOf = Callable[[int], Origin]
 
 BINS = 64
 # Two texts are nearly the same from this share of common pieces on: about one word in 20 changed.
@@ -115,7 +115,7 @@ def _likeness(
 
 
 def report_duplicates(
-    marks: NDArray[np.uint64], signatures: NDArray[np.uint8], place: Place, log: FaultLog
+    marks: NDArray[np.uint64], signatures: NDArray[np.uint8], place: OriginOf, log: IssueLog
 ) -> None:
     """Count rows whose content stood before, in the same or nearly the same words; all are kept.
 
@@ -133,8 +133,8 @@ def report_duplicates(
 def report_overlap(
     trained: tuple[NDArray[np.uint64], NDArray[np.uint8]],
     held: tuple[NDArray[np.uint64], NDArray[np.uint8]],
-    place: Place,
-    log: FaultLog,
+    place: OriginOf,
+    log: IssueLog,
 ) -> None:
     """Count held-out rows that are also trained on: their loss says nothing about new questions.
 
@@ -153,6 +153,6 @@ def report_overlap(
     _add(np.flatnonzero(near), "held-out row is nearly one of the training data", place, log)
 
 
-def _add(rows: NDArray[np.int64], kind: str, place: Place, log: FaultLog) -> None:
+def _add(rows: NDArray[np.int64], kind: str, place: OriginOf, log: IssueLog) -> None:
     if len(rows):
         log.add_many(kind, len(rows), [str(place(int(i))) for i in rows[:SHOWN_ROWS]], "kept")

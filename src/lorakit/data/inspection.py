@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lorakit.data.batching import best_fit, saved_share
 from lorakit.data.dataset import Examples
-from lorakit.data.issues import TOLD
+from lorakit.data.issues import INFO_ONLY
 from lorakit.data.prepare import Prepared
 from lorakit.recipe.schema import Recipe
 from lorakit.types import IGNORE, DataReport, Example, Fault
@@ -60,7 +60,7 @@ class Inspection:
 
     def stops(self, fault: Fault) -> bool:
         """True where a run would stop at `fault`; `strict: true` stops at all but what it told."""
-        return fault.spoils or (self.strict and fault.action not in TOLD)
+        return fault.spoils or (self.strict and fault.action not in INFO_ONLY)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form; `text` of an example has its trained parts listed in `trained`."""
@@ -97,7 +97,7 @@ def inspect_prepared(
         report=prepared.report,
         lengths=measure_prepared(prepared, recipe),
         shown=tuple(
-            Shown(example, why, tuple(pieces(tokenizer, example)))
+            Shown(example, why, tuple(token_texts(tokenizer, example)))
             for why, example in _choose(prepared.train, count)
         ),
         strict=recipe.strict,
@@ -129,7 +129,7 @@ def _choose(examples: Examples, count: int) -> list[tuple[str, Example]]:
     return [(why, examples[at]) for at, why in list(chosen.items())[:count]]
 
 
-def pieces(tokenizer: Any, example: Example) -> Iterator[Piece]:
+def token_texts(tokenizer: Any, example: Example) -> Iterator[Piece]:
     """The tokens of `example` as text; tokens that only together make a character are one piece."""
     special = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special

@@ -19,10 +19,10 @@ SHOWN_ROWS = 5
 LEFT_OUT = "left out"
 # What was asked for and is only told: no fault of the data, so none for `strict: true`.
 HELD_OUT = "scored, not trained on; val_data, val_size or smaller files change it"
-TOLD = ("its end is held out", "not drawn", HELD_OUT)
+INFO_ONLY = ("its end is held out", "not drawn", HELD_OUT)
 
 
-class RowFault(DataError):
+class RowError(DataError):
     """One row that cannot be used: it is left out and counted under `kind`, and the run goes on."""
 
     def __init__(self, kind: str, origin: Origin, detail: str, hint: str | None = None) -> None:
@@ -31,20 +31,20 @@ class RowFault(DataError):
         self.origin = origin
 
 
-class SpoilsRun(RowFault):
+class FatalRowError(RowError):
     """One row on which training would go wrong: a run stops at it, `inspect` counts on."""
 
     exit_code = 1
 
 
-class FaultLog:
+class IssueLog:
     """Counts faults by kind and action while rows stream by; keeps the first rows of each."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], tuple[int, list[str]]] = {}
         self._spoiling: set[str] = set()
         self.rows_left_out = 0
-        self.first_left_out: RowFault | None = None
+        self.first_left_out: RowError | None = None
 
     def add(self, kind: str, origin: Origin | str, action: str) -> None:
         """One more case of `kind`, at `origin`, and what was done about it."""
@@ -58,15 +58,15 @@ class FaultLog:
         had, own = self._seen.get((kind, action), (0, []))
         self._seen[kind, action] = (had + count, [*own, *rows][:SHOWN_ROWS])
 
-    def leave_out(self, fault: RowFault) -> None:
+    def leave_out(self, fault: RowError) -> None:
         """The row of `fault` is not used."""
         self.rows_left_out += 1
         self.first_left_out = self.first_left_out or fault
-        if isinstance(fault, SpoilsRun):
+        if isinstance(fault, FatalRowError):
             self._spoiling.add(fault.kind)
         self.add(fault.kind, fault.origin, LEFT_OUT)
 
-    def absorb(self, other: FaultLog) -> None:
+    def absorb(self, other: IssueLog) -> None:
         """Add all that `other` counted."""
         for (kind, action), (count, rows) in other._seen.items():
             self.add_many(kind, count, rows, action)
@@ -85,7 +85,7 @@ class FaultLog:
         return {"seen": seen, "left_out": self.rows_left_out, "spoiling": sorted(self._spoiling)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FaultLog:
+    def from_dict(cls, values: Mapping[str, Any]) -> IssueLog:
         """The log that `as_dict` told of."""
         log = cls()
         log._seen = {(kind, action): (count, rows) for kind, action, count, rows in values["seen"]}
@@ -111,7 +111,7 @@ _FOLLOWS = {
 }
 
 
-def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
+def check_turns(conversation: Conversation, log: IssueLog) -> Conversation:
     """The conversation, fit to be trained on: [system] (user (call tool+)* assistant)+.
 
     What comes after the last assistant turn is taken off and reported.
@@ -121,7 +121,7 @@ def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
     """
     origin, messages = conversation.origin, conversation.messages
     if not any(m.role == "assistant" for m in messages):
-        raise RowFault("no answer", origin, "there is no assistant turn to learn from")
+        raise RowError("no answer", origin, "there is no assistant turn to learn from")
     before = "start"
     turns = messages[1:] if messages[0].role == "system" else messages
     for number, turn in enumerate(turns, 1):
@@ -134,7 +134,7 @@ def check_turns(conversation: Conversation, log: FaultLog) -> Conversation:
             fault = _disorder(before, turn)
             expected = " or ".join(dict.fromkeys(_SPOKEN.get(k, k) for k in _FOLLOWS[before]))
             detail = f"{fault}: turn {number} is of {turn.role}, expected {expected}"
-            raise RowFault(fault, origin, detail)
+            raise RowError(fault, origin, detail)
         before = kind
     if turns[-1].role != "assistant":
         kept = len(messages)
@@ -165,7 +165,7 @@ def _disorder(before: str, turn: Message) -> str:
     return "roles out of order"
 
 
-def fingerprint(item: Conversation | Document) -> int:
+def content_hash(item: Conversation | Document) -> int:
     """Content hash of 64 bits, the same for equal content wherever it stands.
 
     In a million rows two different ones meet with a chance of 3 in 100 million.
@@ -182,7 +182,7 @@ def fingerprint(item: Conversation | Document) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def refuse_if_empty(kept: int, read: int, source: str, log: FaultLog) -> None:
+def refuse_if_empty(kept: int, read: int, source: str, log: IssueLog) -> None:
     """Stop when no row of `source` can be used.
 
     Raises:
@@ -191,7 +191,7 @@ def refuse_if_empty(kept: int, read: int, source: str, log: FaultLog) -> None:
     """
     if kept:
         return
-    if isinstance(log.first_left_out, SpoilsRun):
+    if isinstance(log.first_left_out, FatalRowError):
         raise log.first_left_out
     if not read:
         raise DataError(f"{source}: there are no rows in it", hint="is it the right file?")
@@ -199,20 +199,20 @@ def refuse_if_empty(kept: int, read: int, source: str, log: FaultLog) -> None:
     raise DataError(f"{source}: none of its {read} rows can be used: {told_faults(log)}", hint)
 
 
-def told_faults(log: FaultLog) -> str:
+def told_faults(log: IssueLog) -> str:
     """The three commonest reasons for which rows were left out, and the first in full."""
     lost = [fault for fault in log.faults() if fault.action == LEFT_OUT][:3]
     reasons = "; ".join(f"{f.count} x {f.kind} ({', '.join(f.first_rows[:2])})" for f in lost)
     return f"{reasons}; first: {log.first_left_out.message}" if log.first_left_out else reasons
 
 
-def refuse_if_strict(log: FaultLog) -> None:
+def refuse_if_strict(log: IssueLog) -> None:
     """Stop at any fault of the data (`strict: true`).
 
     Raises:
         DataError: lists every kind of fault with its count and first rows.
     """
-    faults = [fault for fault in log.faults() if fault.action not in TOLD]
+    faults = [fault for fault in log.faults() if fault.action not in INFO_ONLY]
     if not faults:
         return
     lines = [f"  {f.count} x {f.kind} ({', '.join(f.first_rows)})" for f in faults]

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.cache import folder_for, key_of
-from lorakit.data.conversations import gather
+from lorakit.data.conversations import read_conversations
 from lorakit.data.dataset import (
+    ConversationDataset,
     Examples,
-    ExampleShelf,
     Item,
     Items,
-    ItemShelf,
+    TokenizedDataset,
     write_examples,
     write_items,
 )
@@ -28,16 +28,16 @@ from lorakit.data.dedup import report_duplicates, report_overlap
 from lorakit.data.issues import (
     HELD_OUT,
     SHOWN_ROWS,
-    FaultLog,
-    RowFault,
-    SpoilsRun,
+    FatalRowError,
+    IssueLog,
+    RowError,
     refuse_if_empty,
     refuse_if_strict,
     told_faults,
 )
 from lorakit.data.split import shuffled, split
 from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
-from lorakit.data.tokenize.encode import Rules, encode_many, resolve_template
+from lorakit.data.tokenize.encode import EncodeConfig, encode_many, resolve_template
 from lorakit.errors import DataError
 from lorakit.recipe.schema import Recipe
 from lorakit.types import DataReport, Document, Example
@@ -59,10 +59,10 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class _Split:
     """Some items of a shelf by number, int64 [N], with the shelf of their examples."""
 
-    shelf: ExampleShelf
+    shelf: TokenizedDataset
     chosen: NDArray[np.int64]
 
     @property
@@ -112,14 +112,14 @@ def prepare(
 
 
 def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting: bool) -> Prepared:
-    items, log = gather(recipe.sources, recipe, folders)
+    items, log = read_conversations(recipe.sources, recipe, folders)
     lines, held_items = list(items.meta["lines"]), None
     if recipe.val_data:
-        held_items, held_log = gather([recipe.val_data], recipe, folders)
+        held_items, held_log = read_conversations([recipe.val_data], recipe, folders)
         lines += held_items.meta["lines"]
         log.absorb(held_log)
     elif recipe.held_out and len(items) == 1:
-        items, held_items = _cut_lone_document(items, recipe.held_out, log)
+        items, held_items = _split_single_document(items, recipe.held_out, log)
     thinking = items.thinking or (held_items is not None and held_items.thinking)
     info = resolve_template(tokenizer, recipe.model, thinking)
     encode = _Encoder(recipe, tokenizer, inspecting, log)
@@ -130,7 +130,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         report_overlap(train.prints, held.prints, held.place, log)
     else:
         out = _split(side, recipe, log)
-        train, held = (_Side(side.shelf, side.chosen[part]) for part in (~out, out))
+        train, held = (_Split(side.shelf, side.chosen[part]) for part in (~out, out))
         _tell_large_share(train, held, log)
     examples = train.examples(_times(train, recipe, log))
     val = held.examples()
@@ -153,7 +153,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     return Prepared(examples, val, train.items, held.items, report)
 
 
-def _split(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.bool_]:
+def _split(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.bool_]:
     try:
         return split(side.prints[0], recipe.held_out, recipe.seed)
     except DataError as error:
@@ -164,7 +164,7 @@ def _split(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.bool_]:
         raise DataError(f"{error.message}; {lost}", error.hint) from None
 
 
-def _tell_large_share(train: _Side, held: _Side, log: FaultLog) -> None:
+def _tell_large_share(train: _Split, held: _Split, log: IssueLog) -> None:
     """Rows are held out by number: one of two books is 5% of nothing."""
     sizes = [int(part.examples().lengths.sum()) for part in (train, held)]
     rows = len(held.chosen) / (len(train.chosen) + len(held.chosen))
@@ -199,32 +199,32 @@ class _Encoder:
     recipe: Recipe
     tokenizer: Any
     inspecting: bool
-    log: FaultLog
+    log: IssueLog
 
-    def __call__(self, items: ItemShelf) -> _Side:
-        rules = Rules.of(self.recipe)
+    def __call__(self, items: ConversationDataset) -> _Split:
+        rules = EncodeConfig.of(self.recipe)
         known = tokenizer_key(self.tokenizer)
         key = key_of("examples", items.key, known, rules.as_dict()) if items.key and known else None
-        own = FaultLog()
+        own = IssueLog()
 
         def make(folder: Path) -> None:
             write_examples(folder, self._made(items, rules, own), own)
 
-        shelf = ExampleShelf(folder_for(key, make), items)
+        shelf = TokenizedDataset(folder_for(key, make), items)
         if shelf.faults.spoils and not self.inspecting:
             for _ in self._made(items, rules, own):  # kept by `inspect`: stops at the row again
                 pass
         self.log.absorb(shelf.faults)
-        return _Side(shelf, np.unique(shelf.owners).astype(np.int64))
+        return _Split(shelf, np.unique(shelf.owners).astype(np.int64))
 
     def _made(
-        self, items: ItemShelf, rules: Rules, log: FaultLog
+        self, items: ConversationDataset, rules: EncodeConfig, log: IssueLog
     ) -> Iterator[tuple[int, list[Example]]]:
         made = encode_many(self.tokenizer, items, rules, log)
         for number, (_, examples) in enumerate(made):
-            if isinstance(examples, SpoilsRun) and not self.inspecting:
+            if isinstance(examples, FatalRowError) and not self.inspecting:
                 raise examples
-            if isinstance(examples, RowFault):
+            if isinstance(examples, RowError):
                 log.leave_out(examples)
             else:
                 yield number, examples
@@ -234,7 +234,7 @@ class _Encoder:
 # -- weights, and a single document ---------------------------------------------------------------
 
 
-def _times(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.int64] | None:
+def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | None:
     """How often an epoch trains on each item of the shelf, int64 [items]; None for once each.
 
     A weight of 2.5 is twice each row, and half of the rows, chosen by content and seed, once more.
@@ -256,9 +256,9 @@ def _times(side: _Side, recipe: Recipe, log: FaultLog) -> NDArray[np.int64] | No
     return times
 
 
-def _cut_lone_document(
-    items: ItemShelf, held_out: float | int, log: FaultLog
-) -> tuple[ItemShelf, ItemShelf | None]:
+def _split_single_document(
+    items: ConversationDataset, held_out: float | int, log: IssueLog
+) -> tuple[ConversationDataset, ConversationDataset | None]:
     """A single document in two, at the paragraph border nearest to the held-out share of its end.
 
     A text without borders comes back whole, and so does a conversation: they cannot be split.
@@ -278,5 +278,7 @@ def _cut_lone_document(
     for name, part in (("head", text[:at]), ("tail", text[at:])):
         key = key_of(name, items.key, at) if items.key else None
         pairs = [(replace(document, text=part), 0)]
-        parts.append(ItemShelf(folder_for(key, partial(write_items, items=pairs, meta={})), key))
+        parts.append(
+            ConversationDataset(folder_for(key, partial(write_items, items=pairs, meta={})), key)
+        )
     return parts[0], parts[1]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorakit.data.batching import PAYS_ABOVE, packing_words
-from lorakit.data.inspection import Inspection, Lengths, Piece, Shown, pieces, runs
+from lorakit.data.inspection import Inspection, Lengths, Piece, Shown, runs, token_texts
 from lorakit.display.rich_output import bar_text
 from lorakit.redact import visible
 from lorakit.types import DataReport, Example
@@ -29,7 +29,7 @@ SHOWN_COLUMNS = 12
 
 def render_example(tokenizer: Any, example: Example) -> Text:
     """The decoded tokens of `example`: special tokens spelled out, trained runs in ⟦ ⟧."""
-    return token_text(list(pieces(tokenizer, example)))
+    return token_text(list(token_texts(tokenizer, example)))
 
 
 def token_text(parts: Sequence[Piece], limit: int | None = None) -> Text:

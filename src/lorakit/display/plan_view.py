@@ -13,7 +13,7 @@ from lorakit.planning.forecast import Forecast
 from lorakit.planning.memory import reserve_note
 from lorakit.planning.multi_gpu import Scale
 from lorakit.planning.stages import Parts
-from lorakit.planning.suggestions import Change
+from lorakit.planning.suggestions import Suggestion
 from lorakit.redact import visible
 
 GIB = 2**30
@@ -162,7 +162,7 @@ def _minutes(minutes: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _changes(changes: tuple[Change, ...], title: str) -> Table:
+def _changes(changes: tuple[Suggestion, ...], title: str) -> Table:
     table = _table(title)
     table.add_column("change", overflow="fold", ratio=2)
     for column in ("GiB", "saves", "speed"):

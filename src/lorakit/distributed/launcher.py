@@ -28,7 +28,7 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def launch(arguments: Sequence[str], gpus: int) -> int:
+def launch_processes(arguments: Sequence[str], gpus: int) -> int:
     """Run `lorakit ARGUMENTS` in `gpus` processes on this machine; the exit code of the first end.
 
     Raises:

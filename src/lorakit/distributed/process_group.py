@@ -23,16 +23,18 @@ from lorakit.types import Device
 
 T = TypeVar("T")
 # What hangs is found by the heartbeat; rank 0 may well evaluate for an hour meanwhile.
-FOREVER = datetime.timedelta(days=30)
-MEET_SECONDS = 120.0
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=30)
+RENDEZVOUS_TIMEOUT_S = 120.0
 COMPARED = ("lorakit", "torch", "transformers", "peft")
-_TAKEN = "LORAKIT_CARD_OF_RANK"
-_MEETINGS = itertools.count()  # a script may train twice: each run has its own part of the store
+_OWN_ENV = "LORAKIT_CARD_OF_RANK"
+_RENDEZVOUS_COUNT = (
+    itertools.count()
+)  # a script may train twice: each run has its own part of the store
 # Read by transformers, accelerate and trl, which would divide the work a second time.
-OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+TORCHRUN_ENV_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
-class Ranks:
+class DistributedContext:
     """The processes that share each step; alone by default.
 
     Args:
@@ -120,10 +122,10 @@ class Ranks:
             raise
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistributedContext()
 
 
-def shared_device(device: Device, ranks: Ranks) -> Device:
+def shared_device(device: Device, ranks: DistributedContext) -> Device:
     """The device that every rank plans for: memory is that of the smallest.
 
     Raises:
@@ -150,17 +152,17 @@ def shared_device(device: Device, ranks: Ranks) -> Device:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def init_distributed() -> Iterator[DistributedContext]:
     """The ranks of this process: those that torchrun started, or itself alone.
 
     Raises:
         WorkError: one does not come, or its card cannot be reached; it is named.
     """
-    take_own_card()
-    found = {name: os.environ.pop(name) for name in OF_TORCHRUN if name in os.environ}
+    set_cuda_device_from_local_rank()
+    found = {name: os.environ.pop(name) for name in TORCHRUN_ENV_VARS if name in os.environ}
     try:
         if int(found.get("WORLD_SIZE", "1")) == 1:
-            yield ALONE
+            yield SINGLE_PROCESS
         else:
             with _ranks(found) as ranks:
                 yield ranks
@@ -169,13 +171,13 @@ def joined() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _ranks(found: dict[str, str]) -> Iterator[Ranks]:
+def _ranks(found: dict[str, str]) -> Iterator[DistributedContext]:
     import torch.distributed as dist
 
-    ranks, store = _meet(found)
+    ranks, store = _rendezvous(found)
     assert ranks.heartbeat is not None
     try:
-        _connect(ranks, store)
+        _init_groups(ranks, store)
         yield ranks
     except BaseException:
         ranks.heartbeat.leave("failed")
@@ -187,7 +189,7 @@ def _ranks(found: dict[str, str]) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _meet(found: dict[str, str]) -> tuple[Ranks, Any]:
+def _rendezvous(found: dict[str, str]) -> tuple[DistributedContext, Any]:
     """Find all others; from here on the heartbeat watches them. (ranks, the launcher's store)"""
     import torch
     import torch.distributed as dist
@@ -199,10 +201,10 @@ def _meet(found: dict[str, str]) -> tuple[Ranks, Any]:
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and number == 0
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
-    meeting = next(_MEETINGS)
+    meeting = next(_RENDEZVOUS_COUNT)
 
     def connect(hosts: bool) -> Any:
-        wait = datetime.timedelta(seconds=MEET_SECONDS)
+        wait = datetime.timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
         store = dist.TCPStore(
             *place, world_size=count, is_master=hosts, timeout=wait, wait_for_workers=False
         )
@@ -214,10 +216,10 @@ def _meet(found: dict[str, str]) -> tuple[Ranks, Any]:
     )
     _wait_for_all(store, count)
     heartbeat.start()
-    return Ranks(number, count, per_node, heartbeat), store
+    return DistributedContext(number, count, per_node, heartbeat), store
 
 
-def _connect(ranks: Ranks, store: Any) -> None:
+def _init_groups(ranks: DistributedContext, store: Any) -> None:
     """Make the groups that add and gather, and try them."""
     import torch
     import torch.distributed as dist
@@ -231,19 +233,25 @@ def _connect(ranks: Ranks, store: Any) -> None:
         store=store,
         rank=ranks.number,
         world_size=ranks.count,
-        timeout=FOREVER,
+        timeout=COLLECTIVE_TIMEOUT,
         device_id=torch.device("cuda", 0) if card else None,
     )
-    ranks.of_host = dist.new_group(backend="gloo", timeout=FOREVER) if card else dist.group.WORLD
+    ranks.of_host = (
+        dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if card else dist.group.WORLD
+    )
     for node in range(ranks.nodes):
         members = list(range(node * ranks.per_node, (node + 1) * ranks.per_node))
-        group = dist.new_group(members, timeout=FOREVER) if ranks.nodes > 1 else dist.group.WORLD
+        group = (
+            dist.new_group(members, timeout=COLLECTIVE_TIMEOUT)
+            if ranks.nodes > 1
+            else dist.group.WORLD
+        )
         if ranks.number in members:
             ranks.of_node = group
     _preflight(ranks, "cuda" if card else "cpu")
 
 
-def _preflight(ranks: Ranks, device: str) -> None:
+def _preflight(ranks: DistributedContext, device: str) -> None:
     """One all-reduce and the versions of all; what hangs here is named by the heartbeat."""
     import torch
 
@@ -266,13 +274,13 @@ def _preflight(ranks: Ranks, device: str) -> None:
     ranks.heartbeat.own.state = "ready"
 
 
-def take_own_card() -> None:
+def set_cuda_device_from_local_rank() -> None:
     """Show this process one card only, by its place on the machine; before CUDA is asked anything.
 
     A launcher that shows each process its own card already (Ray) is left alone.
     """
     local = os.environ.get("LOCAL_RANK")
-    if local is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or _TAKEN in os.environ:
+    if local is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or _OWN_ENV in os.environ:
         return
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = shown.split(",") if shown is not None else None
@@ -280,7 +288,7 @@ def take_own_card() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = local
     elif len(names) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local)] if int(local) < len(names) else ""
-    os.environ[_TAKEN] = local
+    os.environ[_OWN_ENV] = local
 
 
 def _same_kind(beats: list[Beat]) -> None:
@@ -307,12 +315,12 @@ def _wait_for_all(store: Any, count: int) -> None:
     Raises:
         WorkError: names those that do not come.
     """
-    until = time.monotonic() + MEET_SECONDS
+    until = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while missing := [rank for rank in range(count) if not store.check([key(rank)])]:
         if time.monotonic() > until:
             names = ", ".join(map(str, missing))
             raise WorkError(
-                f"rank {names} of {count} did not come within {MEET_SECONDS:.0f} s",
+                f"rank {names} of {count} did not come within {RENDEZVOUS_TIMEOUT_S:.0f} s",
                 hint="was torchrun started on every machine, with the same --nnodes and "
                 "--rdzv-endpoint, and do their first words show an error?",
             )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lorakit.dependencies import FLOORS
 from lorakit.doctor.known_issues import TROUBLES
-from lorakit.doctor.system_info import Facts
+from lorakit.doctor.system_info import SystemInfo
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 11)
@@ -36,7 +36,7 @@ class Finding:
         return asdict(self)
 
 
-def examine(facts: Facts) -> list[Finding]:
+def examine(facts: SystemInfo) -> list[Finding]:
     """All checks, in order."""
     return [finding for check in CHECKS for finding in check(facts)]
 
@@ -47,7 +47,7 @@ def _bad(check: str, trouble: str, state: State = "broken", **words: Any) -> Fin
     return Finding(check, state, cause, command, trouble)
 
 
-def python(facts: Facts) -> Iterator[Finding]:
+def python(facts: SystemInfo) -> Iterator[Finding]:
     """Python is new enough."""
     version = ".".join(map(str, facts.python))
     if facts.python < OLDEST_PYTHON:
@@ -56,7 +56,7 @@ def python(facts: Facts) -> Iterator[Finding]:
         yield Finding("python", "ok", version)
 
 
-def driver(facts: Facts) -> Iterator[Finding]:
+def driver(facts: SystemInfo) -> Iterator[Finding]:
     """The driver answers."""
     smi = facts.driver
     if smi is None:
@@ -68,7 +68,7 @@ def driver(facts: Facts) -> Iterator[Finding]:
         yield Finding("driver", "ok", f"{smi.version}, CUDA {smi.cuda}: {cards}")
 
 
-def torch(facts: Facts) -> Iterator[Finding]:
+def torch(facts: SystemInfo) -> Iterator[Finding]:
     """Torch imports, is built for the card there is, and sees it."""
     found, smi = facts.torch, facts.driver
     if "error" in found:
@@ -89,7 +89,7 @@ def torch(facts: Facts) -> Iterator[Finding]:
         yield Finding("torch", "ok", f"{found['version']}, built for {built}")
 
 
-def capability(facts: Facts) -> Iterator[Finding]:
+def capability(facts: SystemInfo) -> Iterator[Finding]:
     """Torch has kernels for this card, and the card has bfloat16."""
     found = facts.torch
     if not found.get("available"):
@@ -108,7 +108,7 @@ def capability(facts: Facts) -> Iterator[Finding]:
         yield Finding("bfloat16", "ok", f"{found['card']}: bfloat16 and flash attention")
 
 
-def bitsandbytes(facts: Facts) -> Iterator[Finding]:
+def bitsandbytes(facts: SystemInfo) -> Iterator[Finding]:
     """4-bit works, on the card too."""
     found = facts.bitsandbytes
     if "error" in found:
@@ -118,7 +118,7 @@ def bitsandbytes(facts: Facts) -> Iterator[Finding]:
         yield Finding("bitsandbytes", "ok", f"{found['version']}, quantizes on {places}")
 
 
-def triton(facts: Facts) -> Iterator[Finding]:
+def triton(facts: SystemInfo) -> Iterator[Finding]:
     """The fast layers' compiler is there, where a card could use it."""
     if not facts.torch.get("available"):
         return
@@ -128,7 +128,7 @@ def triton(facts: Facts) -> Iterator[Finding]:
         yield Finding("triton", "ok", facts.triton["version"])
 
 
-def card_memory(facts: Facts) -> Iterator[Finding]:
+def card_memory(facts: SystemInfo) -> Iterator[Finding]:
     """Nobody else holds the card's memory."""
     for number, (name, total, used) in enumerate(facts.driver.cards if facts.driver else ()):
         if used > 0.1 * total:
@@ -141,7 +141,7 @@ def card_memory(facts: Facts) -> Iterator[Finding]:
             yield Finding("card memory", "ok", f"{free:.1f} GiB free on card {number}")
 
 
-def ram(facts: Facts) -> Iterator[Finding]:
+def ram(facts: SystemInfo) -> Iterator[Finding]:
     """There is RAM to load a model with."""
     text = f"{facts.free_ram_bytes / GIB:.1f} GiB free of {facts.ram_bytes / GIB:.1f}"
     if facts.free_ram_bytes < LITTLE_RAM:
@@ -150,7 +150,7 @@ def ram(facts: Facts) -> Iterator[Finding]:
         yield Finding("RAM", "ok", text)
 
 
-def disk(facts: Facts) -> Iterator[Finding]:
+def disk(facts: SystemInfo) -> Iterator[Finding]:
     """There is room for a run, and for the model that was asked for."""
     for place, free in facts.free_disk.items():
         needed = _download(facts.model) if place == "model cache" else 0
@@ -165,7 +165,7 @@ def disk(facts: Facts) -> Iterator[Finding]:
             yield Finding(f"disk, {place}", "ok", text)
 
 
-def folders(facts: Facts) -> Iterator[Finding]:
+def folders(facts: SystemInfo) -> Iterator[Finding]:
     """Cache and home can be written."""
     if facts.cache_writable:
         yield Finding("model cache", "ok", "can be written")
@@ -175,7 +175,7 @@ def folders(facts: Facts) -> Iterator[Finding]:
         yield _bad("home", "home", "note", found=facts.home)
 
 
-def packages(facts: Facts) -> Iterator[Finding]:
+def packages(facts: SystemInfo) -> Iterator[Finding]:
     """No version with a known hole, none outside of what was tried."""
     have = facts.packages
     known = [f for f in FLOORS if f.package in have]
@@ -196,7 +196,7 @@ def packages(facts: Facts) -> Iterator[Finding]:
         yield Finding("versions", "ok", ", ".join(f"{n} {have[n]}" for n in named if n in have))
 
 
-def hub(facts: Facts) -> Iterator[Finding]:
+def hub(facts: SystemInfo) -> Iterator[Finding]:
     """The hub gives the model to this account; only asked with --model."""
     if facts.model is None:
         return
@@ -211,7 +211,7 @@ def hub(facts: Facts) -> Iterator[Finding]:
         yield _bad("hub", "hub", found=facts.hub)
 
 
-def colab(facts: Facts) -> Iterator[Finding]:
+def colab(facts: SystemInfo) -> Iterator[Finding]:
     """On Colab: a GPU, and a place that outlives the session."""
     if not facts.colab:
         return
@@ -223,13 +223,13 @@ def colab(facts: Facts) -> Iterator[Finding]:
         yield Finding("Colab", "ok", "drive mounted")
 
 
-CHECKS: list[Callable[[Facts], Iterator[Finding]]] = [
+CHECKS: list[Callable[[SystemInfo], Iterator[Finding]]] = [
     *(python, driver, torch, capability, bitsandbytes, triton, packages),
     *(card_memory, ram, disk, folders, hub, colab),
 ]
 
 
-def _out_of_range(facts: Facts) -> Iterator[tuple[str, str, str]]:
+def _out_of_range(facts: SystemInfo) -> Iterator[tuple[str, str, str]]:
     """(package, what is wrong, its range) for lorakit's own requirements."""
     try:
         from packaging.requirements import InvalidRequirement, Requirement

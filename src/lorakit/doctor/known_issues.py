@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class KnownIssue:
     """`command` is what to type; `see`, where no check finds it, what shows it."""
 
     symptom: str
@@ -19,148 +19,148 @@ class Trouble:
     see: str | None = None
 
 
-TROUBLES: dict[str, Trouble] = {
-    "python": Trouble(
+TROUBLES: dict[str, KnownIssue] = {
+    "python": KnownIssue(
         "lorakit cannot be installed, or fails with a syntax error",
         "Python {found} is too old: 3.11 is needed",
         "python3.12 -m venv .venv && .venv/bin/pip install lorakit",
     ),
-    "driver": Trouble(
+    "driver": KnownIssue(
         "no GPU is found though there is one",
         "nvidia-smi fails: {found}",
         "sudo apt-get install --reinstall nvidia-driver-580 && sudo reboot",
     ),
-    "torch": Trouble(
+    "torch": KnownIssue(
         "import torch fails",
         "{found}",
         "pip install --force-reinstall --no-cache-dir torch==2.13.0",
     ),
-    "cpu_torch": Trouble(
+    "cpu_torch": KnownIssue(
         "training runs on the CPU though there is a GPU",
         "torch {found} is a CPU build, and this machine has {card}",
         "pip install --force-reinstall torch==2.13.0 --index-url "
         "URL (the URL for CUDA {cuda} from pytorch.org/get-started)",
     ),
-    "old_driver": Trouble(
+    "old_driver": KnownIssue(
         "CUDA error: the provided PTX was compiled with an unsupported toolchain",
         "torch was built for CUDA {found}, the driver serves CUDA {cuda}",
         "pip install --force-reinstall torch==2.13.0 --index-url "
         "URL (the URL for CUDA {cuda} from pytorch.org/get-started), or update the driver",
     ),
-    "hidden_gpu": Trouble(
+    "hidden_gpu": KnownIssue(
         "training runs on the CPU though there is a GPU",
         "CUDA_VISIBLE_DEVICES={found} hides every card",
         "unset CUDA_VISIBLE_DEVICES",
     ),
-    "no_cuda": Trouble(
+    "no_cuda": KnownIssue(
         "torch.cuda.is_available() is False",
         "a CUDA build of torch and a driver are here, yet torch sees no card: {found}",
         "nvidia-smi && sudo modprobe nvidia_uvm",
     ),
-    "capability": Trouble(
+    "capability": KnownIssue(
         "CUDA error: no kernel image is available for execution on the device",
         "{card} has compute capability {found}; this torch was built for {built}",
         "pip install --force-reinstall torch==2.13.0 --index-url "
         "URL (a build from pytorch.org/get-started that lists sm_{sm})",
     ),
-    "bitsandbytes": Trouble(
+    "bitsandbytes": KnownIssue(
         "`method: qlora` fails, or freezes at the start",
         "bitsandbytes does not work here: {found}",
         "pip install --force-reinstall 'bitsandbytes>=0.50.2'",
     ),
-    "triton": Trouble(
+    "triton": KnownIssue(
         "the fast layers are not used",
         "triton cannot be imported: {found}",
         "pip install 'triton>=3.6,<3.10'",
     ),
-    "no_bf16": Trouble(
+    "no_bf16": KnownIssue(
         "float16 with loss scaling instead of bfloat16",
         "{card} (compute capability {found}) has no bfloat16; nothing is broken",
         "lorakit plan RECIPE --gpu t4",
     ),
-    "card_in_use": Trouble(
+    "card_in_use": KnownIssue(
         "CUDA out of memory at the start",
         "{found}",
         "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",
     ),
-    "ram": Trouble(
+    "ram": KnownIssue(
         "the process is killed without a word while the model loads",
         "{found}",
         "lorakit plan RECIPE  (its line `RAM`)",
     ),
-    "disk": Trouble(
+    "disk": KnownIssue(
         "No space left on device",
         "{found}",
         "hf cache prune, or: export HF_HOME=/a/larger/disk",
     ),
-    "cache": Trouble(
+    "cache": KnownIssue(
         "the model is downloaded anew each time, or not at all",
         "the model cache {found} cannot be written",
         "export HF_HOME=$PWD/.cache/huggingface",
     ),
-    "home": Trouble(
+    "home": KnownIssue(
         "PermissionError or a read-only file system below ~",
         "the home folder {found} cannot be written",
         "export HOME=$PWD HF_HOME=$PWD/.cache/huggingface",
     ),
-    "too_old": Trouble(
+    "too_old": KnownIssue(
         "a known hole or a known fault of an old package",
         "{found}",
         "pip install --upgrade {packages}",
     ),
-    "out_of_range": Trouble(
+    "out_of_range": KnownIssue(
         "errors about names that do not exist, or arguments that are not known",
         "{found}",
         "pip install --upgrade lorakit {packages}",
     ),
-    "torchvision": Trouble(
+    "torchvision": KnownIssue(
         "operator torchvision::nms does not exist, at the import of transformers",
         "{found}",
         "pip uninstall -y torchvision torchaudio",
     ),
-    "login": Trouble(
+    "login": KnownIssue(
         "401, or: this repository is gated",
         "no token of the hub is on this machine",
         "hf auth login",
     ),
-    "gated": Trouble(
+    "gated": KnownIssue(
         "403, or: this repository is gated",
         "this account has no access to {found} yet",
         "ask for access on the page of {found}, then: lorakit doctor --model {found}",
     ),
-    "no_model": Trouble(
+    "no_model": KnownIssue(
         "404: repository not found",
         "{found}: no such model on the hub for this account",
         "hf models ls --search NAME",
     ),
-    "hub": Trouble(
+    "hub": KnownIssue(
         "the hub cannot be reached",
         "{found}",
         "hf auth whoami; behind a proxy: export HTTPS_PROXY=ADDRESS",
     ),
-    "colab_cpu": Trouble(
+    "colab_cpu": KnownIssue(
         "training on Colab takes hours",
         "this Colab runtime has no GPU",
         "Runtime > Change runtime type > T4 GPU",
     ),
-    "colab_drive": Trouble(
+    "colab_drive": KnownIssue(
         "the adapter is gone when the Colab session ends",
         "no drive is mounted: what is written here goes with the session",
         "from google.colab import drive; drive.mount('/content/drive')",
     ),
-    "out_of_memory": Trouble(
+    "out_of_memory": KnownIssue(
         "CUDA out of memory in a run",
         "the recipe needs more than the card has",
         "lorakit plan RECIPE, and take its first change",
         see="lorakit plan",
     ),
-    "flat_loss": Trouble(
+    "flat_loss": KnownIssue(
         "the loss does not fall",
         "learning_rate too low, or the answers are not what is trained",
         "lorakit inspect RECIPE, then raise learning_rate",
         see="lorakit inspect",
     ),
-    "poor_answers": Trouble(
+    "poor_answers": KnownIssue(
         "answers are poor, ramble or do not end",
         "the prompt's template is not that of training",
         "use the tokenizer in RUN/adapter; lorakit chat RUN does",

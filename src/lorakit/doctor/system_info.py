@@ -37,7 +37,7 @@ class Driver:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class SystemInfo:
     """Everything the checks look at; `driver` is None where there is no nvidia-smi."""
 
     python: tuple[int, ...] = ()
@@ -62,18 +62,18 @@ class Facts:
     hub: str = "not asked"
 
 
-def gather(model: str | None = None, offline: bool = False) -> Facts:
+def collect_system_info(model: str | None = None, offline: bool = False) -> SystemInfo:
     """Read the machine; with `model`, also whether the hub gives it to this account."""
     memory = psutil.virtual_memory()
     cache = cache_folder()
-    probed = probe()
+    probed = run_import_probe()
     home = Path.home()
-    return Facts(
+    return SystemInfo(
         python=sys.version_info[:3],
         system=sys.platform,
         driver=read_driver(),
         **probed,
-        packages=versions(),
+        packages=installed_versions(),
         needs=tuple(_needs()),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         ram_bytes=host_memory(),
@@ -110,8 +110,8 @@ def read_driver() -> Driver | None:
     return Driver(version, cuda[0], tuple(cards), None if cards else "it lists no card")
 
 
-def probe() -> dict[str, dict[str, Any]]:
-    """The lines of `probe.py`; what it could not say is told as an error."""
+def run_import_probe() -> dict[str, dict[str, Any]]:
+    """The lines of `run_import_probe.py`; what it could not say is told as an error."""
     command = [sys.executable, "-m", "lorakit.doctor.import_probe"]
     ended = "it did not answer"
     try:
@@ -129,7 +129,7 @@ def probe() -> dict[str, dict[str, Any]]:
     return {n: found.get(n, {"error": ended}) for n in ("torch", "bitsandbytes", "triton")}
 
 
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Installed versions of what matters here."""
     found = {}
     for name in PACKAGES:

@@ -16,7 +16,7 @@ from lorakit.engine.host_memory import PageLocked, view_of
 
 Key = tuple[int, int]  # layer, micro-batch
 # Copies under way in each direction; more would only hold memory.
-UNDER_WAY = 2
+PREFETCH_DEPTH = 2
 
 
 class LayerInputs:
@@ -51,7 +51,7 @@ class LayerInputs:
             event = torch.cuda.Event()
             event.record(self.down)
         self.leaving.append((event, x))
-        while len(self.leaving) > UNDER_WAY:
+        while len(self.leaving) > PREFETCH_DEPTH:
             # Its memory may be taken again by what is queued after the copy is through.
             torch.cuda.current_stream().wait_event(self.leaving.popleft()[0])
 
@@ -61,8 +61,8 @@ class LayerInputs:
             torch.cuda.current_stream().wait_event(self.leaving.popleft()[0])
 
     def fetch(self, keys: list[Key]) -> None:
-        """Start bringing back the first of `keys` that are not here yet, `UNDER_WAY` at most."""
-        for key in keys[:UNDER_WAY]:
+        """Start copying back the first of `keys` not resident yet, at most `PREFETCH_DEPTH`."""
+        for key in keys[:PREFETCH_DEPTH]:
             if key in self.kept or key in self.coming:
                 continue
             assert self.up is not None

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.engine.host_memory import PageLocked, Slots
-from lorakit.engine.lora_linear import LoraGroup, in_flat_order
+from lorakit.engine.host_memory import DoubleBuffer, PageLocked
+from lorakit.engine.lora_linear import FusedLoraLinear, in_flat_order
 
 
 class HostAdapters:
     """Values, gradients and optimizer state of every adapter in host memory, layer by layer."""
 
-    def __init__(self, layers: list[list[LoraGroup]], device: torch.device) -> None:
+    def __init__(self, layers: list[list[FusedLoraLinear]], device: torch.device) -> None:
         self.layers, self.device = layers, device
         self.parameters = [in_flat_order(groups) for groups in layers]
         self.sizes = [[p.numel() for p in own] for own in self.parameters]
         self.values = [PageLocked(4 * sum(own), device) for own in self.sizes]
         self.grads = [PageLocked(4 * sum(own), device) for own in self.sizes]
-        self.slots = Slots(self.values, device)
+        self.slots = DoubleBuffer(self.values, device)
         self.adopt()
         largest = max(sum(own) for own in self.sizes)
         self.sinks = [torch.zeros(largest, device=device) for _ in range(2)]

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.distributed.process_group import ALONE, Ranks
+from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.adapter_offload import HostAdapters
 from lorakit.engine.attention import Segments
-from lorakit.engine.decoder_layer import Arena, FastLayer, Keep, Pass
+from lorakit.engine.decoder_layer import (
+    ActivationBuffers,
+    FastLayer,
+    ForwardContext,
+    SavedActivations,
+)
 from lorakit.engine.lora_linear import Scratch, Unsupported, refresh
-from lorakit.engine.self_test import probe
+from lorakit.engine.self_test import self_test
 from lorakit.engine.weight_streaming import StreamedBase
 from lorakit.model.architectures import FAST_FAMILIES
 from lorakit.ops.backend import kernels_reason
@@ -49,7 +54,7 @@ class Engine:
     def groups(self) -> list[Any]:
         return [group for layer in self.layers for group in layer.groups]
 
-    def keep(self, levels: list[Keep]) -> None:
+    def keep(self, levels: list[SavedActivations]) -> None:
         """Choose what each layer keeps for backward."""
         for layer, level in zip(self.layers, levels, strict=True):
             layer.keep = level
@@ -83,7 +88,7 @@ class Engine:
         found: Tensor = self.decoder.embed_tokens.forward(input_ids)  # past the hooks
         return found.pin_memory() if self.device.type == "cuda" else found
 
-    def stream_base(self, spread: Ranks | None = None) -> None:
+    def stream_base(self, spread: DistributedContext | None = None) -> None:
         """Frozen weights of the layers go to host memory, or over ranks; by turns to the card."""
         groups = [layer.groups for layer in self.layers]
         self.streamed = StreamedBase(groups, self.device, spread)
@@ -103,7 +108,9 @@ class Engine:
             self.host_adapters.enter(number, following)
             refresh(self.layers[number].groups, training)
 
-    def begin(self, inputs: dict[str, Any], segments: Segments | None) -> tuple[Tensor, Pass]:
+    def begin(
+        self, inputs: dict[str, Any], segments: Segments | None
+    ) -> tuple[Tensor, ForwardContext]:
         """(embedded ids [B, T, D], what all layers share) of one micro-batch.
 
         Args:
@@ -122,7 +129,7 @@ class Engine:
         if training and masks:
             keys = draw_keys(len(self.layers) * masks, hidden.device)
             keys = keys.view(len(self.layers), masks, 2)
-        return hidden, Pass(angles, segments, keys, training)
+        return hidden, ForwardContext(angles, segments, keys, training)
 
     def __call__(self, inputs: dict[str, Any], segments: Segments | None) -> Tensor:
         """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
@@ -131,7 +138,7 @@ class Engine:
             refresh(self.groups, call.training)
         if torch.is_grad_enabled():
             rows, width = hidden.shape[:-1].numel(), hidden.shape[-1]
-            call = replace(call, arena=Arena(self.layers, rows, width, hidden))
+            call = replace(call, arena=ActivationBuffers(self.layers, rows, width, hidden))
         for number, layer in enumerate(self.layers):
             last = number + 1 == len(self.layers)
             self.enter(number, call.training, None if last else number + 1)
@@ -165,7 +172,10 @@ class Engine:
 
 
 def attach_engine(
-    base: Any, device: torch.device, placement: Placement = ON_CARD, ranks: Ranks = ALONE
+    base: Any,
+    device: torch.device,
+    placement: Placement = ON_CARD,
+    ranks: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Engine | None, str]:
     """(engine, path) for the transformers model inside a PEFT model; None where it is not served.
 
@@ -191,14 +201,14 @@ def attach_engine(
             # The parts go back at once; left cached, small tensors would settle in them for good.
             torch.cuda.empty_cache()
     _place(engine, base, placement, ranks)
-    words, trouble = probe(engine, base)
+    words, trouble = self_test(engine, base)
     if trouble:
         engine.detach()
         return None, f"{trouble}: its own layers"
     return engine, f"{len(layers)} fused layers, {kernels_reason(device.type)}; {words}"
 
 
-def _place(engine: Engine, base: Any, placement: Placement, ranks: Ranks) -> None:
+def _place(engine: Engine, base: Any, placement: Placement, ranks: DistributedContext) -> None:
     """Let parts lie where the plan says; what is not of the layers goes to the card."""
     if placement.base_elsewhere:
         engine.stream_base(None if placement.base_on_host else ranks)

@@ -119,7 +119,8 @@ class Attended:
 
 
 class LayerAttention:
-    """Rotation, norms of heads and attention of one layer; its projections are `LoraGroup`s."""
+    """Rotation, norms of heads and attention of one layer; its projections are
+    `FusedLoraLinear`s."""
 
     def __init__(self, module: Any, sizes: list[int], config: Any, offset: float) -> None:
         self.head, self.scale, self.offset = module.head_dim, module.scaling, offset

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from lorakit.engine.attention import Angles, Attended
-from lorakit.engine.decoder_layer import FastLayer, Pass, Weights, as_rows
-from lorakit.engine.lora_linear import Dropout, LoraGroup
+from lorakit.engine.decoder_layer import FastLayer, ForwardContext, Weights, as_rows
+from lorakit.engine.lora_linear import Dropout, FusedLoraLinear
 from lorakit.ops.glu import gated, gated_backward
 from lorakit.ops.lora import Update, lora_down
 from lorakit.ops.rms_norm import rms_norm_backward
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ChunkSize:
     """How much goes through a layer at once: `tokens` of one long row, `heads` of its keys.
 
     Several rows (B > 1) go whole: their positions do not run on from one to the next.
@@ -47,16 +47,16 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class LayerTask:
     """One micro-batch in one layer: the layer, what the pass shares, rows, weights and cut."""
 
     layer: FastLayer
-    call: Pass
+    call: ForwardContext
     batch: int
     weights: Weights
-    cut: Cut
+    cut: ChunkSize
 
-    def drop(self, group: LoraGroup, rows: slice) -> Dropout:
+    def drop(self, group: FusedLoraLinear, rows: slice) -> Dropout:
         """The masks of these rows: element i of row n is element n * K + i of the whole mask."""
         whole = self.layer.dropout(group, self.call)
         if whole.keys is None or not rows.start:
@@ -72,7 +72,7 @@ class Work:
         return (cos, sin) if self.batch > 1 else (cos[:, rows], sin[:, rows])
 
 
-def forward(work: Work, x: Tensor) -> Tensor:
+def forward(work: LayerTask, x: Tensor) -> Tensor:
     """The layer's output [M, D]."""
     layer, weights = work.layer, work.weights
     qkv, _ = _qkv(work, x)
@@ -90,7 +90,7 @@ def forward(work: Work, x: Tensor) -> Tensor:
     return out
 
 
-def backward(work: Work, x: Tensor, d: Tensor, wants_dx: bool) -> None:
+def backward(work: LayerTask, x: Tensor, d: Tensor, wants_dx: bool) -> None:
     """Add the layer's gradients to its sinks; d [M, D] becomes the gradient of x.
 
     Args:
@@ -115,7 +115,7 @@ def backward(work: Work, x: Tensor, d: Tensor, wants_dx: bool) -> None:
         _backward_qkv(work, rows, x[rows], dqkv[rows], s, d[rows], wants_dx)
 
 
-def _qkv(work: Work, x: Tensor) -> tuple[Tensor, Update | None]:
+def _qkv(work: LayerTask, x: Tensor) -> tuple[Tensor, Update | None]:
     """(qkv [M, N] ready to attend, the low-rank inputs of its adapters for all rows)."""
     layer = work.layer
     qkv = torch.empty(x.shape[0], layer.qkv.outputs, dtype=x.dtype, device=x.device)
@@ -133,7 +133,7 @@ def _qkv(work: Work, x: Tensor) -> tuple[Tensor, Update | None]:
     return qkv, Update(s, whole[0].b, whole[0].slots)
 
 
-def _attend_in_place(work: Work, qkv: Tensor) -> Tensor:
+def _attend_in_place(work: LayerTask, qkv: Tensor) -> Tensor:
     """Attention's output [M, H*d]; of heads in groups it takes the place of their queries."""
     attention, groups = work.layer.attention, work.cut.head_groups(work.layer)
     angles, segments, batch = work.call.angles, work.call.segments, work.batch
@@ -146,14 +146,14 @@ def _attend_in_place(work: Work, qkv: Tensor) -> Tensor:
     return qkv[:, : work.layer.o.inputs]
 
 
-def _gather(work: Work, kept: list[Attended], rows: slice) -> Tensor:
+def _gather(work: LayerTask, kept: list[Attended], rows: slice) -> Tensor:
     """Attention's output of these rows [n, H*d], from all groups of heads."""
     found = [as_rows(own.out if work.batch > 1 else own.out[:, rows]) for own in kept]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _backward_mlp(
-    work: Work, rows: slice, x: Tensor, flat: Tensor, d: Tensor, dflat: Tensor
+    work: LayerTask, rows: slice, x: Tensor, flat: Tensor, d: Tensor, dflat: Tensor
 ) -> None:
     """From d of the output to d of the middle, in place, and to `dflat` of attention's output."""
     layer, weights, training = work.layer, work.weights, work.call.training
@@ -183,7 +183,9 @@ def _backward_mlp(
     d.copy_(dmid)
 
 
-def _backward_attention(work: Work, qkv: Tensor, kept: list[Attended], dflat: Tensor) -> Tensor:
+def _backward_attention(
+    work: LayerTask, qkv: Tensor, kept: list[Attended], dflat: Tensor
+) -> Tensor:
     """The gradient of qkv [M, N]; of heads in groups it takes the place of qkv, group by group."""
     attention, angles = work.layer.attention, work.call.angles
     if len(kept) == 1:
@@ -202,7 +204,7 @@ def _backward_attention(work: Work, qkv: Tensor, kept: list[Attended], dflat: Te
 
 
 def _backward_qkv(
-    work: Work,
+    work: LayerTask,
     rows: slice,
     x: Tensor,
     dqkv: Tensor,

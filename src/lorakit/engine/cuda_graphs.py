@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data.batching import Batch
-from lorakit.engine.lora_linear import FlatGradients, LoraGroup
+from lorakit.engine.lora_linear import FlatGradients, FusedLoraLinear
 from lorakit.types import IGNORE
 
 # A micro-batch is padded by half of this on average: 64 of 2,048 tokens are 3%.
@@ -49,7 +49,7 @@ class GraphedMicroSteps:
         self,
         forward_backward: ForwardBackward,
         parameters: Sequence[nn.Parameter],
-        groups: Sequence[LoraGroup] = (),
+        groups: Sequence[FusedLoraLinear] = (),
     ) -> None:
         self.forward_backward = forward_backward
         self.gradients = FlatGradients(parameters, groups)

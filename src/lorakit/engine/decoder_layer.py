@@ -2,7 +2,8 @@
 
     mid = x + o(attention(rope(qkv(norm1(x)))))          out = mid + down(act(gate) * up)
 
-One autograd node a layer. What it keeps for backward is chosen by `Keep`; the rest is recomputed.
+One autograd node a layer. What it keeps for backward is chosen by `SavedActivations`; the rest is
+recomputed.
 Bytes per token and layer in bf16 at the Llama-2-7B shape: ALL 91 KiB, NO_GATE_UP 48, MIDDLE 16,
 INPUT 8; `down` is never recomputed and, while the middle is kept, `o` is not either.
 Shapes: B batch, T tokens, M = B*T, D model, H/Hk heads, d head width, I inner width.
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 
 from lorakit.engine.attention import Angles, Attended, LayerAttention, Segments, eps_of
-from lorakit.engine.lora_linear import Dropout, LoraGroup, Scratch, Unsupported
+from lorakit.engine.lora_linear import Dropout, FusedLoraLinear, Scratch, Unsupported
 from lorakit.ops.glu import gated, gated_backward
 from lorakit.ops.lora import Update
 from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
 
 
-class Keep(enum.IntEnum):
+class SavedActivations(enum.IntEnum):
     """What a layer keeps for backward, most first."""
 
     ALL = 0
@@ -35,17 +36,17 @@ class Keep(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class ForwardContext:
     """What all layers share in one forward pass: angles, documents, masks, train or not."""
 
     angles: Angles  # cos, sin [1 or B, T, d]
     segments: Segments | None
     keys: Tensor | None  # [layers, modules, 2]
     training: bool
-    arena: Arena | None = None
+    arena: ActivationBuffers | None = None
 
 
-class Arena:
+class ActivationBuffers:
     """Room for what layers keep, in one piece for each kind.
 
     Made one by one between short-lived tensors, they would leave holes that nothing fits: 4 GiB of
@@ -57,9 +58,9 @@ class Arena:
         inner, qkv = first.gate_up.outputs, first.qkv.outputs
         rooms = {
             "out": [(x.number, model) for x in layers],
-            "mid": [(x.number, model) for x in layers if x.keep < Keep.INPUT],
-            "qkv": [(x.number, qkv) for x in layers if x.keep < Keep.MIDDLE],
-            "gate_up": [(x.number, inner) for x in layers if x.keep == Keep.ALL],
+            "mid": [(x.number, model) for x in layers if x.keep < SavedActivations.INPUT],
+            "qkv": [(x.number, qkv) for x in layers if x.keep < SavedActivations.MIDDLE],
+            "gate_up": [(x.number, inner) for x in layers if x.keep == SavedActivations.ALL],
         }
         self.places: dict[tuple[str, int], Tensor] = {}
         for name, wanted in rooms.items():
@@ -99,12 +100,12 @@ class FastLayer:
         device: torch.device | None = None,
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.number, self.keep = number, Keep.ALL
+        self.number, self.keep = number, SavedActivations.ALL
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.qkv = LoraGroup("qkv", inputs, scratch, device)
-        self.o = LoraGroup("o", [attention.o_proj], scratch, device)
-        self.gate_up = LoraGroup("gate_up", [mlp.gate_proj, mlp.up_proj], scratch, device)
-        self.down = LoraGroup("down", [mlp.down_proj], scratch, device)
+        self.qkv = FusedLoraLinear("qkv", inputs, scratch, device)
+        self.o = FusedLoraLinear("o", [attention.o_proj], scratch, device)
+        self.gate_up = FusedLoraLinear("gate_up", [mlp.gate_proj, mlp.up_proj], scratch, device)
+        self.down = FusedLoraLinear("down", [mlp.down_proj], scratch, device)
         self.groups = [self.qkv, self.o, self.gate_up, self.down]
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
         self.offset = 1.0 if config.model_type.startswith("gemma") else 0.0
@@ -122,18 +123,18 @@ class FastLayer:
         self.key_rows = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self.masks = starts[-1]
 
-    def __call__(self, x: Tensor, call: Pass) -> Tensor:
+    def __call__(self, x: Tensor, call: ForwardContext) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         parameters = [p for group in self.groups for p in group.parameters]
         out: Tensor = _Layer.apply(x, self, call, *parameters)
         return out
 
-    def dropout(self, group: LoraGroup, call: Pass) -> Dropout:
+    def dropout(self, group: FusedLoraLinear, call: ForwardContext) -> Dropout:
         if call.keys is None or not call.training or not group.p or not group.adapted:
             return Dropout(None, 0.0)
         return Dropout(call.keys[self.number, self.key_rows[self.groups.index(group)]], group.p)
 
-    def room(self, name: str, call: Pass) -> Tensor | None:
+    def room(self, name: str, call: ForwardContext) -> Tensor | None:
         return call.arena.take(name, self.number) if call.arena else None
 
     def norm(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +143,13 @@ class FastLayer:
 
 
 class _Layer(torch.autograd.Function):
-    """The layer as one node: forward saves by `Keep`, backward recomputes what is missing."""
+    """The layer as one node: forward saves by `SavedActivations`, backward recomputes what is
+    missing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FastLayer, call: Pass, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, layer: FastLayer, call: ForwardContext, *parameters: Tensor
+    ) -> Tensor:
         wants = any(ctx.needs_input_grad)
         with torch.autocast(x.device.type, enabled=False):
             saved = _Saved(x.reshape(-1, x.shape[-1]))
@@ -173,36 +177,38 @@ class Weights:
         self.layer = layer
         self.known: dict[str, Tensor] = {}
 
-    def __getitem__(self, group: LoraGroup) -> Tensor:
+    def __getitem__(self, group: FusedLoraLinear) -> Tensor:
         if group.name not in self.known:
             self.known[group.name] = group.weight()
         return self.known[group.name]
 
 
-def _forward(layer: FastLayer, call: Pass, saved: _Saved, batch: int, wants: bool) -> Tensor:
+def _forward(
+    layer: FastLayer, call: ForwardContext, saved: _Saved, batch: int, wants: bool
+) -> Tensor:
     """The layer's output [M, D]; `saved` keeps what `layer.keep` says."""
     keep, weights = layer.keep, Weights(layer)
-    mid = _to_middle(layer, call, saved, weights, batch, wants and keep < Keep.MIDDLE)
+    mid = _to_middle(layer, call, saved, weights, batch, wants and keep < SavedActivations.MIDDLE)
     h2, saved.rstd2 = layer.norm(1, mid)
     gate_up = _to_gate_up(layer, call, saved, weights, h2)
     h = gated(gate_up, layer.activation, saved.updates["gate_up"])
     drop, room = layer.dropout(layer.down, call), layer.room("out", call)
     out, saved.updates["down"] = layer.down.full(h, weights[layer.down], drop, mid, room)
-    if keep == Keep.ALL:
+    if keep == SavedActivations.ALL:
         saved.gate_up = gate_up
     else:
         del saved.updates["gate_up"]
-    if keep >= Keep.MIDDLE:
+    if keep >= SavedActivations.MIDDLE:
         saved.attention = None
         del saved.updates["qkv"]
-    if keep < Keep.INPUT:
+    if keep < SavedActivations.INPUT:
         saved.mid = mid
     else:
         del saved.updates["o"]
     return out
 
 
-def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: Weights) -> Tensor:
+def _to_qkv(layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights) -> Tensor:
     """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
     h1, saved.rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
@@ -212,7 +218,7 @@ def _to_qkv(layer: FastLayer, call: Pass, saved: _Saved, weights: Weights) -> Te
 
 
 def _attention_of(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, batch: int, graph: bool
+    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, batch: int, graph: bool
 ) -> Attended:
     qkv = _to_qkv(layer, call, saved, weights)
     layer.attention.prepare_(qkv, saved.updates["qkv"], call.angles)
@@ -220,7 +226,7 @@ def _attention_of(
 
 
 def _to_middle(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, batch: int, graph: bool
+    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, batch: int, graph: bool
 ) -> Tensor:
     """The first half of the layer, mid [M, D]; `saved` gets its attention and updates."""
     saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
@@ -232,7 +238,7 @@ def _to_middle(
 
 
 def _to_gate_up(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, h2: Tensor
+    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, h2: Tensor
 ) -> Tensor:
     """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
     drop = layer.dropout(layer.gate_up, call)
@@ -243,7 +249,7 @@ def _to_gate_up(
 
 
 def _backward(
-    layer: FastLayer, call: Pass, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
+    layer: FastLayer, call: ForwardContext, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of the groups' parameters in their order)."""
     weights = Weights(layer)
@@ -257,7 +263,7 @@ def _backward(
 
 
 def _backward_mlp(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, dout: Tensor
+    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, dout: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(dmid [M, D], gradients of gate/up and down)."""
     mid, rstd2, training = saved.mid, saved.rstd2, call.training
@@ -283,7 +289,12 @@ def _backward_mlp(
 
 
 def _backward_attention(
-    layer: FastLayer, call: Pass, saved: _Saved, weights: Weights, dmid: Tensor, wants_dx: bool
+    layer: FastLayer,
+    call: ForwardContext,
+    saved: _Saved,
+    weights: Weights,
+    dmid: Tensor,
+    wants_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of qkv and o)."""
     kept, rstd1, training = saved.attention, saved.rstd1, call.training

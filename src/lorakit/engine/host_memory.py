@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 
-class Room(Protocol):
+class HostBuffer(Protocol):
     """Where a layer's bytes are while it is not at work."""
 
     @property
@@ -32,10 +32,10 @@ class Room(Protocol):
         """Start bringing all `size` of them into `place`."""
 
 
-class Slots:
+class DoubleBuffer:
     """Two places on `device` that hold one of `rooms` each, by turns."""
 
-    def __init__(self, rooms: Sequence[Room], device: torch.device) -> None:
+    def __init__(self, rooms: Sequence[HostBuffer], device: torch.device) -> None:
         self.rooms = rooms
         size = max(room.size for room in rooms)
         self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]

@@ -23,8 +23,8 @@ from lorakit.data.batching import Batch
 from lorakit.engine.activation_offload import LayerInputs
 from lorakit.engine.attach import Engine
 from lorakit.engine.attention import Segments
-from lorakit.engine.chunked_layer import Cut, Work, backward, forward
-from lorakit.engine.decoder_layer import Pass, Weights
+from lorakit.engine.chunked_layer import ChunkSize, LayerTask, backward, forward
+from lorakit.engine.decoder_layer import ForwardContext, Weights
 from lorakit.engine.lora_linear import FlatGradients, point_sinks, refresh
 from lorakit.ops.cross_entropy import summed_cross_entropy
 
@@ -33,7 +33,7 @@ from lorakit.ops.cross_entropy import summed_cross_entropy
 class _Micro:
     """One micro-batch on its way: hidden states, or their gradient, [M, D]."""
 
-    call: Pass
+    call: ForwardContext
     batch: int
     hidden: Tensor
     targets: Tensor
@@ -55,7 +55,7 @@ class LayerMajor:
         engine: Engine,
         head: Any,
         parameters: Sequence[nn.Parameter],
-        cut: Cut,
+        cut: ChunkSize,
         on_card: int = 0,
     ) -> None:
         self.engine, self.head, self.cut = engine, head, cut
@@ -99,7 +99,7 @@ class LayerMajor:
             self.engine.enter(number, True, number + 1 if number + 1 < count else None)
             weights = Weights(layer)
             for at, state in enumerate(states):
-                work = Work(layer, state.call, state.batch, weights, self.cut)
+                work = LayerTask(layer, state.call, state.batch, weights, self.cut)
                 out = forward(work, state.hidden)
                 self.inputs.put((number, at), state.hidden)
                 state.hidden = out
@@ -119,7 +119,7 @@ class LayerMajor:
                 x = self.inputs.take((number, at))
                 order.pop(0)
                 self.inputs.fetch(order)
-                work = Work(layer, state.call, state.batch, weights, self.cut)
+                work = LayerTask(layer, state.call, state.batch, weights, self.cut)
                 backward(work, x, state.hidden, wants_dx=number > 0)
                 del x
             if adapters is not None:

@@ -47,7 +47,7 @@ class Dropout:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted:
+class LoraFactors:
     """One adapted module: its columns of the group's output, its factors and scale."""
 
     columns: slice
@@ -56,7 +56,7 @@ class Adapted:
     scale: float
 
 
-class LoraGroup:
+class FusedLoraLinear:
     """The frozen product of `modules` and their low-rank updates, forward and backward by hand."""
 
     def __init__(
@@ -73,7 +73,7 @@ class LoraGroup:
         ends = itertools.accumulate(self.sizes, initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(ends)]
         found = [_factors(m) for m in modules]
-        self.adapted = [Adapted(c, *f) for c, f in zip(self.columns, found, strict=True) if f]
+        self.adapted = [LoraFactors(c, *f) for c, f in zip(self.columns, found, strict=True) if f]
         slots = itertools.count()
         self.slots = tuple(next(slots) if f else -1 for f in found)
         ranks, scales = {x.a.shape[0] for x in self.adapted}, {x.scale for x in self.adapted}
@@ -263,7 +263,7 @@ class LoraGroup:
         ).to(self.device)
 
 
-def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
+def refresh(groups: Sequence[FusedLoraLinear], training: bool) -> None:
     """Copy all factors into the base's type, A scaled: a few launches for the whole model."""
     copies, masters, scaled, factors = [], [], [], []
     for group in groups:
@@ -277,12 +277,12 @@ def refresh(groups: Sequence[LoraGroup], training: bool) -> None:
         torch._foreach_mul_(scaled, factors)
 
 
-def in_flat_order(groups: Sequence[LoraGroup]) -> list[nn.Parameter]:
+def in_flat_order(groups: Sequence[FusedLoraLinear]) -> list[nn.Parameter]:
     """The parameters as sinks lie in one flat buffer: for each group all A, then all B."""
     return [p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))]
 
 
-def point_sinks(groups: Sequence[LoraGroup], flat: Tensor) -> None:
+def point_sinks(groups: Sequence[FusedLoraLinear], flat: Tensor) -> None:
     """Let each group add its gradients to its part of `flat` [float32], see `in_flat_order`."""
     start = 0
     for group in groups:
@@ -338,7 +338,9 @@ def _dropout(modules: Sequence[Any]) -> float:
 class FlatGradients:
     """The gradients of `parameters`, those of `groups` first; their .grad become views."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[LoraGroup]) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], groups: Sequence[FusedLoraLinear]
+    ) -> None:
         ordered = in_flat_order(groups)
         known = {id(p) for p in ordered}
         self.parameters = ordered + [p for p in parameters if id(p) not in known]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.engine.decoder_layer import Pass
+from lorakit.engine.decoder_layer import ForwardContext
 from lorakit.engine.lora_linear import refresh
 from lorakit.model.eval_mode import evaluating
 from lorakit.ops.backend import definitions_only, has_kernels
@@ -25,7 +25,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 
 PROBE_TOKENS = 32
 
 
-def probe(engine: Any, base: Any) -> tuple[str, str | None]:
+def self_test(engine: Any, base: Any) -> tuple[str, str | None]:
     """(what was found, why the engine does not serve or None)."""
     kind = engine.layers[0].qkv.kind
     try:
@@ -93,7 +93,7 @@ def of_gradients(engine: Any, base: Any) -> float:
                 group.b.normal_(std=group.rank**-0.5)
         keys = draw_keys(layer.masks, engine.device).expand(len(engine.layers), -1, -1)
         weight = torch.randn_like(hidden)
-    call = Pass(call.angles, None, keys if layer.masks else None, training=True)
+    call = ForwardContext(call.angles, None, keys if layer.masks else None, training=True)
     found = _gradients(layer, call, hidden, weight)
     with definitions_only():
         expected = _gradients(layer, call, hidden, weight)
@@ -101,14 +101,14 @@ def of_gradients(engine: Any, base: Any) -> float:
     return float(torch.stack(apart).max())
 
 
-def _begin(engine: Any, base: Any) -> tuple[Tensor, Pass, Tensor]:
+def _begin(engine: Any, base: Any) -> tuple[Tensor, ForwardContext, Tensor]:
     """Embedded tokens [1, T, D], what layers share, and positions [1, T]."""
     places = torch.arange(PROBE_TOKENS, device=engine.device).unsqueeze(0)
     ids = (places * 7919 + 13) % base.config.get_text_config().vocab_size
     return *engine.begin({"input_ids": ids, "position_ids": places}, None), places
 
 
-def _gradients(layer: Any, call: Pass, hidden: Tensor, weight: Tensor) -> list[Tensor]:
+def _gradients(layer: Any, call: ForwardContext, hidden: Tensor, weight: Tensor) -> list[Tensor]:
     """Of the input and of every factor, in float32."""
     x = hidden.detach().requires_grad_()
     with torch.enable_grad():

@@ -1,9 +1,9 @@
-"""The fast layers' frozen weights enter, wherever they lie; they leave as views that move.
+"""Stream the frozen weights of fused layers from host memory, or gather them from all ranks.
 
-Weights live in page-locked host memory, one piece a layer, or in parts on the cards of all ranks.
-`enter(n)` points the modules of layer n at their copy on the card (`Slots`); everyone else's point
-home: at the host, so that what reads weights always finds the right ones, or at NaN, where no rank
-has them all. NF4 weights travel packed, with their scales.
+Weights are kept in pinned host memory, one buffer a layer, or sharded over the GPUs of all ranks.
+`enter(n)` points the modules of layer n at their copy on the GPU (`DoubleBuffer`); the modules of
+all other layers point to the host copy, which any reader may use, or to NaN where no rank has all
+weights. NF4 weights are copied packed, with their scales.
 
 Bytes that all ranks of a machine hold enter; each keeps a part of them on its device.
 
@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.distributed.process_group import Ranks
-from lorakit.engine.host_memory import PageLocked, Slots, view_of
-from lorakit.engine.lora_linear import LoraGroup
+from lorakit.distributed.process_group import DistributedContext
+from lorakit.engine.host_memory import DoubleBuffer, PageLocked, view_of
+from lorakit.engine.lora_linear import FusedLoraLinear
 
 _ALIGNED = 256
 
@@ -32,7 +32,10 @@ class StreamedBase:
     """
 
     def __init__(
-        self, layers: list[list[LoraGroup]], device: torch.device, spread: Ranks | None = None
+        self,
+        layers: list[list[FusedLoraLinear]],
+        device: torch.device,
+        spread: DistributedContext | None = None,
     ) -> None:
         self.layers = layers
         self.rooms: list[PageLocked | Shard] = []
@@ -47,13 +50,13 @@ class StreamedBase:
                 whole = torch.zeros(size, dtype=torch.uint8)
                 _filled(whole, tensors)
                 room = Shard(whole, spread, device)
-                home = [[nowhere(tensor) for tensor in own] for own in tensors]
+                home = [[nan_placeholder(tensor) for tensor in own] for own in tensors]
             for group, own in zip(groups, home, strict=True):
                 group.point_to(own)
                 group.constants_to_device()
             self.rooms.append(room)
             self.home.append(home)
-        self.slots = Slots(self.rooms, device)
+        self.slots = DoubleBuffer(self.rooms, device)
 
     def enter(self, number: int, following: int | None = None) -> None:
         """Layer `number` is on the card for the work queued from here on, `following` under way."""
@@ -97,7 +100,7 @@ def _views(room: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
     return made
 
 
-def _round(size: int, spread: Ranks | None = None) -> int:
+def _round(size: int, spread: DistributedContext | None = None) -> int:
     step = _ALIGNED * (spread.per_node if spread else 1)
     return -(-size // step) * step
 
@@ -105,7 +108,7 @@ def _round(size: int, spread: Ranks | None = None) -> int:
 class Shard:
     """This rank's part of `whole`, whose length is a multiple of the ranks of a machine."""
 
-    def __init__(self, whole: Tensor, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, whole: Tensor, ranks: DistributedContext, device: torch.device) -> None:
         self.size = whole.numel()
         self.group = ranks.of_node
         part = self.size // ranks.per_node
@@ -122,7 +125,7 @@ class Shard:
         gather(place, self.bytes, group=self.group)
 
 
-def nowhere(like: Tensor) -> Tensor:
+def nan_placeholder(like: Tensor) -> Tensor:
     """A tensor of this shape and type that holds one number for all: NaN, or 0 of whole numbers.
 
     It stands where a weight was that no rank holds alone: what reads it by mistake gets NaN.

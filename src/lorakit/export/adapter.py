@@ -17,9 +17,9 @@ from lorakit.export.checkpoint_keys import check_predictions, require_fit
 from lorakit.export.finite import DAMAGED, require_finite
 from lorakit.export.hf_files import write_tokenizer
 from lorakit.export.merged import memory_missing
-from lorakit.export.tuned_run import Job, Source, float32_model, scale_of
-from lorakit.export.verify_outputs import agreement, check_tokenizer, make_reference
-from lorakit.storage.atomic_dir import staged
+from lorakit.export.tuned_run import Job, TunedRun, float32_model, scale_of
+from lorakit.export.verify_outputs import agreement, check_exported_tokenizer, make_reference
+from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 
 
@@ -32,9 +32,9 @@ def export_adapter(job: Job) -> dict[str, Any]:
     """
     source = job.source
     require_fit(source)
-    with staged(job.target) as folder:
+    with atomic_directory(job.target) as folder:
         copy_adapter(source, folder)
-        check_tokenizer(source, folder)
+        check_exported_tokenizer(source, folder)
         short = memory_missing(source)
         if short and job.verify:
             job.console.print(f"not compared with the run's own: {short}")
@@ -46,7 +46,7 @@ def export_adapter(job: Job) -> dict[str, Any]:
     return facts
 
 
-def copy_adapter(source: Source, folder: Path) -> None:
+def copy_adapter(source: TunedRun, folder: Path) -> None:
     """Config, weights, tokenizer and template, free of paths of this machine.
 
     Raises:
@@ -61,7 +61,7 @@ def copy_adapter(source: Source, folder: Path) -> None:
     write_tokenizer(source, folder)
 
 
-def why_not_portable(source: Source) -> str | None:
+def why_not_portable(source: TunedRun) -> str | None:
     """What in this adapter engines with plain LoRA cannot carry; None where there is nothing."""
     reason = beyond_updates(source)
     names = " ".join(source.names)
@@ -70,7 +70,7 @@ def why_not_portable(source: Source) -> str | None:
     return reason
 
 
-def beyond_updates(source: Source) -> str | None:
+def beyond_updates(source: TunedRun) -> str | None:
     """What in this adapter is no low-rank update of a frozen weight; None where all is."""
     config = source.adapter
     if config.get("use_dora"):
@@ -84,7 +84,7 @@ def beyond_updates(source: Source) -> str | None:
     return None
 
 
-def fold_adapter(source: Source, folder: Path) -> float:
+def fold_adapter(source: TunedRun, folder: Path) -> float:
     """Write the adapter with its scale in B, and alpha = rank; returns the largest rank.
 
     Modules of lower rank are filled up with zeros, so that one rank holds for all.
@@ -120,7 +120,7 @@ def fold_adapter(source: Source, folder: Path) -> float:
     return rank
 
 
-def _verify(source: Source, folder: Path) -> dict[str, Any]:
+def _verify(source: TunedRun, folder: Path) -> dict[str, Any]:
     live = float32_model(source)
     reference = make_reference(source, live)
     live.load_adapter(str(folder), "exported")

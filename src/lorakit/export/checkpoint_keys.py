@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError, WorkError
-from lorakit.export.tuned_run import Source, float32_model, trained_class
+from lorakit.export.tuned_run import TunedRun, float32_model, trained_class
 from lorakit.export.verify_outputs import Reference, agreement
 from lorakit.model.load import adapter_names, unmatched
 from lorakit.model.safetensors_io import TYPES, stored_tensors
@@ -105,7 +105,7 @@ def misfit(run: RunDir, config: Any) -> str | None:
     return f"{start}the adapter, trained as {trained}, does not fit it: {keys}"
 
 
-def require_fit(source: Source) -> None:
+def require_fit(source: TunedRun) -> None:
     """Refuse, before anything is written, an adapter that the declared class cannot use.
 
     Raises:
@@ -120,7 +120,7 @@ def require_fit(source: Source) -> None:
         )
 
 
-def check_folder(folder: Path, *classes: Any) -> None:
+def check_checkpoint_keys(folder: Path, *classes: Any) -> None:
     """Refuse a merged folder from which a class would not load every tensor.
 
     Args:
@@ -139,7 +139,7 @@ def check_folder(folder: Path, *classes: Any) -> None:
 
 
 def check_predictions(
-    source: Source, reference: Reference, folder: Path, expected: float | None = None
+    source: TunedRun, reference: Reference, folder: Path, expected: float | None = None
 ) -> dict[str, Any]:
     """Load what was written through the declared class; it has to predict what the adapter does.
 

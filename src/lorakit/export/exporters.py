@@ -26,7 +26,7 @@ from lorakit.storage.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class ExportFormat:
     """One row: what runs, what it gives, and which options of the command it reads."""
 
     export: Callable[[Job], dict[str, Any]]
@@ -38,26 +38,28 @@ def _options(*names: str) -> frozenset[str]:
     return frozenset({"verify", *names})
 
 
-EXPORTERS: dict[str, Format] = {
-    "adapter": Format(export_adapter, "PEFT folder with tokenizer and template", _options()),
-    "merged": Format(export_merged, "one plain transformers folder", _options("onto", "dtype")),
-    "gguf": Format(
+EXPORTERS: dict[str, ExportFormat] = {
+    "adapter": ExportFormat(export_adapter, "PEFT folder with tokenizer and template", _options()),
+    "merged": ExportFormat(
+        export_merged, "one plain transformers folder", _options("onto", "dtype")
+    ),
+    "gguf": ExportFormat(
         export_gguf, "one file for llama.cpp", _options("quantization", "onto", "dtype")
     ),
-    "gguf-adapter": Format(export_gguf_adapter, "the adapter for llama.cpp", _options()),
-    "ollama": Format(
+    "gguf-adapter": ExportFormat(export_gguf_adapter, "the adapter for llama.cpp", _options()),
+    "ollama": ExportFormat(
         export_ollama,
         "Modelfile and GGUF",
         _options("quantization", "onto", "dtype", "as_adapter"),
     ),
-    "vllm": Format(
+    "vllm": ExportFormat(
         export_vllm, "folder and `vllm serve` line", _options("onto", "dtype", "merged")
     ),
-    "tgi": Format(export_tgi, "folder and TGI line", _options("onto", "dtype", "merged")),
-    "llama.cpp": Format(
+    "tgi": ExportFormat(export_tgi, "folder and TGI line", _options("onto", "dtype", "merged")),
+    "llama.cpp": ExportFormat(
         export_llama_cpp, "GGUF and `llama-server` line", _options("quantization", "onto", "dtype")
     ),
-    "hub": Format(
+    "hub": ExportFormat(
         export_hub,
         "upload with a model card",
         _options("onto", "dtype", "repository", "public", "merged"),

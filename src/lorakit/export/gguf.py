@@ -19,7 +19,7 @@ from lorakit.export.gguf_quantize import FILE_TYPES, INSTALL, quantize_gguf
 from lorakit.export.hf_files import set_thinking, write_config, write_tokenizer
 from lorakit.export.merge_weights import check_space
 from lorakit.export.merged import fill_merged, memory_missing
-from lorakit.export.tuned_run import Job, Source, checked_prompts, float32_model
+from lorakit.export.tuned_run import Job, TunedRun, checked_prompts, float32_model
 from lorakit.export.verify_outputs import (
     ANSWER_TOKENS,
     PROMPTS,
@@ -30,7 +30,7 @@ from lorakit.export.verify_outputs import (
 )
 from lorakit.model.safetensors_io import stored_tensors
 from lorakit.recipe.loader import suggest
-from lorakit.storage.atomic_dir import staged
+from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.types import Message
 
 QUANTIZATIONS = (*TYPES, *FILE_TYPES)
@@ -62,11 +62,11 @@ def write_gguf(job: Job) -> dict[str, Any]:
     """As `export_gguf`, for a caller that says itself what to do with the file."""
     kind = quantization(job.quantization)
     check_space(job.source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
-    with staged(job.target) as folder:
+    with atomic_directory(job.target) as folder:
         return fill_gguf(job, folder, kind)
 
 
-def llama_server(source: Source, file: Path, *more: str) -> list[str]:
+def llama_server(source: TunedRun, file: Path, *more: str) -> list[str]:
     """The line that serves a GGUF file."""
     return ["llama-server", "-m", str(file), *more, "--jinja", "-c", str(source.context)]
 
@@ -161,7 +161,7 @@ def check_half(folder: Path, hint: str) -> None:
             finite.cast(name, stored.read(), torch.float16, hint)
 
 
-def limit_context(source: Source, folder: Path) -> int | None:
+def limit_context(source: TunedRun, folder: Path) -> int | None:
     """Bound the context by the window where llama.cpp knows none; that window.
 
     A Mistral becomes a Llama in GGUF: past the window KL was 7e-2 nats, 1e-7 before it.
@@ -242,13 +242,13 @@ def _check_distance(job: Job, kl: float, base_kl: float, kind: str, file: Path) 
     job.ends.append(f"hint: {kind} costs more than the tuning changed {far}: take a larger --quant")
 
 
-def end_of_turn(source: Source) -> int:
+def end_of_turn(source: TunedRun) -> int:
     """The id of the token that ends an answer."""
     return int(source.tokenizer.convert_tokens_to_ids(source.end_of_turn()))
 
 
 def compare_heard(
-    source: Source,
+    source: TunedRun,
     reference: Reference,
     heard: llama_cpp.Heard,
     chats: tuple[list[dict[str, Any]], ...] = (),
@@ -275,7 +275,7 @@ def compare_heard(
 
 
 def _same_chats(
-    source: Source, heard: Sequence[list[int]], chats: Sequence[list[dict[str, Any]]]
+    source: TunedRun, heard: Sequence[list[int]], chats: Sequence[list[dict[str, Any]]]
 ) -> None:
     """Raises:
     WorkError: a chat is other tokens than in training.
@@ -294,7 +294,7 @@ def export_gguf_adapter(job: Job) -> dict[str, Any]:
         WorkError: llama.cpp with base and adapter says something else than the adapter.
     """
     refuse_unportable(job.source)
-    with staged(job.target) as folder:
+    with atomic_directory(job.target) as folder:
         facts = fill_gguf_adapter(job, folder)
     more = ("--lora", str(job.target / ADAPTER_FILE))
     line = llama_server(job.source, Path("BASE.gguf"), *more)
@@ -304,7 +304,7 @@ def export_gguf_adapter(job: Job) -> dict[str, Any]:
     return facts
 
 
-def refuse_unportable(source: Source) -> None:
+def refuse_unportable(source: TunedRun) -> None:
     """Say what an adapter in GGUF cannot carry.
 
     Raises:
@@ -360,7 +360,7 @@ def _link_weights(folder: Path, target: Path) -> None:
         (target / path.name).symlink_to(path.resolve())
 
 
-def _check_no_path(path: Path, source: Source) -> None:
+def _check_no_path(path: Path, source: TunedRun) -> None:
     """The converter writes names of folders into the file's metadata."""
     from gguf import GGUFReader
 

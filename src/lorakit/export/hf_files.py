@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.chat_template.select import thinking_set
-from lorakit.export.tuned_run import Source, generation_config, trained_class
+from lorakit.export.tuned_run import TunedRun, generation_config, trained_class
 
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
 
 
-def write_config(source: Source, folder: Path, dtype: str, tied: bool) -> None:
+def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None:
     """config.json and generation_config.json of a merged model in `dtype`."""
     values = _base_config(source)
     for key in ("quantization_config", *LOCAL_KEYS):
@@ -43,7 +43,7 @@ def write_config(source: Source, folder: Path, dtype: str, tied: bool) -> None:
     generation.save_pretrained(folder)
 
 
-def write_tokenizer(source: Source, folder: Path) -> None:
+def write_tokenizer(source: TunedRun, folder: Path) -> None:
     """The run's tokenizer with its template, its end of sequence being the real end of turn."""
     source.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -58,7 +58,7 @@ def write_tokenizer(source: Source, folder: Path) -> None:
     _write(path, values)
 
 
-def set_thinking(source: Source, folder: Path) -> None:
+def set_thinking(source: TunedRun, folder: Path) -> None:
     """Make the template of a folder for llama.cpp think, or not, as the run's does by default."""
     template = thinking_set(str(source.tokenizer.chat_template))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -67,7 +67,7 @@ def set_thinking(source: Source, folder: Path) -> None:
     _write(path, {**values, "chat_template": template})
 
 
-def _base_config(source: Source) -> dict[str, Any]:
+def _base_config(source: TunedRun) -> dict[str, Any]:
     """As its author wrote it: `to_dict` would drop fields that this transformers does not know."""
     path = (source.folder or Path(source.location)) / "config.json"
     if path.exists():
@@ -95,7 +95,7 @@ def _spell_rope(values: dict[str, Any], config: Any) -> None:
         values["rope_scaling"] = {**scaling, "type": kind}
 
 
-def _stops(source: Source) -> int | list[int]:
+def _stops(source: TunedRun) -> int | list[int]:
     stops = source.stops()
     return stops if len(stops) > 1 else stops[0]
 

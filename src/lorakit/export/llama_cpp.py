@@ -35,7 +35,7 @@ SECONDS = 1800
 ROUNDING = 1e-5  # of a float32 sum of 250,000 probabilities
 
 
-Place = list[tuple[int, float]]  # (id, log-probability) of one place, most likely first
+TokenLogits = list[tuple[int, float]]  # (id, log-probability) of one place, most likely first
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Task:
 class Heard:
     """What one file predicts along the answers, and how it tokenized the chats by its template."""
 
-    places: list[list[Place]]  # for each answer, for each of its tokens
+    places: list[list[TokenLogits]]  # for each answer, for each of its tokens
     stops: bool  # it ends an answer at the token of the task
     chat_ids: list[list[int]]
 
@@ -98,7 +98,7 @@ def ask_all(tasks: Sequence[Task]) -> list[Heard]:
     return [Heard(v["places"], v["stops"], v["chat_ids"]) for v in found]
 
 
-def _check_counts(task: Task, found: list[list[Place]]) -> None:
+def _check_counts(task: Task, found: list[list[TokenLogits]]) -> None:
     """Predictions are compared place by place: one too few would shift all that follow."""
     for number, (answer, places) in enumerate(zip(task.answers, found, strict=True), 1):
         if len(places) != len(answer) or not all(places):
@@ -110,7 +110,7 @@ def _check_counts(task: Task, found: list[list[Place]]) -> None:
             )
 
 
-def scored(expected: Any, found: Sequence[Place]) -> tuple[Any, Any]:
+def scored(expected: Any, found: Sequence[TokenLogits]) -> tuple[Any, Any]:
     """(KL in nats, whether the top token is equal) of each of N places.
 
     `expected` [N, V] are log-probabilities; tokens that llama.cpp did not name form one class.
@@ -123,7 +123,7 @@ def scored(expected: Any, found: Sequence[Place]) -> tuple[Any, Any]:
     return divergence, expected.argmax(-1) == tops
 
 
-def _classes(row: Any, place: Place) -> tuple[Any, Any]:
+def _classes(row: Any, place: TokenLogits) -> tuple[Any, Any]:
     """Log-probabilities [C] of one place, by both: the tokens that were named, and the rest."""
     import torch
 

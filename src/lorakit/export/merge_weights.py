@@ -20,7 +20,7 @@ from typing import Any
 from lorakit.errors import ModelError, WorkError
 from lorakit.export import finite
 from lorakit.export.hf_files import write_config, write_tokenizer
-from lorakit.export.tuned_run import Source, float32_model
+from lorakit.export.tuned_run import TunedRun, float32_model
 from lorakit.model.safetensors_io import Stored, stored_tensors, write_shards
 
 Entry = tuple[str, int, Callable[[], Any]]
@@ -29,7 +29,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WIDER = "export with --dtype bfloat16 (as small) or float32"
 
 
-def write_merged(source: Source, folder: Path, onto: str, dtype: str, wider: str = WIDER) -> str:
+def write_merged(source: TunedRun, folder: Path, onto: str, dtype: str, wider: str = WIDER) -> str:
     """Fill `folder` with the merged model in `dtype`; returns the way it was done, in words.
 
     Args:
@@ -51,7 +51,7 @@ def write_merged(source: Source, folder: Path, onto: str, dtype: str, wider: str
     return way
 
 
-def check_space(source: Source, target: Path, dtype: str, beside: float = 0.0) -> None:
+def check_space(source: TunedRun, target: Path, dtype: str, beside: float = 0.0) -> None:
     """Refuse before writing where the disk is too small for the merged model.
 
     Args:
@@ -72,7 +72,7 @@ def check_space(source: Source, target: Path, dtype: str, beside: float = 0.0) -
         )
 
 
-def parameters(source: Source) -> int:
+def parameters(source: TunedRun) -> int:
     """Elements of the merged model: the base's, and the head once more where it is untied."""
     model = skeleton(source)
     count = sum(p.numel() for p in model.parameters())
@@ -81,7 +81,7 @@ def parameters(source: Source) -> int:
     return int(count)
 
 
-def _reason_against_streaming(source: Source) -> str | None:
+def _reason_against_streaming(source: TunedRun) -> str | None:
     """Why the base's files cannot be merged one tensor at a time; None where they can."""
     if source.folder is None or not list(source.folder.glob("*.safetensors")):
         return "the base is not in safetensors"
@@ -99,7 +99,7 @@ def _reason_against_streaming(source: Source) -> str | None:
     )
 
 
-def skeleton(source: Source) -> Any:
+def skeleton(source: TunedRun) -> Any:
     """The base's modules on "meta"."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -109,7 +109,7 @@ def skeleton(source: Source) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
 
 
-def _streamed(source: Source, onto: str, dtype: str, wider: str) -> list[Entry]:
+def _streamed(source: TunedRun, onto: str, dtype: str, wider: str) -> list[Entry]:
     assert source.folder is not None
     empty = skeleton(source)
     stored, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, onto)
@@ -128,7 +128,7 @@ def _streamed(source: Source, onto: str, dtype: str, wider: str) -> list[Entry]:
     ]
 
 
-def base_tensors(source: Source, empty: Any) -> dict[str, Stored]:
+def base_tensors(source: TunedRun, empty: Any) -> dict[str, Stored]:
     """The base's tensor that each merged one is made of, by the name it is written under."""
     assert source.folder is not None
     stored = stored_tensors(source.folder)
@@ -142,7 +142,7 @@ def base_tensors(source: Source, empty: Any) -> dict[str, Stored]:
     return stored
 
 
-def _with_adapter(empty: Any, source: Source) -> Any:
+def _with_adapter(empty: Any, source: TunedRun) -> Any:
     """Base on "meta", adapter in memory: peft's own loading would move both to "meta"."""
     from peft import PeftConfig, get_peft_model
 
@@ -175,7 +175,7 @@ class _Merger:
 
     def __init__(
         self,
-        source: Source,
+        source: TunedRun,
         model: Any,
         dtype: str,
         four_bit: set[str],
@@ -200,7 +200,7 @@ class _Merger:
         module = self.model.get_submodule(path)
         value = value.to(self.compute)  # what training rounded the base to as it loaded
         if leaf == "weight" and path in self.four_bit:
-            value = through_nf4(value)
+            value = nf4_round_trip(value)
         if leaf == "weight" and hasattr(module, "lora_A"):
             return _merge_one(module, value.float())
         return value
@@ -220,7 +220,7 @@ def _merge_one(module: Any, weight: Any) -> Any:
     return merged
 
 
-def four_bit_modules(source: Source, empty: Any, onto: str) -> set[str]:
+def four_bit_modules(source: TunedRun, empty: Any, onto: str) -> set[str]:
     """Linear layers that training had in 4 bits: all but those that transformers leaves out.
 
     Args:
@@ -235,7 +235,7 @@ def four_bit_modules(source: Source, empty: Any, onto: str) -> set[str]:
     return linear - set(get_keys_to_not_convert(empty))
 
 
-def through_nf4(weight: Any) -> Any:
+def nf4_round_trip(weight: Any) -> Any:
     """What training computed with: quantized to NF4 (double), and back."""
     from bitsandbytes import functional
 
@@ -243,7 +243,7 @@ def through_nf4(weight: Any) -> Any:
     return functional.dequantize_4bit(packed, state)
 
 
-def trained_whole(source: Source) -> dict[str, Any]:
+def trained_whole(source: TunedRun) -> dict[str, Any]:
     """Tensors that the adapter file holds in full: `modules_to_save` and trained biases."""
     found = {}
     for name, tensor in source.adapter_tensors().items():
@@ -254,7 +254,7 @@ def trained_whole(source: Source) -> dict[str, Any]:
     return found
 
 
-def _in_memory(source: Source, onto: str, dtype: str, wider: str) -> list[Entry]:
+def _in_memory(source: TunedRun, onto: str, dtype: str, wider: str) -> list[Entry]:
     """Entries of a model merged as a whole by peft, for bases that cannot be streamed."""
     import torch
 

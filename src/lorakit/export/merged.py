@@ -9,7 +9,7 @@ import psutil
 
 from lorakit.errors import WorkError
 from lorakit.export.checkpoint_keys import (
-    check_folder,
+    check_checkpoint_keys,
     check_predictions,
     declared_class,
     require_fit,
@@ -17,18 +17,18 @@ from lorakit.export.checkpoint_keys import (
 from lorakit.export.divergence import compare
 from lorakit.export.finite import require_finite
 from lorakit.export.merge_weights import STREAMED, WIDER, check_space, parameters, write_merged
-from lorakit.export.tuned_run import Job, Source, compared_bytes, float32_model, trained_class
+from lorakit.export.tuned_run import Job, TunedRun, compared_bytes, float32_model, trained_class
 from lorakit.export.verify_outputs import (
     Agreement,
     Reference,
     agreement,
-    check_tokenizer,
+    check_exported_tokenizer,
     make_reference,
     predictions,
 )
 from lorakit.export.verify_tensors import compare_tensors
 from lorakit.inference.evaluate import encode_held_out
-from lorakit.storage.atomic_dir import staged
+from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.train.eval_loss import score
 from lorakit.train.trainer import pad_token_id
 
@@ -53,9 +53,9 @@ def export_merged(job: Job) -> dict[str, Any]:
     require_fit(source)
     dtype = job.dtype or source.device.dtype
     check_space(source, job.target, dtype)
-    with staged(job.target) as folder:
+    with atomic_directory(job.target) as folder:
         facts, reference = fill_merged(job, folder, dtype)
-        check_folder(folder, declared_class(source.config))
+        check_checkpoint_keys(folder, declared_class(source.config))
         if reference:
             kl = facts["kl_per_token"]
             facts |= check_predictions(source, reference, folder, expected=kl)
@@ -89,8 +89,8 @@ def fill_merged(
     how = "the original base" if job.onto == "original" else "the base it was trained on"
     job.console.print(f"merging onto {how}, float32 arithmetic, one cast to {dtype}")
     way = write_merged(source, folder, job.onto, dtype, wider)
-    check_folder(folder, trained_class(source.config))
-    check_tokenizer(source, folder)
+    check_checkpoint_keys(folder, trained_class(source.config))
+    check_exported_tokenizer(source, folder)
     facts: dict[str, Any] = {"dtype": dtype, "onto": job.onto, "written": way}
     if not job.verify:
         return {**facts, "skipped": "asked not to compare (--no-verify)"}, None
@@ -124,7 +124,7 @@ def _by_tensor(job: Job, folder: Path, way: str, short: str) -> dict[str, Any]:
     return {"skipped": short, **found}
 
 
-def memory_missing(source: Source) -> str | None:
+def memory_missing(source: TunedRun) -> str | None:
     """Why this machine cannot compare in float32; None where it can."""
     if source.device.kind == "cuda":  # chosen for its room
         return None
@@ -135,7 +135,7 @@ def memory_missing(source: Source) -> str | None:
     return f"that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
-def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Reference]:
+def _verify(source: TunedRun, folder: Path, onto: str) -> tuple[Agreement, Reference]:
     """The written files against the live adapter, and bit for bit against peft's own merge.
 
     Raises:
@@ -180,7 +180,7 @@ def _verify(source: Source, folder: Path, onto: str) -> tuple[Agreement, Referen
     return found, reference
 
 
-def _both_losses(source: Source, folder: Path) -> dict[str, float]:
+def _both_losses(source: TunedRun, folder: Path) -> dict[str, float]:
     """Held-out loss of the adapter on its own base, and of the model as written."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.chat_template.render import habits_of, render
+from lorakit.data.chat_template.render import render_chat, template_capabilities
 from lorakit.errors import DataError
 from lorakit.export.adapter import why_not_portable
 from lorakit.export.gguf import (
@@ -26,15 +26,15 @@ from lorakit.export.gguf import (
     refuse_unportable,
 )
 from lorakit.export.merge_weights import check_space
-from lorakit.export.tuned_run import Job, Source, checked_prompts
-from lorakit.storage.atomic_dir import staged
+from lorakit.export.tuned_run import Job, TunedRun, checked_prompts
+from lorakit.storage.atomic_dir import atomic_directory
 
 MARK = "7qzx"
 BASE_FILE = "base-F16.gguf"
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class TemplateFrame:
     """What a template writes around each turn; `start` before all of them."""
 
     start: str
@@ -56,7 +56,7 @@ def export_ollama(job: Job) -> dict[str, Any]:
     if job.as_adapter:
         refuse_unportable(source)
     check_space(source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
-    with staged(job.target) as folder:
+    with atomic_directory(job.target) as folder:
         if job.as_adapter:
             facts = fill_gguf_adapter(job, folder, keep_base=BASE_FILE)
             lines = [f"FROM ./{BASE_FILE}", f"ADAPTER ./{ADAPTER_FILE}"]
@@ -73,12 +73,12 @@ def export_ollama(job: Job) -> dict[str, Any]:
     return {**facts, "modelfile": "Modelfile", "template": "TEMPLATE" in body}
 
 
-def modelfile(source: Source, lines: Sequence[str]) -> tuple[str, list[str]]:
+def modelfile(source: TunedRun, lines: Sequence[str]) -> tuple[str, list[str]]:
     """The Modelfile's text, and what there is to know about it."""
     notes = []
     frame = frame_of(source)
     template = go_template(frame) if frame and parity(source, frame) else None
-    if template and habits_of(source.tokenizer).bos_id is not None:
+    if template and template_capabilities(source.tokenizer).bos_id is not None:
         # llama.cpp puts it before the prompt by itself.
         template = template.removeprefix(str(source.tokenizer.bos_token))
     lines = [*lines]
@@ -99,25 +99,25 @@ def modelfile(source: Source, lines: Sequence[str]) -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", notes
 
 
-def frame_of(source: Source) -> Frame | None:
+def frame_of(source: TunedRun) -> TemplateFrame | None:
     """The words around turns, found by probes; None where the template is no such frame."""
     ask, say, told = f"Q{MARK}", f"A{MARK}", f"S{MARK}"
     user = {"role": "user", "content": ask}
     answer = {"role": "assistant", "content": say}
     try:
         # A second question shows what is written between an answer and the next turn.
-        plain = render(source.tokenizer, [user, answer, user], prompt=True)
+        plain = render_chat(source.tokenizer, [user, answer, user], prompt=True)
         with_system = plain
-        if not habits_of(source.tokenizer).folds_system:
+        if not template_capabilities(source.tokenizer).folds_system:
             system = {"role": "system", "content": told}
-            with_system = render(source.tokenizer, [system, user, answer, user], prompt=True)
+            with_system = render_chat(source.tokenizer, [system, user, answer, user], prompt=True)
     except DataError:
         return None
     parts = with_system.replace(told, ask).split(ask) if told in with_system else plain.split(ask)
     if len(parts) != 3 + (told in with_system) or say not in parts[-2]:
         return None
     before_answer, after_answer = parts[-2].split(say)
-    stop = habits_of(source.tokenizer).stop_texts[0]
+    stop = template_capabilities(source.tokenizer).stop_texts[0]
     if stop not in after_answer or parts[-1] != before_answer or "{{" in with_system:
         return None
     # A line break behind the stop token belongs to the answer's turn, the rest opens the next.
@@ -129,7 +129,7 @@ def frame_of(source: Source) -> Frame | None:
         if not head.endswith(opening):
             return None
         start = head[: len(head) - len(opening)]
-        return Frame(start, ("", ""), (opening, ""), (before_answer, tail), "")
+        return TemplateFrame(start, ("", ""), (opening, ""), (before_answer, tail), "")
     middle = parts[1]
     if not middle.endswith(opening):
         return None
@@ -138,19 +138,19 @@ def frame_of(source: Source) -> Frame | None:
     if not head.startswith(start):
         return None
     system_turn = head[len(start) :], middle[: len(middle) - len(opening)]
-    return Frame(start, system_turn, (opening, ""), (before_answer, tail), default)
+    return TemplateFrame(start, system_turn, (opening, ""), (before_answer, tail), default)
 
 
-def _default_system(source: Source, head: str, ask: str, plain: str) -> str:
+def _default_system(source: TunedRun, head: str, ask: str, plain: str) -> str:
     """What stands where the system text would, in a conversation without one."""
     before = plain.split(ask)[0]
     if not before.startswith(head):
         return ""
-    stop = habits_of(source.tokenizer).stop_texts[0]
+    stop = template_capabilities(source.tokenizer).stop_texts[0]
     return before[len(head) :].split(stop)[0] if stop in before[len(head) :] else ""
 
 
-def go_template(frame: Frame) -> str:
+def go_template(frame: TemplateFrame) -> str:
     """The frame in Ollama's language. The last answer is left open for the model to write."""
     system = ""
     if frame.system != ("", ""):
@@ -167,7 +167,7 @@ def go_template(frame: Frame) -> str:
     )
 
 
-def put_together(frame: Frame, messages: Sequence[dict[str, Any]]) -> str:
+def render_frame(frame: TemplateFrame, messages: Sequence[dict[str, Any]]) -> str:
     """What the Go template makes of these turns, `SYSTEM` filling in for a missing system turn."""
     turns = list(messages)
     system = frame.default_system
@@ -181,7 +181,7 @@ def put_together(frame: Frame, messages: Sequence[dict[str, Any]]) -> str:
     return text + frame.answer[0]
 
 
-def parity(source: Source, frame: Frame) -> bool:
+def parity(source: TunedRun, frame: TemplateFrame) -> bool:
     """True where the frame writes what jinja writes, for held-out chats."""
     for conversation in checked_prompts(source, 8):
         turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
@@ -192,6 +192,6 @@ def parity(source: Source, frame: Frame) -> bool:
             return False
         again = [*turns, {"role": "user", "content": "And then?"}]
         for asked in (turns[:-1], again):
-            if put_together(frame, asked) != render(source.tokenizer, asked, prompt=True):
+            if render_frame(frame, asked) != render_chat(source.tokenizer, asked, prompt=True):
                 return False
     return True

@@ -15,7 +15,7 @@ from typing import Any
 from lorakit.errors import RecipeError, WorkError
 from lorakit.export.adapter import export_adapter
 from lorakit.export.merged import export_merged
-from lorakit.export.tuned_run import Job, Source
+from lorakit.export.tuned_run import Job, TunedRun
 from lorakit.storage.run_dir import write_text
 
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -75,7 +75,7 @@ def upload(folder: Path, repository: str, private: bool) -> str:
     return str(address)
 
 
-def card(source: Source, repository: str, merged: bool) -> str:
+def card(source: TunedRun, repository: str, merged: bool) -> str:
     """The model card: what it is, what it was trained on and how, what came out, whose license."""
     is_hub_id = source.base_name.count("/") == 1
     head = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
@@ -104,7 +104,7 @@ def card(source: Source, repository: str, merged: bool) -> str:
     return "\n".join(lines)
 
 
-def _usage(repository: str, merged: bool, source: Source) -> str:
+def _usage(repository: str, merged: bool, source: TunedRun) -> str:
     if merged:
         code = f'model = AutoModelForCausalLM.from_pretrained("{repository}")'
     else:
@@ -115,7 +115,7 @@ def _usage(repository: str, merged: bool, source: Source) -> str:
     return f"```python\n{code}\n```\n"
 
 
-def _data_lines(source: Source) -> list[str]:
+def _data_lines(source: TunedRun) -> list[str]:
     report = _read(source.run.data_report)
     if not report:
         return []
@@ -129,7 +129,7 @@ def _data_lines(source: Source) -> list[str]:
     ]
 
 
-def _metric_lines(source: Source) -> list[str]:
+def _metric_lines(source: TunedRun) -> list[str]:
     found = _read(source.run.eval)
     if not found:
         return []

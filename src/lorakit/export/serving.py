@@ -13,7 +13,7 @@ from typing import Any
 from lorakit.export.adapter import beyond_updates, export_adapter
 from lorakit.export.gguf import llama_server, write_gguf
 from lorakit.export.merged import export_merged
-from lorakit.export.tuned_run import Job, Source
+from lorakit.export.tuned_run import Job, TunedRun
 from lorakit.storage.run_dir import write_text
 
 # Values that vLLM's --max-lora-rank takes.
@@ -21,7 +21,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 COMMANDS = "COMMANDS.md"
 
 
-def why_vllm_cannot(source: Source) -> str | None:
+def why_vllm_cannot(source: TunedRun) -> str | None:
     """What in this adapter vLLM refuses; None where it serves it as it is."""
     reason = beyond_updates(source)
     if reason:
@@ -33,13 +33,13 @@ def why_vllm_cannot(source: Source) -> str | None:
     return None
 
 
-def largest_rank(source: Source) -> int:
+def largest_rank(source: TunedRun) -> int:
     """The rank that the engine must make room for."""
     patterns = source.adapter.get("rank_pattern") or {}
     return int(max(source.adapter["r"], *patterns.values(), 1))
 
 
-def vllm_command(source: Source, folder: Path, merged: bool) -> list[str]:
+def vllm_command(source: TunedRun, folder: Path, merged: bool) -> list[str]:
     """The `vllm serve` line for an exported folder."""
     context = ["--max-model-len", str(source.context)]
     if merged:
@@ -80,14 +80,14 @@ def _folder_and_lines(job: Job, reason: str | None, lines: Any) -> dict[str, Any
     return {**facts, "merged": merged, "reason": reason, "command": shlex.join(first)}
 
 
-def _vllm_lines(source: Source, folder: Path, merged: bool) -> dict[str, list[str]]:
+def _vllm_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[str]]:
     lines = {"vLLM": vllm_command(source, folder, merged)}
     if merged:
         lines["SGLang"] = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
     return lines
 
 
-def _tgi_lines(source: Source, folder: Path, merged: bool) -> dict[str, list[str]]:
+def _tgi_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[str]]:
     if merged:
         return {"TGI": ["text-generation-launcher", "--model-id", str(folder)]}
     line = ["env", f"LORA_ADAPTERS={source.name}={folder}", "text-generation-launcher"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.data.chat_template.render import habits_of
+from lorakit.data.chat_template.render import template_capabilities
 from lorakit.data.dataset import read_validation
 from lorakit.data.tokenize.encode import stop_token_ids
 from lorakit.errors import ModelError
@@ -44,7 +44,7 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TunedRun:
     """A finished run, its base found and checked, no weight loaded yet."""
 
     run: RunDir
@@ -102,11 +102,11 @@ class Source:
 
     def end_of_turn(self) -> str:
         """The token that the template writes after an answer; the real end of sequence."""
-        texts = habits_of(self.tokenizer).stop_texts
+        texts = template_capabilities(self.tokenizer).stop_texts
         return texts[0] if texts else str(self.tokenizer.eos_token)
 
 
-def open_source(run: RunDir) -> Source:
+def open_source(run: RunDir) -> TunedRun:
     """Find and check all that an export of `run` needs.
 
     Raises:
@@ -119,7 +119,7 @@ def open_source(run: RunDir) -> Source:
     check_base(run, recipe, location)
     counted = count(config)
     conversations = [r for r in read_validation(run.validation) if isinstance(r, Conversation)]
-    return Source(
+    return TunedRun(
         run=run,
         recipe=recipe,
         location=location,
@@ -167,7 +167,7 @@ def _device(recipe: Recipe, parameters: int) -> Device:
     return replace(device, dtype=dtype)
 
 
-def generation_config(source: Source) -> Any:
+def generation_config(source: TunedRun) -> Any:
     """The base's own generation settings, or those its config implies."""
     from transformers import GenerationConfig
 
@@ -191,7 +191,7 @@ def touches_embeddings(names: Sequence[str]) -> bool:
 
 
 def float32_model(
-    source: Source, onto: str = "trained", model_class: Any = None, adapter: Path | None = None
+    source: TunedRun, onto: str = "trained", model_class: Any = None, adapter: Path | None = None
 ) -> Any:
     """Base and adapter in float32 on the source's device, not merged.
 
@@ -238,7 +238,7 @@ def _untie(base: Any) -> None:
     base.config.tie_word_embeddings = False
 
 
-def checked_prompts(source: Source, count: int) -> list[Conversation]:
+def checked_prompts(source: TunedRun, count: int) -> list[Conversation]:
     """Held-out conversations to compare on, or one greeting where a run kept none."""
     with_answer = [c for c in source.conversations if c.messages[-1].role == "assistant"]
     if with_answer:
@@ -251,7 +251,7 @@ def checked_prompts(source: Source, count: int) -> list[Conversation]:
 class Job:
     """One export. Options that a format does not know are refused before it starts."""
 
-    source: Source
+    source: TunedRun
     target: Path
     console: Console
     quantization: str | None = None  # GGUF: F16, Q8_0, Q4_K_M, ...

@@ -20,7 +20,7 @@ from rich.table import Table
 from lorakit.data.tokenize.encode import prompt_ids
 from lorakit.errors import WorkError
 from lorakit.export.divergence import compare
-from lorakit.export.tuned_run import Source, checked_prompts
+from lorakit.export.tuned_run import TunedRun, checked_prompts
 from lorakit.inference.generate import GenerationSettings, base_answers, fit_prompt, left_padded
 from lorakit.model.eval_mode import device_of
 from lorakit.storage.run_dir import RunDir, write_json
@@ -61,7 +61,7 @@ class Reference:
 
 
 def make_reference(
-    source: Source, model: Any, prompts: int = PROMPTS, tokens: int = ANSWER_TOKENS
+    source: TunedRun, model: Any, prompts: int = PROMPTS, tokens: int = ANSWER_TOKENS
 ) -> Reference:
     """Let the adapter answer held-out prompts greedily.
 
@@ -157,7 +157,7 @@ def same_prompt(tokenizer: Any, found: Sequence[int], wanted: Sequence[int], mes
     )
 
 
-def check_tokenizer(source: Source, folder: Path) -> None:
+def check_exported_tokenizer(source: TunedRun, folder: Path) -> None:
     """The tokenizer and template as written give the prompts that training saw.
 
     Raises:

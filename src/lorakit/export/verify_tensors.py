@@ -16,11 +16,11 @@ from lorakit.errors import WorkError
 from lorakit.export.merge_weights import (
     base_tensors,
     four_bit_modules,
+    nf4_round_trip,
     skeleton,
-    through_nf4,
     trained_whole,
 )
-from lorakit.export.tuned_run import Source, scale_of
+from lorakit.export.tuned_run import TunedRun, scale_of
 from lorakit.model.safetensors_io import stored_tensors
 
 PREFIX = "base_model.model."
@@ -31,7 +31,7 @@ LARGEST_SHARE = 1e-3
 PIECE = 2**24  # elements compared at once
 
 
-def compare_tensors(source: Source, folder: Path, onto: str) -> dict[str, Any]:
+def compare_tensors(source: TunedRun, folder: Path, onto: str) -> dict[str, Any]:
     """Read every written tensor again and form it once more from base and adapter.
 
     Returns:
@@ -41,7 +41,7 @@ def compare_tensors(source: Source, folder: Path, onto: str) -> dict[str, Any]:
     Raises:
         WorkError: names a tensor that is missing, or something else than the sum.
     """
-    sums = _Sums(source, onto)
+    sums = ExpectedTensors(source, onto)
     written = stored_tensors(folder)
     lost = sums.base.keys() ^ written.keys()
     if lost:
@@ -87,10 +87,10 @@ def _same(found: Any, expected: Any, noise: float) -> bool:
     return found.dtype == torch.float32 or otherwise <= 4 + LARGEST_SHARE * found.numel()
 
 
-class _Sums:
+class ExpectedTensors:
     """What each merged tensor has to be."""
 
-    def __init__(self, source: Source, onto: str) -> None:
+    def __init__(self, source: TunedRun, onto: str) -> None:
         import torch
 
         empty = skeleton(source)
@@ -111,7 +111,7 @@ class _Sums:
         base = base.to(self.compute)
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in self.four_bit:
-            base = through_nf4(base)
+            base = nf4_round_trip(base)
         update = self._update(module) if leaf == "weight" else None
         if update is None:
             return base, base

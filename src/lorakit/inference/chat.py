@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from lorakit.errors import LorakitError
 from lorakit.inference.generate import GenerationSettings, base_answers, stream_reply
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.recipe.loader import suggest
 from lorakit.redact import visible
 from lorakit.storage.run_dir import find_run
@@ -46,7 +46,9 @@ COMMANDS = (
 class ChatSession:
     """One conversation with a tuned model; `handle` takes a line and yields text to show."""
 
-    def __init__(self, several: Several, system: str | None, settings: GenerationSettings) -> None:
+    def __init__(
+        self, several: MultiAdapterModel, system: str | None, settings: GenerationSettings
+    ) -> None:
         self.several, self.settings = several, settings
         self.asked_system = system
         self.system = several.tuned[several.active].system if system is None else system
@@ -208,7 +210,7 @@ class ChatSession:
 
 
 def run(
-    several: Several,
+    several: MultiAdapterModel,
     *,
     title: str,
     system: str | None,

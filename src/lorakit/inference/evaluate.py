@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.dataset import Item, read_validation
-from lorakit.data.issues import FaultLog, RowFault
+from lorakit.data.issues import IssueLog, RowError
 from lorakit.data.prepare import prepare
-from lorakit.data.tokenize.encode import Rules, encode_many
+from lorakit.data.tokenize.encode import EncodeConfig, encode_many
 from lorakit.data.tokenize.spans import told
 from lorakit.errors import DataError
 from lorakit.inference.generate import GenerationSettings, base_answers, replies
@@ -80,8 +80,8 @@ def _answer(
 def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
     """Held-out records as examples, masked as in training."""
     found: list[Example] = []
-    for _, made in encode_many(tokenizer, records, Rules.of(recipe), FaultLog()):
-        if isinstance(made, RowFault):
+    for _, made in encode_many(tokenizer, records, EncodeConfig.of(recipe), IssueLog()):
+        if isinstance(made, RowError):
             raise made
         found += made
     return found

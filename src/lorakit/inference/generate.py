@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from lorakit.data.tokenize.encode import prompt_ids, stop_token_ids
 from lorakit.errors import DataError, WorkError
 from lorakit.model.eval_mode import device_of, evaluating
-from lorakit.train.oom import attempt, memory_trouble
+from lorakit.train.oom import describe_oom, run_catching_oom
 from lorakit.types import Message
 
 BATCH = 8
@@ -84,7 +84,7 @@ def replies(
         while len(found) < len(prompts):
             part = prompts[len(found) : len(found) + size]
             answer = functools.partial(_answers, model, tokenizer, part, settings)
-            texts, trouble = attempt(answer)
+            texts, trouble = run_catching_oom(answer)
             if texts is not None:
                 found += texts
             elif len(part) == 1:
@@ -160,7 +160,7 @@ def stream_reply(
         left.set()
         thread.join()
     if failure:
-        trouble = memory_trouble(failure[0])
+        trouble = describe_oom(failure[0])
         if trouble is not None:
             raise _too_long(len(prompt), settings, trouble) from failure[0]
         raise failure[0]

@@ -38,7 +38,7 @@ def base_folder(recipe: Recipe, location: str) -> Path | None:
     return Path(found)
 
 
-def fingerprint(folder: Path) -> dict[str, Any]:
+def weights_fingerprint(folder: Path) -> dict[str, Any]:
     """Size and SHA-256 of each weight file, by name; of a large one it is sampled."""
     return {path.name: _record(path) for path in sorted(folder.glob("*.safetensors"))}
 
@@ -47,7 +47,7 @@ def remember_base(run: RunDir, recipe: Recipe, location: str) -> None:
     """Write `base.json`: what the adapter of this run will have been trained against."""
     folder = base_folder(recipe, location)
     if folder is not None:
-        write_json(run.base, {"weights": fingerprint(folder)})
+        write_json(run.base, {"weights": weights_fingerprint(folder)})
 
 
 def check_base(run: RunDir, recipe: Recipe, location: str) -> None:
@@ -62,7 +62,7 @@ def check_base(run: RunDir, recipe: Recipe, location: str) -> None:
     before = read_object(run.base).get("weights")
     if not isinstance(before, dict):
         raise ModelError(f"{run.base}: names no weights", hint="bring it back from a copy")
-    now = fingerprint(folder)
+    now = weights_fingerprint(folder)
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
         raise ModelError(

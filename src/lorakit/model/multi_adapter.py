@@ -17,7 +17,7 @@ FIRST = "default"
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class LoadedAdapter:
     """One adapter: its name for people, peft's name for it, what it was trained with."""
 
     name: str
@@ -27,15 +27,15 @@ class Tuned:
 
 
 @dataclass
-class Several:
+class MultiAdapterModel:
     """One base with the adapters of several runs on it; one is active at a time."""
 
     loaded: LoadedRun
-    tuned: dict[str, Tuned] = field(default_factory=dict)
+    tuned: dict[str, LoadedAdapter] = field(default_factory=dict)
     active: str = ""
 
     @classmethod
-    def of(cls, run: RunDir, others: tuple[RunDir, ...] = ()) -> Several:
+    def of(cls, run: RunDir, others: tuple[RunDir, ...] = ()) -> MultiAdapterModel:
         """Load the base once, and the adapter of each run.
 
         Raises:
@@ -43,7 +43,7 @@ class Several:
         """
         loaded = load_run(run)
         name = run.path.resolve().name
-        first = Tuned(name, FIRST, loaded.tokenizer, loaded.recipe.system)
+        first = LoadedAdapter(name, FIRST, loaded.tokenizer, loaded.recipe.system)
         several = cls(loaded, {name: first}, name)
         for other in others:
             several.add(other)
@@ -58,7 +58,7 @@ class Several:
     def base_name(self) -> str:
         return public_name(self.loaded.recipe.model)
 
-    def switch(self, name: str) -> Tuned:
+    def switch(self, name: str) -> LoadedAdapter:
         """Make the adapter of this name the active one: a few milliseconds, no weight moves."""
         found = self.tuned[name]
         if self.active != name:
@@ -97,6 +97,6 @@ class Several:
         check_adapter(run.adapter, [name for name, _ in inner if name])
         self.model.load_adapter(str(run.adapter), adapter_name=f"run_{len(self.tuned)}")
         tokenizer = load_tokenizer(recipe, str(run.adapter))
-        self.tuned[name] = Tuned(name, f"run_{len(self.tuned)}", tokenizer, recipe.system)
+        self.tuned[name] = LoadedAdapter(name, f"run_{len(self.tuned)}", tokenizer, recipe.system)
         self.model.eval()
         return name

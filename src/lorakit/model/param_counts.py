@@ -21,7 +21,7 @@ Shape = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class ParamCounts:
     """`linear`: (name, D_in, D_out) of every linear layer but the head. All counts are elements.
 
     Experts that a model keeps as one raw tensor [E, D_out, D_in] are no linear layers: neither
@@ -44,7 +44,7 @@ class Counted:
         return sum(i * o for _, i, o in self.linear)
 
 
-def targets(recipe: Recipe, counted: Counted) -> list[Shape]:
+def lora_target_layers(recipe: Recipe, counted: ParamCounts) -> list[Shape]:
     """The linear layers that get an adapter, by peft's rules: suffixes, or one pattern.
 
     Raises:
@@ -82,19 +82,19 @@ def layer_number(name: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def trained(recipe: Recipe, counted: Counted) -> int:
+def count_trainable(recipe: Recipe, counted: ParamCounts) -> int:
     """Elements that train: two matrices a target, and whole modules that the recipe names."""
 
     def rank(name: str) -> int:
         fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
         return next(fits, recipe.lora_r)
 
-    pairs = sum(rank(n) * (i + o) for n, i, o in targets(recipe, counted))
+    pairs = sum(rank(n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
     whole = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
     return pairs + sum(whole.get(name, 0) for name in recipe.modules_to_save or [])
 
 
-def count(config: Any) -> Counted:
+def count(config: Any) -> ParamCounts:
     """Count the model of this config; the same config is built once."""
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     return _count(_Keyed(key, config))
@@ -115,7 +115,7 @@ class _Keyed:
 
 
 @functools.lru_cache(maxsize=8)
-def _count(keyed: _Keyed) -> Counted:
+def _count(keyed: _Keyed) -> ParamCounts:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -135,7 +135,7 @@ def _count(keyed: _Keyed) -> Counted:
         else:
             experts += expert_elements(name, module)
     tied = head is None or embedding is None or head.weight is embedding.weight
-    return Counted(
+    return ParamCounts(
         tuple(linear),
         tuple(name for name, _ in model.named_modules() if name),
         tuple(name for name, module in model.named_modules() if isinstance(module, adaptable)),

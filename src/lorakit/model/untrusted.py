@@ -18,7 +18,7 @@ from lorakit.errors import ModelError
 from lorakit.model.regex_limits import check_settings
 from lorakit.model.safetensors_io import read_header
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.atomic_dir import Damaged, intact
+from lorakit.storage.atomic_dir import CorruptedError, intact
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 
 LARGEST_JSON = 64 * 2**20  # tokenizer_config.json of 250,000 added tokens takes 40 MB
@@ -147,7 +147,7 @@ def check_adapter(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     read_header(folder / ADAPTER_WEIGHTS)
     try:
         intact(folder)
-    except Damaged as trouble:
+    except CorruptedError as trouble:
         raise ModelError(
             f"{folder}: {trouble}: it is not the adapter that training saved",
             hint="to have that again, delete this folder and start `lorakit train` on the run's "

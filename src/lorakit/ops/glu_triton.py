@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorakit.ops.dropout_mask import threshold
-from lorakit.ops.kernel_launch import launch
+from lorakit.ops.kernel_launch import launch_kernel
 from lorakit.ops.lora import InputGrad, Update
 from lorakit.ops.lora_triton import low_rank_tile, masked_low_rank_tile, matrix_block
 
@@ -54,7 +54,7 @@ def _launch(
     rank = update.rank if update else 1
     ds, a, keys, p = (down.ds, down.a, down.keys, down.p) if down else (gu, gu, None, 0.0)
     rank_d = a.shape[0] if down else 1
-    launch(
+    launch_kernel(
         _kernel, BACKWARD if backward else FORWARD,
         lambda s: (triton.cdiv(rows, s["BLOCK_M"]), triton.cdiv(width, s["BLOCK_N"])),
         dh, gu, dgu, h, of_s, b, ds, a, gu if keys is None else keys, rows, width,

@@ -19,7 +19,7 @@ SMALLEST_BLOCK = 16  # of a matrix product
 _fitting: dict[Hashable, Settings] = {}
 
 
-def launch(
+def launch_kernel(
     kernel: Any,
     settings: Settings,
     grid: Callable[[Settings], tuple[int, ...]],
@@ -42,7 +42,7 @@ def launch(
         try:
             kernel[grid(chosen)](*arguments, **chosen, **constants)
         except OutOfResources:
-            less = smaller(chosen, fixed)
+            less = smaller_config(chosen, fixed)
             if less is None:
                 raise
             chosen = less
@@ -51,7 +51,7 @@ def launch(
             return
 
 
-def smaller(settings: Settings, fixed: tuple[str, ...] = ()) -> Settings | None:
+def smaller_config(settings: Settings, fixed: tuple[str, ...] = ()) -> Settings | None:
     """The next settings that need less shared memory, least costly first; None after the last."""
     if settings.get("num_stages", 1) > 1:
         return {**settings, "num_stages": settings["num_stages"] - 1}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.kernel_launch import launch
+from lorakit.ops.kernel_launch import launch_kernel
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
@@ -24,7 +24,7 @@ def lora_add_triton(start: Tensor, update: Update, out: Tensor | None = None) ->
     """See `lora_output.lora_add`."""
     rows, width = start.shape
     out = torch.empty_like(start) if out is None else out
-    launch(
+    launch_kernel(
         _add_kernel, ADD,
         lambda s: (triton.cdiv(rows, s["BLOCK_M"]), triton.cdiv(width, s["BLOCK_N"])),
         start, out, update.s, update.b, rows, width,
@@ -47,7 +47,7 @@ def lora_output_grads_triton(
     of_s = torch.empty(sum(chunks), rows, rank, dtype=torch.float32, device=dy.device)
     of_b = torch.empty(splits, sum(widths), rank, dtype=torch.float32, device=dy.device)
     shape = {"RANK": rank, "BLOCK_R": matrix_block(rank)}
-    launch(
+    launch_kernel(
         _grads_kernel, GRADS, lambda _: (sum(chunks), splits),
         dy, update.s, update.b, of_s, of_b, rows, dy.stride(0), update.s.stride(0),
         *starts, *widths, fixed=("BLOCK_M",), **shape,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakit.ops.dropout_mask import threshold
 from lorakit.ops.dropout_mask_triton import keep_tile
-from lorakit.ops.kernel_launch import launch
+from lorakit.ops.kernel_launch import launch_kernel
 
 # Chosen on an H100 (benchmarks/time_ops.py), for few rows and for many.
 MANY_ROWS = 4096
@@ -38,7 +38,7 @@ def lora_down_triton(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
     modules = len(keys)
     rank = a.shape[0] // modules
     out = torch.empty(rows, modules * rank, dtype=x.dtype, device=x.device)
-    launch(
+    launch_kernel(
         _down_kernel, DOWN[_for(rows)], lambda s: (triton.cdiv(rows, s["BLOCK_M"]), modules),
         x, a, keys, out, rows, width, x.stride(0), threshold(p),
         RANK=rank, BLOCK_R=matrix_block(rank),
@@ -51,7 +51,7 @@ def lora_input_grad_triton_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: 
     rows, width = dx.shape
     modules = len(keys)
     rank = a.shape[0] // modules
-    launch(
+    launch_kernel(
         _input_grad_kernel, INPUT_GRAD[_for(rows)],
         lambda s: (triton.cdiv(rows, s["BLOCK_M"]), triton.cdiv(width, s["BLOCK_K"])),
         dx, ds, a, keys, rows, width, dx.stride(0), ds.stride(0), threshold(p),
@@ -77,7 +77,7 @@ def lora_a_grad_triton(
     )
     block = A_GRAD["BLOCK_M"]
     chunk = triton.cdiv(triton.cdiv(rows, A_GRAD_SPLITS), block) * block
-    launch(
+    launch_kernel(
         _a_grad_kernel, A_GRAD,
         lambda s: (triton.cdiv(width, s["BLOCK_K"]), modules, A_GRAD_SPLITS),
         ds, x, keys, partial, rows, width, ds.stride(0), x.stride(0), chunk, threshold(p),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.kernel_launch import launch
+from lorakit.ops.kernel_launch import launch_kernel
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
@@ -43,7 +43,7 @@ def rotate_qkv_triton_(
     cos, sin = angles or (qkv, qkv)
     length = cos.shape[1] if angles else 1
     rank = update.rank if update else 1
-    launch(
+    launch_kernel(
         _rotate_kernel, ROTATE, lambda s: (triton.cdiv(rows, s["BLOCK_M"]), sum(heads)),
         qkv, of_s, b, cos, sin, rows, length, qkv.stride(0), of_s.stride(0),
         cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,
@@ -64,7 +64,7 @@ def unrotate_qkv_triton(
     dqkv = torch.empty(rows, sum(heads) * width, dtype=dq.dtype, device=dq.device)
     cos, sin = angles or (dq, dq)
     strides = [stride for t in (dq, dk, dv) for stride in t.stride()[:3]]
-    launch(
+    launch_kernel(
         _unrotate_kernel, ROTATE, lambda s: (triton.cdiv(rows, s["BLOCK_M"]), sum(heads)),
         dq, dk, dv, dqkv, cos, sin, rows, length, *strides,
         cos.stride(0) if angles and cos.shape[0] > 1 else 0, cos.stride(1) if angles else 0,

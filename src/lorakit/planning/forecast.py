@@ -9,7 +9,7 @@ from typing import Any
 from lorakit.errors import LorakitError, ModelError, WorkError
 from lorakit.hardware import host_memory
 from lorakit.model.param_counts import count
-from lorakit.planning.gpus import Card, recognize
+from lorakit.planning.gpus import Gpu, match_gpu
 from lorakit.planning.known_models import REPOSITORIES, SHAPES, shape_config
 from lorakit.planning.memory import reserve_note
 from lorakit.planning.multi_gpu import Scale, scale
@@ -23,7 +23,7 @@ from lorakit.planning.stages import (
     phases,
     trained_elements,
 )
-from lorakit.planning.suggestions import Change, fewest_gpus, find_changes, smallest_card
+from lorakit.planning.suggestions import Suggestion, fewest_gpus, find_changes, smallest_gpu
 from lorakit.planning.throughput import Speed, estimate_speed
 from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
@@ -52,7 +52,7 @@ class Forecast:
     disk: Parts
     speed: Speed | None
     no_speed: str  # why there is no estimate of it
-    changes: tuple[Change, ...]
+    changes: tuple[Suggestion, ...]
     smallest_card: str | None
     fewest_gpus: int | None = None
     scale: Scale | None = None
@@ -93,7 +93,7 @@ def forecast(
     recipe: Recipe,
     config: Any,
     device: Device,
-    card: Card | None = None,
+    card: Gpu | None = None,
     config_from: str = "config.json",
     local: bool = False,
 ) -> Forecast:
@@ -104,10 +104,10 @@ def forecast(
         card: which card `device` is; by default told from its name.
         local: whether the weights are on this machine already.
     """
-    card = card or recognize(device.name, device.memory_bytes)
+    card = card or match_gpu(device.name, device.memory_bytes)
     plan = plan_training(recipe, config, device)
     fits = plan.fits
-    small = None if fits or device.kind != "cuda" else smallest_card(recipe, config, device)
+    small = None if fits or device.kind != "cuda" else smallest_gpu(recipe, config, device)
     speed, no_speed = estimate_speed(recipe, config, device, plan, card)
     return Forecast(
         recipe=recipe,
@@ -131,8 +131,8 @@ def forecast(
 
 
 def _changes(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
-) -> tuple[Change, ...]:
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+) -> tuple[Suggestion, ...]:
     """What makes it fit; where it fits by streaming only, what would be faster."""
     if plan.fits and not plan.placement.layer_major:
         return ()
@@ -146,12 +146,12 @@ def planned_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan
 ) -> tuple[float | None, str]:
     """(tokens per second for `plan.json`, why there is no estimate)."""
-    card = recognize(device.name, device.memory_bytes)
+    card = match_gpu(device.name, device.memory_bytes)
     speed, why = estimate_speed(recipe, config, device, plan, card)
     return _rounded(speed), why
 
 
-def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> None:
+def require_plan_fits(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> None:
     """Stop a run that cannot fit, before its weights are fetched.
 
     Raises:
@@ -160,7 +160,7 @@ def refuse(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> Non
     if plan.fits:
         _refuse_host(recipe, device, plan)
         return
-    card = recognize(device.name, device.memory_bytes)
+    card = match_gpu(device.name, device.memory_bytes)
     ways = find_changes(recipe, config, device, plan, card)
     lines = [f"\n  {way.flags}  ({saving(way)})" for way in ways if way.fits]
     more = fewest_gpus(recipe, config, device)
@@ -194,7 +194,7 @@ def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     )
 
 
-def saving(change: Change) -> str:
+def saving(change: Suggestion) -> str:
     """Bytes, speed and price of a change in a few words."""
     words = [f"{change.total_bytes / 2**30:.1f} GiB", f"saves {change.saved_bytes / 2**30:.1f}"]
     if change.slower is not None:

@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Gpu:
     """One kind of GPU.
 
     `memory_gib` is what CUDA offers, less than the box says. `share` is the part of `tflops` that
@@ -63,58 +63,58 @@ class Card:
 
 
 _TABLE = [
-    Card("t4", 14.6, (7, 5), 65, 320, 12, 0.4),
-    Card("v100", 15.8, (7, 0), 125, 900, 12, 0.6, 80),
-    Card("l4", 22.0, (8, 9), 121, 300, 25, 0.5),
-    Card("a10", 22.0, (8, 6), 125, 600, 25, 0.55),
-    Card("3060", 11.6, (8, 6), 25.5, 360, 12),
-    Card("3090", 23.6, (8, 6), 71, 936, 25),
-    Card("4070", 11.6, (8, 9), 58, 504, 25),
-    Card("4080", 15.6, (8, 9), 97.5, 717, 25),
-    Card("4090", 23.5, (8, 9), 165, 1008, 25),
-    Card("5090", 31.3, (12, 0), 209, 1792, 50),
-    Card("a100-40", 39.4, (8, 0), 312, 1555, 25, nvlink_gbs=160),
-    Card("a100-80", 79.1, (8, 0), 312, 2039, 25, nvlink_gbs=160),
-    Card("l40s", 44.4, (8, 9), 362, 864, 25, 0.55),
-    Card("h100", 79.1, (9, 0), 989, 3350, 50, 0.77, 240),
-    Card("h200", 139.7, (9, 0), 989, 4800, 50, 0.77, 240),
-    Card("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=480),
+    Gpu("t4", 14.6, (7, 5), 65, 320, 12, 0.4),
+    Gpu("v100", 15.8, (7, 0), 125, 900, 12, 0.6, 80),
+    Gpu("l4", 22.0, (8, 9), 121, 300, 25, 0.5),
+    Gpu("a10", 22.0, (8, 6), 125, 600, 25, 0.55),
+    Gpu("3060", 11.6, (8, 6), 25.5, 360, 12),
+    Gpu("3090", 23.6, (8, 6), 71, 936, 25),
+    Gpu("4070", 11.6, (8, 9), 58, 504, 25),
+    Gpu("4080", 15.6, (8, 9), 97.5, 717, 25),
+    Gpu("4090", 23.5, (8, 9), 165, 1008, 25),
+    Gpu("5090", 31.3, (12, 0), 209, 1792, 50),
+    Gpu("a100-40", 39.4, (8, 0), 312, 1555, 25, nvlink_gbs=160),
+    Gpu("a100-80", 79.1, (8, 0), 312, 2039, 25, nvlink_gbs=160),
+    Gpu("l40s", 44.4, (8, 9), 362, 864, 25, 0.55),
+    Gpu("h100", 79.1, (9, 0), 989, 3350, 50, 0.77, 240),
+    Gpu("h200", 139.7, (9, 0), 989, 4800, 50, 0.77, 240),
+    Gpu("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=480),
 ]
-CARDS: dict[str, Card] = {card.name: card for card in _TABLE}
+GPUS: dict[str, Gpu] = {card.name: card for card in _TABLE}
 # What people write, and what drivers say ("NVIDIA GeForce RTX 3060").
 ALIASES = {"a100": "a100-40", "a10g": "a10"}
 
 
-def find_card(asked: str) -> Card:
+def find_card(asked: str) -> Gpu:
     """The card of this name: `t4`, `RTX 4090`, `NVIDIA A100-SXM4-80GB`.
 
     Raises:
         RecipeError: no such card in the table.
     """
-    card = recognize(asked)
+    card = match_gpu(asked)
     if card is None:
         raise RecipeError(
-            f"--gpu {asked}: not in the table{suggest(asked.lower(), CARDS)}",
-            hint=f"known: {', '.join(CARDS)}; for another card give its memory: --memory 12GB",
+            f"--gpu {asked}: not in the table{suggest(asked.lower(), GPUS)}",
+            hint=f"known: {', '.join(GPUS)}; for another card give its memory: --memory 12GB",
         )
     return card
 
 
-def recognize(name: str, memory_bytes: int | None = None) -> Card | None:
+def match_gpu(name: str, memory_bytes: int | None = None) -> Gpu | None:
     """The card that `name` speaks of, if one does; memory tells the two A100 apart."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     if "a100" in words:
         large = "80gb" in words or "80" in words or (memory_bytes or 0) > 45 * GIB
-        return CARDS["a100-80" if large else "a100-40"]
+        return GPUS["a100-80" if large else "a100-40"]
     for word in words:
-        found = CARDS.get(ALIASES.get(word, word))
+        found = GPUS.get(ALIASES.get(word, word))
         # A laptop's 4090 is another chip, a 3060 Ti another card.
         if found is not None and not {"laptop", "ti", "super"} & set(words):
             return found
     return None
 
 
-def card_device(card: Card | None, memory_bytes: int | None, dtype: str) -> Device:
+def card_device(card: Gpu | None, memory_bytes: int | None, dtype: str) -> Device:
     """The Device that `hardware.py` would find with this card in the machine."""
     name = card.name.upper() if card else "a card"
     memory = memory_bytes or int((card.memory_gib if card else 0) * GIB)
@@ -127,7 +127,9 @@ def card_device(card: Card | None, memory_bytes: int | None, dtype: str) -> Devi
     return Device("cuda", name, memory, chosen, "sdpa", reasons, kernels=kernels)
 
 
-def several(device: Device, gpus: int | None, nodes: int | None, network: float | None) -> Device:
+def with_gpu_count(
+    device: Device, gpus: int | None, nodes: int | None, network: float | None
+) -> Device:
     """`gpus` such devices on each of `nodes` machines, joined by `network` Gbit/s a machine.
 
     Raises:

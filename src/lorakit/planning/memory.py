@@ -14,9 +14,9 @@ from typing import Any
 
 from lorakit.hardware import CUDA_CONTEXT_BYTES
 from lorakit.model.architectures import FAST_FAMILIES
-from lorakit.model.param_counts import targets
-from lorakit.planning.placement import choices, refuse_placement
-from lorakit.planning.rank_workload import Sizes
+from lorakit.model.param_counts import lora_target_layers
+from lorakit.planning.placement import check_placement, placement_candidates
+from lorakit.planning.rank_workload import RankWorkload
 from lorakit.recipe.schema import Recipe
 from lorakit.types import OPTIMIZER_BYTES, Device, MemoryPlan, Placement
 
@@ -41,12 +41,12 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     Raises:
         RecipeError: `streaming: on` or `sharding: on` where it cannot be had.
     """
-    sizes = Sizes.of(recipe, config, device)
+    sizes = RankWorkload.of(recipe, config, device)
     engine = _engine(sizes)
-    refuse_placement(sizes, engine)
+    check_placement(sizes, engine)
     budget = budget_of(recipe, device)
     plan = None
-    for keep, placement in choices(sizes, engine):
+    for keep, placement in placement_candidates(sizes, engine):
         plan = _planned(sizes, keep, placement, device)
         if plan.total_bytes <= budget:
             filled = _fill(placement, sizes, budget - plan.total_bytes)
@@ -60,7 +60,7 @@ def plan_of(
     recipe: Recipe, config: Any, device: Device, keep: Sequence[int], placement: Placement
 ) -> MemoryPlan:
     """The bytes of a choice made already, as a result carries it."""
-    sizes = Sizes.of(recipe, config, device)
+    sizes = RankWorkload.of(recipe, config, device)
     plan = _planned(sizes, tuple(keep), placement, device)
     return replace(plan, fits=plan.total_bytes <= device.rank_bytes)
 
@@ -84,7 +84,7 @@ def reserve_note(recipe: Recipe, device: Device, plan: MemoryPlan) -> str:
 
 
 def _planned(
-    sizes: Sizes, keep: tuple[int, ...], placement: Placement, device: Device
+    sizes: RankWorkload, keep: tuple[int, ...], placement: Placement, device: Device
 ) -> MemoryPlan:
     engine = _engine(sizes)
     parts = _fixed_parts(sizes, placement, engine)
@@ -96,7 +96,7 @@ def _planned(
     return MemoryPlan(parts, device.rank_bytes, False, keep, placement, host, engine)
 
 
-def _fill(placement: Placement, sizes: Sizes, room: int) -> Placement:
+def _fill(placement: Placement, sizes: RankWorkload, room: int) -> Placement:
     """Keep on the card the inputs of as many layers as there is room for."""
     if not placement.layer_major:
         return placement
@@ -104,11 +104,11 @@ def _fill(placement: Placement, sizes: Sizes, room: int) -> Placement:
     return replace(placement, inputs_on_card=min(sizes.layers, count))
 
 
-def _engine(sizes: Sizes) -> bool:
-    return expects_engine(sizes.recipe, sizes.config, sizes.fast)
+def _engine(sizes: RankWorkload) -> bool:
+    return engine_supported(sizes.recipe, sizes.config, sizes.fast)
 
 
-def expects_engine(recipe: Recipe, config: Any, fast: bool) -> bool:
+def engine_supported(recipe: Recipe, config: Any, fast: bool) -> bool:
     """Whether the fast layers are likely to serve; `attach_engine` decides on the real model.
 
     Args:
@@ -120,7 +120,7 @@ def expects_engine(recipe: Recipe, config: Any, fast: bool) -> bool:
     return asked and recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
 
 
-def _fixed_parts(sizes: Sizes, placement: Placement, engine: bool) -> dict[str, int]:
+def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dict[str, int]:
     """What stands in memory all the time."""
     recipe, width = sizes.recipe, sizes.width
     embedding = _embedding(sizes) if placement.embedding_on_host else 0
@@ -152,7 +152,7 @@ def _fixed_parts(sizes: Sizes, placement: Placement, engine: bool) -> dict[str, 
     return parts
 
 
-def _adapter_parts(sizes: Sizes) -> dict[str, int]:
+def _adapter_parts(sizes: RankWorkload) -> dict[str, int]:
     return {
         "adapters (float32)": sizes.adapter * 4,
         "gradients (float32)": sizes.adapter * 4,  # with several ranks summed where they lie
@@ -160,7 +160,7 @@ def _adapter_parts(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def _host_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
+def _host_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
     """What lies in host memory instead of the card's."""
     parts = {}
     if placement.base_on_host:
@@ -174,21 +174,21 @@ def _host_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
     return parts
 
 
-def _embedding(sizes: Sizes) -> int:
+def _embedding(sizes: RankWorkload) -> int:
     return int(sizes.config.vocab_size * sizes.config.hidden_size)
 
 
-def _micro_tokens(sizes: Sizes, placement: Placement) -> int:
+def _micro_tokens(sizes: RankWorkload, placement: Placement) -> int:
     rows = max(1, placement.tokens_at_once // sizes.recipe.cutoff_len)
     return min(rows * sizes.recipe.cutoff_len, sizes.step_tokens)
 
 
-def _under_way(sizes: Sizes, placement: Placement) -> int:
+def _under_way(sizes: RankWorkload, placement: Placement) -> int:
     """Inputs of the micro-batch at work and of two that come (`layer_inputs.UNDER_WAY`)."""
     return 3 * _micro_tokens(sizes, placement) * int(sizes.config.hidden_size) * sizes.width
 
 
-def _layer_major_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
+def _layer_major_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
     """What a step needs that goes layer by layer through all its micro-batches."""
     model, qkv, out, inner = _widths(sizes)
     micro = _micro_tokens(sizes, placement)
@@ -214,7 +214,7 @@ def _layer_major_parts(sizes: Sizes, placement: Placement) -> dict[str, int]:
     }
 
 
-def _working_parts(sizes: Sizes, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
+def _working_parts(sizes: RankWorkload, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
     """What a micro-batch needs: activations kept, and one layer's work or the loss."""
     tokens = sizes.tokens
     logits = _logits_bytes(sizes, engine)
@@ -229,7 +229,7 @@ def _working_parts(sizes: Sizes, keep: tuple[int, ...], engine: bool) -> dict[st
     }
 
 
-def _widths(sizes: Sizes) -> tuple[int, int, int, int]:
+def _widths(sizes: RankWorkload) -> tuple[int, int, int, int]:
     """(model, q+k+v, attention output, inner) widths of one layer."""
     c = sizes.config
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -238,13 +238,13 @@ def _widths(sizes: Sizes) -> tuple[int, int, int, int]:
     return c.hidden_size, queries + 2 * keys, queries, c.intermediate_size
 
 
-def _normed(sizes: Sizes) -> int:
+def _normed(sizes: RankWorkload) -> int:
     """Numbers a token of queries and keys after norms of their own, beside those before (Qwen3)."""
     _, qkv, out, _ = _widths(sizes)
     return (qkv + out) // 2 if str(sizes.config.model_type).startswith("qwen3") else 0
 
 
-def _kept_bytes(sizes: Sizes, level: int) -> float:
+def _kept_bytes(sizes: RankWorkload, level: int) -> float:
     """Bytes one layer of the engine keeps for a token, by level; see `fast_layer.Keep`."""
     model, qkv, out, inner = _widths(sizes)
     rank = sizes.recipe.lora_r
@@ -259,7 +259,7 @@ def _kept_bytes(sizes: Sizes, level: int) -> float:
     return numbers * sizes.width + scalars
 
 
-def _work_bytes(sizes: Sizes, level: int) -> float:
+def _work_bytes(sizes: RankWorkload, level: int) -> float:
     """Bytes a token needs while one layer goes backward, beyond what was kept."""
     model, qkv, out, inner = _widths(sizes)
     numbers = 4 * model + 4 * inner  # dh, h and d(gate/up) beside residual gradients and norms
@@ -270,7 +270,7 @@ def _work_bytes(sizes: Sizes, level: int) -> float:
     return numbers * sizes.width
 
 
-def _own_activation_bytes(sizes: Sizes, recompute: bool) -> float:
+def _own_activation_bytes(sizes: RankWorkload, recompute: bool) -> float:
     """Bytes a model's own layers save for backward per token.
 
     Without recomputation a layer keeps, per target, its input after dropout and the mask, and per
@@ -279,7 +279,7 @@ def _own_activation_bytes(sizes: Sizes, recompute: bool) -> float:
     """
     layers, hidden, width = sizes.layers, sizes.config.hidden_size, sizes.width
     dropout = width + 1 if sizes.recipe.lora_dropout > 0 else 0
-    inputs = sum(i for _, i, _ in targets(sizes.recipe, sizes.counted)) / layers
+    inputs = sum(i for _, i, _ in lora_target_layers(sizes.recipe, sizes.counted)) / layers
     outputs = sum(o for _, _, o in sizes.shapes) / layers
     per_layer = inputs * dropout + outputs * width + 6 * hidden * width
     if recompute:
@@ -287,7 +287,7 @@ def _own_activation_bytes(sizes: Sizes, recompute: bool) -> float:
     return layers * per_layer
 
 
-def _logits_bytes(sizes: Sizes, engine: bool) -> int:
+def _logits_bytes(sizes: RankWorkload, engine: bool) -> int:
     """Logits of one chunk; with a frozen plain head they become their own gradient."""
     from lorakit.ops.cross_entropy import LOGITS_BYTES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorakit.planning.gpus import Card
+from lorakit.planning.gpus import Gpu
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import Speed, Traffic, expected_speed, traffic
 from lorakit.recipe.schema import Recipe
@@ -47,7 +47,7 @@ def scale(
     config: Any,
     device: Device,
     plan: MemoryPlan,
-    card: Card | None,
+    card: Gpu | None,
     speed: Speed | None,
 ) -> Scale | None:
     """What sharing a step costs and gives; None for one GPU."""

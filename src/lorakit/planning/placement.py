@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 from lorakit.errors import RecipeError
-from lorakit.planning.rank_workload import Sizes
+from lorakit.planning.rank_workload import RankWorkload
 from lorakit.types import ON_CARD, Placement
 
 # From here on heads go through attention in groups: its buffers for all would be GBs, and one group
@@ -19,7 +19,7 @@ LONG_ROW = 32768
 Choice = tuple[tuple[int, ...], Placement]
 
 
-def refuse_placement(sizes: Sizes, engine: bool) -> None:
+def check_placement(sizes: RankWorkload, engine: bool) -> None:
     """Stop what the recipe asks for by name and cannot have.
 
     Raises:
@@ -50,7 +50,7 @@ def refuse_placement(sizes: Sizes, engine: bool) -> None:
         )
 
 
-def choices(sizes: Sizes, engine: bool) -> Iterator[Choice]:
+def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
     """(what layers keep, what lies where), cheapest in speed first."""
     recipe, layers = sizes.recipe, sizes.layers
     if recipe.streaming == "on":
@@ -81,7 +81,9 @@ def choices(sizes: Sizes, engine: bool) -> Iterator[Choice]:
         yield from _layer_major(sizes, (False, True))
 
 
-def _layer_major(sizes: Sizes, base_on_host: tuple[bool, ...], shards: int = 1) -> Iterator[Choice]:
+def _layer_major(
+    sizes: RankWorkload, base_on_host: tuple[bool, ...], shards: int = 1
+) -> Iterator[Choice]:
     """Step by step less on the card, and fewer tokens at once."""
     recipe = sizes.recipe
     # bitsandbytes' optimizers work on cards only.

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.engine.cuda_graphs import TOKENS_STEP
 from lorakit.planning.activations import simulate
-from lorakit.planning.memory import budget_of, expects_engine, plan_memory
+from lorakit.planning.memory import budget_of, engine_supported, plan_memory
 from lorakit.planning.rank_workload import examples_of_rank
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device, MemoryPlan
@@ -37,7 +37,7 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
     asked = "on" in (recipe.streaming, recipe.sharding)
-    if asked or expects_engine(recipe, config.get_text_config(), device.fast):
+    if asked or engine_supported(recipe, config.get_text_config(), device.fast):
         plan = plan_memory(recipe, config, device)
         return (
             plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
@@ -55,7 +55,7 @@ def _last_ways(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     streamed = recipe.model_copy(update={"streaming": "on"})
     if again.fits or device.kind != "cuda" or recipe.streaming == "off":
         return again
-    served = expects_engine(streamed, config.get_text_config(), device.fast)
+    served = engine_supported(streamed, config.get_text_config(), device.fast)
     if not served or recipe.modules_to_save is not None or recipe.sharding == "on":
         return again
     plan = plan_memory(streamed, config, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.model.param_counts import Counted, Shape, count, trained
+from lorakit.model.param_counts import ParamCounts, Shape, count, count_trainable
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
@@ -25,12 +25,12 @@ def examples_of_rank(recipe: Recipe, ranks: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class RankWorkload:
     """Counts of one rank."""
 
     recipe: Recipe
     config: Any  # of the text model
-    counted: Counted
+    counted: ParamCounts
     width: int  # bytes of a stored number
     cuda: bool
     fast: bool  # a card that the fast layers are put on
@@ -41,7 +41,7 @@ class Sizes:
     context_bytes: int | None  # of CUDA, where it was measured
 
     @classmethod
-    def of(cls, recipe: Recipe, config: Any, device: Device) -> Sizes:
+    def of(cls, recipe: Recipe, config: Any, device: Device) -> RankWorkload:
         """Counted for this recipe, model and device."""
         counted = count(config)
         return cls(
@@ -54,7 +54,7 @@ class Sizes:
             device.ranks,
             device.per_node,
             counted.in_linear,
-            trained(recipe, counted),
+            count_trainable(recipe, counted),
             device.context_bytes,
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.model.param_counts import count, trained
+from lorakit.model.param_counts import count, count_trainable
 from lorakit.ops.cross_entropy import LOGITS_BYTES
 from lorakit.planning.planner import LIBRARIES_BYTES
 from lorakit.planning.rank_workload import BYTES, NF4_BYTES
@@ -18,7 +18,7 @@ from lorakit.types import OPTIMIZER_BYTES, Device, MemoryPlan
 Parts = dict[str, int]
 
 # What stands in the device's memory whatever goes on there.
-STANDING = {
+RESIDENT_PARTS = {
     "frozen weights",
     "two layers, gathered",
     "embeddings, head and norms",
@@ -42,7 +42,7 @@ MERGE_TENSORS = 24
 
 def phases(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -> dict[str, Parts]:
     """Bytes per part in the device's memory: training, evaluation, generation."""
-    standing = {n: s for n, s in training.parts.items() if n in STANDING}
+    standing = {n: s for n, s in training.parts.items() if n in RESIDENT_PARTS}
     c, width, layers = config.get_text_config(), BYTES[device.dtype], count(config).layers
     rows = max(1, BATCH_TOKENS // recipe.cutoff_len)
     tokens = rows * recipe.cutoff_len
@@ -61,11 +61,11 @@ def phases(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) ->
         "keys and values": ANSWERS * context * sum(w.keys_values for w in layers) * width,
         "one layer of a prompt": ANSWERS * context * passing,
     }
-    trains = spelled(recipe, config, device, training)
+    trains = split_weight_parts(recipe, config, device, training)
     return {"training": trains, "evaluation": evaluation, "generation": generation}
 
 
-def spelled(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -> Parts:
+def split_weight_parts(recipe: Recipe, config: Any, device: Device, training: MemoryPlan) -> Parts:
     """The training plan's parts with weights told apart; the sum is the same."""
     counted, width = count(config), BYTES[device.dtype]
     parts = dict(training.parts)
@@ -139,4 +139,4 @@ def disk_parts(recipe: Recipe, config: Any, local: bool) -> dict[str, int]:
 
 def trained_elements(recipe: Recipe, config: Any) -> int:
     """Trainable parameters of the recipe."""
-    return trained(recipe, count(config))
+    return count_trainable(recipe, count(config))

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorakit.planning.gpus import CARDS, Card, card_device
-from lorakit.planning.memory import expects_engine
+from lorakit.planning.gpus import GPUS, Gpu, card_device
+from lorakit.planning.memory import engine_supported
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import expected_speed
 from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
@@ -20,7 +20,7 @@ SHORTEST = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Suggestion:
     """One way out. `slower`: share of the speed it costs, None where no speed is known."""
 
     settings: dict[str, Any]
@@ -48,19 +48,21 @@ class Change:
 
 
 def find_changes(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
-) -> tuple[Change, ...]:
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+) -> tuple[Suggestion, ...]:
     """Single changes that fit, cheapest first; where none does, the shortest row of them.
 
     What costs nothing but time comes before what changes the result, and in that order they are
     added up until the run fits. Where even all together do not fit, they are given with `fits` off.
     """
 
-    def tried(settings: dict[str, Any], price: str) -> Change:
+    def tried(settings: dict[str, Any], price: str) -> Suggestion:
         changed = _with(recipe, settings)
         found = plan_training(changed, config, device)
         saved = plan.total_bytes - found.total_bytes
-        return Change(settings, price, found.total_bytes, saved, found.fits, slower(changed, found))
+        return Suggestion(
+            settings, price, found.total_bytes, saved, found.fits, slower(changed, found)
+        )
 
     before = expected_speed(recipe, config, device, plan, card)
 
@@ -75,7 +77,7 @@ def find_changes(
     all_of_it = [_try(tried, w) for w in (least, [w for w in least if "optimizer" not in w[0]])]
     if not any(change.fits for change in all_of_it):
         return (min(all_of_it, key=lambda change: change.total_bytes),)
-    singles = [tried(*way) for way in _ways(recipe, config, device)]
+    singles = [tried(*way) for way in _candidates(recipe, config, device)]
     fitting = [c for c in singles if c.fits]
     if fitting:
         return tuple(fitting)
@@ -87,21 +89,21 @@ def _least(recipe: Recipe, config: Any, device: Device) -> list[tuple[dict[str, 
     taken: list[tuple[dict[str, Any], str]] = []
     while True:
         changed = _with(recipe, _joined(taken))
-        more = [w for w in _ways(changed, config, device) if _with(changed, w[0]) != changed]
+        more = [w for w in _candidates(changed, config, device) if _with(changed, w[0]) != changed]
         if not more:
             return taken
         taken.append(more[0])
 
 
 def _together(
-    recipe: Recipe, config: Any, device: Device, tried: Callable[[dict[str, Any], str], Change]
-) -> tuple[Change, ...]:
+    recipe: Recipe, config: Any, device: Device, tried: Callable[[dict[str, Any], str], Suggestion]
+) -> tuple[Suggestion, ...]:
     """Changes added up, each on top of those before, until the run fits."""
     taken: list[tuple[dict[str, Any], str]] = []
-    best: Change | None = None
+    best: Suggestion | None = None
     while best is None or not best.fits:
         changed = _with(recipe, _joined(taken))
-        for way in _ways(changed, config, device):
+        for way in _candidates(changed, config, device):
             more = _try(tried, [*taken, way])
             if best is None or more.total_bytes < best.total_bytes:
                 taken, best = [*taken, way], more
@@ -119,8 +121,8 @@ def _together(
 
 
 def _try(
-    tried: Callable[[dict[str, Any], str], Change], ways: list[tuple[dict[str, Any], str]]
-) -> Change:
+    tried: Callable[[dict[str, Any], str], Suggestion], ways: list[tuple[dict[str, Any], str]]
+) -> Suggestion:
     return tried(_joined(ways), "; ".join(dict.fromkeys(price for _, price in ways)))
 
 
@@ -131,7 +133,9 @@ def _joined(ways: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
     return joined
 
 
-def _ways(recipe: Recipe, config: Any, device: Device) -> Iterator[tuple[dict[str, Any], str]]:
+def _candidates(
+    recipe: Recipe, config: Any, device: Device
+) -> Iterator[tuple[dict[str, Any], str]]:
     """(settings, what they cost beside time), the gentlest first."""
     chosen = recipe.gradient_checkpointing
     if chosen is False:
@@ -146,7 +150,7 @@ def _ways(recipe: Recipe, config: Any, device: Device) -> Iterator[tuple[dict[st
             )
     if recipe.engine == "off" and device.fast:
         on = recipe.model_copy(update={"engine": "auto"})
-        if expects_engine(on, config.get_text_config(), device.fast):
+        if engine_supported(on, config.get_text_config(), device.fast):
             yield {"engine": "auto"}, "none: lorakit's layers keep less"
     if recipe.streaming == "off" and device.kind == "cuda":
         yield {"streaming": "auto"}, "the same result; host memory takes what the card cannot"
@@ -189,9 +193,9 @@ def _with(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update=values)
 
 
-def smallest_card(recipe: Recipe, config: Any, like: Device) -> Card | None:
+def smallest_gpu(recipe: Recipe, config: Any, like: Device) -> Gpu | None:
     """The card of least memory on which the recipe fits as it stands, with as many as `like`."""
-    for card in sorted(CARDS.values(), key=lambda c: c.memory_gib):
+    for card in sorted(GPUS.values(), key=lambda c: c.memory_gib):
         device = card_device(card, None, recipe.dtype)
         device = replace(device, ranks=like.ranks, nodes=like.nodes)
         if plan_training(recipe, config, device).fits:

@@ -29,10 +29,10 @@ from typing import Any
 
 from lorakit.errors import first_line
 from lorakit.model.layer_widths import LayerWidths
-from lorakit.model.param_counts import Counted, count
-from lorakit.planning.gpus import Card
-from lorakit.planning.memory import expects_engine
-from lorakit.planning.rank_workload import NF4_BYTES, Sizes, examples_of_rank
+from lorakit.model.param_counts import ParamCounts, count
+from lorakit.planning.gpus import Gpu
+from lorakit.planning.memory import engine_supported
+from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload, examples_of_rank
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device, MemoryPlan
 
@@ -64,14 +64,14 @@ class Speed:
 
 
 def expected_speed(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> Speed | None:
     """Tokens per second of full rows; None where they cannot be estimated."""
     return estimate_speed(recipe, config, device, plan, card)[0]
 
 
 def estimate_speed(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> tuple[Speed | None, str]:
     """(tokens per second of full rows, why not): one of the two is empty.
 
@@ -86,7 +86,7 @@ def estimate_speed(
 
 
 def _speed(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> Speed:
     work = _Work(recipe, config.get_text_config(), count(config), plan, device)
     tokens = recipe.examples_per_step * recipe.cutoff_len
@@ -106,7 +106,7 @@ def _speed(
     return Speed(tokens / seconds, _basis(work, card), seconds, waited)
 
 
-def _basis(work: _Work, card: Card) -> str:
+def _basis(work: _Work, card: Gpu) -> str:
     device, plan = work.device, work.plan
     if plan.placement.layer_major:
         moved = "gathered" if plan.placement.shards > 1 else "streamed"
@@ -129,7 +129,7 @@ def _cpu_seconds(work: _Work, device: Device) -> float:
     return (work.products + work.attention) / rate
 
 
-def _card_seconds(work: _Work, card: Card) -> float:
+def _card_seconds(work: _Work, card: Gpu) -> float:
     """Seconds of the card for one token."""
     passes, overhead = (
         (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if work.engine else (OWN_TRAFFIC, OWN_OVERHEAD)
@@ -161,14 +161,14 @@ class _Work:
 
     recipe: Recipe
     config: Any
-    counted: Counted
+    counted: ParamCounts
     plan: MemoryPlan
     device: Device
 
     @property
     def engine(self) -> bool:
         """Whether the fast layers do the work."""
-        expected = expects_engine(self.recipe, self.config, self.device.fast)
+        expected = engine_supported(self.recipe, self.config, self.device.fast)
         return expected or self.plan.placement.layer_major
 
     @property
@@ -267,12 +267,12 @@ NONE = Traffic(0, 0, 0.0, 0.0, "")
 
 
 def traffic(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Card | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> Traffic:
     """What a step sends; nothing with one rank."""
     if device.ranks == 1:
         return NONE
-    sizes, shards = Sizes.of(recipe, config, device), plan.placement.shards
+    sizes, shards = RankWorkload.of(recipe, config, device), plan.placement.shards
     gradients = int(2 * (device.ranks - 1) / device.ranks * 4 * sizes.adapter)
     weights = int(2 * (shards - 1) / shards * sizes.frozen_bytes)
     if device.kind != "cuda" or card is None:

@@ -46,11 +46,11 @@ class ResolvedRecipe:
         return "\n".join(lines) + "\n"
 
 
-Given = str | Path | Mapping[str, Any] | Recipe | ResolvedRecipe | None
+RecipeInput = str | Path | Mapping[str, Any] | Recipe | ResolvedRecipe | None
 
 
 def load_recipe(
-    given: Given = None,
+    given: RecipeInput = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
     **settings: Any,

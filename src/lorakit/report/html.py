@@ -23,7 +23,7 @@ from lorakit.storage.run_dir import write_text
 WIDTHS = {"wide": 100, "narrow": 44}
 
 
-def render(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
     """The page that `template` makes of `values`."""
     text = _environment().get_template(template).render(values)
     # Half of a surrogate pair, which no file can hold, becomes "?".
@@ -33,7 +33,7 @@ def render(template: str, **values: Any) -> str:
 def write_inspection(inspection: Inspection, path: Path) -> None:
     """Write the inspection as one HTML page; the folder of `path` is created."""
     view = inspection_view(inspection, limit=None)
-    page = render(
+    page = render_page(
         "inspection.html.jinja",
         sources=[source["source"] for source in inspection.report.sources],
         model=inspection.model,

@@ -16,7 +16,7 @@ from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir, read_metrics
 
-Row = dict[str, Any]
+ReportRow = dict[str, Any]
 LARGEST = 1e100  # an axis of matplotlib overflows near 1e308
 PATHS = ("model", "data", "val_data", "output_dir")
 
@@ -32,8 +32,8 @@ class Record:
     data: dict[str, Any]
     plan: dict[str, Any]
     environment: dict[str, Any]
-    steps: tuple[Row, ...]
-    held: tuple[Row, ...]
+    steps: tuple[ReportRow, ...]
+    held: tuple[ReportRow, ...]
     evaluation: dict[str, Any] | None
     exports: dict[str, dict[str, Any]]
     finished: bool

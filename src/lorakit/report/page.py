@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from lorakit.display.charts import Chart, Series, line_chart, trend
 from lorakit.errors import LorakitError, RunError
 from lorakit.model.load import public_name
-from lorakit.report.html import render
+from lorakit.report.html import render_page
 from lorakit.report.load_run import PATHS, Record, finite, read_run
 from lorakit.storage.run_dir import RunDir, write_text
 
@@ -65,7 +65,7 @@ def report_page(record: Record) -> str:
     parts = [given] if isinstance(given, str) else given
     adapter_bytes = (plan.get("parts") or {}).get("adapters (float32)")
     distances = (found.get("base_kl_per_token") for found in record.exports.values())
-    return render(
+    return render_page(
         "report.html.jinja",
         run=record,
         model=public_name(str(record.shown["model"])),

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from lorakit.data.tokenize.encode import prompt_ids
 from lorakit.errors import LorakitError
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.serve.batch_worker import Request, Worker
 from lorakit.serve.middleware import Door, read_body
 from lorakit.serve.requests import BadOrder, Order, read_order
@@ -36,7 +36,7 @@ Handler = Callable[[HttpRequest], Awaitable[Response]]
 class Server:
     """The routes, the model behind them, and the key that opens them."""
 
-    def __init__(self, several: Several, api_key: str | None = None) -> None:
+    def __init__(self, several: MultiAdapterModel, api_key: str | None = None) -> None:
         self.several, self.api_key = several, api_key
         self.worker = Worker(several)
         self.started = int(time.time())

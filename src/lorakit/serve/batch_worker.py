@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from lorakit.data.tokenize.encode import stop_token_ids
 from lorakit.inference.generate import base_answers, left_padded
 from lorakit.model.eval_mode import device_of
-from lorakit.model.multi_adapter import Several
+from lorakit.model.multi_adapter import MultiAdapterModel
 
 BATCH = 8
 
@@ -55,7 +55,7 @@ class Request:
 class Worker:
     """The one thread that touches the model."""
 
-    def __init__(self, several: Several) -> None:
+    def __init__(self, several: MultiAdapterModel) -> None:
         self.several = several
         self.waiting: queue.Queue[Request | None] = queue.Queue()
         self.batches = 0

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lorakit.errors import DependencyError, RecipeError, RunError
 from lorakit.export.serving import VLLM_RANKS, largest_rank, vllm_command, why_vllm_cannot
-from lorakit.export.tuned_run import Source, open_source
+from lorakit.export.tuned_run import TunedRun, open_source
 from lorakit.storage.run_dir import RunDir
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -61,7 +61,7 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
     _embedded(runs, place, console)
 
 
-def why_not_vllm(sources: Sequence[Source]) -> str | None:
+def why_not_vllm(sources: Sequence[TunedRun]) -> str | None:
     """Why vLLM cannot serve these runs here; None where it can."""
     import torch
 
@@ -72,7 +72,7 @@ def why_not_vllm(sources: Sequence[Source]) -> str | None:
     return next((reason for s in sources if (reason := why_vllm_cannot(s))), None)
 
 
-def vllm_line(sources: Sequence[Source], place: Place) -> list[str]:
+def vllm_line(sources: Sequence[TunedRun], place: Place) -> list[str]:
     """The command that serves all of them; the key goes by the environment, out of sight of ps."""
     line = vllm_command(sources[0], sources[0].run.adapter, merged=False)
     at = line.index("--max-lora-rank")
@@ -121,7 +121,7 @@ def read_key(api_key: str | None, file: Path | None) -> str | None:
     return key
 
 
-def _exec_vllm(sources: Sequence[Source], place: Place, console: Console) -> None:
+def _exec_vllm(sources: Sequence[TunedRun], place: Place, console: Console) -> None:
     line = vllm_line(sources, place)
     console.print(f"engine   vLLM: {shlex.join(line)}", markup=False)
     if place.api_key:
@@ -137,10 +137,10 @@ def _embedded(runs: Sequence[RunDir], place: Place, console: Console) -> None:
         raise DependencyError(
             f"serving needs packages that are not installed: {error}", hint=INSTALL
         ) from error
-    from lorakit.model.multi_adapter import Several
+    from lorakit.model.multi_adapter import MultiAdapterModel
     from lorakit.serve.app import Server
 
-    several = Several.of(runs[0], tuple(runs[1:]))
+    several = MultiAdapterModel.of(runs[0], tuple(runs[1:]))
     server = Server(several, place.api_key)
     config = uvicorn.Config(
         # On a network the key keeps strangers out, and names of this machine are not known.

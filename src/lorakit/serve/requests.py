@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.formats.messages import calls_of
-from lorakit.data.issues import RowFault
+from lorakit.data.formats.messages import parse_tool_calls
+from lorakit.data.issues import RowError
 from lorakit.types import Message, Origin
 
 ROLES = {"system": "system", "developer": "system", "user": "user"}
@@ -127,9 +127,9 @@ def _message(turn: Any, place: str) -> Message:
         raise BadOrder(f"{place}: content is a text (found: {str(content)[:40]!a})", place)
     extra = {key: turn[key] for key in EXTRA if turn.get(key)}
     if "tool_calls" in extra:
-        extra["tool_calls"] = calls_of(extra["tool_calls"], place, _fault)
+        extra["tool_calls"] = parse_tool_calls(extra["tool_calls"], place, _fault)
     return Message(ROLES[role], content, extra)  # type: ignore[arg-type]
 
 
-def _fault(kind: str, detail: str) -> RowFault:
-    return RowFault(kind, Origin("request", 1), detail)
+def _fault(kind: str, detail: str) -> RowError:
+    return RowError(kind, Origin("request", 1), detail)

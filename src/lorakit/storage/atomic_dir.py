@@ -38,16 +38,16 @@ _WRITE_FAULTS = {
 }
 
 
-class Damaged(Exception):
+class CorruptedError(Exception):
     """A sealed folder is not as it was left; says what was found."""
 
 
-class OtherFormat(Damaged):
+class OtherFormat(CorruptedError):
     """The manifest is of another version."""
 
 
 @contextmanager
-def staged(
+def atomic_directory(
     target: Path, facts: Mapping[str, Any] | None = None, size: int | None = None
 ) -> Iterator[Path]:
     """A folder to fill that becomes `target` on success and vanishes on failure.
@@ -61,7 +61,7 @@ def staged(
     """
     aside, old = _beside(target, "tmp"), _beside(target, "old")
     try:
-        sweep(target.parent)
+        remove_leftovers(target.parent)
         aside.mkdir(parents=True)
         yield aside
         _seal(aside, facts or {})
@@ -70,19 +70,20 @@ def staged(
             target.rename(old)
         aside.rename(target)
         flush(target.parent)
-        sweep(target.parent)
+        remove_leftovers(target.parent)
     except (OSError, SafetensorError) as error:
         _undo(target, aside, old)
         if not _is_write_fault(error):
             raise
-        raise unwritable(target, error, size) from error
+        raise write_error(target, error, size) from error
     except BaseException:
         _undo(target, aside, old)
         raise
 
 
 def verified(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder in which every byte is as `staged` left it, and nothing was added.
+    """The manifest of a folder in which every byte is as `atomic_directory` left it, and nothing
+    was added.
 
     Raises:
         Damaged: a file is missing, changed, foreign or a link, or the manifest was changed.
@@ -92,15 +93,15 @@ def verified(folder: Path) -> dict[str, Any]:
     files = manifest["files"]
     for name in sorted(files.keys() | present.keys()):
         if name not in present:
-            raise Damaged(f"{name} is missing")
+            raise CorruptedError(f"{name} is missing")
         if name not in files:
-            raise Damaged(f"{name} is foreign to it")
+            raise CorruptedError(f"{name} is foreign to it")
         _compare(name, present[name], files[name])
     return manifest
 
 
 def intact(folder: Path) -> None:
-    """The files of a finished folder that are there are as `staged` left them.
+    """The files of a finished folder that are there are as `atomic_directory` left them.
 
     Its owner may add a README, take a file out, or delete the manifest to change what he likes.
 
@@ -121,9 +122,9 @@ def intact(folder: Path) -> None:
 def _compare(name: str, path: Path, facts: Mapping[str, Any]) -> None:
     size = path.stat().st_size
     if size != facts["bytes"]:
-        raise Damaged(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
+        raise CorruptedError(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
     if _sha256(path) != facts["sha256"]:
-        raise Damaged(f"{name} was changed")
+        raise CorruptedError(f"{name} was changed")
 
 
 def discard(folder: Path) -> None:
@@ -133,7 +134,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sweep(place: Path) -> None:
+def remove_leftovers(place: Path) -> None:
     """Delete what killed processes left half-written, or half-deleted, in `place`."""
     for entry in os.scandir(place) if place.is_dir() else ():
         found = _LEFTOVER.match(entry.name)
@@ -157,7 +158,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def unwritable(target: Path, error: BaseException, size: int | None = None) -> WorkError:
+def write_error(target: Path, error: BaseException, size: int | None = None) -> WorkError:
     """What went wrong with writing `target`, and how much room is missing."""
     number = getattr(error, "errno", None)
     text = str(error).lower()
@@ -220,7 +221,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         facts = path.lstat()
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MANIFEST_BYTES:
-            raise Damaged(f"{MANIFEST} is no manifest")
+            raise CorruptedError(f"{MANIFEST} is no manifest")
         raw = path.read_bytes()
         values = json.loads(raw)
         if values.get("format", 1) != FORMAT:
@@ -230,9 +231,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         values.pop("seal", None)
         # Written again from what was read: a byte that differs anywhere shows.
         if _manifest(values) != raw:
-            raise Damaged(f"{MANIFEST} was changed")
+            raise CorruptedError(f"{MANIFEST} was changed")
     except (OSError, ValueError, AttributeError, RecursionError):
-        raise Damaged(f"{MANIFEST} is missing or unreadable") from None
+        raise CorruptedError(f"{MANIFEST} is missing or unreadable") from None
     return dict(values)
 
 
@@ -247,7 +248,9 @@ def _plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
                 if inside != MANIFEST:
                     yield inside, path
             elif not stat.S_ISDIR(mode):
-                raise Damaged(f"{inside} is {'a link' if stat.S_ISLNK(mode) else 'no plain file'}")
+                raise CorruptedError(
+                    f"{inside} is {'a link' if stat.S_ISLNK(mode) else 'no plain file'}"
+                )
 
 
 def _sha256(path: Path) -> str:

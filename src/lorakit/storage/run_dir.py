@@ -20,7 +20,7 @@ from typing import Any
 
 from lorakit.errors import RunError
 from lorakit.redact import redacted
-from lorakit.storage.atomic_dir import flush, unwritable
+from lorakit.storage.atomic_dir import flush, write_error
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _STEP = re.compile(r"^step_(\d{6,})$")
@@ -171,7 +171,7 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
         flush(path.parent)
     except OSError as error:
-        raise unwritable(path, error, len(text.encode())) from error
+        raise write_error(path, error, len(text.encode())) from error
 
 
 def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.errors import RunError
-from lorakit.storage.atomic_dir import unwritable
+from lorakit.storage.atomic_dir import write_error
 from lorakit.storage.run_dir import RunDir
 
 LOCK = ".lock"
@@ -41,7 +41,7 @@ def only_writer(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EWOULDBLOCK:
             raise _taken(run, path) from None
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
     if not held:
         say(f"note: no locks on this file system: start no second run into {run.path}")
     try:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from lorakit.train.diagnostics import Watch
-from lorakit.train.gradient_sync import Together
+from lorakit.train.diagnostics import RunMonitor
+from lorakit.train.gradient_sync import GradientSync
 from lorakit.train.progress import TrainingProgress
 
 
@@ -25,10 +25,10 @@ class Counting(Protocol):
     step_tokens: int
 
 
-class Reporter(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Turns the trainer's logs into rows of metrics.jsonl and the live line."""
 
-    def __init__(self, trainer: Counting, progress: TrainingProgress, watch: Watch) -> None:
+    def __init__(self, trainer: Counting, progress: TrainingProgress, watch: RunMonitor) -> None:
         self.trainer, self.progress, self.watch = trainer, progress, watch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -75,10 +75,10 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-class Stopper(TrainerCallback):
+class StopOnSignal(TrainerCallback):
     """After a signal: finish the step, save a checkpoint, stop."""
 
-    def __init__(self, together: Together) -> None:
+    def __init__(self, together: GradientSync) -> None:
         self.together = together
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
@@ -88,7 +88,7 @@ class Stopper(TrainerCallback):
         return control
 
 
-class SaveClock(TrainerCallback):
+class TimedCheckpoint(TrainerCallback):
     """Asks for a checkpoint at the first step that ends `minutes` after the last one was saved.
 
     Args:
@@ -115,7 +115,7 @@ class SaveClock(TrainerCallback):
         self.last = self.now()
 
 
-class Sheltered:
+class SafeTracker:
     """Passes every event on to a tracker until it fails once; then says so and goes on without."""
 
     def __init__(self, tracker: Any, note: Callable[[str], None]) -> None:

@@ -27,7 +27,14 @@ from torch import Tensor
 
 from lorakit.errors import RunError, WorkError
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.atomic_dir import Damaged, discard, free_bytes, megabytes, staged, verified
+from lorakit.storage.atomic_dir import (
+    CorruptedError,
+    atomic_directory,
+    discard,
+    free_bytes,
+    megabytes,
+    verified,
+)
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 from lorakit.types import OPTIMIZER_BYTES
 
@@ -50,7 +57,7 @@ def newest_whole(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     for folder in reversed(run.list_checkpoints()):
         try:
             return _read(folder), notes
-        except Damaged as trouble:
+        except CorruptedError as trouble:
             notes.append(f"{folder.name} is damaged ({trouble}); trying an older one")
     return None, notes
 
@@ -118,7 +125,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, with_embeddings: bool
         WorkError: the adapter holds NaN or infinity, or never moved from its start.
     """
     _check_learned(model)
-    with staged(folder) as aside:
+    with atomic_directory(folder) as aside:
         save_adapter_files(model, aside, with_embeddings)
         tokenizer.save_pretrained(aside)
         _drop_local_keys(aside / "tokenizer_config.json")
@@ -144,7 +151,7 @@ def saves_embeddings(recipe: Recipe) -> bool:
 def _read(folder: Path) -> Checkpoint:
     facts, step = verified(folder), checkpoint_step(folder)
     if facts.get("step") != step:
-        raise Damaged(f"it was saved after step {facts.get('step')}")
+        raise CorruptedError(f"it was saved after step {facts.get('step')}")
     return Checkpoint(folder, step, facts)
 
 

@@ -15,10 +15,10 @@ from lorakit.storage.run_dir import RunDir
 
 # The loss is judged over so many steps after the warm-up, by the means of its two ends.
 FLAT_STEPS = 100
-ENDS = 25
-FLAT, ROSE = 0.005, 0.05
+WINDOW_STEPS = 25
+FLAT, RISE_THRESHOLD = 0.005, 0.05
 # Below this a model knows its data, and a loss that stays is no trouble.
-LEARNED = 0.3
+CONVERGED_LOSS = 0.3
 # Rows before the rate is judged; the first ones choose kernels and fill caches.
 UNTIMED_ROWS, TIMED_ROWS = 3, 10
 SLOW = 0.5
@@ -33,7 +33,7 @@ def planned_rate(run: RunDir) -> float | None:
     return None if found is None else float(found)
 
 
-class Watch:
+class RunMonitor:
     """Watches one run.
 
     Args:
@@ -90,16 +90,16 @@ class Watch:
             return None
         self.rows.append(row)
         steps = row["step"] - self.rows[0]["step"] + 1
-        if steps < FLAT_STEPS or len(self.rows) < 2 * ENDS:
+        if steps < FLAT_STEPS or len(self.rows) < 2 * WINDOW_STEPS:
             return None
         self.judged = True  # once, whatever comes out
-        first = statistics.fmean(r["loss"] for r in self.rows[:ENDS])
-        last = statistics.fmean(r["loss"] for r in self.rows[-ENDS:])
+        first = statistics.fmean(r["loss"] for r in self.rows[:WINDOW_STEPS])
+        last = statistics.fmean(r["loss"] for r in self.rows[-WINDOW_STEPS:])
         norms = [r["grad_norm"] for r in self.rows if r["grad_norm"] is not None]
         self.rows = self.rows[:1]
-        if last > first * (1 + ROSE):
+        if last > first * (1 + RISE_THRESHOLD):
             return _told(row, f"rose from {first:.3f} to {last:.3f}", steps, self._rising())
-        if first > LEARNED and last > first * (1 - FLAT):
+        if first > CONVERGED_LOSS and last > first * (1 - FLAT):
             norm = statistics.median(norms) if norms else None
             return _told(row, f"stays at {first:.3f} ({last:.3f})", steps, self._flat(norm))
         return None

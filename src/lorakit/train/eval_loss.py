@@ -16,7 +16,7 @@ from lorakit.data.dataset import lengths_of
 from lorakit.errors import WorkError
 from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.train.loss import attach_loss, base_of, detach_loss
-from lorakit.train.oom import attempt
+from lorakit.train.oom import run_catching_oom
 from lorakit.types import EvalScore, Example
 
 # Two rows of the default cutoff_len; without gradients that is less memory than training takes.
@@ -49,7 +49,7 @@ def score(
         while start < len(order):
             size = max(1, batch_tokens // sizes[order[start]])
             rows = [examples[i] for i in order[start : start + size]]
-            got, trouble = attempt(functools.partial(_summed, model, rows, pad_id))
+            got, trouble = run_catching_oom(functools.partial(_summed, model, rows, pad_id))
             if got is None:
                 if len(rows) == 1:
                     raise _too_long(rows[0], trouble)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.distributed.process_group import Ranks
+from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.train.signals import StopRequest
 from lorakit.types import Example
@@ -25,7 +25,7 @@ ATTENTION_EQUALS = 16384
 SEED_STEP = 1_000_003
 
 
-def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
+def partition_examples(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Which examples of a step each of `count` ranks computes, so that all take equally long.
 
     The longest go first, each to the rank with the least work so far (LPT, Graham 1969).
@@ -42,21 +42,23 @@ def shares(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(places) for places in given]
 
 
-def own_share(examples: Sequence[Example], ranks: Ranks) -> list[Example]:
+def local_examples(examples: Sequence[Example], ranks: DistributedContext) -> list[Example]:
     """Those of a step's examples that this rank computes."""
     if ranks.count == 1:
         return list(examples)
     lengths = [len(example.input_ids) for example in examples]
-    return [examples[i] for i in shares(lengths, ranks.count)[ranks.number]]
+    return [examples[i] for i in partition_examples(lengths, ranks.count)[ranks.number]]
 
 
-def seed_apart(seed: int, ranks: Ranks) -> None:
+def seed_per_rank(seed: int, ranks: DistributedContext) -> None:
     """Other dropout masks on each rank; rank 0 keeps those it would draw alone."""
     if not ranks.first:
         torch.manual_seed(seed + ranks.number * SEED_STEP)
 
 
-def alike(ranks: Ranks, parameters: Sequence[nn.Parameter], step: int) -> None:
+def assert_parameters_in_sync(
+    ranks: DistributedContext, parameters: Sequence[nn.Parameter], step: int
+) -> None:
     """Compare the adapters of all ranks, bit by bit.
 
     Raises:
@@ -77,14 +79,14 @@ def alike(ranks: Ranks, parameters: Sequence[nn.Parameter], step: int) -> None:
             )
 
 
-class Together:
+class GradientSync:
     """What the ranks of a run do as one.
 
     Args:
         stop: set by a signal to this process.
     """
 
-    def __init__(self, ranks: Ranks, stop: StopRequest) -> None:
+    def __init__(self, ranks: DistributedContext, stop: StopRequest) -> None:
         self.ranks, self.stop = ranks, stop
         self.save_wished = self.save_agreed = False
         self.agreed: Tensor | None = None

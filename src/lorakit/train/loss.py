@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from lorakit.distributed.process_group import ALONE, Ranks
+from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.attach import Engine, attach_engine
 from lorakit.engine.attention import Segments
 from lorakit.errors import WorkError
@@ -30,7 +30,7 @@ from lorakit.types import ON_CARD, Placement
 
 PACKED = "documents share micro-batches without padding"
 # What a model raises whose parts are not where, or do not take what, a probe expects.
-UNLIKE = (AttributeError, TypeError, NotImplementedError, RuntimeError)
+PROBE_ERRORS = (AttributeError, TypeError, NotImplementedError, RuntimeError)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class SupervisedHead:
 
 
 @dataclass(frozen=True)
-class Attached:
+class AttachResult:
     """What `attach_loss` put under a model, each with its reason in words."""
 
     base: Any
@@ -77,7 +77,7 @@ class Attached:
     @functools.cached_property
     def packing(self) -> str:
         """How documents packed into one row fare; looked up (two passes) when asked for."""
-        return PACKED if self.engine is not None else _kept_apart(self.base)
+        return PACKED if self.engine is not None else _isolates_packed_documents(self.base)
 
     @property
     def frozen_head(self) -> bool:
@@ -95,8 +95,8 @@ def attach_loss(
     engine: str = "off",
     device: torch.device | None = None,
     placement: Placement = ON_CARD,
-    ranks: Ranks = ALONE,
-) -> Attached:
+    ranks: DistributedContext = SINGLE_PROCESS,
+) -> AttachResult:
     """Give `model`'s base instance the supervised forward; returns what it took and why.
 
     Calls without targets (generation, plain inference) keep the model's own forward. Only this
@@ -130,7 +130,7 @@ def attach_loss(
 
     base.forward = types.MethodType(_forward(own_forward, head, fast), base)
     base.lorakit_engine = fast
-    return Attached(base, fast, layers, loss_path, head)
+    return AttachResult(base, fast, layers, loss_path, head)
 
 
 def _forward(own_forward: Any, head: SupervisedHead | None, fast: Engine | None) -> Any:
@@ -199,14 +199,14 @@ def _verified_head(
             ours = head(base.get_decoder()(input_ids=probe, use_cache=False)[0]).float()
             # The same operations on the same numbers: equal up to the order of one reduction.
             same = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
-    except UNLIKE as error:
+    except PROBE_ERRORS as error:
         return None, f"loss over all positions ({type(error).__name__} in the gathered path)"
     if not same:
         return None, "loss over all positions (this model changes its logits after the head)"
     return head, "loss on supervised tokens only, gathered before the head"
 
 
-def _kept_apart(base: Any) -> str:
+def _isolates_packed_documents(base: Any) -> str:
     """PACKED if the model's own attention isolates documents told by their position ids."""
     config = base.config.get_text_config()
     documents = torch.arange(12, device=base.device) * 31 % config.vocab_size
@@ -216,7 +216,7 @@ def _kept_apart(base: Any) -> str:
             run = base.get_decoder()
             packed = run(input_ids=documents.unsqueeze(0), position_ids=places, use_cache=False)[0]
             alone = run(input_ids=documents[5:].unsqueeze(0), use_cache=False)[0]
-    except UNLIKE as error:
+    except PROBE_ERRORS as error:
         return f"off: {type(error).__name__} with packed documents"
     difference = float((packed[:, 5:] - alone).float().norm() / alone.float().norm())
     return PACKED if difference < 3e-2 else "off: this model's attention mixes packed documents"

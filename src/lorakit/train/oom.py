@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lorakit.data.batching import Layout, StepBatch, step_batches
 from lorakit.data.dataset import lengths_of
-from lorakit.distributed.process_group import Ranks
+from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
 from lorakit.recipe.schema import Recipe
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def memory_trouble(error: BaseException) -> str | None:
+def describe_oom(error: BaseException) -> str | None:
     """What was asked for and what was free, where `error` says that memory ran out; else None."""
     text = str(error)
     told = isinstance(error, RuntimeError) and any(word in text.lower() for word in _WORDS)
@@ -75,12 +75,12 @@ def free_caches() -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
+def run_catching_oom(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """(result, None); or (None, what is missing) where memory ran out, with the caches free."""
     try:
         return work(), None
     except Exception as error:
-        trouble = memory_trouble(error)
+        trouble = describe_oom(error)
         if trouble is None:
             raise
     # Not before here: the error's frames hold the tensors of the broken attempt.
@@ -89,7 +89,7 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
 
 
 @contextmanager
-def memory_told(doing: str, hint: str) -> Iterator[None]:
+def oom_as_error(doing: str, hint: str) -> Iterator[None]:
     """Memory that runs out inside becomes one message.
 
     Raises:
@@ -98,21 +98,21 @@ def memory_told(doing: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        trouble = memory_trouble(error)
+        trouble = describe_oom(error)
         if trouble is None:
             raise
         raise WorkError(f"out of memory {doing}: {trouble}", hint) from error
 
 
 @dataclass(frozen=True, slots=True)
-class Generators:
+class RngState:
     """Where the random generators stood, to draw the same once more."""
 
     host: Tensor
     card: Tensor | None
 
     @classmethod
-    def now(cls) -> Generators:
+    def now(cls) -> RngState:
         """The present states; reading them does not wait for a card."""
         card = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         return cls(torch.get_rng_state(), card)
@@ -124,7 +124,7 @@ class Generators:
             torch.cuda.set_rng_state(self.card)
 
 
-def smaller(step: StepBatch) -> StepBatch | None:
+def halve_micro_batches(step: StepBatch) -> StepBatch | None:
     """The step's examples in micro-batches of half the size; None where each holds one example.
 
     Rows are halved, and a packed micro-batch's tokens with them, until the step is cut more finely
@@ -177,7 +177,7 @@ class Stepping(Protocol):
     train_rows: Sequence[Example]
     val: Sequence[Example]
     eval_tokens: int
-    ranks: Ranks
+    ranks: DistributedContext
 
     @property
     def sharded(self) -> bool: ...
@@ -193,13 +193,13 @@ class Stepping(Protocol):
     def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
 
 
-class WithinMemory:
+class OomRetry:
     """Runs steps; owns the answer to memory that runs out in one."""
 
     def __init__(self, trainer: Stepping, note: Callable[[str], None], cap: MemoryCap) -> None:
         self.trainer, self.note, self.cap = trainer, note, cap
         self.to_measure = MEASURED_STEPS
-        self.after: Generators | None = None  # the last step, as its checkpoint needs them
+        self.after: RngState | None = None  # the last step, as its checkpoint needs them
 
     def run(self, model: Any, step: StepBatch, scale: float) -> Tensor:
         """The gradients and the loss of one step.
@@ -211,19 +211,19 @@ class WithinMemory:
             WorkError: memory runs out with one example at a time.
         """
         loss = self._fitted(model, step, scale)
-        self.after = Generators.now()
+        self.after = RngState.now()
         if self.to_measure:
             self.to_measure -= 1
             self.cap.tighten()
         return loss
 
     def _fitted(self, model: Any, step: StepBatch, scale: float) -> Tensor:
-        trainer, start = self.trainer, Generators.now()
+        trainer, start = self.trainer, RngState.now()
         while True:
             if step.layout != trainer.layout:  # laid out ahead, before the layout changed
                 step = step_batches(step.examples, trainer.layout)
             work = functools.partial(trainer._step_gradients, model, step, scale)
-            loss, trouble = attempt(work)
+            loss, trouble = run_catching_oom(work)
             if loss is not None:
                 return loss
             model.zero_grad(set_to_none=True)
@@ -235,7 +235,7 @@ class WithinMemory:
 
         Weights, gradients and generators are afterwards as if this had not been.
         """
-        trainer, start = self.trainer, Generators.now()
+        trainer, start = self.trainer, RngState.now()
         room = room_for_optimizer(trainer.optimizer, trainer.plan, trainer.args.device)
         per_step = -(-trainer.recipe.examples_per_step // trainer.ranks.count)
         step = worst_step(trainer.train_rows, trainer.layout, per_step)
@@ -260,7 +260,7 @@ class WithinMemory:
     def _make_smaller(self, step: StepBatch, trouble: str) -> None:
         """Halve the micro-batches of this step and of all to come."""
         trainer = self.trainer
-        number, made = trainer.state.global_step + 1, smaller(step)
+        number, made = trainer.state.global_step + 1, halve_micro_batches(step)
         if made is None:
             self._give_up(step, trouble)
         if trainer.sharded:  # the ranks gather layers in step: one alone cannot begin again

@@ -12,9 +12,9 @@ from typing import Any
 from transformers.trainer_callback import ExportableState, TrainerState
 from trl import SFTTrainer
 
-from lorakit.distributed.process_group import Ranks
+from lorakit.distributed.process_group import DistributedContext
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.atomic_dir import staged
+from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import (
     checkpoint_bytes,
@@ -29,8 +29,8 @@ from lorakit.train.checkpoint import (
     save_state,
     saves_embeddings,
 )
-from lorakit.train.gradient_sync import alike, seed_apart
-from lorakit.train.loss import Attached
+from lorakit.train.gradient_sync import assert_parameters_in_sync, seed_per_rank
+from lorakit.train.loss import AttachResult
 
 
 class ResumableTrainer(SFTTrainer):
@@ -39,10 +39,10 @@ class ResumableTrainer(SFTTrainer):
 
     run: RunDir
     recipe: Recipe
-    attached: Attached
+    attached: AttachResult
     past: Mapping[str, Any] | None
     loaded: dict[str, Any]
-    ranks: Ranks
+    ranks: DistributedContext
     trained: list[Any]
 
     def _send_telemetry(self) -> None:
@@ -65,14 +65,14 @@ class ResumableTrainer(SFTTrainer):
         for part in [*self.callback_handler.callbacks, self.control]:
             if isinstance(part, ExportableState):
                 self.state.stateful_callbacks[type(part).__name__] = part.state()
-        alike(self.ranks, self.trained, step)
+        assert_parameters_in_sync(self.ranks, self.trained, step)
         facts = {"step": step, "steps": self.state.max_steps, "past": self.past}
         size = checkpoint_bytes(
             self.recipe, sum(p.numel() for p in weights.parameters() if p.requires_grad)
         )
         randoms = self.ranks.gather(random_state())
         if self.ranks.first:
-            with staged(self.run.checkpoint(step), facts, size) as folder:
+            with atomic_directory(self.run.checkpoint(step), facts, size) as folder:
                 save_adapter_files(weights, folder, saves_embeddings(self.recipe))
                 scaler = self.accelerator.scaler
                 save_state(folder, self.optimizer, self.lr_scheduler, scaler, randoms)
@@ -107,4 +107,4 @@ class ResumableTrainer(SFTTrainer):
             if self.ranks.number < len(randoms):
                 restore_random(randoms[self.ranks.number])
             else:
-                seed_apart(self.recipe.seed + self.state.global_step, self.ranks)
+                seed_per_rank(self.recipe.seed + self.state.global_step, self.ranks)

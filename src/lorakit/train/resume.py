@@ -32,7 +32,7 @@ from lorakit.train.checkpoint import Checkpoint, require_checkpoint
 from lorakit.types import Device
 
 
-def claim_run(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedRecipe]:
+def resolve_run_dir(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedRecipe]:
     """The run directory: the named one, or a new one under runs/; never another run's.
 
     Raises:
@@ -83,7 +83,7 @@ def prepare_resume(
     if found is None:
         console.print(f"{run.path} has no checkpoint yet: it begins at step 0")
         return None
-    refuse_changed_past(run, found.facts["past"], past, train)
+    check_resume_compatible(run, found.facts["past"], past, train)
     if found.step > steps:
         raise RunError(
             f"{run.path}: {found.step} steps are taken already, the recipe asks for {steps}",
@@ -95,12 +95,12 @@ def prepare_resume(
             f"         {found.facts['steps']} steps were planned before: the learning rate goes "
             f"on as a run of {steps} steps has it from here"
         )
-    for line in differences(found.facts["past"], past):
+    for line in harmless_changes(found.facts["past"], past):
         console.print(f"note: {line}")
     return found
 
 
-def forget_after(run: RunDir, step: int) -> None:
+def truncate_metrics(run: RunDir, step: int) -> None:
     """Drop the rows of metrics.jsonl after `step`: these steps are taken again."""
     known = [*read_metrics(run), *read_metrics(run, held_out=True)]
     rows = sorted((r for r in known if r.get("step", 0) <= step), key=lambda r: r.get("step", 0))
@@ -141,7 +141,7 @@ def environment(device: Device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.system(),
-        "versions": versions(),
+        "versions": library_versions(),
         "device": device.name,
         "kind": device.kind,
         "memory_bytes": device.memory_bytes,
@@ -201,7 +201,7 @@ def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
 
 # Settings that do not alter the steps already taken. Model and data are compared by content; a
 # micro-batch may shrink when memory ran out, as long as a step has the same examples.
-FREE = {
+CHANGEABLE_ON_RESUME = {
     "model",
     "data",
     "val_data",
@@ -227,11 +227,13 @@ FREE = {
 VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
 
 
-def past_of(recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1) -> dict[str, Any]:
+def run_fingerprint(
+    recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1
+) -> dict[str, Any]:
     """The record, of JSON values; nothing in it names a place on this machine."""
     settings = recipe.model_dump(mode="json")
     return {
-        "settings": {key: settings[key] for key in sorted(settings.keys() - FREE)},
+        "settings": {key: settings[key] for key in sorted(settings.keys() - CHANGEABLE_ON_RESUME)},
         "examples per step": recipe.examples_per_step,
         "data": {
             "sha256": train.digest(),
@@ -239,12 +241,12 @@ def past_of(recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1) -> 
             "tokens": int(train.lengths.sum()),
         },
         "tokenizer": tokenizer_key(tokenizer),
-        "versions": versions(),
+        "versions": library_versions(),
         "ranks": ranks,
     }
 
 
-def versions() -> dict[str, str | None]:
+def library_versions() -> dict[str, str | None]:
     """Installed versions of what decides a run's numbers."""
     found: dict[str, str | None] = {}
     for name in VERSIONS:
@@ -260,7 +262,7 @@ def remember_rows(run: RunDir, train: Examples) -> None:
     np.save(run.rows, train.marks)
 
 
-def refuse_changed_past(
+def check_resume_compatible(
     run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any], train: Examples
 ) -> None:
     """Compare the past of a checkpoint with what a resume finds.
@@ -297,7 +299,7 @@ def refuse_changed_past(
         )
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def harmless_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lines on what is not as it was and alters no step taken, but may be worth knowing."""
     lines = []
     was, seen = before["versions"], now["versions"]

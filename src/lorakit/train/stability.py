@@ -26,10 +26,10 @@ from lorakit.recipe.schema import Recipe
 from lorakit.types import Example
 
 WINDOW = 100
-# Medians are of so many steps, and say something from `ENOUGH` on.
-HISTORY, ENOUGH = 50, 20
+# Medians are of so many steps, and say something from `MIN_HISTORY` on.
+HISTORY, MIN_HISTORY = 50, 20
 SPIKE = 10.0
-SPIKES_TOLD = 3
+MAX_SPIKE_WARNINGS = 3
 OVERFLOWS_OF = 20
 
 
@@ -124,7 +124,7 @@ class StepGuard(TrainerCallback, ExportableState):
     ) -> None:
         if not self.reached:
             self.reached = True
-            words = unreached(model, step)
+            words = params_without_grad(model, step)
             if words:
                 self.note(words)
         self._overflow(step, False)
@@ -135,13 +135,13 @@ class StepGuard(TrainerCallback, ExportableState):
             return
         self.spiked = True
         self.spikes += 1
-        if self.spikes <= SPIKES_TOLD:
-            self.note(f"step {step}: {told}; rows of the step: {told_rows(examples)}")
-        if self.spikes == SPIKES_TOLD:
+        if self.spikes <= MAX_SPIKE_WARNINGS:
+            self.note(f"step {step}: {told}; rows of the step: {format_row_origins(examples)}")
+        if self.spikes == MAX_SPIKE_WARNINGS:
             self.note("further spikes are marked in metrics.jsonl only")
 
     def _spike(self, loss: float, norm: float) -> str | None:
-        if len(self.norms) < ENOUGH:
+        if len(self.norms) < MIN_HISTORY:
             return None
         usual, usual_loss = statistics.median(self.norms), statistics.median(self.losses)
         if norm > SPIKE * usual:
@@ -172,7 +172,7 @@ class StepGuard(TrainerCallback, ExportableState):
         what = f"gradient norm {norm}" if math.isfinite(loss) else f"loss {loss}"
         alone = self.trainer.rows_not_finite(examples)
         which = "not finite by themselves" if alone else "rows of the step"
-        told = f"step {step}: {what}; {which}: {told_rows(alone or examples)}"
+        told = f"step {step}: {what}; {which}: {format_row_origins(alone or examples)}"
         before, self.bad = self.bad, {"step": step, "told": told}
         if before is None or step - before["step"] > WINDOW:
             self.note(f"{told}; its update was skipped, a second one in {WINDOW} steps ends it all")
@@ -199,7 +199,7 @@ class StepGuard(TrainerCallback, ExportableState):
         return f"{lower}, and start anew with --output"
 
 
-def unreached(model: Any, step: int) -> str | None:
+def params_without_grad(model: Any, step: int) -> str | None:
     """Which adapters got no gradient in the first step, in words; None where all got one.
 
     lora_A gets none while its lora_B is zero, so only the others are asked.
@@ -225,7 +225,7 @@ def unreached(model: Any, step: int) -> str | None:
     )
 
 
-def told_rows(examples: Sequence[Example]) -> str:
+def format_row_origins(examples: Sequence[Example]) -> str:
     """`train.jsonl: 17, 88; more.jsonl: 3`, each row once, at most 64 of them."""
     origins = list(dict.fromkeys(e.origin for e in examples))
     by_source: dict[str, list[str]] = {}

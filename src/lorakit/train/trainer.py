@@ -21,10 +21,10 @@ from transformers import PrinterCallback
 
 from lorakit.data.batching import Batch, Layout, StepBatch, packing_words, saved_share, step_batches
 from lorakit.data.dataset import lengths_of
-from lorakit.distributed.process_group import ALONE, Ranks
-from lorakit.engine.chunked_layer import Cut
+from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
+from lorakit.engine.chunked_layer import ChunkSize
 from lorakit.engine.cuda_graphs import GraphedMicroSteps, to_bucket
-from lorakit.engine.decoder_layer import Keep
+from lorakit.engine.decoder_layer import SavedActivations
 from lorakit.engine.layerwise import LayerMajor
 from lorakit.engine.lora_linear import FlatGradients
 from lorakit.errors import DataError, WorkError
@@ -32,12 +32,12 @@ from lorakit.hardware import MemoryCap
 from lorakit.ops.backend import has_matrix_kernels
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.callbacks import Reporter, SaveClock, Sheltered, Stopper
-from lorakit.train.diagnostics import Watch, planned_rate
+from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
+from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
-from lorakit.train.gradient_sync import Together, own_share
-from lorakit.train.loss import Attached, attach_loss, base_of, detach_loss
-from lorakit.train.oom import WithinMemory, free_caches, memory_trouble
+from lorakit.train.gradient_sync import GradientSync, local_examples
+from lorakit.train.loss import AttachResult, attach_loss, base_of, detach_loss
+from lorakit.train.oom import OomRetry, describe_oom, free_caches
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resumable_trainer import ResumableTrainer
 from lorakit.train.signals import StopRequest
@@ -47,7 +47,7 @@ from lorakit.types import Device, EvalScore, Example, MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
-class ReadyStep:
+class StepInputs:
     """All examples of a step, and those of this rank laid out."""
 
     own: StepBatch
@@ -72,17 +72,17 @@ class LoraTrainer(ResumableTrainer):
         progress: TrainingProgress,
         stop: StopRequest,
         past: Mapping[str, Any] | None = None,
-        ranks: Ranks = ALONE,
+        ranks: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        self.together, self.ranks = Together(ranks, stop), ranks
+        self.together, self.ranks = GradientSync(ranks, stop), ranks
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
         self.pad_id: int = pad_token_id(tokenizer)
         self.layout = first_layout(recipe, plan, self.pad_id)
         self.guard = StepGuard(self, progress.note)
         cap = MemoryCap(recipe.memory_limit_bytes, device)
-        self.memory = WithinMemory(self, progress.note, cap)
-        watch = Watch(recipe, planned_rate(run), self._why_slow)
+        self.memory = OomRetry(self, progress.note, cap)
+        watch = RunMonitor(recipe, planned_rate(run), self._why_slow)
         self.past, self.loaded = past, dict[str, Any]()
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -96,11 +96,15 @@ class LoraTrainer(ResumableTrainer):
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
             data_collator=self._collate,
-            callbacks=[self.guard, Reporter(self, progress, watch), Stopper(self.together)],
+            callbacks=[
+                self.guard,
+                MetricsCallback(self, progress, watch),
+                StopOnSignal(self.together),
+            ],
         )
         self.remove_callback(PrinterCallback)
         if recipe.save_minutes is not None:
-            self.add_callback(SaveClock(recipe.save_minutes, self.together.saves))
+            self.add_callback(TimedCheckpoint(recipe.save_minutes, self.together.saves))
         self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
         for name, parameter in self.model.named_parameters():
             if name in masters:
@@ -128,7 +132,7 @@ class LoraTrainer(ResumableTrainer):
         if self.to_probe:
             self.to_probe = False
             self.memory.probe(model)
-        ready: ReadyStep = inputs["ready"]()
+        ready: StepInputs = inputs["ready"]()
         loss = self.memory.run(model, ready.own, 1 / max(1, ready.supervised))
         if self.ranks.count > 1:
             loss = self.together.add(self._gradients(), loss)
@@ -235,7 +239,7 @@ class LoraTrainer(ResumableTrainer):
         placement, engine = self.plan.placement, self.attached.engine
         if not placement.layer_major or engine is None:
             return None
-        cut = Cut(placement.tokens_at_once, placement.heads_at_once)
+        cut = ChunkSize(placement.tokens_at_once, placement.heads_at_once)
         return LayerMajor(engine, self.attached.head, self.trained, cut, placement.inputs_on_card)
 
     def _flat(self) -> FlatGradients | None:
@@ -264,7 +268,7 @@ class LoraTrainer(ResumableTrainer):
 
     def score(self, examples: Sequence[Example]) -> EvalScore:
         """Held-out loss; batches become smaller, and stay so, where memory runs out."""
-        own = examples if self.sharded else own_share(examples, self.ranks)
+        own = examples if self.sharded else local_examples(examples, self.ranks)
         found = score(
             self.model, own, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
         )
@@ -278,7 +282,7 @@ class LoraTrainer(ResumableTrainer):
 
     def rows_not_finite(self, examples: Sequence[Example]) -> list[Example]:
         """Those of a step's examples whose own loss is NaN or infinite."""
-        own = examples if self.sharded else own_share(examples, self.ranks)
+        own = examples if self.sharded else local_examples(examples, self.ranks)
         found = not_finite(self.model, own, self.pad_id)
         self.model.train()
         return found if self.sharded else list(itertools.chain(*self.ranks.gather(found)))
@@ -309,7 +313,7 @@ class LoraTrainer(ResumableTrainer):
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
-            trouble = memory_trouble(error)
+            trouble = describe_oom(error)
             if trouble is None:
                 raise
             raise WorkError(
@@ -323,7 +327,7 @@ class LoraTrainer(ResumableTrainer):
         self.next_step = functools.cache(functools.partial(self._ready, rows))
         return {"ready": self.next_step}
 
-    def _ready(self, rows: Sequence[dict[str, int]]) -> ReadyStep:
+    def _ready(self, rows: Sequence[dict[str, int]]) -> StepInputs:
         """Raises:
         DataError: an example cannot be read.
         """
@@ -338,8 +342,8 @@ class LoraTrainer(ResumableTrainer):
                     hint="is the disk with the cache still there? go on with --resume, which "
                     "prepares it anew",
                 ) from error
-        return ReadyStep(
-            step_batches(own_share(examples, self.ranks), self.layout),
+        return StepInputs(
+            step_batches(local_examples(examples, self.ranks), self.layout),
             examples,
             sum(len(e.input_ids) for e in examples),
             sum(e.trained_tokens for e in examples),
@@ -381,10 +385,10 @@ def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
     return Layout(pad_id, rows, rows * recipe.cutoff_len, packed=False)
 
 
-def recompute(model: Any, attached: Attached, plan: MemoryPlan, recipe: Recipe) -> None:
+def recompute(model: Any, attached: AttachResult, plan: MemoryPlan, recipe: Recipe) -> None:
     """Let layers keep for backward what the plan says; nothing where it was not made for them."""
     if attached.engine is not None:
-        attached.engine.keep([Keep(level) for level in plan.keep])
+        attached.engine.keep([SavedActivations(level) for level in plan.keep])
     elif any(plan.keep) or (plan.engine and recipe.gradient_checkpointing == "auto"):
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -392,7 +396,7 @@ def recompute(model: Any, attached: Attached, plan: MemoryPlan, recipe: Recipe) 
 def shelter(callbacks: list[Any], progress: TrainingProgress) -> list[Any]:
     """Trackers behind a wall: those of transformers.integrations; all others as they are."""
     return [
-        Sheltered(c, progress.note) if "integrations" in type(c).__module__ else c
+        SafeTracker(c, progress.note) if "integrations" in type(c).__module__ else c
         for c in callbacks
     ]
 

@@ -29,7 +29,7 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
-class PlacedConfig(SFTConfig):
+class NoDevicePlacementConfig(SFTConfig):
     """The model lies where it was put: neither transformers nor accelerate move it."""
 
     @property
@@ -45,7 +45,7 @@ class PlacedConfig(SFTConfig):
 
 def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
-) -> PlacedConfig:
+) -> NoDevicePlacementConfig:
     """The recipe in TRL's words; every TRL default that would change data or rate is overridden."""
     if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
         raise RecipeError(
@@ -58,7 +58,7 @@ def training_arguments(
                 f"report_to: {tracker}: the package is not installed",
                 hint=f"pip install {tracker}, or take it out of report_to",
             )
-    return PlacedConfig(
+    return NoDevicePlacementConfig(
         output_dir=str(run.path),
         # One batch of the loader is one optimizer step; `training_step` cuts it.
         per_device_train_batch_size=recipe.examples_per_step,
@@ -80,7 +80,7 @@ def training_arguments(
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
         save_strategy="steps",
-        # By the clock: `SaveClock` asks, and the last step is saved in any case.
+        # By the clock: `TimedCheckpoint` asks, and the last step is saved in any case.
         save_steps=steps if isinstance(recipe.save_every, str) else recipe.save_every,
         eval_strategy="steps" if recipe.eval_every and held_out else "no",
         eval_steps=recipe.eval_every,

@@ -7,12 +7,12 @@ import pytest
 from transformers import AddedToken, GenerationConfig
 
 from lorakit.data.chat_template.render import (
-    Guard,
+    SpecialTokenEscaper,
     TemplateRefusal,
     generated_parts,
-    habits_of,
-    render,
+    render_chat,
     stop_token_ids,
+    template_capabilities,
     to_ids,
     unknown_marks,
 )
@@ -41,7 +41,7 @@ def test_stop_tokens_of_the_model_are_kept(smollm):
 @pytest.mark.parametrize(("name", "adds"), [("smollm2", False), ("llama2", True), ("qwen3", False)])
 def test_bos_is_added_where_the_tokenizer_would_and_once(family, name, adds):
     tokenizer = family(name)
-    assert (habits_of(tokenizer).bos_id is not None) == adds
+    assert (template_capabilities(tokenizer).bos_id is not None) == adds
     if adds:
         bos = tokenizer.bos_token_id
         plain = to_ids(tokenizer, "Hello", None)
@@ -57,16 +57,16 @@ def test_a_text_that_continues_another_gets_no_bos(family):
 
 
 def test_habits_follow_a_change_of_the_template(smollm):
-    before = habits_of(smollm)
+    before = template_capabilities(smollm)
     smollm.chat_template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
     assert before.stop_texts == ("<|im_end|>",)
-    assert habits_of(smollm).stop_texts == ("<|endoftext|>",)
+    assert template_capabilities(smollm).stop_texts == ("<|endoftext|>",)
 
 
 def test_guarded_text_gives_no_control_token(smollm):
     turns = [Message("user", "a<|im_start|>b<|im_end|>c")]
-    guard = Guard(habits_of(smollm), turns)
-    text = render(smollm, guard.messages(turns), prompt=False)
+    guard = SpecialTokenEscaper(template_capabilities(smollm), turns)
+    text = render_chat(smollm, guard.messages(turns), prompt=False)
     ids = to_ids(smollm, text, guard)
     assert "a<|im_start|>b<|im_end|>c" in smollm.decode(ids)
     end = smollm.convert_tokens_to_ids("<|im_end|>")
@@ -94,7 +94,7 @@ SCHEMA = {"type": "function", "function": {"name": "say", "description": SPECIAL
 )
 def test_a_special_token_in_one_place_alone_is_guarded_there(smollm, extra, tools):
     turns = [Message("user", "a"), Message("assistant", "b", extra)]
-    guard = Guard(habits_of(smollm), turns, tools)
+    guard = SpecialTokenEscaper(template_capabilities(smollm), turns, tools)
     assert guard.active
     given = json.dumps([guard.messages(turns), guard.tools], ensure_ascii=False)
     assert SPECIAL not in given
@@ -105,7 +105,7 @@ def test_special_tokens_that_were_added_are_guarded_and_of_two_the_longer(smollm
     tokenizer = copy.deepcopy(smollm)
     tokenizer.add_tokens([AddedToken(text, special=True) for text in ("<x", "<x>", "<x>y")])
     turns = [Message("user", "a <x> b <x>y c <x d")]
-    guard = Guard(habits_of(tokenizer), turns)
+    guard = SpecialTokenEscaper(template_capabilities(tokenizer), turns)
     ids = to_ids(tokenizer, guard.messages(turns)[0]["content"], guard)
     assert tokenizer.decode(ids) == "a <x> b <x>y c <x d"
     assert not {tokenizer.convert_tokens_to_ids(t) for t in ("<x", "<x>", "<x>y")} & set(ids)
@@ -123,7 +123,7 @@ def test_thoughts_are_known_by_the_name_that_gpt_oss_reads(smollm):
         {"role": "assistant", "content": "a", "reasoning_content": "hm"},
         {"role": "assistant", "content": "b", "reasoning_content": "so", "thinking": "own"},
     ]
-    assert render(smollm, turns, prompt=False) == "/q;hm/a;own/b;"
+    assert render_chat(smollm, turns, prompt=False) == "/q;hm/a;own/b;"
     assert "thinking" not in turns[1], "the turns themselves stay as they were"
 
 
@@ -131,7 +131,7 @@ def test_schemas_are_hidden_from_the_template_with_the_turns_they_come_with(smol
     """The guard is active for another reason: the schema's own special token is hidden too."""
     turns = [Message("user", SPECIAL)]
     plain = {"type": "function", "function": {"name": "say", "description": "Says."}}
-    guard = Guard(habits_of(smollm), turns, (plain, SCHEMA))
+    guard = SpecialTokenEscaper(template_capabilities(smollm), turns, (plain, SCHEMA))
     assert guard.tools[0] == plain
     assert SPECIAL not in json.dumps(guard.tools)
 
@@ -140,12 +140,12 @@ def test_private_characters_of_a_turn_are_not_taken_for_special_tokens(smollm):
     """Both private planes: the stand-ins are taken from the one that the turns do not use."""
     for written in ("\U000f0000\U000f0001\U000f0002", "\U00100000\U00100001"):
         turns = [Message("user", f"a{written} <|im_end|>")]
-        guard = Guard(habits_of(smollm), turns)
-        ids = to_ids(smollm, render(smollm, guard.messages(turns), prompt=False), guard)
+        guard = SpecialTokenEscaper(template_capabilities(smollm), turns)
+        ids = to_ids(smollm, render_chat(smollm, guard.messages(turns), prompt=False), guard)
         assert f"a{written} <|im_end|>" in smollm.decode(ids)
     turns = [Message("user", "\U000f0000 \U00100000 <|im_end|>")]
     with pytest.raises(TemplateRefusal, match="both private planes"):
-        Guard(habits_of(smollm), turns)
+        SpecialTokenEscaper(template_capabilities(smollm), turns)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_a_template_that_refuses_or_drops_the_system_turn_gets_it_folded(smollm,
         "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% else %}"
         "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
-    habits = habits_of(smollm)
+    habits = template_capabilities(smollm)
     assert habits.folds_system is folds
     turns = [Message("system", "S"), Message("user", "q")]
-    given = [m["content"] for m in Guard(habits, turns).messages(turns)]
+    given = [m["content"] for m in SpecialTokenEscaper(habits, turns).messages(turns)]
     assert given == (["S\n\nq"] if folds else ["S", "q"])
 
 
@@ -172,14 +172,14 @@ def test_a_template_that_refuses_or_drops_the_system_turn_gets_it_folded(smollm,
 def test_a_tokenizer_without_a_chosen_template_is_refused(smollm, template):
     known, smollm.chat_template = smollm.chat_template, template
     with pytest.raises(TemplateRefusal, match="has none, or several"):
-        render(smollm, [{"role": "user", "content": "a"}], prompt=True)
+        render_chat(smollm, [{"role": "user", "content": "a"}], prompt=True)
     smollm.chat_template = known
 
 
 def test_whatever_a_template_raises_is_a_refusal(smollm):
     smollm.chat_template = "{{ messages[0].nothing.at.all }}"
     with pytest.raises(TemplateRefusal):
-        render(smollm, [{"role": "user", "content": "a"}], prompt=True)
+        render_chat(smollm, [{"role": "user", "content": "a"}], prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_whatever_a_template_raises_is_a_refusal(smollm):
     ],
 )
 def test_which_parts_of_tools_a_template_leaves_out(family, name, unwritten):
-    assert habits_of(family(name)).unwritten == unwritten
+    assert template_capabilities(family(name)).unwritten == unwritten
 
 
 SCHEMAS, CALL_AS_JSON = "{{ tools or '' }}", "{{ c.function | tojson }}"
@@ -215,7 +215,7 @@ def test_each_part_of_tools_that_a_template_leaves_out_is_noticed(
         schemas + "{% for m in messages" + roles + " %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}" + calls + "{% endfor %}<|im_end|>\n{% endfor %}"
     )
-    assert habits_of(smollm).unwritten == unwritten
+    assert template_capabilities(smollm).unwritten == unwritten
 
 
 @pytest.mark.parametrize(
@@ -235,11 +235,11 @@ def test_arguments_are_given_in_the_form_that_the_template_writes_well(
         "{% for c in m.tool_calls or [] %}{% set call = c.function %}" + how + "{% endfor %}"
         "<|im_end|>{% endfor %}"
     )
-    habits = habits_of(smollm)
+    habits = template_capabilities(smollm)
     assert (habits.arguments_as_text, habits.unwritten) == (as_text, unwritten)
     call = {"function": {"name": "f", "arguments": {"a": "é"}}}
     turns = [Message("assistant", "", {"tool_calls": [call]})]
-    (made,) = Guard(habits, turns).messages(turns)
+    (made,) = SpecialTokenEscaper(habits, turns).messages(turns)
     given = made["tool_calls"][0]["function"]["arguments"]
     assert given == ('{"a": "é"}' if as_text else {"a": "é"})
     assert call["function"]["arguments"] == {"a": "é"}, "the row itself stays as it was"
@@ -259,7 +259,7 @@ def test_generated_parts_are_where_the_blocks_are(smollm):
         "{% for m in messages %}> {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     turns = [{"role": "assistant", "content": text} for text in ("one", "three")]
-    text = render(smollm, turns, prompt=False)
+    text = render_chat(smollm, turns, prompt=False)
     assert [text[a:b] for a, b in generated_parts(smollm, turns, None)] == ["one", "three"]
 
 
@@ -277,4 +277,4 @@ def test_plain_turns_are_rendered_as_the_tokenizer_itself_does(family, name):
         expected = tokenizer.apply_chat_template(
             chat[:count], tokenize=False, add_generation_prompt=prompt
         )
-        assert render(tokenizer, chat[:count], prompt) == expected
+        assert render_chat(tokenizer, chat[:count], prompt) == expected

@@ -12,7 +12,7 @@ import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lorakit.data.chat_template import sandbox
-from lorakit.data.chat_template.render import Program, TemplateRefusal, render
+from lorakit.data.chat_template.render import Program, TemplateRefusal, render_chat
 from lorakit.data.chat_template.sandbox import LimitReached, size_of
 from lorakit.errors import ModelError
 
@@ -136,7 +136,7 @@ def test_what_would_not_end_is_stopped_with_file_and_reason(foreign, kind, tmp_p
     monkeypatch.setattr(sandbox, "SECONDS", 0.7)
     tokenizer = foreign("{{ messages[0].content }}\n" + ENDLESS[kind])
     with pytest.raises(ModelError, match="this chat template was stopped: it ") as caught:
-        render(tokenizer, ASK, prompt=False)
+        render_chat(tokenizer, ASK, prompt=False)
     assert str(tmp_path / "chat_template.jinja") in caught.value.message
     assert len(str(caught.value)) < 500
     assert caught.value.hint
@@ -149,7 +149,7 @@ def test_memory_stays_low_and_comes_back(foreign):
     for kind, text in ENDLESS.items():
         if kind.startswith(("1 GB", "a product", "a power", "doubling", "lists", "nesting")):
             with pytest.raises(ModelError):
-                render(foreign(text), ASK, prompt=False)
+                render_chat(foreign(text), ASK, prompt=False)
     gc.collect()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - highest) * 1024 < 400e6
     assert process.memory_info().rss - before < 100e6
@@ -158,12 +158,14 @@ def test_memory_stays_low_and_comes_back(foreign):
 @pytest.mark.parametrize("kind", OUTSIDE)
 def test_what_reaches_out_is_refused(foreign, kind):
     with pytest.raises((TemplateRefusal, ModelError)):
-        render(foreign(OUTSIDE[kind]), ASK, prompt=False)
+        render_chat(foreign(OUTSIDE[kind]), ASK, prompt=False)
 
 
 def test_the_line_is_named(foreign):
     with pytest.raises(ModelError, match=r"a number of more than 4,096 bits \(its line 3\)"):
-        render(foreign("one\n{% for m in messages %}\n{{ 2 ** 5000 }}\n{% endfor %}"), ASK, False)
+        render_chat(
+            foreign("one\n{% for m in messages %}\n{{ 2 ** 5000 }}\n{% endfor %}"), ASK, False
+        )
 
 
 def test_a_template_that_explodes_on_one_row_only_stops_the_run(foreign):
@@ -171,9 +173,9 @@ def test_a_template_that_explodes_on_one_row_only_stops_the_run(foreign):
     trap = "{% if messages|length > 2 %}{% for a in range(9999) %}{% for b in range(9999) %}"
     trap += "{% endfor %}{% endfor %}{% endif %}fine"
     tokenizer = foreign(trap)
-    assert render(tokenizer, ASK, prompt=False) == "fine"
+    assert render_chat(tokenizer, ASK, prompt=False) == "fine"
     with pytest.raises(ModelError, match="turns of loops"):
-        render(tokenizer, ASK * 2, prompt=False)
+        render_chat(tokenizer, ASK * 2, prompt=False)
 
 
 def test_a_large_row_is_no_attack(foreign):
@@ -183,13 +185,14 @@ def test_a_large_row_is_no_attack(foreign):
     )
     long = "long text " * 500_000
     assert (
-        len(render(tokenizer, [{"role": "user", "content": long}], prompt=False)) == 9_999_999 + 1
+        len(render_chat(tokenizer, [{"role": "user", "content": long}], prompt=False))
+        == 9_999_999 + 1
     )
 
 
 def test_many_turns_are_no_attack(smollm):
     turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(20_000)]
-    assert "turn 19999" in render(smollm, turns, prompt=False)
+    assert "turn 19999" in render_chat(smollm, turns, prompt=False)
 
 
 def test_time_is_a_limit_of_its_own(monkeypatch):

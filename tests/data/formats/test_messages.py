@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.formats.messages import Cells, turns_of
+from lorakit.data.formats.messages import RowFields, parse_messages
 from lorakit.data.formats.row_formats import guess_format, to_conversation
-from lorakit.data.issues import RowFault
+from lorakit.data.issues import RowError
 from lorakit.types import Conversation, Document, Origin, Row
 
 NESTED = [[]]
@@ -66,12 +66,15 @@ def convert(values):
     ],
 )
 def test_an_unusable_cell_is_named_with_row_and_column(values, message):
-    with pytest.raises(RowFault, match=f"rows.jsonl:17: .*{message}"):
+    with pytest.raises(RowError, match=f"rows.jsonl:17: .*{message}"):
         convert(values)
 
 
 def messages(values):
-    return [(m.role, m.content) for m in turns_of(Cells(values, Origin("a", 1), {}), "messages")]
+    return [
+        (m.role, m.content)
+        for m in parse_messages(RowFields(values, Origin("a", 1), {}), "messages")
+    ]
 
 
 SPELLED = {
@@ -101,8 +104,8 @@ def test_each_name_of_a_role_is_read(name, role):
 )
 def test_a_system_column_leads_the_turns_that_bring_none(turns, column, expected):
     value = [{"from": role, "value": text} for role, text in turns]
-    cells = Cells({"conversations": value, "system": column}, Origin("a", 1), {})
-    assert [(m.role, m.content) for m in turns_of(cells, "conversations")] == expected
+    cells = RowFields({"conversations": value, "system": column}, Origin("a", 1), {})
+    assert [(m.role, m.content) for m in parse_messages(cells, "conversations")] == expected
 
 
 def test_content_parts_and_json_text_are_joined():
@@ -115,12 +118,12 @@ def test_lists_side_by_side_are_turns_as_datasets_stores_them():
     item = convert({"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}})
     assert [(m.role, m.content) for m in item.messages] == [("user", "Hi"), ("assistant", "Hello")]
     for uneven in ({"from": ["human"], "value": []}, {"from": "human"}, {}):
-        with pytest.raises(RowFault, match=r"expected a list of turns|no turns|empty list"):
+        with pytest.raises(RowError, match=r"expected a list of turns|no turns|empty list"):
             convert({"conversations": uneven})
 
 
 def test_a_number_comes_with_the_text_it_could_be():
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RowError) as caught:
         convert({"question": "2 + 2?", "answer": 4})
     assert '"4"' in caught.value.hint
 
@@ -170,14 +173,14 @@ def test_the_old_function_call_key_and_its_role_are_read():
         {"role": "assistant", "function_call": {"name": "find", "arguments": '{"q": "x"}'}},
         {"role": "function", "name": "find", "content": ""},
     ]
-    call, result = turns_of(Cells({"messages": old}, Origin("a", 1), {}), "messages")
+    call, result = parse_messages(RowFields({"messages": old}, Origin("a", 1), {}), "messages")
     assert call.extra == {"tool_calls": [CALL]}
     assert (result.role, result.content, result.extra) == ("tool", "", {"name": "find"})
 
 
 def test_names_and_ids_of_results_are_kept():
     turns = [{"role": "tool", "content": "x", "name": "find", "tool_call_id": "call1"}]
-    (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+    (turn,) = parse_messages(RowFields({"messages": turns}, Origin("a", 1), {}), "messages")
     assert turn.extra == {"name": "find", "tool_call_id": "call1"}
 
 
@@ -185,7 +188,7 @@ def test_null_keys_of_a_table_are_as_if_absent():
     """Parquet gives every turn every key of any turn."""
     keys = ("tool_calls", "function_call", "tool_call_id", "name", "train", "weight", "reasoning")
     turns = [{"role": "user", "content": "a", **dict.fromkeys(keys)}]
-    (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+    (turn,) = parse_messages(RowFields({"messages": turns}, Origin("a", 1), {}), "messages")
     assert (turn.extra, turn.train) == ({}, True)
 
 
@@ -195,14 +198,14 @@ def test_null_keys_of_a_table_are_as_if_absent():
 )
 def test_a_turn_may_be_left_out_of_the_loss(mark, trained):
     turns = [{"role": "assistant", "content": "b", **mark}]
-    (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+    (turn,) = parse_messages(RowFields({"messages": turns}, Origin("a", 1), {}), "messages")
     assert turn.train is trained
 
 
 def test_thoughts_have_one_name():
     for key in ("reasoning_content", "reasoning", "thinking"):
         turns = [{"role": "assistant", "content": "b", key: "hm"}]
-        (turn,) = turns_of(Cells({"messages": turns}, Origin("a", 1), {}), "messages")
+        (turn,) = parse_messages(RowFields({"messages": turns}, Origin("a", 1), {}), "messages")
         assert turn.extra == {"reasoning_content": "hm"}
 
 
@@ -238,7 +241,7 @@ def test_any_json_in_a_column_gives_turns_or_a_row_fault(columns, data):
     values = {column: data.draw(JSON) for column in columns}
     try:
         item = convert(values)
-    except RowFault as fault:
+    except RowError as fault:
         item = fault
-    named = isinstance(item, RowFault) and item.message.startswith("rows.jsonl:17: ")
+    named = isinstance(item, RowError) and item.message.startswith("rows.jsonl:17: ")
     assert named or isinstance(item, Conversation | Document)

@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.data.formats.normalize import clean_item, clean_text
-from lorakit.data.issues import FaultLog
+from lorakit.data.issues import IssueLog
 from lorakit.types import Conversation, Document, Message, Origin
 
 AT = Origin("rows.jsonl", 3)
@@ -22,7 +22,7 @@ DECODED_WRONGLY = "text decoded wrongly before (\ufffd, â€™, Ã©)"
     ],
 )
 def test_good_text_of_any_language_is_the_same_object(text):
-    log = FaultLog()
+    log = IssueLog()
     assert clean_text(text, AT, log) is text
     assert log.faults() == ()
 
@@ -47,13 +47,13 @@ def test_good_text_of_any_language_is_the_same_object(text):
     ],
 )
 def test_each_change_and_doubt_is_counted(text, clean, kind):
-    log = FaultLog()
+    log = IssueLog()
     assert clean_text(text, AT, log) == clean
     assert [(f.kind, f.first_rows) for f in log.faults()] == [(kind, ("rows.jsonl:3",))]
 
 
 def test_all_turns_of_an_item_are_cleaned():
-    log = FaultLog()
+    log = IssueLog()
     roles = ("system", "user", "assistant", "tool", "assistant")
     talk = [Message(role, f"{role}\x00", {"name": "n"}, i < 3) for i, role in enumerate(roles)]
     made = clean_item(Conversation(tuple(talk), AT), log)
@@ -66,7 +66,7 @@ def test_all_turns_of_an_item_are_cleaned():
 
 def test_thoughts_are_cleaned_as_answers_are():
     """They are trained too; calls are data, and stay as they are."""
-    log = FaultLog()
+    log = IssueLog()
     calls = [{"function": {"name": "f", "arguments": {"a": "Zu\u0308rich\x00"}}}]
     answer = Message("assistant", "b", {"reasoning_content": "Zu\u0308rich", "tool_calls": calls})
     made = clean_item(Conversation((Message("user", "a"), answer), AT), log)

@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.data.formats.row_formats import FORMATS, guess_format, to_conversation
-from lorakit.data.issues import RowFault
+from lorakit.data.issues import RowError
 from lorakit.errors import DataError
 from lorakit.types import Conversation, Document, Origin, Row
 
@@ -172,9 +172,9 @@ def test_a_format_must_fit_some_row_and_the_odd_row_is_a_fault():
     guess = guess_format([*rows, odd])
     reason = "columns question, answer in 3 of the first 4 rows; confidence 75%"
     assert (guess.reason, guess.confidence) == (reason, 0.75)
-    with pytest.raises(RowFault, match=r"rows.jsonl:4: this row is of format instruction/resp"):
+    with pytest.raises(RowError, match=r"rows.jsonl:4: this row is of format instruction/resp"):
         to_conversation(odd, guess, None)
-    with pytest.raises(RowFault, match=r"rows.jsonl:5: column question is missing"):
+    with pytest.raises(RowError, match=r"rows.jsonl:5: column question is missing"):
         to_conversation(row({"answer": SAY}, 5), guess, None)
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.formats.messages import calls_of, tools_of
-from lorakit.data.issues import RowFault
+from lorakit.data.formats.messages import parse_tool_calls, parse_tools
+from lorakit.data.issues import RowError
 from lorakit.types import Origin
 
 PLAIN = {"name": "find", "arguments": {"city": "Rome"}}
@@ -14,7 +14,7 @@ SCHEMA = {"name": "find", "description": "Finds.", "parameters": {"type": "objec
 
 
 def fault(kind, detail):
-    return RowFault(kind, Origin("rows.jsonl", 4), detail)
+    return RowError(kind, Origin("rows.jsonl", 4), detail)
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ def fault(kind, detail):
     ],
 )
 def test_every_spelling_of_a_call_gives_one_form(value):
-    assert calls_of(value, "messages[1]", fault) == [CALL]
+    assert parse_tool_calls(value, "messages[1]", fault) == [CALL]
 
 
 def test_ids_and_several_calls_are_kept_in_order():
-    calls = calls_of([{**CALL, "id": "a"}, {"name": "now"}], "messages[1]", fault)
+    calls = parse_tool_calls([{**CALL, "id": "a"}, {"name": "now"}], "messages[1]", fault)
     assert [c.get("id") for c in calls] == ["a", None]
     assert calls[1]["function"] == {"name": "now", "arguments": {}}
 
@@ -56,8 +56,8 @@ def test_ids_and_several_calls_are_kept_in_order():
     ],
 )
 def test_a_broken_call_names_its_place(value, message):
-    with pytest.raises(RowFault, match=rf"rows.jsonl:4: messages\[1\].*{message}"):
-        calls_of(value, "messages[1]", fault)
+    with pytest.raises(RowError, match=rf"rows.jsonl:4: messages\[1\].*{message}"):
+        parse_tool_calls(value, "messages[1]", fault)
 
 
 @pytest.mark.parametrize(
@@ -72,17 +72,17 @@ def test_a_broken_call_names_its_place(value, message):
     ],
 )
 def test_schemas_are_wrapped_alike(value):
-    (tool,) = tools_of(value, fault)
+    (tool,) = parse_tools(value, fault)
     assert tool["type"] == "function"
     assert tool["function"]["name"] == "find"
 
 
 def test_no_tools_and_broken_ones():
     for nothing in (None, "", [], "[]"):
-        assert tools_of(nothing, fault) == ()
+        assert parse_tools(nothing, fault) == ()
     for value in ("{", [3], [{"description": "x"}], {"function": 3}):
-        with pytest.raises(RowFault, match=r"rows.jsonl:4"):
-            tools_of(value, fault)
+        with pytest.raises(RowError, match=r"rows.jsonl:4"):
+            parse_tools(value, fault)
 
 
 JSON = st.recursive(
@@ -97,9 +97,9 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_any_json_is_calls_or_a_row_fault(value):
-    for read in (lambda: calls_of(value, "x", fault), lambda: tools_of(value, fault)):
+    for read in (lambda: parse_tool_calls(value, "x", fault), lambda: parse_tools(value, fault)):
         try:
             made = read()
-        except RowFault:
+        except RowError:
             continue
         assert all(isinstance(one["function"]["name"], str) for one in made)

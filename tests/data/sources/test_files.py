@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from lorakit.data.sources import files
-from lorakit.data.sources.files import Broken, lines_of, opened, pieces_of, whole
+from lorakit.data.sources.files import LineErrors, lines_of, open_file, pieces_of, read_text
 from lorakit.data.sources.locate import DataFile
 from lorakit.errors import DataError
 
@@ -23,8 +23,8 @@ def file(tmp_path):
 def test_lines_are_numbered_and_lose_a_byte_order_mark(file, pack):
     made = file(pack("\ufeffone\ntw\u2028o\r\n".encode()))
     assert list(lines_of(made)) == [(1, "one\n"), (2, "tw\u2028o\r\n")]
-    assert whole(made) == "one\ntw\u2028o\r\n"
-    with opened(made) as handle:
+    assert read_text(made) == "one\ntw\u2028o\r\n"
+    with open_file(made) as handle:
         assert handle.read().endswith(b"o\r\n")
 
 
@@ -50,7 +50,7 @@ def test_other_encodings_are_named_with_a_conversion(file):
 
 def test_every_line_that_is_not_utf8_is_named_where_faults_are_collected(file):
     made = file(b"one\ncaf\xe9\ntwo\n\xff\n")
-    broken, read = Broken("a.jsonl"), []
+    broken, read = LineErrors("a.jsonl"), []
     with pytest.raises(DataError) as caught, broken:
         read += lines_of(made, broken)
     assert read == [(1, "one\n"), (2, "caf\ufffd\n"), (3, "two\n"), (4, "\ufffd\n")]

@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 
-from lorakit.data.sources.files import SHOWN_FAULTS, Broken
+from lorakit.data.sources.files import SHOWN_FAULTS, LineErrors
 from lorakit.errors import DataError
 
 
 def collect(faults, last=None):
     """The error of a file whose lines 1, 2, ... have these (message, hint)."""
-    with pytest.raises(DataError) as caught, Broken("a") as broken:
+    with pytest.raises(DataError) as caught, LineErrors("a") as broken:
         for place, fault in enumerate(faults, 1):
             broken.add(place, partial(DataError, *fault))
         if last:
@@ -19,7 +19,7 @@ def collect(faults, last=None):
 
 
 def test_a_file_without_faults_raises_nothing_and_its_end_is_its_own():
-    with Broken("a") as broken:
+    with LineErrors("a") as broken:
         assert broken.count == 0
     own = DataError("gone")
     assert collect([], own) is own
@@ -38,7 +38,7 @@ def test_what_is_not_shown_is_not_even_made():
         made.append(1)
         return DataError("x")
 
-    with pytest.raises(DataError) as caught, Broken("a") as broken:
+    with pytest.raises(DataError) as caught, LineErrors("a") as broken:
         for place in range(1, 1001):
             broken.add(place, fault)
     assert caught.value.message.startswith("a: 1,000 faults:")
@@ -47,7 +47,7 @@ def test_what_is_not_shown_is_not_even_made():
 
 
 def test_a_line_counts_once():
-    with pytest.raises(DataError) as caught, Broken("a") as broken:
+    with pytest.raises(DataError) as caught, LineErrors("a") as broken:
         broken.add(3, lambda: DataError("cause"))
         broken.add(3, lambda: DataError("effect"))
     assert caught.value.message == "cause"
@@ -66,6 +66,6 @@ def test_what_ends_the_reading_is_told_after_the_count():
 
 
 def test_a_bug_or_an_interruption_is_no_fault_of_the_file():
-    with pytest.raises(KeyboardInterrupt), Broken("a") as broken:
+    with pytest.raises(KeyboardInterrupt), LineErrors("a") as broken:
         broken.add(1, lambda: DataError("x"))
         raise KeyboardInterrupt

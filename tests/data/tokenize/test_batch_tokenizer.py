@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorakit.data.chat_template.render import render
-from lorakit.data.tokenize.batch_tokenizer import borders_of, tokenize_ahead, tokenizer_key
+from lorakit.data.chat_template.render import render_chat
+from lorakit.data.tokenize.batch_tokenizer import borders_of, tokenize_in_background, tokenizer_key
 
 FAMILIES = ["smollm2", "llama2", "llama3", "qwen3"]
 CONTENT = st.text(max_size=20) | st.sampled_from([" ", "\n\n", "  x", "é", "\u2028", "日本", "1+1"])
@@ -27,8 +27,8 @@ def test_a_prompt_is_a_prefix_by_its_tail_only_where_it_is_one(family, name):
     def check(contents):
         roles = ("user", "assistant")
         chat = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
-        prompt = render(tokenizer, chat[:1], prompt=True)
-        text = render(tokenizer, chat, prompt=False)
+        prompt = render_chat(tokenizer, chat[:1], prompt=True)
+        text = render_chat(tokenizer, chat, prompt=False)
         if not text.startswith(prompt):
             return
         for shift in (0, 1):
@@ -45,7 +45,7 @@ def test_a_prompt_is_a_prefix_by_its_tail_only_where_it_is_one(family, name):
 
 def test_blocks_come_in_order_with_the_ids_of_their_texts(smollm):
     blocks = [["a", "b"], [], ["a", "c d"]]
-    made = list(tokenize_ahead(smollm, iter(blocks), lambda block: block))
+    made = list(tokenize_in_background(smollm, iter(blocks), lambda block: block))
     assert [block for block, _ in made] == blocks
     assert [dict(ids) for _, ids in made] == [{t: plain(smollm, t) for t in b} for b in blocks]
 
@@ -57,7 +57,7 @@ def own(smollm):
 
 
 def ahead(tokenizer, *texts):
-    ((_, ids),) = tokenize_ahead(tokenizer, iter([texts]), list)
+    ((_, ids),) = tokenize_in_background(tokenizer, iter([texts]), list)
     return [ids[text] for text in texts]
 
 

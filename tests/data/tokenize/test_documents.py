@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from lorakit.data.chat_template.render import habits_of
-from lorakit.data.issues import RowFault
+from lorakit.data.chat_template.render import template_capabilities
+from lorakit.data.issues import RowError
 from lorakit.data.tokenize import documents
 from lorakit.data.tokenize.documents import as_instructions, encode_document
 from lorakit.types import IGNORE, Document, Origin
@@ -49,7 +49,7 @@ def test_the_overlap_reaches_over_windows_that_are_shorter_than_itself(family, n
     tokenizer = family(name)
     text = "\n\n".join(f"It says {i}." for i in range(12))
     examples = encode_document(tokenizer, book(text), 24, overlap=12)
-    bos = int(examples[0].input_ids[0] == habits_of(tokenizer).bos_id)
+    bos = int(examples[0].input_ids[0] == template_capabilities(tokenizer).bos_id)
     seen, shortest = [], 99
     for example in examples:
         own = example.trained_tokens + (example is examples[0] and not bos)
@@ -81,5 +81,5 @@ def test_requests_name_headings_or_quote_what_came_before(smollm):
 
 
 def test_blank_texts_have_nothing_to_train(smollm):
-    with pytest.raises(RowFault, match="blank"):
+    with pytest.raises(RowError, match="blank"):
         as_instructions(smollm, book(" \n "), 40)

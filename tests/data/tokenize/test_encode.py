@@ -4,9 +4,15 @@ import pytest
 
 from lorakit.data.batching import collate
 from lorakit.data.chat_template.select import resolve_template
-from lorakit.data.issues import FaultLog, RowFault, SpoilsRun
+from lorakit.data.issues import FatalRowError, IssueLog, RowError
 from lorakit.data.tokenize.documents import encode_document
-from lorakit.data.tokenize.encode import Rules, encode, encode_many, prompt_ids, stop_token_ids
+from lorakit.data.tokenize.encode import (
+    EncodeConfig,
+    encode,
+    encode_many,
+    prompt_ids,
+    stop_token_ids,
+)
 from lorakit.errors import DataError, ModelError
 from lorakit.types import IGNORE, Conversation, Document, Message, Origin
 
@@ -85,7 +91,7 @@ def test_a_pad_id_that_is_the_end_of_turn_does_not_mask_it(smollm, chat):
 
 
 def test_a_special_token_written_by_a_user_stays_text(smollm, chat, trained_runs):
-    log = FaultLog()
+    log = IssueLog()
     item = chat("What does <|im_end|> do?", "<|im_end|> ends a turn.")
     (example,) = encode(smollm, item, log=log)
     end = smollm.convert_tokens_to_ids("<|im_end|>")
@@ -152,7 +158,7 @@ def test_of_two_answers_both_are_trained_where_one_merges(smollm, chat, trained_
 
 
 def test_over_long_chats_lose_their_oldest_turns_and_keep_the_system(smollm, chat, trained_runs):
-    log = FaultLog()
+    log = IssueLog()
     item = chat("old?", "old " * 50, "mid?", "mid " * 5, "new?", "new", system="Be brief.")
     (example,) = encode(smollm, item, cutoff_len=40, log=log)
     text = smollm.decode(example.input_ids)
@@ -169,7 +175,7 @@ def test_each_shortened_example_keeps_its_own_answer(family, chat, trained_runs)
     tokenizer = family("qwen3", thinking=True)
     one, two, three = (f"<think>\nhm\n</think>\n\n{text}" for text in ("one", "two", "three"))
     item = chat("old " * 60, one, "b?", two, "c?", three)
-    log = FaultLog()
+    log = IssueLog()
     examples = encode(tokenizer, item, cutoff_len=50, log=log)
     assert trained_runs(tokenizer, examples) == [f"{two}<|im_end|>", f"{three}<|im_end|>"]
     assert {(f.action, f.count) for f in log.faults()} == {
@@ -188,7 +194,7 @@ def test_no_example_is_longer_than_the_limit_at_any_limit(smollm, chat, too_long
     longest = set()
     for limit in range(1, whole):
         made, _ = all_examples(smollm, item, cutoff_len=limit, too_long=too_long)
-        lengths = [] if isinstance(made, RowFault) else [len(e.input_ids) for e in made]
+        lengths = [] if isinstance(made, RowError) else [len(e.input_ids) for e in made]
         assert max(lengths, default=0) <= limit
         longest.add(max(lengths, default=0) == limit)
     assert (True in longest) == (too_long != "drop")
@@ -198,14 +204,14 @@ def test_no_example_is_longer_than_the_limit_at_any_limit(smollm, chat, too_long
 
 
 def test_an_answer_that_would_be_cut_is_left_out_by_name(smollm, chat):
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: even its last question .* cutoff_len 40"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: even its last question .* cutoff_len 40"):
         encode(smollm, chat("a?", "word " * 60), cutoff_len=40)
 
 
 def test_too_long_error_stops_and_names_the_row(smollm, chat):
     with pytest.raises(DataError, match=r"rows.jsonl:7: too long: \d+ tokens") as caught:
         encode(smollm, chat("a?", "word " * 60), cutoff_len=40, too_long="error")
-    assert isinstance(caught.value, SpoilsRun)
+    assert isinstance(caught.value, FatalRowError)
 
 
 def test_a_template_whose_end_of_turn_is_stripped_is_refused(smollm, chat):
@@ -242,7 +248,7 @@ def test_a_template_that_raises_leaves_the_row_out(smollm, chat):
     smollm.chat_template = (
         "{% if messages|length > 3 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
     )
-    with pytest.raises(RowFault, match=r"rows.jsonl:7|too many"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7|too many"):
         encode(smollm, chat("a?", "one", "b?", "two"))
 
 
@@ -252,7 +258,7 @@ def test_encode_takes_documents_too(smollm):
 
 
 def test_a_conversation_without_answer_is_a_row_fault(smollm):
-    with pytest.raises(RowFault, match=r"rows.jsonl:1"):
+    with pytest.raises(RowError, match=r"rows.jsonl:1"):
         encode(smollm, Conversation((Message("user", "a?"),), Origin("rows.jsonl", 1)))
 
 
@@ -260,8 +266,8 @@ def test_a_conversation_without_answer_is_a_row_fault(smollm):
 
 
 def all_examples(tokenizer, item, **rules):
-    log = FaultLog()
-    ((_, made),) = encode_many(tokenizer, [item], Rules("responses", **rules), log)
+    log = IssueLog()
+    ((_, made),) = encode_many(tokenizer, [item], EncodeConfig("responses", **rules), log)
     return made, {(f.kind, f.action): f.count for f in log.faults()}
 
 

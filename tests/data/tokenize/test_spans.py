@@ -5,9 +5,9 @@ from importlib.resources import files
 import pytest
 
 from lorakit.data.chat_template.select import resolve_template
-from lorakit.data.issues import FaultLog, RowFault, SpoilsRun
+from lorakit.data.issues import FatalRowError, IssueLog, RowError
 from lorakit.data.tokenize.encode import encode, prompt_ids, stop_token_ids
-from lorakit.data.tokenize.spans import draft, told
+from lorakit.data.tokenize.spans import find_spans, told
 from lorakit.types import IGNORE, Conversation, Message, Origin
 
 AT = Origin("rows.jsonl", 7)
@@ -108,13 +108,13 @@ def test_with_tools_the_prompt_is_how_the_training_ids_begin(family, templated, 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3"])
 def test_a_template_that_writes_no_tools_is_refused_by_name(family, name):
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*leaves out tool schemas and tool calls"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool schemas and tool calls"):
         encode(family(name), WITH_TOOLS)
     without = Conversation(WITH_TOOLS.messages, AT)
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*leaves out tool calls"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool calls"):
         encode(family(name), without)
     schemas = Conversation((Message("user", "a"), Message("assistant", "b")), AT, (TOOL,))
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*leaves out tool schemas") as caught:
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool schemas") as caught:
         encode(family(name), schemas)
     assert "Qwen3" in caught.value.hint
 
@@ -126,7 +126,7 @@ def test_a_template_that_drops_tool_results_refuses_the_rows_that_have_some(smol
         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*template leaves out tool results\n"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*template leaves out tool results\n"):
         encode(smollm, WITH_TOOLS)
     calls = Conversation(WITH_TOOLS.messages[:3], AT, (TOOL,))
     (run,) = trained_runs(smollm, encode(smollm, calls))
@@ -140,7 +140,7 @@ def test_a_template_that_raises_on_tools_is_refused_by_name(family):
         Message("tool", "21"),
         Message("assistant", "21 degrees."),
     ]
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*turns must alternate") as caught:
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*turns must alternate") as caught:
         encode(family("llama2"), Conversation(tuple(turns), AT))
     assert caught.value.kind == "tool calls refused by the chat template"
 
@@ -155,7 +155,7 @@ def test_a_call_that_the_template_drops_is_refused(templated):
     assert tokenizer.chat_template != whole
     twice = Message("assistant", "", {"tool_calls": CALLS * 2})
     item = Conversation((Message("user", "a"), twice), AT)
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*does not write the call of get_weather"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*does not write the call of get_weather"):
         encode(tokenizer, item)
 
 
@@ -224,7 +224,7 @@ def test_several_blocks_in_one_answer_leave_what_is_between_them_out(smollm, cha
     ],
 )
 def test_a_block_without_the_end_of_turn_is_refused_by_name(smollm, chat, answer):
-    with pytest.raises(SpoilsRun, match=r"rows.jsonl:7: .*generation %} block leaves .*im_end"):
+    with pytest.raises(FatalRowError, match=r"rows.jsonl:7: .*generation %} block leaves .*im_end"):
         encode(blocks(smollm, answer), chat("a?", "one"))
 
 
@@ -307,7 +307,7 @@ def test_steps_that_keep_their_thoughts_share_one_example(family, trained_runs):
 
 
 def test_thoughts_that_no_template_shows_are_reported(smollm, trained_runs):
-    log = FaultLog()
+    log = IssueLog()
     examples = encode(smollm, thinking(("six sevens", "42")), log=log)
     assert trained_runs(smollm, examples) == ["42<|im_end|>"]
     assert [f.kind for f in log.faults()] == ["thoughts not written by the chat template"]
@@ -334,10 +334,10 @@ def test_train_on_applies_on_top_of_the_turns_own_mark(smollm, chat, trained_run
     item = chat("a?", "one", "b?", "two")
     (example,) = encode(smollm, untrain(item, 1), "last")
     assert trained_runs(smollm, [example]) == ["two<|im_end|>"]
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: its last answer is marked train: false"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: its last answer is marked train: false"):
         encode(smollm, untrain(item, 3), "last")
     for train_on in ("responses", "all"):
-        with pytest.raises(RowFault, match=r"rows.jsonl:7: all its answers are marked"):
+        with pytest.raises(RowError, match=r"rows.jsonl:7: all its answers are marked"):
             encode(smollm, untrain(item, 1, 3), train_on)
 
 
@@ -350,7 +350,7 @@ def test_train_on_all_leaves_the_marked_answer_out(smollm, chat):
 
 def test_train_on_all_is_refused_where_the_marked_answer_cannot_be_told_apart(family, chat):
     item = untrain(chat("a?", "one", "b?", "two"), 1)
-    with pytest.raises(RowFault, match=r"rows.jsonl:7: .*rewrites turn 2") as caught:
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*rewrites turn 2") as caught:
         encode(family("qwen3"), item, "all")
     assert "train_on: responses" in caught.value.hint
 
@@ -377,7 +377,7 @@ def test_special_tokens_inside_tools_stay_text(family, trained_runs):
 
 
 def test_a_draft_says_which_texts_it_needs(smollm, chat):
-    made = draft(smollm, chat("a?", "one", "b?", "two"), "responses")
+    made = find_spans(smollm, chat("a?", "one", "b?", "two"), "responses")
     assert [span.turn for span in made.groups[0]] == [1, 3]
     assert all(span.text in made.groups[0][-1].text for span in made.groups[0])
 

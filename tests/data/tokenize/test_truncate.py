@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.tokenize.truncate import pieces
+from lorakit.data.tokenize.truncate import split_conversation
 from lorakit.types import Conversation, Message, Origin
 
 TURNS = st.lists(st.integers(1, 9), min_size=1, max_size=20)
@@ -20,7 +20,7 @@ def test_each_exchange_stands_in_one_piece_and_no_more_would_fit(sizes, limit, s
     def size(piece):
         return sum(len(m.content) for m in piece.messages if m.role == "user")
 
-    found = list(pieces(talk, lambda piece: size(piece) <= limit))
+    found = list(split_conversation(talk, lambda piece: size(piece) <= limit))
     assert [m for p in found for m in p.messages[len(head) :]] == turns
     assert all(p.messages[: len(head)] == head for p in found)
     for this, following in pairwise(found):

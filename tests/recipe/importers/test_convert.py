@@ -19,7 +19,7 @@ from lorakit.recipe.importers.convert import (
     recipe_text,
     translate,
 )
-from lorakit.recipe.importers.rules import FUNCTIONS, convert
+from lorakit.recipe.importers.rules import FUNCTIONS, to_recipe_type
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.train.training_args import OPTIMIZERS
@@ -171,9 +171,9 @@ def test_rows_and_defaults_name_keys_and_values_of_a_recipe(name):
         assert row.note or row.status == "translated", key
         assert row.function in ("", *FUNCTIONS), key
         for value in [*row.values, *([row.on] if row.on and "{" not in str(row.on) else [])]:
-            assert convert(row.to, value) == value, key
+            assert to_recipe_type(row.to, value) == value, key
     for key, value in tool.defaults.items():
-        assert value == "2 x lora_r" or convert(key, value) == value
+        assert value == "2 x lora_r" or to_recipe_type(key, value) == value
 
 
 @pytest.mark.parametrize("name", ["common", "training_arguments", *TOOLS])

@@ -9,12 +9,12 @@ from lorakit.errors import RecipeError
 from lorakit.recipe.importers.convert import load_tool, translate
 from lorakit.recipe.importers.rules import (
     Imported,
-    Row,
+    TableRow,
     Unmapped,
     apply_row,
-    convert,
     holds,
     matches,
+    to_recipe_type,
 )
 
 FILES = {
@@ -264,7 +264,7 @@ def test_conditions(condition, met):
 def test_values_that_are_off(value):
     state = Imported(load_tool("trl"), Path(), {})
     with pytest.raises(Unmapped, match="not_needed"):
-        apply_row("key", value, Row("untranslated", note="reason"), state)
+        apply_row("key", value, TableRow("untranslated", note="reason"), state)
 
 
 def test_patterns_and_numbers_match_in_any_spelling():
@@ -281,7 +281,7 @@ def test_patterns_and_numbers_match_in_any_spelling():
 )  # fmt: skip
 def test_a_value_of_another_type_or_out_of_bounds_is_no_value(key, value):
     with pytest.raises(Unmapped):
-        convert(key, value)
+        to_recipe_type(key, value)
 
 
 # -- data sets ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from lorakit.errors import DataError, LorakitError, ModelError
 from lorakit.types import Message
 
 # What the probes say: the question, the answer, the system text.
-ASK, SAY, SET = "Q7qzx", "A7qzx", "S7qzx"
+PROBE_USER, PROBE_ASSISTANT, PROBE_SYSTEM = "Q7qzx", "A7qzx", "S7qzx"
 # And of tools: what one is for, an argument's name and value, what came back.
 _PURPOSE, _KEY, _VALUE, _RESULT = "T7qzx", "k7qzx", "v7qzx", "R7qzx"
 # A block around what the model itself says: the template's own word on what to train.
@@ -38,7 +38,7 @@ class TemplateRefusal(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
+class TemplateCapabilities:
     """What a tokenizer with its template does, found by rendering probes."""
 
     template: str
@@ -55,10 +55,10 @@ class Habits:
     unwritten: tuple[str, ...]  # which of tool schemas, calls and results it leaves out
 
 
-_KNOWN: WeakKeyDictionary[Any, Habits] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, TemplateCapabilities] = WeakKeyDictionary()
 
 
-def habits_of(tokenizer: Any) -> Habits:
+def template_capabilities(tokenizer: Any) -> TemplateCapabilities:
     """Habits of `tokenizer` with its present template; found once, again when it changes."""
     template = str(tokenizer.chat_template)
     known = _KNOWN.get(tokenizer)
@@ -76,7 +76,7 @@ def habits_of(tokenizer: Any) -> Habits:
     first = tokenizer.encode("")[:1]
     adds_bos = bool(first) and first == [tokenizer.bos_token_id]
     ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops]
-    found = Habits(
+    found = TemplateCapabilities(
         template=template,
         stops=tuple(dict.fromkeys(i for i in ids if i is not None)),
         stop_texts=stops,
@@ -98,8 +98,11 @@ def _stop_texts(tokenizer: Any) -> tuple[tuple[str, ...], str]:
     """The special token that the template writes after an answer, if any, and a `closer`."""
     if not tokenizer.chat_template:
         return ((tokenizer.eos_token,) if tokenizer.eos_token else ()), ""
-    chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
-    tail = render(tokenizer, chat, prompt=False).rpartition(SAY)[2]
+    chat = [
+        {"role": "user", "content": PROBE_USER},
+        {"role": "assistant", "content": PROBE_ASSISTANT},
+    ]
+    tail = render_chat(tokenizer, chat, prompt=False).rpartition(PROBE_ASSISTANT)[2]
     known = {str(t): None for t in tokenizer.added_tokens_decoder.values()}
     known |= {str(t): None for t in tokenizer.all_special_tokens}
     longest_first = sorted(filter(None, known), key=lambda t: -len(t))
@@ -108,11 +111,13 @@ def _stop_texts(tokenizer: Any) -> tuple[tuple[str, ...], str]:
         return stops, ""
     # GLM-4: <|user|>ask<|assistant|>say<|user|>: the next turn's role token is what ends an answer.
     try:
-        text = render(tokenizer, [*chat, {"role": "user", "content": SET}], prompt=False)
+        text = render_chat(
+            tokenizer, [*chat, {"role": "user", "content": PROBE_SYSTEM}], prompt=False
+        )
     except TemplateRefusal:
         return (), ""
-    asked, _, after = text.rpartition(SAY)
-    opening = [t for t in longest_first if t in asked.partition(ASK)[2]]
+    asked, _, after = text.rpartition(PROBE_ASSISTANT)
+    opening = [t for t in longest_first if t in asked.partition(PROBE_USER)[2]]
     ends = [t for t in longest_first if after.lstrip().startswith(t)][:1]
     # Anything else than one token for each role (<|im_start|>assistant) lost its end of turn.
     if not ends or len(opening) != 1 or ends[0] in (*opening, tokenizer.bos_token):
@@ -138,11 +143,11 @@ def _tool_habits(tokenizer: Any) -> _ToolHabits:
 
     def told(chat: list[dict[str, Any]]) -> str | None:
         try:
-            return render(tokenizer, chat, prompt=False, tools=tools)
+            return render_chat(tokenizer, chat, prompt=False, tools=tools)
         except TemplateRefusal:
             return None
 
-    ask, call = {"role": "user", "content": ASK}, _probe_call(as_text=False)
+    ask, call = {"role": "user", "content": PROBE_USER}, _probe_call(as_text=False)
     text = told([ask, call])
     as_text = not _writes_call(text) and _writes_call(told([ask, _probe_call(as_text=True)]))
     if as_text:
@@ -155,7 +160,7 @@ def _tool_habits(tokenizer: Any) -> _ToolHabits:
         "tool calls": text is None or _writes_call(text),
         "tool results": _RESULT in (whole or _RESULT),
     }
-    said = (text or "").partition(ASK)[2]
+    said = (text or "").partition(PROBE_USER)[2]
     specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {""}
     stop = max((s for s in specials if s in said), key=said.rfind, default="")
     # Gemma 4's <|"|> stands around every text of a call: such a token ends nothing.
@@ -186,24 +191,27 @@ def _writes_call(text: str | None) -> bool:
 
 def unknown_marks(tokenizer: Any) -> list[str]:
     """Texts such as <|im_start|> that the template writes and this tokenizer has no token for."""
-    chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
-    found = dict.fromkeys(_MARK.findall(render(tokenizer, chat, prompt=False)))
+    chat = [
+        {"role": "user", "content": PROBE_USER},
+        {"role": "assistant", "content": PROBE_ASSISTANT},
+    ]
+    found = dict.fromkeys(_MARK.findall(render_chat(tokenizer, chat, prompt=False)))
     return [mark for mark in found if len(tokenizer(mark, add_special_tokens=False).input_ids) > 1]
 
 
 def _refuses_system(tokenizer: Any) -> bool:
     if not tokenizer.chat_template:
         return False
-    chat = [{"role": "system", "content": SET}, {"role": "user", "content": ASK}]
+    chat = [{"role": "system", "content": PROBE_SYSTEM}, {"role": "user", "content": PROBE_USER}]
     try:
-        return SET not in render(tokenizer, chat, prompt=True)
+        return PROBE_SYSTEM not in render_chat(tokenizer, chat, prompt=True)
     except TemplateRefusal:
         return True
 
 
 def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     """Ids at which generation stops: the template's end of turn, eos, and the model's own."""
-    found = [*habits_of(tokenizer).stops, tokenizer.eos_token_id]
+    found = [*template_capabilities(tokenizer).stops, tokenizer.eos_token_id]
     own = getattr(generation_config, "eos_token_id", None)
     found += own if isinstance(own, list | tuple) else [own]
     return list(dict.fromkeys(int(i) for i in found if i is not None))
@@ -212,7 +220,7 @@ def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 # -- texts and tokens -----------------------------------------------------------------------------
 
 
-class Guard:
+class SpecialTokenEscaper:
     """Keeps special tokens that occur as text inside a turn from becoming control tokens.
 
     A user who writes "<|im_end|>" must not end a turn. Such texts travel through the template as
@@ -221,7 +229,7 @@ class Guard:
 
     def __init__(
         self,
-        habits: Habits,
+        habits: TemplateCapabilities,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
@@ -298,7 +306,9 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], prompt: bool, **options: Any
+) -> str:
     """The text of `messages`; with `prompt`, ready for the next answer. `tools` is an option.
 
     Raises:
@@ -372,7 +382,7 @@ def _template_file(tokenizer: Any) -> str:
 def to_ids(
     tokenizer: Any,
     text: str,
-    guard: Guard | None,
+    guard: SpecialTokenEscaper | None,
     inside: bool = False,
     known: Mapping[str, list[int]] | None = None,
 ) -> list[int]:
@@ -389,7 +399,7 @@ def to_ids(
         for piece, plain in guard.pieces(text) if guard else [(text, False)]:
             options = {"split_special_tokens": True} if plain else {}
             ids += tokenizer(piece, add_special_tokens=False, verbose=False, **options)["input_ids"]
-    bos = None if inside else habits_of(tokenizer).bos_id
+    bos = None if inside else template_capabilities(tokenizer).bos_id
     return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
 
 
@@ -411,7 +421,8 @@ class Program:
         self._names = {**self._template.globals, "tools": None, "documents": None, **names}
 
     def render(self, values: dict[str, Any]) -> str:
-        """The text, in 6 µs for three turns; jinja2's own `render` copies all names one by one.
+        """The text, in 6 µs for three turns; jinja2's own `render_chat` copies all names one by
+        one.
 
         Raises:
             LimitReached: with the line of the template, where that can be found.

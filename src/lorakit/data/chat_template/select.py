@@ -13,12 +13,12 @@ from importlib.resources import files
 from typing import Any
 
 from lorakit.data.chat_template.render import (
-    ASK,
-    SAY,
-    SET,
+    PROBE_ASSISTANT,
+    PROBE_SYSTEM,
+    PROBE_USER,
     TemplateRefusal,
-    habits_of,
-    render,
+    render_chat,
+    template_capabilities,
     unknown_marks,
 )
 from lorakit.data.tokenize.spans import OPENED
@@ -54,11 +54,11 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     else:
         text, notes = _supply(tokenizer, model_name)
     tokenizer.chat_template = text
-    _probe(tokenizer, model_name, ASK, SAY)
+    _probe(tokenizer, model_name, PROBE_USER, PROBE_ASSISTANT)
     text = _begin_with_bos(tokenizer, text, notes)
     text = _switch_thinking(tokenizer, text, thinking, notes)
     tokenizer.chat_template = text
-    habits = habits_of(tokenizer)
+    habits = template_capabilities(tokenizer)
     default = _default_system(tokenizer)
     if default:
         shown = default if len(default) <= 100 else default[:99] + "…"
@@ -107,9 +107,13 @@ def _joined(own: Any) -> tuple[str, str]:
 
 def _opens_thoughts(tokenizer: Any) -> bool:
     """Its prompt begins thoughts that it does not write for answers."""
-    ask = {"role": "user", "content": ASK}
-    answered = render(tokenizer, [ask, {"role": "assistant", "content": SAY}], prompt=False)
-    return "<think>" not in answered and bool(OPENED.search(render(tokenizer, [ask], prompt=True)))
+    ask = {"role": "user", "content": PROBE_USER}
+    answered = render_chat(
+        tokenizer, [ask, {"role": "assistant", "content": PROBE_ASSISTANT}], prompt=False
+    )
+    return "<think>" not in answered and bool(
+        OPENED.search(render_chat(tokenizer, [ask], prompt=True))
+    )
 
 
 def _supply(tokenizer: Any, model_name: str) -> tuple[str, list[str]]:
@@ -134,7 +138,7 @@ def _probe(tokenizer: Any, model_name: str, *contents: str) -> None:
     roles = ("user", "assistant")
     probe = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     try:
-        text = render(tokenizer, probe, prompt=False)
+        text = render_chat(tokenizer, probe, prompt=False)
     except TemplateRefusal as error:
         raise ModelError(f"model: {model_name}: {error}") from error
     missing = [c for c in contents if c not in text]
@@ -150,7 +154,7 @@ def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
     first = tokenizer.encode("")[:1]
     if not first or first != [tokenizer.bos_token_id]:
         return text
-    rendered = render(tokenizer, [{"role": "user", "content": ASK}], prompt=True)
+    rendered = render_chat(tokenizer, [{"role": "user", "content": PROBE_USER}], prompt=True)
     if rendered.lstrip().startswith(tokenizer.bos_token):
         return text
     notes.append(f"{tokenizer.bos_token} put before it, as the tokenizer does with texts")
@@ -160,8 +164,8 @@ def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
 def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]) -> str:
     if "enable_thinking" not in text or text.startswith(_THINKING):
         return text
-    ask = [{"role": "user", "content": ASK}]
-    on, off = (render(tokenizer, ask, prompt=True, enable_thinking=v) for v in (True, False))
+    ask = [{"role": "user", "content": PROBE_USER}]
+    on, off = (render_chat(tokenizer, ask, prompt=True, enable_thinking=v) for v in (True, False))
     if on == off:
         return text
     holds = "holds" if thinking else "holds no"
@@ -184,13 +188,15 @@ def thinking_set(template: str) -> str:
 
 def _default_system(tokenizer: Any) -> str:
     """The system text that the template writes when a conversation has none, or ""."""
-    ask = {"role": "user", "content": ASK}
+    ask = {"role": "user", "content": PROBE_USER}
     try:
-        given = render(tokenizer, [{"role": "system", "content": SET}, ask], prompt=True)
+        given = render_chat(
+            tokenizer, [{"role": "system", "content": PROBE_SYSTEM}, ask], prompt=True
+        )
     except TemplateRefusal:
         return ""
-    head, found, tail = given.partition(SET)
-    none = render(tokenizer, [ask], prompt=True)
+    head, found, tail = given.partition(PROBE_SYSTEM)
+    none = render_chat(tokenizer, [ask], prompt=True)
     if not found or not (none.startswith(head) and none.endswith(tail)):
         return ""
     return none[len(head) : len(none) - len(tail)]

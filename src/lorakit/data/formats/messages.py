@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.issues import RowFault
+from lorakit.data.issues import RowError
 from lorakit.types import Message, Origin, Role
 
 ROLES: dict[str, Role] = {
@@ -42,15 +42,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class RowFields:
     """The cells of one row under their final names; each getter names the row and the column."""
 
     values: Mapping[str, Any]
     origin: Origin
     columns: Mapping[str, str]
 
-    def fault(self, kind: str, detail: str, hint: str | None = None) -> RowFault:
-        return RowFault(kind, self.origin, detail, hint)
+    def fault(self, kind: str, detail: str, hint: str | None = None) -> RowError:
+        return RowError(kind, self.origin, detail, hint)
 
     def text(self, name: str) -> str:
         """The text of a column that must hold some."""
@@ -84,7 +84,7 @@ class Cells:
         return name if column == name else f"{column} ({name})"
 
 
-def turns_of(cells: Cells, column: str) -> list[Message]:
+def parse_messages(cells: RowFields, column: str) -> list[Message]:
     """The turns of a list column, in role/content or from/value spelling."""
     value = cells.values.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -114,7 +114,7 @@ def _as_list(value: dict[Any, Any]) -> Any:
     return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
 
 
-def _turn(cells: Cells, turn: Any, place: str) -> Message:
+def _turn(cells: RowFields, turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise cells.fault("wrong type", f"{place} is {shown_value(turn)}, expected an object")
     name = turn.get("role", turn.get("from"))
@@ -130,7 +130,7 @@ def _turn(cells: Cells, turn: Any, place: str) -> Message:
     extra = _extra(cells, turn, role, place)
     if str(name).strip().lower() == "function_call":
         # LLaMA-Factory's sharegpt: the call is the text of a turn of its own.
-        extra["tool_calls"], content = calls_of(content, place, cells.fault), ""
+        extra["tool_calls"], content = parse_tool_calls(content, place, cells.fault), ""
     calls = "tool_calls" in extra
     if content is None and role != "system" and not calls:
         raise cells.fault(f"empty {role} turn", f"{place} has no content")
@@ -141,14 +141,14 @@ def _turn(cells: Cells, turn: Any, place: str) -> Message:
     return Message(role, content, extra, _trained(cells, turn, role, place))
 
 
-def _extra(cells: Cells, turn: Mapping[str, Any], role: Role, place: str) -> dict[str, Any]:
+def _extra(cells: RowFields, turn: Mapping[str, Any], role: Role, place: str) -> dict[str, Any]:
     """The other keys of a turn that chat templates read."""
     found: dict[str, Any] = {}
     calls = turn.get("tool_calls") or turn.get("function_call")
     if calls:
         if role != "assistant":
             raise cells.fault("wrong type", f"{place} calls tools: only an assistant turn can")
-        found["tool_calls"] = calls_of(calls, place, cells.fault)
+        found["tool_calls"] = parse_tool_calls(calls, place, cells.fault)
     thoughts = next((turn[key] for key in _THOUGHTS if turn.get(key)), None)
     if role == "assistant" and thoughts is not None:
         found["reasoning_content"] = cells.as_text(thoughts, f"{place}.reasoning_content")
@@ -158,7 +158,7 @@ def _extra(cells: Cells, turn: Mapping[str, Any], role: Role, place: str) -> dic
     return found
 
 
-def _trained(cells: Cells, turn: Mapping[str, Any], role: Role, place: str) -> bool:
+def _trained(cells: RowFields, turn: Mapping[str, Any], role: Role, place: str) -> bool:
     """False where the turn's own `train: false` or `weight: 0` leaves it out of the loss."""
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
@@ -177,7 +177,7 @@ def _trained(cells: Cells, turn: Mapping[str, Any], role: Role, place: str) -> b
     return False not in wanted
 
 
-def _part(cells: Cells, part: Any, place: str) -> str:
+def _part(cells: RowFields, part: Any, place: str) -> str:
     """The text of one content part of the OpenAI form: {"type": "text", "text": ...}."""
     if isinstance(part, str):
         return part
@@ -187,7 +187,7 @@ def _part(cells: Cells, part: Any, place: str) -> str:
     raise cells.fault("not text", f"{place} holds a part of kind {shown_value(kind)}, not text")
 
 
-def history_of(cells: Cells) -> list[Message]:
+def history_of(cells: RowFields) -> list[Message]:
     """Earlier turns of query/response rows: [[question, answer], ...]."""
     value = cells.values.get("history")
     if not value:
@@ -213,10 +213,10 @@ def with_system(turns: list[Message], system: str) -> list[Message]:
 
 
 # (kind, detail) -> the fault of that row.
-Fault = Callable[[str, str], RowFault]
+MakeFault = Callable[[str, str], RowError]
 
 
-def calls_of(value: Any, place: str, fault: Fault) -> list[dict[str, Any]]:
+def parse_tool_calls(value: Any, place: str, fault: MakeFault) -> list[dict[str, Any]]:
     """The tool calls of one turn: one or several, as objects or as JSON text."""
     value = _parsed(value, place, fault, "broken tool call")
     calls = value if isinstance(value, list) else [value]
@@ -225,7 +225,7 @@ def calls_of(value: Any, place: str, fault: Fault) -> list[dict[str, Any]]:
     return [_call(call, f"{place}.tool_calls[{n}]", fault) for n, call in enumerate(calls)]
 
 
-def _call(value: Any, place: str, fault: Fault) -> dict[str, Any]:
+def _call(value: Any, place: str, fault: MakeFault) -> dict[str, Any]:
     call = _parsed(value, place, fault, "broken tool call")
     inner = call.get("function", call) if isinstance(call, dict) else call
     name = inner.get("name") if isinstance(inner, dict) else None
@@ -247,7 +247,7 @@ def _call(value: Any, place: str, fault: Fault) -> dict[str, Any]:
     return {**own, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def tools_of(value: Any, fault: Fault) -> tuple[dict[str, Any], ...]:
+def parse_tools(value: Any, fault: MakeFault) -> tuple[dict[str, Any], ...]:
     """The schemas of the functions a conversation may call: its cell `tools`."""
     if value is None or value == "":
         return ()
@@ -256,7 +256,7 @@ def tools_of(value: Any, fault: Fault) -> tuple[dict[str, Any], ...]:
     return tuple(_tool(tool, f"tools[{n}]", fault) for n, tool in enumerate(tools))
 
 
-def _tool(value: Any, place: str, fault: Fault) -> dict[str, Any]:
+def _tool(value: Any, place: str, fault: MakeFault) -> dict[str, Any]:
     tool = _parsed(value, place, fault, "broken tools")
     inner = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
@@ -264,7 +264,7 @@ def _tool(value: Any, place: str, fault: Fault) -> dict[str, Any]:
     return {"type": "function", "function": inner}
 
 
-def _parsed(value: Any, place: str, fault: Fault, kind: str) -> Any:
+def _parsed(value: Any, place: str, fault: MakeFault, kind: str) -> Any:
     """JSON text as what it says; anything else as it is, if it can be written as JSON."""
     try:
         if isinstance(value, str):

@@ -13,7 +13,7 @@ import unicodedata
 from dataclasses import replace
 
 from lorakit.data.dataset import Item
-from lorakit.data.issues import FaultLog
+from lorakit.data.issues import IssueLog
 from lorakit.types import Document, Message, Origin
 
 # Tab, line ends and ESC stay (ESC begins the colors of a terminal's output).
@@ -23,7 +23,7 @@ _LOST = re.compile("[\ufffd\x80-\x9f]|â€|Ã[\x80-\xbf©¨¤¶¼ª«´¡]")
 _CODE = re.compile(r"`|^(?: {4}|\t)\S|[{};]\s*$", re.MULTILINE)
 
 
-def clean_item(item: Item, log: FaultLog) -> Item:
+def clean_item(item: Item, log: IssueLog) -> Item:
     """`item` with clean texts; the very same object where nothing was to be done."""
     if isinstance(item, Document):
         text = clean_text(item.text, item.origin, log)
@@ -33,7 +33,7 @@ def clean_item(item: Item, log: FaultLog) -> Item:
     return item if same else replace(item, messages=messages)
 
 
-def _clean_message(message: Message, origin: Origin, log: FaultLog) -> Message:
+def _clean_message(message: Message, origin: Origin, log: IssueLog) -> Message:
     text = clean_text(message.content, origin, log)
     if text is not message.content:
         message = replace(message, content=text)
@@ -45,7 +45,7 @@ def _clean_message(message: Message, origin: Origin, log: FaultLog) -> Message:
     return message
 
 
-def clean_text(text: str, origin: Origin, log: FaultLog) -> str:
+def clean_text(text: str, origin: Origin, log: IssueLog) -> str:
     """`text` without control characters and in composed letters; what was done is in `log`."""
     if text.isascii() and text.isprintable():
         return text

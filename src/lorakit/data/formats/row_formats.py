@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.data.formats.columns import preference_data
-from lorakit.data.formats.messages import Cells, history_of, tools_of, turns_of, with_system
+from lorakit.data.formats.messages import (
+    RowFields,
+    history_of,
+    parse_messages,
+    parse_tools,
+    with_system,
+)
 from lorakit.errors import DataError
 from lorakit.types import Conversation, Document, Message, Row
 
@@ -44,30 +50,30 @@ class FormatGuess:
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class RowFormat:
     """A row format: the columns it needs and may have, and how a row becomes turns or a text."""
 
     name: str
     needs: tuple[str, ...]
     may: tuple[str, ...]
-    convert: Callable[[Cells], list[Message] | str]
+    convert: Callable[[RowFields], list[Message] | str]
 
 
 # -- one function a format ------------------------------------------------------------------------
 
 
-def _messages(cells: Cells) -> list[Message]:
-    return turns_of(cells, "messages")
+def _messages(cells: RowFields) -> list[Message]:
+    return parse_messages(cells, "messages")
 
 
-def _sharegpt(cells: Cells) -> list[Message]:
-    return turns_of(cells, "conversations")
+def _sharegpt(cells: RowFields) -> list[Message]:
+    return parse_messages(cells, "conversations")
 
 
-def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], list[Message]]:
+def _pair(question: str, answer: str, context: str = "") -> Callable[[RowFields], list[Message]]:
     """A converter for one question and one answer; `context` is a column put below the question."""
 
-    def convert(cells: Cells) -> list[Message]:
+    def convert(cells: RowFields) -> list[Message]:
         asked = cells.optional(question)
         added = cells.optional(context) if context else ""
         asked = "\n\n".join(part for part in (asked, added) if part.strip())
@@ -80,56 +86,56 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[Cells], li
     return convert
 
 
-def _prompt_completion(cells: Cells) -> list[Message]:
+def _prompt_completion(cells: RowFields) -> list[Message]:
     prompt, completion = cells.values.get("prompt"), cells.values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        asked = turns_of(cells, "prompt") if isinstance(prompt, list) else None
-        answer = turns_of(cells, "completion") if isinstance(completion, list) else None
+        asked = parse_messages(cells, "prompt") if isinstance(prompt, list) else None
+        answer = parse_messages(cells, "completion") if isinstance(completion, list) else None
         turns = history_of(cells) + (asked or [Message("user", cells.text("prompt"))])
         turns += answer or [Message("assistant", cells.text("completion"))]
         return with_system(turns, cells.optional("system"))
     return _pair("prompt", "completion")(cells)
 
 
-def _text(cells: Cells) -> str:
+def _text(cells: RowFields) -> str:
     return cells.text("text")
 
 
 _OPTIONAL = ("system", "history")
-FORMATS: tuple[Format, ...] = (
-    Format("messages", ("messages",), ("tools",), _messages),
-    Format("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
-    Format(
+FORMATS: tuple[RowFormat, ...] = (
+    RowFormat("messages", ("messages",), ("tools",), _messages),
+    RowFormat("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
+    RowFormat(
         "dolly",
         ("instruction", "context", "response"),
         _OPTIONAL,
         _pair("instruction", "response", "context"),
     ),
-    Format(
+    RowFormat(
         "instruction/response",
         ("instruction", "response"),
         ("input", *_OPTIONAL),
         _pair("instruction", "response", "input"),
     ),
-    Format(
+    RowFormat(
         "alpaca",
         ("instruction", "output"),
         ("input", *_OPTIONAL),
         _pair("instruction", "output", "input"),
     ),
-    Format(
+    RowFormat(
         "prompt/completion", ("prompt", "completion"), ("tools", *_OPTIONAL), _prompt_completion
     ),
-    Format("prompt/response", ("prompt", "response"), _OPTIONAL, _pair("prompt", "response")),
-    Format(
+    RowFormat("prompt/response", ("prompt", "response"), _OPTIONAL, _pair("prompt", "response")),
+    RowFormat(
         "question/answer",
         ("question", "answer"),
         ("context", *_OPTIONAL),
         _pair("question", "answer", "context"),
     ),
-    Format("query/response", ("query", "response"), _OPTIONAL, _pair("query", "response")),
-    Format("input/output", ("input", "output"), _OPTIONAL, _pair("input", "output")),
-    Format("text", ("text",), (), _text),
+    RowFormat("query/response", ("query", "response"), _OPTIONAL, _pair("query", "response")),
+    RowFormat("input/output", ("input", "output"), _OPTIONAL, _pair("input", "output")),
+    RowFormat("text", ("text",), (), _text),
 )
 _BY_NAME = {f.name: f for f in FORMATS}
 PARTS = tuple(dict.fromkeys(part for f in FORMATS for part in (*f.needs, *f.may)))
@@ -189,7 +195,7 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
     Raises:
         RowFault: a column is missing, null, empty or of a wrong type; names row and column.
     """
-    cells = Cells(_rename(row.values, guess.columns), row.origin, guess.columns)
+    cells = RowFields(_rename(row.values, guess.columns), row.origin, guess.columns)
     fmt = _BY_NAME[guess.name]
     _refuse_other_format(cells, fmt)
     made = fmt.convert(cells)
@@ -197,11 +203,11 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
         return Document(made, row.origin)
     if system and made[0].role != "system":
         made = [Message("system", system), *made]
-    tools = tools_of(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
+    tools = parse_tools(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
     return Conversation(tuple(made), row.origin, tools)
 
 
-def _refuse_other_format(cells: Cells, fmt: Format) -> None:
+def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
     """A row that lacks a column and has all of another format is no row with an empty cell."""
     have = set(cells.values)
     if have.issuperset(fmt.needs):

@@ -41,7 +41,7 @@ _MARKS = {
 
 
 @contextmanager
-def opened(file: DataFile) -> Iterator[IO[bytes]]:
+def open_file(file: DataFile) -> Iterator[IO[bytes]]:
     """The bytes of `file`, unpacked if gzipped; failures of the disk or network name the file."""
     try:
         with _raw(file) as raw:
@@ -93,7 +93,7 @@ class _Recoded(io.RawIOBase):
 @contextmanager
 def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
     """The bytes of a text file in UTF-8, without a byte order mark."""
-    with opened(file) as handle:
+    with open_file(file) as handle:
         head = cast(Any, handle).peek(4)[:4]
         found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
         if found:
@@ -130,7 +130,7 @@ def pieces_of(file: DataFile, errors: str = "strict") -> Iterator[str]:
             _refuse_bomb(file, file.name, offset)
 
 
-def lines_of(file: DataFile, broken: Broken | None = None) -> Iterator[tuple[int, str]]:
+def lines_of(file: DataFile, broken: LineErrors | None = None) -> Iterator[tuple[int, str]]:
     """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text.
 
     A line that is not UTF-8 raises; with `broken` it is added there, and goes on with U+FFFD in it.
@@ -185,7 +185,7 @@ def _convert(encoding: str, file: DataFile) -> str:
     return f"convert it: iconv -f {encoding} -t UTF-8 {file.typed} > {new}"
 
 
-def whole(file: DataFile) -> str:
+def read_text(file: DataFile) -> str:
     """The decoded text of a file that must be read in one piece."""
     pieces, size = [], 0
     for _, line in lines_of(file):
@@ -207,7 +207,7 @@ SHOWN_FAULTS = 10
 SHOWN_HINTS = 3
 
 
-class Broken:
+class LineErrors:
     """The faults of `name` while it is read in a `with`; its end raises those that were added.
 
     A DataError that ends the `with` is the last of them: after it the file cannot be read on.
@@ -240,7 +240,7 @@ class Broken:
         if same and len(self._hints) < SHOWN_HINTS:
             self._hints.setdefault(same, fault.hint or "")
 
-    def __enter__(self) -> Broken:
+    def __enter__(self) -> LineErrors:
         return self
 
     def __exit__(

@@ -21,7 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.sources.files import LONGEST_LINE, Broken, lines_of, opened, pieces_of, whole
+from lorakit.data.sources.files import (
+    LONGEST_LINE,
+    LineErrors,
+    lines_of,
+    open_file,
+    pieces_of,
+    read_text,
+)
 from lorakit.data.sources.http import open_url
 from lorakit.data.sources.hub_datasets import read_hub
 from lorakit.data.sources.json_stream import first_sign, items_of, parse
@@ -101,7 +108,7 @@ def _read_json(file: DataFile) -> Iterator[Row]:
     if file.kind == ".json" and _is_one_object(file):
         yield from _listed(_wrapped(file), file)
         return
-    with Broken(file.name) as broken:
+    with LineErrors(file.name) as broken:
         for number, line in lines_of(file, broken):
             if line.isspace():
                 continue
@@ -131,7 +138,7 @@ def _no_row(line: str, file: DataFile, number: int) -> DataError:
 def _is_one_object(file: DataFile) -> bool:
     """Not one object a line."""
     # Faults are named by who reads the file.
-    lines = (line for _, line in lines_of(file, Broken(file.name)) if not line.isspace())
+    lines = (line for _, line in lines_of(file, LineErrors(file.name)) if not line.isspace())
     first, second = next(lines, ""), next(lines, None)
     try:
         json.loads(first)
@@ -143,7 +150,7 @@ def _is_one_object(file: DataFile) -> bool:
 
 def _wrapped(file: DataFile) -> list[Any]:
     """The rows of a file that holds one object: those of its list of rows, or itself."""
-    value = parse(whole(file), file, 1, last=False)
+    value = parse(read_text(file), file, 1, last=False)
     if not isinstance(value, dict):
         raise DataError(f"{file.name}: {_a(value)} where a list of rows is expected")
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
@@ -164,7 +171,7 @@ def _wrapped(file: DataFile) -> list[Any]:
 
 def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
     position = 0
-    with Broken(file.name) as broken:
+    with LineErrors(file.name) as broken:
         for position, item in enumerate(items, 1):
             if not isinstance(item, dict):
                 broken.add(position, partial(_no_object, item, file, position))
@@ -187,7 +194,7 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
     begun, rows = 1, 0
     reader: Any = None
 
-    with Broken(file.name) as broken:
+    with LineErrors(file.name) as broken:
         lines = (line for _, line in lines_of(file, broken))
         try:
             first = next(lines)
@@ -244,7 +251,7 @@ def _header(cells: list[str], file: DataFile) -> list[str]:
 
 
 def _read_text(file: DataFile) -> Iterator[Row]:
-    yield Row({"text": whole(file)}, Origin(file.name, 1))
+    yield Row({"text": read_text(file)}, Origin(file.name, 1))
 
 
 def _read_parquet(file: DataFile) -> Iterator[Row]:
@@ -272,7 +279,10 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
 
 def _local_copy(file: DataFile) -> str:
     """A Parquet file from afar on this disk, as long as the process lasts: its index is last."""
-    with opened(file) as stream, tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as to:
+    with (
+        open_file(file) as stream,
+        tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as to,
+    ):
         atexit.register(Path(to.name).unlink, missing_ok=True)
         shutil.copyfileobj(stream, to)
         return to.name

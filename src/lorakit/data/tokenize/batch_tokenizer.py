@@ -2,7 +2,7 @@
 
 Two savings over a call of the tokenizer for each text. The texts of a block of rows are tokenized,
 on all cores, while Python renders the next block. And a prompt is not tokenized a second time to
-see that its ids begin the whole text's: only its tail is, see `Borders`.
+see that its ids begin the whole text's: only its tail is, see `PromptBoundary`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from lorakit.data.chat_template.render import ASK, SAY, render
+from lorakit.data.chat_template.render import PROBE_ASSISTANT, PROBE_USER, render_chat
 
 Drafted = TypeVar("Drafted")
 # Blocks that wait for the tokenizer, so that it never waits for Python.
 AHEAD = 2
 
 
-class Borders:
+class PromptBoundary:
     """The special tokens at which a tokenizer cuts a text before it does anything else.
 
     What stands on either side of one is tokenized by itself. Where a prompt ends with
@@ -32,8 +32,11 @@ class Borders:
     def __init__(self, tokenizer: Any) -> None:
         self.template = tokenizer.chat_template
         # Only those that the template writes: fewer to look for, and others are no border of turns.
-        chat = [{"role": "user", "content": ASK}, {"role": "assistant", "content": SAY}]
-        written = render(tokenizer, chat, prompt=False)
+        chat = [
+            {"role": "user", "content": PROBE_USER},
+            {"role": "assistant", "content": PROBE_ASSISTANT},
+        ]
+        written = render_chat(tokenizer, chat, prompt=False)
         self._tokens = {
             text: number
             for number, token in tokenizer.added_tokens_decoder.items()
@@ -76,19 +79,19 @@ class Borders:
         return found
 
 
-_BORDERS: WeakKeyDictionary[Any, Borders] = WeakKeyDictionary()
+_BORDERS: WeakKeyDictionary[Any, PromptBoundary] = WeakKeyDictionary()
 _COPIES: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
-def borders_of(tokenizer: Any) -> Borders:
+def borders_of(tokenizer: Any) -> PromptBoundary:
     """The borders of `tokenizer` with its present template; found once, again when it changes."""
     known = _BORDERS.get(tokenizer)
     if known is None or known.template != tokenizer.chat_template:
-        known = _BORDERS[tokenizer] = Borders(tokenizer)
+        known = _BORDERS[tokenizer] = PromptBoundary(tokenizer)
     return known
 
 
-def tokenize_ahead(
+def tokenize_in_background(
     tokenizer: Any,
     blocks: Iterable[Drafted],
     texts_of: Callable[[Drafted], list[str]],

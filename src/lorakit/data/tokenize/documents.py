@@ -19,8 +19,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorakit.data.chat_template.render import habits_of
-from lorakit.data.issues import FaultLog, RowFault
+from lorakit.data.chat_template.render import template_capabilities
+from lorakit.data.issues import IssueLog, RowError
 from lorakit.types import IGNORE, Conversation, Document, Example, Message
 
 # Tokenizing a 10 MB text with offsets at once takes 1.8 GB; a part of 256 Ki characters, 50 MB.
@@ -34,7 +34,7 @@ def encode_document(
     document: Document,
     cutoff_len: int = 2048,
     overlap: int = 0,
-    log: FaultLog | None = None,
+    log: IssueLog | None = None,
 ) -> list[Example]:
     """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
 
@@ -45,7 +45,7 @@ def encode_document(
     Raises:
         RowFault: no token could be trained.
     """
-    habits = habits_of(tokenizer)
+    habits = template_capabilities(tokenizer)
     if log and habits.specials is not None and habits.specials.search(document.text):
         log.add("special token written in a text", document.origin, "read as that token")
     bos = [habits.bos_id] if habits.bos_id is not None else []
@@ -60,7 +60,7 @@ def encode_document(
         found.append(Example([*context, *own], labels, document.origin))
         before = (before + own)[-overlap:] if overlap else []
     if not any(example.trained_tokens for example in found):
-        raise RowFault("nothing to train", document.origin, "the text is a single token")
+        raise RowError("nothing to train", document.origin, "the text is a single token")
     return found
 
 
@@ -88,7 +88,7 @@ def as_instructions(
             found.append(Conversation(turns, document.origin))
         before = tokenizer.decode(ids[-overlap:]) if overlap else ""
     if not found:
-        raise RowFault("nothing to train", document.origin, "the text is blank")
+        raise RowError("nothing to train", document.origin, "the text is blank")
     return found
 
 
@@ -139,7 +139,7 @@ def _tokens(tokenizer: Any, text: str, first: bool) -> tuple[list[int], list[int
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     ids = list(made["input_ids"])
     starts = [offset[0] for offset in made["offset_mapping"]] if fast else None
-    if first and ids[:1] == [habits_of(tokenizer).bos_id]:
+    if first and ids[:1] == [template_capabilities(tokenizer).bos_id]:
         return ids[1:], starts and starts[1:]
     return ids, starts
 

@@ -15,16 +15,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorakit.data.chat_template.render import Guard, habits_of, render, to_ids
+from lorakit.data.chat_template.render import (
+    SpecialTokenEscaper,
+    render_chat,
+    template_capabilities,
+    to_ids,
+)
 from lorakit.data.chat_template.render import stop_token_ids as stop_token_ids
 from lorakit.data.chat_template.select import TemplateInfo as TemplateInfo
 from lorakit.data.chat_template.select import resolve_template as resolve_template
-from lorakit.data.issues import FaultLog, RowFault, SpoilsRun
-from lorakit.data.tokenize.batch_tokenizer import borders_of, tokenize_ahead
+from lorakit.data.issues import FatalRowError, IssueLog, RowError
+from lorakit.data.tokenize.batch_tokenizer import borders_of, tokenize_in_background
 from lorakit.data.tokenize.documents import as_instructions, encode_document
 from lorakit.data.tokenize.example_checks import verify_example
-from lorakit.data.tokenize.spans import Draft, Span, draft
-from lorakit.data.tokenize.truncate import pieces
+from lorakit.data.tokenize.spans import Draft, Span, find_spans
+from lorakit.data.tokenize.truncate import split_conversation
 from lorakit.recipe.schema import Recipe
 from lorakit.types import IGNORE, Conversation, Document, Example, Message
 
@@ -32,7 +37,7 @@ BLOCK, BLOCK_CHARS = 2048, 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class EncodeConfig:
     """What a recipe says about masks and lengths, in its own words."""
 
     train_on: str
@@ -42,7 +47,7 @@ class Rules:
     overlap: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Rules:
+    def of(cls, recipe: Recipe) -> EncodeConfig:
         """The rules of a recipe."""
         texts = recipe.documents, recipe.document_overlap
         return cls(recipe.train_on, recipe.cutoff_len, recipe.too_long, *texts)
@@ -74,8 +79,8 @@ def prompt_ids(
     Raises:
         DataError: the template refuses these turns.
     """
-    guard = Guard(habits_of(tokenizer), messages, tools)
-    text = render(tokenizer, guard.messages(messages), prompt=True, tools=guard.tools)
+    guard = SpecialTokenEscaper(template_capabilities(tokenizer), messages, tools)
+    text = render_chat(tokenizer, guard.messages(messages), prompt=True, tools=guard.tools)
     return to_ids(tokenizer, text, guard)
 
 
@@ -85,7 +90,7 @@ def encode(
     train_on: str = "responses",
     cutoff_len: int = 2048,
     too_long: str = "drop_oldest_turns",
-    log: FaultLog | None = None,
+    log: IssueLog | None = None,
 ) -> list[Example]:
     """Examples of one conversation: one, or one per answer where a template rewrites old turns.
 
@@ -100,16 +105,16 @@ def encode(
         SpoilsRun: training on it would go wrong (no trained token, no end of turn, double BOS), or
             it is too long and `too_long` is "error". The row is named.
     """
-    rules = Rules(train_on, cutoff_len, too_long)
-    ((_, made),) = encode_many(tokenizer, [item], rules, log or FaultLog())
-    if isinstance(made, RowFault):
+    rules = EncodeConfig(train_on, cutoff_len, too_long)
+    ((_, made),) = encode_many(tokenizer, [item], rules, log or IssueLog())
+    if isinstance(made, RowError):
         raise made
     return made
 
 
 def encode_many(
-    tokenizer: Any, items: Iterable[Conversation | Document], rules: Rules, log: FaultLog
-) -> Iterator[tuple[Conversation | Document, list[Example] | RowFault]]:
+    tokenizer: Any, items: Iterable[Conversation | Document], rules: EncodeConfig, log: IssueLog
+) -> Iterator[tuple[Conversation | Document, list[Example] | RowError]]:
     """Each item with its examples, or with the fault for which it cannot be used.
 
     Texts are tokenized in blocks, over all cores, while the next block is rendered.
@@ -120,16 +125,16 @@ def encode_many(
     )
     tail = borders_of(tokenizer).tail
 
-    def texts(block: list[tuple[Conversation | Document, Draft | RowFault | None]]) -> list[str]:
+    def texts(block: list[tuple[Conversation | Document, Draft | RowError | None]]) -> list[str]:
         # Texts with special tokens in them are tokenized piece by piece.
         drafts = [d for _, d in block if isinstance(d, Draft) and not d.guard.active]
         return [text for d in drafts for text in d.texts(tail)]
 
-    for block, known in tokenize_ahead(tokenizer, blocks, texts):
+    for block, known in tokenize_in_background(tokenizer, blocks, texts):
         for item, drafted in block:
             try:
                 yield item, _encode_one(tokenizer, item, drafted, rules, known, log)
-            except RowFault as fault:
+            except RowError as fault:
                 yield item, fault
 
 
@@ -138,27 +143,27 @@ def encode_many(
 
 def _try_draft(
     tokenizer: Any, item: Conversation | Document, train_on: str
-) -> Draft | RowFault | None:
+) -> Draft | RowError | None:
     if isinstance(item, Document):
         return None
     try:
-        return draft(tokenizer, item, train_on)
-    except RowFault as fault:
+        return find_spans(tokenizer, item, train_on)
+    except RowError as fault:
         return fault
 
 
 def _encode_one(
     tokenizer: Any,
     item: Conversation | Document,
-    drafted: Draft | RowFault | None,
-    rules: Rules,
+    drafted: Draft | RowError | None,
+    rules: EncodeConfig,
     known: Mapping[str, list[int]],
-    log: FaultLog,
+    log: IssueLog,
 ) -> list[Example]:
     if isinstance(item, Document):
         return _encode_document(tokenizer, item, rules, log)
     if not isinstance(drafted, Draft):
-        raise drafted or RowFault("no answer", item.origin, "nothing to train")
+        raise drafted or RowError("no answer", item.origin, "nothing to train")
     if drafted.guard.active:
         log.add("special token written in a turn", item.origin, "kept as plain text")
     for kind, action in dict.fromkeys(drafted.notes):
@@ -169,16 +174,16 @@ def _encode_one(
     if long and rules.too_long == "split" and rules.train_on != "last":
         return _encode_pieces(tokenizer, item, rules, log)
     fitting: list[Example] = []
-    faults: list[RowFault] = []
+    faults: list[RowError] = []
     for turn, example in made:
         try:
             if len(example.input_ids) > rules.cutoff_len:
                 part = replace(item, messages=item.messages[: turn + 1])
                 example = _shorten(tokenizer, part, rules, example, log)
             fitting.append(example)
-        except SpoilsRun:
+        except FatalRowError:
             raise
-        except RowFault as fault:
+        except RowError as fault:
             faults.append(fault)
     if not fitting:
         raise faults[0]
@@ -190,20 +195,20 @@ def _encode_one(
 
 
 def _encode_pieces(
-    tokenizer: Any, conversation: Conversation, rules: Rules, log: FaultLog
+    tokenizer: Any, conversation: Conversation, rules: EncodeConfig, log: IssueLog
 ) -> list[Example]:
     """Examples of as many pieces as it takes; each answer is trained in one of them."""
     single = replace(rules, too_long="drop")
 
-    def tried(piece: Conversation) -> tuple[list[Example], RowFault | None]:
+    def tried(piece: Conversation) -> tuple[list[Example], RowError | None]:
         try:
-            own, drafted = FaultLog(), draft(tokenizer, piece, rules.train_on)
+            own, drafted = IssueLog(), find_spans(tokenizer, piece, rules.train_on)
             made = _encode_one(tokenizer, piece, drafted, single, {}, own)
             lost = any(fault.kind == "too long" for fault in own.faults())
-            return made, RowFault("too long", piece.origin, "an answer would go") if lost else None
-        except SpoilsRun:
+            return made, RowError("too long", piece.origin, "an answer would go") if lost else None
+        except FatalRowError:
             raise
-        except RowFault as fault:
+        except RowError as fault:
             return [], fault
 
     def fits(piece: Conversation) -> bool:
@@ -212,8 +217,8 @@ def _encode_pieces(
         return fault is None or fault.kind == "no trained answer"
 
     found: list[Example] = []
-    faults: list[RowFault] = []
-    for piece in pieces(conversation, fits):
+    faults: list[RowError] = []
+    for piece in split_conversation(conversation, fits):
         made, fault = tried(piece)
         found += made
         if fault is not None and fault.kind != "no trained answer":
@@ -227,21 +232,21 @@ def _encode_pieces(
 
 
 def _encode_document(
-    tokenizer: Any, document: Document, rules: Rules, log: FaultLog
+    tokenizer: Any, document: Document, rules: EncodeConfig, log: IssueLog
 ) -> list[Example]:
     """A text as it is, or as requests and answers, in pieces that fit."""
     overlap = min(rules.overlap, rules.cutoff_len // 4)
     if rules.documents == "completion":
         return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
     single, room = replace(rules, too_long="drop"), rules.cutoff_len - overlap
-    fault = RowFault("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
+    fault = RowError("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
     while room > 1 and fault.kind == "too long":
         # What request and template take is known when they are written: then less is left.
         room = room * 3 // 4
-        chats, own = as_instructions(tokenizer, document, room, overlap), FaultLog()
+        chats, own = as_instructions(tokenizer, document, room, overlap), IssueLog()
         found: list[Example] = []
         for _, made in encode_many(tokenizer, chats, single, own):
-            if isinstance(made, RowFault):
+            if isinstance(made, RowError):
                 fault = made
                 break
             found += made
@@ -296,13 +301,13 @@ def _masked(
 ) -> tuple[int, Example]:
     """Each answer trained from its start to its first stop token; by position, never by id."""
     origin, guard = drafted.conversation.origin, drafted.guard
-    stops = habits_of(tokenizer).stops
+    stops = template_capabilities(tokenizer).stops
 
     def end(start: int) -> int:
         ends = [ids.index(stop, start) + 1 for stop in stops if stop in ids[start:]]
         found = min(ends, default=0)
         if not found:
-            raise SpoilsRun(
+            raise FatalRowError(
                 "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
             )
         return found
@@ -327,16 +332,16 @@ def _masked(
 
 
 def _shorten(
-    tokenizer: Any, conversation: Conversation, rules: Rules, example: Example, log: FaultLog
+    tokenizer: Any, conversation: Conversation, rules: EncodeConfig, example: Example, log: IssueLog
 ) -> Example:
     """The example without its oldest exchanges, as few as it takes; the system turn stays."""
     origin = conversation.origin
     what = f"{len(example.input_ids)} tokens, over cutoff_len {rules.cutoff_len}"
     hint = "raise cutoff_len, or set too_long: drop"
     if rules.too_long == "error":
-        raise SpoilsRun("too long", origin, f"too long: {what}", hint)
+        raise FatalRowError("too long", origin, f"too long: {what}", hint)
     if rules.too_long == "drop":
-        raise RowFault("too long", origin, what, "raise cutoff_len")
+        raise RowError("too long", origin, what, "raise cutoff_len")
     messages = conversation.messages
     head = 1 if messages[0].role == "system" else 0
     asked = [i for i, m in enumerate(messages) if m.role == "user"]
@@ -346,8 +351,8 @@ def _shorten(
         middle = (low + high) // 2
         rest = replace(conversation, messages=messages[:head] + messages[asked[middle] :])
         try:
-            drafted = draft(tokenizer, rest, rules.train_on)
-        except RowFault:  # nothing is trained in so little of it
+            drafted = find_spans(tokenizer, rest, rules.train_on)
+        except RowError:  # nothing is trained in so little of it
             high = middle - 1
             continue
         candidate = _examples(tokenizer, drafted, rules.train_on, {})[-1][1]
@@ -356,6 +361,6 @@ def _shorten(
         else:
             low = middle + 1
     if best is None:
-        raise RowFault("too long", origin, f"even its last question and answer: {what}", hint)
+        raise RowError("too long", origin, f"even its last question and answer: {what}", hint)
     log.add("too long", origin, "oldest turns dropped")
     return best

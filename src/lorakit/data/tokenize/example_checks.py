@@ -8,8 +8,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from lorakit.data.chat_template.render import habits_of
-from lorakit.data.issues import SpoilsRun
+from lorakit.data.chat_template.render import template_capabilities
+from lorakit.data.issues import FatalRowError
 from lorakit.types import IGNORE, Example
 
 
@@ -22,12 +22,12 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
     """
     origin, ids, labels = example.origin, example.input_ids, example.labels
     if not example.trained_tokens:
-        raise SpoilsRun(
+        raise FatalRowError(
             "nothing trained", origin, "no token of this row would be trained: all are masked"
         )
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
-        raise SpoilsRun(
+        raise FatalRowError(
             "two BOS tokens",
             origin,
             f"it begins with two BOS tokens ({tokenizer.bos_token})",
@@ -36,14 +36,14 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
     if train_on == "all":
         return
     # After each trained token, is the next end-of-turn token trained too?
-    stops = habits_of(tokenizer).stops
+    stops = template_capabilities(tokenizer).stops
     ends = sorted(i for stop in stops for i in _places(ids, stop))
     for begin, end in pairwise([-1, *ends, len(ids)]):
         part = labels[begin + 1 : end]
         closed = end < len(ids) and labels[end] != IGNORE
         if not closed and part.count(IGNORE) < len(part):
             last = next(label for label in reversed(part) if label != IGNORE)
-            raise SpoilsRun(
+            raise FatalRowError(
                 "answer without end of turn",
                 origin,
                 f"a trained part ends with {tokenizer.decode([last])!r}, not with an end-of-turn "

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.data.chat_template.render import (
-    Guard,
-    Habits,
+    SpecialTokenEscaper,
+    TemplateCapabilities,
     TemplateRefusal,
     generated_parts,
-    habits_of,
-    render,
+    render_chat,
+    template_capabilities,
 )
-from lorakit.data.issues import RowFault, SpoilsRun
+from lorakit.data.issues import FatalRowError, RowError
 from lorakit.types import Conversation, Message, Origin
 
 # A generation prompt that has begun the thoughts already.
@@ -53,7 +53,7 @@ class Draft:
     """
 
     conversation: Conversation
-    guard: Guard
+    guard: SpecialTokenEscaper
     groups: list[list[Span]]
     untrained: list[Span] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Draft:
         return prompts + [group[-1].text for group in self.groups] + gaps
 
 
-def draft(tokenizer: Any, conversation: Conversation, train_on: str) -> Draft:
+def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Draft:
     """The answers of `conversation` that `train_on` and the turns' own `train` leave to train.
 
     Raises:
@@ -74,34 +74,34 @@ def draft(tokenizer: Any, conversation: Conversation, train_on: str) -> Draft:
         SpoilsRun: the template would teach the model something it should not learn.
     """
     origin = conversation.origin
-    habits = habits_of(tokenizer)
+    habits = template_capabilities(tokenizer)
     _refuse_unwritten_tools(conversation, habits)
     answers = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     if not answers:
-        raise RowFault("no answer", origin, "there is no assistant turn to learn from")
+        raise RowError("no answer", origin, "there is no assistant turn to learn from")
     left_out = [i for i in answers if not conversation.messages[i].train]
     chosen = answers if train_on == "responses" else answers[-1:]
     if train_on != "all":
         chosen, left_out = [i for i in chosen if i not in left_out], []
     if not chosen or answers == left_out:
         what = "its last answer is" if train_on == "last" else "all its answers are"
-        raise RowFault(
+        raise RowError(
             "no trained answer", origin, f"{what} marked train: false (or weight: 0)",
             "leave the mark off one answer, or the row out",
         )  # fmt: skip
     try:
-        guard = Guard(habits, conversation.messages, conversation.tools)
-        teller = _Teller(tokenizer, habits, conversation, guard)
+        guard = SpecialTokenEscaper(habits, conversation.messages, conversation.tools)
+        teller = _SpanFinder(tokenizer, habits, conversation, guard)
         spans = [teller.span(turn) for turn in chosen]
         untrained = [teller.span(turn) for turn in left_out]
     except TemplateRefusal as error:
         kind = "refused by the chat template"
         if _uses_tools(conversation):
             kind = "tool calls refused by the chat template"
-        raise RowFault(kind, origin, str(error)) from error
+        raise RowError(kind, origin, str(error)) from error
     for span in untrained:
         if not spans[-1].text.startswith(span.text):
-            raise RowFault(
+            raise RowError(
                 "train: false under train_on: all", origin,
                 f"the chat template rewrites turn {span.turn + 1} later on, so that its tokens "
                 "cannot be told apart",
@@ -125,7 +125,7 @@ def _uses_tools(conversation: Conversation) -> bool:
     return used or bool(conversation.tools)
 
 
-def _refuse_unwritten_tools(conversation: Conversation, habits: Habits) -> None:
+def _refuse_unwritten_tools(conversation: Conversation, habits: TemplateCapabilities) -> None:
     """Stop a row whose tools the template would silently leave out."""
     if not habits.unwritten:
         return
@@ -137,7 +137,7 @@ def _refuse_unwritten_tools(conversation: Conversation, habits: Habits) -> None:
     }
     missing = [part for part in habits.unwritten if has[part]]
     if missing:
-        raise RowFault(
+        raise RowError(
             f"{missing[0]} not written by the chat template",
             conversation.origin,
             f"this model's chat template leaves out {' and '.join(missing)}",
@@ -146,11 +146,15 @@ def _refuse_unwritten_tools(conversation: Conversation, habits: Habits) -> None:
         )
 
 
-class _Teller:
+class _SpanFinder:
     """Renders the answers of one conversation and checks what the template made of them."""
 
     def __init__(
-        self, tokenizer: Any, habits: Habits, conversation: Conversation, guard: Guard
+        self,
+        tokenizer: Any,
+        habits: TemplateCapabilities,
+        conversation: Conversation,
+        guard: SpecialTokenEscaper,
     ) -> None:
         self.tokenizer, self.habits, self.guard = tokenizer, habits, guard
         self.conversation = conversation
@@ -166,7 +170,7 @@ class _Teller:
         text += self.habits.call_closer if calls else self.habits.closer
         ends = [at for stop in self.habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
         if not ends:
-            raise SpoilsRun(
+            raise FatalRowError(
                 "no end of turn",
                 origin,
                 f"the chat template writes no end-of-turn token after the answer in turn "
@@ -182,7 +186,7 @@ class _Teller:
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
         tools = self.guard.tools
-        return render(self.tokenizer, messages, prompt, tools=tools, **options)
+        return render_chat(self.tokenizer, messages, prompt, tools=tools, **options)
 
     def _fitted(self, text: str, messages: list[dict[str, Any]], origin: Origin) -> tuple[str, str]:
         """The prompt of the last of `messages`, and `text` so that it begins with that."""
@@ -200,7 +204,7 @@ class _Teller:
                 thoughts = _thoughts(messages[-1])
                 return prompts[0], f"{prompts[0]}{thoughts}\n</think>\n\n{answer}"
         prompt = prompts[-1]
-        raise SpoilsRun(
+        raise FatalRowError(
             "prompt and answer do not fit",
             origin,
             f"the chat template asks for the answer in one way and writes it in another: "
@@ -213,7 +217,7 @@ class _Teller:
         told = message["content"].strip()
         visible = told.rpartition("</think>")[2].strip()
         if visible not in written:
-            raise RowFault(
+            raise RowError(
                 "answer rewritten by the chat template",
                 self.conversation.origin,
                 f"the chat template does not write the whole answer: {told[:60]!r} became "
@@ -227,7 +231,7 @@ class _Teller:
         calls = Counter(c["function"]["name"] for c in made) if made else {}
         for name, count in calls.items():
             if written.count(name) < count:
-                raise RowFault(
+                raise RowError(
                     "tool calls not written by the chat template",
                     self.conversation.origin,
                     f"the chat template does not write the call of {name}: {written[:60]!r}",
@@ -246,7 +250,7 @@ class _Teller:
             at = max(at, min(until, end))
         if gaps and gaps[-1][1] > end - len(stop):
             left = text[max(gaps[-1][0], end - 40) :]
-            raise SpoilsRun(
+            raise FatalRowError(
                 "end of turn not in a generation block",
                 self.conversation.origin,
                 f"the chat template's {{% generation %}} block leaves {left!r} of turn "

@@ -12,7 +12,7 @@ from dataclasses import replace
 from lorakit.types import Conversation
 
 
-def pieces(
+def split_conversation(
     conversation: Conversation, fits: Callable[[Conversation], bool]
 ) -> Iterator[Conversation]:
     """Pieces in order, as long as they fit. One exchange that does not fit comes by itself.

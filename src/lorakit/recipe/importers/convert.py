@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from lorakit.errors import RecipeError
-from lorakit.recipe.importers.rules import Imported, Line, Row, Tool, holds, matches, short
+from lorakit.recipe.importers.rules import Imported, Line, TableRow, Tool, holds, matches, short
 from lorakit.recipe.safe_yaml import plain, read_yaml_file
 
 TOOLS = ("peft", "axolotl", "trl", "llama_factory", "unsloth")  # in the order of recognition
@@ -31,7 +31,7 @@ JSON_STATUS = {"translated": "taken", "not_needed": "own", "untranslated": "left
 def load_tool(name: str) -> Tool:
     """Load the table of a tool."""
     table = load_table(name)
-    rows = (read_rows(table), read_rows(table.get("entry", {})))
+    rows = (table_rows(table), table_rows(table.get("entry", {})))
     parts = (table["recognized"], table["precheck"], table.get("defaults", {}))
     return Tool(table["name"], *parts, *rows)
 
@@ -43,17 +43,19 @@ def load_table(name: str) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(text)
 
 
-def read_rows(table: dict[str, Any]) -> dict[str, Row]:
+def table_rows(table: dict[str, Any]) -> dict[str, TableRow]:
     """Read the rows of a table, after those of the table that it extends."""
-    rows = read_rows(load_table(table["extends"])) if "extends" in table else {}
+    rows = table_rows(load_table(table["extends"])) if "extends" in table else {}
     same = {key: key for key in table.get("same", ())}
     for key, row in (same | table.get("renamed", {}) | table.get("translated", {})).items():
         given = row if isinstance(row, dict) else {"to": row}
-        rows[key] = Row(**load_table("common")["recipe_keys"].get(given.get("to"), {}) | given)
+        rows[key] = TableRow(**load_table("common")["recipe_keys"].get(given.get("to"), {}) | given)
     for status in ("untranslated", "not_needed"):
         for note, keys in table.get(status, {}).items():
             for key in keys:
-                rows[key] = Row(status, note=note, as_here=table.get("as_here", {}).get(key, ()))
+                rows[key] = TableRow(
+                    status, note=note, as_here=table.get("as_here", {}).get(key, ())
+                )
     return rows
 
 
@@ -87,7 +89,7 @@ def translate(source: dict[str, Any], tool: Tool, path: Path) -> Imported:
         if row is None:
             near = difflib.get_close_matches(key, tool.keys, n=1, cutoff=0.75)
             known = f"not known here as a key of {tool.name}{f' (like {near[0]}?)' if near else ''}"
-            row = Row(otherwise=f"{known}: find its match in `lorakit schema`")
+            row = TableRow(otherwise=f"{known}: find its match in `lorakit schema`")
         state.map_key(key, source[key], row)
     decided = state.values.keys() | state.refused | {k for k in TWINS if TWINS[k] in state.values}
     defaults = {key: value for key, value in tool.defaults.items() if key not in decided}
@@ -95,7 +97,9 @@ def translate(source: dict[str, Any], tool: Tool, path: Path) -> Imported:
         defaults["lora_alpha"] = 2 * (state.values | defaults).get("lora_r", 16)
     state.lines[f"{tool.name}'s default"] = Line("default", defaults, "absent there")
     for needed in [key for key in ("model", "data") if key not in state.values]:
-        notes = [state.left[key] for key in state.left if needed in tool.keys.get(key, Row()).to]
+        notes = [
+            state.left[key] for key in state.left if needed in tool.keys.get(key, TableRow()).to
+        ]
         message = ": ".join([f"{path}: no `{needed}` for the recipe", *notes])
         raise RecipeError(message, "write it into the file")
     length = str(state.values.get("cutoff_len"))

@@ -30,7 +30,7 @@ class Unmapped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One row of a table; of the fields that are set, the first one that applies decides."""
 
     status: Status = "translated"
@@ -54,8 +54,8 @@ class Tool(NamedTuple):
     recognized: Mapping[str, Sequence[str]]  # its files have all of some keys, and any of others
     precheck: Sequence[Mapping[str, Any]]  # errors and lines by conditions on the complete file
     defaults: Mapping[str, Any]
-    keys: Mapping[str, Row]
-    entry: Mapping[str, Row]  # the keys of one data set
+    keys: Mapping[str, TableRow]
+    entry: Mapping[str, TableRow]  # the keys of one data set
 
 
 class Line(NamedTuple):
@@ -94,11 +94,11 @@ class Imported:
         """The keys that are not translated, with the reasons."""
         return {k: line.note for k, line in self.lines.items() if line.status == "untranslated"}
 
-    def map_key(self, key: str, value: Any, row: Row) -> None:
+    def map_key(self, key: str, value: Any, row: TableRow) -> None:
         """Add the line on a key; without a match, it says what the recipe keys of the row stay."""
         try:
             values = apply_row(key, value, row, self)
-            values = {ours: convert(ours, found) for ours, found in values.items()}
+            values = {ours: to_recipe_type(ours, found) for ours, found in values.items()}
             self.lines[key] = Line("translated", values, row.note)
             return
         except Unmapped as error:
@@ -112,7 +112,7 @@ class Imported:
         self.lines[key] = Line(status, {}, "; ".join([note, *stays]))
 
 
-def apply_row(key: str, value: Any, row: Row, state: Imported) -> dict[str, Any]:
+def apply_row(key: str, value: Any, row: TableRow, state: Imported) -> dict[str, Any]:
     """Map the value of a key to recipe keys by its row, or raise Unmapped."""
     if value is None or value == "":
         raise Unmapped("not_needed", "empty")
@@ -151,7 +151,7 @@ def apply_row(key: str, value: Any, row: Row, state: Imported) -> dict[str, Any]
     return {row.to: value}
 
 
-def convert(key: str, value: Any) -> Any:
+def to_recipe_type(key: str, value: Any) -> Any:
     """Convert a value to the type of a recipe key, within its bounds, or raise Unmapped."""
     if key not in SCHEMA:
         return value  # of an inner key, such as columns.text
@@ -179,7 +179,7 @@ def holds(condition: str, source: Mapping[str, Any]) -> bool:
     for part in filter(None, condition.split(" & ")):
         key, equals, wanted = part.removeprefix("not ").partition("=")
         on = any(is_on(source.get(name)) for name in key.split("|"))
-        met = spelled(source.get(key)) in wanted.split("|") if equals else on
+        met = normalized_value(source.get(key)) in wanted.split("|") if equals else on
         if met == part.startswith("not "):
             return False
     return True
@@ -187,15 +187,27 @@ def holds(condition: str, source: Mapping[str, Any]) -> bool:
 
 def is_on(value: Any) -> bool:
     """Whether a value is anything but empty, null, no or 0, which are as if it were absent."""
-    return spelled(value) not in ("", "false", "no", "off", "none", "null", "0", "[]", "{}")
+    return normalized_value(value) not in (
+        "",
+        "false",
+        "no",
+        "off",
+        "none",
+        "null",
+        "0",
+        "[]",
+        "{}",
+    )
 
 
 def matches(value: Any, patterns: Sequence[Any]) -> bool:
     """Whether a value is one of these, where `*` is any text and "1e-4" the number 0.0001."""
-    return any(fnmatchcase(spelled(value), spelled(pattern)) for pattern in patterns)
+    return any(
+        fnmatchcase(normalized_value(value), normalized_value(pattern)) for pattern in patterns
+    )
 
 
-def spelled(value: Any) -> str:
+def normalized_value(value: Any) -> str:
     """Spell a value in lower case, and numbers in one way."""
     try:
         return str(value).lower() if isinstance(value, bool) else f"{float(value):g}"
