@@ -40,7 +40,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py tests/test_security_lint.py
 
-# --strict: a link or an anchor to nothing ends the build. No page asks a network for anything.
+# --strict: a broken link or anchor ends the build. No page asks a network for anything.
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -68,7 +68,7 @@ audit:
 	test -x $(AUDIT)/pip-audit || { $(PYTHON) -m venv .venv-audit && \
 	  $(AUDIT)/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
 	@$(AUDIT)/pip-audit --strict --progress-spinner off --no-deps --disable-pip -r constraints.txt || \
-	  { echo "make audit: a known hole is listed above; or, where it says 'could not be audited' or" \
+	  { echo "make audit: a known vulnerability is listed above; or, where it says 'could not be audited' or" \
 	    "'connection', the advisory service was not reached and NOTHING was checked"; exit 1; }
 
 clean:

@@ -45,7 +45,7 @@ def test_it_builds_strictly_and_loads_nothing_from_elsewhere(site):
 
 def test_every_page_is_in_the_navigation():
     config = load_config(str(ROOT / "mkdocs.yml"))
-    named = set(re.findall(r"[\w/]+\.md", str(pages.on_config(config)["nav"])))
+    named = set(re.findall(r"[\w/-]+\.md", str(pages.on_config(config)["nav"])))
     assert named == {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
 
 
