@@ -53,7 +53,7 @@ def train(engine, masks, files, steps, **more_settings):
                 "val_data": str(files[1]),
                 "method": "lora",
                 "output_dir": f"{folder}/run",
-                "engine": engine,
+                "fused_layers": engine,
                 "max_steps": steps,
                 **SETTINGS,
                 **more_settings,

@@ -52,7 +52,7 @@ def one(lengths, engine, steps):
             flash(False)
 
     bench.plan_training = planned
-    sets = [*SETTINGS, f"engine={engine}"]
+    sets = [*SETTINGS, f"fused_layers={engine}"]
     quiet = Console(quiet=True)
     result = bench.run_bench(
         "llama-2-7b", "qlora", 2048, None, None, steps, sets, None, quiet, lengths=lengths

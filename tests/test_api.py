@@ -114,7 +114,7 @@ def test_a_wrong_keyword_is_told_as_in_a_file():
 
 
 def test_plan_is_data_and_prints_as_the_command_does():
-    found = lorakit.plan(model="llama-2-7b", method="qlora", memory="3GiB", streaming="off")
+    found = lorakit.plan(model="llama-2-7b", method="qlora", memory="3GiB", weight_offload="off")
     assert not found.fits
     assert found.changes
     assert found.as_dict()["training"]["parts"] == found.training.parts

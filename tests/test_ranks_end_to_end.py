@@ -33,8 +33,8 @@ PLAIN = {
     "gradient_accumulation_steps": 2,
     "save_every": 3,
 }
-SHARDED = {"method": "qlora", "engine": "on", "sharding": "on"}
-STREAMED = {"method": "qlora", "engine": "on", "streaming": "on"}
+SHARDED = {"method": "qlora", "fused_layers": "on", "sharding": "on"}
+STREAMED = {"method": "qlora", "fused_layers": "on", "weight_offload": "on"}
 
 
 @pytest.fixture(scope="module")

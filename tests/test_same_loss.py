@@ -34,10 +34,10 @@ WAYS = {
         "gradient_accumulation_steps": 4,
     },
     "recomputed": {"gradient_checkpointing": True},
-    "fast layers": {"engine": "on"},
-    "streamed": {"engine": "on", "streaming": "on"},
+    "fast layers": {"fused_layers": "on"},
+    "streamed": {"fused_layers": "on", "weight_offload": "on"},
     "resumed": {},
-    "streamed and resumed": {"engine": "on", "streaming": "on"},
+    "streamed and resumed": {"fused_layers": "on", "weight_offload": "on"},
 }
 
 

@@ -20,8 +20,8 @@ def weights(run):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_streamed_run_learns_what_the_fast_layers_learn(finish, method):
-    values = {"dtype": "float32", "lora_dropout": 0.0, "engine": "on", "learning_rate": 2e-3}
-    plain, streamed = (finish(method, streaming=way, **values) for way in ("off", "on"))
+    values = {"dtype": "float32", "lora_dropout": 0.0, "fused_layers": "on", "learning_rate": 2e-3}
+    plain, streamed = (finish(method, weight_offload=way, **values) for way in ("off", "on"))
     losses = [
         [json.loads(line)["loss"] for line in outcome.run.metrics.read_text().splitlines()]
         for outcome in (plain, streamed)
@@ -36,7 +36,7 @@ def test_a_streamed_run_learns_what_the_fast_layers_learn(finish, method):
 
 
 def test_it_resumes_to_the_bit(finish, tiny_recipe, tiny_model_dir, tiny_data, tmp_path):
-    values = {"streaming": "on", "engine": "on", "lora_dropout": 0.2, "save_every": 3}
+    values = {"weight_offload": "on", "fused_layers": "on", "lora_dropout": 0.2, "save_every": 3}
     whole = finish(**values).run
     folder = tmp_path / "r"
     shutil.copytree(whole.path, folder)

@@ -367,7 +367,7 @@ plt.show()
 # can be larger than LoRA's. What counts is where both end.
 #
 # **Exercises.** (1) Give QLoRA rank 4 and rank 64: does more rank make up for the rounding? (2) Put
-# QLoRA's adapter onto the *unrounded* base (`run.export("merged", onto="original")`): which of the
+# QLoRA's adapter onto the *unrounded* base (`run.export("merged", merge_base="original")`): which of the
 # two held-out losses that it prints is lower, and why is the adapter not at home there?
 
 # %include shared/evaluate.py

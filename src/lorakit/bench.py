@@ -75,7 +75,7 @@ def run_bench(
         "micro_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
-        "probe": False,  # the first step is one
+        "memory_probe": False,  # the first step is one
     }
     meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
     with init_distributed() as ranks:

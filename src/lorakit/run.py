@@ -142,7 +142,7 @@ class Run:
         output: str | Path | None = None,
         *,
         quant: str | None = None,
-        onto: str = "trained",
+        merge_base: str = "quantized",
         dtype: str | None = None,
         merged: bool = False,
         adapter: bool = False,
@@ -159,7 +159,7 @@ class Run:
             to: adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub.
             output: folder to write; by default the run's `export/<format>`.
             quant: GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M ...
-            onto: QLoRA: merge onto the base as `trained`, or the `original`.
+            merge_base: QLoRA: merge into the `quantized` base of training, or the `original`.
             dtype: merged: float32, bfloat16 or float16.
             merged: vllm, tgi, hub: merge first.
             adapter: ollama: base and adapter in two files.
@@ -185,7 +185,7 @@ class Run:
                 Path(output) if output else None,
                 console or Console(file=sys.stdout, force_jupyter=False, highlight=False),
                 quantization=quant,
-                onto=onto,
+                merge_base=merge_base,
                 dtype=dtype,
                 merged=merged,
                 as_adapter=adapter or None,

@@ -159,7 +159,7 @@ class Device:
 
     @property
     def fast(self) -> bool:
-        """Whether `engine: auto` puts the fast layers on it."""
+        """Whether `fused_layers: auto` puts the fast layers on it."""
         return self.kind == "cuda" and self.kernels
 
     @property

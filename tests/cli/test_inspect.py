@@ -94,7 +94,7 @@ def test_a_fault_that_would_spoil_a_run_is_exit_1_and_a_lesser_one_0(inspect, we
     code, out, _ = inspect(data, *words)
     assert code == 0
     assert "fit to train on; 1 of 10 rows left out" in out
-    code, out, _ = inspect(data, *words, "--set", "too_long=error")
+    code, out, _ = inspect(data, *words, "--set", "on_overlength=error")
     assert code == 1
     assert "a run would stop at this data: too long" in out
     assert "rows.jsonl:10" in out
@@ -112,7 +112,7 @@ def test_strict_makes_every_fault_one_that_stops_a_run(inspect, weightless, tmp_
 
 def test_when_every_row_would_spoil_a_run_it_is_exit_1_too(inspect, weightless, tmp_path):
     data = write(tmp_path, {"question": "x " * 90, "answer": "y"})
-    words = ("--set", "cutoff_len=80", "--set", "too_long=error", "--set", "val_size=0")
+    words = ("--set", "cutoff_len=80", "--set", "on_overlength=error", "--set", "val_size=0")
     code, _, err = inspect(data, "--model", weightless, *words)
     assert code == 1
     assert "rows.jsonl:1: too long" in err

@@ -28,7 +28,7 @@ def test_names_cards_and_lengths(lorakit):
     code, out, _ = lorakit(*words, "--gpu", "4090")
     value = json.loads(out)
     assert (code, value["device"]["name"]) == (0, "4090")
-    code, out, _ = lorakit(*words, "--memory", "3GiB", "--set", "streaming=off")
+    code, out, _ = lorakit(*words, "--memory", "3GiB", "--set", "weight_offload=off")
     small = json.loads(out)
     assert code == 1
     assert not small["fits"]

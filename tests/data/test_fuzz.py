@@ -137,7 +137,7 @@ VALUES = st.fixed_dictionaries(
     {"val_size": st.sampled_from([0, 0, 0, 0.5, 1, 3])},
     optional={
         "cutoff_len": st.sampled_from([8, 16, 40, 60, 2048]),
-        "too_long": st.sampled_from(["drop_oldest_turns", "split", "drop", "error"]),
+        "on_overlength": st.sampled_from(["drop_oldest_turns", "split", "drop", "error"]),
         "train_on": st.sampled_from(["responses", "last", "all"]),
         "documents": st.just("instruction"),
         "strict": st.sampled_from([False, False, False, True]),

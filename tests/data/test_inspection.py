@@ -74,7 +74,7 @@ def test_the_json_form_says_what_is_trained(smollm, tmp_path):
 
 def test_a_row_that_spoils_a_run_is_told(smollm, tmp_path):
     rows = [*ROWS, {"question": "long " * 90, "answer": "x"}]
-    found, _ = inspection(smollm, tmp_path, rows, cutoff_len=80, too_long="error")
+    found, _ = inspection(smollm, tmp_path, rows, cutoff_len=80, on_overlength="error")
     assert found.stopping
     assert found.as_dict()["spoils"] is True
     assert [f.first_rows for f in found.report.faults if f.spoils] == [("rows.jsonl:31",)]

@@ -115,7 +115,7 @@ def test_too_long_error_stops_at_any_answer_of_a_chat(family, chat):
     for answers in (thoughts, thoughts[::-1]):
         item = chat("a?", answers[0], "b?", answers[1])
         with pytest.raises(FatalRowError, match=r"rows.jsonl:7: too long: \d+ tokens"):
-            encode(tokenizer, item, cutoff_len=60, too_long="error")
+            encode(tokenizer, item, cutoff_len=60, on_overlength="error")
 
 
 # -- too long --------------------------------------------------------------------------------------
@@ -127,7 +127,9 @@ def test_split_keeps_answers_that_are_not_trained_as_context_or_leaves_them_out(
     texts = [f"{'Why' if i % 2 == 0 else 'It is'} number {i} here?" for i in range(12)]
     whole = chat(*texts)
     for untrained in ((1, 3, 5), (3,), (11,), (1, 11)):
-        made, faults = encoded(smollm, marked(whole, *untrained), cutoff_len=60, too_long="split")
+        made, faults = encoded(
+            smollm, marked(whole, *untrained), cutoff_len=60, on_overlength="split"
+        )
         expected = [f"{texts[i]}<|im_end|>" for i in range(1, 12, 2) if i not in untrained]
         assert trained_runs(smollm, made) == expected
         assert faults == {("too long", "split into several examples"): 1}
@@ -136,20 +138,20 @@ def test_split_keeps_answers_that_are_not_trained_as_context_or_leaves_them_out(
 def test_split_keeps_what_comes_before_a_trained_answer(smollm, chat):
     """Two exchanges that are not trained, and a third that is: they fit, and stand together."""
     item = marked(chat(*(f"number {i} here?" for i in range(12)), system="S"), 2, 4)
-    made, _ = encoded(smollm, item, cutoff_len=70, too_long="split")
+    made, _ = encoded(smollm, item, cutoff_len=70, on_overlength="split")
     assert len(made) > 1
     assert all(f"number {i} here?" in smollm.decode(made[0].input_ids) for i in range(6))
 
 
 def test_split_makes_one_example_where_only_the_last_answer_is_trained(smollm, chat, trained_runs):
     item = chat(*(f"number {i} here?" for i in range(12)))
-    made, _ = encoded(smollm, item, "last", cutoff_len=60, too_long="split")
+    made, _ = encoded(smollm, item, "last", cutoff_len=60, on_overlength="split")
     assert trained_runs(smollm, made) == ["number 11 here?<|im_end|>"]
 
 
 def test_the_overlap_of_documents_is_a_quarter_of_the_limit_at_most(smollm):
     text = "\n\n".join(f"Paragraph {i} says that {i * i} is its number." for i in range(30))
-    made, _ = encoded(smollm, Document(text, AT), cutoff_len=64, too_long="drop", overlap=60)
+    made, _ = encoded(smollm, Document(text, AT), cutoff_len=64, on_overlength="drop", overlap=60)
     context = [example.labels.count(IGNORE) for example in made[1:]]
     assert len(context) > 3
     assert set(context) == {16}

@@ -190,7 +190,7 @@ SABOTAGE = {
     "answer over the length": (
         "smollm2",
         lambda tokenizer: None,
-        {"cutoff_len": 60, "too_long": "error"},
+        {"cutoff_len": 60, "on_overlength": "error"},
         r"too long: \d+ tokens, over cutoff_len 60",
     ),
 }

@@ -82,7 +82,7 @@ def inspected(smollm, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe.model_validate(
-        {"model": "demo", "data": str(path), "cutoff_len": 200, "too_long": "error"}
+        {"model": "demo", "data": str(path), "cutoff_len": 200, "on_overlength": "error"}
     )
     prepared = prepare(recipe, smollm, inspecting=True)
     return inspect_prepared(prepared, smollm, recipe, "some/model")

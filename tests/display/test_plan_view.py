@@ -27,7 +27,7 @@ def screen(width, name, card, gpus=None, nodes=None, **values):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_all_is_on_the_screen_and_nothing_runs_over(width):
-    found, text = screen(width, "llama-3.1-8b", "3060", streaming="off")
+    found, text = screen(width, "llama-3.1-8b", "3060", weight_offload="off")
     assert max(map(len, text.splitlines())) <= width
     assert "DOES NOT FIT" in text
     for part in found.device_parts["training"]:
@@ -35,11 +35,11 @@ def test_all_is_on_the_screen_and_nothing_runs_over(width):
     for words in ("evaluation", "generation", "RAM to merge", "disk", "tokens/s", "l4"):
         assert words in text
     assert "what makes it fit, cheapest first" in text
-    assert "streaming=auto" in text
+    assert "weight_offload=auto" in text
 
 
 def test_the_verdict_says_what_it_counts_with():
-    _, text = screen(100, "llama-2-7b", "v100", streaming="off")
+    _, text = screen(100, "llama-2-7b", "v100", weight_offload="off")
     assert "DOES NOT FIT" in text
     assert "15.2 GiB needed, 15.8 GiB on V100, of which 0.8 GiB stay free" in text
     assert "rows are longer" not in text

@@ -24,7 +24,7 @@ def store():
 class Watch(Heartbeat):
     """One that says how it would end instead of ending."""
 
-    def _end(self, troubled, words):
+    def _abort(self, troubled, words):
         self.ended = [beat.rank for beat in troubled], words
 
 

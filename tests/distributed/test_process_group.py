@@ -81,7 +81,7 @@ class Gathered(DistributedContext):
         super().__init__(0, len(found), len(found))
         self.found = found
 
-    def gather(self, thing):
+    def all_gather_object(self, thing):
         return self.found
 
 
@@ -113,9 +113,9 @@ def run_two(code, tmp_path, **more):
 def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
     code = """
         import os, time, torch
-        from lorakit.distributed.process_group import joined
+        from lorakit.distributed.process_group import init_distributed
 
-        with joined() as ranks:
+        with init_distributed() as ranks:
             assert "WORLD_SIZE" not in os.environ
             number = torch.tensor([1.0 + ranks.rank])
             ranks.all_reduce_(number)
@@ -129,7 +129,7 @@ def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
             first, second = ranks.all_gather_object(seen[0])
             assert first <= second
             print("well", ranks.rank, ranks.nodes, ranks.heartbeat.own_beat.state)
-        with joined() as again:
+        with init_distributed() as again:
             assert again.all_gather_object(again.rank) == [0, 1]
     """
     done = run_two(code, tmp_path)
@@ -140,9 +140,9 @@ def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
 
 def test_a_rank_that_fails_says_so_itself_and_ends_the_other(tmp_path):
     code = """
-        from lorakit.distributed.process_group import joined
+        from lorakit.distributed.process_group import init_distributed
 
-        with joined() as ranks:
+        with init_distributed() as ranks:
             if ranks.rank == 1:
                 raise SystemExit("the reason")
             ranks.all_gather_object(1)

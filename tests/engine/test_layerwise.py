@@ -20,7 +20,7 @@ def micros(packed=True):
     return [collate(examples([23, 40]), 0), collate(examples([51]), 0)]
 
 
-def micro_by_micro(model, batches, scale=0.01, engine="off"):
+def micro_by_micro(model, batches, scale=0.01, fused_layers="off"):
     """Loss and gradients as autograd gives them, one micro-batch after another."""
     attach_loss(model, engine)
     torch.manual_seed(4)
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_models_own_layers(family):
 def test_chunks_of_tokens_and_groups_of_heads_change_nothing(family, cut, packed):
     """With dropout: a chunk's masks are those of the whole, drawn from the same keys."""
     changes = {"lora_dropout": 0.3}
-    expected = micro_by_micro(tiny(family, **changes), micros(packed), engine="on")
+    expected = micro_by_micro(tiny(family, **changes), micros(packed), fused_layers="on")
     assert_same(layer_by_layer(tiny(family, **changes), micros(packed), cut), expected)
 
 
@@ -80,7 +80,7 @@ def test_chunks_of_tokens_and_groups_of_heads_change_nothing(family, cut, packed
     ids=lambda where: "+".join(where),
 )
 def test_gradients_are_the_same_wherever_things_lie(where):
-    expected = micro_by_micro(tiny(lora_dropout=0.2), micros(), engine="on")
+    expected = micro_by_micro(tiny(lora_dropout=0.2), micros(), fused_layers="on")
     found = layer_by_layer(tiny(lora_dropout=0.2), micros(), ChunkSize(32, 1), **where)
     assert_same(found, expected)
 

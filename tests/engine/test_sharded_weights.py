@@ -24,12 +24,12 @@ def test_three_ranks_hold_a_third_each_and_gather_all(tmp_path):
     code = """
         import os, sys, torch, torch.distributed as dist
         from lorakit.engine.weight_streaming import Shard
-        from lorakit.distributed.process_group import Ranks
+        from lorakit.distributed.process_group import DistributedContext
 
         def work(rank):
             store = dist.FileStore(sys.argv[1], 3)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
-            ranks = Ranks(rank, 3, 3)
+            ranks = DistributedContext(rank, 3, 3)
             ranks.node_group = dist.group.WORLD
             whole = torch.arange(252, dtype=torch.uint8)
             shard = Shard(whole, ranks, torch.device("cpu"))

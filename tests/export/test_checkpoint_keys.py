@@ -90,7 +90,7 @@ def test_what_the_declared_class_cannot_use_is_refused_before_writing(
 
 def test_the_merged_folder_of_such_a_run_misses_what_the_class_has(wrapped, tmp_path):
     source = open_source(wrapped)
-    write_merged(source, tmp_path, "trained", "float32")
+    write_merged(source, tmp_path, "quantized", "float32")
     keys = folder_keys(tmp_path, trained_class(source.config))
     assert (keys.missing, keys.unexpected) == ((), ())
     with pytest.raises(WorkError, match="does not fit Qwen3_5ForConditionalGeneration: 0 of") as e:
@@ -148,7 +148,7 @@ def test_another_class_that_computes_something_else_is_refused(renamed, other, t
     source = open_source(renamed("OtherForCausalLM"))
     reference = make_reference(source, float32_model(source), 1, 2)
     (tmp_path / "merged").mkdir()
-    write_merged(source, tmp_path / "merged", "trained", "float32")
+    write_merged(source, tmp_path / "merged", "quantized", "float32")
     require_fit(source)
     for folder, expected in ((source.run.adapter, None), (tmp_path / "merged", 0.0)):
         with pytest.raises(WorkError, match=r"OtherForCausalLM, which .*, predicts something else"):

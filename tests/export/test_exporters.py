@@ -57,7 +57,7 @@ WRONG = {
     "--quant says nothing to --to merged": ("merged", {"quantization": "Q8_0"}),
     "--adapter says nothing to --to gguf": ("gguf", {"as_adapter": True}),
     "--repo says nothing to --to vllm": ("vllm", {"repository": "a/b"}),
-    "--onto half: unknown base": ("merged", {"onto": "half"}),
+    "--merge-base half: unknown base": ("merged", {"merge_base": "half"}),
     "--dtype int8: unknown": ("merged", {"dtype": "int8"}),
     "--quant Q9: unknown quantization": ("gguf", {"quantization": "Q9"}),
     "--to hub needs the repository": ("hub", {}),

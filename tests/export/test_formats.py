@@ -8,7 +8,7 @@ def test_defaults_are_the_careful_ones(variant_run, job):
     order = job(variant_run("tied"))
     assert isinstance(order, Job)
     assert (order.merge_base, order.public, order.merged, order.verify) == (
-        "trained",
+        "quantized",
         False,
         False,
         True,

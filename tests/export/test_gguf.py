@@ -73,7 +73,7 @@ def heard(variant_run, demo_model, tokenizer, tmp_path_factory):
         folder, folded = work / f"merged-{number}", work / f"folded-{number}"
         if variant in MERGED:
             folder.mkdir()
-            write_merged(source, folder, "trained", "float32")
+            write_merged(source, folder, "quantized", "float32")
             set_thinking(source, folder)
             limit_context(source, folder)
             files["merged", variant] = work / f"{number}.gguf", None

@@ -30,14 +30,14 @@ def test_an_adapter_that_lacks_a_module_is_refused(variant_run, tmp_path):
     (run.adapter / "MANIFEST.json").unlink()
     (tmp_path / "m").mkdir()
     with pytest.raises(ModelError, match="holds nothing for"):
-        write_merged(open_source(run), tmp_path / "m", "trained", "float32")
+        write_merged(open_source(run), tmp_path / "m", "quantized", "float32")
 
 
 def test_schemes_that_change_the_base_go_through_memory(variant_run, tmp_path):
     base = open_source(variant_run("rslora")).folder
     run = make_run(tmp_path / "run", base, init_lora_weights="pissa_niter_4")
     (tmp_path / "m").mkdir()
-    way = write_merged(open_source(run), tmp_path / "m", "trained", "float32")
+    way = write_merged(open_source(run), tmp_path / "m", "quantized", "float32")
     assert way == "in memory (pissa_niter_4 changes the base as it loads)"
 
 
@@ -51,7 +51,7 @@ def test_one_number_of_the_adapter_that_is_none_is_not_merged(
         monkeypatch.setattr(merge_weights, "_reason_against_streaming", lambda _: "a test")
     (tmp_path / "m").mkdir()
     with pytest.raises(WorkError, match=r"layers.0.mlp.down_proj.weight: -?(nan|inf) at element"):
-        write_merged(open_source(run), tmp_path / "m", "trained", "float32")
+        write_merged(open_source(run), tmp_path / "m", "quantized", "float32")
 
 
 def test_a_quantized_base_is_not_streamed(variant_run):

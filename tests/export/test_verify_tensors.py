@@ -12,10 +12,10 @@ from lorakit.export.verify_tensors import compare_tensors
 from .conftest import VARIANTS, make_run
 
 
-def written(run, folder, dtype="float32", onto="trained"):
+def written(run, folder, dtype="float32", merge_base="quantized"):
     source = open_source(run)
     folder.mkdir()
-    assert write_merged(source, folder, onto, dtype) == STREAMED
+    assert write_merged(source, folder, merge_base, dtype) == STREAMED
     return source
 
 
@@ -23,16 +23,16 @@ def written(run, folder, dtype="float32", onto="trained"):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_written_is_the_sum(variant_run, tmp_path, variant, dtype):
     source = written(variant_run(variant), tmp_path / "m", dtype)
-    found = compare_tensors(source, tmp_path / "m", "trained")
+    found = compare_tensors(source, tmp_path / "m", "quantized")
     assert found["tensors"] == len(load_file(tmp_path / "m" / "model.safetensors"))
     assert found["update_kept"] == pytest.approx(1.0, abs=1e-5 if dtype == "float32" else 1e-2)
 
 
-@pytest.mark.parametrize("onto", ["trained", "original"])
-def test_the_base_asked_for_is_the_one_compared_with(variant_run, tmp_path, onto):
-    source = written(variant_run("qlora"), tmp_path / "m", onto=onto)
-    compare_tensors(source, tmp_path / "m", onto)
-    other = {"trained": "original", "original": "trained"}[onto]
+@pytest.mark.parametrize("merge_base", ["quantized", "original"])
+def test_the_base_asked_for_is_the_one_compared_with(variant_run, tmp_path, merge_base):
+    source = written(variant_run("qlora"), tmp_path / "m", merge_base=merge_base)
+    compare_tensors(source, tmp_path / "m", merge_base)
+    other = {"quantized": "original", "original": "quantized"}[merge_base]
     with pytest.raises(WorkError, match=r"layers.0.*weight is not in the written files"):
         compare_tensors(source, tmp_path / "m", other)
 
@@ -69,7 +69,7 @@ def test_what_is_not_the_sum_is_named(variant_run, tmp_path, harm):
     harm(found, base)
     save_file(found, path)
     with pytest.raises(WorkError, match=f"{NAME} is not in the written files"):
-        compare_tensors(source, tmp_path / "m", "trained")
+        compare_tensors(source, tmp_path / "m", "quantized")
 
 
 def test_an_update_too_small_for_the_cast_is_told(variant_run, tmp_path):
@@ -77,4 +77,4 @@ def test_an_update_too_small_for_the_cast_is_told(variant_run, tmp_path):
     base = open_source(variant_run("rslora")).folder
     run = make_run(tmp_path / "run", base, size=1e-5, dtype="bfloat16")
     source = written(run, tmp_path / "m", "bfloat16")
-    assert compare_tensors(source, tmp_path / "m", "trained")["update_kept"] < 0.9
+    assert compare_tensors(source, tmp_path / "m", "quantized")["update_kept"] < 0.9

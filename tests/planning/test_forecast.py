@@ -41,7 +41,7 @@ def test_a_forecast_is_json_and_its_sums_agree():
 
 
 def test_each_part_of_a_forecast_is_under_its_own_name():
-    asked, config = recipe(streaming="off"), shape_config("llama-2-7b")
+    asked, config = recipe(weight_offload="off"), shape_config("llama-2-7b")
     plan = plan_training(asked, config, T4)
     value = forecast(asked, config, T4, local=True).as_dict()
     assert value["training"] == plan.as_dict()
@@ -57,7 +57,7 @@ def test_each_part_of_a_forecast_is_under_its_own_name():
     assert value["scale"] is None
 
 
-@pytest.mark.parametrize("values", [{}, {"streaming": "off", "sharding": "off"}])
+@pytest.mark.parametrize("values", [{}, {"weight_offload": "off", "sharding": "off"}])
 def test_more_gpus_are_told_only_where_they_are_needed_and_help(values):
     device = H100 if not values else T4
     found = forecast(recipe(**values), shape_config("llama-2-7b"), device)
@@ -112,23 +112,23 @@ def test_a_misspelt_name_is_told_with_the_known_ones():
 
 
 def test_what_cannot_fit_is_refused_with_what_would():
-    config, asked = shape_config("llama-2-7b"), recipe(streaming="off")
+    config, asked = shape_config("llama-2-7b"), recipe(weight_offload="off")
     plan = plan_training(asked, config, T4)
     with pytest.raises(WorkError, match="does not fit") as caught:
         require_plan_fits(asked, config, T4, plan)
     assert "T4 has 14.6 GiB" in caught.value.message
-    assert "--set streaming=auto" in caught.value.message
+    assert "--set weight_offload=auto" in caught.value.message
     assert "--set method=qlora" in caught.value.message
     assert "--gpus 2  (the same result, the base spread over them)" in caught.value.message
     assert "--force" in caught.value.hint
     require_plan_fits(asked, config, H100, plan_training(asked, config, H100))
-    tight = recipe(memory_limit="1GiB", streaming="off")
+    tight = recipe(memory_limit="1GiB", weight_offload="off")
     with pytest.raises(WorkError, match="memory_limit is 1GiB"):
         require_plan_fits(tight, config, H100, plan_training(tight, config, H100))
 
 
 def test_streaming_is_refused_where_the_host_is_too_small(monkeypatch):
-    config, asked = shape_config("llama-2-7b"), recipe(streaming="on")
+    config, asked = shape_config("llama-2-7b"), recipe(weight_offload="on")
     plan = plan_training(asked, config, T4)
     assert plan.fits
     monkeypatch.setattr(module, "host_memory", lambda: 8 * 2**30)

@@ -129,7 +129,7 @@ def test_logits_of_a_head_that_trains_are_counted_as_often_as_they_live():
         summed_cross_entropy(hidden, torch.arange(tokens), head).backward()
     copies = alive.most / (4 * tokens * vocabulary)
     config = shape_config("llama-2-7b")
-    asked = recipe(engine="off", cutoff_len=tokens, micro_batch_size=1)
+    asked = recipe(fused_layers="off", cutoff_len=tokens, micro_batch_size=1)
     planned = plan_memory(asked, config, H100).parts["logits of one chunk"]
     assert planned == pytest.approx(copies * 4 * tokens * config.vocab_size, rel=0.05)
 
@@ -202,8 +202,8 @@ def test_recomputation_saves_activations():
         ("off", "activations (estimate)"),
         ("auto", "activations kept for backward"),
     ):
-        kept = plan_memory(recipe(engine=engine), config, H100)
-        again = plan_memory(recipe(engine=engine, gradient_checkpointing=True), config, H100)
+        kept = plan_memory(recipe(fused_layers=engine), config, H100)
+        again = plan_memory(recipe(fused_layers=engine, gradient_checkpointing=True), config, H100)
         assert again.parts[key] < kept.parts[key] / 5
         assert set(kept.keep) == {0}
         assert set(again.keep) == {3}
@@ -256,17 +256,17 @@ def test_below_that_layers_take_the_whole_step_one_by_one(method, smallest):
 
 def test_streaming_is_had_on_request_and_kept_away_on_request():
     config = shape_config("llama-2-7b")
-    asked = recipe(gradient_checkpointing="auto", streaming="on")
+    asked = recipe(gradient_checkpointing="auto", weight_offload="on")
     plan = plan_memory(asked, config, H100)
     assert plan.placement.base_on_host
     # A card with room to spare keeps every layer's inputs.
     assert plan.placement.inputs_on_gpu == 32
-    for changes in ({"use_dora": True}, {"engine": "off"}, {"modules_to_save": ["lm_head"]}):
-        with pytest.raises(RecipeError, match="streaming: on needs the fast layers"):
-            plan_memory(recipe(streaming="on", **changes), config, H100)
+    for changes in ({"use_dora": True}, {"fused_layers": "off"}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(RecipeError, match="weight_offload: on needs the fast layers"):
+            plan_memory(recipe(weight_offload="on", **changes), config, H100)
     on_cpu = Device("cpu", "x", 64 * 2**30, "float32", "sdpa")
-    assert plan_memory(recipe(streaming="on"), config, on_cpu).placement.base_on_host
-    never = recipe(gradient_checkpointing="auto", streaming="off", memory_limit="9GiB")
+    assert plan_memory(recipe(weight_offload="on"), config, on_cpu).placement.base_on_host
+    never = recipe(gradient_checkpointing="auto", weight_offload="off", memory_limit="9GiB")
     assert not plan_memory(never, config, H100).fits
     # bitsandbytes' optimizers know no host.
     eight = recipe(gradient_checkpointing="auto", optimizer="adamw_8bit", memory_limit="3.2GiB")
@@ -312,7 +312,7 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_the_step():
         shared = plan_memory(asked, config, ranks(count)).parts[kept]
         single = recipe(micro_batch_size=rows, gradient_accumulation_steps=1)
         assert shared == plan_memory(single, config, H100).parts[kept], count
-    streamed = asked.model_copy(update={"streaming": "on"})
+    streamed = asked.model_copy(update={"weight_offload": "on"})
     whole, part = (plan_memory(streamed, config, d).parts for d in (H100, ranks(4)))
     assert part["hidden states of a step"] * 4 == whole["hidden states of a step"]
 
@@ -348,16 +348,18 @@ def test_sharding_is_had_on_request_and_kept_away_on_request():
     assert "NCCL buffers" not in on_cpu.parts
     never = auto(sharding="off", memory_limit="8GiB")
     assert plan_memory(never, config, ranks(2)).placement.base_on_host
-    spread = plan_memory(auto(streaming="off", memory_limit="10GiB"), config, ranks(2))
+    spread = plan_memory(auto(weight_offload="off", memory_limit="10GiB"), config, ranks(2))
     assert (spread.fits, spread.placement.shards) == (True, 2)
-    assert not plan_memory(never.model_copy(update={"streaming": "off"}), config, ranks(2)).fits
+    assert not plan_memory(
+        never.model_copy(update={"weight_offload": "off"}), config, ranks(2)
+    ).fits
     full = auto(modules_to_save=["lm_head"], memory_limit="9GiB")
     assert plan_memory(full, config, ranks(2)).placement.shards == 1
 
 
 def test_processes_on_a_cpu_share_its_memory():
     config = shape_config("tiny")
-    plan = plan_memory(recipe(engine="on"), config, ranks(4, gib=8, kind="cpu"))
+    plan = plan_memory(recipe(fused_layers="on"), config, ranks(4, gib=8, kind="cpu"))
     assert plan.available_bytes == 2 * 2**30
-    apart = plan_memory(recipe(engine="on"), config, ranks(4, nodes=4, gib=8, kind="cpu"))
+    apart = plan_memory(recipe(fused_layers="on"), config, ranks(4, nodes=4, gib=8, kind="cpu"))
     assert apart.available_bytes == 8 * 2**30

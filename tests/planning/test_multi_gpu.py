@@ -114,11 +114,14 @@ def test_a_base_that_fits_no_one_gpu_is_spread_and_the_reason_told():
     ("values", "said"),
     [
         ({"sharding": "on"}, "spread over all 2 GPUs, 1/2 each (FSDP's full shard): sharding: on"),
-        ({"streaming": "on"}, "in host memory, once for every GPU, streamed: streaming: on"),
+        (
+            {"weight_offload": "on"},
+            "in host memory, once for every GPU, streamed: weight_offload: on",
+        ),
         ({"sharding": "off", "memory_limit": "6GiB"}, "streamed: sharding: off"),
         ({"memory_limit": "4GiB"}, "streamed: spread over 2 it does not fit either"),
         ({"memory_limit": "10GiB"}, "and may take 10GiB"),
-        ({"memory_limit": "1GiB", "engine": "off"}, "it does not fit one"),
+        ({"memory_limit": "1GiB", "fused_layers": "off"}, "it does not fit one"),
     ],
 )
 def test_every_place_has_its_reason(values, said):

@@ -39,9 +39,9 @@ def test_on_the_card_then_spread_then_in_host_memory():
 
 def test_recipes_choose():
     assert places(sizes(4, sharding="on")) == ["spread 4"]
-    assert places(sizes(4, streaming="on")) == ["host"]
+    assert places(sizes(4, weight_offload="on")) == ["host"]
     assert places(sizes(4, sharding="off")) == places(sizes())
-    assert places(sizes(4, streaming="off")) == ["card", "embedding", "spread 4"]
+    assert places(sizes(4, weight_offload="off")) == ["card", "embedding", "spread 4"]
     assert places(sizes(2, kind="cpu")) == ["card"]
     assert places(sizes(2, kind="cpu", sharding="on")) == ["spread 2"]
     assert places(sizes(4, gradient_checkpointing=True)) == ["card"]
@@ -51,7 +51,7 @@ def test_recipes_choose():
     ("length", "heads"), [(2048, 32), (32767, 32), (32768, 16), (65536, 8), (2**21, 1)]
 )
 def test_long_rows_go_through_attention_in_groups_of_heads(length, heads):
-    found = list(placement_candidates(sizes(streaming="on", cutoff_len=length), engine=True))
+    found = list(placement_candidates(sizes(weight_offload="on", cutoff_len=length), engine=True))
     assert {placement.heads_at_once for _, placement in found} == {heads}
 
 
@@ -73,8 +73,18 @@ def test_an_optimizer_of_cards_stays_there():
             "sharding: auto",
         ),
         ({"sharding": "on", "ranks": 2}, False, "sharding: on needs the fast layers", "sharding:"),
-        ({"streaming": "on"}, False, "streaming: on needs the fast layers", "streaming: auto"),
-        ({"sharding": "on", "streaming": "on", "ranks": 2}, True, "not from both", "one of them"),
+        (
+            {"weight_offload": "on"},
+            False,
+            "weight_offload: on needs the fast layers",
+            "weight_offload: auto",
+        ),
+        (
+            {"sharding": "on", "weight_offload": "on", "ranks": 2},
+            True,
+            "not from both",
+            "one of them",
+        ),
         (
             {"sharding": "on", "ranks": 2, "modules_to_save": ["lm_head"]},
             True,
@@ -90,6 +100,6 @@ def test_what_cannot_be_is_refused_by_name(given, engine, said, hint):
 
 
 def test_what_can_be_is_not():
-    for given in ({}, {"sharding": "on", "ranks": 2}, {"streaming": "on", "ranks": 2}):
+    for given in ({}, {"sharding": "on", "ranks": 2}, {"weight_offload": "on", "ranks": 2}):
         check_placement(sizes(**given), engine=True)
     check_placement(sizes(ranks=2), engine=False)

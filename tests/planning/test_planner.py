@@ -62,7 +62,7 @@ def test_a_cpu_run_counts_python_and_recomputes_only_where_it_must():
 
 
 def test_a_cpu_run_with_the_engine_counts_python_too():
-    plan = plan_training(recipe(engine="on"), shape_config("tiny"), CPU)
+    plan = plan_training(recipe(fused_layers="on"), shape_config("tiny"), CPU)
     assert plan.parts["Python and libraries"] == LIBRARIES_BYTES
 
 
@@ -81,9 +81,9 @@ def test_a_card_without_kernels_is_planned_with_the_models_own_layers():
     asked = recipe(method="qlora", micro_batch_size=2)
     config = shape_config("llama-2-7b")
     plan = plan_training(asked, config, OLD_CARD)
-    assert plan == plan_training(asked.model_copy(update={"engine": "off"}), config, OLD_CARD)
+    assert plan == plan_training(asked.model_copy(update={"fused_layers": "off"}), config, OLD_CARD)
     assert "adapters (copy in the base's type)" in plan_training(asked, config, CARD).parts
-    on = plan_training(asked.model_copy(update={"engine": "on"}), config, OLD_CARD)
+    on = plan_training(asked.model_copy(update={"fused_layers": "on"}), config, OLD_CARD)
     assert "adapters (copy in the base's type)" in on.parts
 
 
@@ -92,7 +92,7 @@ def test_what_its_own_layers_cannot_hold_is_streamed_there_too():
     plan = plan_training(recipe(), shape_config("llama-2-7b"), small)
     assert plan.fits
     assert plan.placement.base_on_host
-    for closed in ({"streaming": "off"}, {"use_dora": True}):
+    for closed in ({"weight_offload": "off"}, {"use_dora": True}):
         assert not plan_training(recipe(**closed), shape_config("llama-2-7b"), small).fits
 
 

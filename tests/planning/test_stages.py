@@ -113,7 +113,7 @@ def test_embedding_and_head_are_told_apart(name, values, expected):
 
 def test_the_host_holds_what_is_streamed():
     config = shape_config("llama-2-7b")
-    asked = recipe(streaming="on", memory_limit="4GiB")
+    asked = recipe(weight_offload="on", memory_limit="4GiB")
     host = host_parts(asked, H100, plan_training(asked, config, H100))
     assert host["frozen weights"] == 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert "frozen weights" not in host_parts(recipe(), H100, plan_training(recipe(), config, H100))
@@ -158,7 +158,7 @@ def test_what_a_spread_base_takes_is_spelled_out_with_its_sum():
 
 
 def test_each_process_of_a_machine_has_host_memory_of_its_own():
-    config, asked = shape_config("llama-2-7b"), recipe(streaming="on")
+    config, asked = shape_config("llama-2-7b"), recipe(weight_offload="on")
     one, four = (with_gpu_count(H100, n, None, None) for n in (1, 4))
     single = host_parts(asked, one, plan_training(asked, config, one))
     shared = host_parts(asked, four, plan_training(asked, config, four))

@@ -14,11 +14,11 @@ from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 
 CASES = [
-    ("llama-2-7b", "t4", {"streaming": "off"}),
-    ("llama-3.1-8b", "3060", {"streaming": "off"}),
+    ("llama-2-7b", "t4", {"weight_offload": "off"}),
+    ("llama-3.1-8b", "3060", {"weight_offload": "off"}),
     ("llama-2-7b", "4090", {"gradient_checkpointing": False, "micro_batch_size": 8}),
-    ("qwen3-8b", "4080", {"streaming": "off", "method": "qlora", "cutoff_len": 16384}),
-    ("llama-2-7b", "t4", {"engine": "off"}),
+    ("qwen3-8b", "4080", {"weight_offload": "off", "method": "qlora", "cutoff_len": 16384}),
+    ("llama-2-7b", "t4", {"fused_layers": "off"}),
 ]
 
 
@@ -96,7 +96,7 @@ def test_the_nearest_is_given_where_nothing_fits():
 
 def test_the_smallest_card():
     one = card_device(GPUS["t4"], None, "auto")
-    tight = recipe(streaming="off")
+    tight = recipe(weight_offload="off")
     assert smallest_gpu(tight, shape_config("llama-3.1-8b"), one).name == "l4"
     assert smallest_gpu(recipe(), shape_config("smollm2-135m"), one).memory_gib < 12
     two = smallest_gpu(tight, shape_config("llama-3.1-8b"), replace(one, ranks=2))
@@ -107,7 +107,7 @@ def test_the_smallest_card():
 
 
 def test_sharding_is_offered_where_it_was_forbidden():
-    asked = recipe(streaming="off", sharding="off")
+    asked = recipe(weight_offload="off", sharding="off")
     device = replace(card_device(GPUS["t4"], None, "auto"), ranks=2)
     config = shape_config("llama-2-7b")
     found = find_changes(asked, config, device, plan_training(asked, config, device), GPUS["t4"])
@@ -115,11 +115,11 @@ def test_sharding_is_offered_where_it_was_forbidden():
 
 
 def test_more_gpus_are_counted():
-    asked, config = recipe(streaming="off"), shape_config("llama-2-13b")
+    asked, config = recipe(weight_offload="off"), shape_config("llama-2-13b")
     one = card_device(GPUS["4080"], None, "auto")
     assert not plan_training(asked, config, one).fits
     count = fewest_gpus(asked, config, one)
     assert plan_training(asked, config, replace(one, ranks=count)).fits
     assert not plan_training(asked, config, replace(one, ranks=count // 2)).fits
-    apart = recipe(streaming="off", sharding="off")
+    apart = recipe(weight_offload="off", sharding="off")
     assert fewest_gpus(apart, config, one) is None

@@ -32,7 +32,7 @@ def test_measured_rows(path):
     row = json.loads(path.read_text())
     if row.get("lengths") == "mixed":
         pytest.skip("the plan speaks of full rows; mixed lengths ran 10% below it")
-    engine = {"engine": "off"} if path.stem.startswith("baseline") else {}
+    engine = {"fused_layers": "off"} if path.stem.startswith("baseline") else {}
     asked = Recipe(**{**row["recipe"], "model": "m", "data": "d", **engine})
     if asked.memory_limit:  # measured before a reserve was kept within it
         limit = 1.02 * asked.memory_limit_bytes / 1e6
@@ -58,7 +58,9 @@ def test_recomputation_long_rows_and_streaming_cost_speed():
     plain = speed(recipe(), "llama-2-7b", "h100").tokens_per_second
     again = speed(recipe(gradient_checkpointing=True), "llama-2-7b", "h100").tokens_per_second
     long = speed(recipe(cutoff_len=32768), "llama-2-7b", "h100").tokens_per_second
-    streamed = speed(recipe(streaming="on", gradient_accumulation_steps=1), "llama-2-7b", "h100")
+    streamed = speed(
+        recipe(weight_offload="on", gradient_accumulation_steps=1), "llama-2-7b", "h100"
+    )
     assert again < plain
     assert long < plain
     assert streamed.tokens_per_second < 0.7 * plain
@@ -79,7 +81,7 @@ def planned(card="h100", gpus=1, **values):
 def test_a_step_that_waits_for_the_link_takes_what_is_copied_over_it():
     """Few tokens: the card is through with a layer long before the next one is there."""
     asked, config, device, plan, card = planned(
-        "4090", streaming="on", cutoff_len=512, gradient_accumulation_steps=1
+        "4090", weight_offload="on", cutoff_len=512, gradient_accumulation_steps=1
     )
     assert plan.host_parts["frozen weights"] == 2 * LINEAR
     plan.host_parts["inputs of layers"] = 10**9

@@ -26,8 +26,8 @@ from lorakit.storage.run_dir import write_text
 
 SAVE = """
     from pathlib import Path
-    from lorakit.storage.atomic_dir import staged
-    with staged(Path({target!r})) as folder:
+    from lorakit.storage.atomic_dir import atomic_directory
+    with atomic_directory(Path({target!r})) as folder:
         (folder / "a.bin").write_text("x" * 100)
         (folder / "sub").mkdir()
         (folder / "sub" / "b.bin").write_text("y")
@@ -316,14 +316,14 @@ def test_a_file_that_may_not_grow_is_one_error_and_the_old_folder_stays(tmp_path
         import numpy, torch
         from pathlib import Path
         from safetensors.torch import save_file
-        from lorakit.storage.atomic_dir import staged, verified
+        from lorakit.storage.atomic_dir import atomic_directory, verified
         from lorakit.errors import WorkError
         target = Path({str(tmp_path / "target")!r})
-        with staged(target) as folder:
+        with atomic_directory(target) as folder:
             save_file({{"a": torch.zeros(10)}}, folder / "m.safetensors")
         for writer in ("safetensors", "python", "numpy"):
             try:
-                with staged(target, size=400_000) as folder:
+                with atomic_directory(target, size=400_000) as folder:
                     if writer == "safetensors":
                         save_file({{"a": torch.zeros(100_000)}}, folder / "m.safetensors")
                     elif writer == "python":
@@ -371,10 +371,10 @@ def test_what_the_kernel_refuses_is_one_error_and_the_old_folder_stays(sealed, c
     """The first such system call of a process of its own fails."""
     code = f"""
         from pathlib import Path
-        from lorakit.storage.atomic_dir import staged
+        from lorakit.storage.atomic_dir import atomic_directory
         from lorakit.errors import WorkError
         try:
-            with staged(Path({str(sealed)!r})) as folder:
+            with atomic_directory(Path({str(sealed)!r})) as folder:
                 (folder / "a.bin").write_text("new")
         except WorkError as fault:
             print(fault)

@@ -27,10 +27,10 @@ class Pair(DistributedContext):
         super().__init__(number, 2, 2)
         self.adds, self.gathers = list(adds), list(gathers)
 
-    def add(self, tensor):
+    def all_reduce_(self, tensor):
         tensor += torch.tensor(self.adds.pop(0))
 
-    def gather(self, thing):
+    def all_gather_object(self, thing):
         return [thing, self.gathers.pop(0)]
 
 
@@ -63,7 +63,7 @@ def test_gradients_and_losses_add_up_and_wishes_count_for_all():
     loss = together.add([flat], torch.tensor(0.25))
     assert flat.tolist() == [11.0, 22.0]
     assert float(loss) == 0.75
-    assert together.stop_agreed  # the other rank got the signal
+    assert together.should_stop  # the other rank got the signal
     assert together.exit_code == 128 + signal.SIGTERM
 
 
@@ -82,11 +82,11 @@ def test_alone_nothing_travels():
     together = GradientSync(SINGLE_PROCESS, stop)
     loss = torch.tensor(1.0)
     assert together.add([torch.ones(2)], loss) is loss
-    assert not together.stop_agreed
+    assert not together.should_stop
     stop.signal = signal.SIGINT
-    assert together.stop_agreed
+    assert together.should_stop
     assert together.exit_code == 130
-    assert [together.saves(due) for due in (True, False)] == [True, False]
+    assert [together.agree_to_save(due) for due in (True, False)] == [True, False]
 
 
 def test_the_clock_of_rank_0_lets_all_save_one_step_later_and_once():
@@ -94,7 +94,7 @@ def test_the_clock_of_rank_0_lets_all_save_one_step_later_and_once():
     saved = []
     for _ in range(3):  # the clock of rank 0 has rung, and rings until a save is through
         together.add([torch.zeros(1)], torch.tensor(0.0))
-        saved.append(together.saves(not any(saved)))
+        saved.append(together.agree_to_save(not any(saved)))
     assert saved == [False, True, False]
 
 
@@ -103,7 +103,7 @@ def test_the_clock_of_another_rank_lets_nobody_save():
     saved = []
     for _ in range(3):
         together.add([torch.zeros(1)], torch.tensor(0.0))
-        saved.append(together.saves(True))
+        saved.append(together.agree_to_save(True))
     assert saved == [False] * 3
 
 
@@ -135,7 +135,7 @@ def test_one_bit_of_any_tensor_is_a_drift(tensor, place):
     class Other(DistributedContext):
         """Rank 1, which only tells its hash."""
 
-        def gather(self, thing):
+        def all_gather_object(self, thing):
             told.append(thing)
             return [thing]
 

@@ -151,7 +151,7 @@ def test_a_probe_finds_it_before_step_1_and_changes_nothing_else(run):
     values = {"micro_batch_size": 4, "gradient_accumulation_steps": 2}
     plain = run("plain", **values)
     plain.train()
-    probed = run("probed", probe=True, val=examples([12, 50, 3]), **values)
+    probed = run("probed", memory_probe=True, val=examples([12, 50, 3]), **values)
     probed.train()
     assert trained(probed) == trained(plain)
     # The four longest: 40, 33, 30 and 26.
@@ -159,7 +159,7 @@ def test_a_probe_finds_it_before_step_1_and_changes_nothing_else(run):
     assert words in said(probed)
     small = run("small", micro_batch_size=2, gradient_accumulation_steps=4)
     small.train()
-    cut = run("cut", probe=True, **values)
+    cut = run("cut", memory_probe=True, **values)
     failures = memory_ends(cut, lambda step, micro, h: h.shape[0] > 2)
     cut.train()
     assert failures == [(1, 1)]
@@ -228,10 +228,10 @@ def test_an_error_of_another_kind_stays_what_it_is(run):
         trainer.train()
 
 
-@pytest.mark.parametrize("streaming", ["on", "off"])
+@pytest.mark.parametrize("weight_offload", ["on", "off"])
 def test_the_fast_layers_start_over_too(run, streaming):
     """Where a step is worked layer by layer all of it was under way; dropout draws the same."""
-    values = {"engine": "on", "streaming": streaming, "target_modules": "all-linear"}
+    values = {"fused_layers": "on", "weight_offload": streaming, "target_modules": "all-linear"}
     cut = run("cut", micro_batch_size=4, gradient_accumulation_steps=1, **values)
     work = cut.layerwise if streaming == "on" else cut.attached.engine
     assert work is not None

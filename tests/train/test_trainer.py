@@ -217,10 +217,10 @@ def test_a_row_has_the_tokens_of_all_its_steps(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("values", "on_host", "buffers"),
     [
-        ({"streaming": "on"}, True, 2),  # one a layer
-        ({"streaming": "on"}, False, 1),
-        ({"engine": "on"}, False, 1),
-        ({"engine": "off"}, False, 1),
+        ({"weight_offload": "on"}, True, 2),  # one a layer
+        ({"weight_offload": "on"}, False, 1),
+        ({"fused_layers": "on"}, False, 1),
+        ({"fused_layers": "off"}, False, 1),
     ],
 )
 def test_what_ranks_add_up_is_every_gradient(
@@ -282,7 +282,7 @@ def test_layers_that_the_plan_was_not_made_for_keep_as_little_as_they_can(
 ):
     """The fast layers were planned, and turn out not to serve: ranks differ within q, k, v."""
     trainer = trainer_of(
-        tiny_model_dir, tmp_path, examples([9, 7]), max_steps=1, engine="on",
+        tiny_model_dir, tmp_path, examples([9, 7]), max_steps=1, fused_layers="on",
         rank_pattern={"q_proj": 4}, gradient_checkpointing=chosen,
     )  # fmt: skip
     assert trainer.plan.engine

@@ -37,7 +37,7 @@ PARTS = {
     "optimizer state": "its optimizer state",
     "CUDA context": "CUDA itself",
 }
-smallest = dict(lora_r=16, micro_batch_size=1, gradient_checkpointing=True, streaming="off")
+smallest = dict(lora_r=16, micro_batch_size=1, gradient_checkpointing=True, weight_offload="off")
 budgets = {
     "LoRA": dict(method="lora", memory_limit="15GiB"),
     "QLoRA, rank 16": dict(method="qlora", memory_limit="7GiB", **smallest),

@@ -116,9 +116,9 @@ def export(
     quant: Annotated[
         str | None, typer.Option(help="GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, ...")
     ] = None,
-    onto: Annotated[
-        str, typer.Option(help="QLoRA: merge onto the base as `trained`, or `original`.")
-    ] = "trained",
+    merge_base: Annotated[
+        str, typer.Option(help="QLoRA: merge into the `quantized` base, or the `original`.")
+    ] = "quantized",
     dtype: Annotated[str | None, typer.Option(help="Merged: float32, bfloat16, float16.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="vllm, tgi, hub: merge first.")] = False,
     adapter: Annotated[
@@ -145,7 +145,7 @@ def export(
         output,
         log,
         quantization=quant,
-        onto=onto,
+        merge_base=merge_base,
         dtype=dtype,
         merged=merged,
         as_adapter=adapter or None,

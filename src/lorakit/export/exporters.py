@@ -41,28 +41,32 @@ def _options(*names: str) -> frozenset[str]:
 EXPORTERS: dict[str, ExportFormat] = {
     "adapter": ExportFormat(export_adapter, "PEFT folder with tokenizer and template", _options()),
     "merged": ExportFormat(
-        export_merged, "one plain transformers folder", _options("onto", "dtype")
+        export_merged, "one plain transformers folder", _options("merge_base", "dtype")
     ),
     "gguf": ExportFormat(
-        export_gguf, "one file for llama.cpp", _options("quantization", "onto", "dtype")
+        export_gguf, "one file for llama.cpp", _options("quantization", "merge_base", "dtype")
     ),
     "gguf-adapter": ExportFormat(export_gguf_adapter, "the adapter for llama.cpp", _options()),
     "ollama": ExportFormat(
         export_ollama,
         "Modelfile and GGUF",
-        _options("quantization", "onto", "dtype", "as_adapter"),
+        _options("quantization", "merge_base", "dtype", "as_adapter"),
     ),
     "vllm": ExportFormat(
-        export_vllm, "folder and `vllm serve` line", _options("onto", "dtype", "merged")
+        export_vllm, "folder and `vllm serve` line", _options("merge_base", "dtype", "merged")
     ),
-    "tgi": ExportFormat(export_tgi, "folder and TGI line", _options("onto", "dtype", "merged")),
+    "tgi": ExportFormat(
+        export_tgi, "folder and TGI line", _options("merge_base", "dtype", "merged")
+    ),
     "llama.cpp": ExportFormat(
-        export_llama_cpp, "GGUF and `llama-server` line", _options("quantization", "onto", "dtype")
+        export_llama_cpp,
+        "GGUF and `llama-server` line",
+        _options("quantization", "merge_base", "dtype"),
     ),
     "hub": ExportFormat(
         export_hub,
         "upload with a model card",
-        _options("onto", "dtype", "repository", "public", "merged"),
+        _options("merge_base", "dtype", "repository", "public", "merged"),
     ),
 }
 # What a job has where the command says nothing.
@@ -112,9 +116,10 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
                 f"--{FLAGS.get(key, key)} says nothing to --to {to}",
                 hint=f"it goes with: {', '.join(having)}",
             )
-    if options.get("onto", "trained") not in ("trained", "original"):
+    if options.get("merge_base", "quantized") not in ("quantized", "original"):
         raise RecipeError(
-            f"--onto {options['onto']}: unknown base", hint="bases: trained (default), original"
+            f"--merge-base {options['merge_base']}: unknown base",
+            hint="bases: quantized (default), original",
         )
     if options.get("dtype") not in (None, "float32", "bfloat16", "float16"):
         raise RecipeError(
@@ -128,7 +133,7 @@ def _folder(to: str, options: dict[str, Any]) -> str:
     """Formats that come in several kinds get a folder each."""
     kind = options.get("quantization")
     parts = [to, quantization(kind) if kind else "", options.get("dtype") or ""]
-    parts += ["original"] if options.get("onto") == "original" else []
+    parts += ["original"] if options.get("merge_base") == "original" else []
     return "-".join(p for p in parts if p)
 
 

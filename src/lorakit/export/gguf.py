@@ -347,14 +347,18 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
         if not (job.verify and run) or short:
             return {**facts, "skipped": short or "not run in llama.cpp"}
         # The base runs as F16: for a QLoRA run that is not the base it was trained on.
-        onto = "original" if source.recipe.method == "qlora" else "trained"
-        if onto == "original":
+        merge_base = "original" if source.recipe.method == "qlora" else "quantized"
+        if merge_base == "original":
             job.console.print(
                 "note: compared on the original base, which is what llama.cpp puts it on; this run "
                 "was trained on 4-bit values of it: --to gguf holds those"
             )
-        reference = make_reference(source, float32_model(source, onto))
-        return {**facts, "onto": onto, **run_gguf(job, reference, base_file, path, "F16")}
+        reference = make_reference(source, float32_model(source, merge_base))
+        return {
+            **facts,
+            "merge_base": merge_base,
+            **run_gguf(job, reference, base_file, path, "F16"),
+        }
 
 
 def _link_weights(folder: Path, target: Path) -> None:

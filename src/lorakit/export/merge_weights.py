@@ -29,11 +29,13 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 WIDER = "export with --dtype bfloat16 (as small) or float32"
 
 
-def write_merged(source: TunedRun, folder: Path, onto: str, dtype: str, wider: str = WIDER) -> str:
+def write_merged(
+    source: TunedRun, folder: Path, merge_base: str, dtype: str, wider: str = WIDER
+) -> str:
     """Fill `folder` with the merged model in `dtype`; returns the way it was done, in words.
 
     Args:
-        onto: "trained" (a QLoRA run: the dequantized NF4 base) or "original".
+        merge_base: "quantized" (a QLoRA run: the dequantized NF4 base) or "original".
         wider: what to do where `dtype` does not hold the model's values.
 
     Raises:
@@ -42,9 +44,9 @@ def write_merged(source: TunedRun, folder: Path, onto: str, dtype: str, wider: s
     untied = source.unties
     reason = _reason_against_streaming(source)
     if reason is None:
-        entries, way = _streamed(source, onto, dtype, wider), STREAMED
+        entries, way = _streamed(source, merge_base, dtype, wider), STREAMED
     else:
-        entries, way = _in_memory(source, onto, dtype, wider), f"in memory ({reason})"
+        entries, way = _in_memory(source, merge_base, dtype, wider), f"in memory ({reason})"
     write_shards(folder, entries)
     write_config(source, folder, dtype, tied=source.tied and not untied)
     write_tokenizer(source, folder)
@@ -109,10 +111,10 @@ def skeleton(source: TunedRun) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
 
 
-def _streamed(source: TunedRun, onto: str, dtype: str, wider: str) -> list[Entry]:
+def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list[Entry]:
     assert source.folder is not None
     empty = skeleton(source)
-    stored, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, onto)
+    stored, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, merge_base)
     if source.unties:
         import torch
 
@@ -220,16 +222,16 @@ def _merge_one(module: Any, weight: Any) -> Any:
     return merged
 
 
-def four_bit_modules(source: TunedRun, empty: Any, onto: str) -> set[str]:
+def four_bit_modules(source: TunedRun, empty: Any, merge_base: str) -> set[str]:
     """Linear layers that training had in 4 bits: all but those that transformers leaves out.
 
     Args:
-        onto: "trained", or "original", whose base has none.
+        merge_base: "quantized", or "original", whose base has none.
     """
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    if source.recipe.method != "qlora" or onto != "trained":
+    if source.recipe.method != "qlora" or merge_base != "quantized":
         return set()
     linear = {n for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
     return linear - set(get_keys_to_not_convert(empty))
@@ -254,11 +256,11 @@ def trained_whole(source: TunedRun) -> dict[str, Any]:
     return found
 
 
-def _in_memory(source: TunedRun, onto: str, dtype: str, wider: str) -> list[Entry]:
+def _in_memory(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list[Entry]:
     """Entries of a model merged as a whole by peft, for bases that cannot be streamed."""
     import torch
 
-    merged = float32_model(source, onto).merge_and_unload()
+    merged = float32_model(source, merge_base).merge_and_unload()
     target = getattr(torch, dtype)
     tied = bool(merged.config.get_text_config().tie_word_embeddings)
     head = next(n for n, m in merged.named_modules() if m is merged.get_output_embeddings())

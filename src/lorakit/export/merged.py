@@ -65,7 +65,7 @@ def export_merged(job: Job) -> dict[str, Any]:
         if off > effect:
             job.next_steps.append(
                 "hint: on this base the adapter is farther from what was trained than the untuned "
-                "model is: leave out --onto original, or use the adapter on its own base"
+                "model is: leave out --merge-base original, or use the adapter on its own base"
             )
     elif lost or facts.get("update_kept", 1.0) < LEAST_KEPT:
         better = "float16 (as small) or float32" if dtype == "bfloat16" else "float32"
@@ -93,7 +93,7 @@ def fill_merged(
     way = write_merged(source, folder, job.merge_base, dtype, wider)
     check_checkpoint_keys(folder, trained_class(source.config))
     check_exported_tokenizer(source, folder)
-    facts: dict[str, Any] = {"dtype": dtype, "onto": job.merge_base, "written": way}
+    facts: dict[str, Any] = {"dtype": dtype, "merge_base": job.merge_base, "written": way}
     if not job.verify:
         return {**facts, "skipped": "asked not to compare (--no-verify)"}, None
     short = memory_missing(source)
@@ -137,7 +137,7 @@ def memory_missing(source: TunedRun) -> str | None:
     return f"that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
-def _verify(source: TunedRun, folder: Path, onto: str) -> tuple[Agreement, Reference]:
+def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement, Reference]:
     """The written files against the live adapter, and bit for bit against peft's own merge.
 
     Raises:
@@ -160,8 +160,8 @@ def _verify(source: TunedRun, folder: Path, onto: str) -> tuple[Agreement, Refer
             hint="use the adapter itself, and please report this model family",
         )
     expected = merged
-    if onto == "original":
-        expected = float32_model(source, onto).merge_and_unload()
+    if merge_base == "original":
+        expected = float32_model(source, merge_base).merge_and_unload()
     written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(source.device.kind)
     weights = expected.state_dict()
     for name, parameter in written.state_dict().items():

@@ -161,7 +161,7 @@ def _device(recipe: Recipe, parameters: int) -> Device:
     dtype = device.dtype if recipe.dtype == "auto" else recipe.dtype
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        # `--onto original` has two sums and the written model in 16 bits there for a moment.
+        # `--merge-base original` has two sums and the written model in 16 bits there for a moment.
         if 1.25 * compared_bytes(parameters) < torch.cuda.mem_get_info()[0]:
             device = detect_device()
     return replace(device, dtype=dtype)
@@ -191,12 +191,15 @@ def touches_embeddings(names: Sequence[str]) -> bool:
 
 
 def float32_model(
-    source: TunedRun, onto: str = "trained", model_class: Any = None, adapter: Path | None = None
+    source: TunedRun,
+    merge_base: str = "quantized",
+    model_class: Any = None,
+    adapter: Path | None = None,
 ) -> Any:
     """Base and adapter in float32 on the source's device, not merged.
 
     Args:
-        onto: "trained", the base as in training (a QLoRA run's: dequantized NF4), or "original".
+        merge_base: "quantized", the base as in training (a QLoRA run's: dequantized NF4), or "original".
         model_class: of the base, where it is not to be AutoModelForCausalLM's.
         adapter: another folder than the run's.
 
@@ -206,7 +209,7 @@ def float32_model(
     from peft import PeftModel
 
     recipe = source.recipe
-    quantized = recipe.method == "qlora" and onto == "trained"
+    quantized = recipe.method == "qlora" and merge_base == "quantized"
     if not quantized:
         recipe = recipe.model_copy(update={"method": "lora"})
     base = load_base(recipe, source.location, source.device, model_class=model_class)
@@ -255,7 +258,7 @@ class Job:
     target: Path
     console: Console
     quantization: str | None = None  # GGUF: F16, Q8_0, Q4_K_M, ...
-    merge_base: str = "trained"  # merged: the base as in training, or "original"
+    merge_base: str = "quantized"  # merged: the base as in training, or "original"
     dtype: str | None = None  # merged: default, the type of training
     as_adapter: bool | None = None  # ollama: base and adapter in two files
     repository: str | None = None  # hub: owner/name

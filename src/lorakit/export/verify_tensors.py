@@ -31,7 +31,7 @@ LARGEST_SHARE = 1e-3
 PIECE = 2**24  # elements compared at once
 
 
-def compare_tensors(source: TunedRun, folder: Path, onto: str) -> dict[str, Any]:
+def compare_tensors(source: TunedRun, folder: Path, merge_base: str) -> dict[str, Any]:
     """Read every written tensor again and form it once more from base and adapter.
 
     Returns:
@@ -41,7 +41,7 @@ def compare_tensors(source: TunedRun, folder: Path, onto: str) -> dict[str, Any]
     Raises:
         WorkError: names a tensor that is missing, or something else than the sum.
     """
-    sums = ExpectedTensors(source, onto)
+    sums = ExpectedTensors(source, merge_base)
     written = stored_tensors(folder)
     lost = sums.base.keys() ^ written.keys()
     if lost:
@@ -90,7 +90,7 @@ def _same(found: Any, expected: Any, noise: float) -> bool:
 class ExpectedTensors:
     """What each merged tensor has to be."""
 
-    def __init__(self, source: TunedRun, onto: str) -> None:
+    def __init__(self, source: TunedRun, merge_base: str) -> None:
         import torch
 
         empty = skeleton(source)
@@ -99,7 +99,7 @@ class ExpectedTensors:
         self.parts = {n.removeprefix(PREFIX): t for n, t in source.adapter_tensors().items()}
         self.config = source.adapter
         self.compute = getattr(torch, source.device.dtype)
-        self.four_bit = four_bit_modules(source, empty, onto)
+        self.four_bit = four_bit_modules(source, empty, merge_base)
 
     def of(self, name: str) -> tuple[Any, Any]:
         """(base, sum in float32) of this name; twice the base where nothing is added."""

@@ -182,7 +182,7 @@ def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
     if device.kind != "cuda" or needs <= has:
         return
     each = f" for {device.per_node} processes" if device.per_node > 1 else ""
-    way = "set streaming: off to plan for the card alone"
+    way = "set weight_offload: off to plan for the card alone"
     if plan.placement.shards > 1:
         each += f", {parts[LOADING] / 2**30:.1f} of it while the base is loaded"
         way = "method: qlora, or fewer GPUs on more nodes, take less of it"

@@ -39,7 +39,7 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
             each rank.
 
     Raises:
-        RecipeError: `streaming: on` or `sharding: on` where it cannot be had.
+        RecipeError: `weight_offload: on` or `sharding: on` where it cannot be had.
     """
     sizes = RankWorkload.of(recipe, config, device)
     engine = _engine(sizes)
@@ -115,9 +115,9 @@ def engine_supported(recipe: Recipe, config: Any, fast: bool) -> bool:
         config: of the text model.
         fast: the device is a card with kernels, where `auto` takes them.
     """
-    asked = fast or "on" in (recipe.engine, recipe.streaming, recipe.sharding)
+    asked = fast or "on" in (recipe.fused_layers, recipe.weight_offload, recipe.sharding)
     plain = not recipe.use_dora and recipe.bias == "none"
-    return asked and recipe.engine != "off" and plain and config.model_type in FAST_FAMILIES
+    return asked and recipe.fused_layers != "off" and plain and config.model_type in FAST_FAMILIES
 
 
 def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dict[str, int]:

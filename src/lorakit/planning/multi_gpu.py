@@ -130,7 +130,7 @@ def _base(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> str:
 def _why_spread(recipe: Recipe, config: Any, device: Device) -> str:
     if recipe.sharding == "on":
         return "sharding: on"
-    whole = recipe.model_copy(update={"sharding": "off", "streaming": "off"})
+    whole = recipe.model_copy(update={"sharding": "off", "weight_offload": "off"})
     least = plan_training(whole, config, device).total_bytes / GIB
     has = f"has {device.rank_bytes / GIB:.1f} GiB"
     if recipe.memory_limit:
@@ -139,8 +139,8 @@ def _why_spread(recipe: Recipe, config: Any, device: Device) -> str:
 
 
 def _why_not_spread(recipe: Recipe, device: Device) -> str:
-    if recipe.streaming == "on":
-        return "streaming: on"
+    if recipe.weight_offload == "on":
+        return "weight_offload: on"
     if recipe.sharding == "off":
         return "sharding: off"
     if device.per_node == 1:

@@ -23,14 +23,14 @@ def check_placement(sizes: RankWorkload, engine: bool) -> None:
     """Stop what the recipe asks for by name and cannot have.
 
     Raises:
-        RecipeError: `streaming: on` or `sharding: on` where the fast layers do not serve, both at
+        RecipeError: `weight_offload: on` or `sharding: on` where the fast layers do not serve, both at
             once, or `sharding: on` with one GPU to a machine.
     """
     recipe = sizes.recipe
-    asked = [key for key in ("streaming", "sharding") if getattr(recipe, key) == "on"]
+    asked = [key for key in ("weight_offload", "sharding") if getattr(recipe, key) == "on"]
     if len(asked) == 2:
         raise RecipeError(
-            "streaming: on and sharding: on: a layer's weights come from host memory or from the "
+            "weight_offload: on and sharding: on: a layer's weights come from host memory or from the "
             "other GPUs, not from both",
             hint="set one of them to auto",
         )
@@ -38,7 +38,7 @@ def check_placement(sizes: RankWorkload, engine: bool) -> None:
         if not (engine and recipe.modules_to_save is None):
             raise RecipeError(
                 f"{key}: on needs the fast layers, and they do not serve this recipe (model family "
-                f"{sizes.config.model_type}, engine: {recipe.engine}; DoRA, trained biases and "
+                f"{sizes.config.model_type}, engine: {recipe.fused_layers}; DoRA, trained biases and "
                 "modules_to_save do not go with them)",
                 hint=f"set {key}: auto, and memory_limit if it must fit",
             )
@@ -53,7 +53,7 @@ def check_placement(sizes: RankWorkload, engine: bool) -> None:
 def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
     """(what layers keep, what lies where), cheapest in speed first."""
     recipe, layers = sizes.recipe, sizes.layers
-    if recipe.streaming == "on":
+    if recipe.weight_offload == "on":
         yield from _layerwise(sizes, (True,))
         return
     if recipe.sharding == "on":
@@ -77,7 +77,7 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
         return
     if recipe.sharding == "auto" and sizes.per_node > 1:
         yield from _layerwise(sizes, (False,), sizes.per_node)
-    if recipe.streaming == "auto":
+    if recipe.weight_offload == "auto":
         yield from _layerwise(sizes, (False, True))
 
 

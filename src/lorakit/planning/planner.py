@@ -36,7 +36,7 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
-    asked = "on" in (recipe.streaming, recipe.sharding)
+    asked = "on" in (recipe.weight_offload, recipe.sharding)
     if asked or engine_supported(recipe, config.get_text_config(), device.fast):
         plan = plan_memory(recipe, config, device)
         return (
@@ -52,8 +52,8 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
 def _last_ways(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     """All recomputed; else, on a card without kernels, the fast layers in plain torch, streamed."""
     again = _own_layers(recipe, config, device, recompute=True)
-    streamed = recipe.model_copy(update={"streaming": "on"})
-    if again.fits or device.kind != "cuda" or recipe.streaming == "off":
+    streamed = recipe.model_copy(update={"weight_offload": "on"})
+    if again.fits or device.kind != "cuda" or recipe.weight_offload == "off":
         return again
     served = engine_supported(streamed, config.get_text_config(), device.fast)
     if not served or recipe.modules_to_save is not None or recipe.sharding == "on":
@@ -95,7 +95,7 @@ def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
 
 
 def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) -> MemoryPlan:
-    asked = recipe.model_copy(update={"engine": "off", "gradient_checkpointing": recompute})
+    asked = recipe.model_copy(update={"fused_layers": "off", "gradient_checkpointing": recompute})
     rows = min(recipe.micro_batch_size, examples_of_rank(recipe, device.ranks))
     micro = asked.model_copy(update={"micro_batch_size": rows})
     plan = plan_memory(asked, config, device)

@@ -148,12 +148,12 @@ def _candidates(
                 {"micro_batch_size": part, "gradient_accumulation_steps": steps},
                 "the same result",
             )
-    if recipe.engine == "off" and device.fast:
-        on = recipe.model_copy(update={"engine": "auto"})
+    if recipe.fused_layers == "off" and device.fast:
+        on = recipe.model_copy(update={"fused_layers": "auto"})
         if engine_supported(on, config.get_text_config(), device.fast):
-            yield {"engine": "auto"}, "none: lorakit's layers keep less"
-    if recipe.streaming == "off" and device.kind == "cuda":
-        yield {"streaming": "auto"}, "the same result; host memory takes what the card cannot"
+            yield {"fused_layers": "auto"}, "none: lorakit's layers keep less"
+    if recipe.weight_offload == "off" and device.kind == "cuda":
+        yield {"weight_offload": "auto"}, "the same result; host memory takes what the card cannot"
     if recipe.sharding == "off" and device.kind == "cuda" and device.per_node > 1:
         yield {"sharding": "auto"}, "the same result; each GPU holds a part of the base"
     if recipe.optimizer == "adamw" and device.kind == "cuda":
@@ -163,7 +163,7 @@ def _candidates(
     if recipe.cutoff_len > SHORTEST:
         yield (
             {"cutoff_len": max(SHORTEST, recipe.cutoff_len // 2)},
-            "longer examples are cut by `too_long`",
+            "longer examples are cut by `on_overlength`",
         )
     if recipe.lora_r > 8:
         yield {"lora_r": recipe.lora_r // 2}, "less capacity of the adapter"

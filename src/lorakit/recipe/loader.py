@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from lorakit.errors import RecipeError
 from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
-from lorakit.recipe.schema import METHOD_DEFAULTS, SYNONYMS, Recipe
+from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, SYNONYMS, Recipe
 
 SCHEMA_URL = "recipe.schema.json"
 # Faults that begin so: a recipe written for Axolotl, LLaMA-Factory, TRL or Unsloth.
@@ -139,9 +139,12 @@ def _take(
 def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
     hint = "begin with: model: demo; `lorakit train --help` shows how to do without a recipe"
     loaded = read_yaml_file(path, hint)
+    of_a_run = (path.parent / "environment.json").exists()
     for key, value in loaded.items():
-        values[str(key)] = plain(value)
-        origins[str(key)] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
+        # A run directory keeps its recipe for as long as it exists, by the names of its time.
+        name = RENAMED.get(str(key), str(key)) if of_a_run else str(key)
+        values[name] = plain(value)
+        origins[name] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
 
 
 def _apply_override(
@@ -174,7 +177,10 @@ def _validate(
     known = list(Recipe.model_fields)
     for key in [k for k in values if k not in known]:
         where, found = _where(origins[key]), _show(values.pop(key))
-        faults.append(f"{where}{key}: unknown key (found: {found}){suggest(key, known)}")
+        if key in RENAMED:
+            faults.append(f"{where}{key}: unknown key; its name is {RENAMED[key]} now")
+        else:
+            faults.append(f"{where}{key}: unknown key (found: {found}){suggest(key, known)}")
     for key in [k for k, value in values.items() if _is_no_text(value)]:
         where, found = _where(origins[key]), _show(ascii(values.pop(key)))
         faults.append(f"{where}{key}: holds a NUL or half a character (found: {found})")

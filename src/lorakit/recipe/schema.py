@@ -33,6 +33,13 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # What other tools call our keys: used to suggest the right name, never accepted silently.
+# Keys by the names that they had before; runs made then are still opened.
+RENAMED = {
+    "engine": "fused_layers",
+    "probe": "memory_probe",
+    "streaming": "weight_offload",
+    "too_long": "on_overlength",
+}
 SYNONYMS: dict[str, str] = {
     "base_model": "model",
     "model_name": "model",
@@ -149,7 +156,7 @@ class Recipe(BaseModel):
         description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
     )
     cutoff_len: int = Field(2048, ge=8, le=LARGEST, description="Longest example in tokens.")
-    too_long: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
+    on_overlength: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
         description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
         "`split`: several examples, each answer trained in one.",
@@ -222,7 +229,7 @@ class Recipe(BaseModel):
         description="Most memory that a run takes on each GPU, CUDA's own share included, such as "
         "15GiB; on a CPU what it plans for. Default: the complete device.",
     )
-    streaming: Literal["auto", "on", "off"] = Field(
+    weight_offload: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Frozen weights come from host memory layer by layer: `on`, `off`, or where "
         "nothing else fits. Exactly the same gradients.",
@@ -232,7 +239,7 @@ class Recipe(BaseModel):
         description="With several GPUs: each holds a part of the frozen weights, `on`, `off`, or "
         "where the whole does not fit one. Exactly the same gradients.",
     )
-    probe: bool | Literal["auto"] = Field(
+    memory_probe: bool | Literal["auto"] = Field(
         "auto",
         description="Run the heaviest micro-batch once before step 1, so that memory runs out "
         "there or not at all. `auto`: on CUDA cards.",
@@ -241,7 +248,7 @@ class Recipe(BaseModel):
         True,
         description="Lay the examples of a step out without padding; each sees only itself.",
     )
-    engine: Literal["auto", "on", "off"] = Field(
+    fused_layers: Literal["auto", "on", "off"] = Field(
         "auto",
         description="`auto`: lorakit's fast layers on cards that they suit, once verified. `on`: "
         "wherever they serve. `off`: PEFT's.",

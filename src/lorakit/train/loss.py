@@ -114,7 +114,7 @@ def attach_loss(
     base = base_of(model)
     own_forward = type(base).forward
     device = device or device_of(base)
-    fast, layers = None, "the model's own (engine: off)"
+    fast, layers = None, "the model's own (fused_layers: off)"
     slow = not has_kernels(torch.empty(0, device=device))
     if engine == "auto" and slow and not placement.layerwise:
         # On a CPU they took 0.92 s a demo step, PEFT's own 0.84.

@@ -25,7 +25,7 @@ from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
 from lorakit.errors import RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import RENAMED, Recipe
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
 from lorakit.train.checkpoint import Checkpoint, require_checkpoint
@@ -213,7 +213,7 @@ CHANGEABLE_ON_RESUME = {
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "memory_limit",
-    "streaming",
+    "weight_offload",
     "sharding",
     "save_every",
     "keep_checkpoints",
@@ -221,7 +221,7 @@ CHANGEABLE_ON_RESUME = {
     "log_every",
     "report_to",
     "offline",
-    "probe",
+    "memory_probe",
     "trust_remote_code",
 }
 VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
@@ -319,6 +319,7 @@ def harmless_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    before = {RENAMED.get(key, key): value for key, value in before.items()}
     # A setting that an older version did not know had its default's effect.
     was = {
         key: before.get(key, Recipe.model_fields[key].get_default(call_default_factory=True))

@@ -217,7 +217,7 @@ def params_without_grad(model: Any, step: int) -> str | None:
         raise WorkError(
             f"step {step}: no gradient reaches the adapters (0 of {len(asked)}); nothing would "
             "be learned",
-            hint="does the model's forward use these target_modules? try engine: off, or others",
+            hint="does the model's forward use these target_modules? try fused_layers: off, or others",
         )
     return (
         f"step {step}: no gradient reaches {len(without)} of {len(asked)} trained tensors "

@@ -112,12 +112,14 @@ class LoraTrainer(ResumableTrainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.accelerator.device_placement = False  # parts may lie on the host on purpose
         where = torch.device(device.kind)
-        self.attached = attach_loss(self.model, recipe.engine, where, plan.placement, ranks)
+        self.attached = attach_loss(self.model, recipe.fused_layers, where, plan.placement, ranks)
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
         self.layout = replace(self.layout, packed=packed)
         self.step_tokens, self.eval_tokens = 0, BATCH_TOKENS
-        self.to_probe = device.kind == "cuda" if recipe.probe == "auto" else recipe.probe
+        self.to_probe = (
+            device.kind == "cuda" if recipe.memory_probe == "auto" else recipe.memory_probe
+        )
         self.graphs = self._graphed()
         self.layerwise = self._layerwise()
         self.flat = self._flat()

@@ -184,20 +184,20 @@ def test_each_shortened_example_keeps_its_own_answer(family, chat, trained_runs)
     }
 
 
-@pytest.mark.parametrize("too_long", ["drop_oldest_turns", "split", "drop"])
-def test_no_example_is_longer_than_the_limit_at_any_limit(smollm, chat, too_long):
+@pytest.mark.parametrize("on_overlength", ["drop_oldest_turns", "split", "drop"])
+def test_no_example_is_longer_than_the_limit_at_any_limit(smollm, chat, on_overlength):
     """At the limit itself an example is kept as it is."""
     item = chat("a?", "one", "b b?", "two", "c?", "three")
     whole = len(encode(smollm, item)[0].input_ids)
-    (kept,) = encode(smollm, item, cutoff_len=whole, too_long=too_long)
+    (kept,) = encode(smollm, item, cutoff_len=whole, on_overlength=on_overlength)
     assert len(kept.input_ids) == whole
     longest = set()
     for limit in range(1, whole):
-        made, _ = all_examples(smollm, item, cutoff_len=limit, too_long=too_long)
+        made, _ = all_examples(smollm, item, cutoff_len=limit, on_overlength=on_overlength)
         lengths = [] if isinstance(made, RowError) else [len(e.input_ids) for e in made]
         assert max(lengths, default=0) <= limit
         longest.add(max(lengths, default=0) == limit)
-    assert (True in longest) == (too_long != "drop")
+    assert (True in longest) == (on_overlength != "drop")
 
 
 # -- sabotage: refused, with the row named --------------------------------------------------------
@@ -210,7 +210,7 @@ def test_an_answer_that_would_be_cut_is_left_out_by_name(smollm, chat):
 
 def test_too_long_error_stops_and_names_the_row(smollm, chat):
     with pytest.raises(DataError, match=r"rows.jsonl:7: too long: \d+ tokens") as caught:
-        encode(smollm, chat("a?", "word " * 60), cutoff_len=40, too_long="error")
+        encode(smollm, chat("a?", "word " * 60), cutoff_len=40, on_overlength="error")
     assert isinstance(caught.value, FatalRowError)
 
 
@@ -275,8 +275,8 @@ def all_examples(tokenizer, item, **rules):
 def test_split_trains_each_answer_once_within_the_limit(family, chat, trained_runs, name):
     tokenizer = family(name)
     talk = chat(*(f"{'Why' if i % 2 else 'It is'} number {i} here?" for i in range(24)), system="S")
-    whole, _ = all_examples(tokenizer, talk, cutoff_len=4096, too_long="split")
-    made, faults = all_examples(tokenizer, talk, cutoff_len=90, too_long="split")
+    whole, _ = all_examples(tokenizer, talk, cutoff_len=4096, on_overlength="split")
+    made, faults = all_examples(tokenizer, talk, cutoff_len=90, on_overlength="split")
     assert len(made) > 2
     assert all(len(e.input_ids) <= 90 for e in made)
     assert trained_runs(tokenizer, made) == trained_runs(tokenizer, whole)
@@ -285,7 +285,7 @@ def test_split_trains_each_answer_once_within_the_limit(family, chat, trained_ru
 
 def test_split_leaves_out_only_the_answer_that_fits_nowhere(smollm, chat, trained_runs):
     talk = chat("a?", "one", "b?", "long " * 80, "c?", "three")
-    made, faults = all_examples(smollm, talk, cutoff_len=60, too_long="split")
+    made, faults = all_examples(smollm, talk, cutoff_len=60, on_overlength="split")
     assert trained_runs(smollm, made) == ["one<|im_end|>", "three<|im_end|>"]
     assert faults == {
         ("too long", "split into several examples"): 1,
@@ -296,7 +296,7 @@ def test_split_leaves_out_only_the_answer_that_fits_nowhere(smollm, chat, traine
 def test_text_as_instructions_fits_and_keeps_every_word(smollm):
     text = "\n\n".join(f"# Part {i}\n\nIt says {i * i} and more of it." for i in range(30))
     document = Document(text, Origin("book.md", 1))
-    rules = {"cutoff_len": 100, "too_long": "drop", "documents": "instruction", "overlap": 16}
+    rules = {"cutoff_len": 100, "on_overlength": "drop", "documents": "instruction", "overlap": 16}
     made, _ = all_examples(smollm, document, **rules)
     assert all(len(e.input_ids) <= 100 for e in made)
     said = " ".join(smollm.decode([x for x in e.labels if x != IGNORE]) for e in made)

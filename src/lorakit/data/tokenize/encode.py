@@ -42,7 +42,7 @@ class EncodeConfig:
 
     train_on: str
     cutoff_len: int
-    too_long: str
+    on_overlength: str
     documents: str = "completion"
     overlap: int = 0
 
@@ -50,7 +50,7 @@ class EncodeConfig:
     def of(cls, recipe: Recipe) -> EncodeConfig:
         """The rules of a recipe."""
         texts = recipe.documents, recipe.document_overlap
-        return cls(recipe.train_on, recipe.cutoff_len, recipe.too_long, *texts)
+        return cls(recipe.train_on, recipe.cutoff_len, recipe.on_overlength, *texts)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -89,23 +89,23 @@ def encode(
     item: Conversation | Document,
     train_on: str = "responses",
     cutoff_len: int = 2048,
-    too_long: str = "drop_oldest_turns",
+    on_overlength: str = "drop_oldest_turns",
     log: IssueLog | None = None,
 ) -> list[Example]:
     """Examples of one conversation: one, or one per answer where a template rewrites old turns.
 
     Args:
         train_on: "responses" (every answer), "last" (the last one), "all" (every token).
-        too_long: over `cutoff_len` tokens: "drop_oldest_turns", "split", "drop" or "error". An
+        on_overlength: over `cutoff_len` tokens: "drop_oldest_turns", "split", "drop" or "error". An
             answer is never cut.
         log: where turns that were dropped are counted.
 
     Raises:
         RowFault: the row is too long, or the template refuses it: it can be left out.
         SpoilsRun: training on it would go wrong (no trained token, no end of turn, double BOS), or
-            it is too long and `too_long` is "error". The row is named.
+            it is too long and `on_overlength` is "error". The row is named.
     """
-    rules = EncodeConfig(train_on, cutoff_len, too_long)
+    rules = EncodeConfig(train_on, cutoff_len, on_overlength)
     ((_, made),) = encode_many(tokenizer, [item], rules, log or IssueLog())
     if isinstance(made, RowError):
         raise made
@@ -171,7 +171,7 @@ def _encode_one(
     made = _examples(tokenizer, drafted, rules.train_on, known)
     long = any(len(example.input_ids) > rules.cutoff_len for _, example in made)
     # Where only the last answer is trained, there is one example to be made, whatever its length.
-    if long and rules.too_long == "split" and rules.train_on != "last":
+    if long and rules.on_overlength == "split" and rules.train_on != "last":
         return _encode_pieces(tokenizer, item, rules, log)
     fitting: list[Example] = []
     faults: list[RowError] = []
@@ -198,7 +198,7 @@ def _encode_pieces(
     tokenizer: Any, conversation: Conversation, rules: EncodeConfig, log: IssueLog
 ) -> list[Example]:
     """Examples of as many pieces as it takes; each answer is trained in one of them."""
-    single = replace(rules, too_long="drop")
+    single = replace(rules, on_overlength="drop")
 
     def tried(piece: Conversation) -> tuple[list[Example], RowError | None]:
         try:
@@ -238,7 +238,7 @@ def _encode_document(
     overlap = min(rules.overlap, rules.cutoff_len // 4)
     if rules.documents == "completion":
         return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
-    single, room = replace(rules, too_long="drop"), rules.cutoff_len - overlap
+    single, room = replace(rules, on_overlength="drop"), rules.cutoff_len - overlap
     fault = RowError("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
     while room > 1 and fault.kind == "too long":
         # What request and template take is known when they are written: then less is left.
@@ -337,10 +337,10 @@ def _shorten(
     """The example without its oldest exchanges, as few as it takes; the system turn stays."""
     origin = conversation.origin
     what = f"{len(example.input_ids)} tokens, over cutoff_len {rules.cutoff_len}"
-    hint = "raise cutoff_len, or set too_long: drop"
-    if rules.too_long == "error":
+    hint = "raise cutoff_len, or set on_overlength: drop"
+    if rules.on_overlength == "error":
         raise FatalRowError("too long", origin, f"too long: {what}", hint)
-    if rules.too_long == "drop":
+    if rules.on_overlength == "drop":
         raise RowError("too long", origin, what, "raise cutoff_len")
     messages = conversation.messages
     head = 1 if messages[0].role == "system" else 0
