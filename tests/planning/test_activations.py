@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.families import tiny_config
+from tests.measured import recipe_of
 
 from lorakit.model.lora_config import add_adapter
 from lorakit.model.random_init import random_model
@@ -63,7 +64,7 @@ def test_fake_tensors_live_as_real_ones_do(dropout):
 @pytest.mark.parametrize("name", ["lora", "lora-recompute", "qlora", "qlora-recompute"])
 def test_measured_peaks_of_pefts_layers(name):
     row = json.loads((RESULTS / f"baseline_{name}.json").read_text())
-    asked = Recipe(**{**row["recipe"], "model": "m", "data": "d", "fused_layers": "off"})
+    asked = recipe_of(row, fused_layers="off")
     config = shape_config(row["shape"])
     counted = count(asked, config, H100, bool(asked.gradient_checkpointing))
     parts = plan_memory(asked, config, H100).parts

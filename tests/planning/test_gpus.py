@@ -54,7 +54,7 @@ def test_a_card_is_a_device_with_a_type_it_can_multiply(card):
     assert device.memory_bytes == int(card.memory_gib * GIB)
     assert card_device(card, None, "bfloat16").dtype == device.dtype
     assert card_device(card, 5 * GIB, "float16").memory_bytes == 5 * GIB
-    assert 0.3 < card.share < 0.8
+    assert 0.3 < card.utilization < 0.8
 
 
 def test_sizes_are_read_with_their_unit():

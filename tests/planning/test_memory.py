@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.measured import recipe_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
@@ -279,7 +280,7 @@ def test_streaming_is_had_on_request_and_kept_away_on_request():
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("memory_*.json")), ids=lambda p: p.stem)
 def test_runs_within_a_budget_stay_within_it_and_near_the_plan(path):
     row = json.loads(path.read_text())
-    recipe = Recipe(**{**row["recipe"], "model": "m", "data": "d"})
+    recipe = recipe_of(row)
     config = shape_config(row["shape"])
     placement = Placement(**{NOW.get(name, name): v for name, v in row["placement"].items()})
     measured = row["peak_process_gib"] * 2**30

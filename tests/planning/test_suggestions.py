@@ -67,7 +67,7 @@ def test_flags_are_settings_that_the_command_line_takes(case):
 
 def test_the_same_result_comes_before_another():
     _, _, _, _, found = changes(2)
-    same = [c.price.startswith("the same result") for c in found]
+    same = [c.cost.startswith("the same result") for c in found]
     assert same == sorted(same, reverse=True)
     assert found[0].settings == {"gradient_checkpointing": "auto"}
     for change in found:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.families import FAMILIES, tiny_config
+from tests.measured import recipe_of
 
 from lorakit.planning import throughput
 from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
@@ -33,7 +34,7 @@ def test_measured_rows(path):
     if row.get("lengths") == "mixed":
         pytest.skip("the plan speaks of full rows; mixed lengths ran 10% below it")
     engine = {"fused_layers": "off"} if path.stem.startswith("baseline") else {}
-    asked = Recipe(**{**row["recipe"], "model": "m", "data": "d", **engine})
+    asked = recipe_of(row, **engine)
     if asked.memory_limit:  # measured before a reserve was kept within it
         limit = 1.02 * asked.memory_limit_bytes / 1e6
         asked = asked.model_copy(update={"memory_limit": f"{limit:.0f}MB"})

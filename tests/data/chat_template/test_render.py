@@ -162,7 +162,7 @@ def test_a_template_that_refuses_or_drops_the_system_turn_gets_it_folded(smollm,
         "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     habits = template_capabilities(smollm)
-    assert habits.folds_system is folds
+    assert habits.merges_system_into_user is folds
     turns = [Message("system", "S"), Message("user", "q")]
     given = [m["content"] for m in SpecialTokenEscaper(habits, turns).messages(turns)]
     assert given == (["S\n\nq"] if folds else ["S", "q"])
@@ -192,7 +192,7 @@ def test_whatever_a_template_raises_is_a_refusal(smollm):
     ],
 )
 def test_which_parts_of_tools_a_template_leaves_out(family, name, unwritten):
-    assert template_capabilities(family(name)).unwritten == unwritten
+    assert template_capabilities(family(name)).unsupported == unwritten
 
 
 SCHEMAS, CALL_AS_JSON = "{{ tools or '' }}", "{{ c.function | tojson }}"
@@ -215,7 +215,7 @@ def test_each_part_of_tools_that_a_template_leaves_out_is_noticed(
         schemas + "{% for m in messages" + roles + " %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}" + calls + "{% endfor %}<|im_end|>\n{% endfor %}"
     )
-    assert template_capabilities(smollm).unwritten == unwritten
+    assert template_capabilities(smollm).unsupported == unwritten
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_arguments_are_given_in_the_form_that_the_template_writes_well(
         "<|im_end|>{% endfor %}"
     )
     habits = template_capabilities(smollm)
-    assert (habits.arguments_as_text, habits.unwritten) == (as_text, unwritten)
+    assert (habits.arguments_as_text, habits.unsupported) == (as_text, unwritten)
     call = {"function": {"name": "f", "arguments": {"a": "é"}}}
     turns = [Message("assistant", "", {"tool_calls": [call]})]
     (made,) = SpecialTokenEscaper(habits, turns).messages(turns)
