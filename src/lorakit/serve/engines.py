@@ -1,0 +1,183 @@
+"""How each server is started for a set of runs: vLLM, `transformers serve`, llama.cpp's.
+
+vLLM holds several adapters on one base. The other two take a copy of the base for each run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from lorakit.errors import DependencyError, ModelError, RecipeError, RunError
+from lorakit.export.exporters import export_run
+from lorakit.export.gguf import link_weights
+from lorakit.export.hf_files import write_config, write_tokenizer
+from lorakit.export.serving import VLLM_RANKS, largest_rank, why_vllm_cannot
+from lorakit.export.tuned_run import Source
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS
+
+NEEDS = {
+    "vllm": ("vllm",),
+    "llama.cpp": ("xllamacpp", "starlette", "uvicorn"),
+    "transformers": ("fastapi", "openai", "uvicorn"),
+}
+CHILD = (sys.executable, "-P", "-m", "lorakit.serve.child")
+# Keys of a request that change the answer, or how it is sent: in all three, and in two of them.
+KEYS = ["model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"]
+KEYS += ["stop", "stream", "stream_options", "logit_bias"]
+MORE = ["presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "response_format"]
+MORE += ["top_k", "min_p", "ignore_eos"]
+TOOLS = ["tools", "tool_choice", "parallel_tool_calls"]
+# What a template writes around a call, and vLLM's parser of that form.
+TOOL_PARSERS = {"[TOOL_CALLS]": "mistral", "<function=": "qwen3_coder", "<tool_call>": "hermes"}
+TOOL_PARSERS |= {"<|python_tag|>": "llama3_json"}
+
+Models = dict[str, Source]  # by the name that requests use
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A command, the keys that its server heeds, and values that every request gets."""
+
+    command: list[str]
+    keys: list[str]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True  # the trained weights, not a quantization of them
+
+
+def choose(models: Models, asked: str, console: Console) -> str:
+    """The engine to start: as asked, else vLLM on a GPU, llama.cpp on a CPU, transformers.
+
+    Raises:
+        RecipeError: there is no such engine.
+        DependencyError: what was asked for is not installed, or cannot serve these runs.
+    """
+    if asked not in ("auto", *NEEDS):
+        raise RecipeError(f"--engine {asked}: unknown", hint=f"engines: auto, {', '.join(NEEDS)}")
+    for engine in NEEDS if asked == "auto" else (asked,):
+        reason = why_not(engine, list(models.values()), asked == "auto")
+        if reason is None:
+            return engine
+        console.print(f"not {engine}: {reason}", markup=False)
+    raise DependencyError(
+        f"--engine {asked}: {reason}",
+        hint="pip install 'lorakit[serve]', or export the run (docs/guides/deploy.md)",
+    )
+
+
+def why_not(engine: str, sources: list[Source], auto: bool = False) -> str | None:
+    """Why an engine cannot serve these runs here, or is not the best choice; None where it is."""
+    import torch
+
+    missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
+    cuda = torch.cuda.is_available()
+    if missing:
+        return f"{missing[0]} is not installed"
+    if engine == "llama.cpp":
+        exported = all(map(gguf_file, sources))
+        return "there is a GPU, and no GGUF export" if auto and cuda and not exported else None
+    if engine == "transformers":
+        return next((f"{s.name} unties its base's embeddings" for s in sources if s.unties), None)
+    if not cuda:
+        return "there is no CUDA GPU"
+    if len({(s.location, s.tokenizer.chat_template) for s in sources}) > 1:
+        return "the runs differ in base or chat template, and it takes one"
+    return next((reason for s in sources if (reason := why_vllm_cannot(s))), None)
+
+
+def start_vllm(models: Models, host: str, port: int) -> Start:
+    """`vllm serve` with every adapter, the guard as its middleware."""
+    sources = list(models.values())
+    first, rank = sources[0], max(map(largest_rank, sources))
+    # As JSON: the form name=path breaks at a comma or a second "=".
+    modules = [{"name": n, "path": str(s.run.adapter.resolve())} for n, s in models.items()]
+    line = [str(Path(sys.executable).with_name("vllm")), "serve", first.location]
+    line += ["--host", host, "--port", str(port), "--dtype", first.device.dtype]
+    line += ["--enable-lora", "--lora-modules", *map(json.dumps, modules)]
+    line += ["--max-lora-rank", str(next(r for r in VLLM_RANKS if r >= rank))]
+    line += ["--max-loras", str(len(sources))]
+    line += ["--max-model-len", str(max(s.context for s in sources))]
+    line += ["--chat-template", str((first.run.adapter / "chat_template.jinja").resolve())]
+    line += ["--middleware", "lorakit.serve.guard.Guard", "--allowed-origins", "[]"]
+    keys = [*KEYS, *MORE, "n", "repetition_penalty", "min_tokens", "stop_token_ids"]
+    text = str(first.tokenizer.chat_template)
+    if parser := next((name for mark, name in TOOL_PARSERS.items() if mark in text), None):
+        line += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+        keys += TOOLS
+    # A run may end its answers otherwise than the base's generation_config says.
+    return Start(line, keys, {"stop_token_ids": sorted({i for s in sources for i in s.stops()})})
+
+
+def start_llama_cpp(models: Models, host: str, port: int, console: Console) -> Start:
+    """llama.cpp with each run's GGUF export, which is made (and compared) where there is none.
+
+    Raises:
+        RunError: an export is older than its adapter, or holds no file.
+    """
+    files = []
+    for name, source in models.items():
+        if not (source.run.export / "gguf").exists():
+            export_run(source.run, "gguf", None, console)
+        file = gguf_file(source)
+        trained = (source.run.adapter / ADAPTER_WEIGHTS).stat().st_mtime
+        if file is None or file.stat().st_mtime < trained:
+            raise RunError(
+                f"{source.run.export / 'gguf'}: found no GGUF file newer than the adapter",
+                hint="remove this folder and start again",
+            )
+        files.append(f"{name}={file.resolve()}")
+    context = str(max(source.context for source in models.values()))
+    line = [*CHILD, host, str(port), "llama.cpp", context, *files]
+    exact = all(file.endswith(("F32.gguf", "F16.gguf")) for file in files)
+    return Start(line, [*KEYS, *MORE, *TOOLS, "repeat_penalty"], exact=exact)
+
+
+def gguf_file(source: Source) -> Path | None:
+    """The run's GGUF export, if there is one."""
+    return next(iter(sorted((source.run.export / "gguf").glob("*.gguf"))), None)
+
+
+def start_transformers(models: Models, host: str, port: int, folder: Path) -> Start:
+    """`transformers serve` in `folder`, where each run becomes a base with an adapter in it.
+
+    Raises:
+        ModelError: the base's files are not on this machine.
+    """
+    from transformers.cli.serving.utils import get_response_template
+
+    for name, source in models.items():
+        _stage(source, folder / name)
+    sources = list(models.values())
+    line = [*CHILD, host, str(port), "transformers", "--dtype", sources[0].device.dtype]
+    if len(sources) == 1:
+        line.append(next(iter(models)))  # is loaded at the start, and kept
+    else:
+        line += ["--model-timeout", "-1"]
+    if any(s.recipe.method == "qlora" for s in sources):
+        line += ["--quantization", "bnb-4bit"]
+    # It reads calls out of answers of a few families only.
+    configs = [(s.tokenizer, SimpleNamespace(config=s.config)) for s in sources]
+    reads_calls = all(get_response_template(*pair) is not None for pair in configs)
+    return Start(line, [*KEYS, "tools"] if reads_calls else KEYS)
+
+
+def _stage(source: Source, folder: Path) -> None:
+    if source.folder is None:
+        raise ModelError(f"{source.location}: its files are not on this machine")
+    folder.mkdir()
+    write_config(source, folder, source.device.dtype, tied=source.tied)
+    write_tokenizer(source, folder)
+    link_weights(source.folder, folder)
+    link_weights(source.run.adapter, folder)
+    (folder / "adapter_config.json").write_text(json.dumps(source.adapter), encoding="utf-8")
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    # Without do_sample a temperature has no effect; without top_k it would be 50.
+    path.write_text(json.dumps({"top_k": 0, **values, "do_sample": True}), encoding="utf-8")

@@ -1,0 +1,80 @@
+"""Which server is started, and by which command."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorakit.errors import DependencyError
+from lorakit.export.tuned_run import open_source
+from lorakit.serve import engines
+
+QUIET = Console(quiet=True)
+
+
+def models_of(*runs):
+    return {source.name: source for source in map(open_source, runs)}
+
+
+def installed(monkeypatch, *names, gpu=False):
+    """As if only these packages were there."""
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda n: n in names or None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+def test_the_engine_is_the_best_that_is_there(speaker, monkeypatch, tmp_path):
+    models = models_of(speaker("fruit", lora_r=5))
+    biased = models_of(speaker("fruit", bias="lora_only"))
+    with pytest.raises(DependencyError, match="vllm is not installed"):
+        engines.choose(models, "vllm", QUIET)
+    web = ("starlette", "fastapi", "openai", "uvicorn")
+    installed(monkeypatch, "vllm", "xllamacpp", *web, gpu=True)
+    assert engines.choose(models, "auto", QUIET) == "vllm"
+    assert engines.choose(biased, "auto", QUIET) == "transformers"
+    with pytest.raises(DependencyError, match="biases"):
+        engines.choose(biased, "vllm", QUIET)
+    installed(monkeypatch, "vllm", "xllamacpp", *web)
+    assert engines.choose(models, "auto", QUIET) == "llama.cpp"
+    installed(monkeypatch, *web)
+    assert engines.choose(models, "auto", QUIET) == "transformers"
+    installed(monkeypatch)
+    with pytest.raises(DependencyError, match="is not installed") as caught:
+        engines.choose(models, "auto", QUIET)
+    assert "pip install 'lorakit[serve]'" in caught.value.hint
+
+
+def test_vllms_line_holds_all_adapters_and_no_key(speaker):
+    runs = speaker("fruit"), speaker("animal", lora_r=12)
+    start = engines.start_vllm(models_of(*runs), "127.0.0.1", 9)
+    line = start.command
+    assert line[1:3] == ["serve", open_source(runs[0]).location]
+
+    def value(flag, count=1):
+        at = line.index(flag)
+        return line[at + 1] if count == 1 else line[at + 1 : at + 1 + count]
+
+    named = [json.loads(text) for text in value("--lora-modules", 2)]
+    assert named == [{"name": r.path.name, "path": str(r.adapter)} for r in runs]
+    assert value("--max-lora-rank") == "16"
+    assert value("--max-loras") == "2"
+    assert value("--host", 3) == ["127.0.0.1", "--port", "9"]
+    assert value("--middleware") == "lorakit.serve.guard.Guard"
+    assert value("--chat-template") == str(runs[0].adapter / "chat_template.jinja")
+    assert start.defaults == {"stop_token_ids": open_source(runs[0]).stops()}
+    # This template has no form for calls: `tools` would be read, and its answer be plain text.
+    assert "--tool-call-parser" not in line
+    assert "tools" not in start.keys
+
+
+@pytest.mark.parametrize(
+    ("text", "parser"),
+    [("<tool_call>\n{}", "hermes"), ("<tool_call>\n<function=a>", "qwen3_coder"),
+     ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json")],
+)  # fmt: skip
+def test_vllm_reads_calls_in_the_form_of_the_template(speaker, text, parser):
+    models = models_of(speaker("fruit"))
+    models["fruit"].tokenizer.chat_template += "{# " + text + " #}"
+    start = engines.start_vllm(models, "127.0.0.1", 9)
+    assert start.command[-3:] == ["--enable-auto-tool-choice", "--tool-call-parser", parser]
+    assert "tools" in start.keys
