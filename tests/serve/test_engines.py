@@ -61,7 +61,7 @@ def test_vllms_line_holds_all_adapters_and_no_key(speaker):
     assert value("--host", 3) == ["127.0.0.1", "--port", "9"]
     assert value("--middleware") == "lorakit.serve.guard.Guard"
     assert value("--chat-template") == str(runs[0].adapter / "chat_template.jinja")
-    assert start.defaults == {"stop_token_ids": open_source(runs[0]).stops()}
+    assert start.defaults["stop_token_ids"] == open_source(runs[0]).stops()
     # This template has no form for calls: `tools` would be read, and its answer be plain text.
     assert "--tool-call-parser" not in line
     assert "tools" not in start.keys

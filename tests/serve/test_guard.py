@@ -43,7 +43,7 @@ def ask(monkeypatch, body=b"", path=CHAT, method="POST", headers=(), **settings)
 
 
 def test_a_known_request_passes_with_the_defaults(monkeypatch):
-    status, _, (seen,) = ask(monkeypatch, GOOD)
+    status, _, (seen,) = ask(monkeypatch, {**GOOD, "n": None})
     assert (status, json.loads(seen)) == (200, {**GOOD, "stop_token_ids": [2]})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,16 +39,20 @@ TOOLS = ["tools", "tool_choice", "parallel_tool_calls"]
 TOOL_PARSERS = {"[TOOL_CALLS]": "mistral", "<function=": "qwen3_coder", "<tool_call>": "hermes"}
 TOOL_PARSERS |= {"<|python_tag|>": "llama3_json"}
 
+# Of a request that does not say it. The servers' own are others: llama.cpp's are temperature 0.8,
+# top_p 0.95, top_k 40 and min_p 0.05, vLLM's and transformers' those of the base's author.
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+
 Models = dict[str, Source]  # by the name that requests use
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A command, the keys that its server heeds, and values that every request gets."""
+    """A command, the keys that its server heeds, and their values where a request has none."""
 
     command: list[str]
     keys: list[str]
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any]
     exact: bool = True  # the trained weights, not a quantization of them
 
 
@@ -105,6 +109,7 @@ def start_vllm(models: Models, host: str, port: int) -> Start:
     line += ["--max-loras", str(len(sources))]
     line += ["--max-model-len", str(max(s.context for s in sources))]
     line += ["--chat-template", str((first.run.adapter / "chat_template.jinja").resolve())]
+    line += ["--generation-config", "vllm"]  # none of the base's author
     line += ["--middleware", "lorakit.serve.guard.Guard", "--allowed-origins", "[]"]
     keys = [*KEYS, *MORE, "n", "repetition_penalty", "min_tokens", "stop_token_ids"]
     text = str(first.tokenizer.chat_template)
@@ -112,7 +117,8 @@ def start_vllm(models: Models, host: str, port: int) -> Start:
         line += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
         keys += TOOLS
     # A run may end its answers otherwise than the base's generation_config says.
-    return Start(line, keys, {"stop_token_ids": sorted({i for s in sources for i in s.stops()})})
+    stops = sorted({token for source in sources for token in source.stops()})
+    return Start(line, keys, {**DEFAULTS, "stop_token_ids": stops})
 
 
 def start_llama_cpp(models: Models, host: str, port: int, console: Console) -> Start:
@@ -136,7 +142,8 @@ def start_llama_cpp(models: Models, host: str, port: int, console: Console) -> S
     context = str(max(source.context for source in models.values()))
     line = [*CHILD, host, str(port), "llama.cpp", context, *files]
     exact = all(file.endswith(("F32.gguf", "F16.gguf")) for file in files)
-    return Start(line, [*KEYS, *MORE, *TOOLS, "repeat_penalty"], exact=exact)
+    keys = [*KEYS, *MORE, *TOOLS, "repeat_penalty"]
+    return Start(line, keys, {**DEFAULTS, "top_k": 0, "min_p": 0.0}, exact)
 
 
 def gguf_file(source: Source) -> Path | None:
@@ -165,7 +172,7 @@ def start_transformers(models: Models, host: str, port: int, folder: Path) -> St
     # It reads calls out of answers of a few families only.
     configs = [(s.tokenizer, SimpleNamespace(config=s.config)) for s in sources]
     reads_calls = all(get_response_template(*pair) is not None for pair in configs)
-    return Start(line, [*KEYS, "tools"] if reads_calls else KEYS)
+    return Start(line, [*KEYS, "tools"] if reads_calls else KEYS, DEFAULTS)
 
 
 def _stage(source: Source, folder: Path) -> None:
@@ -179,5 +186,6 @@ def _stage(source: Source, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(source.adapter), encoding="utf-8")
     path = folder / "generation_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
+    values = {key: value for key, value in values.items() if key.endswith("_token_id")}
     # Without do_sample a temperature has no effect; without top_k it would be 50.
-    path.write_text(json.dumps({"top_k": 0, **values, "do_sample": True}), encoding="utf-8")
+    path.write_text(json.dumps({**values, "do_sample": True, "top_k": 0}), encoding="utf-8")

@@ -35,9 +35,9 @@ class Refusal(Exception):
 class Guard:
     """Passes chat requests for known models with known keys, and answers for the model list.
 
-    Settings: `models` maps each name to its default system text, `keys` are those that have an
-    effect, `defaults` are added to every request, `api_key`, and `loopback`: whether only names of
-    this machine are answered to.
+    Settings: `models` maps each name to its default system text; `keys` are those that have an
+    effect, `defaults` their values in requests without; `api_key`; `loopback` is true where only
+    names of this machine are answered to.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -102,7 +102,8 @@ class Guard:
             raise Refusal(400, "messages: takes a list of objects", "messages")
         if models[name] and all(turn.get("role") not in ("system", "developer") for turn in turns):
             turns = [{"role": "system", "content": models[name]}, *turns]
-        return {**self.settings["defaults"], **body, "messages": turns}
+        given = {key: value for key, value in body.items() if value is not None}
+        return {**self.settings["defaults"], **given, "messages": turns}
 
 
 async def _read(receive: Receive) -> Any:

@@ -178,6 +178,7 @@ class Child:
         settings |= {"models": {name: s.recipe.system for name, s in models.items()}}
         # llama.cpp's threads wait for each other: spinning took 6 times as long on a busy machine.
         env = {"OMP_WAIT_POLICY": "passive", **os.environ, "HF_HUB_OFFLINE": "1"}
+        env |= {"VLLM_API_KEY": place.api_key} if place.api_key else {}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 start.command,
