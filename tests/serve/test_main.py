@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from lorakit.cli.main import app
 from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.export.exporters import export_run
-from lorakit.serve.main import Expected, Place, agree, checked_port, read_key, serve
+from lorakit.export.tuned_run import open_source
+from lorakit.serve.engines import Start
+from lorakit.serve.main import Child, Expected, Place, agree, checked_port, read_key, serve
 from lorakit.storage.run_dir import RunDir
 
 QUIET = Console(quiet=True)
@@ -46,6 +49,36 @@ def test_a_run_without_an_adapter_is_one_clear_error(tmp_path):
     assert done.exit_code != 0
     assert isinstance(done.exception, RunError)
     assert done.exception.hint
+
+
+CARELESS = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"])); self.do_GET()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_ends_or_has_no_guard_is_an_error(tmp_path, speaker):
+    place, models = checked_port(Place(port=0)), {"fruit": open_source(speaker("fruit"))}
+
+    def child(*words):
+        return Child(Start([sys.executable, "-c", *words], [], {}), models, place, tmp_path)
+
+    with (
+        pytest.raises(WorkError, match=r"did not start: exit 3, .*\nno such flag$"),
+        child("import sys; print('no such flag'); sys.exit(3)") as running,
+    ):
+        running.wait_ready()
+    with (
+        pytest.raises(WorkError, match="answers an unknown key with 200, expected 400"),
+        child(CARELESS, str(place.port)) as running,
+    ):
+        running.wait_ready()
+    assert running.process.poll() is not None
 
 
 def test_an_answer_may_differ_where_both_tokens_are_as_likely():

@@ -19,7 +19,7 @@ from lorakit.errors import DependencyError, ModelError, RecipeError, RunError
 from lorakit.export.exporters import export_run
 from lorakit.export.gguf import link_weights
 from lorakit.export.hf_files import write_config, write_tokenizer
-from lorakit.export.serving import VLLM_RANKS, largest_rank, why_vllm_cannot
+from lorakit.export.serving import tool_parser, vllm_command, why_vllm_cannot
 from lorakit.export.tuned_run import Source
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 
@@ -35,10 +35,6 @@ KEYS += ["stop", "stream", "stream_options", "logit_bias"]
 MORE = ["presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "response_format"]
 MORE += ["top_k", "min_p", "ignore_eos"]
 TOOLS = ["tools", "tool_choice", "parallel_tool_calls"]
-# What a template writes around a call, and vLLM's parser of that form.
-TOOL_PARSERS = {"[TOOL_CALLS]": "mistral", "<function=": "qwen3_coder", "<tool_call>": "hermes"}
-TOOL_PARSERS |= {"<|python_tag|>": "llama3_json"}
-
 # Of a request that does not say it. The servers' own are others: llama.cpp's are temperature 0.8,
 # top_p 0.95, top_k 40 and min_p 0.05, vLLM's and transformers' those of the base's author.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
@@ -99,24 +95,14 @@ def why_not(engine: str, sources: list[Source], auto: bool = False) -> str | Non
 def start_vllm(models: Models, host: str, port: int) -> Start:
     """`vllm serve` with every adapter, the guard as its middleware."""
     sources = list(models.values())
-    first, rank = sources[0], max(map(largest_rank, sources))
-    # As JSON: the form name=path breaks at a comma or a second "=".
-    modules = [{"name": n, "path": str(s.run.adapter.resolve())} for n, s in models.items()]
-    line = [str(Path(sys.executable).with_name("vllm")), "serve", first.location]
-    line += ["--host", host, "--port", str(port), "--dtype", first.device.dtype]
-    line += ["--enable-lora", "--lora-modules", *map(json.dumps, modules)]
-    line += ["--max-lora-rank", str(next(r for r in VLLM_RANKS if r >= rank))]
-    line += ["--max-loras", str(len(sources))]
-    line += ["--max-model-len", str(max(s.context for s in sources))]
-    line += ["--chat-template", str((first.run.adapter / "chat_template.jinja").resolve())]
-    line += ["--generation-config", "vllm"]  # none of the base's author
+    folders = {name: source.run.adapter.resolve() for name, source in models.items()}
+    program, *line = vllm_command(folders, *sources)
+    line = [str(Path(sys.executable).with_name(program)), *line]
+    line += ["--host", host, "--port", str(port), "--generation-config", "vllm"]
     line += ["--middleware", "lorakit.serve.guard.Guard", "--allowed-origins", "[]"]
     keys = [*KEYS, *MORE, "n", "repetition_penalty", "min_tokens", "stop_token_ids"]
-    text = str(first.tokenizer.chat_template)
-    if parser := next((name for mark, name in TOOL_PARSERS.items() if mark in text), None):
-        line += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
-        keys += TOOLS
-    # A run may end its answers otherwise than the base's generation_config says.
+    keys += TOOLS if tool_parser(sources[0]) else []
+    # A run may end its answers otherwise than the base's author says.
     stops = sorted({token for source in sources for token in source.stops()})
     return Start(line, keys, {**DEFAULTS, "stop_token_ids": stops})
 

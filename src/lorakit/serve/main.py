@@ -32,6 +32,8 @@ PROMPTS, TOKENS = 3, 16
 # bits is 0.1 at most, 4-bit quantizations 0.5.
 TOLERANCE, TOLERANCE_QUANTIZED = 0.3, 1.0
 
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # by no proxy
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -90,7 +92,7 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
         with Child(start, models, place, Path(folder)) as child:
             child.wait_ready()
             for name, wanted in expected.items():
-                child.compare(name, models[name], wanted)
+                child.compare(name, wanted)
             shown = ", ".join(f"{name} = {source.run.path}" for name, source in models.items())
             console.print(f"models   {shown}", markup=False)
             console.print(f"keys     {', '.join(start.keys)}; others are refused", markup=False)
@@ -168,14 +170,15 @@ class Child:
     def __init__(
         self, start: engines.Start, models: engines.Models, place: Place, folder: Path
     ) -> None:
-        self.start, self.place, self.log = start, place, folder / "server.log"
+        self.start, self.models, self.place = start, models, place
+        self.log = folder / "server.log"
+        systems = {name: source.recipe.system for name, source in models.items()}
         settings: dict[str, Any] = {
+            "models": systems,
             "keys": start.keys,
             "defaults": start.defaults,
-            "api_key": place.api_key,
         }
-        settings |= {"loopback": place.host in LOOPBACK}
-        settings |= {"models": {name: s.recipe.system for name, s in models.items()}}
+        settings |= {"api_key": place.api_key, "loopback": place.host in LOOPBACK}
         # llama.cpp's threads wait for each other: spinning took 6 times as long on a busy machine.
         env = {"OMP_WAIT_POLICY": "passive", **os.environ, "HF_HUB_OFFLINE": "1"}
         env |= {"VLLM_API_KEY": place.api_key} if place.api_key else {}
@@ -216,7 +219,10 @@ class Child:
             if self.process.poll() is not None or time.monotonic() > end:
                 raise WorkError(f"the server did not start: {self._tail()}")
             time.sleep(0.2)
-        status, _ = self.ask(CHAT, {"no_such_key": 1})
+        name = next(iter(self.models))
+        turns = [{"role": "user", "content": "Hi"}]
+        body = {"model": name, "messages": turns, "max_tokens": 1, "no_such_key": 1}
+        status, _ = self.ask(CHAT, body)
         if status != 400:
             raise WorkError(
                 f"the server answers an unknown key with {status}, expected 400: lorakit's guard "
@@ -240,41 +246,43 @@ class Child:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.place.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=LOADING_SECONDS) as reply:
+            with OPENER.open(request, timeout=LOADING_SECONDS) as reply:
                 return reply.status, json.load(reply) if body else None
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
         except OSError:
             return 0, None
 
-    def compare(self, name: str, source: Source, expected: Sequence[Expected]) -> None:
+    def compare(self, name: str, expected: Sequence[Expected]) -> None:
         """See that it answers as the run does, up to the first difference that rounding makes.
 
         Raises:
             WorkError: it answers something else.
         """
         limit = TOLERANCE if self.start.exact else TOLERANCE_QUANTIZED
-        stops = source.stops()
+        source, stops = self.models[name], self.models[name].stops()
         for own in expected:
             body = {"model": name, "messages": own.messages, "temperature": 0, "max_tokens": TOKENS}
             status, reply = self.ask(CHAT, body)
             if status != 200:
                 raise WorkError(f"{name}: the server answers {status}: {reply or self._tail()}")
             message, end = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
-            trained = source.tokenizer.decode(own.answer)
+            text, trained = message["content"] or "", source.tokenizer.decode(own.answer)
+            plain = source.tokenizer.decode(own.answer, skip_special_tokens=True)
             # Calls and thoughts come in fields of their own, without what marked them.
             parts = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-            parts += [message.get("reasoning_content") or ""]
-            ids = source.tokenizer(message["content"] or "", add_special_tokens=False)["input_ids"]
-            if end == "stop":
-                ids.append(next((i for i in own.answer if i in stops), stops[0]))
-            same = all(part.strip()[:20] in trained for part in parts)
-            if any(parts) or not same:
-                ids = own.answer if same else []
-            if not agree(own, ids, limit):
+            parts += [message["reasoning_content"]] if message.get("reasoning_content") else []
+            if parts:
+                same = all(part.strip()[:20] in trained for part in parts)
+            else:
+                ids = source.tokenizer(text, add_special_tokens=False)["input_ids"]
+                if end == "stop":
+                    ids.append(next((i for i in own.answer if i in stops), stops[0]))
+                same = text.strip() == plain.strip() or agree(own, ids, limit)
+            if not same:
                 raise WorkError(
                     f"{name}: the server does not serve what was trained: it answers "
-                    f"{str(message)[:200]}, the run {trained[:80]!r}",
+                    f"{(text or str(parts))[:80]!r}, the run {trained[:80]!r}",
                     hint="try another --engine, and please report this model",
                 )
 
