@@ -15,6 +15,11 @@ def models_of(*runs):
     return {source.name: source for source in map(open_source, runs)}
 
 
+def vllm(models):
+    place = engines.Place(port=9, api_key="secret")
+    return engines.start("vllm", models, place, None, QUIET)
+
+
 def installed(monkeypatch, *names, gpu=False):
     """As if only these packages were there."""
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda n: n in names or None)
@@ -44,7 +49,7 @@ def test_the_engine_is_the_best_that_is_there(speaker, monkeypatch, tmp_path):
 
 def test_vllms_line_holds_all_adapters_and_no_key(speaker):
     runs = speaker("fruit"), speaker("animal", lora_r=12)
-    start = engines.start_vllm(models_of(*runs), "127.0.0.1", 9)
+    start = vllm(models_of(*runs))
     line = start.command
     assert line[1:3] == ["serve", open_source(runs[0]).location]
 
@@ -58,6 +63,7 @@ def test_vllms_line_holds_all_adapters_and_no_key(speaker):
     assert value("--host", 3) == ["127.0.0.1", "--port", "9"]
     assert value("--middleware") == "lorakit.serve.guard.Guard"
     assert value("--chat-template") == str(runs[0].adapter / "chat_template.jinja")
+    assert "secret" not in line
     assert start.defaults["stop_token_ids"] == open_source(runs[0]).stops()
     # This template has no form for calls: `tools` would be read, and its answer be plain text.
     assert "--tool-call-parser" not in line
@@ -67,6 +73,6 @@ def test_vllms_line_holds_all_adapters_and_no_key(speaker):
 def test_tools_are_taken_where_vllm_reads_the_templates_calls(speaker):
     models = models_of(speaker("fruit"))
     models["fruit"].tokenizer.chat_template += "{# <tool_call> #}"
-    start = engines.start_vllm(models, "127.0.0.1", 9)
+    start = vllm(models)
     assert start.command[start.command.index("--tool-call-parser") + 1] == "hermes"
     assert "tools" in start.keys

@@ -14,8 +14,8 @@ from lorakit.cli.main import app
 from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.export.exporters import export_run
 from lorakit.export.tuned_run import open_source
-from lorakit.serve.engines import Start
-from lorakit.serve.main import Child, Expected, Place, agree, checked_port, read_key, serve
+from lorakit.serve.engines import Place, Start
+from lorakit.serve.main import Child, Expected, agree, checked_port, read_key, serve
 from lorakit.storage.run_dir import RunDir
 
 QUIET = Console(quiet=True)

@@ -97,7 +97,8 @@ def serve(
 
     opened = [find_run(run) for run in runs]
     quiet(offline or _is_offline(opened[0]))
-    from lorakit.serve.main import Place, read_key
+    from lorakit.serve.engines import Place
+    from lorakit.serve.main import read_key
     from lorakit.serve.main import serve as serve_runs
 
     serve_runs(opened, Place(host, port, read_key(api_key, api_key_file)), engine, log)

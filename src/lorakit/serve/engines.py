@@ -43,6 +43,21 @@ Models = dict[str, Source]  # by the name that requests use
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where to listen, and the key that requests must bring."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where this machine finds the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """A command, the keys that its server heeds, and their values where a request has none."""
 
@@ -92,13 +107,28 @@ def why_not(engine: str, sources: list[Source], auto: bool = False) -> str | Non
     return next((reason for s in sources if (reason := why_vllm_cannot(s))), None)
 
 
-def start_vllm(models: Models, host: str, port: int) -> Start:
+def start(engine: str, models: Models, place: Place, folder: Path, console: Console) -> Start:
+    """What starts an engine for these runs; files for it go into `folder`.
+
+    Raises:
+        ModelError: it does not know the model, or the base's files are not on this machine.
+        RunError: a GGUF export is older than its adapter.
+    """
+    where = (place.host, str(place.port))
+    if engine == "vllm":
+        return _vllm(models, *where)
+    if engine == "llama.cpp":
+        return _llama_cpp(models, [*CHILD, *where, engine], console)
+    return _transformers(models, [*CHILD, *where, engine], folder)
+
+
+def _vllm(models: Models, host: str, port: str) -> Start:
     """`vllm serve` with every adapter, the guard as its middleware."""
     sources = list(models.values())
     folders = {name: source.run.adapter.resolve() for name, source in models.items()}
     program, *line = vllm_command(folders, *sources)
     line = [str(Path(sys.executable).with_name(program)), *line]
-    line += ["--host", host, "--port", str(port), "--generation-config", "vllm"]
+    line += ["--host", host, "--port", port, "--generation-config", "vllm"]
     line += ["--middleware", "lorakit.serve.guard.Guard", "--allowed-origins", "[]"]
     keys = [*KEYS, *MORE, "n", "repetition_penalty", "min_tokens", "stop_token_ids"]
     keys += TOOLS if tool_parser(sources[0]) else []
@@ -107,12 +137,8 @@ def start_vllm(models: Models, host: str, port: int) -> Start:
     return Start(line, keys, {**DEFAULTS, "stop_token_ids": stops})
 
 
-def start_llama_cpp(models: Models, host: str, port: int, console: Console) -> Start:
-    """llama.cpp with each run's GGUF export, which is made (and compared) where there is none.
-
-    Raises:
-        RunError: an export is older than its adapter, or holds no file.
-    """
+def _llama_cpp(models: Models, line: list[str], console: Console) -> Start:
+    """llama.cpp with each run's GGUF export, which is made (and compared) where there is none."""
     files = []
     for name, source in models.items():
         if not (source.run.export / "gguf").exists():
@@ -126,10 +152,9 @@ def start_llama_cpp(models: Models, host: str, port: int, console: Console) -> S
             )
         files.append(f"{name}={file.resolve()}")
     context = str(max(source.context for source in models.values()))
-    line = [*CHILD, host, str(port), "llama.cpp", context, *files]
     exact = all(file.endswith(("F32.gguf", "F16.gguf")) for file in files)
     keys = [*KEYS, *MORE, *TOOLS, "repeat_penalty"]
-    return Start(line, keys, {**DEFAULTS, "top_k": 0, "min_p": 0.0}, exact)
+    return Start([*line, context, *files], keys, {**DEFAULTS, "top_k": 0, "min_p": 0.0}, exact)
 
 
 def gguf_file(source: Source) -> Path | None:
@@ -137,18 +162,14 @@ def gguf_file(source: Source) -> Path | None:
     return next(iter(sorted((source.run.export / "gguf").glob("*.gguf"))), None)
 
 
-def start_transformers(models: Models, host: str, port: int, folder: Path) -> Start:
-    """`transformers serve` in `folder`, where each run becomes a base with an adapter in it.
-
-    Raises:
-        ModelError: the base's files are not on this machine.
-    """
+def _transformers(models: Models, line: list[str], folder: Path) -> Start:
+    """`transformers serve` in `folder`, where each run becomes a base with an adapter in it."""
     from transformers.cli.serving.utils import get_response_template
 
     for name, source in models.items():
         _stage(source, folder / name)
     sources = list(models.values())
-    line = [*CHILD, host, str(port), "transformers", "--dtype", sources[0].device.dtype]
+    line += ["--dtype", sources[0].device.dtype]
     if len(sources) == 1:
         line.append(next(iter(models)))  # is loaded at the start, and kept
     else:

@@ -19,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.errors import RecipeError, RunError, WorkError
+from lorakit.errors import ModelError, RecipeError, RunError, WorkError
 from lorakit.export.tuned_run import Source, checked_prompts, open_source
 from lorakit.serve import engines
+from lorakit.serve.engines import Place
 from lorakit.serve.guard import CHAT, ENV, HEALTH, LOOPBACK
 from lorakit.storage.run_dir import RunDir
 
@@ -33,21 +34,6 @@ PROMPTS, TOKENS = 3, 16
 TOLERANCE, TOLERANCE_QUANTIZED = 0.3, 1.0
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # by no proxy
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where to listen, and the key that requests must bring."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-
-    @property
-    def url(self) -> str:
-        """Where this machine finds the server."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +69,14 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
     # Before a server takes the memory.
     expected = {name: expectation(source) for name, source in models.items()}
     with tempfile.TemporaryDirectory(prefix="lorakit-serve-") as folder:
-        if chosen == "vllm":
-            start = engines.start_vllm(models, place.host, place.port)
-        elif chosen == "llama.cpp":
-            start = engines.start_llama_cpp(models, place.host, place.port, console)
-        else:
-            start = engines.start_transformers(models, place.host, place.port, Path(folder))
+        try:
+            start = engines.start(chosen, models, place, Path(folder), console)
+        except ModelError as error:
+            if engine != "auto" or chosen != "llama.cpp":
+                raise
+            console.print(f"not llama.cpp: {error.message}", markup=False)
+            chosen = "transformers"
+            start = engines.start(chosen, models, place, Path(folder), console)
         with Child(start, models, place, Path(folder)) as child:
             child.wait_ready()
             for name, wanted in expected.items():
