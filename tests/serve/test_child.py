@@ -173,10 +173,8 @@ def test_tool_calls_come_as_openais_where_the_server_reads_them(server, client):
             ask(client, tools=TOOLS)
 
 
-def test_what_llama_cpp_cannot_convert_goes_to_transformers_with_its_calls(caller_of, tmp_path):
-    with serving([caller_of("transformers")], "auto", tmp_path) as running:
-        assert "not llama.cpp: llama.cpp does not know this model's tokenizer" in running[2]
-        assert "by transformers" in running[2]
+def test_transformers_reads_the_calls_of_a_qwen(caller_of, tmp_path):
+    with serving([caller_of("transformers")], "transformers", tmp_path) as running:
         check_call(client_of(running))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakit.errors import DependencyError
+from lorakit.errors import DependencyError, ModelError
 from lorakit.export.tuned_run import open_source
 from lorakit.serve import engines
 
@@ -15,15 +15,19 @@ def models_of(*runs):
     return {source.name: source for source in map(open_source, runs)}
 
 
-def vllm(models):
-    place = engines.Place(port=9, api_key="secret")
-    return engines.start("vllm", models, place, None, QUIET)
-
-
 def installed(monkeypatch, *names, gpu=False):
     """As if only these packages were there."""
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda n: n in names or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+def vllm(models, monkeypatch):
+    """How vLLM would be started, were it there."""
+    installed(monkeypatch, "vllm", gpu=True)
+    place = engines.Place(port=9, api_key="secret")
+    engine, start = engines.prepare(models, "auto", place, None, QUIET)
+    assert engine == "vllm"
+    return start
 
 
 def test_the_engine_is_the_best_that_is_there(speaker, monkeypatch, tmp_path):
@@ -47,11 +51,12 @@ def test_the_engine_is_the_best_that_is_there(speaker, monkeypatch, tmp_path):
     assert "pip install 'lorakit[serve]'" in caught.value.hint
 
 
-def test_vllms_line_holds_all_adapters_and_no_key(speaker):
+def test_vllms_line_holds_all_adapters_and_no_key(speaker, monkeypatch):
     runs = speaker("fruit"), speaker("animal", lora_r=12)
-    start = vllm(models_of(*runs))
+    first = open_source(runs[0])
+    start = vllm(models_of(*runs), monkeypatch)
     line = start.command
-    assert line[1:3] == ["serve", open_source(runs[0]).location]
+    assert line[1:3] == ["serve", first.location]
 
     def value(flag, count=1):
         at = line.index(flag)
@@ -64,15 +69,29 @@ def test_vllms_line_holds_all_adapters_and_no_key(speaker):
     assert value("--middleware") == "lorakit.serve.guard.Guard"
     assert value("--chat-template") == str(runs[0].adapter / "chat_template.jinja")
     assert "secret" not in line
-    assert start.defaults["stop_token_ids"] == open_source(runs[0]).stops()
+    assert start.defaults["stop_token_ids"] == first.stops()
     # This template has no form for calls: `tools` would be read, and its answer be plain text.
     assert "--tool-call-parser" not in line
     assert "tools" not in start.keys
 
 
-def test_tools_are_taken_where_vllm_reads_the_templates_calls(speaker):
+def test_tools_are_taken_where_vllm_reads_the_templates_calls(speaker, monkeypatch):
     models = models_of(speaker("fruit"))
     models["fruit"].tokenizer.chat_template += "{# <tool_call> #}"
-    start = vllm(models)
+    start = vllm(models, monkeypatch)
     assert start.command[start.command.index("--tool-call-parser") + 1] == "hermes"
     assert "tools" in start.keys
+
+
+def test_what_llama_cpp_cannot_convert_goes_to_transformers(speaker, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise ModelError("llama.cpp does not know this model's tokenizer")
+
+    monkeypatch.setattr(engines, "export_run", refuse)
+    models, place = models_of(speaker("fruit", lora_r=6)), engines.Place(port=9)
+    engine, start = engines.prepare(models, "auto", place, tmp_path, QUIET)
+    assert (engine, start.command[-1]) == ("transformers", "fruit")
+    names = {path.name for path in (tmp_path / "fruit").iterdir()}
+    assert names >= {"model.safetensors", "adapter_model.safetensors", "chat_template.jinja"}
+    with pytest.raises(ModelError, match="does not know"):
+        engines.prepare(models, "llama.cpp", place, tmp_path, QUIET)

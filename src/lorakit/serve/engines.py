@@ -67,6 +67,27 @@ class Start:
     exact: bool = True  # the trained weights, not a quantization of them
 
 
+def prepare(
+    models: Models, asked: str, place: Place, folder: Path, console: Console
+) -> tuple[str, Start]:
+    """The engine and how to start it; files for it go into `folder`.
+
+    Raises:
+        RecipeError: there is no such engine.
+        DependencyError: it is not installed, or cannot serve these runs.
+        ModelError: it does not know the model, or the base's files are not on this machine.
+        RunError: a GGUF export is older than its adapter.
+    """
+    engine = choose(models, asked, console)
+    try:
+        return engine, _start(engine, models, place, folder, console)
+    except ModelError as error:
+        if asked != "auto" or engine != "llama.cpp":
+            raise
+        console.print(f"not llama.cpp: {error.message}", markup=False)
+    return "transformers", _start("transformers", models, place, folder, console)
+
+
 def choose(models: Models, asked: str, console: Console) -> str:
     """The engine to start: as asked, else vLLM on a GPU, llama.cpp on a CPU, transformers.
 
@@ -107,13 +128,7 @@ def why_not(engine: str, sources: list[Source], auto: bool = False) -> str | Non
     return next((reason for s in sources if (reason := why_vllm_cannot(s))), None)
 
 
-def start(engine: str, models: Models, place: Place, folder: Path, console: Console) -> Start:
-    """What starts an engine for these runs; files for it go into `folder`.
-
-    Raises:
-        ModelError: it does not know the model, or the base's files are not on this machine.
-        RunError: a GGUF export is older than its adapter.
-    """
+def _start(engine: str, models: Models, place: Place, folder: Path, console: Console) -> Start:
     where = (place.host, str(place.port))
     if engine == "vllm":
         return _vllm(models, *where)
@@ -184,7 +199,10 @@ def _transformers(models: Models, line: list[str], folder: Path) -> Start:
 
 def _stage(source: Source, folder: Path) -> None:
     if source.folder is None:
-        raise ModelError(f"{source.location}: its files are not on this machine")
+        raise ModelError(
+            f"{source.base_name}: its files are not on this machine",
+            hint=f"fetch them: lorakit eval {source.run.path}",
+        )
     folder.mkdir()
     write_config(source, folder, source.device.dtype, tied=source.tied)
     write_tokenizer(source, folder)

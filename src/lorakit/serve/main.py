@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.errors import ModelError, RecipeError, RunError, WorkError
+from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.export.tuned_run import Source, checked_prompts, open_source
 from lorakit.serve import engines
 from lorakit.serve.engines import Place
@@ -65,18 +65,10 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
     models = {s.name.replace("@", "-"): s for s in map(open_source, runs)}
     if len(models) < len(runs):
         raise RecipeError("two runs have the same name", hint="rename one of the folders")
-    chosen = engines.choose(models, engine, console)
-    # Before a server takes the memory.
-    expected = {name: expectation(source) for name, source in models.items()}
     with tempfile.TemporaryDirectory(prefix="lorakit-serve-") as folder:
-        try:
-            start = engines.start(chosen, models, place, Path(folder), console)
-        except ModelError as error:
-            if engine != "auto" or chosen != "llama.cpp":
-                raise
-            console.print(f"not llama.cpp: {error.message}", markup=False)
-            chosen = "transformers"
-            start = engines.start(chosen, models, place, Path(folder), console)
+        chosen, start = engines.prepare(models, engine, place, Path(folder), console)
+        # Before a server takes the memory.
+        expected = {name: expectation(source) for name, source in models.items()}
         with Child(start, models, place, Path(folder)) as child:
             child.wait_ready()
             for name, wanted in expected.items():
