@@ -102,9 +102,10 @@ def choose(models: Models, asked: str, console: Console) -> str:
         if reason is None:
             return engine
         console.print(f"not {engine}: {reason}", markup=False)
+    package = "vllm" if asked == "vllm" else "'lorakit[serve]'"
     raise DependencyError(
         f"--engine {asked}: {reason}",
-        hint="pip install 'lorakit[serve]', or export the run (docs/guides/deploy.md)",
+        hint=f"pip install {package}, or export the run (docs/guides/deploy.md)",
     )
 
 
