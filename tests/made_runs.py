@@ -5,6 +5,9 @@ tell apart, and any token may be the end of the turn. `make_talker` sets the wei
 instead: the next word leads by more than 5 nats wherever it is asked, and no word is a stop token.
 """
 
+import copy
+import itertools
+
 import torch
 
 from lorakit.data.chat_template.select import resolve_template
@@ -127,3 +130,59 @@ def talking_run(folder, base, speaker, **values):
                 parameter[SPEAKER + list(WORDS).index(speaker), 0] = 0.7
 
     return make_run(folder, base, fill, target_modules=["down_proj"], **values)
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TOOL_TEMPLATE = """{% if tools %}<|im_start|>system
+You may call functions:
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Return each call as
+<tool_call>
+{"name": <name>, "arguments": <arguments>}
+</tool_call><|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def calling_run(tokenizer, folder, family="Llama"):
+    """A run on a Llama or Qwen2 of one layer whose every answer is the tool call `CALL`."""
+    import transformers
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([CALL])
+    tokenizer.chat_template = TOOL_TEMPLATE
+    (start,) = tokenizer("\n")["input_ids"]
+    chain = [start, tokenizer.convert_tokens_to_ids(CALL), tokenizer.eos_token_id]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    state = {
+        n: torch.ones_like(v) if "norm" in n else torch.zeros_like(v)
+        for n, v in model.state_dict().items()
+    }
+    for place, (token, following) in enumerate(itertools.pairwise(chain)):
+        state["model.embed_tokens.weight"][token, place] = 1.0
+        state["lm_head.weight"][following, place] = 2.0  # 16 nats: an adapter shows beside it
+    model.load_state_dict(state)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+
+    def fill(model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.2)
+
+    return make_run(folder / "caller", folder / "base", fill)

@@ -22,7 +22,7 @@ def micros(packed=True):
 
 def micro_by_micro(model, batches, scale=0.01, fused_layers="off"):
     """Loss and gradients as autograd gives them, one micro-batch after another."""
-    attach_loss(model, engine)
+    attach_loss(model, fused_layers)
     torch.manual_seed(4)
     model.zero_grad()
     total = 0.0

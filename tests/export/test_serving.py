@@ -1,8 +1,10 @@
 """The printed lines name what the engine needs, and what it cannot take is merged with a reason."""
 
+from pathlib import Path
+
 import pytest
 
-from lorakit.export.serving import export_tgi, export_vllm, why_vllm_cannot
+from lorakit.export.serving import export_tgi, export_vllm, vllm_command, why_vllm_cannot
 from lorakit.export.tuned_run import open_source
 
 WHY = {
@@ -48,3 +50,20 @@ def test_tgi_gets_its_adapter_by_name(variant_run, job):
     order = job(variant_run("rslora"))
     name = order.source.name
     assert f"LORA_ADAPTERS={name}={order.target}" in export_tgi(order)["command"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parser"),
+    [("<tool_call>\n{}", "hermes"), ("<tool_call>\n<function=a>", "qwen3_coder"),
+     ("[TOOL_CALLS]", "mistral"), ("<|python_tag|>", "llama3_json"), ("", None)],
+)  # fmt: skip
+def test_vllm_reads_calls_in_the_form_of_the_template(variant_run, text, parser):
+    source = open_source(variant_run("rslora"))
+    source.tokenizer.chat_template += "{# " + text + " #}"
+    line = vllm_command({"one": Path("a"), "two": Path("b=c")}, source, source)
+    at = line.index("--lora-modules")
+    assert line[at + 1 : at + 3] == ["one=a", '{"name": "two", "path": "b=c"}']
+    if parser is None:
+        assert "--tool-call-parser" not in line
+    else:
+        assert line[-3:] == ["--enable-auto-tool-choice", "--tool-call-parser", parser]

@@ -89,15 +89,16 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     api_key: Annotated[str | None, typer.Option(help="Key that requests must bring.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with the key.")] = None,
-    engine: Annotated[str, typer.Option(help="auto, vllm or embedded.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, vllm, llama.cpp or transformers.")] = "auto",
     offline: Offline = False,
 ) -> None:
-    """Answer over OpenAI-compatible routes, on this machine only unless told otherwise."""
+    """Start a server with OpenAI's routes, check its answers; for this machine unless told."""
     from lorakit.storage.run_dir import find_run
 
     opened = [find_run(run) for run in runs]
     quiet(offline or _is_offline(opened[0]))
-    from lorakit.serve.main import Place, read_key
+    from lorakit.serve.engines import Place
+    from lorakit.serve.main import read_key
     from lorakit.serve.main import serve as serve_runs
 
     serve_runs(opened, Place(host, port, read_key(api_key, api_key_file)), engine, log)

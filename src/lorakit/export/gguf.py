@@ -336,7 +336,7 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
         run = llama_cpp.installed() or keep_base is not None
         base_file = folder / keep_base if keep_base else Path(work) / "base.gguf"
         if run and source.folder is not None:
-            _link_weights(source.folder, base)
+            link_weights(source.folder, base)
             check_half(base, "export the merged model: --to gguf --quant BF16")
             jobs.append(Conversion(base, base_file, "F16", source.base_name.split("/")[-1]))
         convert_all(jobs, job.console.print, source.recipe.offline)
@@ -361,7 +361,8 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
         }
 
 
-def _link_weights(folder: Path, target: Path) -> None:
+def link_weights(folder: Path, target: Path) -> None:
+    """Make the weight files of `folder` those of `target` too."""
     for path in folder.glob("*.safetensors*"):
         (target / path.name).symlink_to(path.resolve())
 

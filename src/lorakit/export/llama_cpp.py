@@ -158,7 +158,7 @@ def _ask(task: dict[str, Any]) -> dict[str, Any]:
     settings = xllamacpp.CommonParams()
     settings.model.path = task["model"]
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = task["context"], 1, 0
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = _cores()
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = cores()
     settings.warmup, settings.ui, settings.verbosity = False, False, -1
     if task["adapter"]:
         adapter = xllamacpp.CommonAdapterLoraInfo(task["adapter"], 1.0)
@@ -185,7 +185,7 @@ def _ask(task: dict[str, Any]) -> dict[str, Any]:
     return {"places": places, "stops": stops, "chat_ids": chat_ids}
 
 
-def _cores() -> int:
+def cores() -> int:
     """Physical ones that this process may use: a second thread on a core slows products down."""
     allowed = getattr(psutil.Process(), "cpu_affinity", lambda: range(os.cpu_count() or 1))()
     return min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))

@@ -6,7 +6,9 @@ biases, `modules_to_save` and adapters that change their base no: those are merg
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from lorakit.storage.run_dir import write_text
 # Values that vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 COMMANDS = "COMMANDS.md"
+# What a template writes around a call, and vLLM's parser of that form.
+TOOL_PARSERS = {"[TOOL_CALLS]": "mistral", "<function=": "qwen3_coder", "<tool_call>": "hermes"}
+TOOL_PARSERS |= {"<|python_tag|>": "llama3_json"}
 
 
 def why_vllm_cannot(source: TunedRun) -> str | None:
@@ -39,16 +44,34 @@ def largest_rank(source: TunedRun) -> int:
     return int(max(source.adapter["r"], *patterns.values(), 1))
 
 
-def vllm_command(source: TunedRun, folder: Path, merged: bool) -> list[str]:
-    """The `vllm serve` line for an exported folder."""
-    context = ["--max-model-len", str(source.context)]
-    if merged:
-        return ["vllm", "serve", str(folder), "--served-model-name", source.name, *context]
-    rank = next(r for r in VLLM_RANKS if r >= largest_rank(source))
-    line = ["vllm", "serve", source.location, "--enable-lora"]
-    line += ["--lora-modules", f"{source.name}={folder}", "--max-lora-rank", str(rank)]
-    template = folder / "chat_template.jinja"
-    return [*line, "--chat-template", str(template), *context]
+def vllm_command(folders: Mapping[str, Path], *sources: TunedRun) -> list[str]:
+    """The `vllm serve` line for adapters of one base, by the names that requests use."""
+    first, rank = sources[0], max(map(largest_rank, sources))
+    line = ["vllm", "serve", first.location, "--dtype", first.device.dtype, "--enable-lora"]
+    line += ["--lora-modules", *[_module(name, folder) for name, folder in folders.items()]]
+    line += ["--max-lora-rank", str(next(r for r in VLLM_RANKS if r >= rank))]
+    if len(sources) > 1:
+        line += ["--max-loras", str(len(sources))]
+    line += ["--chat-template", str(next(iter(folders.values())) / "chat_template.jinja")]
+    return [*line, *_common(*sources)]
+
+
+def _module(name: str, folder: Path) -> str:
+    """Where `name=path` would be read otherwise, the same as JSON."""
+    plain = not set(f"{name}{folder}") & set("=,")
+    return f"{name}={folder}" if plain else json.dumps({"name": name, "path": str(folder)})
+
+
+def _common(*sources: TunedRun) -> list[str]:
+    line = ["--max-model-len", str(max(source.context for source in sources))]
+    parser = tool_parser(sources[0])
+    return [*line, "--enable-auto-tool-choice", "--tool-call-parser", parser] if parser else line
+
+
+def tool_parser(source: TunedRun) -> str | None:
+    """vLLM's name for the form in which the run's template writes calls; None for another form."""
+    text = str(source.tokenizer.chat_template)
+    return next((name for mark, name in TOOL_PARSERS.items() if mark in text), None)
 
 
 def export_vllm(job: Job) -> dict[str, Any]:
@@ -81,9 +104,11 @@ def _folder_and_lines(job: Job, reason: str | None, lines: Any) -> dict[str, Any
 
 
 def _vllm_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[str]]:
-    lines = {"vLLM": vllm_command(source, folder, merged)}
-    if merged:
-        lines["SGLang"] = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
+    if not merged:
+        return {"vLLM": vllm_command({source.name: folder}, source)}
+    line = ["vllm", "serve", str(folder), "--served-model-name", source.name]
+    lines = {"vLLM": [*line, *_common(source)]}
+    lines["SGLang"] = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
     return lines
 
 

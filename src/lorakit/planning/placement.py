@@ -23,8 +23,8 @@ def check_placement(sizes: RankWorkload, engine: bool) -> None:
     """Stop what the recipe asks for by name and cannot have.
 
     Raises:
-        RecipeError: `weight_offload: on` or `sharding: on` where the fast layers do not serve, both at
-            once, or `sharding: on` with one GPU to a machine.
+        RecipeError: `weight_offload: on` or `sharding: on` where the fast layers do not serve,
+        both at     once, or `sharding: on` with one GPU to a machine.
     """
     recipe = sizes.recipe
     asked = [key for key in ("weight_offload", "sharding") if getattr(recipe, key) == "on"]

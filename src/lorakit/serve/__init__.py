@@ -1,1 +1,1 @@
-"""A run directory enters; OpenAI-compatible routes on a port leave: vLLM's, or our own."""
+"""Serving runs over OpenAI's routes: a maintained server, started, guarded and checked."""
