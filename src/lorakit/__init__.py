@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.api import finetune, inspect, plan
+    from lorakit.api import finetune, inspect, plan, prepare
+    from lorakit.engine.decoder_forward import accelerate
     from lorakit.errors import LorakitError
     from lorakit.hardware import detect_device
     from lorakit.recipe.loader import ResolvedRecipe, load_recipe, recipe_schema
@@ -28,12 +29,14 @@ _WHERE = {
     "Recipe": "recipe.schema",
     "ResolvedRecipe": "recipe.loader",
     "Run": "run",
+    "accelerate": "engine.decoder_forward",
     "detect_device": "hardware",
     "finetune": "api",
     "inspect": "api",
     "load_recipe": "recipe.loader",
     "open_run": "run",
     "plan": "api",
+    "prepare": "api",
     "recipe_schema": "recipe.loader",
 }
 __all__ = [
@@ -44,12 +47,14 @@ __all__ = [
     "Recipe",
     "ResolvedRecipe",
     "Run",
+    "accelerate",
     "detect_device",
     "finetune",
     "inspect",
     "load_recipe",
     "open_run",
     "plan",
+    "prepare",
     "recipe_schema",
 ]
 

@@ -143,6 +143,64 @@ def inspect(
     )
 
 
+def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: Any) -> Any:
+    """Tokenize the data with its loss mask, for a training script of your own.
+
+    The same rows as `finetune` trains, refused for the same faults. Needs the model's tokenizer,
+    not its weights.
+
+    Args:
+        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
+        tokenizer: used instead of the model's; its chat template may be set or replaced.
+        settings: keys of a recipe; `model` and `data` are enough.
+
+    Returns:
+        A `datasets.DatasetDict` with "train", and "validation" where rows are held out. Columns:
+        `input_ids`, `labels` (-100 where a token is not trained), `source` and `row` (from 1).
+
+    Raises:
+        LorakitError: the model or a source cannot be read, no row can be used, or a row would
+            spoil the training.
+    """
+    from datasets import Dataset, DatasetDict, Features, List, Value
+
+    from lorakit.data.prepare import prepare as prepare_examples
+    from lorakit.model.load import load_config, load_tokenizer, locate_model
+
+    resolved = load_recipe(recipe, **settings)
+    folders = _folders(resolved)
+    with silence_libraries(resolved.recipe.offline):
+        if tokenizer is None:
+            location = locate_model(resolved.recipe, folders)
+            load_config(resolved.recipe, location)
+            tokenizer = load_tokenizer(resolved.recipe, location)
+        prepared = prepare_examples(resolved.recipe, tokenizer, folders)
+    features = Features(
+        input_ids=List(Value("int32")),
+        labels=List(Value("int32")),
+        source=Value("string"),
+        row=Value("int64"),
+    )
+
+    def rows(examples: Any) -> Any:
+        for example in examples:
+            yield {
+                "input_ids": example.input_ids,
+                "labels": example.labels,
+                "source": example.origin.source,
+                "row": example.origin.row,
+            }
+
+    parts = {"train": prepared.train, "validation": prepared.val}
+    return DatasetDict(
+        {
+            name: Dataset.from_list(list(rows(examples)), features=features)
+            for name, examples in parts.items()
+            if len(examples)
+        }
+    )
+
+
 def default_console() -> Console:
     """Plain text on stdout: a notebook keeps it as one output, also where it strips colors."""
     return Console(file=sys.stdout, force_jupyter=False, highlight=False, soft_wrap=True)
