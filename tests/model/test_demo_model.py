@@ -54,7 +54,7 @@ def converted(monkeypatch, index):
             act()
         (folder / WEIGHTS).write_bytes(GGUF)
 
-    monkeypatch.setattr(embedded, "convert", write)
+    monkeypatch.setattr(embedded, "convert_gguf", write)
     return before_last
 
 

@@ -79,7 +79,7 @@ def test_it_is_told_with_what_was_being_done():
 
 
 def test_generators_draw_the_same_again():
-    before = RngState.now()
+    before = RngState.capture()
     drawn = torch.rand(3)
     before.restore()
     assert torch.equal(torch.rand(3), drawn)
