@@ -181,7 +181,7 @@ _DOCUMENTS = {
     "completion": "trained as plain text, every token (documents: instruction makes requests and "
     "answers of it, better for a chat model)",
     "instruction": "each piece trained as the answer to a request (documents: completion trains "
-    "every token as it stands)",
+    "every token as plain text)",
 }
 
 
