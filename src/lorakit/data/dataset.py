@@ -154,9 +154,9 @@ class ConversationDataset(Sequence[Item]):
     def __getitem__(self, number: int | slice) -> Item | list[Item]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
-        line = self._bytes[self._begins[number] : self._begins[number + 1]].tobytes()
-        return from_values(json.loads(line), self.origin(number))
+        index = range(len(self))[number]
+        line = self._bytes[self._begins[index] : self._begins[index + 1]].tobytes()
+        return from_values(json.loads(line), self.origin(index))
 
 
 def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ class TokenizedDataset:
 
 
 def write_examples(
-    folder: Path, made: Iterable[tuple[int, Sequence[Example]]], log: IssueLog
+    folder: Path, encoded: Iterable[tuple[int, Sequence[Example]]], log: IssueLog
 ) -> None:
     """Write (item index, its examples) pairs to disk; `log` is read after the last pair."""
     begins, owners, trained = array("q", [0]), array("i"), array("q")
@@ -253,7 +253,7 @@ def write_examples(
             mask.write((np.asarray(labels, np.int32) != IGNORE).tobytes())
             del ids[:], labels[:]
 
-        for owner, examples in made:
+        for owner, examples in encoded:
             for example in examples:
                 ids.extend(example.input_ids)
                 labels.extend(example.labels)

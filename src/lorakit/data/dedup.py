@@ -65,8 +65,10 @@ def _sign(texts: list[bytes]) -> NDArray[np.uint8]:
     size = len(joined) - _PIECE
     pieces = np.empty(size, np.uint64)
     for shift in range(_PIECE):  # the 8 bytes at each offset, as one integer
-        words = np.frombuffer(joined[shift:].tobytes()[: (size - shift + _PIECE) // 8 * 8], "<u8")
-        pieces[shift::_PIECE] = words[: len(pieces[shift::_PIECE])]
+        integers = np.frombuffer(
+            joined[shift:].tobytes()[: (size - shift + _PIECE) // 8 * 8], "<u8"
+        )
+        pieces[shift::_PIECE] = integers[: len(pieces[shift::_PIECE])]
     pieces *= np.uint64(0x9E3779B97F4A7C15)
     pieces ^= pieces >> np.uint64(29)
     pieces *= np.uint64(0xBF58476D1CE4E5B9)

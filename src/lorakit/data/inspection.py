@@ -117,12 +117,12 @@ def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:
 def _choose(examples: Examples, count: int) -> list[tuple[str, Example]]:
     """Choose the first, the median and the longest example, then evenly spaced ones."""
     by_length = examples.lengths.argsort(kind="stable").tolist()
-    wanted = [("first", 0), ("of median length", by_length[len(by_length) // 2])]
-    wanted.append(("longest", by_length[-1]))
+    candidates = [("first", 0), ("of median length", by_length[len(by_length) // 2])]
+    candidates.append(("longest", by_length[-1]))
     step = max(1, len(examples) // max(1, count))
-    wanted += [("", at) for at in range(step, len(examples), step)]
+    candidates += [("", at) for at in range(step, len(examples), step)]
     chosen: dict[int, str] = {}
-    for why, at in wanted:
+    for why, at in candidates:
         chosen.setdefault(at, why)
     return [(why, examples[at]) for at, why in list(chosen.items())[:count]]
 

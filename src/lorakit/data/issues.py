@@ -140,8 +140,8 @@ def check_turns(conversation: Conversation, log: IssueLog) -> Conversation:
         kept = len(messages)
         while messages[kept - 1].role != "assistant":
             kept -= 1
-        what = "question" if turns[-1].role == "user" else "tool result"
-        log.add(f"last {what} without answer", origin, f"the {what} was taken off")
+        noun = "question" if turns[-1].role == "user" else "tool result"
+        log.add(f"last {noun} without answer", origin, f"the {noun} was taken off")
         return replace(conversation, messages=messages[:kept])
     return conversation
 
@@ -198,10 +198,10 @@ def refuse_if_empty(kept: int, read: int, source: str, log: IssueLog) -> None:
             f"{source}: there are no rows in it", hint="check that it is the right file"
         )
     hint = log.first_left_out.hint if log.first_left_out else None
-    raise DataError(f"{source}: none of its {read} rows can be used: {told_faults(log)}", hint)
+    raise DataError(f"{source}: none of its {read} rows can be used: {summarize_faults(log)}", hint)
 
 
-def told_faults(log: IssueLog) -> str:
+def summarize_faults(log: IssueLog) -> str:
     """Summarize the three commonest reasons for left-out rows, and the first one in full."""
     lost = [fault for fault in log.faults() if fault.action == LEFT_OUT][:3]
     reasons = "; ".join(f"{f.count} x {f.kind} ({', '.join(f.first_rows[:2])})" for f in lost)

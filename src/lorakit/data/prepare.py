@@ -33,7 +33,7 @@ from lorakit.data.issues import (
     RowError,
     refuse_if_empty,
     refuse_if_strict,
-    told_faults,
+    summarize_faults,
 )
 from lorakit.data.split import shuffled, split
 from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
@@ -162,7 +162,7 @@ def _split(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.bool_]:
         if not log.rows_left_out:
             raise
         # Few rows are left because others were left out: the message names their faults.
-        lost = f"{log.rows_left_out:,} rows were left out: {told_faults(log)}"
+        lost = f"{log.rows_left_out:,} rows were left out: {summarize_faults(log)}"
         raise DataError(f"{error.message}; {lost}", error.hint) from None
 
 

@@ -26,19 +26,19 @@ def split(marks: NDArray[np.uint64], held_out: float | int, seed: int) -> NDArra
     count = len(marks)
     if not held_out:
         return np.zeros(count, bool)
-    wanted = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
-    if wanted >= count:
+    row_count = max(1, round(held_out * count)) if held_out < 1 else int(held_out)
+    if row_count >= count:
         raise DataError(
             f"val_size {held_out}: {count} usable row{'s' * (count != 1)} cannot be split into "
-            f"{wanted} held out and at least 1 to train on",
+            f"{row_count} held out and at least 1 to train on",
             hint="give more rows, a smaller val_size, or val_size: 0 to train without evaluation",
         )
     unique, inverse, copies = np.unique(marks, return_inverse=True, return_counts=True)
-    chosen = _choose(unique, copies, wanted, seed)
+    chosen = _choose(unique, copies, row_count, seed)
     if not chosen.any():
         raise DataError(
-            f"val_size {held_out}: {wanted} rows cannot be held out: nearly all rows are copies of "
-            "one another",
+            f"val_size {held_out}: {row_count} rows cannot be held out: nearly all rows are copies "
+            "of one another",
             hint="remove the duplicates, or set val_size: 0",
         )
     return chosen[inverse]
@@ -52,11 +52,11 @@ def shuffled(marks: NDArray[np.uint64], seed: int) -> NDArray[np.int64]:
 
 
 def _choose(
-    unique: NDArray[np.uint64], copies: NDArray[np.int64], wanted: int, seed: int
+    unique: NDArray[np.uint64], copies: NDArray[np.int64], row_count: int, seed: int
 ) -> NDArray[np.bool_]:
-    """Mask over `unique`, in seeded order, of `wanted` rows, or fewer where copies do not fit."""
+    """Choose hashes of `row_count` rows in seeded order, or fewer if copies do not fit."""
     chosen = np.zeros(len(unique), bool)
-    remaining = wanted
+    remaining = row_count
     for index in shuffled(unique, seed):
         if copies[index] <= remaining:
             chosen[index] = True

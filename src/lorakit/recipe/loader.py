@@ -19,9 +19,8 @@ from lorakit.errors import RecipeError
 from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
 from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, SYNONYMS, Recipe
 
-SCHEMA_URL = "recipe.schema.json"
 # Unknown keys of recipes written for Axolotl, LLaMA-Factory, TRL or Unsloth.
-FOREIGN = ("base_model: ", "model_name_or_path: ", "model_name: ")
+_OTHER_TOOLS = ("base_model: ", "model_name_or_path: ", "model_name: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +190,8 @@ def _validate(
         faults.extend(_fault_lines(error, origins))
     if recipe is None or faults:
         hint = "`lorakit schema` lists every key with its type, bound and default"
-        foreign = any(line.partition("unknown key")[0].endswith(FOREIGN) for line in faults)
-        if foreign and source.endswith((".yaml", ".yml")):
+        other = any(line.partition("unknown key")[0].endswith(_OTHER_TOOLS) for line in faults)
+        if other and source.endswith((".yaml", ".yml")):
             hint = f"for a recipe of another tool: lorakit import {source} -o recipe.yaml"
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError(
@@ -211,12 +210,12 @@ def _fault_lines(error: ValidationError, origins: dict[str, str]) -> list[str]:
             lines[key] = f"{key}: missing; {Recipe.model_fields[key].description}"
             continue
         text = item["msg"].removeprefix("Value error, ")
-        found = f" (found: {_show(item['input'])})" if key else ""
+        shown = f" (found: {_show(item['input'])})" if key else ""
         # A union reports one fault per member; they are joined to one line per key.
         if key in lines:
-            lines[key] = lines[key].replace(found, f", or {_lower(text)}{found}")
+            lines[key] = lines[key].replace(shown, f", or {_lower(text)}{shown}")
         else:
-            lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{found}"
+            lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{shown}"
     return list(lines.values())
 
 

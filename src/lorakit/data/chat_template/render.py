@@ -59,9 +59,9 @@ _KNOWN: WeakKeyDictionary[Any, TemplateCapabilities] = WeakKeyDictionary()
 def template_capabilities(tokenizer: Any) -> TemplateCapabilities:
     """Detect the capabilities of `tokenizer`; cached until its template changes."""
     template = str(tokenizer.chat_template)
-    known = _KNOWN.get(tokenizer)
-    if known is not None and known.template == template:
-        return known
+    cached = _KNOWN.get(tokenizer)
+    if cached is not None and cached.template == template:
+        return cached
     special = {str(t) for t in tokenizer.all_special_tokens}
     special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     texts = tuple(sorted(special - {""}, key=lambda t: (-len(t), t)))
@@ -230,28 +230,28 @@ class SpecialTokenEscaper:
 
     def __init__(
         self,
-        habits: TemplateCapabilities,
+        capabilities: TemplateCapabilities,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._marks: dict[str, str] = {}
-        self._habits = habits
+        self._capabilities = capabilities
         self._tools = tools
-        if habits.specials is None:
+        if capabilities.specials is None:
             return
         texts = [m.content for m in messages]
         texts += [*_texts([m.extra for m in messages if m.extra]), *_texts(list(tools))]
-        if not any(habits.specials.search(t) for t in texts):
+        if not any(capabilities.specials.search(t) for t in texts):
             return
-        count = len(habits.special_texts)
+        count = len(capabilities.special_texts)
         for base in _PRIVATE:
             if not any(base <= ord(char) < base + count for t in texts for char in t):
                 break
         else:
             raise TemplateRefusal("a turn contains characters of both private planes of Unicode")
-        self._marks = {text: chr(base + i) for i, text in enumerate(habits.special_texts)}
+        self._marks = {text: chr(base + i) for i, text in enumerate(capabilities.special_texts)}
         self._texts = {mark: text for text, mark in self._marks.items()}
-        self._pattern = habits.specials
+        self._pattern = capabilities.specials
 
     @property
     def active(self) -> bool:
@@ -263,10 +263,14 @@ class SpecialTokenEscaper:
         turns = [
             self._hide(m.as_dict()) if m.extra or self._marks else m.as_dict() for m in messages
         ]
-        if self._habits.arguments_as_text:
+        if self._capabilities.arguments_as_text:
             for call in (c["function"] for m in turns for c in m.get("tool_calls", ())):
                 call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-        if self._habits.merges_system_into_user and len(turns) > 1 and turns[0]["role"] == "system":
+        if (
+            self._capabilities.merges_system_into_user
+            and len(turns) > 1
+            and turns[0]["role"] == "system"
+        ):
             system, first, *rest = turns
             joined = f"{system['content'].strip()}\n\n{first['content']}"
             return [{**first, "content": joined}, *rest]

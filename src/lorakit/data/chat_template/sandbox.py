@@ -242,9 +242,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Raise the limits for a large row, whose size is computed only when they are exceeded."""
         if not self._widened:
             self._widened = True
-            given = size_of(list(self._values.values()), 2**32)
-            self._longest = max(LONGEST, 4 * given)
-            self._room += max(0, 64 * given - ROOM)
+            row_size = size_of(list(self._values.values()), 2**32)
+            self._longest = max(LONGEST, 4 * row_size)
+            self._room += max(0, 64 * row_size - ROOM)
         return size <= self._longest and size <= self._room
 
     def joined(self, pieces: Iterable[str]) -> str:

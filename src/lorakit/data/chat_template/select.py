@@ -191,12 +191,12 @@ def _default_system(tokenizer: Any) -> str:
     """System text that the template writes for a conversation without one, or ""."""
     ask = {"role": "user", "content": PROBE_USER}
     try:
-        given = render_chat(
+        with_system = render_chat(
             tokenizer, [{"role": "system", "content": PROBE_SYSTEM}, ask], prompt=True
         )
     except TemplateRefusal:
         return ""
-    head, probe, tail = given.partition(PROBE_SYSTEM)
+    head, probe, tail = with_system.partition(PROBE_SYSTEM)
     default = render_chat(tokenizer, [ask], prompt=True)
     if not probe or not (default.startswith(head) and default.endswith(tail)):
         return ""

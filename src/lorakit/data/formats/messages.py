@@ -72,11 +72,11 @@ class RowFields:
 
     def as_text(self, value: Any, place: str) -> str:
         if not isinstance(value, str):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
             raise self.fault(
                 "wrong type",
                 f"{place} holds {shown_value(value)}, expected a text",
-                f'write it as the text to be learned: "{value}"' if number else None,
+                f'write it as the text to be learned: "{value}"' if is_number else None,
             )
         if _SURROGATE.search(value):
             raise self.fault("broken characters", f"{place} holds half a surrogate pair")
@@ -103,7 +103,7 @@ def parse_messages(cells: RowFields, column: str) -> list[Message]:
         raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
     if not value:
         raise cells.fault("no turns", f"column {column} is an empty list")
-    turns = [_turn(cells, turn, f"{column}[{number}]") for number, turn in enumerate(value)]
+    turns = [_turn(cells, turn, f"{column}[{index}]") for index, turn in enumerate(value)]
     # Chat exports write "" if no system text was set: such a turn is dropped.
     kept = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
     return with_system(kept, cells.optional("system") if column == "conversations" else "")

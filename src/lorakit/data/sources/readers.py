@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import csv
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -199,7 +200,8 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
         lines = (line for _, line in lines_of(file, broken))
         try:
             first = next(lines)
-            reader = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
+            all_lines = itertools.chain([first], lines)
+            reader = csv.reader(all_lines, delimiter=_delimiter(first), strict=True)
             for cells in reader:
                 if not cells:
                     pass
@@ -228,11 +230,6 @@ def _uneven(cells: list[str], header: list[str], file: DataFile, line: int) -> D
         f"({', '.join(header[:6])})",
         hint='put cells that hold the separator, a quote or a line end in "quotes"',
     )
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _delimiter(header: str) -> str:

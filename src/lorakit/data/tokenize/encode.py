@@ -130,10 +130,10 @@ def encode_many(
         drafts = [d for _, d in block if isinstance(d, Draft) and not d.guard.active]
         return [text for d in drafts for text in d.texts(tail)]
 
-    for block, known in tokenize_in_background(tokenizer, blocks, texts):
+    for block, tokenized in tokenize_in_background(tokenizer, blocks, texts):
         for item, drafted in block:
             try:
-                yield item, _encode_one(tokenizer, item, drafted, rules, known, log)
+                yield item, _encode_one(tokenizer, item, drafted, rules, tokenized, log)
             except RowError as fault:
                 yield item, fault
 
@@ -157,7 +157,7 @@ def _encode_one(
     item: Conversation | Document,
     drafted: Draft | RowError | None,
     rules: EncodeConfig,
-    known: Mapping[str, list[int]],
+    tokenized: Mapping[str, list[int]],
     log: IssueLog,
 ) -> list[Example]:
     if isinstance(item, Document):
@@ -168,7 +168,7 @@ def _encode_one(
         log.add("special token written in a turn", item.origin, "kept as plain text")
     for kind, action in dict.fromkeys(drafted.notes):
         log.add(kind, item.origin, action)
-    examples = _examples(tokenizer, drafted, rules.train_on, known)
+    examples = _examples(tokenizer, drafted, rules.train_on, tokenized)
     long = any(len(example.input_ids) > rules.cutoff_len for _, example in examples)
     # If only the last answer is trained, there is one example, whatever its length.
     if long and rules.on_overlength == "split" and rules.train_on != "last":
@@ -258,7 +258,7 @@ def _encode_document(
 
 
 def _examples(
-    tokenizer: Any, drafted: Draft, train_on: str, known: Mapping[str, list[int]]
+    tokenizer: Any, drafted: Draft, train_on: str, tokenized: Mapping[str, list[int]]
 ) -> list[tuple[int, Example]]:
     """Make (turn of the last answer, example) pairs, of any length."""
     pairs = []
@@ -269,26 +269,28 @@ def _examples(
             prefix = to_ids(tokenizer, prompt, guard)
             return len(prefix) if ids[: len(prefix)] == prefix else None
         short = borders.tail(prompt)
-        tail = known.get(short) or to_ids(tokenizer, short, None, inside=True)
+        tail = tokenized.get(short) or to_ids(tokenizer, short, None, inside=True)
         return borders.prompt_length(ids, text, prompt, tail)
 
     for group in drafted.groups:
         text = group[-1].text
-        ids = to_ids(tokenizer, text, guard, known=known)
+        ids = to_ids(tokenizer, text, guard, known=tokenized)
         starts = [start(ids, text, span.prompt) for span in group]
         known_starts = [at for at in starts if at is not None]
         if len(known_starts) == len(group):
-            pairs.append(_masked(tokenizer, drafted, group, ids, known_starts, train_on, known))
+            pairs.append(_masked(tokenizer, drafted, group, ids, known_starts, train_on, tokenized))
             continue
         for span in group:
-            ids = to_ids(tokenizer, span.text, guard, known=known)
-            prompt = to_ids(tokenizer, span.prompt, guard, known=known)
+            ids = to_ids(tokenizer, span.text, guard, known=tokenized)
+            prompt = to_ids(tokenizer, span.prompt, guard, known=tokenized)
             if ids[: len(prompt)] != prompt:
                 # A token across the border (": " + "Paris") never occurs in generation, so the
                 # answer is tokenized separately.
                 rest = span.text[len(span.prompt) :]
                 ids = prompt + to_ids(tokenizer, rest, guard, inside=True)
-            pairs.append(_masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, known))
+            pairs.append(
+                _masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, tokenized)
+            )
     return pairs
 
 
@@ -299,7 +301,7 @@ def _masked(
     ids: list[int],
     starts: Sequence[int],
     train_on: str,
-    known: Mapping[str, list[int]],
+    tokenized: Mapping[str, list[int]],
 ) -> tuple[int, Example]:
     """Train each answer from its start to its first stop token, by position, not by id."""
     origin, guard = drafted.conversation.origin, drafted.guard
@@ -316,7 +318,7 @@ def _masked(
 
     def tokens_before(text: str) -> int:
         """Count tokens of `ids` up to the end of `text`, without one that extends beyond it."""
-        other = to_ids(tokenizer, text, guard, known=known)
+        other = to_ids(tokenizer, text, guard, known=tokenized)
         pairs = enumerate(zip(ids, other, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
 

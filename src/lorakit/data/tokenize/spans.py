@@ -152,11 +152,11 @@ class _SpanFinder:
     def __init__(
         self,
         tokenizer: Any,
-        habits: TemplateCapabilities,
+        capabilities: TemplateCapabilities,
         conversation: Conversation,
         guard: SpecialTokenEscaper,
     ) -> None:
-        self.tokenizer, self.habits, self.guard = tokenizer, habits, guard
+        self.tokenizer, self.capabilities, self.guard = tokenizer, capabilities, guard
         self.conversation = conversation
         self.messages = guard.messages(conversation.messages)
         self.shift = len(conversation.messages) - len(self.messages)  # 1 if system was merged
@@ -168,8 +168,10 @@ class _SpanFinder:
         text = self._render(self.messages[: answer + 1], prompt=False)
         prompt, text = self._with_shifted_prompt(text, self.messages[: answer + 1], origin)
         calls = self.messages[answer].get("tool_calls")
-        text += self.habits.call_end if calls else self.habits.turn_end
-        ends = [at for stop in self.habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
+        text += self.capabilities.call_end if calls else self.capabilities.turn_end
+        ends = [
+            at for stop in self.capabilities.stop_texts if (at := text.find(stop, len(prompt))) >= 0
+        ]
         if not ends:
             raise FatalRowError(
                 "no end of turn",
@@ -179,7 +181,7 @@ class _SpanFinder:
                 "the chat template must close each answer with a special token",
             )
         end = min(ends)
-        stop = next(s for s in self.habits.stop_texts if text.startswith(s, end))
+        stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
         complete = text[: end + len(stop)]
         gaps = self._untrained_ranges(
@@ -246,7 +248,7 @@ class _SpanFinder:
         self, messages: list[dict[str, Any]], start: int, text: str, stop: str, turn: int
     ) -> tuple[tuple[int, int], ...]:
         """Character ranges of the answer outside of the {% generation %} blocks."""
-        if not self.habits.has_generation_blocks:
+        if not self.capabilities.has_generation_blocks:
             return ()
         blocks = generated_parts(self.tokenizer, messages, self.guard.tools)
         gaps, at, end = [], start, len(text)

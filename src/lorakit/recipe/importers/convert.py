@@ -48,8 +48,10 @@ def table_rows(table: dict[str, Any]) -> dict[str, TableRow]:
     rows = table_rows(load_table(table["extends"])) if "extends" in table else {}
     same = {key: key for key in table.get("same", ())}
     for key, row in (same | table.get("renamed", {}) | table.get("translated", {})).items():
-        given = row if isinstance(row, dict) else {"to": row}
-        rows[key] = TableRow(**load_table("common")["recipe_keys"].get(given.get("to"), {}) | given)
+        fields = row if isinstance(row, dict) else {"to": row}
+        rows[key] = TableRow(
+            **load_table("common")["recipe_keys"].get(fields.get("to"), {}) | fields
+        )
     for status in ("untranslated", "not_needed"):
         for note, keys in table.get(status, {}).items():
             for key in keys:

@@ -218,8 +218,8 @@ def normalized_value(value: Any) -> str:
 def names(value: Any) -> list[str]:
     """Read a list of names, also from one text with commas, or raise Unmapped."""
     items = value.split(",") if isinstance(value, str) else value
-    if isinstance(items, list) and all(isinstance(part, str) for part in items):
-        return [part.strip() for part in items if part.strip()]
+    if isinstance(items, list) and all(isinstance(item, str) for item in items):
+        return [item.strip() for item in items if item.strip()]
     raise Unmapped("untranslated", f"{short(value)} is not a list of names")
 
 
