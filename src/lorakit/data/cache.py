@@ -47,7 +47,7 @@ def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
     """
     home = cache_home()
     target = home / key if key else None
-    if target and _whole(target):
+    if target and _complete(target):
         os.utime(target)
         return target
     try:
@@ -91,19 +91,19 @@ def cache_home() -> Path:
 
 def _settle(work: Path, target: Path, home: Path) -> Path:
     """Rename `work` to its final name; if another process was faster, its folder is used."""
-    if target.exists() and not _whole(target):
+    if target.exists() and not _complete(target):
         shutil.rmtree(target, ignore_errors=True)
     try:
         work.replace(target)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        if not _whole(target):
+        if not _complete(target):
             raise _unwritable(home, error) from error
     _prune(home, keep=target)
     return target
 
 
-def _whole(folder: Path) -> bool:
+def _complete(folder: Path) -> bool:
     """True if all files exist with the sizes that were written."""
     try:
         sizes = json.loads((folder / _SIZES).read_text())

@@ -57,7 +57,7 @@ class Inspection:
         return tuple(f for f in self.report.faults if self.stops(f))
 
     def stops(self, fault: Fault) -> bool:
-        """True if a run would stop at `fault`; with `strict: true`, at all that are not info."""
+        """True if a run would stop at `fault`; `strict: true` ignores only INFO_ONLY actions."""
         return fault.spoils or (self.strict and fault.action not in INFO_ONLY)
 
     def as_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ _LOOP = _words(
     "first last index index0 revindex revindex0 length depth depth0 previtem nextitem cycle changed"
 )
 # Methods of built-in types that the templates of models use. Those whose result can be larger than
-# their input are checked in `_check_growth`.
+# their input are checked in `_check_growth` and `_check_numbers`.
 METHODS: dict[type, frozenset[str]] = {
     **{str: _TEXT, Markup: _TEXT, list: _LIST, tuple: _LIST, LoopContext: _LOOP},
     **dict.fromkeys((int, float, bool, bytes), frozenset()),

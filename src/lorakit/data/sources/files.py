@@ -221,7 +221,7 @@ class LineErrors:
         self.name = name
         self.count = 0
         self._place = 0
-        # Texts, not the errors: one of those holds its whole line, of up to 16 MiB.
+        # Messages instead of errors: an error references its complete line, of up to 16 MiB.
         self._format: list[str] = []
         self._hints: dict[str, str] = {}
 

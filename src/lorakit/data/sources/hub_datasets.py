@@ -23,8 +23,8 @@ def read_hub(data: HubData, source: str, offline: bool) -> Iterator[Row]:
 
     if offline and not HF_HUB_OFFLINE:
         raise DataError(
-            f"{source}: not a file here, and the hub is not asked when offline",
-            hint="set HF_HUB_OFFLINE=1 to use a copy that is in the cache already",
+            f"{source}: not a local file, and the hub is not used when offline",
+            hint="set HF_HUB_OFFLINE=1 to use a copy in the cache",
         )
     try:
         stream = _too_large(datasets, data)

@@ -121,7 +121,7 @@ def _windows(
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Cut a text at paragraphs into parts of PART_CHARS, which are tokenized separately."""
+    """Cut a text at paragraphs into parts of at most PART_CHARS, to tokenize separately."""
     begin = 0
     while len(text) - begin > PART_CHARS:
         cut = begin + PART_CHARS

@@ -35,7 +35,7 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
         )
     if train_on == "all":
         return
-    # After each trained token, is the next end-of-turn token trained too?
+    # The first end-of-turn token after a trained token must be trained too.
     stops = template_capabilities(tokenizer).stops
     ends = sorted(i for stop in stops for i in _indices(ids, stop))
     for begin, end in pairwise([-1, *ends, len(ids)]):
