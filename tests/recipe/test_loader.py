@@ -188,4 +188,4 @@ def test_a_recipe_of_another_tool_is_told_how_it_comes_in(tmp_path):
     path.write_text("base_model: m\nadapter: lora\n")
     with pytest.raises(RecipeError) as error:
         load_recipe(path)
-    assert error.value.hint == f"a recipe of another tool? lorakit import {path} -o recipe.yaml"
+    assert error.value.hint == f"for a recipe of another tool: lorakit import {path} -o recipe.yaml"

@@ -126,11 +126,11 @@ DAMAGES = {
     "format 1": lambda folder: (folder / MANIFEST).write_text('{"sha256": {}}'),
     f"{MANIFEST} was changed": flip_manifest,
     f"{MANIFEST} was": lambda folder: (folder / MANIFEST).open("a").write(" "),
-    "optimizer.pt is foreign": plant_pickle,
+    "optimizer.pt is not in the manifest": plant_pickle,
     "a.bin is a link": link,
     r"\.\./outside is missing": climb,
-    "pipe is no plain file": lambda folder: os.mkfifo(folder / "pipe"),
-    "is no manifest": lambda folder: (
+    "pipe is not a regular file": lambda folder: os.mkfifo(folder / "pipe"),
+    "is not a manifest": lambda folder: (
         (folder / MANIFEST).unlink(),
         (folder / MANIFEST).symlink_to(folder / "a.bin"),
     ),

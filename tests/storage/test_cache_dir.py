@@ -29,5 +29,5 @@ def test_only_what_is_wanted_is_unpacked(index, tmp_path):
 
 
 def test_a_wheel_without_them_is_an_error(index, tmp_path):
-    with pytest.raises(ValueError, match="does not hold the files"):
+    with pytest.raises(ValueError, match="does not contain the expected files"):
         unpack_wheel("x==1", lambda name: name == "other", tmp_path)

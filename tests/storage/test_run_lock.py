@@ -119,4 +119,4 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     said = []
     with only_writer(RunDir(tmp_path / "a"), said.append):
         pass
-    assert "no locks on this file system" in said[0]
+    assert "this file system has no locks" in said[0]

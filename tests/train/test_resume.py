@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_the_end_is_the_same
     assert resume(console).steps == 6
     text = console.export_text()
     assert "step_000006 is damaged (state.safetensors is missing)" in text
-    assert "step_000004 is damaged (optimizer.pt is foreign to it)" in text
+    assert "step_000004 is damaged (optimizer.pt is not in the manifest)" in text
     assert "from step 2 of 6" in text
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == whole
 

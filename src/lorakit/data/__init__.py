@@ -1,4 +1,4 @@
-"""Read a recipe's sources and make token ids with a loss mask, and a report of what was left out.
+"""Convert the sources of a recipe to token ids with a loss mask, and report left-out rows.
 
 The stages in order; `prepare` runs them:
 
@@ -12,7 +12,7 @@ The stages in order; `prepare` runs them:
     issues                   faults of rows, counted
     conversations            all of these, for the sources of a recipe
     dataset                  conversations and tokenized examples on disk, read by number
-    cache                    prepared datasets, found again by a hash of all they depend on
+    cache                    prepared datasets, reused by a hash of everything they depend on
     chat_template/select     the tokenizer's chat template, or a supplied one, with a note
     chat_template/render     messages -> text -> ids, and what a template can write
     chat_template/sandbox    limits on the time and memory that a template may take

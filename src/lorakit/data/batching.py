@@ -1,14 +1,12 @@
-"""Examples enter; the tensors of micro-batches leave: padded rows, or documents packed in one row.
+"""Collate examples into padded or packed micro-batches.
 
 Shapes: B rows, T tokens of the longest, N supervised tokens of the micro-batch. `positions` [N]
-are the places in the flattened [B*T] rows whose hidden state predicts `targets` [N]; both are made
-here, on the host, so that the loss needs no look back at the device.
+are the indices into the flattened [B*T] rows whose hidden state predicts `targets` [N]; both are
+computed here, on the host, so that the loss does not synchronize with the device.
 
-Lengths and a capacity enter; groups leave that fill micro-batches without padding.
-
-Packing changes how the examples of one optimizer step are laid out, never which they are: the step
-has the recipe's number of examples, their tokens go through the model in as few micro-batches as
-hold them, and each document sees only itself.
+Packing changes the layout of the examples of an optimizer step, not their choice: the step has the
+recipe's number of examples, in as few micro-batches as hold their tokens, and each document attends
+only to itself.
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the examples of one optimizer step become micro-batches.
+    """Layout of the micro-batches of an optimizer step.
 
-    `rows` examples at most in a padded micro-batch; packed ones hold `capacity` tokens at most.
+    A padded micro-batch has at most `rows` examples, a packed one at most `capacity` tokens.
     """
 
     pad_id: int
@@ -41,9 +39,9 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The micro-batches of one optimizer step, on the host, and how many tokens they hold.
+    """The micro-batches of one optimizer step, on the host, with their token counts.
 
-    `examples` and `layout` are what they were made of: to lay the step out anew, and to name rows.
+    `examples` and `layout` are kept to lay the step out again, and to name rows.
     """
 
     micro: list[Batch]
@@ -67,11 +65,12 @@ def step_batches(examples: Sequence[Example], layout: Layout) -> StepBatch:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """`input_ids` int64 [B, T] padded on the right, `positions`, `targets`.
+    """Collate examples into rows padded on the right.
 
-    `attention_mask` [B, T] comes along only where there is padding. That carries no target, by its
-    place: a pad id that is also the end-of-turn id (SmolLM2 and Llama-2 are often set up so) stays
-    trained where it ends an answer.
+    Returns:
+        `input_ids` int64 [B, T], `positions`, `targets`, and `attention_mask` [B, T] only if there
+        is padding. Padding is masked by position, not by id: a pad id that is also the end-of-turn
+        id (SmolLM2 and Llama-2 are often set up so) stays trained where it ends an answer.
     """
     width = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), width), pad_id)
@@ -85,10 +84,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def pack(examples: Sequence[Example]) -> Batch:
-    """Documents one after another in one row [1, T], or as rows where all are of one length.
+    """Pack documents into one row [1, T], or collate them as rows if all have the same length.
 
-    `position_ids` start anew with each document; `lengths` and `borders` (cumulative, int32) say
-    where they end.
+    Returns:
+        As `collate`; a packed batch also has `position_ids` that restart at each document, and
+        `lengths` and `borders` (cumulative lengths, int32), which mark where the documents end.
     """
     lengths = [len(example.input_ids) for example in examples]
     if len(set(lengths)) == 1:
@@ -102,7 +102,7 @@ def pack(examples: Sequence[Example]) -> Batch:
 
 
 def _supervised(examples: Sequence[Example], widths: Sequence[int]) -> Batch:
-    """Where the hidden states stand that predict a trained token, and these tokens."""
+    """Positions of the hidden states that predict supervised tokens, and these tokens."""
     positions, targets, start = [], [], 0
     for example, width in zip(examples, widths, strict=True):
         labels = torch.tensor(example.labels)
@@ -119,23 +119,23 @@ PAYS_ABOVE = 0.1
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Groups of indices, each at most `capacity` tokens together: best-fit decreasing.
+    """Group indices into bins of at most `capacity` tokens with best-fit decreasing.
 
-    Each group goes where the least room is left. A length over `capacity` gets a group of its own.
-    The same lengths always give the same groups.
+    Each length goes into the group with the least free space that fits it. A length over `capacity`
+    gets its own group. The result is deterministic.
     """
     groups: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         size = lengths[index]
-        fits = [(left, g) for g, left in enumerate(room) if left >= size]
+        fits = [(left, g) for g, left in enumerate(free) if left >= size]
         if fits:
             left, group = min(fits)
             groups[group].append(index)
-            room[group] = left - size
+            free[group] = left - size
         else:
             groups.append([index])
-            room.append(capacity - size)
+            free.append(capacity - size)
     return groups
 
 
@@ -145,7 +145,7 @@ def saved_share(
     """Share of tokens that would be padding in micro-batches of `rows` examples.
 
     Args:
-        seed: of a random order, as training has it; None for the order given.
+        seed: seed of a random order, as in training; None keeps the given order.
     """
     order = np.asarray(lengths, np.int64)
     if seed is not None:
@@ -159,7 +159,7 @@ def saved_share(
 
 
 def packing_words(share: float, wanted: bool, cpu: bool) -> tuple[bool, str]:
-    """Whether a run packs where `share` would be padding, and the reason in words."""
+    """Decide whether a run packs if `share` of its tokens would be padding, with the reason."""
     if not wanted:
         return False, "off (packing: false)"
     if cpu and share <= PAYS_ABOVE:

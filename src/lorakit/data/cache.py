@@ -1,8 +1,8 @@
-"""A key and a way to make a folder of files enter; the folder leaves, made once for each key.
+"""Cache of prepared data folders, each made once per key.
 
-Folders lie under $XDG_CACHE_HOME/lorakit/data (~/.cache without it), named by a hash of all that
-decides their content. The least recently used go when there are too many; the whole may be
-deleted at any time: `rm -r ~/.cache/lorakit/data`.
+The folders are in $XDG_CACHE_HOME/lorakit/data (~/.cache by default), named by a hash of everything
+that determines their content. The least recently used ones are deleted when there are too many; the
+cache may be deleted at any time: `rm -r ~/.cache/lorakit/data`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ _SIZES, _MAKING = "sizes.json", ".making-"
 
 
 def key_of(*parts: Any) -> str:
-    """A name for what is made of `parts` (JSON values) by this version of the code."""
+    """Hash `parts` (JSON values) and the code of this version into a key."""
     text = json.dumps([_code(), *parts], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
-    """The folder that `make` filled for `key`, now or in an earlier run.
+    """Return the folder that `make` filled for `key`, in this or an earlier run.
 
     Args:
-        key: None for what must not be found again (its content is not known before it is read);
-            the folder then lasts as long as the process.
+        key: None for content that is not known before it is read, which must not be reused; the
+            folder is then deleted when the process ends.
+        make: fills the folder that it is given; if it raises, the folder is deleted.
 
     Raises:
-        WorkError: the cache cannot be written. Whatever `make` raises passes, and leaves nothing.
+        WorkError: the cache cannot be written. Other errors of `make` are passed on.
     """
     home = cache_home()
     target = home / key if key else None
-    if target and _whole(target):
+    if target and _complete(target):
         os.utime(target)
         return target
     try:
@@ -58,7 +59,7 @@ def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
         make(work)
         sizes = {path.name: path.stat().st_size for path in work.iterdir()}
         (work / _SIZES).write_text(json.dumps(sizes))
-        # Sizes alone would not show bytes that a power cut kept from the disk.
+        # A size check alone would miss bytes that a power cut kept from the disk.
         for path in (*work.iterdir(), work):
             flush(path)
     except OSError as error:
@@ -74,7 +75,7 @@ def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
 
 
 def folder_key(folder: Path) -> str:
-    """A name for the content of a folder of files."""
+    """Key of a folder by the content of its files."""
     digests = []
     for path in sorted(p for p in folder.iterdir() if p.name != _SIZES):
         with path.open("rb") as handle:
@@ -83,27 +84,27 @@ def folder_key(folder: Path) -> str:
 
 
 def cache_home() -> Path:
-    """Where prepared data is kept."""
+    """Folder of the cache of prepared data."""
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache") / "lorakit" / "data"
 
 
 def _settle(work: Path, target: Path, home: Path) -> Path:
-    """`work` under its final name; where another process was faster, its folder is as good."""
-    if target.exists() and not _whole(target):
+    """Rename `work` to its final name; if another process was faster, its folder is used."""
+    if target.exists() and not _complete(target):
         shutil.rmtree(target, ignore_errors=True)
     try:
         work.replace(target)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        if not _whole(target):
+        if not _complete(target):
             raise _unwritable(home, error) from error
     _prune(home, keep=target)
     return target
 
 
-def _whole(folder: Path) -> bool:
-    """All files there with the sizes they were written with."""
+def _complete(folder: Path) -> bool:
+    """True if all files exist with the sizes that were written."""
     try:
         sizes = json.loads((folder / _SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -112,22 +113,22 @@ def _whole(folder: Path) -> bool:
 
 
 def _prune(home: Path, keep: Path) -> None:
-    found = []
+    folders = []
     for entry in os.scandir(home):
         try:
             if entry.name.startswith(_MAKING):
-                if entry.stat().st_mtime < time.time() - 86400:  # of a process that was killed
+                if entry.stat().st_mtime < time.time() - 86400:  # of a killed process
                     shutil.rmtree(entry.path, ignore_errors=True)
                 continue
             sizes = json.loads((Path(entry.path) / _SIZES).read_text())
-            found.append((entry.stat().st_mtime, sum(sizes.values()), Path(entry.path)))
-        except (OSError, ValueError):  # being made, or going
+            folders.append((entry.stat().st_mtime, sum(sizes.values()), Path(entry.path)))
+        except (OSError, ValueError):  # another process is writing or deleting it
             continue
-    room = MOST_BYTES
-    for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
-        room -= size
-        # An open memory map outlives its file's name, so a run that reads here goes on.
-        if (room < 0 or number >= MOST_FOLDERS) and path != keep:
+    remaining = MOST_BYTES
+    for index, (_, size, path) in enumerate(sorted(folders, reverse=True)):
+        remaining -= size
+        # An open memory map outlives the name of its file, so a run that reads it continues.
+        if (remaining < 0 or index >= MOST_FOLDERS) and path != keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -140,7 +141,7 @@ def _unwritable(home: Path, error: OSError) -> WorkError:
 
 @functools.cache
 def _code() -> str:
-    """Hash of the code that makes the data: a new version must not meet an old folder."""
+    """Hash of the code that prepares data, so that a new version does not reuse old folders."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for path in sorted([*here.rglob("*.py"), here.parent / "types.py"]):

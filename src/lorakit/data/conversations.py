@@ -1,7 +1,7 @@
-"""Sources of a recipe enter; their usable rows leave on a shelf, and what became of the others.
+"""Read the sources of a recipe into a dataset on disk, and count the rows that were left out.
 
-Each file is looked at by itself, since a folder may mix formats. Rows stream from the reader to the
-shelf: however long a source is, a hundred of its rows are in memory.
+The format is guessed for each file, since a folder may mix formats. Rows stream from the reader to
+the disk: a hundred rows are in memory, however long a source is.
 """
 
 from __future__ import annotations
@@ -26,39 +26,42 @@ from lorakit.types import Document, Row
 def read_conversations(
     names: Sequence[str], recipe: Recipe, folders: Sequence[Path]
 ) -> tuple[ConversationDataset, IssueLog]:
-    """Usable rows of all sources in order; `meta["lines"]` has a line of the report for each.
+    """Read the usable rows of all sources in order.
+
+    Returns:
+        The dataset, whose `meta["lines"]` has one line of the report per source, and the faults.
 
     Raises:
         DataError: a source is missing or damaged, or none of its rows can be used.
     """
     contents = [content_key(name, folders) for name in names]
-    aside = [left_aside(name, folders) for name in names]
-    rules = [list(names), aside, recipe.columns, recipe.system]
+    skipped_files = [left_aside(name, folders) for name in names]
+    rules = [list(names), skipped_files, recipe.columns, recipe.system]
     key = None if None in contents else key_of("items", contents, rules)
 
     def make(folder: Path) -> None:
         meta: dict[str, Any] = {"lines": []}
-        write_items(folder, _read_all(names, aside, recipe, folders, meta), meta)
+        write_items(folder, _read_all(names, skipped_files, recipe, folders, meta), meta)
 
     folder = folder_for(key, make)
-    # What came from a network is read anew each time; what was read decides what is tokenized.
-    shelf = ConversationDataset(folder, key or folder_key(folder))
-    return shelf, IssueLog.from_dict(shelf.meta["faults"])
+    # Remote sources are read each time, so that their key is a hash of the content that was read.
+    dataset = ConversationDataset(folder, key or folder_key(folder))
+    return dataset, IssueLog.from_dict(dataset.meta["faults"])
 
 
 def _read_all(
     names: Sequence[str],
-    aside: Sequence[Sequence[str]],
+    skipped_files: Sequence[Sequence[str]],
     recipe: Recipe,
     folders: Sequence[Path],
     meta: dict[str, Any],
 ) -> Iterator[tuple[Item, int]]:
-    """(item, number of its source); what became of the rows is written into `meta`."""
+    """Yield (item, index of its source) pairs; write report lines and faults into `meta`."""
     log = IssueLog()
-    for number, name in enumerate(names):
-        own, read, found = IssueLog(), 0, 0
-        for path in aside[number]:
-            own.add("file of another kind", path, "not read")
+    for index, name in enumerate(names):
+        source_log, read, usable = IssueLog(), 0, 0
+        for path in skipped_files[index]:
+            source_log.add("file of another kind", path, "not read")
         formats: dict[str, str] = {}
         unused: dict[str, None] = {}
         rows = read_rows(name, folders, offline=recipe.offline)
@@ -70,20 +73,20 @@ def _read_all(
             for row in itertools.chain(first, group):
                 read += 1
                 watch.check(row)
-                for item in _convert(row, guess, recipe, own):
-                    found += 1
-                    yield item, number
+                for item in _convert(row, guess, recipe, source_log):
+                    usable += 1
+                    yield item, index
             unused |= dict.fromkeys(watch.unused)
         shown = Path(name).name if Path(name).is_absolute() else name
-        refuse_if_empty(found, read, shown, own)
-        log.merge(own)
+        refuse_if_empty(usable, read, shown, source_log)
+        log.merge(source_log)
         meta["lines"].append(
             {
                 "source": shown,
                 "format": ", ".join(formats),
                 "reason": next(iter(formats.values())),
                 "rows": read,
-                "left_out": own.rows_left_out,
+                "left_out": source_log.rows_left_out,
                 "columns_not_used": list(unused),
             }
         )

@@ -1,12 +1,11 @@
-"""Conversations and documents enter as objects or as JSON lines; they leave as the other.
+"""Datasets of conversations, documents and tokenized examples on disk, read by index.
 
-One form for the cache of a large data set and for the held-out rows that a run keeps: OpenAI's
-`{"messages": [...], "tools": [...]}` or `{"text": ...}`, with the row it came `"from"`.
+Items are stored as JSON lines: OpenAI's `{"messages": [...], "tools": [...]}` or `{"text": ...}`,
+with `"from"` for the source row. The cache of a large data set and the held-out rows of a run share
+this form.
 
-Items and examples enter one by one; they leave by number, read from disk when asked for.
-
-A million short chats are 6 GB as Python objects. Here they lie in files, and memory holds 100 bytes
-of numbers for each: where it begins, which row it was, its content hash and its MinHash signature.
+A million short chats are 6 GB as Python objects. Here they stay in files, and memory holds 100
+bytes for each: its offset, its row number, its content hash and its MinHash signature.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Item = Conversation | Document
 
 
 def to_line(item: Item) -> str:
-    """One JSON object without line end."""
+    """Serialize an item as one JSON object, without a line end."""
     if isinstance(item, Document):
         row: dict[str, Any] = {"text": item.text}
     else:
@@ -44,10 +43,10 @@ def to_line(item: Item) -> str:
 
 
 def from_values(values: dict[str, Any], origin: Origin) -> Item:
-    """The item of one parsed line.
+    """Build the item of one parsed line.
 
     Raises:
-        KeyError, TypeError: it is no line that `to_line` wrote.
+        KeyError, TypeError: `to_line` did not write this line.
     """
     if "text" in values:
         return Document(values["text"], origin)
@@ -56,25 +55,25 @@ def from_values(values: dict[str, Any], origin: Origin) -> Item:
 
 
 def write_validation(path: Path, items: Sequence[Item]) -> None:
-    """Keep held-out rows as JSON lines."""
+    """Write held-out rows as JSON lines."""
     write_text(path, "".join(to_line(item) + "\n" for item in items))
 
 
 def read_validation(path: Path) -> list[Item]:
-    """The held-out rows that `write_validation` kept; none where nothing was held out.
+    """Read the held-out rows that `write_validation` wrote; an empty list without such a file.
 
     Raises:
         DataError: the file is damaged.
     """
     if not path.exists() or not path.stat().st_size:
         return []
-    found: list[Item] = []
+    items: list[Item] = []
     for row in read_rows(str(path)):
         try:
-            found.append(from_values(row.values, _origin(row)))
+            items.append(from_values(row.values, _origin(row)))
         except (KeyError, TypeError) as error:
             raise DataError(f"{row.origin}: not a held-out row as lorakit writes it") from error
-    return found
+    return items
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -89,13 +88,15 @@ def _message(turn: dict[str, Any]) -> Message:
 
 
 def _origin(row: Row) -> Origin:
-    source, _, number = str(row.values.get("from", row.origin)).rpartition(":")
-    return Origin(source, int(number)) if number.isdigit() else Origin(source, row.origin.row)
+    source, _, row_number = str(row.values.get("from", row.origin)).rpartition(":")
+    return (
+        Origin(source, int(row_number)) if row_number.isdigit() else Origin(source, row.origin.row)
+    )
 
 
-# Tokens that are collected before they are written.
+# Tokens to collect before a write.
 _AT_ONCE = 2**20
-Thing = TypeVar("Thing")
+ItemT = TypeVar("ItemT")
 _ITEMS, _TOKENS, _TRAINED = "items.jsonl", "tokens.int32", "trained.uint8"
 
 
@@ -106,13 +107,13 @@ def _save(folder: Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -
 
 
 class ConversationDataset(Sequence[Item]):
-    """Items in a folder, as `write_items` left them.
+    """Conversations and documents in a folder that `write_items` filled.
 
     Attributes:
         content_hashes: content hash of each item, uint64 [N].
-        signatures: MinHash signature of each, uint8 [N, 64].
-        sources: number of the source each came from, int32 [N].
-        meta: what `write_items` was given to keep, `names` of the files and `thinking`.
+        signatures: MinHash signature of each item, uint8 [N, 64].
+        sources: index of the source of each item, int32 [N].
+        meta: the `meta` given to `write_items`, `names` of the files and `thinking`.
     """
 
     def __init__(self, folder: Path, key: str | None) -> None:
@@ -130,20 +131,20 @@ class ConversationDataset(Sequence[Item]):
 
     @property
     def thinking(self) -> bool:
-        """Some answer holds thoughts."""
+        """True if at least one answer contains thoughts."""
         return bool(self.meta["thinking"])
 
     def origin(self, number: int) -> Origin:
-        """Where item `number` came from."""
+        """File and row of item `number`."""
         return Origin(self.meta["names"][self._names[number]], int(self._rows[number]))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Item]:
-        names, places = self.meta["names"], zip(self._names, self._rows, strict=True)
+        names, origins = self.meta["names"], zip(self._names, self._rows, strict=True)
         with self._path.open("rb") as handle:
-            for line, (name, row) in zip(handle, places, strict=True):
+            for line, (name, row) in zip(handle, origins, strict=True):
                 yield from_values(json.loads(line), Origin(names[name], int(row)))
 
     @overload
@@ -153,16 +154,16 @@ class ConversationDataset(Sequence[Item]):
     def __getitem__(self, number: int | slice) -> Item | list[Item]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
-        line = self._bytes[self._begins[number] : self._begins[number + 1]].tobytes()
-        return from_values(json.loads(line), self.origin(number))
+        index = range(len(self))[number]
+        line = self._bytes[self._begins[index] : self._begins[index + 1]].tobytes()
+        return from_values(json.loads(line), self.origin(index))
 
 
 def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str, Any]) -> None:
-    """Put (item, number of its source) pairs on disk; `meta` is read when all have come."""
+    """Write (item, index of its source) pairs to disk; `meta` is read after the last pair."""
     begins, rows, content_hashes = array("q", [0]), array("q"), array("Q")
     names, sources = array("i"), array("i")
-    known: dict[str, int] = {}
+    file_indices: dict[str, int] = {}
     signer, thinking = Signer(), False
     with (folder / _ITEMS).open("wb") as handle:
         for item, source in items:
@@ -171,7 +172,7 @@ def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str,
             begins.append(begins[-1] + len(line))
             rows.append(item.origin.row)
             content_hashes.append(content_hash(item))
-            names.append(known.setdefault(item.origin.source, len(known)))
+            names.append(file_indices.setdefault(item.origin.source, len(file_indices)))
             sources.append(source)
             signer.add(content_of(item))
             thinking = thinking or _thinks(item)
@@ -183,11 +184,11 @@ def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str,
         "sources": np.asarray(sources, np.int32),
         "signatures": signer.signatures(),
     }
-    _save(folder, {**meta, "names": list(known), "thinking": thinking}, arrays)
+    _save(folder, {**meta, "names": list(file_indices), "thinking": thinking}, arrays)
 
 
 def content_of(item: Item) -> str:
-    """What an item says, without the system text that many share."""
+    """Text of an item without its system turn, which many items share."""
     if isinstance(item, Conversation):
         return "\n".join(m.content for m in item.messages if m.role != "system")
     return item.text
@@ -201,12 +202,12 @@ def _thinks(item: Item) -> bool:
 
 
 class TokenizedDataset:
-    """Examples in a folder, as `write_examples` left them.
+    """Tokenized examples in a folder that `write_examples` filled.
 
     Attributes:
-        owners: number of the item that each example was made of, int32 [N], rising.
-        lengths, trained: tokens of each example, and how many of them are trained, int64 [N].
-        faults: what happened on the way.
+        source_rows: index of the item that each example was made from, int32 [N], ascending.
+        lengths, trained: tokens and supervised tokens of each example, int64 [N].
+        faults: the faults counted while the examples were made.
     """
 
     def __init__(self, folder: Path, items: ConversationDataset) -> None:
@@ -222,27 +223,27 @@ class TokenizedDataset:
         self._mask = np.memmap(folder / _TRAINED, np.uint8, "r")
 
     def example(self, number: int) -> Example:
-        part = slice(self._begins[number], self._begins[number + 1])
-        ids = self._ids[part]
-        labels = np.where(self._mask[part], ids, IGNORE)
+        tokens = slice(self._begins[number], self._begins[number + 1])
+        ids = self._ids[tokens]
+        labels = np.where(self._mask[tokens], ids, IGNORE)
         return Example(ids.tolist(), labels.tolist(), self.items.origin(self.source_rows[number]))
 
     def digest(self, chosen: NDArray[np.int64]) -> str:
         """SHA-256 of the ids and labels of some examples, in their order."""
         digest = hashlib.sha256(self.lengths[chosen].tobytes())
-        # Neighbors go in as one piece: a million examples are some 50,000 pieces.
-        for piece in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
-            if len(piece):
-                part = slice(self._begins[piece[0]], self._begins[piece[-1] + 1])
-                digest.update(self._ids[part].data)
-                digest.update(self._mask[part].data)
+        # Consecutive examples are hashed together: a million examples make about 50,000 runs.
+        for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
+            if len(run):
+                tokens = slice(self._begins[run[0]], self._begins[run[-1] + 1])
+                digest.update(self._ids[tokens].data)
+                digest.update(self._mask[tokens].data)
         return digest.hexdigest()
 
 
 def write_examples(
-    folder: Path, made: Iterable[tuple[int, Sequence[Example]]], log: IssueLog
+    folder: Path, encoded: Iterable[tuple[int, Sequence[Example]]], log: IssueLog
 ) -> None:
-    """Put (number of the item, its examples) pairs on disk; `log` is read when all have come."""
+    """Write (item index, its examples) pairs to disk; `log` is read after the last pair."""
     begins, owners, trained = array("q", [0]), array("i"), array("q")
     ids, labels = array("i"), array("i")
     with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as mask:
@@ -252,7 +253,7 @@ def write_examples(
             mask.write((np.asarray(labels, np.int32) != IGNORE).tobytes())
             del ids[:], labels[:]
 
-        for owner, examples in made:
+        for owner, examples in encoded:
             for example in examples:
                 ids.extend(example.input_ids)
                 labels.extend(example.labels)
@@ -270,75 +271,75 @@ def write_examples(
     _save(folder, {"faults": log.as_dict()}, arrays)
 
 
-class Subset(Sequence[Thing]):
-    """Some things of a shelf by number, int64 [N]; `_read` takes one off it."""
+class Subset(Sequence[ItemT]):
+    """Rows of a dataset chosen by index, int64 [N]; `_read` loads one of them."""
 
     def __init__(self, chosen: NDArray[np.int64]) -> None:
         self.chosen = chosen
 
-    def _read(self, number: int) -> Thing:
+    def _read(self, index: int) -> ItemT:
         raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     @overload
-    def __getitem__(self, number: int) -> Thing: ...
+    def __getitem__(self, number: int) -> ItemT: ...
     @overload
-    def __getitem__(self, number: slice) -> list[Thing]: ...
-    def __getitem__(self, number: int | slice) -> Thing | list[Thing]:
+    def __getitem__(self, number: slice) -> list[ItemT]: ...
+    def __getitem__(self, number: int | slice) -> ItemT | list[ItemT]:
         if isinstance(number, slice):
             return [self._read(int(i)) for i in self.chosen[number]]
         return self._read(int(self.chosen[number]))
 
 
 class Examples(Subset[Example]):
-    """Some examples of a shelf, in an order of their own; an example may stand there twice."""
+    """Chosen examples of a dataset, in any order; an example may occur more than once."""
 
-    def __init__(self, shelf: TokenizedDataset, chosen: NDArray[np.int64]) -> None:
+    def __init__(self, dataset: TokenizedDataset, chosen: NDArray[np.int64]) -> None:
         super().__init__(chosen)
-        self._shelf = shelf
+        self._dataset = dataset
 
-    def _read(self, number: int) -> Example:
-        return self._shelf.example(number)
+    def _read(self, index: int) -> Example:
+        return self._dataset.example(index)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, int64 [N], without reading one."""
-        return self._shelf.lengths[self.chosen]
+        """Tokens of each example, int64 [N], without reading the examples."""
+        return self._dataset.lengths[self.chosen]
 
     @property
     def trained(self) -> NDArray[np.int64]:
-        """Trained tokens of each example, int64 [N]."""
-        return self._shelf.trained[self.chosen]
+        """Supervised tokens of each example, int64 [N]."""
+        return self._dataset.trained[self.chosen]
 
     @property
     def content_hashes(self) -> NDArray[np.uint64]:
-        """Content hash of the row behind each example, uint64 [N]."""
-        return self._shelf.items.content_hashes[self._shelf.source_rows[self.chosen]]
+        """Content hash of the item of each example, uint64 [N]."""
+        return self._dataset.items.content_hashes[self._dataset.source_rows[self.chosen]]
 
     def origin(self, number: int) -> Origin:
-        """Where example `number` came from, without reading it."""
-        return self._shelf.items.origin(int(self._shelf.source_rows[self.chosen[number]]))
+        """File and row of example `number`, without reading it."""
+        return self._dataset.items.origin(int(self._dataset.source_rows[self.chosen[number]]))
 
     def digest(self) -> str:
         """SHA-256 of all ids and labels in their order."""
-        return self._shelf.digest(self.chosen)
+        return self._dataset.digest(self.chosen)
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example, without reading those that lie on a shelf."""
+    """Tokens of each example; those on disk are not read."""
     if isinstance(examples, Examples):
         return [int(size) for size in examples.lengths]
     return [len(example.input_ids) for example in examples]
 
 
 class Items(Subset[Item]):
-    """Some items of a shelf, in the shelf's order."""
+    """Chosen items of a dataset, in the order of the dataset."""
 
-    def __init__(self, shelf: ConversationDataset, chosen: NDArray[np.int64]) -> None:
+    def __init__(self, dataset: ConversationDataset, chosen: NDArray[np.int64]) -> None:
         super().__init__(chosen)
-        self._shelf = shelf
+        self._dataset = dataset
 
-    def _read(self, number: int) -> Item:
-        return self._shelf[number]
+    def _read(self, index: int) -> Item:
+        return self._dataset[index]

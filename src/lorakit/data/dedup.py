@@ -1,9 +1,10 @@
-"""Texts enter; MinHash signatures leave, and from signatures the rows that say nearly the same.
+"""Find exact and near duplicates of texts with MinHash signatures.
 
-A text is the set of its pieces of 8 bytes (any language, no words needed). One hash sorts the
-pieces into 64 bins and keeps the least of each bin, as one byte: the share of equal bytes of two
-texts estimates how much of their pieces they share. Bytes are compared where four in a row agree
-(LSH), so that a million rows take seconds: 8 µs to sign a short chat, 1.3 µs to find its twins.
+A text is the set of its 8-byte shingles, which works in any language and needs no words. One hash
+sorts the shingles into 64 bins and keeps the minimum of each bin as one byte: the share of equal
+bytes of two texts estimates the share of their common shingles. Rows are compared where four bytes
+in a row agree (LSH), so that a million rows take seconds: 8 µs to sign a short chat, 1.3 µs to find
+its duplicates.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from lorakit.types import Origin
 OriginOf = Callable[[int], Origin]
 
 BINS = 64
-# Two texts are nearly the same from this share of common pieces on: about one word in 20 changed.
+# Smallest share of common shingles of near duplicates: about one word in 20 changed.
 ALIKE = 0.8
 _PIECE, _BAND, _EMPTY = 8, 4, 0
-# Shorter texts have too few pieces to be told apart by them.
+# Shorter texts have too few shingles to distinguish them.
 SHORTEST = 32
-# A batch, and what is looked at of a longer text: 1 MiB takes 60 MB to sign.
+# Bytes of a batch, and characters signed of a longer text: 1 MiB takes 60 MB to sign.
 _BATCH = 2**20
-# Rows that share a band are compared with this many that came before, not with all.
+# A row is compared with this many earlier rows of the same band, not with all.
 _COMPARED = 8
 
 
 class Signer:
-    """Collects texts and signs them in batches of about 1 MiB."""
+    """Computes MinHash signatures of texts in batches of about 1 MiB."""
 
     def __init__(self) -> None:
         self._done: list[NDArray[np.uint8]] = []
@@ -39,7 +40,7 @@ class Signer:
         self._size = 0
 
     def add(self, text: str) -> None:
-        """One more text; white space and case do not count."""
+        """Add a text; white space and case are ignored."""
         data = " ".join(text[:_BATCH].lower().split()).encode()
         self._texts.append(data)
         self._size += len(data) + BINS
@@ -63,28 +64,30 @@ def _sign(texts: list[bytes]) -> NDArray[np.uint8]:
     joined = np.frombuffer(b"".join(texts) + bytes(_PIECE), np.uint8)
     size = len(joined) - _PIECE
     pieces = np.empty(size, np.uint64)
-    for shift in range(_PIECE):  # the 8 bytes from each place on, as one number
-        part = np.frombuffer(joined[shift:].tobytes()[: (size - shift + _PIECE) // 8 * 8], "<u8")
-        pieces[shift::_PIECE] = part[: len(pieces[shift::_PIECE])]
+    for shift in range(_PIECE):  # the 8 bytes at each offset, as one integer
+        integers = np.frombuffer(
+            joined[shift:].tobytes()[: (size - shift + _PIECE) // 8 * 8], "<u8"
+        )
+        pieces[shift::_PIECE] = integers[: len(pieces[shift::_PIECE])]
     pieces *= np.uint64(0x9E3779B97F4A7C15)
     pieces ^= pieces >> np.uint64(29)
     pieces *= np.uint64(0xBF58476D1CE4E5B9)
     rows = np.repeat(np.arange(count), lengths)
     ends = np.cumsum(lengths)
-    # Pieces that reach over the end of their text, and all of short texts, are left out.
-    whole = (np.arange(size) + _PIECE <= ends[rows]) & (lengths >= SHORTEST)[rows]
-    slots = rows[whole] * BINS + (pieces[whole] >> np.uint64(58)).astype(np.int64)
+    # Shingles that cross the end of their text, and all shingles of short texts, are left out.
+    valid = (np.arange(size) + _PIECE <= ends[rows]) & (lengths >= SHORTEST)[rows]
+    slots = rows[valid] * BINS + (pieces[valid] >> np.uint64(58)).astype(np.int64)
     least = np.full(count * BINS, np.iinfo(np.uint32).max, np.uint32)
-    values = (pieces[whole] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    values = (pieces[valid] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     np.minimum.at(least, slots, values)
-    # 1..255 for a bin that holds a piece, 0 for an empty one. The low byte of the least value.
+    # 0 for an empty bin, else 1..255, from the minimum of the bin.
     bytes_ = (least % np.uint32(255) + np.uint32(1)).astype(np.uint8)
     bytes_[least == np.iinfo(np.uint32).max] = _EMPTY
     return bytes_.reshape(count, BINS)
 
 
 def near_twins(signatures: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each row the number of an earlier row that says nearly the same, or -1. int64 [N]."""
+    """Index of an earlier near duplicate of each row, or -1, int64 [N]."""
     twins = np.full(len(signatures), -1, np.int64)
     bands = np.ascontiguousarray(signatures).view(np.uint32)
     for band in range(BINS // _BAND):
@@ -96,32 +99,32 @@ def near_twins(signatures: NDArray[np.uint8]) -> NDArray[np.int64]:
             later, earlier = later[same], earlier[same]
             if not len(later):
                 break
-            alike = _likeness(signatures, later, earlier) >= ALIKE
+            alike = _similarity(signatures, later, earlier) >= ALIKE
             twins[later[alike]] = earlier[alike]
     return twins
 
 
-def _likeness(
+def _similarity(
     signatures: NDArray[np.uint8], left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    found = np.empty(len(left))
+    shares = np.empty(len(left))
     for begin in range(0, len(left), 2**16):  # 64 bytes a row: 4 MiB at once
-        part = slice(begin, begin + 2**16)
-        a, b = signatures[left[part]], signatures[right[part]]
+        rows = slice(begin, begin + 2**16)
+        a, b = signatures[left[rows]], signatures[right[rows]]
         filled = (a != _EMPTY) | (b != _EMPTY)
         same = ((a == b) & filled).sum(axis=1)
-        found[part] = same / np.maximum(filled.sum(axis=1), 1)
-    return found
+        shares[rows] = same / np.maximum(filled.sum(axis=1), 1)
+    return shares
 
 
 def report_duplicates(
     marks: NDArray[np.uint64], signatures: NDArray[np.uint8], place: OriginOf, log: IssueLog
 ) -> None:
-    """Count rows whose content stood before, in the same or nearly the same words; all are kept.
+    """Count rows whose content is that of an earlier row, exactly or nearly; all are kept.
 
     Args:
         marks: content hash of each row.
-        place: number of a row -> where it came from.
+        place: index of a row -> its origin.
     """
     copies = np.ones(len(marks), bool)
     copies[np.unique(marks, return_index=True)[1]] = False
@@ -136,16 +139,16 @@ def report_overlap(
     place: OriginOf,
     log: IssueLog,
 ) -> None:
-    """Count held-out rows that are also trained on: their loss says nothing about new questions.
+    """Count held-out rows that are also trained on, whose loss does not measure generalization.
 
     Args:
-        trained, held: marks and signatures of the rows of either side.
-        place: number of a held-out row -> where it came from.
+        trained, held: content hashes and signatures of the rows of either side.
+        place: index of a held-out row -> its origin.
     """
     if not len(held[0]):
         return
     both = np.isin(held[0], trained[0])
-    # Trained rows come first, so that a twin of a held-out row is an earlier one.
+    # Trained rows come first, so that the duplicate of a held-out row is an earlier one.
     first = len(trained[1])
     twins = near_twins(np.concatenate([trained[1], held[1]]))[first:]
     near = (twins >= 0) & (twins < first) & ~both
@@ -153,6 +156,6 @@ def report_overlap(
     _add(np.flatnonzero(near), "held-out row is nearly one of the training data", place, log)
 
 
-def _add(rows: NDArray[np.int64], kind: str, place: OriginOf, log: IssueLog) -> None:
+def _add(rows: NDArray[np.int64], kind: str, origin_of: OriginOf, log: IssueLog) -> None:
     if len(rows):
-        log.add_many(kind, len(rows), [str(place(int(i))) for i in rows[:SHOWN_ROWS]], "kept")
+        log.add_many(kind, len(rows), [str(origin_of(int(i))) for i in rows[:SHOWN_ROWS]], "kept")

@@ -1,8 +1,6 @@
-"""Prepared data and its tokenizer enter; what a person should see of it leaves, as records.
+"""Statistics of prepared data, and examples token by token, for `lorakit inspect`.
 
-`display/inspection_view.py` shows an Inspection; `as_dict` makes a JSON object of it.
-
-Lengths of examples in tokens enter; a histogram and the share of padding leave.
+`display/inspection_view.py` prints an Inspection; `as_dict` converts it to a JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ _BROKEN = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of one token, or of the few that make one character."""
+    """Text of one token, or of the few tokens that form one character."""
 
     text: str
     ids: tuple[int, ...]
@@ -36,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One example to look at, and why this one."""
+    """One example to display, and the reason for its choice."""
 
     example: Example
     why: str
@@ -45,7 +43,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that `lorakit inspect` tells about a source and a model."""
+    """Everything that `lorakit inspect` reports about a source and a model."""
 
     model: str
     report: DataReport
@@ -55,15 +53,15 @@ class Inspection:
 
     @property
     def stopping(self) -> tuple[Fault, ...]:
-        """The faults at which a run would stop."""
+        """Faults at which a run would stop."""
         return tuple(f for f in self.report.faults if self.stops(f))
 
     def stops(self, fault: Fault) -> bool:
-        """True where a run would stop at `fault`; `strict: true` stops at all but what it told."""
+        """True if a run would stop at `fault`; `strict: true` ignores only INFO_ONLY actions."""
         return fault.spoils or (self.strict and fault.action not in INFO_ONLY)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `text` of an example has its trained parts listed in `trained`."""
+        """JSON-ready form; `trained` lists the trained parts of the `text` of an example."""
         examples = [
             {
                 "row": str(shown.example.origin),
@@ -87,10 +85,10 @@ class Inspection:
 def inspect_prepared(
     prepared: Prepared, tokenizer: Any, recipe: Recipe, model: str, count: int = 3
 ) -> Inspection:
-    """Figures of all examples, and `count` of them token by token.
+    """Measure all examples, and decode `count` of them token by token.
 
     Args:
-        model: the name to show.
+        model: name of the model to display.
     """
     return Inspection(
         model=model,
@@ -105,7 +103,7 @@ def inspect_prepared(
 
 
 def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:
-    """How long the examples are, trained and held out, and what that means for a step."""
+    """Measure the lengths of the training and held-out examples."""
     return measure(
         np.concatenate([prepared.train.lengths, prepared.val.lengths]),
         recipe.cutoff_len,
@@ -117,30 +115,30 @@ def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:
 
 
 def _choose(examples: Examples, count: int) -> list[tuple[str, Example]]:
-    """The first, the median and the longest example, then ones spread over the data."""
+    """Choose the first, the median and the longest example, then evenly spaced ones."""
     by_length = examples.lengths.argsort(kind="stable").tolist()
-    wanted = [("first", 0), ("of median length", by_length[len(by_length) // 2])]
-    wanted.append(("longest", by_length[-1]))
+    candidates = [("first", 0), ("of median length", by_length[len(by_length) // 2])]
+    candidates.append(("longest", by_length[-1]))
     step = max(1, len(examples) // max(1, count))
-    wanted += [("", at) for at in range(step, len(examples), step)]
+    candidates += [("", at) for at in range(step, len(examples), step)]
     chosen: dict[int, str] = {}
-    for why, at in wanted:
+    for why, at in candidates:
         chosen.setdefault(at, why)
     return [(why, examples[at]) for at, why in list(chosen.items())[:count]]
 
 
 def token_texts(tokenizer: Any, example: Example) -> Iterator[Piece]:
-    """The tokens of `example` as text; tokens that only together make a character are one piece."""
+    """Decode the tokens of `example`; tokens that form one character together are one piece."""
     special = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     held: list[int] = []
     tokens = list(zip(example.input_ids, example.labels, strict=True))
-    for place, (token, label) in enumerate(tokens):
+    for index, (token, label) in enumerate(tokens):
         trained = label != IGNORE
         held.append(token)
         text = _decode(tokenizer, held)
-        following = tokens[place + 1] if place + 1 < len(tokens) else None
+        following = tokens[index + 1] if index + 1 < len(tokens) else None
         open_end = text.endswith(_BROKEN) and following is not None and len(held) < 8
         if open_end and following and (following[1] != IGNORE) == trained:
             continue
@@ -149,7 +147,7 @@ def token_texts(tokenizer: Any, example: Example) -> Iterator[Piece]:
 
 
 def runs(parts: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
-    """(trained, pieces) of neighbors that are alike."""
+    """Group consecutive pieces into (trained, pieces) runs."""
     run: list[Piece] = []
     for piece in parts:
         if run and run[-1].trained != piece.trained:
@@ -162,14 +160,14 @@ def runs(parts: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # Llama-2's pieces carry their space in front (▁word), and decoding eats the first of a run.
+    # Llama-2's tokens begin with their space (▁word), and decoding drops the first one.
     first = tokenizer.convert_ids_to_tokens(ids[:1])[0]
     if str(first).startswith("▁") and not text.startswith(" "):
         return " " + text
     return text
 
 
-# Widths of histogram bars: round numbers, so that the borders can be said aloud.
+# Widths of histogram bars: round numbers, for readable borders.
 _ROUND = (1, 2, 5, 10, 20, 25, 50)
 BARS = 12
 MEASURED_STEPS = 500
@@ -177,7 +175,7 @@ MEASURED_STEPS = 500
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """`count` examples of `begin` to `end` tokens, both ends included."""
+    """Histogram bar: `count` examples of `begin` to `end` tokens, both included."""
 
     begin: int
     end: int
@@ -186,11 +184,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long the examples are.
+    """Length statistics of the examples, in tokens.
 
-    `padding` is the share of positions that pads the shorter of `batch` examples that go through
-    the model side by side, in random order. Packed, the `step` examples of an optimizer step have
-    none, and take `packed` micro-batches on average. `packing` is the recipe's.
+    `padding` is the share of padding in micro-batches of `batch` examples in random order. With
+    packing, the `step` examples of an optimizer step have no padding and take `packed`
+    micro-batches on average. `packing` is the setting of the recipe.
     """
 
     examples: int
@@ -219,19 +217,19 @@ def measure(
     seed: int = 0,
     packing: bool = True,
 ) -> Lengths:
-    """The figures of examples of these lengths (at least one).
+    """Compute statistics of one or more lengths.
 
     Args:
-        cutoff_len: the longest row a run makes.
-        batch: examples that go through the model at once.
+        cutoff_len: longest example of the run.
+        batch: examples of a micro-batch.
         step: examples of an optimizer step.
-        seed: of the order in which examples meet in batches.
+        seed: seed of the order in which examples are batched.
     """
-    # A million lengths take 26 MB and 0.04 s as arrays; as Python lists it was 62 MB and 1.1 s.
+    # A million lengths take 26 MB and 0.04 s as arrays; Python lists took 62 MB and 1.1 s.
     ordered = np.sort(np.asarray(lengths, np.int64))
     drawn = np.random.default_rng(seed).permutation(ordered)[: step * MEASURED_STEPS].tolist()
     steps = [drawn[i : i + step] for i in range(0, len(drawn), step)]
-    groups = sum(len(best_fit(part, batch * cutoff_len)) for part in steps)
+    groups = sum(len(best_fit(group, batch * cutoff_len)) for group in steps)
     return Lengths(
         examples=len(ordered),
         shortest=int(ordered[0]),

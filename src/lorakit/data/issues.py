@@ -1,7 +1,7 @@
-"""Conversations and faults of single rows enter; usable conversations and counted Faults leave.
+"""Check the turns of conversations, and count the rows that cannot be used.
 
-Damage to a file's structure (a broken line) stops the run. A row that is whole but cannot be used
-(no answer, roles out of order) is left out, and counted here with its place: never silently.
+Damage to the structure of a file (a broken line) stops the run. A row that parses but cannot be
+used (no answer, roles out of order) is left out, and counted here with its origin, never silently.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lorakit.types import Conversation, Document, Fault, Message, Origin
 
 SHOWN_ROWS = 5
 LEFT_OUT = "left out"
-# What was asked for and is only told: no fault of the data, so none for `strict: true`.
+# Actions that follow from the recipe and are only reported: not faults for `strict: true`.
 HELD_OUT = "scored, not trained on; val_data, val_size or smaller files change it"
 INFO_ONLY = ("its end is held out", "not drawn", HELD_OUT)
 
 
 class RowError(DataError):
-    """One row that cannot be used: it is left out and counted under `kind`, and the run goes on."""
+    """One row that cannot be used; it is left out, counted under `kind`, and the run continues."""
 
     def __init__(self, kind: str, origin: Origin, detail: str, hint: str | None = None) -> None:
         super().__init__(f"{origin}: {detail}", hint)
@@ -32,13 +32,13 @@ class RowError(DataError):
 
 
 class FatalRowError(RowError):
-    """One row on which training would go wrong: a run stops at it, `inspect` counts on."""
+    """One row that would spoil the training; a run stops at it, `inspect` keeps counting."""
 
     exit_code = 1
 
 
 class IssueLog:
-    """Counts faults by kind and action while rows stream by; keeps the first rows of each."""
+    """Counts faults by kind and action, with the first rows of each."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], tuple[int, list[str]]] = {}
@@ -47,19 +47,19 @@ class IssueLog:
         self.first_left_out: RowError | None = None
 
     def add(self, kind: str, origin: Origin | str, action: str) -> None:
-        """One more case of `kind`, at `origin`, and what was done about it."""
+        """Count one case of `kind` at `origin`, with the action taken."""
         count, rows = self._seen.get((kind, action), (0, []))
         if len(rows) < SHOWN_ROWS and str(origin) not in rows:
             rows.append(str(origin))
         self._seen[kind, action] = (count + 1, rows)
 
     def add_many(self, kind: str, count: int, rows: Sequence[str], action: str) -> None:
-        """`count` more cases of `kind`, the first of them at `rows`."""
-        had, own = self._seen.get((kind, action), (0, []))
-        self._seen[kind, action] = (had + count, [*own, *rows][:SHOWN_ROWS])
+        """Count `count` cases of `kind`, the first of them at `rows`."""
+        seen, first_rows = self._seen.get((kind, action), (0, []))
+        self._seen[kind, action] = (seen + count, [*first_rows, *rows][:SHOWN_ROWS])
 
     def skip_row(self, fault: RowError) -> None:
-        """The row of `fault` is not used."""
+        """Count the row of `fault` as left out."""
         self.rows_left_out += 1
         self.first_left_out = self.first_left_out or fault
         if isinstance(fault, FatalRowError):
@@ -67,7 +67,7 @@ class IssueLog:
         self.add(fault.kind, fault.origin, LEFT_OUT)
 
     def merge(self, other: IssueLog) -> None:
-        """Add all that `other` counted."""
+        """Add the counts of `other`."""
         for (kind, action), (count, rows) in other._seen.items():
             self.add_many(kind, count, rows, action)
         self._spoiling |= other._spoiling
@@ -76,32 +76,32 @@ class IssueLog:
 
     @property
     def spoils(self) -> bool:
-        """Some row would spoil a run."""
+        """True if at least one row would spoil a run."""
         return bool(self._spoiling)
 
     def as_dict(self) -> dict[str, Any]:
-        """All that was counted, as JSON values; `from_dict` takes it back."""
+        """All counts as JSON values, for `from_dict`."""
         seen = [[*key, *value] for key, value in self._seen.items()]
         return {"seen": seen, "left_out": self.rows_left_out, "spoiling": sorted(self._spoiling)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> IssueLog:
-        """The log that `as_dict` told of."""
+        """Restore a log from the result of `as_dict`."""
         log = cls()
         log._seen = {(kind, action): (count, rows) for kind, action, count, rows in values["seen"]}
         log.rows_left_out, log._spoiling = values["left_out"], set(values["spoiling"])
         return log
 
     def faults(self) -> tuple[Fault, ...]:
-        """All kinds seen, most frequent first."""
-        found = [
+        """All faults, most frequent first."""
+        faults = [
             Fault(kind, count, tuple(rows), action, kind in self._spoiling)
             for (kind, action), (count, rows) in self._seen.items()
         ]
-        return tuple(sorted(found, key=lambda fault: -fault.count))
+        return tuple(sorted(faults, key=lambda fault: -fault.count))
 
 
-# Which turns may follow which; "call" is an assistant turn that calls tools.
+# Turns that may follow each turn; "call" is an assistant turn that calls tools.
 _FOLLOWS = {
     "start": ("user",),
     "user": ("assistant", "call"),
@@ -112,12 +112,12 @@ _FOLLOWS = {
 
 
 def check_turns(conversation: Conversation, log: IssueLog) -> Conversation:
-    """The conversation, fit to be trained on: [system] (user (call tool+)* assistant)+.
+    """Check the order of turns, [system] (user (call tool+)* assistant)+, and cut the end.
 
-    What comes after the last assistant turn is taken off and reported.
+    Turns after the last assistant turn are removed and reported.
 
     Raises:
-        RowFault: no answer at all, or turns out of order.
+        RowError: there is no answer, or turns are out of order.
     """
     origin, messages = conversation.origin, conversation.messages
     if not any(m.role == "assistant" for m in messages):
@@ -125,23 +125,23 @@ def check_turns(conversation: Conversation, log: IssueLog) -> Conversation:
     before = "start"
     turns = messages[1:] if messages[0].role == "system" else messages
     for number, turn in enumerate(turns, 1):
-        kind = "call" if _calls(turn) else turn.role
-        # Hermes writes its calls as text: what follows may be a result all the same.
-        loose = (before, kind) == ("assistant", "tool") and "<tool_call>" in turns[
+        step = "call" if _calls(turn) else turn.role
+        # Hermes writes its calls as text, so that a result may follow a plain answer.
+        loose = (before, step) == ("assistant", "tool") and "<tool_call>" in turns[
             number - 2
         ].content
-        if kind not in _FOLLOWS[before] and not loose:
+        if step not in _FOLLOWS[before] and not loose:
             fault = _disorder(before, turn)
             expected = " or ".join(dict.fromkeys(_SPOKEN.get(k, k) for k in _FOLLOWS[before]))
             detail = f"{fault}: turn {number} is of {turn.role}, expected {expected}"
             raise RowError(fault, origin, detail)
-        before = kind
+        before = step
     if turns[-1].role != "assistant":
         kept = len(messages)
         while messages[kept - 1].role != "assistant":
             kept -= 1
-        what = "question" if turns[-1].role == "user" else "tool result"
-        log.add(f"last {what} without answer", origin, f"the {what} was taken off")
+        noun = "question" if turns[-1].role == "user" else "tool result"
+        log.add(f"last {noun} without answer", origin, f"the {noun} was taken off")
         return replace(conversation, messages=messages[:kept])
     return conversation
 
@@ -166,9 +166,9 @@ def _disorder(before: str, turn: Message) -> str:
 
 
 def content_hash(item: Conversation | Document) -> int:
-    """Content hash of 64 bits, the same for equal content wherever it stands.
+    """64-bit hash of the content of an item, without its origin.
 
-    In a million rows two different ones meet with a chance of 3 in 100 million.
+    In a million different rows the probability of a collision is 3 in 100 million.
     """
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(item, Document):
@@ -183,34 +183,36 @@ def content_hash(item: Conversation | Document) -> int:
 
 
 def refuse_if_empty(kept: int, read: int, source: str, log: IssueLog) -> None:
-    """Stop when no row of `source` can be used.
+    """Raise if no row of `source` can be used.
 
     Raises:
-        SpoilsRun: they would spoil a run.
-        DataError: names the commonest faults and the first row of each.
+        FatalRowError: the first row left out would spoil a run.
+        DataError: no row can be used; names the commonest faults and the first rows of each.
     """
     if kept:
         return
     if isinstance(log.first_left_out, FatalRowError):
         raise log.first_left_out
     if not read:
-        raise DataError(f"{source}: there are no rows in it", hint="is it the right file?")
+        raise DataError(
+            f"{source}: there are no rows in it", hint="check that it is the right file"
+        )
     hint = log.first_left_out.hint if log.first_left_out else None
-    raise DataError(f"{source}: none of its {read} rows can be used: {told_faults(log)}", hint)
+    raise DataError(f"{source}: none of its {read} rows can be used: {summarize_faults(log)}", hint)
 
 
-def told_faults(log: IssueLog) -> str:
-    """The three commonest reasons for which rows were left out, and the first in full."""
+def summarize_faults(log: IssueLog) -> str:
+    """Summarize the three commonest reasons for left-out rows, and the first one in full."""
     lost = [fault for fault in log.faults() if fault.action == LEFT_OUT][:3]
     reasons = "; ".join(f"{f.count} x {f.kind} ({', '.join(f.first_rows[:2])})" for f in lost)
     return f"{reasons}; first: {log.first_left_out.message}" if log.first_left_out else reasons
 
 
 def refuse_if_strict(log: IssueLog) -> None:
-    """Stop at any fault of the data (`strict: true`).
+    """Raise at any fault of the data (`strict: true`).
 
     Raises:
-        DataError: lists every kind of fault with its count and first rows.
+        DataError: there are faults; lists each kind with its count and first rows.
     """
     faults = [fault for fault in log.faults() if fault.action not in INFO_ONLY]
     if not faults:
@@ -218,6 +220,6 @@ def refuse_if_strict(log: IssueLog) -> None:
     lines = [f"  {f.count} x {f.kind} ({', '.join(f.first_rows)})" for f in faults]
     raise DataError(
         "strict: the data has faults:\n" + "\n".join(lines),
-        hint="mend these rows, or set strict: false, which does with each what data_report.json "
-        "of such a run says",
+        hint="correct these rows, or set strict: false; data_report.json then lists what "
+        "was done with each",
     )

@@ -1,4 +1,4 @@
-"""A recipe and a tokenizer enter; examples to train on, held-out ones and a report leave."""
+"""Prepare training and held-out examples, and a data report, from a recipe and a tokenizer."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from lorakit.data.issues import (
     RowError,
     refuse_if_empty,
     refuse_if_strict,
-    told_faults,
+    summarize_faults,
 )
 from lorakit.data.split import shuffled, split
 from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
 from lorakit.data.tokenize.encode import EncodeConfig, encode_many, resolve_template
 from lorakit.errors import DataError
 from lorakit.recipe.schema import Recipe
-from lorakit.types import DataReport, Document, Example
+from lorakit.types import DataReport, Document, Example, Origin
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a run trains on and is scored on: examples, and the items they were made from.
+    """Training and held-out examples of a run, and the items they were made from.
 
-    All four are read from disk as they are asked for: a million rows cost memory by the hundred
-    bytes. Their order is that of the sources, the same in each run on the same data.
+    All four are read from disk on access: each of a million rows takes about a hundred bytes of
+    memory. Their order is that of the sources, the same in each run on the same data.
     """
 
     train: Examples
@@ -60,34 +60,34 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """Some items of a shelf by number, int64 [N], with the shelf of their examples."""
+    """Chosen items by index, int64 [N], with the tokenized dataset of their examples."""
 
-    shelf: TokenizedDataset
+    dataset: TokenizedDataset
     chosen: NDArray[np.int64]
 
     @property
-    def prints(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-        """Content hash and signature of each item."""
-        return self.shelf.items.content_hashes[self.chosen], self.shelf.items.signatures[
-            self.chosen
-        ]
+    def hashes_and_signatures(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Content hash and MinHash signature of each item."""
+        items = self.dataset.items
+        return items.content_hashes[self.chosen], items.signatures[self.chosen]
 
-    def place(self, number: int) -> Any:
-        return self.shelf.items.origin(int(self.chosen[number]))
+    def origin(self, index: int) -> Origin:
+        """File and row of item `index`."""
+        return self.dataset.items.origin(int(self.chosen[index]))
 
     @property
     def items(self) -> Items:
         """The items themselves."""
-        return Items(self.shelf.items, self.chosen)
+        return Items(self.dataset.items, self.chosen)
 
     def examples(self, times: NDArray[np.int64] | None = None) -> Examples:
-        """The examples of these items, each as many times as its item is wanted, int64 [items]."""
-        wanted = np.zeros(len(self.shelf.items), np.int64)
-        wanted[self.chosen] = 1 if times is None else times[self.chosen]
-        left = wanted[self.shelf.source_rows]
-        # All of them once, then those wanted twice: copies do not stand side by side.
+        """Examples of these items, repeated `times` of each item, int64 [all items]."""
+        repeats = np.zeros(len(self.dataset.items), np.int64)
+        repeats[self.chosen] = 1 if times is None else times[self.chosen]
+        left = repeats[self.dataset.source_rows]
+        # All examples once, then the repeated ones: copies are not next to each other.
         rounds = [np.flatnonzero(left > done) for done in range(int(left.max(initial=1)))]
-        return Examples(self.shelf, np.concatenate(rounds))
+        return Examples(self.dataset, np.concatenate(rounds))
 
 
 def prepare(
@@ -96,16 +96,16 @@ def prepare(
     """Run the stages from source strings to examples; sets the chat template on `tokenizer`.
 
     Args:
-        folders: where relative paths are tried after the current directory.
-        inspecting: rows that would spoil the training are counted, not stopped at.
+        folders: folders for relative paths, tried after the current directory.
+        inspecting: count rows that would spoil the training instead of raising.
 
     Raises:
-        DataError: a source is missing or damaged, nothing usable is left, or a row would spoil
-            the training; every message names the file and the row.
-        ModelError: the tokenizer has no workable chat template.
+        DataError: a source is missing or damaged, no usable row is left, or a row would spoil the
+            training; every message names the file and the row.
+        ModelError: the chat template of the tokenizer does not work.
     """
-    # Millions of small objects come and go here; what torch and transformers hold (a pass over it
-    # takes 0.1 s, every 10,000 rows) need not be looked through each time.
+    # Millions of small objects are created and freed here. Freezing keeps the garbage collector
+    # from scanning the objects of torch and transformers, 0.1 s every 10,000 rows.
     gc.freeze()
     try:
         return _prepare(recipe, tokenizer, folders, inspecting)
@@ -126,14 +126,14 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     info = resolve_template(tokenizer, recipe.model, thinking)
     encode = _Encoder(recipe, tokenizer, inspecting, log)
     side = encode(items)
-    report_duplicates(*side.prints, side.place, log)
+    report_duplicates(*side.hashes_and_signatures, side.origin, log)
     if held_items is not None:
         train, held = side, encode(held_items)
-        report_overlap(train.prints, held.prints, held.place, log)
+        report_overlap(train.hashes_and_signatures, held.hashes_and_signatures, held.origin, log)
     else:
         out = _split(side, recipe, log)
-        train, held = (_Split(side.shelf, side.chosen[part]) for part in (~out, out))
-        _tell_large_share(train, held, log)
+        train, held = (_Split(side.dataset, side.chosen[mask]) for mask in (~out, out))
+        _report_large_share(train, held, log)
     examples = train.examples(_times(train, recipe, log))
     val = held.examples()
     if recipe.strict and not inspecting:
@@ -147,7 +147,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         trained_tokens_train=int(examples.trained.sum()),
         tokens_val=int(val.lengths.sum()),
         trained_tokens_val=int(val.trained.sum()),
-        longest_example=int(max(part.lengths.max(initial=0) for part in (examples, val))),
+        longest_example=int(max(split.lengths.max(initial=0) for split in (examples, val))),
         cutoff_len=recipe.cutoff_len,
         template=info.source,
         faults=log.faults(),
@@ -157,22 +157,22 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
 
 def _split(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.bool_]:
     try:
-        return split(side.prints[0], recipe.held_out, recipe.seed)
+        return split(side.hashes_and_signatures[0], recipe.held_out, recipe.seed)
     except DataError as error:
         if not log.rows_left_out:
             raise
-        # Few rows are left because others went: that is what there is to mend.
-        lost = f"{log.rows_left_out:,} rows were left out: {told_faults(log)}"
+        # Few rows are left because others were left out: the message names their faults.
+        lost = f"{log.rows_left_out:,} rows were left out: {summarize_faults(log)}"
         raise DataError(f"{error.message}; {lost}", error.hint) from None
 
 
-def _tell_large_share(train: _Split, held: _Split, log: IssueLog) -> None:
-    """Rows are held out by number: one of two books is 5% of nothing."""
-    sizes = [int(part.examples().lengths.sum()) for part in (train, held)]
+def _report_large_share(train: _Split, held: _Split, log: IssueLog) -> None:
+    """Report held-out rows with far more tokens than their share of rows (one of two books)."""
+    sizes = [int(side.examples().lengths.sum()) for side in (train, held)]
     rows = len(held.chosen) / (len(train.chosen) + len(held.chosen))
     share = sizes[1] / sum(sizes)
     if share > max(0.2, 2 * rows) or (share > 0.2 and len(train.chosen) < 5):
-        first = [str(held.place(i)) for i in range(min(SHOWN_ROWS, len(held.chosen)))]
+        first = [str(held.origin(i)) for i in range(min(SHOWN_ROWS, len(held.chosen)))]
         kind = f"{share:.0%} of the tokens are held out"
         log.add_many(kind, len(held.chosen), first, HELD_OUT)
 
@@ -181,12 +181,12 @@ _DOCUMENTS = {
     "completion": "trained as plain text, every token (documents: instruction makes requests and "
     "answers of it, better for a chat model)",
     "instruction": "each piece trained as the answer to a request (documents: completion trains "
-    "every token as it stands)",
+    "every token as plain text)",
 }
 
 
 def _with_documents(line: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """A line of the report that says, for plain texts, how they are trained."""
+    """Add to a line of the report, for plain texts, how they are trained."""
     texts = "text" in line["format"].split(", ")
     return {**line, "documents": _DOCUMENTS[recipe.documents]} if texts else line
 
@@ -196,7 +196,7 @@ def _with_documents(line: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Encoder:
-    """Makes the examples of a shelf of items, or finds them made."""
+    """Tokenizes a dataset of items, or reuses the cached result."""
 
     recipe: Recipe
     tokenizer: Any
@@ -205,31 +205,33 @@ class _Encoder:
 
     def __call__(self, items: ConversationDataset) -> _Split:
         rules = EncodeConfig.of(self.recipe)
-        known = tokenizer_key(self.tokenizer)
-        key = key_of("examples", items.key, known, rules.as_dict()) if items.key and known else None
-        own = IssueLog()
+        tokenizer = tokenizer_key(self.tokenizer)
+        reusable = items.key and tokenizer
+        key = key_of("examples", items.key, tokenizer, rules.as_dict()) if reusable else None
+        encode_log = IssueLog()
 
         def make(folder: Path) -> None:
-            write_examples(folder, self._made(items, rules, own), own)
+            write_examples(folder, self._encoded(items, rules, encode_log), encode_log)
 
-        shelf = TokenizedDataset(folder_for(key, make), items)
-        if shelf.faults.spoils and not self.inspecting:
-            for _ in self._made(items, rules, own):  # kept by `inspect`: stops at the row again
+        dataset = TokenizedDataset(folder_for(key, make), items)
+        if dataset.faults.spoils and not self.inspecting:
+            # `inspect` cached this dataset: encode again, which raises at the spoiling row.
+            for _ in self._encoded(items, rules, encode_log):
                 pass
-        self.log.merge(shelf.faults)
-        return _Split(shelf, np.unique(shelf.source_rows).astype(np.int64))
+        self.log.merge(dataset.faults)
+        return _Split(dataset, np.unique(dataset.source_rows).astype(np.int64))
 
-    def _made(
+    def _encoded(
         self, items: ConversationDataset, rules: EncodeConfig, log: IssueLog
     ) -> Iterator[tuple[int, list[Example]]]:
-        made = encode_many(self.tokenizer, items, rules, log)
-        for number, (_, examples) in enumerate(made):
+        encoded = encode_many(self.tokenizer, items, rules, log)
+        for index, (_, examples) in enumerate(encoded):
             if isinstance(examples, FatalRowError) and not self.inspecting:
                 raise examples
             if isinstance(examples, RowError):
                 log.skip_row(examples)
             else:
-                yield number, examples
+                yield index, examples
         refuse_if_empty(len(items) - log.rows_left_out, len(items), "data", log)
 
 
@@ -237,16 +239,17 @@ class _Encoder:
 
 
 def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | None:
-    """How often an epoch trains on each item of the shelf, int64 [items]; None for once each.
+    """Count how often an epoch trains on each item, int64 [items]; None for once each.
 
-    A weight of 2.5 is twice each row, and half of the rows, chosen by content and seed, once more.
+    A weight of 2.5 trains each row twice, and half of the rows, chosen by content and seed, once
+    more.
     """
     if all(weight == 1 for weight in recipe.weights):
         return None
-    items = side.shelf.items
+    items = side.dataset.items
     times = np.zeros(len(items), np.int64)
-    for number, weight in enumerate(recipe.weights):
-        rows = side.chosen[items.sources[side.chosen] == number]
+    for source, weight in enumerate(recipe.weights):
+        rows = side.chosen[items.sources[side.chosen] == source]
         times[rows] = int(weight)
         more = round((weight - int(weight)) * len(rows))
         order = shuffled(items.content_hashes[rows], recipe.seed)
@@ -261,26 +264,28 @@ def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | N
 def _split_single_document(
     items: ConversationDataset, held_out: float | int, log: IssueLog
 ) -> tuple[ConversationDataset, ConversationDataset | None]:
-    """A single document in two, at the paragraph border nearest to the held-out share of its end.
+    """Split a single document at the paragraph border nearest to the held-out share of its end.
 
-    A text without borders comes back whole, and so does a conversation: they cannot be split.
+    Returns:
+        The head and the tail; the dataset unchanged and None for a conversation, or for a text
+        without paragraph borders.
     """
     document = items[0]
     if not isinstance(document, Document):
         return items, None
     text = document.text
-    wanted = (1 - (held_out if held_out < 1 else 0.05)) * len(text)
-    borders = [found.end() for found in re.finditer(r"\n\s*\n", text.strip("\n"))]
+    target = (1 - (held_out if held_out < 1 else 0.05)) * len(text)
+    borders = [match.end() for match in re.finditer(r"\n\s*\n", text.strip("\n"))]
     borders = [at for at in borders if 0 < at < len(text.rstrip())]
     if not borders:
         return items, None
-    at = min(borders, key=lambda border: abs(border - wanted))
+    at = min(borders, key=lambda border: abs(border - target))
     log.add("a single document", document.origin, "its end is held out")
-    parts = []
-    for name, part in (("head", text[:at]), ("tail", text[at:])):
+    halves = []
+    for name, half in (("head", text[:at]), ("tail", text[at:])):
         key = key_of(name, items.key, at) if items.key else None
-        pairs = [(replace(document, text=part), 0)]
-        parts.append(
+        pairs = [(replace(document, text=half), 0)]
+        halves.append(
             ConversationDataset(folder_for(key, partial(write_items, items=pairs, meta={})), key)
         )
-    return parts[0], parts[1]
+    return halves[0], halves[1]

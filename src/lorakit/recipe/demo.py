@@ -1,4 +1,4 @@
-"""A method enters; the embedded default's recipe leaves: SmolLM2-135M on data that ships here."""
+"""Load the recipe of `lorakit demo`: SmolLM2-135M on data that ships with lorakit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 
 
 def demo_recipe(method: str, output: Path | None = None) -> ResolvedRecipe:
-    """The recipe behind `lorakit demo`, an ordinary YAML file that ships in `assets/`."""
+    """Load the recipe of `lorakit demo`, an ordinary YAML file in `assets/`."""
     path = Path(str(files("lorakit") / "assets" / "demo.yaml"))
     return load_recipe(path, flags={"method": method, "output_dir": output and str(output)})

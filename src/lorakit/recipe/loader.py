@@ -1,7 +1,7 @@
-"""YAML, `--set` pairs, flags or arguments enter; a Recipe with the origin of each value leaves.
+"""Load and check a recipe from YAML, `--set` pairs, flags or arguments, with origins of values.
 
-Every mistake of one recipe is found before any is reported: unknown keys with a suggestion,
-values out of range, wrong types, each with the line it stands on.
+All mistakes of a recipe are reported together: unknown keys with a suggestion, values out of range
+and wrong types, each with its line.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ from lorakit.errors import RecipeError
 from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
 from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, SYNONYMS, Recipe
 
-SCHEMA_URL = "recipe.schema.json"
-# Faults that begin so: a recipe written for Axolotl, LLaMA-Factory, TRL or Unsloth.
-FOREIGN = ("base_model: ", "model_name_or_path: ", "model_name: ")
+# Unknown keys of recipes written for Axolotl, LLaMA-Factory, TRL or Unsloth.
+_OTHER_TOOLS = ("base_model: ", "model_name_or_path: ", "model_name: ")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRecipe:
-    """A checked recipe, where each value came from, and the folder its paths may be relative to."""
+    """A checked recipe, the origin of each value, and the folder for relative paths."""
 
     recipe: Recipe
     origins: dict[str, str]
     folder: Path | None = None
 
     def derive(self, reason: str, **values: Any) -> ResolvedRecipe:
-        """The same recipe with `values` filled in and their origin set to `derived: reason`."""
+        """Copy the recipe with `values` set and their origin `derived: reason`."""
         changed = Recipe.model_validate({**_explicit(self), **values})
         origins = {**self.origins, **dict.fromkeys(values, f"derived: {reason}")}
         return replace(self, recipe=changed, origins=origins)
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML, one line a key, its origin as a comment."""
+        """Format the resolved recipe as YAML, one line per key, with its origin as a comment."""
         lines = ["# Resolved by lorakit: every value, and where it came from."]
         for key, value in self.recipe.model_dump(mode="json").items():
             lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}  # {self.origins[key]}")
@@ -58,13 +57,13 @@ def load_recipe(
     """Read, merge and check a recipe: method defaults < `given` < `--set` < flags < settings.
 
     Args:
-        given: a YAML file, a dict of settings, a recipe, or None when the rest says everything.
+        given: a YAML file, a dict of settings, a recipe, or None if the other arguments suffice.
         overrides: `key=value` strings; the value is read as YAML, `a.b=c` sets a key of a mapping.
-        flags: values of the command line's common flags; None means not given.
+        flags: values of the common flags of the command line; None means not given.
         settings: keys of a recipe, as in `load_recipe(model="demo", data="my.jsonl")`.
 
     Raises:
-        RecipeError: with every fault found, one a line.
+        RecipeError: the recipe has faults; lists all of them, one per line.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -92,7 +91,7 @@ def load_recipe(
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors; `model` and `data` are the only required keys."""
+    """Build the JSON schema of a recipe for editors; only `model` and `data` are required."""
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["required"] = ["model", "data"]
@@ -103,7 +102,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the nearest known word, or an empty string."""
+    """Return `; did you mean X?` for the nearest known word, or an empty string."""
     names = list(known)
     target = SYNONYMS.get(word.lower().replace("-", "_"))
     if target is None or target not in names:
@@ -122,16 +121,16 @@ def _take(
     values: dict[str, Any],
     origins: dict[str, str],
 ) -> None:
-    """What was set; a recipe's defaults are left to follow the method that is asked for."""
+    """Merge the values that were set; defaults of a recipe are skipped, to follow the method."""
     if isinstance(given, Mapping):
         values.update({str(key): plain(value) for key, value in given.items()})
         origins.update(dict.fromkeys(map(str, given), "argument"))
         return
-    recipe, known = (given, {}) if isinstance(given, Recipe) else (given.recipe, given.origins)
-    usual, dumped = METHOD_DEFAULTS[recipe.method], recipe.model_dump()
+    recipe, earlier = (given, {}) if isinstance(given, Recipe) else (given.recipe, given.origins)
+    defaults, dumped = METHOD_DEFAULTS[recipe.method], recipe.model_dump()
     for key in recipe.model_fields_set:
-        value, origin = dumped[key], known.get(key, "argument")
-        if origin.startswith("default") or (key not in known and usual.get(key) == value):
+        value, origin = dumped[key], earlier.get(key, "argument")
+        if origin.startswith("default") or (key not in earlier and defaults.get(key) == value):
             continue
         values[key], origins[key] = value, origin
 
@@ -141,7 +140,7 @@ def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> N
     loaded = read_yaml_file(path, hint)
     of_a_run = (path.parent / "environment.json").exists()
     for key, value in loaded.items():
-        # A run directory keeps its recipe for as long as it exists, by the names of its time.
+        # The recipe in a run directory keeps the key names of the version that wrote it.
         name = RENAMED.get(str(key), str(key)) if of_a_run else str(key)
         values[name] = plain(value)
         origins[name] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
@@ -158,7 +157,7 @@ def _apply_override(
     try:
         value = plain(read_yaml(text))
     except YamlFault as fault:
-        if fault.hint:  # what YAML can say and a recipe may not
+        if fault.hint:  # valid YAML that a recipe may not use
             faults.append(f"--set {pair[:80]}: {fault.what}")
             return
         value = text
@@ -176,14 +175,14 @@ def _validate(
 ) -> Recipe:
     known = list(Recipe.model_fields)
     for key in [k for k in values if k not in known]:
-        where, found = _where(origins[key]), _show(values.pop(key))
+        where, shown = _where(origins[key]), _show(values.pop(key))
         if key in RENAMED:
             faults.append(f"{where}{key}: unknown key; its name is {RENAMED[key]} now")
         else:
-            faults.append(f"{where}{key}: unknown key (found: {found}){suggest(key, known)}")
-    for key in [k for k, value in values.items() if _is_no_text(value)]:
-        where, found = _where(origins[key]), _show(ascii(values.pop(key)))
-        faults.append(f"{where}{key}: holds a NUL or half a character (found: {found})")
+            faults.append(f"{where}{key}: unknown key (found: {shown}){suggest(key, known)}")
+    for key in [k for k, value in values.items() if _has_unusable_text(value)]:
+        where, shown = _where(origins[key]), _show(ascii(values.pop(key)))
+        faults.append(f"{where}{key}: holds a NUL or half a character (found: {shown})")
     recipe = None
     try:
         recipe = Recipe.model_validate(values)
@@ -191,9 +190,9 @@ def _validate(
         faults.extend(_fault_lines(error, origins))
     if recipe is None or faults:
         hint = "`lorakit schema` lists every key with its type, bound and default"
-        foreign = any(line.partition("unknown key")[0].endswith(FOREIGN) for line in faults)
-        if foreign and source.endswith((".yaml", ".yml")):
-            hint = f"a recipe of another tool? lorakit import {source} -o recipe.yaml"
+        other = any(line.partition("unknown key")[0].endswith(_OTHER_TOOLS) for line in faults)
+        if other and source.endswith((".yaml", ".yml")):
+            hint = f"for a recipe of another tool: lorakit import {source} -o recipe.yaml"
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError(
             f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults),
@@ -211,22 +210,22 @@ def _fault_lines(error: ValidationError, origins: dict[str, str]) -> list[str]:
             lines[key] = f"{key}: missing; {Recipe.model_fields[key].description}"
             continue
         text = item["msg"].removeprefix("Value error, ")
-        found = f" (found: {_show(item['input'])})" if key else ""
-        # A union reports one fault per member: one line a key, the alternatives joined.
+        shown = f" (found: {_show(item['input'])})" if key else ""
+        # A union reports one fault per member; they are joined to one line per key.
         if key in lines:
-            lines[key] = lines[key].replace(found, f", or {_lower(text)}{found}")
+            lines[key] = lines[key].replace(shown, f", or {_lower(text)}{shown}")
         else:
-            lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{found}"
+            lines[key] = f"{where}{key}{': ' if key else ''}{_lower(text)}{shown}"
     return list(lines.values())
 
 
-def _is_no_text(value: Any) -> bool:
-    """Some text inside cannot be a file's name nor be written into one."""
+def _has_unusable_text(value: Any) -> bool:
+    """True if a value contains text that cannot be a file name or be written to a file."""
     if isinstance(value, str):
         return "\0" in value or any("\ud800" <= char <= "\udfff" for char in value)
     if isinstance(value, dict):
-        return any(_is_no_text(part) for pair in value.items() for part in pair)
-    return isinstance(value, list) and any(map(_is_no_text, value))
+        return any(_has_unusable_text(each) for pair in value.items() for each in pair)
+    return isinstance(value, list) and any(map(_has_unusable_text, value))
 
 
 def _lower(text: str) -> str:

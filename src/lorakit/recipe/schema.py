@@ -1,8 +1,8 @@
-"""YAML text, `--set key=value` and flags enter; one frozen, checked Recipe leaves.
+"""Schema of a recipe: the type, bounds, default and help of each setting.
 
-Each setting is written once, in `Recipe`: its type, bound, default and one line of help. The JSON
-schema, the command line's checks and the reference page derive from it. Reading a recipe collects
-every mistake and reports all of them at once, see `recipe/loader.py`.
+Each setting is written once, in `Recipe`. The JSON schema, the checks of the command line and the
+reference page are derived from it. Loading a recipe reports all its mistakes at once, see
+`recipe/loader.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The seed's defaults. They differ because QLoRA's 4-bit base leaves memory for larger batches,
-# and its quantization error is compensated by more rank and a higher rate.
+# The defaults differ because QLoRA's 4-bit base leaves memory for larger batches, and a higher rank
+# and learning rate compensate its quantization error.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {
         "lora_r": 16,
@@ -32,14 +32,14 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What other tools call our keys: used to suggest the right name, never accepted silently.
-# Keys by the names that they had before; runs made then are still opened.
+# Former names of keys; recipes in run directories may still use them.
 RENAMED = {
     "engine": "fused_layers",
     "probe": "memory_probe",
     "streaming": "weight_offload",
     "too_long": "on_overlength",
 }
+# Names of our keys in other tools, used to suggest the right name, never accepted.
 SYNONYMS: dict[str, str] = {
     "base_model": "model",
     "model_name": "model",
@@ -90,7 +90,7 @@ SYNONYMS: dict[str, str] = {
     "column_mapping": "columns",
 }
 
-# Bounds far beyond all use: numbers of 400 digits fit no float, and no seed of numpy.
+# Upper bound of numbers: 400 digits do not fit a float or a numpy seed.
 LARGEST = 10**9
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -99,7 +99,7 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
 class Source(BaseModel):
-    """One of several sources, with its share of an epoch."""
+    """One of several sources, with the weight of its rows."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="source"
@@ -114,7 +114,7 @@ class Source(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Everything that decides a run. Unknown keys are errors; values are never coerced."""
+    """All settings of a run. Unknown keys are errors; values are never coerced."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="lorakit recipe"
@@ -137,9 +137,7 @@ class Recipe(BaseModel):
         description="Which column plays which part, when the names are unusual: "
         "{instruction: my_question, response: my_answer}.",
     )
-    system: str | None = Field(
-        None, description="System prompt for conversations that bring none of their own."
-    )
+    system: str | None = Field(None, description="System prompt for conversations without one.")
     strict: bool = Field(
         False, description="Stop at any fault of the data instead of counting it in the report."
     )
@@ -158,16 +156,16 @@ class Recipe(BaseModel):
     cutoff_len: int = Field(2048, ge=8, le=LARGEST, description="Longest example in tokens.")
     on_overlength: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
-        description="What to do with a conversation over `cutoff_len`; an answer is never cut. "
+        description="Handling of conversations over `cutoff_len`; an answer is never cut. "
         "`split`: several examples, each answer trained in one.",
     )
     documents: Literal["completion", "instruction"] = Field(
         "completion",
-        description="Plain texts: every token trained as it stands, or each piece as the answer "
-        "to a request, so that a chat model goes on chatting.",
+        description="Plain texts: every token trained as plain text, or each piece as the answer "
+        "to a request, so that a chat model keeps chatting.",
     )
     document_overlap: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
-        64, description="Tokens of the piece before that lead a piece of a text, untrained."
+        64, description="Untrained tokens of the piece before, at the start of a piece of a text."
     )
 
     lora_r: Positive = Field(description="Rank: capacity of the adapter, and its memory.")
@@ -203,12 +201,12 @@ class Recipe(BaseModel):
     lr_scheduler: Scheduler = Field("cosine", description="Shape of the rate after warm-up.")
     warmup_ratio: Share = Field(0.03, description="Share of all steps spent warming up.")
     warmup_steps: Annotated[int, Field(ge=0, le=LARGEST)] | None = Field(
-        None, description="Steps spent warming up; takes the place of `warmup_ratio`."
+        None, description="Steps spent warming up; replaces `warmup_ratio`."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm clip.")
     optimizer: Optimizer = Field(
-        "adamw", description="`paged_adamw_8bit` saves adapter memory on CUDA cards."
+        "adamw", description="`paged_adamw_8bit` saves adapter memory on CUDA GPUs."
     )
     epochs: Annotated[float, Field(gt=0, le=LARGEST)] = Field(
         3.0, description="Passes over the data."
@@ -226,32 +224,32 @@ class Recipe(BaseModel):
     memory_limit: str | None = Field(
         None,
         pattern=r"^\d{1,9}(\.\d{1,9})? ?(GiB|GB|MiB|MB)$",
-        description="Most memory that a run takes on each GPU, CUDA's own share included, such as "
-        "15GiB; on a CPU what it plans for. Default: the complete device.",
+        description="Most memory that a run takes on each GPU, the CUDA context included, such as "
+        "15GiB; on a CPU, the memory to plan for. Default: all memory of the device.",
     )
     weight_offload: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Frozen weights come from host memory layer by layer: `on`, `off`, or where "
-        "nothing else fits. Exactly the same gradients.",
+        description="Copy frozen weights from host memory layer by layer: `on`, `off`, or `auto` "
+        "where nothing else fits. Exactly the same gradients.",
     )
     sharding: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="With several GPUs: each holds a part of the frozen weights, `on`, `off`, or "
-        "where the whole does not fit one. Exactly the same gradients.",
+        description="With several GPUs, each holds a part of the frozen weights: `on`, `off`, or "
+        "`auto` where one GPU cannot hold all. Exactly the same gradients.",
     )
     memory_probe: bool | Literal["auto"] = Field(
         "auto",
         description="Run the heaviest micro-batch once before step 1, so that memory runs out "
-        "there or not at all. `auto`: on CUDA cards.",
+        "there or not at all. `auto`: on CUDA GPUs.",
     )
     packing: bool = Field(
         True,
-        description="Lay the examples of a step out without padding; each sees only itself.",
+        description="Pack the examples of a step without padding; each attends only to itself.",
     )
     fused_layers: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="`auto`: lorakit's fast layers on cards that they suit, once verified. `on`: "
-        "wherever they serve. `off`: PEFT's.",
+        description="`auto`: lorakit's fused layers on suitable GPUs, once verified. `on`: "
+        "wherever they are supported. `off`: PEFT's layers.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."
@@ -262,8 +260,8 @@ class Recipe(BaseModel):
 
     deterministic: bool = Field(
         False,
-        description="The same bits in each run on the same card and versions, at a cost in speed; "
-        "a CPU run has them anyway.",
+        description="The same bits in each run on the same GPU and versions, at a cost in speed; "
+        "a CPU run is always deterministic.",
     )
 
     output_dir: str | None = Field(
@@ -299,7 +297,7 @@ class Recipe(BaseModel):
         if self.val_data is not None and self.val_size:
             raise ValueError("val_data and val_size both choose the held-out rows; keep one")
         if isinstance(self.val_size, float) and 1 <= self.val_size != int(self.val_size):
-            raise ValueError("val_size is a share below 1 or a whole number of rows")
+            raise ValueError("val_size must be a share below 1 or a whole number of rows")
         return self
 
     @property
@@ -311,15 +309,15 @@ class Recipe(BaseModel):
 
     @property
     def sources(self) -> list[str]:
-        """The training sources as a list."""
-        given = [self.data] if isinstance(self.data, str) else self.data
-        return [x if isinstance(x, str) else x.source for x in given]
+        """Training sources as a list."""
+        entries = [self.data] if isinstance(self.data, str) else self.data
+        return [entry if isinstance(entry, str) else entry.source for entry in entries]
 
     @property
     def weights(self) -> list[float]:
-        """The weight of each of `sources`."""
-        given = [self.data] if isinstance(self.data, str) else self.data
-        return [1.0 if isinstance(x, str) else x.weight for x in given]
+        """Weight of each of `sources`."""
+        entries = [self.data] if isinstance(self.data, str) else self.data
+        return [1.0 if isinstance(entry, str) else entry.weight for entry in entries]
 
     @property
     def memory_limit_bytes(self) -> int | None:
@@ -332,13 +330,13 @@ class Recipe(BaseModel):
 
     @property
     def save_minutes(self) -> int | None:
-        """Minutes between checkpoints, where `save_every` counts them."""
+        """Minutes between checkpoints, or None if `save_every` counts steps."""
         if isinstance(self.save_every, int):
             return None
         return int(self.save_every.removesuffix("min"))
 
     def warmup_of(self, steps: int) -> int:
-        """Warm-up steps of a run of `steps` steps."""
+        """Count the warm-up steps of a run of `steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return round(self.warmup_ratio * steps)

@@ -1,6 +1,6 @@
-"""A folder to fill enters; it leaves whole, on the disk and sealed, or not at all.
+"""Write a folder atomically, with a manifest of checksums.
 
-The order matters when the power goes: each file is flushed, the manifest with their checksums is
+The order makes it safe against power cuts: each file is flushed, the manifest with the checksums is
 written and flushed last, then the folder; one rename makes it visible, and its parent is flushed.
 """
 
@@ -39,34 +39,34 @@ _WRITE_FAULTS = {
 
 
 class CorruptedError(Exception):
-    """A sealed folder is not as it was left; says what was found."""
+    """A sealed folder differs from its manifest; the message names the difference."""
 
 
 class OtherFormat(CorruptedError):
-    """The manifest is of another version."""
+    """The manifest has the format of another version."""
 
 
 @contextmanager
 def atomic_directory(
     target: Path, facts: Mapping[str, Any] | None = None, size: int | None = None
 ) -> Iterator[Path]:
-    """A folder to fill that becomes `target` on success and vanishes on failure.
+    """Yield a folder to fill that becomes `target` on success and is deleted on failure.
 
     Args:
-        facts: JSON values that the manifest binds to the files.
-        size: bytes that will be written, to say how many are missing where there is no room.
+        facts: JSON values to store in the manifest.
+        size: bytes that will be written, to report how many are missing on a full disk.
 
     Raises:
-        WorkError: the disk is full or cannot be written; `target` is then as it was before.
+        WorkError: the disk is full or cannot be written; `target` is then unchanged.
     """
-    aside, old = _beside(target, "tmp"), _beside(target, "old")
+    aside, old = _temporary(target, "tmp"), _temporary(target, "old")
     try:
         remove_leftovers(target.parent)
         aside.mkdir(parents=True)
         yield aside
         _seal(aside, facts or {})
         if target.exists():
-            # Not deleted under its name: a kill would leave half of it there.
+            # Renamed before it is deleted: a kill would leave half of it under its name.
             target.rename(old)
         aside.rename(target)
         flush(target.parent)
@@ -82,11 +82,10 @@ def atomic_directory(
 
 
 def verified(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder in which every byte is as `atomic_directory` left it, and nothing
-    was added.
+    """Verify that a folder is exactly as `atomic_directory` wrote it, and return its manifest.
 
     Raises:
-        Damaged: a file is missing, changed, foreign or a link, or the manifest was changed.
+        CorruptedError: a file is missing, changed, added or a link, or the manifest was changed.
     """
     manifest = _read_manifest(folder)
     present = dict(_plain_files(folder))
@@ -95,24 +94,24 @@ def verified(folder: Path) -> dict[str, Any]:
         if name not in present:
             raise CorruptedError(f"{name} is missing")
         if name not in files:
-            raise CorruptedError(f"{name} is foreign to it")
+            raise CorruptedError(f"{name} is not in the manifest")
         _compare(name, present[name], files[name])
     return manifest
 
 
 def intact(folder: Path) -> None:
-    """The files of a finished folder that are there are as `atomic_directory` left them.
+    """Verify that the files present in a finished folder are as `atomic_directory` wrote them.
 
-    Its owner may add a README, take a file out, or delete the manifest to change what he likes.
+    Its owner may add or remove files, or delete the manifest to change files.
 
     Raises:
-        Damaged: the manifest or one of its files was changed.
+        CorruptedError: the manifest or one of its files was changed.
     """
     if not os.path.lexists(folder / MANIFEST):
         return
     try:
         files = _read_manifest(folder)["files"]
-    except OtherFormat:  # an older version's adapter is for ever
+    except OtherFormat:  # adapters of older versions remain valid
         return
     for name, facts in sorted(files.items()):
         if (folder / name).is_file():
@@ -122,28 +121,28 @@ def intact(folder: Path) -> None:
 def _compare(name: str, path: Path, facts: Mapping[str, Any]) -> None:
     size = path.stat().st_size
     if size != facts["bytes"]:
-        raise CorruptedError(f"{name} has {size:,} bytes instead of {facts['bytes']:,}")
+        raise CorruptedError(f"{name} has {size:,} bytes, expected {facts['bytes']:,}")
     if _sha256(path) != facts["sha256"]:
         raise CorruptedError(f"{name} was changed")
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; a kill in the middle leaves none of it under its own name."""
-    old = _beside(folder, "old")
+    """Delete a folder; a kill in the middle does not leave a part of it under its name."""
+    old = _temporary(folder, "old")
     folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(place: Path) -> None:
-    """Delete what killed processes left half-written, or half-deleted, in `place`."""
+    """Delete folders in `place` that killed processes left half-written or half-deleted."""
     for entry in os.scandir(place) if place.is_dir() else ():
-        found = _LEFTOVER.match(entry.name)
-        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+        match = _LEFTOVER.match(entry.name)
+        if match and (int(match[1]) == os.getpid() or not _runs(int(match[1]))):
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Flush the bytes of a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -152,40 +151,40 @@ def flush(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space where `path` is, or will be."""
+    """Free bytes on the disk of `path`, which need not exist yet."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free
 
 
 def write_error(target: Path, error: BaseException, size: int | None = None) -> WorkError:
-    """What went wrong with writing `target`, and how much room is missing."""
-    number = getattr(error, "errno", None)
+    """Build the error for a failed write of `target`, with the free and the missing space."""
+    code = getattr(error, "errno", None)
     text = str(error).lower()
-    # safetensors and numpy give the system's words without its number.
-    full = number in (errno.ENOSPC, errno.EDQUOT) or "space" in text or "requested and" in text
-    said = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+    # safetensors and numpy give the message of the system without its errno.
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "space" in text or "requested and" in text
+    reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
     free = free_bytes(target)
-    room = f"{megabytes(free)} free"
+    space = f"{megabytes(free)} free"
     if size is not None:
-        room = f"it takes {megabytes(size)}, {room}"
+        space = f"it takes {megabytes(size)}, {space}"
         if full:
-            room += f", {megabytes(max(size - free, 0))} missing"
+            space += f", {megabytes(max(size - free, 0))} missing"
     if full:
         hint = "free some space"
-    elif number == errno.EFBIG or "too large" in text:
+    elif code == errno.EFBIG or "too large" in text:
         hint = "lift the limit on the size of files (ulimit -f), or choose another disk"
     else:
         hint = "make the folder writable, or choose another with --output"
     return WorkError(
-        f"cannot write {target}: {said} ({room})",
+        f"cannot write {target}: {reason} ({space})",
         hint=f"{hint}, then run the command again (training: with --resume); nothing half-written "
         "was left",
     )
 
 
 def megabytes(size: int) -> str:
-    """Bytes in words a disk's owner thinks in."""
+    """Format bytes as kB or MB."""
     if size < 1e5:
         return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e6:,.1f} MB" if size < 1e8 else f"{size / 1e6:,.0f} MB"
@@ -211,7 +210,7 @@ def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _manifest(values: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes, a checksum of its own content among them."""
+    """Serialize a manifest with a checksum of its content."""
     seal = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**values, "seal": seal}, sort_keys=True, indent=1) + "\n").encode()
 
@@ -221,7 +220,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         facts = path.lstat()
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MANIFEST_BYTES:
-            raise CorruptedError(f"{MANIFEST} is no manifest")
+            raise CorruptedError(f"{MANIFEST} is not a manifest")
         raw = path.read_bytes()
         values = json.loads(raw)
         if values.get("format", 1) != FORMAT:
@@ -229,7 +228,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
                 f"it has format {values.get('format', 1)}, this version reads {FORMAT}"
             )
         values.pop("seal", None)
-        # Written again from what was read: a byte that differs anywhere shows.
+        # Serialized again from the parsed values, to detect any changed byte.
         if _manifest(values) != raw:
             raise CorruptedError(f"{MANIFEST} was changed")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -238,10 +237,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name inside `folder`, path) of each file but the manifest; links are never followed."""
-    for place, folders, files in os.walk(folder, followlinks=False):
+    """Yield (name in `folder`, path) of each file but the manifest; links are not followed.
+
+    Raises:
+        CorruptedError: an entry is a link or a special file.
+    """
+    for parent, folders, files in os.walk(folder, followlinks=False):
         for name in folders + files:
-            path = Path(place) / name
+            path = Path(parent) / name
             inside = str(path.relative_to(folder))
             mode = path.lstat().st_mode
             if stat.S_ISREG(mode):
@@ -249,7 +252,7 @@ def _plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
                     yield inside, path
             elif not stat.S_ISDIR(mode):
                 raise CorruptedError(
-                    f"{inside} is {'a link' if stat.S_ISLNK(mode) else 'no plain file'}"
+                    f"{inside} is {'a link' if stat.S_ISLNK(mode) else 'not a regular file'}"
                 )
 
 
@@ -258,13 +261,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+def _temporary(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}-{os.getpid()}")
 
 
-def _runs(process: int) -> bool:
+def _runs(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:

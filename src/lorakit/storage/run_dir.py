@@ -1,4 +1,4 @@
-"""A folder enters; the path of every artifact of one run leaves. Also appends and reads metrics.
+"""Paths of the files of a run, and functions to write and read them.
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
                  data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
@@ -28,7 +28,7 @@ _STEP = re.compile(r"^step_(\d{6,})$")
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Paths of one run. Creating the object touches no disk."""
+    """Paths of one run. Creating the object does not access the disk."""
 
     path: Path
 
@@ -62,7 +62,7 @@ class RunDir:
 
     @property
     def validation(self) -> Path:
-        """The held-out conversations of this run, so that `eval` needs no other file."""
+        """Held-out conversations of this run, so that `eval` needs no other file."""
         return self.path / "validation.jsonl"
 
     @property
@@ -71,17 +71,17 @@ class RunDir:
 
     @property
     def base(self) -> Path:
-        """Sizes and hashes of the base model's weights, to notice later that they changed."""
+        """Sizes and hashes of the base model's weights, to detect later changes."""
         return self.path / "base.json"
 
     @property
     def rows(self) -> Path:
-        """Content hash of each training example's row, to name what changed in the data."""
+        """Content hash of each training example's row, to name changed rows."""
         return self.path / "data_rows.npy"
 
     @property
     def report(self) -> Path:
-        """The page about this run, made of its other files."""
+        """HTML report of this run, made from its other files."""
         return self.path / "report.html"
 
     @property
@@ -89,42 +89,42 @@ class RunDir:
         return self.path / "export"
 
     def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint taken after `step` optimizer steps."""
+        """Folder of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step_{step:06d}"
 
     def list_checkpoints(self) -> list[Path]:
-        """Finished checkpoints, oldest first; half-written ones carry another name."""
+        """List finished checkpoints, oldest first; incomplete ones have another name."""
         if not self.checkpoints.is_dir():
             return []
-        found = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
-        return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+        folders = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
+        return sorted(folders, key=lambda p: int(p.name.split("_")[1]))
 
     def going_on(self, gpus: int = 1, program: str = "lorakit") -> str:
-        """What to type to go on with this run."""
-        words = f"{program} train {shlex.quote(str(self.recipe))} --resume"
-        return words if gpus == 1 else f"{words} --gpus {gpus}"
+        """Format the command line that resumes this run."""
+        command = f"{program} train {shlex.quote(str(self.recipe))} --resume"
+        return command if gpus == 1 else f"{command} --gpus {gpus}"
 
     def has_run(self) -> bool:
-        """True when the folder belongs to a run (a recipe was written into it)."""
+        """True if the folder belongs to a run: it contains a recipe."""
         return self.recipe.exists()
 
     def holds_work(self) -> bool:
-        """True when something would be lost by starting over: a checkpoint or an adapter."""
+        """True if starting over would lose a checkpoint or an adapter."""
         return bool(self.list_checkpoints()) or self.has_adapter()
 
     def has_adapter(self) -> bool:
-        """True when training has saved its result."""
+        """True if training has saved its adapter."""
         return (self.adapter / ADAPTER_WEIGHTS).exists()
 
 
 def find_run(path: str | Path, trained: bool = True) -> RunDir:
-    """The run directory at `path`, ready for eval, chat or export.
+    """Open the run directory at `path` for eval, chat or export.
 
     Args:
-        trained: whether it must hold an adapter already.
+        trained: require an adapter.
 
     Raises:
-        RunError: the folder is missing, is no run, or holds no adapter yet.
+        RunError: the folder is missing, is not a run, or has no adapter yet.
     """
     run = RunDir(Path(path))
     if not run.path.is_dir():
@@ -133,9 +133,9 @@ def find_run(path: str | Path, trained: bool = True) -> RunDir:
             hint="give the folder that `lorakit train` printed, such as runs/demo-lora",
         )
     if not run.has_run():
-        found = ", ".join(sorted(p.name for p in run.path.iterdir())[:8]) or "nothing"
+        names = ", ".join(sorted(p.name for p in run.path.iterdir())[:8]) or "nothing"
         raise RunError(
-            f"{path}: not a lorakit run (no recipe.yaml in it; found: {found})",
+            f"{path}: not a lorakit run (no recipe.yaml in it; found: {names})",
             hint="give the folder that `lorakit train` printed",
         )
     if trained and not run.has_adapter():
@@ -147,7 +147,7 @@ def find_run(path: str | Path, trained: bool = True) -> RunDir:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that `path` is either the old file or the whole new one.
+    """Write `value` as JSON atomically: `path` is either the old file or the complete new one.
 
     Raises:
         WorkError: the disk is full or the folder cannot be written.
@@ -156,7 +156,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text`, less its secrets, aside, flush it to the disk and rename it into place.
+    """Write `text` without secrets to a temporary file, flush it and rename it to `path`.
 
     Raises:
         WorkError: the disk is full or the folder cannot be written.
@@ -175,10 +175,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
-    """Add lines to metrics.jsonl: all of them, or none.
+    """Append lines to metrics.jsonl, all of them or none.
 
     Raises:
-        OSError: the file cannot be written; it is as it was.
+        OSError: the file cannot be written; its content is unchanged.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with run.metrics.open("ab", buffering=0) as handle:
@@ -192,10 +192,10 @@ def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_metrics(run: RunDir, held_out: bool = False) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, in order; a torn last line is left out.
+    """Read the complete lines of metrics.jsonl, in order; a torn last line is skipped.
 
     Args:
-        held_out: the evaluations between steps instead of the steps.
+        held_out: read the evaluations instead of the steps.
     """
     if not run.metrics.exists():
         return []

@@ -1,7 +1,7 @@
-"""A run directory enters; one process at a time writes into it.
+"""Lock a run directory, so that one process at a time writes into it.
 
-The kernel holds the lock and frees it with the process, however that ends: a lock left by a killed
-run is none. The file beside the recipe is there to be locked, and to say whose lock it is.
+The kernel releases the lock when the process ends, also if it is killed. The lock file in the run
+directory stores the owner's process id.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ LOCK = ".lock"
 
 @contextmanager
 def only_writer(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold `run` for this process; a folder made for that and left empty goes again.
+    """Lock `run` for this process; folders created for it are removed if they are empty at the end.
 
     Args:
-        say: told when the file system knows no locks, so that nothing keeps a second run out.
+        say: prints a note if the file system does not support locks, so that a second run would not
+            be refused.
 
     Raises:
-        RunError: another process writes into it.
-        WorkError: it cannot be written.
+        RunError: another process writes into the run directory.
+        WorkError: the lock file cannot be written.
     """
-    made = [p for p in (run.path, *run.path.parents) if not p.exists()]
+    created = [p for p in (run.path, *run.path.parents) if not p.exists()]
     path = run.path / LOCK
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -43,25 +44,29 @@ def only_writer(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
             raise _taken(run, path) from None
         raise write_error(path, error) from error
     if not held:
-        say(f"note: no locks on this file system: start no second run into {run.path}")
+        say(f"note: this file system has no locks: do not start a second run into {run.path}")
     try:
         yield
     finally:
         with suppress(OSError):
             path.unlink()
         os.close(handle)
-        for folder in made:
-            with suppress(OSError):  # not empty: the run left something
+        for folder in created:
+            with suppress(OSError):  # not empty: the run wrote files
                 folder.rmdir()
 
 
 def _lock(path: Path) -> tuple[int, bool]:
-    """An open handle of the file that lies at `path`, and whether it could be locked."""
+    """Open the file at `path` and lock it.
+
+    Returns:
+        The open handle, and False if the file system does not support locks.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed the name between the two lines above.
+            # The last owner may have deleted the file between the two calls above.
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle, True
         except FileNotFoundError:
@@ -81,6 +86,6 @@ def _taken(run: RunDir, path: Path) -> RunError:
         process = "unknown"
     return RunError(
         f"{run.path}: another run is writing into this folder (process {process})",
-        hint=f"wait for it, stop it with `kill -INT {process}` (it saves first), or give another "
-        "name with --output",
+        hint=f"wait for it, stop it with `kill -INT {process}` (it saves first), or choose another "
+        "folder with --output",
     )

@@ -76,8 +76,8 @@ def test_a_long_list_of_columns_is_cut_on_the_screen_alone():
 def test_a_column_that_judges_answers_stops_the_run(smollm, tmp_path, rows, name, values):
     with pytest.raises(DataError, match=f"column '{name}' judges the answers") as caught:
         prepared(smollm, tmp_path, with_column(rows, name, values))
-    assert "rows.jsonl:1 says" in caught.value.message
-    assert "rows.jsonl:2 says" in caught.value.message
+    assert "rows.jsonl:1 has" in caught.value.message
+    assert "rows.jsonl:2 has" in caught.value.message
 
 
 @pytest.mark.parametrize("rows", [PAIRS, CHATS], ids=["pairs", "messages"])
@@ -102,7 +102,7 @@ def test_a_judgment_that_differs_after_hundreds_of_rows_is_found():
     watch = ColumnWatch(("prompt", "completion"), None)
     for i in range(1, 1000):
         watch.check(Row({"prompt": "a", "completion": "b", "label": True}, Origin("f", i)))
-    with pytest.raises(DataError, match="f:1 says True, f:1000 says False"):
+    with pytest.raises(DataError, match="f:1 has True, f:1000 has False"):
         watch.check(Row({"prompt": "a", "completion": "b", "label": False}, Origin("f", 1000)))
 
 

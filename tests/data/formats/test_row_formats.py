@@ -145,7 +145,7 @@ def test_a_missing_part_of_the_nearest_format_is_named():
             r"no column 'quest' for instruction \(found: question, answer\)",
         ),
         ({"question": "instruction"}, "no column 'instruction'"),
-        ({"foo": "question"}, r"'foo' is no part of a row"),
+        ({"foo": "question"}, r"'foo' is not a part of a row"),
     ],
 )
 def test_wrong_columns_are_explained(columns, message):
@@ -185,7 +185,7 @@ def test_a_table_without_a_header_is_suspected(names):
     values = dict.fromkeys(names, "x")
     with pytest.raises(DataError) as caught:
         guess_format([row(values, 2), row(values, 3)])
-    assert "is the first line a row already" in caught.value.hint
+    assert "if the first line is a row already" in caught.value.hint
 
 
 def test_rows_of_a_conversation_keep_their_origin():

@@ -47,5 +47,5 @@ def test_without_a_split_train_is_taken_and_a_choice_is_asked_for(library):
     library.answer = {"train": ROWS, "test": []}
     assert len(list(read_hub(HubData("u/n"), "u/n", False))) == 2
     library.answer = {"a": ROWS, "b": []}
-    with pytest.raises(DataError, match="which split"):
+    with pytest.raises(DataError, match="several splits"):
         list(read_hub(HubData("u/n"), "u/n", False))

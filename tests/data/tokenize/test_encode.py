@@ -234,7 +234,7 @@ def test_a_template_that_swallows_part_of_the_answer_is_refused(smollm, chat):
     smollm.chat_template = CHATML.replace("{{ m.content }}", cut)
     resolve_template(smollm, "some/model")
     for question in ("a?", "Repeat: a long answer"):
-        with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the whole answer"):
+        with pytest.raises(DataError, match=r"rows.jsonl:7: .*does not write the complete answer"):
             encode(smollm, chat(question, "a long answer"))
 
 

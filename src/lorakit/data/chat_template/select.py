@@ -1,8 +1,8 @@
-"""A tokenizer and a model's name enter; the chat template of the run is chosen, set and explained.
+"""Choose the chat template of a run, set it on the tokenizer and describe it.
 
-The tokenizer's own template is the only truth. One is supplied where it has none, and two defaults
-are written in front of it where training and every later user must agree: the BOS that the
-tokenizer would add, and whether the model thinks, which it should if the answers hold thoughts.
+The tokenizer's own template is used as it is; one is supplied if the tokenizer lacks it. Two
+defaults are prepended where training and every later use must agree: the BOS that the tokenizer
+would add, and whether the model thinks, which it should if the answers contain thoughts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WITH_BOS = "{{ bos_token }}"
 
 @dataclass(frozen=True, slots=True)
 class TemplateInfo:
-    """Which template a run uses, as a sentence for the report, and its text."""
+    """Description of a run's template, as a sentence for the report, and its text."""
 
     source: str
     text: str
@@ -41,15 +41,15 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     """Choose the chat template and set it on `tokenizer`, so that chat and export use the same.
 
     Args:
-        thinking: the answers to train hold <think> parts. A template that can switch thinking is
-            told which by default; a run's own template, told already, stays as it is.
+        thinking: the answers to train contain <think> parts. It becomes the default of a template
+            that can switch thinking; the template of a run, which has the default already, is kept.
 
     Raises:
         ModelError: the template cannot render a plain chat, or the tokenizer lacks an eos token.
     """
-    own = tokenizer.chat_template
-    if own:
-        text, source = _joined(own)
+    templates = tokenizer.chat_template
+    if templates:
+        text, source = _joined(templates)
         notes = [source]
     else:
         text, notes = _supply(tokenizer, model_name)
@@ -58,23 +58,24 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     text = _begin_with_bos(tokenizer, text, notes)
     text = _switch_thinking(tokenizer, text, thinking, notes)
     tokenizer.chat_template = text
-    habits = template_capabilities(tokenizer)
+    capabilities = template_capabilities(tokenizer)
     default = _default_system(tokenizer)
     if default:
         shown = default if len(default) <= 100 else default[:99] + "…"
         notes.append(f"without a system text it writes its own: {shown!r}")
-    if habits.merges_system_into_user:
+    if capabilities.merges_system_into_user:
         notes.append("it has no system role: system texts are put before the first question")
-    if habits.turn_end:
+    if capabilities.turn_end:
         notes.append(
-            f"an answer ends with the {habits.stop_texts[0]} of the next turn, which is trained"
+            f"an answer ends with the {capabilities.stop_texts[0]} of the next turn, which is "
+            "trained"
         )
     if _opens_thoughts(tokenizer):
         notes.append("it asks with <think>: thoughts (or none) and </think> begin each answer")
     unknown = ", ".join(unknown_marks(tokenizer))
     if unknown:
         notes.append(f"it writes {unknown}, which this tokenizer has no token for")
-    if not habits.stop_texts:
+    if not capabilities.stop_texts:
         if unknown:
             raise ModelError(
                 f"model: {model_name}: its chat template is made for another model: it writes "
@@ -89,24 +90,24 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     return TemplateInfo("; ".join(notes), text)
 
 
-def _joined(own: Any) -> tuple[str, str]:
-    """One template of those that a tokenizer may have by name, as `apply_chat_template` picks."""
-    if isinstance(own, list):  # as tokenizer_config.json spells it
-        own = {part["name"]: part["template"] for part in own}
-    if not isinstance(own, dict):
-        return str(own), "the tokenizer's own"
-    plain = str(own.get("default") or next(iter(own.values())))
-    tools = own.get("tool_use")
+def _joined(templates: Any) -> tuple[str, str]:
+    """Join the named templates of a tokenizer into one that selects as `apply_chat_template`."""
+    if isinstance(templates, list):  # the form in tokenizer_config.json
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    if not isinstance(templates, dict):
+        return str(templates), "the tokenizer's own"
+    plain = str(templates.get("default") or next(iter(templates.values())))
+    tools = templates.get("tool_use")
     if not tools or tools == plain:
         return plain, "the tokenizer's own (default)"
-    # Jinja takes one line end off a template's end; inside a block it would be written.
+    # Jinja removes one line end from the end of a template; inside a block it would be written.
     first, second = str(tools).removesuffix("\n"), plain.removesuffix("\n")
     joined = f"{{% if tools %}}{first}{{% else %}}{second}{{% endif %}}"
     return joined, "the tokenizer's own (tool_use for rows with tools, default for others)"
 
 
 def _opens_thoughts(tokenizer: Any) -> bool:
-    """Its prompt begins thoughts that it does not write for answers."""
+    """True if the prompt opens thoughts that the template does not write for answers."""
     ask = {"role": "user", "content": PROBE_USER}
     answered = render_chat(
         tokenizer, [ask, {"role": "assistant", "content": PROBE_ASSISTANT}], prompt=False
@@ -144,13 +145,13 @@ def _probe(tokenizer: Any, model_name: str, *contents: str) -> None:
     missing = [c for c in contents if c not in text]
     if missing:
         raise ModelError(
-            f"model: {model_name}: its chat template leaves out what was said: a chat became "
+            f"model: {model_name}: its chat template leaves out the turns: a chat became "
             f"{text[:80]!r}"
         )
 
 
 def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
-    """A template that forgets the BOS the tokenizer would add gets it, for every later user."""
+    """Prepend the BOS that the tokenizer adds to texts, if the template does not write it."""
     first = tokenizer.encode("")[:1]
     if not first or first != [tokenizer.bos_token_id]:
         return text
@@ -175,9 +176,9 @@ def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]
 
 
 def thinking_set(template: str) -> str:
-    """The template with its default for thinking set outright, whatever its user asks for.
+    """Fix the thinking default of a template, so that a request cannot change it.
 
-    llama.cpp, and Ollama with it, define `enable_thinking` as true in every request.
+    llama.cpp, and therefore Ollama, define `enable_thinking` as true in every request.
     """
     for on, default in _THINKING_IS.items():
         if template.startswith(default):
@@ -187,16 +188,16 @@ def thinking_set(template: str) -> str:
 
 
 def _default_system(tokenizer: Any) -> str:
-    """The system text that the template writes when a conversation has none, or ""."""
+    """System text that the template writes for a conversation without one, or ""."""
     ask = {"role": "user", "content": PROBE_USER}
     try:
-        given = render_chat(
+        with_system = render_chat(
             tokenizer, [{"role": "system", "content": PROBE_SYSTEM}, ask], prompt=True
         )
     except TemplateRefusal:
         return ""
-    head, found, tail = given.partition(PROBE_SYSTEM)
-    none = render_chat(tokenizer, [ask], prompt=True)
-    if not found or not (none.startswith(head) and none.endswith(tail)):
+    head, probe, tail = with_system.partition(PROBE_SYSTEM)
+    default = render_chat(tokenizer, [ask], prompt=True)
+    if not probe or not (default.startswith(head) and default.endswith(tail)):
         return ""
-    return none[len(head) : len(none) - len(tail)]
+    return default[len(head) : len(default) - len(tail)]

@@ -1,7 +1,7 @@
-"""Rows of a source enter; the columns it does not use leave, or an error where one judges answers.
+"""Find the columns that a format does not use, and refuse a column that judges the answers.
 
-A column of labels, votes or scores says that some answers are worse than others. Supervised
-fine-tuning learns from all of them alike, so such a column is never left out in silence.
+A column of labels, votes or scores marks some answers as worse than others. Supervised fine-tuning
+learns from all of them alike, so such a column is not ignored silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.errors import DataError
 from lorakit.types import Row
 
-# As DPO and KTO data, reward models, arenas and rating forms name them; compared word by word.
+# Names in DPO and KTO data, reward models, arenas and rating forms; compared word by word.
 _JUDGING = frozenset(
     {
         "label",
@@ -42,17 +42,17 @@ _JUDGING = frozenset(
 )
 _PREFERENCE = frozenset({"chosen", "rejected"})
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-# A judgment is a flag, a number or a short word; a longer text is something to read.
+# A judgment is a flag, a number or a short word; longer texts are content.
 _LONGEST_JUDGMENT = 40
 
 
 class ColumnWatch:
-    """The columns of one source that its format leaves unused, row by row.
+    """Collects the columns of one source that its format does not use, row by row.
 
     Args:
         used: columns that the format reads.
-        chosen: the recipe's `columns`. Where the user named the columns to train on, all others
-            are reported and none stops the run.
+        chosen: `columns` of the recipe. If the user named the columns to train on, all others are
+            reported and do not stop the run.
     """
 
     def __init__(self, used: Sequence[str], chosen: Mapping[str, str] | None) -> None:
@@ -63,11 +63,11 @@ class ColumnWatch:
 
     @property
     def unused(self) -> list[str]:
-        """The unused columns so far, in the order in which they came up."""
+        """Unused columns so far, in order of appearance."""
         return list(self._seen)
 
     def check(self, row: Row) -> None:
-        """Note the columns of `row`.
+        """Record the columns of `row`.
 
         Raises:
             DataError: an unused column judges the answers: it ranks two of them, or it differs
@@ -91,8 +91,8 @@ class ColumnWatch:
             return
         used = "{" + ", ".join(f"{c}: {c}" for c in row.values if c in self._used) + "}"
         raise DataError(
-            f"{row.origin.source}: column {column!r} judges the answers ({other.origin} says "
-            f"{first!r}, {row.origin} says {value!r}), and training would learn from all rows "
+            f"{row.origin.source}: column {column!r} judges the answers ({other.origin} has "
+            f"{first!r}, {row.origin} has {value!r}), and training would learn from all rows "
             "alike",
             hint="keep only the rows that are worth learning from; or name the columns to train "
             f"on, and {column!r} is left out: columns: {used} (or --set 'columns={used}')",
@@ -100,9 +100,9 @@ class ColumnWatch:
 
 
 def preference_data(rows: Sequence[Row], source: str) -> DataError:
-    """The error for rows that rank two answers, with a `columns:` line that works on them."""
+    """Build the error for rows that rank two answers, with a `columns:` line that fits them."""
     columns = _better_answers(rows)
-    way = (
+    hint = (
         f"train on the better answers alone, with columns: {columns}"
         if columns
         else "write the question and the better answer of each row as messages"
@@ -110,7 +110,7 @@ def preference_data(rows: Sequence[Row], source: str) -> DataError:
     return DataError(
         f"{source}: this is preference data (columns chosen and rejected): it ranks two answers, "
         "while fine-tuning here learns from one",
-        hint=way,
+        hint=hint,
     )
 
 
@@ -120,14 +120,14 @@ def _better_answers(rows: Sequence[Row]) -> str | None:
     if isinstance(chosen, list) and chosen and "prompt" not in values:
         return "{messages: chosen}"
     texts = [c for c in values if c not in _PREFERENCE and isinstance(values[c], str)]
-    known = ["prompt", "instruction", "question", "query", "input"]
-    question = next((name for name in known if name in texts), None)
+    usual_names = ["prompt", "instruction", "question", "query", "input"]
+    question = next((name for name in usual_names if name in texts), None)
     near = difflib.get_close_matches("prompt", texts, n=1)
     question = question or (near[0] if near else None)
     if isinstance(chosen, str) and question:
         return f"{{instruction: {question}, response: chosen}}"
     if isinstance(chosen, list) and isinstance(values.get("prompt"), str | list):
-        # A chat that repeats its prompt is complete by itself; a lone answer needs the prompt.
+        # A chat that repeats its prompt is complete; a single answer needs the prompt.
         if len(chosen) > 1:
             return "{messages: chosen}"
         return "{prompt: prompt, completion: chosen}"

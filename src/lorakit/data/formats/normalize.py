@@ -1,9 +1,9 @@
-"""An item enters; it leaves with tidy characters, every change and every doubt counted.
+"""Normalize the characters of an item, and count every change and every suspicion.
 
-Changed: control characters that no text needs are taken out, and letters composed (NFC), since "é"
-in two characters is other tokens than "é" in one, which is what people type. Text with code in it
-is not composed: there two spellings may be two things. Only counted: signs that a text was decoded
-wrongly before it came here, since what it said is lost.
+Control characters that texts do not need are removed, and letters are composed (NFC), since "é" in
+two characters has other tokens than "é" in one, which is what people type. Text that contains code
+is not composed, since the two spellings may be distinct there. Text that was decoded wrongly before
+is only counted, since the original characters are lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorakit.data.dataset import Item
 from lorakit.data.issues import IssueLog
 from lorakit.types import Document, Message, Origin
 
-# Tab, line ends and ESC stay (ESC begins the colors of a terminal's output).
+# Tab, line ends and ESC are kept (ESC begins the color codes of terminal output).
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f\ufeff]")
 _BREAKS = re.compile("[\x0b\x0c]")
 _LOST = re.compile("[\ufffd\x80-\x9f]|â€|Ã[\x80-\xbf©¨¤¶¼ª«´¡]")
@@ -24,7 +24,7 @@ _CODE = re.compile(r"`|^(?: {4}|\t)\S|[{};]\s*$", re.MULTILINE)
 
 
 def clean_item(item: Item, log: IssueLog) -> Item:
-    """`item` with clean texts; the very same object where nothing was to be done."""
+    """Normalize the texts of an item; the same object is returned if nothing changed."""
     if isinstance(item, Document):
         text = clean_text(item.text, item.origin, log)
         return item if text is item.text else replace(item, text=text)
@@ -46,7 +46,7 @@ def _clean_message(message: Message, origin: Origin, log: IssueLog) -> Message:
 
 
 def clean_text(text: str, origin: Origin, log: IssueLog) -> str:
-    """`text` without control characters and in composed letters; what was done is in `log`."""
+    """Remove control characters and compose letters; changes are counted in `log`."""
     if text.isascii() and text.isprintable():
         return text
     if _CONTROL.search(text):

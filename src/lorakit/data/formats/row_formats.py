@@ -1,7 +1,7 @@
-"""Rows enter; conversations or documents leave, their format found by the names of the columns.
+"""Recognize the format of rows by their columns, and convert rows to conversations or documents.
 
-To add a format: one function and one row in FORMATS. The first format whose `needs` are all there
-in most of the first rows is taken, so the more telling ones stand first.
+To add a format, write one function and one row in FORMATS. The format whose `needs` are all present
+in most of the first rows is taken; of equals the first, so the more specific formats come first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorakit.types import Conversation, Document, Message, Row
 
 GUESS_ROWS = 100
 
-# Column names seen in the wild, by the part they play: used for suggestions only.
+# Column names seen in data sets, by the part they play: used for suggestions only.
 SYNONYMS: dict[str, str] = {
     "instruction": "question query prompt input task request user human source inputs ask",
     "response": "answer output completion reply target label assistant gpt chosen targets result",
@@ -36,10 +36,10 @@ SYNONYMS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class FormatGuess:
-    """The format of a source, why, and how its columns are renamed first.
+    """The format of a source, the reason for it, and the renaming of its columns.
 
     `used` are the columns that the format reads. `confidence` is the share of the first rows that
-    fit, divided by how many formats fit as well.
+    fit, divided by the number of formats that fit as well.
     """
 
     name: str
@@ -51,7 +51,7 @@ class FormatGuess:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """A row format: the columns it needs and may have, and how a row becomes turns or a text."""
+    """A row format: its required and optional columns, and a converter to turns or a text."""
 
     name: str
     needs: tuple[str, ...]
@@ -71,16 +71,16 @@ def _sharegpt(cells: RowFields) -> list[Message]:
 
 
 def _pair(question: str, answer: str, context: str = "") -> Callable[[RowFields], list[Message]]:
-    """A converter for one question and one answer; `context` is a column put below the question."""
+    """Make a converter for a question and an answer; `context` is appended to the question."""
 
     def convert(cells: RowFields) -> list[Message]:
-        asked = cells.optional(question)
+        prompt = cells.optional(question)
         added = cells.optional(context) if context else ""
-        asked = "\n\n".join(part for part in (asked, added) if part.strip())
-        if not asked:
-            asked = cells.text(question)
+        prompt = "\n\n".join(text for text in (prompt, added) if text.strip())
+        if not prompt:
+            prompt = cells.text(question)
         turns = history_of(cells)
-        turns += [Message("user", asked), Message("assistant", cells.text(answer))]
+        turns += [Message("user", prompt), Message("assistant", cells.text(answer))]
         return with_system(turns, cells.optional("system"))
 
     return convert
@@ -89,9 +89,9 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[RowFields]
 def _prompt_completion(cells: RowFields) -> list[Message]:
     prompt, completion = cells.values.get("prompt"), cells.values.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        asked = parse_messages(cells, "prompt") if isinstance(prompt, list) else None
+        question = parse_messages(cells, "prompt") if isinstance(prompt, list) else None
         answer = parse_messages(cells, "completion") if isinstance(completion, list) else None
-        turns = history_of(cells) + (asked or [Message("user", cells.text("prompt"))])
+        turns = history_of(cells) + (question or [Message("user", cells.text("prompt"))])
         turns += answer or [Message("assistant", cells.text("completion"))]
         return with_system(turns, cells.optional("system"))
     return _pair("prompt", "completion")(cells)
@@ -145,20 +145,20 @@ PARTS = tuple(dict.fromkeys(part for f in FORMATS for part in (*f.needs, *f.may)
 
 
 def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> FormatGuess:
-    """The format of the source these first rows come from.
+    """Recognize the format of a source from its first rows.
 
     Args:
-        rows: the first rows (up to GUESS_ROWS are worth giving).
-        columns: part -> column name, applied before looking.
+        rows: the first rows, up to GUESS_ROWS.
+        columns: part -> column name, applied before the formats are compared.
 
     Raises:
-        DataError: no format fits (lists the columns found and a `columns:` line to try), a name in
+        DataError: no format fits (lists the columns and a `columns:` line to try), a name in
             `columns` is wrong, or the rows are preference pairs.
     """
     columns = dict(columns or {})
     source = rows[0].origin.source
-    found = list(dict.fromkeys(str(key) for row in rows for key in row.values))
-    _check_columns(columns, found, source)
+    present = list(dict.fromkeys(str(key) for row in rows for key in row.values))
+    _check_columns(columns, present, source)
     renamed = [set(_rename(row.values, columns)) for row in rows]
     scores = {
         f.name: sum(set(f.needs) <= keys for keys in renamed)
@@ -171,12 +171,12 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     if 2 * pairs > len(rows):
         raise preference_data(rows, source)
     if not name:
-        raise _no_format(rows, found, columns, source)
+        raise _no_format(rows, present, columns, source)
     fmt, share = _BY_NAME[name], scores[name]
     rest = f"all of the first {len(rows)} rows"
     if share < len(rows):
         rest = f"{share} of the first {len(rows)} rows"
-    parts = ", ".join(columns.get(n, n) for n in fmt.needs)
+    needed = ", ".join(columns.get(n, n) for n in fmt.needs)
     rivals = [
         f.name
         for f in FORMATS
@@ -185,30 +185,30 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     confidence = share / len(rows) / (1 + len(rivals))
     also = f"; {', '.join(rivals)} would fit too: `columns` decides" if rivals else ""
     used = tuple(columns.get(n, n) for n in (*fmt.needs, *fmt.may))
-    reason = f"columns {parts} in {rest}{also}; confidence {confidence:.0%}"
+    reason = f"columns {needed} in {rest}{also}; confidence {confidence:.0%}"
     return FormatGuess(name, reason, columns, used, confidence)
 
 
 def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
-    """One row in its final form; `system` is used where the row brings none of its own.
+    """Convert one row; `system` is used if the row does not have a system text.
 
     Raises:
-        RowFault: a column is missing, null, empty or of a wrong type; names row and column.
+        RowError: a column is missing, null, empty or of a wrong type; names row and column.
     """
     cells = RowFields(_rename(row.values, guess.columns), row.origin, guess.columns)
     fmt = _BY_NAME[guess.name]
     _refuse_other_format(cells, fmt)
-    made = fmt.convert(cells)
-    if isinstance(made, str):
-        return Document(made, row.origin)
-    if system and made[0].role != "system":
-        made = [Message("system", system), *made]
+    content = fmt.convert(cells)
+    if isinstance(content, str):
+        return Document(content, row.origin)
+    if system and content[0].role != "system":
+        content = [Message("system", system), *content]
     tools = parse_tools(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
-    return Conversation(tuple(made), row.origin, tools)
+    return Conversation(tuple(content), row.origin, tools)
 
 
 def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
-    """A row that lacks a column and has all of another format is no row with an empty cell."""
+    """Refuse a row that lacks columns of its format and has all columns of another one."""
     have = set(cells.values)
     if have.issuperset(fmt.needs):
         return
@@ -217,7 +217,7 @@ def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
         raise cells.fault(
             "row of another format",
             f"this row is of format {other}, the file of format {fmt.name}",
-            "put the rows of each format into a file of their own; a folder of both can be trained",
+            "put the rows of each format into a separate file; a folder of both can be trained",
         )
 
 
@@ -227,48 +227,49 @@ def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     return kept | {part: values[column] for part, column in columns.items() if column in values}
 
 
-def _check_columns(columns: Mapping[str, str], found: Sequence[str], source: str) -> None:
+def _check_columns(columns: Mapping[str, str], present: Sequence[str], source: str) -> None:
     for part, column in columns.items():
         if part not in PARTS:
             swapped = f"; did you mean {{{column}: {part}}}?" if column in PARTS else ""
             raise DataError(
-                f"columns: {part!r} is no part of a row{swapped}",
+                f"columns: {part!r} is not a part of a row{swapped}",
                 hint=f"parts: {', '.join(PARTS)}",
             )
-        if column not in found:
-            near = difflib.get_close_matches(column, found, n=1)
+        if column not in present:
+            near = difflib.get_close_matches(column, present, n=1)
             raise DataError(
                 f"{source}: columns: there is no column {column!r} for {part} "
-                f"(found: {', '.join(found) or 'none'})",
+                f"(found: {', '.join(present) or 'none'})",
                 hint=f"did you mean {{{part}: {near[0]}}}?" if near else None,
             )
 
 
 def _no_format(
-    rows: Sequence[Row], found: Sequence[str], columns: Mapping[str, str], source: str
+    rows: Sequence[Row], present: Sequence[str], columns: Mapping[str, str], source: str
 ) -> DataError:
-    have = set(_rename(dict.fromkeys(found), columns))
+    have = set(_rename(dict.fromkeys(present), columns))
     nearest = max(FORMATS, key=lambda f: len(have.intersection(f.needs)) / len(f.needs))
     if not have.intersection(nearest.needs):
         nearest = _BY_NAME["instruction/response"]
     missing = ", ".join(n for n in nearest.needs if n not in have)
     close = f"; nearest format: {nearest.name}, missing {missing}"
-    texts = [c for c in found if any(isinstance(row.values.get(c), str) for row in rows)]
-    lists = [c for c in found if any(isinstance(row.values.get(c), list) for row in rows)]
-    told = f"{source}: no known format: the columns are {', '.join(found) or '(none)'}{close}"
-    if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in found):
+    texts = [c for c in present if any(isinstance(row.values.get(c), str) for row in rows)]
+    lists = [c for c in present if any(isinstance(row.values.get(c), list) for row in rows)]
+    message = f"{source}: no known format: the columns are {', '.join(present) or '(none)'}{close}"
+    if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in present):
         return DataError(
-            told, "is the first line a row already? Put one on top: instruction,response"
+            message,
+            "if the first line is a row already, add a header above it: instruction,response",
         )
     return DataError(
-        told,
-        hint=f"say which column plays which part, in the recipe: columns: {_suggest(texts, lists)} "
+        message,
+        hint=f"name the column of each part in the recipe: columns: {_suggest(texts, lists)} "
         f"(or with --set 'columns={_suggest(texts, lists)}')",
     )
 
 
 def _suggest(texts: Sequence[str], lists: Sequence[str]) -> str:
-    """A concrete `columns:` value from the likeliest of the columns there are."""
+    """Suggest a `columns:` value from the most likely of the present columns."""
     if len(texts) < 2:
         if lists:
             return f"{{messages: {lists[0]}}}"
@@ -280,9 +281,11 @@ def _suggest(texts: Sequence[str], lists: Sequence[str]) -> str:
 
 
 def _likeness(column: str, part: str) -> float:
-    words = [part, *SYNONYMS[part].split()]
+    synonyms = [part, *SYNONYMS[part].split()]
     name = column.lower()
-    inside = max((len(w) / max(len(name), 1) for w in words if w in name), default=0.0)
+    inside = max((len(w) / max(len(name), 1) for w in synonyms if w in name), default=0.0)
     return (
-        1 + inside if inside else max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in words)
+        1 + inside
+        if inside
+        else max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in synonyms)
     )

@@ -1,10 +1,8 @@
-"""A file enters; its bytes leave, unpacked, or its lines or pieces as text.
+"""Read a file as decompressed bytes, as lines or as pieces of text.
 
-Whatever the disk, the network or the bytes do is one message that names file and line.
-
-Faults of one file's lines enter; one error that names the first ten and counts the rest leaves.
-
-A file with forty broken lines would else be mended in forty runs.
+Every failure of the disk, the network or the content is a message that names file and line. The
+faults of the lines of a file are collected into one error that lists the first ten and counts the
+rest, so that a file with forty broken lines does not take forty runs to correct.
 """
 
 from __future__ import annotations
@@ -27,13 +25,13 @@ from lorakit.data.sources.locate import DataFile
 from lorakit.errors import DataError
 
 # One row of 16 MiB is about 4 million tokens, which the tokenizer makes in 5 s and 2 GB of memory
-# (64 MiB took 9 GB): beyond it, a file is damaged or a trap.
+# (64 MiB took 9 GB): a file with longer lines is damaged or an attack.
 LONGEST_LINE = 16 * 2**20
 LARGEST_WHOLE_FILE = 2 * 2**30
-# Text packs to a tenth, repeated rows to a hundredth; a bomb to a thousandth.
+# Text compresses to a tenth, repeated rows to a hundredth, a zip bomb to a thousandth.
 BOMB_BYTES, BOMB_RATIO = 2**30, 500
 PIECE = 2**20
-# Excel's "Unicode text" and PowerShell's > write UTF-16. That of UTF-32 begins with UTF-16's.
+# Excel's "Unicode text" and PowerShell's > write UTF-16. The mark of UTF-32 begins with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -42,7 +40,11 @@ _MARKS = {
 
 @contextmanager
 def open_file(file: DataFile) -> Iterator[IO[bytes]]:
-    """The bytes of `file`, unpacked if gzipped; failures of the disk or network name the file."""
+    """Open `file` for reading bytes, decompressed if gzipped.
+
+    Raises:
+        DataError: the gzip data is damaged, or the disk or network fails; names the file.
+    """
     try:
         with _raw(file) as raw:
             buffered = io.BufferedReader(cast(Any, raw))
@@ -61,7 +63,7 @@ def _raw(file: DataFile) -> IO[bytes]:
 
 
 class _Recoded(io.RawIOBase):
-    """Bytes in UTF-16 or UTF-32, as their byte order mark says, read as UTF-8."""
+    """Recodes a stream of UTF-16 or UTF-32 to UTF-8."""
 
     def __init__(self, handle: IO[bytes], encoding: str, file: DataFile) -> None:
         self._handle, self._file, self._encoding = handle, file, encoding
@@ -81,7 +83,7 @@ class _Recoded(io.RawIOBase):
                 raise DataError(
                     f"{self._file.name}: damaged {self._encoding.upper()} text within its first "
                     f"{self._read:,} bytes: {getattr(error, 'reason', error)}",
-                    hint="save it anew as UTF-8",
+                    hint="save it again as UTF-8",
                 ) from error
             if not data:
                 break
@@ -92,12 +94,12 @@ class _Recoded(io.RawIOBase):
 
 @contextmanager
 def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
-    """The bytes of a text file in UTF-8, without a byte order mark."""
+    """Open a text file as UTF-8 bytes; UTF-16 and UTF-32 are recoded by their byte order mark."""
     with open_file(file) as handle:
         head = cast(Any, handle).peek(4)[:4]
-        found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
-        if found:
-            yield cast(IO[bytes], io.BufferedReader(_Recoded(handle, found, file)))
+        encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+        if encoding:
+            yield cast(IO[bytes], io.BufferedReader(_Recoded(handle, encoding, file)))
             return
         if head.count(0) >= 2:
             order = "LE" if head[1:2] == b"\0" else "BE"
@@ -109,7 +111,7 @@ def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
 
 
 def pieces_of(file: DataFile, errors: str = "strict") -> Iterator[str]:
-    """The text of a file in pieces of 1 MiB, however long its lines are."""
+    """Read the text of a file in pieces of 1 MiB, however long its lines are."""
     decoder, offset, line = codecs.getincrementaldecoder("utf-8")(errors), 0, 1
     with _as_utf8(file) as handle:
         while True:
@@ -131,9 +133,11 @@ def pieces_of(file: DataFile, errors: str = "strict") -> Iterator[str]:
 
 
 def lines_of(file: DataFile, broken: LineErrors | None = None) -> Iterator[tuple[int, str]]:
-    """(number, text with its line end) of each line. Lines end at \\n only: U+2028 is text.
+    """Read (number, text with its line end) of each line. Lines end at \\n only: U+2028 is text.
 
-    A line that is not UTF-8 raises; with `broken` it is added there, and goes on with U+FFFD in it.
+    Args:
+        broken: collects lines that are not UTF-8, which are then read with U+FFFD in them; by
+            default such a line raises.
     """
     offset, number, empty = 0, 0, True
     with _as_utf8(file) as handle:
@@ -142,7 +146,7 @@ def lines_of(file: DataFile, broken: LineErrors | None = None) -> Iterator[tuple
             if len(line) > LONGEST_LINE:
                 raise DataError(
                     f"{file.name}:{number}: a line of more than {LONGEST_LINE // 2**20} MiB",
-                    hint="one row belongs on one line; is the file damaged?",
+                    hint="check that the file is not damaged, and write one row per line",
                 )
             if number == 1 and line.startswith(codecs.BOM_UTF8):
                 offset, line = 3, line[3:]
@@ -150,8 +154,8 @@ def lines_of(file: DataFile, broken: LineErrors | None = None) -> Iterator[tuple
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                place = f"{file.name}:{number}"
-                fault = partial(_not_utf8, place, error, offset + error.start, file)
+                line_name = f"{file.name}:{number}"
+                fault = partial(_not_utf8, line_name, error, offset + error.start, file)
                 if broken is None:
                     raise fault() from error
                 broken.add(number, fault)
@@ -163,19 +167,19 @@ def lines_of(file: DataFile, broken: LineErrors | None = None) -> Iterator[tuple
         raise DataError(f"{file.name}: the file is empty")
 
 
-def _refuse_bomb(file: DataFile, place: str, offset: int) -> None:
+def _refuse_bomb(file: DataFile, origin: str, offset: int) -> None:
     if offset > BOMB_BYTES and offset > BOMB_RATIO * _packed_size(file):
         raise DataError(
-            f"{place}: {offset // 2**20:,} MiB came out of a file of "
+            f"{origin}: {offset // 2**20:,} MiB came out of a file of "
             f"{_packed_size(file):,} bytes: this looks like a zip bomb",
-            hint="if it is meant so, unpack it: gunzip",
+            hint="if this is intended, unpack the file first: gunzip",
         )
 
 
-def _not_utf8(place: str, error: UnicodeDecodeError, offset: int, file: DataFile) -> DataError:
+def _not_utf8(origin: str, error: UnicodeDecodeError, offset: int, file: DataFile) -> DataError:
     byte = error.object[error.start]
     return DataError(
-        f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset} of the file",
+        f"{origin}: not UTF-8: byte 0x{byte:02x} at offset {offset} of the file",
         hint=_convert("WINDOWS-1252", file),
     )
 
@@ -186,7 +190,7 @@ def _convert(encoding: str, file: DataFile) -> str:
 
 
 def read_text(file: DataFile) -> str:
-    """The decoded text of a file that must be read in one piece."""
+    """Read the complete text of a file."""
     pieces, size = [], 0
     for _, line in lines_of(file):
         size += len(line)
@@ -208,23 +212,24 @@ SHOWN_HINTS = 3
 
 
 class LineErrors:
-    """The faults of `name` while it is read in a `with`; its end raises those that were added.
+    """Context manager that collects the faults of the lines of `name` and raises them at its end.
 
-    A DataError that ends the `with` is the last of them: after it the file cannot be read on.
+    A DataError that ends the `with` block is the last fault: the file cannot be read further.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.count = 0
         self._place = 0
-        # Texts, not the errors: one of those holds its whole line, of up to 16 MiB.
+        # Messages instead of errors: an error references its complete line, of up to 16 MiB.
         self._format: list[str] = []
         self._hints: dict[str, str] = {}
 
     def add(self, place: int, fault: Callable[[], DataError]) -> None:
-        """Line (or row) `place` is wrong, as `fault` says; only the first fault of a line counts.
+        """Add a fault of line (or row) `place`; only the first fault of a line counts.
 
-        It is asked where it is shown: a message takes 90 us, of which 80 look for secrets.
+        `fault` is called only for faults that are shown: a message takes 90 us, 80 of them for the
+        search for secrets.
         """
         if place == self._place:
             return
@@ -235,24 +240,24 @@ class LineErrors:
 
     def _report(self, fault: DataError) -> None:
         self._format.append(fault.message)
-        # The same advice for another line is told once.
-        same = re.sub(r"\d+", "", fault.hint or "")
-        if same and len(self._hints) < SHOWN_HINTS:
-            self._hints.setdefault(same, fault.hint or "")
+        # Hints that differ only in numbers are shown once.
+        key = re.sub(r"\d+", "", fault.hint or "")
+        if key and len(self._hints) < SHOWN_HINTS:
+            self._hints.setdefault(key, fault.hint or "")
 
     def __enter__(self) -> LineErrors:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         if not self.count:
             return
         if isinstance(error, DataError):
-            # Told after the ten too: it is what the others are counted up to.
+            # Shown even after ten faults: the count of the others ends at this one.
             self.count += 1
             self._report(error)
         if error is None or isinstance(error, DataError):

@@ -1,9 +1,9 @@
-"""An address enters; its bytes leave as a stream, and the kind of file that came.
+"""Stream the bytes behind an address, from public hosts only.
 
-https is read with the standard library: fsspec's reader wants aiohttp and cannot look at where a
-redirect leads. A recipe is a file that people pass on, so an address must not reach into the
-reader's own network: each host, of redirects too, is looked up once, and a private address refused
-before a byte is sent. s3:// and gs:// go through fsspec, with the keys of the user's environment.
+https is read with the standard library: fsspec's reader requires aiohttp and cannot check the
+target of a redirect. Recipes are passed on, so an address must not reach into the reader's own
+network: each host, also of a redirect, is looked up once, and a private address is refused before a
+byte is sent. s3:// and gs:// are read with fsspec, with the keys of the user's environment.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from lorakit.redact import HIDDEN, has_login
 
 SCHEMES = ("https", "s3", "gs")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
-# Hosts that tests serve from: these alone may be private, and plain http.
+# Hosts of test servers: only these may be private and use plain http.
 TEST_HOSTS: frozenset[str] = frozenset()
 TIMEOUT_S = 30
 _DRIVE_FILE = re.compile(r"/(?:file|document|spreadsheets|presentation)/d/([\w-]{10,})")
 
 
 def check_scheme(url: str) -> None:
-    """Refuse an address that no reader is for.
+    """Refuse an address that cannot be read.
 
     Raises:
-        DataError: the scheme is not https, s3 or gs.
+        DataError: the scheme is not https, s3 or gs, or the address holds a login.
     """
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise DataError(f"{url}: is no address: {error}") from error
+        raise DataError(f"{url}: not a valid address: {error}") from error
     if has_login(url):
         raise DataError(
-            f"{url}: holds a login; a recipe is passed on, and so would the password be",
+            f"{url}: holds a login, which would be passed on with the recipe",
             hint="download it first; for s3:// and gs:// the keys come from the environment",
         )
     if HIDDEN in url:
         raise DataError(
             f"{url}: its key was not written into the recipe of the run",
-            hint="name the whole address again, with --data",
+            hint="give the complete address again, with --data",
         )
     if parts.scheme in SCHEMES or (parts.scheme == "http" and parts.netloc in TEST_HOSTS):
         return
     hints = {
         "file": "give the path itself, without file://",
-        "http": "use https://: what comes over http may have been changed on the way",
+        "http": "use https://: data over http may have been changed in transit",
         "hf": "give the data set's id, user/name",
     }
     raise DataError(
@@ -65,10 +65,10 @@ def check_scheme(url: str) -> None:
 
 
 def drive_link(url: str) -> str | None:
-    """The download address behind a share link of Google Drive; None for other addresses.
+    """Return the download address of a share link of Google Drive, or None for other addresses.
 
     Raises:
-        DataError: the link is of a folder, which has no download.
+        DataError: the link is to a folder, which has no download, or has no file id.
     """
     parts = urlsplit(url)
     if parts.hostname not in ("drive.google.com", "docs.google.com"):
@@ -79,23 +79,26 @@ def drive_link(url: str) -> str | None:
             hint="in Colab, mount the drive and give its path (/content/drive/MyDrive/...); "
             "elsewhere, share each file and list their links",
         )
-    found = _DRIVE_FILE.search(parts.path)
-    number = found.group(1) if found else parse_qs(parts.query).get("id", [""])[0]
-    if not number:
+    match = _DRIVE_FILE.search(parts.path)
+    file_id = match.group(1) if match else parse_qs(parts.query).get("id", [""])[0]
+    if not file_id:
         raise DataError(f"{url}: no file id in this Google Drive link", hint="copy the share link")
     if "/spreadsheets/" in parts.path:
-        return f"https://docs.google.com/spreadsheets/d/{number}/export?format=csv"
+        return f"https://docs.google.com/spreadsheets/d/{file_id}/export?format=csv"
     if "/document/" in parts.path:
-        return f"https://docs.google.com/document/d/{number}/export?format=txt"
-    # `confirm=t` passes the page that says the file is too large to be scanned for viruses.
-    return f"https://drive.usercontent.google.com/download?id={number}&export=download&confirm=t"
+        return f"https://docs.google.com/document/d/{file_id}/export?format=txt"
+    # `confirm=t` skips the page that warns of a file too large to be scanned for viruses.
+    return f"https://drive.usercontent.google.com/download?id={file_id}&export=download&confirm=t"
 
 
 def open_url(url: str) -> tuple[IO[bytes], str]:
-    """The bytes behind `url`, as they come, and the file's name as the server gives it ("" if not).
+    """Open `url` for streaming.
+
+    Returns:
+        The stream of bytes, and the file name that the server gives ("" if it gives none).
 
     Raises:
-        DataError: refused, not to be had, or a web page where data is expected.
+        DataError: the address is refused, cannot be fetched, or is a web page instead of data.
         DependencyError: the package for this scheme is missing.
     """
     check_scheme(url)
@@ -105,7 +108,7 @@ def open_url(url: str) -> tuple[IO[bytes], str]:
     try:
         answer = _opener().open(drive_link(url) or url, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
-        private = " (is it private?)" if error.code in (401, 403) else ""
+        private = " (it may be private)" if error.code in (401, 403) else ""
         raise DataError(
             f"{url}: the server answers {error.code} {error.reason}{private}"
         ) from error
@@ -123,7 +126,7 @@ def open_url(url: str) -> tuple[IO[bytes], str]:
 
 
 class _Counted(io.RawIOBase):
-    """A download that tells a broken connection from the end of the file."""
+    """A download that raises on a broken connection instead of ending early."""
 
     def __init__(self, answer: Any, url: str, size: int | None) -> None:
         self._answer, self._url, self._size, self._read = answer, url, size, 0
@@ -139,7 +142,7 @@ class _Counted(io.RawIOBase):
         if not data and self._size is not None and self._read < self._size:
             raise DataError(
                 f"{self._url}: the download broke off after {self._read:,} of {self._size:,} bytes",
-                hint="start again; for a large file, download it first",
+                hint="start again, or download a large file first",
             )
         buffer[: len(data)] = data
         self._read += len(data)
@@ -160,7 +163,7 @@ def _open_bucket(url: str, scheme: str) -> IO[bytes]:
         raise DependencyError(
             f"{url}: {scheme}:// needs the package {package}", hint=f"pip install {package}"
         ) from error
-    # The clients of the clouds raise their own types for access, names and networks.
+    # Cloud clients raise their own types for access, names and networks.
     except Exception as error:
         raise DataError(f"{url}: cannot be read: {error}") from error
 
@@ -173,12 +176,12 @@ def _web_page(url: str) -> DataError:
         hint = "take the address behind the button 'Raw'"
     else:
         hint = "open it in a browser: a sign-in page, or a page about the file, is not the file"
-    return DataError(f"{url}: a web page (HTML) came instead of data", hint=hint)
+    return DataError(f"{url}: the server sent a web page (HTML) instead of data", hint=hint)
 
 
 def _filename(headers: email.message.Message) -> str:
     name = headers.get_filename() or ""
-    # Only its ending is used, but a name is never a path.
+    # Only the suffix is used, but the name must not be a path.
     return name.replace("\\", "/").rsplit("/", 1)[-1]
 
 
@@ -186,22 +189,22 @@ def _filename(headers: email.message.Message) -> str:
 
 
 def _connect(address: tuple[str, int], timeout: Any = None, *_: Any) -> socket.socket:
-    """Connect to the very address that was checked: a second look-up could give another one."""
+    """Connect to the address that was checked, since a second look-up could return another."""
     host, port = address
     error: OSError = OSError(f"no address for {host}")
-    for family, kind, protocol, _name, place in socket.getaddrinfo(
+    for family, socket_type, protocol, _name, sockaddr in socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM
     ):
-        ip = ipaddress.ip_address(place[0])
+        ip = ipaddress.ip_address(sockaddr[0])
         if not ip.is_global and f"{host}:{port}" not in TEST_HOSTS:
             raise DataError(
                 f"{host}: {ip} is a private address; data is only fetched from public ones",
-                hint="download it first, and give the path of the file",
+                hint="download the file first, and give its path",
             )
         try:
-            opened = socket.socket(family, kind, protocol)
+            opened = socket.socket(family, socket_type, protocol)
             opened.settimeout(timeout if isinstance(timeout, int | float) else TIMEOUT_S)
-            opened.connect(place)
+            opened.connect(sockaddr)
             return opened
         except OSError as failed:
             error = failed

@@ -1,4 +1,4 @@
-"""A hub dataset id enters; its rows leave, downloaded first or streamed where the disk is small."""
+"""Read the rows of a hub dataset, downloaded first or streamed if the disk is small."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lorakit.types import Origin, Row
 
 
 def read_hub(data: HubData, source: str, offline: bool) -> Iterator[Row]:
-    """Rows of a hub dataset, numbered from 1.
+    """Read the rows of a hub dataset, numbered from 1.
 
     Raises:
-        DataError: it cannot be had, or has several splits and none was named.
+        DataError: the dataset cannot be loaded, or has several splits and none was named.
     """
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if offline and not HF_HUB_OFFLINE:
         raise DataError(
-            f"{source}: not a file here, and the hub is not asked when offline",
-            hint="set HF_HUB_OFFLINE=1 to use a copy that is in the cache already",
+            f"{source}: not a local file, and the hub is not used when offline",
+            hint="set HF_HUB_OFFLINE=1 to use a copy in the cache",
         )
     try:
         stream = _too_large(datasets, data)
         loaded = datasets.load_dataset(data.repo, data.config, split=data.split, streaming=stream)
-    # Network, access, name and format troubles come as a dozen types; all mean "not to be had".
+    # Failures of network, access, name and format have a dozen types; all mean "not available".
     except Exception as error:
         state = "and the hub is offline" if HF_HUB_OFFLINE else "and the hub did not give it"
         raise DataError(
@@ -40,8 +40,8 @@ def read_hub(data: HubData, source: str, offline: bool) -> Iterator[Row]:
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
             raise DataError(
-                f"{source}: which split? It has {', '.join(loaded)}",
-                hint=f"write {data.repo}:{next(iter(loaded))}",
+                f"{source}: several splits ({', '.join(loaded)}), expected one",
+                hint=f"choose one, such as {data.repo}:{next(iter(loaded))}",
             )
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     for number, values in enumerate(loaded, 1):
@@ -49,11 +49,14 @@ def read_hub(data: HubData, source: str, offline: bool) -> Iterator[Row]:
 
 
 def _too_large(datasets: Any, data: HubData) -> bool:
-    """More than half of the free disk: then rows are streamed. A slice needs the whole of it."""
+    """True if a dataset takes more than half of the free disk; False for a slice.
+
+    A slice cannot be streamed: it needs the complete dataset.
+    """
     if data.split and "[" in data.split:
         return False
     info = datasets.load_dataset_builder(data.repo, data.config).info
     needed = (info.download_size or 0) + (info.dataset_size or 0)
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    home = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    return bool(needed > shutil.disk_usage(home).free / 2)
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return bool(needed > shutil.disk_usage(existing).free / 2)

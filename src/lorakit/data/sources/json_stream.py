@@ -1,6 +1,6 @@
-"""JSON text enters; its values leave one by one, or one message that says what stands where.
+"""Parse JSON, a list item by item, with errors that name line and column.
 
-A list of rows is read item by item, so that a file of any size takes the memory of one row.
+A list of rows of any size takes the memory of one row.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from lorakit.errors import DataError
 _SHOWN = 30
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
-# What breaks off may be an escape (\\u12ab) or a word (-Infinity); a longer rest is a real fault.
+# A piece may end inside an escape (\\u12ab) or a word (-Infinity), but not inside a longer token.
 _LOOSE_END = 16
 
 
 def parse(text: str, file: DataFile, line: int, last: bool) -> Any:
-    """The value of `text`, which begins on `line`; `last`: it ends where the file does."""
+    """Parse `text`, which begins on `line` of the file; `last` if it ends with the file.
+
+    Raises:
+        DataError: not valid JSON; names file, line and column.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         cut_off = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
-        what = "the last line is cut off" if last and cut_off else error.msg
-        raise _not_json(error, file, line, 0, what) from error
+        problem = "the last line is cut off" if last and cut_off else error.msg
+        raise _not_json(error, file, line, 0, problem) from error
     except RecursionError:
         raise DataError(f"{file.name}:{line}: nested too deeply to be a row") from None
     except ValueError as error:
@@ -37,15 +41,15 @@ def parse(text: str, file: DataFile, line: int, last: bool) -> Any:
 
 
 def first_sign(file: DataFile) -> str:
-    """The first character that is no blank; "" for a file of blanks."""
-    # What is not UTF-8 is named where it is read, with the other faults of the file.
+    """First character of a file that is not white space; "" for a blank file."""
+    # Bytes that are not UTF-8 are reported later, with the other faults of the file.
     pieces = pieces_of(file, errors="replace")
     return next((rest[0] for piece in pieces if (rest := piece.lstrip())), "")
 
 
 @dataclass
 class _Window:
-    """The part of a file's text that is looked at, and how much went before it."""
+    """The part of a file's text in memory, and the amount of text before it."""
 
     pieces: Iterator[str]
     text: str = ""
@@ -55,10 +59,10 @@ class _Window:
     ended: bool = False
 
     def more(self) -> None:
-        """Let go of what was read, and take up as much again as is held."""
-        gone, rest = self.text[: self.at], self.text[self.at :]
-        self.lines += gone.count("\n")
-        self.column = len(gone) - gone.rfind("\n") - 1 + (0 if "\n" in gone else self.column)
+        """Drop the text that was parsed, and read as much again as remains."""
+        parsed, rest = self.text[: self.at], self.text[self.at :]
+        self.lines += parsed.count("\n")
+        self.column = len(parsed) - parsed.rfind("\n") - 1 + (0 if "\n" in parsed else self.column)
         taken = []
         size = max(1, len(rest))
         while size > 0 and not self.ended:
@@ -69,24 +73,24 @@ class _Window:
         self.text, self.at = "".join([rest, *taken]), 0
 
     def sign(self) -> str:
-        """The next character that is no blank, not yet taken; "" at the end."""
+        """Peek at the next character that is not white space; "" at the end."""
         while True:
-            found = _SPACE.match(self.text, self.at)
-            self.at = found.end() if found else self.at
+            spaces = _SPACE.match(self.text, self.at)
+            self.at = spaces.end() if spaces else self.at
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.more()
 
 
 def items_of(file: DataFile) -> Iterator[Any]:
-    """The items of the one list that a file holds.
+    """Parse the items of the one list in a file.
 
     Raises:
-        DataError: no JSON; names the line, the column and the item.
+        DataError: not valid JSON; names the line, the column and the item.
     """
     window, number = _Window(pieces_of(file)), 0
     if window.sign() != "[":
-        raise DataError(f"{file.name}: no list of rows")
+        raise DataError(f"{file.name}: not a list of rows")
     window.at += 1
     if window.sign() != "]":
         while True:
@@ -101,8 +105,8 @@ def items_of(file: DataFile) -> Iterator[Any]:
                 break
             window.at += 1
         if sign != "]":
-            what = f"the list breaks off after item {number}" if not sign else "no comma"
-            raise _here(window, file, what + (f" after item {number}" if sign else ""))
+            problem = "no comma" if sign else "the list breaks off"
+            raise _here(window, file, f"{problem} after item {number}")
     window.at += 1
     if window.sign():
         raise _here(window, file, "Extra data")
@@ -112,8 +116,8 @@ def _item(window: _Window, file: DataFile, number: int) -> Any:
     while True:
         try:
             value, end = _DECODER.raw_decode(window.text, window.at)
-            whole = isinstance(value, dict | list | str) or end < len(window.text) - _LOOSE_END
-            if whole or window.ended:  # 12 may be the beginning of 12.5
+            complete = isinstance(value, dict | list | str) or end < len(window.text) - _LOOSE_END
+            if complete or window.ended:  # 12 may be the beginning of 12.5
                 window.at = end
                 return value
             window.more()
@@ -126,8 +130,8 @@ def _item(window: _Window, file: DataFile, number: int) -> Any:
                 window.more()
                 continue
             cut = error.pos >= len(window.text.rstrip()) or error.msg.startswith("Unterminated")
-            what = f"the file ends inside item {number}" if cut and window.ended else error.msg
-            raise _not_json(error, file, window.lines + 1, window.column, what) from error
+            problem = f"the file ends inside item {number}" if cut and window.ended else error.msg
+            raise _not_json(error, file, window.lines + 1, window.column, problem) from error
         except RecursionError:
             raise DataError(
                 f"{file.name}: item {number} is nested too deeply to be a row"
@@ -136,40 +140,40 @@ def _item(window: _Window, file: DataFile, number: int) -> Any:
             raise DataError(f"{file.name}: item {number}: not valid JSON: {error}") from error
 
 
-def _here(window: _Window, file: DataFile, what: str) -> DataError:
-    error = json.JSONDecodeError(what, window.text, window.at)
-    return _not_json(error, file, window.lines + 1, window.column, what)
+def _here(window: _Window, file: DataFile, problem: str) -> DataError:
+    error = json.JSONDecodeError(problem, window.text, window.at)
+    return _not_json(error, file, window.lines + 1, window.column, problem)
 
 
 def _not_json(
-    error: json.JSONDecodeError, file: DataFile, line: int, column: int, what: str
+    error: json.JSONDecodeError, file: DataFile, line: int, column: int, problem: str
 ) -> DataError:
     row = line + error.lineno - 1
-    place = error.colno + (column if error.lineno == 1 else 0)
+    row_column = error.colno + (column if error.lineno == 1 else 0)
     near = error.doc[max(0, error.pos - _SHOWN) : error.pos + _SHOWN].strip()
     return DataError(
-        f"{file.name}:{row}: column {place}: not valid JSON: {what}, near: {near}",
-        hint=_advice(error, what, file, row),
+        f"{file.name}:{row}: column {row_column}: not valid JSON: {problem}, near: {near}",
+        hint=_advice(error, problem, file, row),
     )
 
 
-def _advice(error: json.JSONDecodeError, what: str, file: DataFile, row: int) -> str:
-    """What to do about the faults that files of the wild have most often."""
+def _advice(error: json.JSONDecodeError, problem: str, file: DataFile, row: int) -> str:
+    """Advise on the most common faults of real files."""
     begin, here = error.doc[:200].lstrip(), error.doc[error.pos : error.pos + 1]
     if begin.startswith("version https://git-lfs"):
-        return "this is a pointer of git-lfs, not the data: fetch that with: git lfs pull"
+        return "this is a git-lfs pointer, not the data: fetch the data with: git lfs pull"
     if re.match(r"<(!doctype|html|\?xml)", begin, re.IGNORECASE):
-        return "this is a web page, not data: was it a login or an error that was saved?"
-    if what != error.msg and error.msg != "Extra data":
-        return "the file was not written to its end; write it anew or remove that line"
+        return "this is a web page, not data: check for a saved login or error page"
+    if problem != error.msg and error.msg != "Extra data":
+        return "the file was not written to its end: write it again or remove that line"
     if here == "'" or re.search(r"[{:,\[]\s*'", error.doc[max(0, error.pos - 3) : error.pos + 3]):
         return "single quotes are Python's spelling: write the rows with json.dumps"
     if re.match(r"(None|True|False)\b", error.doc[error.pos :][:6]):
         return "this is Python's spelling (JSON: null, true, false): write with json.dumps"
     if here in ("]", "}") and error.doc[: error.pos].rstrip().endswith(","):
         return f"remove the comma before {here}"
-    if what == "Extra data" and "\r" in error.doc.rstrip() and "\n" not in error.doc.rstrip():
+    if problem == "Extra data" and "\r" in error.doc.rstrip() and "\n" not in error.doc.rstrip():
         return f"its lines end with \\r: tr '\\r' '\\n' < {file.typed} > lines.jsonl"
-    if what == "Extra data":
+    if problem == "Extra data":
         return f"one value a line, or all in one list [..., ...]: jq -c . {file.typed} > rows.jsonl"
-    return f"see what stands there with: sed -n {row}p {file.typed}"
+    return f"show the line with: sed -n {row}p {file.typed}"

@@ -1,7 +1,8 @@
-"""A source string of a recipe enters; the files to read, or a hub dataset id, leave.
+"""Resolve a source string of a recipe to files, an address or a hub dataset.
 
 A source is `demo`, a file, a folder, a glob, an address (https://, s3://, ... through fsspec) or a
-hub dataset `user/name[:config][:split]`. What exists on this disk wins over the hub.
+hub dataset `user/name[:config][:split]`. A path that exists on this disk takes precedence over the
+hub.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from lorakit.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 PACKAGED = {"demo": "demo_train.jsonl", "demo:heldout": "demo_heldout.jsonl"}
-# In a folder these describe the data and are none of it.
+# Files in a folder that describe the data and are not part of it.
 ABOUT_DATA = re.compile(r"(readme|license|licence|changelog)\b.*", re.IGNORECASE)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file to read: where it is, the short name used in messages, and its kind (a suffix).
+    """One file to read: its path or address, its short name for messages, and its kind (a suffix).
 
-    The kind is "" where only the server can tell it.
+    The kind is "" if only the server knows it.
     """
 
     path: str
@@ -39,18 +40,18 @@ class DataFile:
 
     @property
     def typed(self) -> str:
-        """As a shell takes it, from any folder."""
+        """The file quoted for a shell, valid in any folder."""
         return shlex.quote(self.name if self.remote else self.path)
 
     @property
     def remote(self) -> bool:
-        """An address, not a path."""
+        """True for an address, False for a path."""
         return "://" in self.path
 
 
 @dataclass(frozen=True, slots=True)
 class HubData:
-    """A dataset on the hub; None means the default config, or the split `train`."""
+    """A dataset on the hub; None is the default config, or the split `train`."""
 
     repo: str
     config: str | None = None
@@ -58,10 +59,10 @@ class HubData:
 
 
 def locate(source: str, folders: Sequence[Path] = ()) -> list[DataFile] | HubData:
-    """What to read for `source`; relative paths are tried here, then against each of `folders`.
+    """Resolve `source`; relative paths are tried here, then in each of `folders`.
 
     Raises:
-        DataError: nothing is there, or a folder holds no file of a known kind.
+        DataError: the source does not exist, or a folder has no file of a known kind.
     """
     if source in PACKAGED:
         path = str(files("lorakit") / "assets" / PACKAGED[source])
@@ -71,30 +72,30 @@ def locate(source: str, folders: Sequence[Path] = ()) -> list[DataFile] | HubDat
         drive = drive_link(source)
         name = "Google Drive file" if drive else source.split("?")[0].rsplit("/", 1)[-1]
         return [DataFile(source, name or source, "" if drive else kind_of(source) or "")]
-    places = _places(source, folders)
-    for place in places:
-        if os.path.isdir(place):
-            return _folder_files(place, source)
-        if os.path.exists(place):
-            return [DataFile(place, os.path.basename(place), _kind_or_refuse(place))]
+    paths = _candidate_paths(source, folders)
+    for path in paths:
+        if os.path.isdir(path):
+            return _folder_files(path, source)
+        if os.path.exists(path):
+            return [DataFile(path, os.path.basename(path), _kind_or_refuse(path))]
     if glob.has_magic(source):
-        for place in places:
-            found = _glob_files(place)
-            if found:
-                return found
+        for path in paths:
+            matches = _glob_files(path)
+            if matches:
+                return matches
     hub = _hub_data(source)
     if hub:
         return hub
-    raise _nothing_there(source, places)
+    raise _missing(source, paths)
 
 
 def kind_of(path: str) -> str | None:
-    """The suffix that decides how a file is read, looking through `.gz`; None if unknown."""
+    """Suffix that decides how a file is read, without `.gz`; None if unknown."""
     name = path.lower().split("?")[0].removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def _places(source: str, folders: Sequence[Path]) -> list[str]:
+def _candidate_paths(source: str, folders: Sequence[Path]) -> list[str]:
     path = os.path.expanduser(source)
     bases = [""] if os.path.isabs(path) else ["", *(str(folder) for folder in folders)]
     # An empty source joined to a folder would be the folder itself.
@@ -112,47 +113,50 @@ def _kind_or_refuse(path: str) -> str:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Paths of all visible files under `folder`, sorted; linked folders are not entered."""
-    for place, inner, names in os.walk(folder):
+    """Paths of all visible files under `folder`, sorted; linked folders are not followed."""
+    for parent, inner, names in os.walk(folder):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from (os.path.join(place, n) for n in sorted(names) if not n.startswith("."))
+        yield from (os.path.join(parent, n) for n in sorted(names) if not n.startswith("."))
 
 
 def _folder_files(folder: str, source: str) -> list[DataFile]:
-    found, others = [], []
+    data_files, others = [], []
     for path in _walk(folder):
         kind = kind_of(path)
         if kind is None or ABOUT_DATA.match(os.path.basename(path)):
             others.append(os.path.basename(path))
         elif not os.path.isfile(path):
-            raise DataError(f"{path}: a link that leads nowhere", hint="remove it or mend it")
+            raise DataError(f"{path}: a broken link", hint="remove it or correct its target")
         elif _escapes(path, folder):
             raise DataError(
                 f"{path}: a link that leads out of the folder, to {os.path.realpath(path)}",
-                hint="name that file as a source of its own if it is meant",
+                hint="if it is intended, name that file as a separate source",
             )
         else:
-            found.append(DataFile(path, os.path.relpath(path, folder), kind))
-    if not found:
+            data_files.append(DataFile(path, os.path.relpath(path, folder), kind))
+    if not data_files:
         names = ", ".join(others[:6]) or "nothing"
         raise DataError(
             f"{source}: no file of a known kind in this folder (found: {names})",
             hint=f"known kinds: {' '.join(SUFFIXES)}",
         )
-    return found
+    return data_files
 
 
 def _escapes(path: str, folder: str) -> bool:
-    """Outside of `folder`; the hub's cache links from snapshots/<commit>/ into its own blobs/."""
-    real, home = Path(path).resolve(), Path(folder).resolve()
-    blobs = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
-    return not any(real.is_relative_to(place) for place in (home, *blobs))
+    """True if `path` resolves to a file outside of `folder`.
+
+    The hub's cache may link from snapshots/<commit>/ into its blobs/.
+    """
+    real, root = Path(path).resolve(), Path(folder).resolve()
+    blobs = [up.parent / "blobs" for up in (root, *root.parents) if up.name == "snapshots"]
+    return not any(real.is_relative_to(allowed) for allowed in (root, *blobs))
 
 
 def left_aside(source: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Files in the folder `source` that are of no kind that is read, and no README or license."""
-    place = next((p for p in _places(source, folders) if os.path.isdir(p)), None)
-    names = (os.path.relpath(path, place) for path in _walk(place)) if place else ()
+    """Files in the folder `source` of unknown kind, without READMEs and licenses."""
+    folder = next((p for p in _candidate_paths(source, folders) if os.path.isdir(p)), None)
+    names = (os.path.relpath(path, folder) for path in _walk(folder)) if folder else ()
     return [n for n in names if not kind_of(n) and not ABOUT_DATA.match(os.path.basename(n))]
 
 
@@ -165,7 +169,7 @@ def _glob_files(pattern: str) -> list[DataFile]:
 
 
 def _hub_data(source: str) -> HubData | None:
-    repo, *rest = re.split(r":(?![^\[]*\])", source)  # the colon of a slice, [:100], is none
+    repo, *rest = re.split(r":(?![^\[]*\])", source)  # not at the colon of a slice, [:100]
     if not _HUB.fullmatch(repo) or len(rest) > 2 or kind_of(repo):
         return None
     if len(rest) == 2:
@@ -173,14 +177,14 @@ def _hub_data(source: str) -> HubData | None:
     return HubData(repo, None, rest[0] if rest else None)
 
 
-def _nothing_there(source: str, places: Sequence[str]) -> DataError:
+def _missing(source: str, paths: Sequence[str]) -> DataError:
     near: list[str] = []
-    for place in places:
-        parent, name = os.path.split(place)
+    for path in paths:
+        parent, name = os.path.split(path)
         if os.path.isdir(parent or "."):
             near += difflib.get_close_matches(name, os.listdir(parent or "."), n=2, cutoff=0.6)
-    looked = " and ".join(os.path.dirname(place) or "." for place in places)
-    if places and places[0].startswith("/content/drive"):
+    looked = " and ".join(os.path.dirname(path) or "." for path in paths)
+    if paths and paths[0].startswith("/content/drive"):
         near = ["from google.colab import drive; drive.mount('/content/drive')"]
     hint = (
         f"did you mean {' or '.join(dict.fromkeys(near))}?"

@@ -1,9 +1,9 @@
-"""A source string enters; its rows leave one by one, each with its place for later messages.
+"""Read the rows of a source one by one, each with its origin for messages.
 
-JSON and CSV are read row by row with the standard library. `datasets` would turn date-like
-strings into timestamps and the answers "NA" and "None" into nulls, and names no line of a broken
-file (docs/decisions/001-own-json-and-csv-readers.md has the trials). Parquet, whose types are written in the file, and hub datasets
-go through `datasets`.
+JSON and CSV are read row by row with the standard library. `datasets` would convert date-like
+strings to timestamps and the answers "NA" and "None" to nulls, and does not name the line of a
+broken file (docs/decisions/001-own-json-and-csv-readers.md has the trials). Parquet, which stores
+its types in the file, and hub datasets are read with `datasets`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import csv
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -42,16 +43,17 @@ _INSIDE_ROWS = {"messages", "conversations", "prompt", "completion", "history", 
 
 
 def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = False) -> Iterator[Row]:
-    """Rows of `source` in file order. Rows count from 1: by line (jsonl, csv), else by position.
+    """Read the rows of `source` in file order, numbered from 1 by line (jsonl, csv) or position.
 
     Args:
         source: `demo`, a file, folder, glob, address, or hub id `user/name[:config][:split]`.
-        folders: where relative paths are tried after the current directory.
-        offline: refuse what needs a network.
+        folders: folders for relative paths, tried after the current directory.
+        offline: refuse sources that need a network.
 
     Raises:
-        DataError: missing, empty, damaged or undecodable; names file, line and column. A file is
-            read to its end first: one error names all its broken lines, and no row follows them.
+        DataError: the source is missing, empty, damaged or undecodable; names file, line and
+            column. A file is read to its end: one error names all its broken lines, and no row is
+            yielded after the first.
     """
     located = locate(source, folders)
     if isinstance(located, HubData):
@@ -60,44 +62,44 @@ def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = Fals
     for file in located:
         if offline and file.remote:
             raise DataError(f"{source}: cannot be fetched offline", hint="download it first")
-        known = file if file.kind else _asked_for_kind(file)
-        yield from READERS[known.kind](known)
+        typed = file if file.kind else _with_server_kind(file)
+        yield from READERS[typed.kind](typed)
 
 
-def _asked_for_kind(file: DataFile) -> DataFile:
-    """`file` with the kind that the server's name for it tells: share links tell none."""
+def _with_server_kind(file: DataFile) -> DataFile:
+    """Take the kind from the file name that the server gives: share links have no suffix."""
     stream, name = open_url(file.path)
     stream.close()
     kind = kind_of(name)
     if kind is None:
         raise DataError(
-            f"{file.path}: what kind of file is this? The server calls it {name or 'nothing'!r}",
-            hint=f"it must end in one of {' '.join(SUFFIXES)}; or download it first",
+            f"{file.path}: unknown kind of file: the server calls it {name or 'nothing'!r}",
+            hint=f"share a file that ends in one of {' '.join(SUFFIXES)}, or download it first",
         )
     return replace(file, name=name, kind=kind)
 
 
 def content_key(source: str, folders: Sequence[Path] = ()) -> list[Any] | None:
-    """Names and hashes of the files of `source`; None where its content is known only when read."""
+    """Names and hashes of the files of `source`; None if its content is known only when read."""
     located = locate(source, folders)
     if isinstance(located, HubData) or any(file.remote for file in located):
         return None
-    found = []
+    entries = []
     for file in located:
         try:
             with open(file.path, "rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{file.name}: cannot be read: {error.strerror or error}") from error
-        found.append([file.name, file.kind, digest])
-    return found
+        entries.append([file.name, file.kind, digest])
+    return entries
 
 
 # -- the kinds of files ---------------------------------------------------------------------------
 
 
 def _read_json(file: DataFile) -> Iterator[Row]:
-    """JSON lines, or one JSON array or object, told apart by content: names are often wrong."""
+    """Read JSON lines, or one JSON array or object, by content: file names are often wrong."""
     sign = first_sign(file)
     if not sign:
         blank = any(pieces_of(file))
@@ -123,36 +125,36 @@ def _read_json(file: DataFile) -> Iterator[Row]:
 
 
 def _no_row(line: str, file: DataFile, number: int) -> DataError:
-    """What is wrong with a line that is no row."""
+    """Build the error for a line that is not a row."""
     try:
         value = parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
     except DataError as error:
         return error
     return DataError(
-        f"{file.name}:{number}: {_a(value)} where an object {{...}} is expected: "
+        f"{file.name}:{number}: {_type_name(value)} where an object {{...}} is expected: "
         f"{_cut(line.strip())}",
         hint='write each row as {"instruction": "...", "response": "..."}',
     )
 
 
 def _is_one_object(file: DataFile) -> bool:
-    """Not one object a line."""
-    # Faults are named by who reads the file.
+    """True if the file holds one object, False for one object per line."""
+    # Faults of the lines are reported when the file is read.
     lines = (line for _, line in lines_of(file, LineErrors(file.name)) if not line.isspace())
     first, second = next(lines, ""), next(lines, None)
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        # An opened bracket that the line does not close: a pretty-printed file.
+        # A bracket that its line does not close: a pretty-printed file.
         return first.strip() == "{" or (second is not None and first.lstrip()[:1] == "{")
     return second is None
 
 
 def _wrapped(file: DataFile) -> list[Any]:
-    """The rows of a file that holds one object: those of its list of rows, or itself."""
+    """Rows of a file with one object: the items of its list of rows, or the object itself."""
     value = parse(read_text(file), file, 1, last=False)
     if not isinstance(value, dict):
-        raise DataError(f"{file.name}: {_a(value)} where a list of rows is expected")
+        raise DataError(f"{file.name}: {_type_name(value)} where a list of rows is expected")
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
     inner = [
         k
@@ -162,11 +164,11 @@ def _wrapped(file: DataFile) -> list[Any]:
     if len(inner) > 1 and len(inner) == len(value):
         raise DataError(
             f"{file.name}: several lists of rows in one file: {', '.join(inner[:6])}",
-            hint="give each list a file of its own",
+            hint="write each list to a separate file",
         )
-    # A lone object with a list of objects is a wrapper: {"data": [...]}.
-    found: list[Any] = value[inner[0]] if inner else [value]
-    return found
+    # A single object with a list of objects is a wrapper: {"data": [...]}.
+    rows: list[Any] = value[inner[0]] if inner else [value]
+    return rows
 
 
 def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
@@ -182,13 +184,13 @@ def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
 
 
 def _no_object(item: Any, file: DataFile, position: int) -> DataError:
-    what = f"item {position} is {_a(item)}, expected an object {{...}}"
-    return DataError(f"{file.name}: {what}")
+    fault = f"item {position} is {_type_name(item)}, expected an object {{...}}"
+    return DataError(f"{file.name}: {fault}")
 
 
 def _read_csv(file: DataFile) -> Iterator[Row]:
-    """Every cell stays the text it is: "NA", "None" and "2021-05-03" too."""
-    # The csv module's own limit, 128 KiB a cell, is for the whole process; only ever raised.
+    """Read CSV with every cell as text, "NA", "None" and "2021-05-03" too."""
+    # The limit of the csv module, 128 KiB a cell, is global to the process; it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     header: list[str] = []
     begun, rows = 1, 0
@@ -198,7 +200,8 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
         lines = (line for _, line in lines_of(file, broken))
         try:
             first = next(lines)
-            reader = csv.reader(_chain(first, lines), delimiter=_delimiter(first), strict=True)
+            all_lines = itertools.chain([first], lines)
+            reader = csv.reader(all_lines, delimiter=_delimiter(first), strict=True)
             for cells in reader:
                 if not cells:
                     pass
@@ -210,11 +213,11 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
                     rows += 1
                     yield Row(dict(zip(header, cells, strict=True)), Origin(file.name, begun))
                 begun = reader.line_num + 1
-        # Not read on: the next line may be the inside of a cell.
+        # Reading stops here: the next line may be inside a cell.
         except csv.Error as error:
             raise DataError(
                 f"{file.name}:{begun}: not valid CSV: {error} (the row begins on this line, "
-                f"the trouble is on line {reader.line_num})",
+                f"the fault is on line {reader.line_num})",
                 hint='a quote inside a quoted cell is written twice: "say ""hi"""',
             ) from error
     if not rows:
@@ -227,11 +230,6 @@ def _uneven(cells: list[str], header: list[str], file: DataFile, line: int) -> D
         f"({', '.join(header[:6])})",
         hint='put cells that hold the separator, a quote or a line end in "quotes"',
     )
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _delimiter(header: str) -> str:
@@ -258,9 +256,9 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
     import datasets
 
     try:
-        # Streaming reads row group by row group and writes no copy into the cache.
+        # Streaming reads one row group at a time and does not write a copy into the cache.
         path = _local_copy(file) if file.remote else file.path
-        # It also logs what it raises, with the whole path.
+        # `datasets` also logs the error that it raises, with the complete path.
         logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
         rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
         number = 0
@@ -268,7 +266,7 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
             yield Row(dict(values), Origin(file.name, number))
     except LorakitError:
         raise
-    # Whatever the library meets in the bytes (Arrow, OS, value errors) is a fault of the file.
+    # Every error of the library while it parses (Arrow, OS, value errors) is a fault of the file.
     except Exception as error:
         raise DataError(
             f"{file.name}: not a readable Parquet file: {first_line(error.__cause__ or error)}"
@@ -278,7 +276,7 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
 
 
 def _local_copy(file: DataFile) -> str:
-    """A Parquet file from afar on this disk, as long as the process lasts: its index is last."""
+    """Copy a remote Parquet file to this disk until the process ends, since its index is last."""
     with (
         open_file(file) as stream,
         tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as to,
@@ -300,8 +298,8 @@ READERS: dict[str, Callable[[DataFile], Iterator[Row]]] = {
 }
 
 
-def _a(value: Any) -> str:
-    """What a JSON value is, in words."""
+def _type_name(value: Any) -> str:
+    """Name the type of a JSON value, with its article."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
 

@@ -1,13 +1,9 @@
-"""A long text enters; examples of bounded length leave, as plain text or as chat.
+"""Cut long texts into examples of bounded length, as plain text or as chat.
 
-`completion` trains every token of the text: the model takes up its facts and its style, as in
+`completion` trains every token of the text: the model learns its facts and its style, as in
 pretraining; it suits base models, and texts to be continued. `instruction` makes each piece the
 answer to a request (write the section "Heading", or go on from here), so that a chat model learns
 the text within its own turns and does not forget how to answer.
-
-Shapes: T tokens.
-
-A document's text and where its tokens begin enter; windows of tokens leave, cut at good places.
 
 A window ends at the last paragraph border of its second half, else at the last sentence border
 there, else where it is full. Windows follow one another without gap or overlap.
@@ -23,7 +19,7 @@ from lorakit.data.chat_template.render import template_capabilities
 from lorakit.data.issues import IssueLog, RowError
 from lorakit.types import IGNORE, Conversation, Document, Example, Message
 
-# Tokenizing a 10 MB text with offsets at once takes 1.8 GB; a part of 256 Ki characters, 50 MB.
+# Tokenizing a 10 MB text with offsets takes 1.8 GB at once, 50 MB in parts of 256 Ki characters.
 PART_CHARS = 2**18
 _PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)[ \t#]*$", re.MULTILINE)
@@ -36,38 +32,41 @@ def encode_document(
     overlap: int = 0,
     log: IssueLog | None = None,
 ) -> list[Example]:
-    """Windows of at most `cutoff_len` tokens over plain text, closed by eos; trained in full once.
+    """Cut plain text, closed by eos, into windows that train each token once.
 
-    Where the tokenizer puts a BOS before a text, each window begins with it. Then come `overlap`
-    tokens of the window before, untrained, so that its first own tokens are predicted from
-    something: at least one where there is no BOS. Special tokens in the text are read as such.
+    A window begins with the BOS that the tokenizer puts before a text, if any, followed by
+    `overlap` untrained tokens of the window before (at least one without a BOS), as context for its
+    first trained tokens. Special tokens in the text are read as such.
+
+    Args:
+        cutoff_len: most tokens of a window, context included.
 
     Raises:
-        RowFault: no token could be trained.
+        RowError: no token could be trained.
     """
-    habits = template_capabilities(tokenizer)
-    if log and habits.specials is not None and habits.specials.search(document.text):
+    capabilities = template_capabilities(tokenizer)
+    if log and capabilities.specials is not None and capabilities.specials.search(document.text):
         log.add("special token written in a text", document.origin, "read as that token")
-    bos = [habits.bos_id] if habits.bos_id is not None else []
+    bos = [capabilities.bos_id] if capabilities.bos_id is not None else []
     overlap = min(max(overlap, 1 - len(bos)), cutoff_len // 2)
-    room = max(cutoff_len - len(bos) - overlap, 1)
-    found: list[Example] = []
+    limit = max(cutoff_len - len(bos) - overlap, 1)
+    examples: list[Example] = []
     before: list[int] = []
-    for own, _ in _windows(tokenizer, document.text, room):
+    for ids, _ in _windows(tokenizer, document.text, limit):
         context = bos + before
-        labels = [IGNORE] * len(context) + own
+        labels = [IGNORE] * len(context) + ids
         labels[0] = IGNORE
-        found.append(Example([*context, *own], labels, document.origin))
-        before = (before + own)[-overlap:] if overlap else []
-    if not any(example.trained_tokens for example in found):
+        examples.append(Example([*context, *ids], labels, document.origin))
+        before = (before + ids)[-overlap:] if overlap else []
+    if not any(example.trained_tokens for example in examples):
         raise RowError("nothing to train", document.origin, "the text is a single token")
-    return found
+    return examples
 
 
 def as_instructions(
     tokenizer: Any, document: Document, room: int, overlap: int = 0
 ) -> list[Conversation]:
-    """The text as requests and answers: each piece of it is the answer to one.
+    """Cut the text into pieces, and make each piece the answer to a request.
 
     The request names the heading above the piece (`# Heading` of Markdown); without one it quotes
     the last `overlap` tokens before, to go on from, or asks for the beginning of the text.
@@ -76,20 +75,20 @@ def as_instructions(
         room: longest piece in tokens.
 
     Raises:
-        RowFault: the text is blank.
+        RowError: the text is blank.
     """
     title = re.sub(r"\.(txt|md)(\.gz)?$", "", document.origin.source).rsplit("/", 1)[-1]
-    found: list[Conversation] = []
+    conversations: list[Conversation] = []
     before = ""
     for ids, piece in _windows(tokenizer, document.text, room, eos=False):
         if piece.strip():
-            asked = _request(title, piece, before, first=not found)
-            turns = (Message("user", asked), Message("assistant", piece.strip()))
-            found.append(Conversation(turns, document.origin))
+            request = _request(title, piece, before, first=not conversations)
+            turns = (Message("user", request), Message("assistant", piece.strip()))
+            conversations.append(Conversation(turns, document.origin))
         before = tokenizer.decode(ids[-overlap:]) if overlap else ""
-    if not found:
+    if not conversations:
         raise RowError("nothing to train", document.origin, "the text is blank")
-    return found
+    return conversations
 
 
 def _request(title: str, piece: str, before: str, first: bool) -> str:
@@ -102,18 +101,18 @@ def _request(title: str, piece: str, before: str, first: bool) -> str:
 
 
 def _windows(
-    tokenizer: Any, text: str, room: int, eos: bool = True
+    tokenizer: Any, text: str, limit: int, eos: bool = True
 ) -> Iterator[tuple[list[int], str]]:
-    """(ids, text) of windows that cover the text once, each at most `room` tokens."""
+    """Yield (ids, text) of windows that cover the text once, each at most `limit` tokens."""
     parts = list(_parts(text))
-    for number, part in enumerate(parts):
-        ids, starts = _tokens(tokenizer, part, first=number == 0)
-        end_id = tokenizer.eos_token_id if eos and number + 1 == len(parts) else None
+    for index, part in enumerate(parts):
+        ids, starts = _tokens(tokenizer, part, first=index == 0)
+        end_id = tokenizer.eos_token_id if eos and index + 1 == len(parts) else None
         if end_id is not None and ids[-1:] != [end_id]:
             ids.append(end_id)
             if starts is not None:
                 starts.append(len(part))
-        for begin, end in windows(part, starts, len(ids), room):
+        for begin, end in windows(part, starts, len(ids), limit):
             if starts is None:
                 yield ids[begin:end], tokenizer.decode(ids[begin:end])
             else:
@@ -122,7 +121,7 @@ def _windows(
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Pieces that are tokenized by themselves, cut at paragraphs; a text of less comes whole."""
+    """Cut a text at paragraphs into parts of at most PART_CHARS, to tokenize separately."""
     begin = 0
     while len(text) - begin > PART_CHARS:
         cut = begin + PART_CHARS
@@ -134,11 +133,11 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _tokens(tokenizer: Any, text: str, first: bool) -> tuple[list[int], list[int] | None]:
-    """Ids of a text without BOS, and where each begins; None where a tokenizer cannot say."""
+    """Ids of a text without BOS, and their character offsets (None for a slow tokenizer)."""
     fast = tokenizer.is_fast
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-    ids = list(made["input_ids"])
-    starts = [offset[0] for offset in made["offset_mapping"]] if fast else None
+    output = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    ids = list(output["input_ids"])
+    starts = [offset[0] for offset in output["offset_mapping"]] if fast else None
     if first and ids[:1] == [template_capabilities(tokenizer).bos_id]:
         return ids[1:], starts and starts[1:]
     return ids, starts
@@ -146,18 +145,17 @@ def _tokens(tokenizer: Any, text: str, first: bool) -> tuple[list[int], list[int
 
 _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n\s*\Z")
 _SENTENCE = re.compile(r"""(?:[.!?]["')\]»”’]*\s+|[。！？]["'」』”’]*\s*|\n\s*)\Z""")
-# How far back from a cut the text is looked at: a sentence end with its quotes and white space.
+# Characters before a cut that are searched: a sentence end with its quotes and white space.
 _LOOK_BACK = 16
 
 
 def windows(
     text: str, starts: Sequence[int] | None, count: int, limit: int
 ) -> Iterator[tuple[int, int]]:
-    """Pairs (begin, end) of token indices that cover 0..count once, each at most `limit` long.
+    """Yield (begin, end) token indices that cover 0..count once, each at most `limit` long.
 
     Args:
-        starts: character at which each token begins; None where a tokenizer cannot say, then
-            windows are simply full.
+        starts: character offset of each token; None (a slow tokenizer) gives full windows.
         count: number of tokens.
         limit: longest window in tokens.
     """
@@ -165,12 +163,13 @@ def windows(
     while begin < count:
         end = min(begin + limit, count)
         if end < count and starts is not None:
-            end = _good_end(text, starts, begin, end)
+            end = _border(text, starts, begin, end)
         yield begin, end
         begin = end
 
 
-def _good_end(text: str, starts: Sequence[int], begin: int, full: int) -> int:
+def _border(text: str, starts: Sequence[int], begin: int, full: int) -> int:
+    """Find the last paragraph or sentence border in the second half of a window."""
     halfway = begin + (full - begin) // 2
     sentence = 0
     for end in range(full, halfway, -1):
@@ -183,7 +182,7 @@ def _good_end(text: str, starts: Sequence[int], begin: int, full: int) -> int:
 
 
 def _text_before(text: str, at: int) -> str:
-    """The text before a cut; a space that the next token carries (Ġword, ▁word) counts to it."""
+    """Text before a cut, with the white space that the next token begins with (Ġword, ▁word)."""
     while at < len(text) and text[at] in " \n\t":
         at += 1
     return text[max(0, at - _LOOK_BACK) : at]

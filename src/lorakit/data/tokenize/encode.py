@@ -1,10 +1,10 @@
-"""Conversations and documents enter; token ids and the training mask leave: made here alone.
+"""Encode conversations and documents to token ids and loss masks.
 
-The tokenizer's chat template is the only truth, and `data/tokenize/spans.py` finds the answers in
-what it writes.
-The ids before an answer, which chat and evaluation feed the model, must be a prefix of the training
-ids: where the template or the tokenizer breaks that, an answer becomes an example of its own, and
-the border between question and answer a border between tokens.
+This is the only module that makes loss masks. The text is always that of the tokenizer's chat
+template, in which `data/tokenize/spans.py` finds the answers. The ids before an answer, which chat
+and evaluation feed the model, must be a prefix of the training ids: if the template or the
+tokenizer breaks that, an answer becomes a separate example, and is tokenized separately from its
+prompt.
 
 Shapes: T tokens.
 """
@@ -38,7 +38,7 @@ BLOCK, BLOCK_CHARS = 2048, 2**22
 
 @dataclass(frozen=True, slots=True)
 class EncodeConfig:
-    """What a recipe says about masks and lengths, in its own words."""
+    """Settings of a recipe for masks and lengths."""
 
     train_on: str
     cutoff_len: int
@@ -48,7 +48,7 @@ class EncodeConfig:
 
     @classmethod
     def of(cls, recipe: Recipe) -> EncodeConfig:
-        """The rules of a recipe."""
+        """Take the settings from a recipe."""
         texts = recipe.documents, recipe.document_overlap
         return cls(recipe.train_on, recipe.cutoff_len, recipe.on_overlength, *texts)
 
@@ -58,7 +58,7 @@ class EncodeConfig:
 
 
 def _blocks(items: Iterable[Conversation | Document]) -> Iterator[list[Conversation | Document]]:
-    """Items in blocks, large enough to tokenize at once and small enough to hold in memory."""
+    """Group items into blocks, large enough to tokenize in a batch and small enough for memory."""
     block, size = [], 0
     for item in items:
         block.append(item)
@@ -74,7 +74,7 @@ def _blocks(items: Iterable[Conversation | Document]) -> Iterator[list[Conversat
 def prompt_ids(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """Ids [T] of a conversation that waits for an answer: what chat and evaluation feed the model.
+    """Encode a conversation with its generation prompt to ids [T], for chat and evaluation.
 
     Raises:
         DataError: the template refuses these turns.
@@ -92,32 +92,32 @@ def encode(
     on_overlength: str = "drop_oldest_turns",
     log: IssueLog | None = None,
 ) -> list[Example]:
-    """Examples of one conversation: one, or one per answer where a template rewrites old turns.
+    """Encode one item to one example, or one per answer if the template rewrites old turns.
 
     Args:
         train_on: "responses" (every answer), "last" (the last one), "all" (every token).
         on_overlength: over `cutoff_len` tokens: "drop_oldest_turns", "split", "drop" or "error". An
             answer is never cut.
-        log: where turns that were dropped are counted.
+        log: counts dropped turns.
 
     Raises:
-        RowFault: the row is too long, or the template refuses it: it can be left out.
-        SpoilsRun: training on it would go wrong (no trained token, no end of turn, double BOS), or
-            it is too long and `on_overlength` is "error". The row is named.
+        RowError: the row is too long, or the template refuses it: it can be left out.
+        FatalRowError: the row would spoil the training (no trained token, no end of turn, double
+            BOS), or it is too long and `on_overlength` is "error". The row is named.
     """
     rules = EncodeConfig(train_on, cutoff_len, on_overlength)
-    ((_, made),) = encode_many(tokenizer, [item], rules, log or IssueLog())
-    if isinstance(made, RowError):
-        raise made
-    return made
+    ((_, result),) = encode_many(tokenizer, [item], rules, log or IssueLog())
+    if isinstance(result, RowError):
+        raise result
+    return result
 
 
 def encode_many(
     tokenizer: Any, items: Iterable[Conversation | Document], rules: EncodeConfig, log: IssueLog
 ) -> Iterator[tuple[Conversation | Document, list[Example] | RowError]]:
-    """Each item with its examples, or with the fault for which it cannot be used.
+    """Yield each item with its examples, or with the error for which it cannot be used.
 
-    Texts are tokenized in blocks, over all cores, while the next block is rendered.
+    Texts are tokenized in blocks, on all cores, while the next block is rendered.
     """
     blocks = (
         [(item, _try_draft(tokenizer, item, rules.train_on)) for item in block]
@@ -126,14 +126,14 @@ def encode_many(
     tail = borders_of(tokenizer).tail
 
     def texts(block: list[tuple[Conversation | Document, Draft | RowError | None]]) -> list[str]:
-        # Texts with special tokens in them are tokenized piece by piece.
+        # Texts that contain special tokens as text are tokenized piece by piece.
         drafts = [d for _, d in block if isinstance(d, Draft) and not d.guard.active]
         return [text for d in drafts for text in d.texts(tail)]
 
-    for block, known in tokenize_in_background(tokenizer, blocks, texts):
+    for block, tokenized in tokenize_in_background(tokenizer, blocks, texts):
         for item, drafted in block:
             try:
-                yield item, _encode_one(tokenizer, item, drafted, rules, known, log)
+                yield item, _encode_one(tokenizer, item, drafted, rules, tokenized, log)
             except RowError as fault:
                 yield item, fault
 
@@ -157,7 +157,7 @@ def _encode_one(
     item: Conversation | Document,
     drafted: Draft | RowError | None,
     rules: EncodeConfig,
-    known: Mapping[str, list[int]],
+    tokenized: Mapping[str, list[int]],
     log: IssueLog,
 ) -> list[Example]:
     if isinstance(item, Document):
@@ -168,18 +168,18 @@ def _encode_one(
         log.add("special token written in a turn", item.origin, "kept as plain text")
     for kind, action in dict.fromkeys(drafted.notes):
         log.add(kind, item.origin, action)
-    made = _examples(tokenizer, drafted, rules.train_on, known)
-    long = any(len(example.input_ids) > rules.cutoff_len for _, example in made)
-    # Where only the last answer is trained, there is one example to be made, whatever its length.
+    examples = _examples(tokenizer, drafted, rules.train_on, tokenized)
+    long = any(len(example.input_ids) > rules.cutoff_len for _, example in examples)
+    # If only the last answer is trained, there is one example, whatever its length.
     if long and rules.on_overlength == "split" and rules.train_on != "last":
         return _encode_pieces(tokenizer, item, rules, log)
     fitting: list[Example] = []
     faults: list[RowError] = []
-    for turn, example in made:
+    for turn, example in examples:
         try:
             if len(example.input_ids) > rules.cutoff_len:
-                part = replace(item, messages=item.messages[: turn + 1])
-                example = _shorten(tokenizer, part, rules, example, log)
+                truncated = replace(item, messages=item.messages[: turn + 1])
+                example = _shorten(tokenizer, truncated, rules, example, log)
             fitting.append(example)
         except FatalRowError:
             raise
@@ -197,15 +197,16 @@ def _encode_one(
 def _encode_pieces(
     tokenizer: Any, conversation: Conversation, rules: EncodeConfig, log: IssueLog
 ) -> list[Example]:
-    """Examples of as many pieces as it takes; each answer is trained in one of them."""
+    """Encode a conversation in pieces that fit; each answer is trained in one of them."""
     single = replace(rules, on_overlength="drop")
 
     def tried(piece: Conversation) -> tuple[list[Example], RowError | None]:
         try:
-            own, drafted = IssueLog(), find_spans(tokenizer, piece, rules.train_on)
-            made = _encode_one(tokenizer, piece, drafted, single, {}, own)
-            lost = any(fault.kind == "too long" for fault in own.faults())
-            return made, RowError("too long", piece.origin, "an answer would go") if lost else None
+            piece_log, drafted = IssueLog(), find_spans(tokenizer, piece, rules.train_on)
+            examples = _encode_one(tokenizer, piece, drafted, single, {}, piece_log)
+            lost = any(fault.kind == "too long" for fault in piece_log.faults())
+            error = RowError("too long", piece.origin, "an answer would be left out")
+            return examples, error if lost else None
         except FatalRowError:
             raise
         except RowError as fault:
@@ -213,81 +214,84 @@ def _encode_pieces(
 
     def fits(piece: Conversation) -> bool:
         fault = tried(piece)[1]
-        # Answers marked train: false may stand alone in a piece; with others they are context.
+        # A piece may hold only answers marked train: false; with others they are context.
         return fault is None or fault.kind == "no trained answer"
 
-    found: list[Example] = []
+    encoded: list[Example] = []
     faults: list[RowError] = []
     for piece in split_conversation(conversation, fits):
-        made, fault = tried(piece)
-        found += made
+        piece_examples, fault = tried(piece)
+        encoded += piece_examples
         if fault is not None and fault.kind != "no trained answer":
             faults.append(fault)
-    if not found:
+    if not encoded:
         raise faults[0]
     log.add("too long", conversation.origin, "split into several examples")
     for _ in faults:
         log.add("too long", conversation.origin, "that answer left out, the others kept")
-    return found
+    return encoded
 
 
 def _encode_document(
     tokenizer: Any, document: Document, rules: EncodeConfig, log: IssueLog
 ) -> list[Example]:
-    """A text as it is, or as requests and answers, in pieces that fit."""
+    """Encode a text as it is, or as requests and answers, in pieces that fit."""
     overlap = min(rules.overlap, rules.cutoff_len // 4)
     if rules.documents == "completion":
         return encode_document(tokenizer, document, rules.cutoff_len, overlap, log)
-    single, room = replace(rules, on_overlength="drop"), rules.cutoff_len - overlap
+    single, limit = replace(rules, on_overlength="drop"), rules.cutoff_len - overlap
     fault = RowError("too long", document.origin, f"no text fits cutoff_len {rules.cutoff_len}")
-    while room > 1 and fault.kind == "too long":
-        # What request and template take is known when they are written: then less is left.
-        room = room * 3 // 4
-        chats, own = as_instructions(tokenizer, document, room, overlap), IssueLog()
-        found: list[Example] = []
-        for _, made in encode_many(tokenizer, chats, single, own):
-            if isinstance(made, RowError):
-                fault = made
+    while limit > 1 and fault.kind == "too long":
+        # The tokens of request and template are known only after encoding: retry with less text.
+        limit = limit * 3 // 4
+        chats, chat_log = as_instructions(tokenizer, document, limit, overlap), IssueLog()
+        examples: list[Example] = []
+        for _, result in encode_many(tokenizer, chats, single, chat_log):
+            if isinstance(result, RowError):
+                fault = result
                 break
-            found += made
+            examples += result
         else:
-            log.merge(own)
-            return found
+            log.merge(chat_log)
+            return examples
     raise fault
 
 
 def _examples(
-    tokenizer: Any, drafted: Draft, train_on: str, known: Mapping[str, list[int]]
+    tokenizer: Any, drafted: Draft, train_on: str, tokenized: Mapping[str, list[int]]
 ) -> list[tuple[int, Example]]:
-    """(turn of the last answer inside, example) pairs, of any length."""
-    found = []
+    """Make (turn of the last answer, example) pairs, of any length."""
+    pairs = []
     guard, borders = drafted.guard, borders_of(tokenizer)
 
     def start(ids: list[int], text: str, prompt: str) -> int | None:
         if guard.active:
-            own = to_ids(tokenizer, prompt, guard)
-            return len(own) if ids[: len(own)] == own else None
+            prefix = to_ids(tokenizer, prompt, guard)
+            return len(prefix) if ids[: len(prefix)] == prefix else None
         short = borders.tail(prompt)
-        tail = known.get(short) or to_ids(tokenizer, short, None, inside=True)
+        tail = tokenized.get(short) or to_ids(tokenizer, short, None, inside=True)
         return borders.prompt_length(ids, text, prompt, tail)
 
     for group in drafted.groups:
         text = group[-1].text
-        ids = to_ids(tokenizer, text, guard, known=known)
+        ids = to_ids(tokenizer, text, guard, known=tokenized)
         starts = [start(ids, text, span.prompt) for span in group]
-        whole = [at for at in starts if at is not None]
-        if len(whole) == len(group):
-            found.append(_masked(tokenizer, drafted, group, ids, whole, train_on, known))
+        known_starts = [at for at in starts if at is not None]
+        if len(known_starts) == len(group):
+            pairs.append(_masked(tokenizer, drafted, group, ids, known_starts, train_on, tokenized))
             continue
         for span in group:
-            ids = to_ids(tokenizer, span.text, guard, known=known)
-            prompt = to_ids(tokenizer, span.prompt, guard, known=known)
+            ids = to_ids(tokenizer, span.text, guard, known=tokenized)
+            prompt = to_ids(tokenizer, span.prompt, guard, known=tokenized)
             if ids[: len(prompt)] != prompt:
-                # A merge over the border (": " + "Paris"): generation never sees it: no training.
+                # A token across the border (": " + "Paris") never occurs in generation, so the
+                # answer is tokenized separately.
                 rest = span.text[len(span.prompt) :]
                 ids = prompt + to_ids(tokenizer, rest, guard, inside=True)
-            found.append(_masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, known))
-    return found
+            pairs.append(
+                _masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, tokenized)
+            )
+    return pairs
 
 
 def _masked(
@@ -297,24 +301,24 @@ def _masked(
     ids: list[int],
     starts: Sequence[int],
     train_on: str,
-    known: Mapping[str, list[int]],
+    tokenized: Mapping[str, list[int]],
 ) -> tuple[int, Example]:
-    """Each answer trained from its start to its first stop token; by position, never by id."""
+    """Train each answer from its start to its first stop token, by position, not by id."""
     origin, guard = drafted.conversation.origin, drafted.guard
     stops = template_capabilities(tokenizer).stops
 
     def end(start: int) -> int:
         ends = [ids.index(stop, start) + 1 for stop in stops if stop in ids[start:]]
-        found = min(ends, default=0)
-        if not found:
+        first = min(ends, default=0)
+        if not first:
             raise FatalRowError(
                 "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
             )
-        return found
+        return first
 
     def tokens_before(text: str) -> int:
-        """Tokens of `ids` before the end of `text`; one that reaches over it does not count."""
-        other = to_ids(tokenizer, text, guard, known=known)
+        """Count tokens of `ids` up to the end of `text`, without one that extends beyond it."""
+        other = to_ids(tokenizer, text, guard, known=tokenized)
         pairs = enumerate(zip(ids, other, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
 
@@ -334,25 +338,25 @@ def _masked(
 def _shorten(
     tokenizer: Any, conversation: Conversation, rules: EncodeConfig, example: Example, log: IssueLog
 ) -> Example:
-    """The example without its oldest exchanges, as few as it takes; the system turn stays."""
+    """Drop as few of the oldest exchanges as needed to fit; the system turn is kept."""
     origin = conversation.origin
-    what = f"{len(example.input_ids)} tokens, over cutoff_len {rules.cutoff_len}"
+    size = f"{len(example.input_ids)} tokens, over cutoff_len {rules.cutoff_len}"
     hint = "raise cutoff_len, or set on_overlength: drop"
     if rules.on_overlength == "error":
-        raise FatalRowError("too long", origin, f"too long: {what}", hint)
+        raise FatalRowError("too long", origin, f"too long: {size}", hint)
     if rules.on_overlength == "drop":
-        raise RowError("too long", origin, what, "raise cutoff_len")
+        raise RowError("too long", origin, size, "raise cutoff_len")
     messages = conversation.messages
     head = 1 if messages[0].role == "system" else 0
-    asked = [i for i, m in enumerate(messages) if m.role == "user"]
-    low, high = 1, len(asked) - 1
+    questions = [i for i, m in enumerate(messages) if m.role == "user"]
+    low, high = 1, len(questions) - 1
     best: Example | None = None
     while low <= high:
         middle = (low + high) // 2
-        rest = replace(conversation, messages=messages[:head] + messages[asked[middle] :])
+        rest = replace(conversation, messages=messages[:head] + messages[questions[middle] :])
         try:
             drafted = find_spans(tokenizer, rest, rules.train_on)
-        except RowError:  # nothing is trained in so little of it
+        except RowError:  # the remaining turns have no trained answer
             high = middle - 1
             continue
         candidate = _examples(tokenizer, drafted, rules.train_on, {})[-1][1]
@@ -361,6 +365,6 @@ def _shorten(
         else:
             low = middle + 1
     if best is None:
-        raise RowError("too long", origin, f"even its last question and answer: {what}", hint)
+        raise RowError("too long", origin, f"even its last question and answer: {size}", hint)
     log.add("too long", origin, "oldest turns dropped")
     return best

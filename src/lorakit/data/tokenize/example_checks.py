@@ -1,6 +1,6 @@
-"""An example enters; it leaves in silence, or is refused for what training on it would spoil.
+"""Refuse examples that would spoil the training.
 
-Looks at ids and labels alone, so that it also catches what the code that made them got wrong.
+The checks read ids and labels alone, so that they also catch faults of the code that made them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
     """Refuse an example of a conversation that would spoil the training.
 
     Raises:
-        SpoilsRun: no trained token, two BOS in a row, or a trained answer whose end of turn is not
-            trained.
+        FatalRowError: no trained token, two BOS in a row, or a trained answer whose end of turn is
+            not trained.
     """
     origin, ids, labels = example.origin, example.input_ids, example.labels
     if not example.trained_tokens:
@@ -31,18 +31,18 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
             "two BOS tokens",
             origin,
             f"it begins with two BOS tokens ({tokenizer.bos_token})",
-            "the chat template and the tokenizer both add one: take it out of the template",
+            "the chat template and the tokenizer both add one: remove it from the template",
         )
     if train_on == "all":
         return
-    # After each trained token, is the next end-of-turn token trained too?
+    # The first end-of-turn token after a trained token must be trained too.
     stops = template_capabilities(tokenizer).stops
-    ends = sorted(i for stop in stops for i in _places(ids, stop))
+    ends = sorted(i for stop in stops for i in _indices(ids, stop))
     for begin, end in pairwise([-1, *ends, len(ids)]):
-        part = labels[begin + 1 : end]
+        turn = labels[begin + 1 : end]
         closed = end < len(ids) and labels[end] != IGNORE
-        if not closed and part.count(IGNORE) < len(part):
-            last = next(label for label in reversed(part) if label != IGNORE)
+        if not closed and turn.count(IGNORE) < len(turn):
+            last = next(label for label in reversed(turn) if label != IGNORE)
             raise FatalRowError(
                 "answer without end of turn",
                 origin,
@@ -52,8 +52,8 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
             )
 
 
-def _places(ids: list[int], token: int) -> list[int]:
-    found = [-1]
+def _indices(ids: list[int], token: int) -> list[int]:
+    indices = [-1]
     for _ in range(ids.count(token)):
-        found.append(ids.index(token, found[-1] + 1))
-    return found[1:]
+        indices.append(ids.index(token, indices[-1] + 1))
+    return indices[1:]

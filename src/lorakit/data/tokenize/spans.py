@@ -1,9 +1,9 @@
-"""A conversation enters; its answers leave as spans of the text that the chat template makes of it.
+"""Find the answers of a conversation as spans of the text rendered by the chat template.
 
 For each answer the text is rendered up to the question, with the generation prompt (P), and up to
-the answer (R); what R adds to P, to the end of its end-of-turn token, is the answer. That the
-template wrote all of it, its tool calls and what the tools gave back too, is checked here. Where
-the template marks what a model says itself with {% generation %}, only that is trained.
+the answer (R). The answer is the text that R adds to P, up to the end of its end-of-turn token.
+This module checks that the template wrote the complete answer, with tool calls and tool results. If
+the template marks the model's output with {% generation %}, only that is trained.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lorakit.data.chat_template.render import (
 from lorakit.data.issues import FatalRowError, RowError
 from lorakit.types import Conversation, Message, Origin
 
-# A generation prompt that has begun the thoughts already.
+# A generation prompt that already opens the thoughts.
 OPENED = re.compile(r"<think>\s*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One answer: `prompt` is the text before it, `text` goes on to its end of turn.
+    """One answer: `prompt` is the text before it, `text` includes it up to its end of turn.
 
-    `gaps` are the parts of the answer, as places in `text`, that the template does not mark as
-    said by the model. `turn` counts the messages of the conversation from 0.
+    `gaps` are character ranges in `text` that the template does not mark as the model's output.
+    `turn` is the index of the message in the conversation.
     """
 
     turn: int
@@ -47,9 +47,9 @@ class Span:
 class Draft:
     """A conversation as rendered text.
 
-    `groups` has the spans to train: those of one group lie in one text, its last span's. A template
-    that drops earlier thoughts begins a new group with each answer. `untrained` answers are set
-    apart only where all tokens are trained.
+    `groups` are the spans to train: those of a group share one text, that of its last span. A
+    template that drops earlier thoughts begins a new group with each answer. `untrained` answers
+    are listed only if all tokens are trained.
     """
 
     conversation: Conversation
@@ -59,7 +59,7 @@ class Draft:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def texts(self, tail: Callable[[str], str]) -> list[str]:
-        """All that must be tokenized for it; of a prompt only its tail."""
+        """List all texts to tokenize; of a prompt, only the tail."""
         spans = [span for group in self.groups for span in group]
         gaps = [span.text[:at] for span in spans for gap in span.gaps for at in gap]
         prompts = [tail(s.prompt) for s in spans] + [s.prompt for s in self.untrained]
@@ -67,15 +67,15 @@ class Draft:
 
 
 def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Draft:
-    """The answers of `conversation` that `train_on` and the turns' own `train` leave to train.
+    """Find the answers of `conversation` to train, by `train_on` and the `train` of each turn.
 
     Raises:
-        RowFault: no answer is left, or the template refuses or rewrites the turns.
-        SpoilsRun: the template would teach the model something it should not learn.
+        RowError: no answer is left, or the template refuses or rewrites the turns.
+        FatalRowError: training on the text of the template would spoil the model.
     """
     origin = conversation.origin
-    habits = template_capabilities(tokenizer)
-    _refuse_unwritten_tools(conversation, habits)
+    capabilities = template_capabilities(tokenizer)
+    _refuse_unwritten_tools(conversation, capabilities)
     answers = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     if not answers:
         raise RowError("no answer", origin, "there is no assistant turn to learn from")
@@ -84,16 +84,16 @@ def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Dra
     if train_on != "all":
         chosen, left_out = [i for i in chosen if i not in left_out], []
     if not chosen or answers == left_out:
-        what = "its last answer is" if train_on == "last" else "all its answers are"
+        subject = "its last answer is" if train_on == "last" else "all its answers are"
         raise RowError(
-            "no trained answer", origin, f"{what} marked train: false (or weight: 0)",
-            "leave the mark off one answer, or the row out",
+            "no trained answer", origin, f"{subject} marked train: false (or weight: 0)",
+            "remove the mark from one answer, or leave the row out",
         )  # fmt: skip
     try:
-        guard = SpecialTokenEscaper(habits, conversation.messages, conversation.tools)
-        teller = _SpanFinder(tokenizer, habits, conversation, guard)
-        spans = [teller.span(turn) for turn in chosen]
-        untrained = [teller.span(turn) for turn in left_out]
+        guard = SpecialTokenEscaper(capabilities, conversation.messages, conversation.tools)
+        finder = _SpanFinder(tokenizer, capabilities, conversation, guard)
+        spans = [finder.span(turn) for turn in chosen]
+        untrained = [finder.span(turn) for turn in left_out]
     except TemplateRefusal as error:
         kind = "refused by the chat template"
         if _uses_tools(conversation):
@@ -104,10 +104,10 @@ def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Dra
             raise RowError(
                 "train: false under train_on: all", origin,
                 f"the chat template rewrites turn {span.turn + 1} later on, so that its tokens "
-                "cannot be told apart",
+                "cannot be located",
                 "set train_on: responses",
             )  # fmt: skip
-    return Draft(conversation, guard, _group(spans), untrained, teller.notes)
+    return Draft(conversation, guard, _group(spans), untrained, finder.notes)
 
 
 def _group(spans: list[Span]) -> list[list[Span]]:
@@ -125,17 +125,17 @@ def _uses_tools(conversation: Conversation) -> bool:
     return used or bool(conversation.tools)
 
 
-def _refuse_unwritten_tools(conversation: Conversation, habits: TemplateCapabilities) -> None:
-    """Stop a row whose tools the template would silently leave out."""
-    if not habits.unsupported:
+def _refuse_unwritten_tools(conversation: Conversation, capabilities: TemplateCapabilities) -> None:
+    """Refuse a row with tools that the template would silently leave out."""
+    if not capabilities.unsupported:
         return
     messages = conversation.messages
-    has = {
+    present = {
         "tool schemas": bool(conversation.tools),
         "tool calls": any(m.extra.get("tool_calls") for m in messages),
         "tool results": any(m.role == "tool" for m in messages),
     }
-    missing = [part for part in habits.unsupported if has[part]]
+    missing = [feature for feature in capabilities.unsupported if present[feature]]
     if missing:
         raise RowError(
             f"{missing[0]} not written by the chat template",
@@ -147,28 +147,31 @@ def _refuse_unwritten_tools(conversation: Conversation, habits: TemplateCapabili
 
 
 class _SpanFinder:
-    """Renders the answers of one conversation and checks what the template made of them."""
+    """Renders the answers of one conversation and checks the text that the template wrote."""
 
     def __init__(
         self,
         tokenizer: Any,
-        habits: TemplateCapabilities,
+        capabilities: TemplateCapabilities,
         conversation: Conversation,
         guard: SpecialTokenEscaper,
     ) -> None:
-        self.tokenizer, self.habits, self.guard = tokenizer, habits, guard
+        self.tokenizer, self.capabilities, self.guard = tokenizer, capabilities, guard
         self.conversation = conversation
         self.messages = guard.messages(conversation.messages)
-        self.shift = len(conversation.messages) - len(self.messages)  # 1 where system was folded
+        self.shift = len(conversation.messages) - len(self.messages)  # 1 if system was merged
         self.notes: list[tuple[str, str]] = []
 
     def span(self, turn: int) -> Span:
+        """Render the answer in message `turn` and locate its end of turn."""
         origin, answer = self.conversation.origin, turn - self.shift
         text = self._render(self.messages[: answer + 1], prompt=False)
         prompt, text = self._with_shifted_prompt(text, self.messages[: answer + 1], origin)
         calls = self.messages[answer].get("tool_calls")
-        text += self.habits.call_end if calls else self.habits.turn_end
-        ends = [at for stop in self.habits.stop_texts if (at := text.find(stop, len(prompt))) >= 0]
+        text += self.capabilities.call_end if calls else self.capabilities.turn_end
+        ends = [
+            at for stop in self.capabilities.stop_texts if (at := text.find(stop, len(prompt))) >= 0
+        ]
         if not ends:
             raise FatalRowError(
                 "no end of turn",
@@ -178,11 +181,13 @@ class _SpanFinder:
                 "the chat template must close each answer with a special token",
             )
         end = min(ends)
-        stop = next(s for s in self.habits.stop_texts if text.startswith(s, end))
+        stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
-        whole = text[: end + len(stop)]
-        gaps = self._untrained_ranges(self.messages[: answer + 1], len(prompt), whole, stop, turn)
-        return Span(turn, prompt, whole, gaps)
+        complete = text[: end + len(stop)]
+        gaps = self._untrained_ranges(
+            self.messages[: answer + 1], len(prompt), complete, stop, turn
+        )
+        return Span(turn, prompt, complete, gaps)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
         tools = self.guard.tools
@@ -191,7 +196,7 @@ class _SpanFinder:
     def _with_shifted_prompt(
         self, text: str, messages: list[dict[str, Any]], origin: Origin
     ) -> tuple[str, str]:
-        """The prompt of the last of `messages`, and `text` so that it begins with that."""
+        """Render the prompt of the last of `messages`, and make `text` begin with it."""
         prompts = []
         for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
             prompts.append(self._render(messages[:-1], prompt=True, **options))
@@ -199,8 +204,8 @@ class _SpanFinder:
                 return prompts[-1], text
         opened = OPENED.search(prompts[0])
         if opened and text.startswith(prompts[0][: opened.start()]):
-            # DeepSeek-R1 asks with <think> and leaves the thoughts of every answer out: what the
-            # model must say after such a prompt is thoughts, their end, and the answer.
+            # DeepSeek-R1 prompts with <think> and leaves the thoughts of every answer out: after
+            # such a prompt the model must write thoughts, their end, and the answer.
             answer = text[opened.start() :].lstrip()
             if not answer.startswith("<think>"):
                 thoughts = _thoughts(messages[-1])
@@ -210,28 +215,28 @@ class _SpanFinder:
             "prompt and answer do not fit",
             origin,
             f"the chat template asks for the answer in one way and writes it in another: "
-            f"...{prompt[-40:]!r} is no beginning of ...{text[len(prompt) - 40 :][:80]!r}",
-            "use a template whose generation prompt is how its answers begin",
+            f"...{prompt[-40:]!r} does not begin ...{text[len(prompt) - 40 :][:80]!r}",
+            "use a template whose answers begin with its generation prompt",
         )
 
     def _check_written(self, message: dict[str, Any], written: str) -> None:
-        """The whole answer, calls included, must stand in what the template wrote for it."""
-        told = message["content"].strip()
-        visible = told.rpartition("</think>")[2].strip()
+        """Check that the template wrote the complete answer, with tool calls and thoughts."""
+        content = message["content"].strip()
+        visible = content.rpartition("</think>")[2].strip()
         if visible not in written:
             raise RowError(
                 "answer rewritten by the chat template",
                 self.conversation.origin,
-                f"the chat template does not write the whole answer: {told[:60]!r} became "
+                f"the chat template does not write the complete answer: {content[:60]!r} became "
                 f"{written[:60]!r}",
             )
         if _thoughts(message) not in written:
             self.notes.append(
                 ("thoughts not written by the chat template", "only the answer is trained")
             )
-        made = message.get("tool_calls")
-        calls = Counter(c["function"]["name"] for c in made) if made else {}
-        for name, count in calls.items():
+        calls = message.get("tool_calls")
+        counts = Counter(c["function"]["name"] for c in calls) if calls else {}
+        for name, count in counts.items():
             if written.count(name) < count:
                 raise RowError(
                     "tool calls not written by the chat template",
@@ -242,11 +247,12 @@ class _SpanFinder:
     def _untrained_ranges(
         self, messages: list[dict[str, Any]], start: int, text: str, stop: str, turn: int
     ) -> tuple[tuple[int, int], ...]:
-        if not self.habits.has_generation_blocks:
+        """Character ranges of the answer outside of the {% generation %} blocks."""
+        if not self.capabilities.has_generation_blocks:
             return ()
-        parts = generated_parts(self.tokenizer, messages, self.guard.tools)
+        blocks = generated_parts(self.tokenizer, messages, self.guard.tools)
         gaps, at, end = [], start, len(text)
-        for begin, until in [*sorted(parts), (end, end)]:
+        for begin, until in [*sorted(blocks), (end, end)]:
             if min(begin, end) > at:
                 gaps.append((at, min(begin, end)))
             at = max(at, min(until, end))
@@ -263,12 +269,12 @@ class _SpanFinder:
 
 
 def _thoughts(message: dict[str, Any]) -> str:
-    """The thoughts of an answer, from the key of their own or from within its text."""
+    """Thoughts of an answer, from `reasoning_content` or from its text."""
     inside = message["content"].rpartition("</think>")[0].replace("<think>", "", 1)
     return str(message.get("reasoning_content") or inside).strip()
 
 
 def told(message: Message) -> str:
-    """What an answer says, for people: its text, or its tool calls."""
+    """Text of an answer for display, with its tool calls."""
     calls = [c["function"] for c in message.extra.get("tool_calls", ())]
     return "\n".join([message.content, *(f"{c['name']}({c['arguments']})" for c in calls)]).strip()

@@ -1,7 +1,7 @@
-"""A conversation that is too long enters; conversations that fit leave, each answer in one of them.
+"""Split a conversation that is too long into conversations that fit.
 
-Cut before questions only, so that each piece is a conversation of its own; the system turn and the
-tools lead every piece.
+It is cut before questions only, so that each piece is a complete conversation with each answer in
+one piece; the system turn and the tools are repeated in every piece.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from lorakit.types import Conversation
 def split_conversation(
     conversation: Conversation, fits: Callable[[Conversation], bool]
 ) -> Iterator[Conversation]:
-    """Pieces in order, as long as they fit. One exchange that does not fit comes by itself.
+    """Yield pieces in order, each as long as possible; an exchange that does not fit is one piece.
 
     Args:
-        fits: is this piece short enough? A longer one never is where a shorter one is not.
+        fits: returns True for a piece that is short enough; if a piece is not, a longer one must
+            not be either.
     """
     messages = conversation.messages
     head = messages[:1] if messages[0].role == "system" else ()
@@ -31,7 +32,7 @@ def split_conversation(
 
     begin, last = 0, len(borders) - 1
     while begin < last:
-        # Twice as much while it fits, then half the step: log2(n) trials for n exchanges.
+        # Double the step while the piece fits, then halve it: log2(n) trials for n exchanges.
         good, step = begin + 1, 1
         while good + step <= last and fits(piece(begin, good + step)):
             good, step = good + step, 2 * step

@@ -1,7 +1,7 @@
 """Convert a file of another tool to a lorakit recipe, with a line on each of its keys.
 
-The recipe has a value for everything the other tool would decide, its defaults written out, so
-that it trains as there. tables/ has a table for each tool; rules.py applies its rows.
+The recipe writes out the defaults of the other tool, so that it trains in the same way. tables/ has
+a table for each tool; rules.py applies its rows.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def load_tool(name: str) -> Tool:
     """Load the table of a tool."""
     table = load_table(name)
     rows = (table_rows(table), table_rows(table.get("entry", {})))
-    parts = (table["recognized"], table["precheck"], table.get("defaults", {}))
-    return Tool(table["name"], *parts, *rows)
+    checks = (table["recognized"], table["precheck"], table.get("defaults", {}))
+    return Tool(table["name"], *checks, *rows)
 
 
 @cache
@@ -48,8 +48,10 @@ def table_rows(table: dict[str, Any]) -> dict[str, TableRow]:
     rows = table_rows(load_table(table["extends"])) if "extends" in table else {}
     same = {key: key for key in table.get("same", ())}
     for key, row in (same | table.get("renamed", {}) | table.get("translated", {})).items():
-        given = row if isinstance(row, dict) else {"to": row}
-        rows[key] = TableRow(**load_table("common")["recipe_keys"].get(given.get("to"), {}) | given)
+        fields = row if isinstance(row, dict) else {"to": row}
+        rows[key] = TableRow(
+            **load_table("common")["recipe_keys"].get(fields.get("to"), {}) | fields
+        )
     for status in ("untranslated", "not_needed"):
         for note, keys in table.get(status, {}).items():
             for key in keys:
@@ -88,8 +90,8 @@ def translate(source: dict[str, Any], tool: Tool, path: Path) -> Imported:
         row = tool.keys.get(key) or next((patterns[p] for p in patterns if matches(key, [p])), None)
         if row is None:
             near = difflib.get_close_matches(key, tool.keys, n=1, cutoff=0.75)
-            known = f"not known here as a key of {tool.name}{f' (like {near[0]}?)' if near else ''}"
-            row = TableRow(otherwise=f"{known}: find its match in `lorakit schema`")
+            note = f"not known here as a key of {tool.name}{f' (like {near[0]}?)' if near else ''}"
+            row = TableRow(otherwise=f"{note}: find its match in `lorakit schema`")
         state.map_key(key, source[key], row)
     decided = state.values.keys() | state.refused | {k for k in TWINS if TWINS[k] in state.values}
     defaults = {key: value for key, value in tool.defaults.items() if key not in decided}
@@ -109,7 +111,7 @@ def translate(source: dict[str, Any], tool: Tool, path: Path) -> Imported:
 
 
 def recipe_text(state: Imported) -> str:
-    """Write the recipe as YAML: each value with the key it came from, what is left at the end."""
+    """Format the recipe as YAML: each value with its source key, then the untranslated keys."""
     lines, comments = [], [f"From {state.path.name} ({state.tool.name}), by `lorakit import`."]
     for ours, value in state.values.items():
         origin = [key for key, line in state.lines.items() if ours in line.values][-1]
@@ -123,11 +125,11 @@ def recipe_text(state: Imported) -> str:
 
 
 def as_dict(state: Imported) -> dict[str, Any]:
-    """Build the result for JSON."""
+    """Convert the result to JSON values."""
     keys = [
         {"key": key, "status": JSON_STATUS[line.status], "here": line.here, "note": line.note}
         for key, line in state.lines.items()
         if line.status != "default"
     ]
-    found = {"tool": state.tool.name, "recipe": state.values, "keys": keys}
-    return found | {"not_translated": len(state.left)}
+    result = {"tool": state.tool.name, "recipe": state.values, "keys": keys}
+    return result | {"not_translated": len(state.left)}

@@ -1,7 +1,7 @@
 """Apply rows of an import table to the keys of another tool, and to those of its data sets.
 
-A row says what a key becomes: it is `translated`; `not_needed`, because lorakit does it by itself
-or it does not change the training; or `untranslated`, and then the note says what will differ.
+The status of a row is `translated`; `not_needed`, if lorakit does it by itself or it does not
+change the training; or `untranslated`, and then the note names the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.errors import RecipeError
 from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
 
 Status = Literal["translated", "not_needed", "untranslated", "default"]
-# Columns of data that lorakit finds by their names, in addition to those named as their part.
+# Columns that lorakit recognizes by name, besides those named after their part.
 USUAL_COLUMNS = {("response", "output"), ("messages", "conversations")}
 LARGEST_INFO = 2**24
 SCHEMA = Recipe.model_json_schema()["properties"]
@@ -95,10 +95,10 @@ class Imported:
         return {k: line.note for k, line in self.lines.items() if line.status == "untranslated"}
 
     def map_key(self, key: str, value: Any, row: TableRow) -> None:
-        """Add the line on a key; without a match, it says what the recipe keys of the row stay."""
+        """Add the line on a key; without a match, its note lists the defaults that are kept."""
         try:
             values = apply_row(key, value, row, self)
-            values = {ours: to_recipe_type(ours, found) for ours, found in values.items()}
+            values = {ours: to_recipe_type(ours, theirs) for ours, theirs in values.items()}
             self.lines[key] = Line("translated", values, row.note)
             return
         except Unmapped as error:
@@ -123,9 +123,9 @@ def apply_row(key: str, value: Any, row: TableRow, state: Imported) -> dict[str,
         return FUNCTIONS[row.function](key, value, state)
     if row.status == "not_needed":
         raise Unmapped("not_needed", row.note)
-    parts = [part for part in value if is_on(value[part])] if isinstance(value, dict) else value
-    parts = parts if isinstance(parts, list) else [value]
-    others = [part for part in parts if not matches(part, row.as_here)]
+    items = [item for item in value if is_on(value[item])] if isinstance(value, dict) else value
+    items = items if isinstance(items, list) else [value]
+    others = [item for item in items if not matches(item, row.as_here)]
     if row.as_here and not others:
         raise Unmapped("not_needed", "as here")
     shown = short(", ".join(map(str, others)))
@@ -168,25 +168,25 @@ def to_recipe_type(key: str, value: Any) -> Any:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Value error, ", "").replace("Input", "input", 1)
         raise Unmapped("untranslated", f"{short(value)}: {reason}") from error
-    found = recipe.model_dump()[key]
-    if isinstance(value, bool) and not isinstance(found, bool):
+    converted = recipe.model_dump()[key]
+    if isinstance(value, bool) and not isinstance(converted, bool):
         raise Unmapped("untranslated", f"{value}: expected a number")
-    return found
+    return converted
 
 
 def holds(condition: str, source: Mapping[str, Any]) -> bool:
     """Evaluate a condition: `a|b` (one of them is on), `a=x|y`, `not ...`, `... & ...`."""
-    for part in filter(None, condition.split(" & ")):
-        key, equals, wanted = part.removeprefix("not ").partition("=")
+    for term in filter(None, condition.split(" & ")):
+        key, equals, expected = term.removeprefix("not ").partition("=")
         on = any(is_on(source.get(name)) for name in key.split("|"))
-        met = normalized_value(source.get(key)) in wanted.split("|") if equals else on
-        if met == part.startswith("not "):
+        met = normalized_value(source.get(key)) in expected.split("|") if equals else on
+        if met == term.startswith("not "):
             return False
     return True
 
 
 def is_on(value: Any) -> bool:
-    """Whether a value is anything but empty, null, no or 0, which are as if it were absent."""
+    """Return False for empty, null, no and 0, which are treated as absent."""
     return normalized_value(value) not in (
         "",
         "false",
@@ -201,7 +201,7 @@ def is_on(value: Any) -> bool:
 
 
 def matches(value: Any, patterns: Sequence[Any]) -> bool:
-    """Whether a value is one of these, where `*` is any text and "1e-4" the number 0.0001."""
+    """Test if a value matches a pattern, where `*` is any text and "1e-4" the number 0.0001."""
     return any(
         fnmatchcase(normalized_value(value), normalized_value(pattern)) for pattern in patterns
     )
@@ -217,9 +217,9 @@ def normalized_value(value: Any) -> str:
 
 def names(value: Any) -> list[str]:
     """Read a list of names, also from one text with commas, or raise Unmapped."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
-        return [part.strip() for part in parts if part.strip()]
+    items = value.split(",") if isinstance(value, str) else value
+    if isinstance(items, list) and all(isinstance(item, str) for item in items):
+        return [item.strip() for item in items if item.strip()]
     raise Unmapped("untranslated", f"{short(value)} is not a list of names")
 
 
@@ -235,8 +235,8 @@ def data_sets(key: str, value: Any, state: Imported) -> dict[str, Any]:
         config, split = (state.source.get(k) for k in ("dataset_config", "dataset_train_split"))
         value = {"path": value, "name": config, "split": split}
     mixture = value if key == "dataset_mixture" else {"datasets": value}
-    kind = {"datasets": "not written", "pretraining_dataset": "completion"}.get(key)
-    entries, sources, found = mixture["datasets"], [], []
+    format_name = {"datasets": "not written", "pretraining_dataset": "completion"}.get(key)
+    entries, sources, columns = mixture["datasets"], [], []
     for index, given in enumerate(entries if isinstance(entries, list) else [entries]):
         entry = given if isinstance(given, dict) else {"path": given}
         path, files = entry.get("path") or entry.get("id"), entry.get("data_files")
@@ -248,16 +248,17 @@ def data_sets(key: str, value: Any, state: Imported) -> dict[str, Any]:
             sources += files if isinstance(files, list) else [files]
         else:
             sources.append(source if weight == 1 else {"source": source, "weight": weight})
-        entry = entry | {"type": entry.get("type") or kind}
-        found.append(_map_entry(entry, f"{key}[{index}]", state))
+        entry = entry | {"type": entry.get("type") or format_name}
+        columns.append(_map_entry(entry, f"{key}[{index}]", state))
     held_out = {"val_size": mixture["test_split_size"]} if mixture.get("test_split_size") else {}
-    return _join(key, sources, found, state) | held_out
+    return _join(key, sources, columns, state) | held_out
 
 
 def named_data_sets(key: str, value: Any, state: Imported) -> dict[str, Any]:
     """Look up LLaMA-Factory's names; a name that is not found stays a name."""
     folder = str(state.source.get("dataset_dir") or "data")
-    paths = [place / "dataset_info.json" for place in (Path(folder), state.path.parent / folder)]
+    folders = (Path(folder), state.path.parent / folder)
+    paths = [parent / "dataset_info.json" for parent in folders]
     info = next((path for path in paths if path.is_file()), None)
     if info is None:
         note = f"{folder}/dataset_info.json is not here: write files or hub ids into `data`"
@@ -265,13 +266,13 @@ def named_data_sets(key: str, value: Any, state: Imported) -> dict[str, Any]:
         return _join(key, names(value), [], state)
     try:
         with info.open(encoding="utf-8-sig") as handle:
-            known = json.loads(handle.read(LARGEST_INFO))
+            entries = json.loads(handle.read(LARGEST_INFO))
     except (OSError, ValueError, RecursionError) as error:
         message = f"{info}: cannot be read: {str(error)[:200]}"
-        raise RecipeError(message, "correct it, or move it: then names stay names") from error
-    sources, found = [], []
+        raise RecipeError(message, "correct it, or move it to keep the names") from error
+    sources, columns = [], []
     for name in names(value):
-        entry = known.get(name) if isinstance(known, dict) else None
+        entry = entries.get(name) if isinstance(entries, dict) else None
         if not isinstance(entry, dict):
             note = f"not in {info.name}: correct `data`"
             state.lines[f"dataset {name}"] = Line("untranslated", {}, note)
@@ -284,8 +285,8 @@ def named_data_sets(key: str, value: Any, state: Imported) -> dict[str, Any]:
         if state.source.get("stage") == "pt":
             mapped = {"text": mapped.get("instruction", "text")}
         unusual = {(part, column) for part, column in mapped.items() if part != column}
-        found.append(mapped if unusual - USUAL_COLUMNS else {})
-    return _join(key, sources, found, state)
+        columns.append(mapped if unusual - USUAL_COLUMNS else {})
+    return _join(key, sources, columns, state)
 
 
 def hub_id(repo: Any, config: Any, split: Any) -> Any:
@@ -295,33 +296,33 @@ def hub_id(repo: Any, config: Any, split: Any) -> Any:
     return f"{repo}:{split}" if split and split != "train" else repo
 
 
-def _map_entry(entry: dict[str, Any], place: str, state: Imported) -> dict[str, Any]:
+def _map_entry(entry: dict[str, Any], prefix: str, state: Imported) -> dict[str, Any]:
     """Map the keys of one data set, and of mappings in it, to columns (and `documents`)."""
-    inner = [(key, part) for key, part in entry.items() if isinstance(part, dict)]
-    flat = entry | {f"{key}.{name}": each for key, part in inner for name, each in part.items()}
+    inner = [(key, mapping) for key, mapping in entry.items() if isinstance(mapping, dict)]
+    flat = entry | {f"{key}.{name}": each for key, nested in inner for name, each in nested.items()}
     mapped = Imported(state.tool, state.path, flat)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, row in state.tool.entry.items():
         if key in flat:
             mapped.map_key(key, flat[key], row)
-            found |= mapped.lines[key].values
-            state.lines[f"{place}.{key}"] = mapped.lines[key]
-    return {key.partition(".")[2]: value for key, value in found.items()}
+            values |= mapped.lines[key].values
+            state.lines[f"{prefix}.{key}"] = mapped.lines[key]
+    return {key.partition(".")[2]: value for key, value in values.items()}
 
 
-def _join(key: str, sources: list[Any], found: list[Any], state: Imported) -> dict[str, Any]:
+def _join(key: str, sources: list[Any], columns: list[Any], state: Imported) -> dict[str, Any]:
     """Set the training or held-out data, and the columns if all data sets agree on them."""
     if key in ("test_datasets", "eval_dataset"):
         if len(sources) != 1:
             raise Unmapped("untranslated", "`val_data` is one source: put the files into a folder")
         return {"val_data": sources[0]}
-    documents = [each.pop("documents") for each in found if each.get("documents")]
-    if any(each != found[0] for each in found):
+    documents = [each.pop("documents") for each in columns if each.get("documents")]
+    if any(each != columns[0] for each in columns):
         note = "one setting for all data sets, whose columns differ: rename them"
         state.lines["columns"] = Line("untranslated", {}, note)
-        found = []
+        columns = []
     alone = len(sources) == 1 and isinstance(sources[0], str)
-    values = {"data": sources[0] if alone else sources, "columns": any(found) and found[0]}
+    values = {"data": sources[0] if alone else sources, "columns": any(columns) and columns[0]}
     values["documents"] = documents and documents[0]
     return {ours: value for ours, value in values.items() if value}
 
