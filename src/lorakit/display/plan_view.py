@@ -164,7 +164,9 @@ def _minutes(minutes: float) -> str:
 
 def _changes(changes: tuple[Suggestion, ...], title: str) -> Table:
     table = _table(title)
-    table.add_column("change", overflow="fold", ratio=2)
+    # A setting is never broken: it is there to be copied.
+    longest = max(len(word) for change in changes for word in change.flags.split())
+    table.add_column("change", overflow="fold", ratio=2, min_width=longest)
     for column in ("GiB", "saves", "speed"):
         table.add_column(column, justify="right")
     table.add_column("and costs", overflow="fold", style="dim", ratio=2)
