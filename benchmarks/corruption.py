@@ -169,7 +169,7 @@ class Campaign:
         code = crash.end_of(crash.start(self.runs.world, folder, SPEC, self.runs.phase))
         if left is None:
             self.refused += 1
-            if code != 2 or "no whole checkpoint" not in self.runs.fault(folder):
+            if code != 2 or "no complete checkpoint" not in self.runs.fault(folder):
                 self.failures.append(f"{number}: {damaged}: all damaged, exit {code}")
             return
         self.resumed += 1

@@ -428,7 +428,7 @@ class Campaign:
             return
         whole, at_risk = steps_at_risk(folder)
         if had_one and not whole:
-            self.failures.append(f"{label}: no whole checkpoint after a kill in {where}")
+            self.failures.append(f"{label}: no complete checkpoint after a kill in {where}")
         self.repeated.append(at_risk)
         # Between the last step of an interval and its checkpoint a kill costs the interval.
         if at_risk > spec["save_every"]:

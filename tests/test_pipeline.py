@@ -252,6 +252,6 @@ def test_memory_that_ends_before_step_1_says_where(
 ):
     """The allocator really refuses, where the base is read and where it goes onto the device."""
     monkeypatch.setattr(pipeline, stage, lambda *_: torch.empty(2**50, dtype=torch.uint8))
-    with pytest.raises(WorkError, match=rf"out of memory {doing} .* more were asked for") as error:
+    with pytest.raises(WorkError, match=rf"out of memory {doing} .* more requested") as error:
         fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r"), QUIET)
     assert "method: qlora" in error.value.hint

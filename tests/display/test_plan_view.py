@@ -63,7 +63,7 @@ def test_what_fits_has_no_list_of_changes():
     assert "FITS" in text
     assert "NOT" not in text
     assert "change" not in text
-    assert "(from rows measured on this card)" in " ".join(text.split())
+    assert "(from rows measured on this GPU)" in " ".join(text.split())
 
 
 def test_what_no_setting_makes_fit_says_what_it_takes_at_least():

@@ -62,7 +62,7 @@ def test_a_silent_rank_is_named_with_its_last_step(store, monkeypatch):
     assert f"rank 1 (cuda:1 on {theirs.own_beat.host}, process {os.getpid()})" in words
     assert "after step 117" in words
     assert "step_000100 is the last checkpoint" in words
-    assert words.endswith("hint: go on with: lorakit train runs/x/recipe.yaml --resume --gpus 2")
+    assert words.endswith("hint: resume with: lorakit train runs/x/recipe.yaml --resume --gpus 2")
 
 
 def test_the_way_on_is_that_of_one_machine_or_several_or_of_a_run_not_begun(store):
@@ -97,7 +97,7 @@ def test_a_process_that_is_gone_is_named_at_once_and_only_on_its_own_machine(sto
     theirs.own_beat.host = mine.own_beat.host
     theirs.publish()
     assert judged(mine)[1].startswith("error: rank 1")
-    assert "has ended without a word" in mine.ended[1]
+    assert "ended without an error message" in mine.ended[1]
 
 
 def test_one_that_failed_speaks_for_itself_and_one_that_left_is_no_fault(store, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_process_ends_though_its_main_thread_hangs(tmp_path):
     stacks = (tmp_path / "stacks_rank0.txt").read_text()
     assert 'File "<string>"' in stacks  # the main thread, in the program above
     assert "heartbeat.py" in stacks
-    assert f"where each process stood: {tmp_path}/stacks_rank*.txt" in done.stderr
+    assert f"stacks of each process: {tmp_path}/stacks_rank*.txt" in done.stderr
 
 
 def test_without_its_launcher_a_process_saves_and_stops(store, monkeypatch):

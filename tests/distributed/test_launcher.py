@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.distributed.launcher import _check_cards, _killed, again, launched, without_gpus
+from lorakit.distributed.launcher import _check_gpus, _killed, again, launched, without_gpus
 from lorakit.errors import WorkError
 
 
@@ -22,9 +22,9 @@ def test_more_gpus_than_there_are_is_one_clear_error(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    _check_cards(2)
-    with pytest.raises(WorkError, match="--gpus 4: this machine has 2 CUDA cards") as caught:
-        _check_cards(4)
+    _check_gpus(2)
+    with pytest.raises(WorkError, match="--gpus 4: this machine has 2 CUDA GPUs") as caught:
+        _check_gpus(4)
     assert caught.value.hint.startswith("--gpus 2")
 
 
@@ -33,10 +33,10 @@ def test_without_a_card_the_cpu_is_shared_only_where_it_is_meant(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(WorkError, match="no CUDA card"):
-        _check_cards(2)
+    with pytest.raises(WorkError, match="no CUDA GPU"):
+        _check_gpus(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    _check_cards(2)
+    _check_gpus(2)
 
 
 def test_a_process_of_torchrun_starts_no_others(monkeypatch):

@@ -71,9 +71,9 @@ def test_one_process_keeps_the_cards_it_sees(environment):
 
 def test_a_rank_without_a_card_among_others_with_one_is_named():
     beats = [Beat(0, 1, "a", "", "cuda:0"), Beat(1, 2, "a", "", "cpu:1")]
-    with pytest.raises(WorkError, match=r"no CUDA card for rank 1 \(cpu:1 on a, process 2\)"):
-        process_group._same_kind(beats)
-    process_group._same_kind(beats[:1])
+    with pytest.raises(WorkError, match=r"no CUDA GPU for rank 1 \(cpu:1 on a, process 2\)"):
+        process_group._require_same_device_type(beats)
+    process_group._require_same_device_type(beats[:1])
 
 
 class Gathered(DistributedContext):
@@ -93,7 +93,9 @@ def test_the_plan_is_for_the_smallest_card_of_all():
     assert device.memory_bytes == 40 * 2**30
     assert device.ranks == 2
     assert device.reasons["ranks"] == "1 x A100, 1 x H100"
-    with pytest.raises(WorkError, match=r"different types \(rank 0: bfloat16 on H100, rank 1"):
+    with pytest.raises(
+        WorkError, match=r"different dtypes on the ranks: rank 0: bfloat16 on H100, rank 1"
+    ):
         shared_device(H100, Gathered([H100, replace(H100, dtype="float16")]))
 
 
@@ -121,7 +123,9 @@ def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
             ranks.all_reduce_(number)
             assert number.item() == 3
             assert ranks.all_gather_object(ranks.rank) == [0, 1]
-            assert ranks.run_on_main_and_broadcast(lambda: "only rank 0 works" if ranks.is_main else 1 / 0)
+            assert ranks.run_on_main_and_broadcast(
+                lambda: "only rank 0 works" if ranks.is_main else 1 / 0
+            )
             seen = []
             with ranks.main_process_first():
                 time.sleep(0.3 if ranks.is_main else 0)

@@ -101,8 +101,7 @@ def test_a_kernel_that_does_not_run_on_this_card_is_no_end(card, monkeypatch):
     engine, path = attach_engine(model.get_base_model(), CPU)
     assert engine is None
     assert path == (
-        "the kernels do not run on this card (RuntimeError: PassManager::run failed): "
-        "its own layers"
+        "the kernels do not run on this GPU (RuntimeError: PassManager::run failed): its own layers"
     )
     assert model(torch.arange(5).unsqueeze(0)).logits.isfinite().all()
 

@@ -32,7 +32,7 @@ def card(monkeypatch):
 
 def test_a_tensor_on_the_cpu_takes_plain_torch():
     assert not has_kernels(torch.zeros(2))
-    assert "no CUDA card" in kernels_reason("cpu")
+    assert "no CUDA GPU" in kernels_reason("cpu")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     assert "T4 has 14.6 GiB" in caught.value.message
     assert "--set weight_offload=auto" in caught.value.message
     assert "--set method=qlora" in caught.value.message
-    assert "--gpus 2  (the same result, the base spread over them)" in caught.value.message
+    assert "--gpus 2  (the same result, the base sharded over them)" in caught.value.message
     assert "--force" in caught.value.hint
     require_plan_fits(asked, config, H100, plan_training(asked, config, H100))
     tight = recipe(memory_limit="1GiB", weight_offload="off")

@@ -97,7 +97,7 @@ def test_a_base_that_fits_no_one_gpu_is_spread_and_the_reason_told():
     value = found("llama-3.3-70b", gpus=8, nodes=4, gradient_accumulation_steps=64)
     assert value.fits
     said = value.scale.base
-    assert said.startswith("spread over the 8 GPUs of each node, 1/8 each (FSDP")
+    assert said.startswith("sharded over the 8 GPUs of each node, 1/8 each (FSDP")
     assert "HSDP" in said
     assert "with all of it one GPU needs 137" in said
     assert value.scale.one_gpu_choices.endswith(
@@ -113,13 +113,13 @@ def test_a_base_that_fits_no_one_gpu_is_spread_and_the_reason_told():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"sharding": "on"}, "spread over all 2 GPUs, 1/2 each (FSDP's full shard): sharding: on"),
+        ({"sharding": "on"}, "sharded over all 2 GPUs, 1/2 each (FSDP's full shard): sharding: on"),
         (
             {"weight_offload": "on"},
             "in host memory, once for every GPU, streamed: weight_offload: on",
         ),
         ({"sharding": "off", "memory_limit": "6GiB"}, "streamed: sharding: off"),
-        ({"memory_limit": "4GiB"}, "streamed: spread over 2 it does not fit either"),
+        ({"memory_limit": "4GiB"}, "streamed: sharded over 2 it does not fit either"),
         ({"memory_limit": "10GiB"}, "and may take 10GiB"),
         ({"memory_limit": "1GiB", "fused_layers": "off"}, "it does not fit one"),
     ],

@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, damage):
     assert len(notes) == 1
     assert "step_000002 is damaged" in notes[0]
     (run.checkpoint(1) / "a.bin").unlink()
-    with pytest.raises(RunError, match="no whole checkpoint"):
+    with pytest.raises(RunError, match="no complete checkpoint"):
         require_checkpoint(run)
 
 

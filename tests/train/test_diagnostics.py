@@ -115,4 +115,6 @@ def test_a_trainer_far_slower_than_its_plan_says_so(tiny_model_dir, tmp_path):
         tiny_model_dir, tmp_path, examples([9] * 8), max_steps=15, micro_batch_size=1
     )
     trainer.train()
-    assert said(trainer).count("tokens/s, the plan expects 1,000,000,000,000: is another") == 1
+    assert (
+        said(trainer).count("tokens/s, the plan expects 1,000,000,000,000: check for another") == 1
+    )

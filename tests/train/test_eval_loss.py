@@ -93,7 +93,7 @@ def test_memory_that_ends_makes_smaller_batches_of_the_same_score(model):
         assert told == [38, 19]
         hook.remove()
         hook = memory_for(model, 18)
-        with pytest.raises(WorkError, match=r"scoring x:1 alone \(19 tokens\): .* asked for"):
+        with pytest.raises(WorkError, match=r"scoring x:1 alone \(19 tokens\): .* requested"):
             score(model, rows(), pad_id=0)
     finally:
         hook.remove()

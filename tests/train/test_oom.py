@@ -34,15 +34,15 @@ CAPPED = (
     [
         (
             torch.OutOfMemoryError(CAPPED),
-            "1.5 GiB more were asked for, memory_limit allows 14.1 GiB",
+            "1.5 GiB more requested, memory_limit allows 14.1 GiB",
         ),
-        (torch.OutOfMemoryError(ON_A_CARD), "1.5 GiB more were asked for, 312.2 MiB were free"),
-        (RuntimeError("CUDA error: out of memory"), "it does not say how much is missing"),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "it does not say"),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "it does not say"),
-        (RuntimeError("Cannot allocate memory"), "it does not say"),
-        (MemoryError(), "it does not say"),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "it does not say"),
+        (torch.OutOfMemoryError(ON_A_CARD), "1.5 GiB more requested, 312.2 MiB free"),
+        (RuntimeError("CUDA error: out of memory"), "requested size unknown"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "requested size unknown"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "requested size unknown"),
+        (RuntimeError("Cannot allocate memory"), "requested size unknown"),
+        (MemoryError(), "requested size unknown"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "requested size unknown"),
     ],
 )
 def test_the_words_for_no_memory(error, words):
@@ -52,7 +52,7 @@ def test_the_words_for_no_memory(error, words):
 def test_the_real_allocator_is_understood():
     with pytest.raises(RuntimeError) as error:
         ask_for_a_petabyte()
-    assert describe_oom(error.value) == f"{PETABYTE / 2**30:,.1f} GiB more were asked for"
+    assert describe_oom(error.value) == f"{PETABYTE / 2**30:,.1f} GiB more requested"
     assert run_catching_oom(ask_for_a_petabyte) == (None, describe_oom(error.value))
 
 
@@ -72,7 +72,7 @@ def test_other_errors_pass(error):
 
 def test_it_is_told_with_what_was_being_done():
     with (
-        pytest.raises(WorkError, match=r"^out of memory loading the base model: .* asked for"),
+        pytest.raises(WorkError, match=r"^out of memory loading the base model: .* requested"),
         oom_as_error("loading the base model", "take a smaller one"),
     ):
         ask_for_a_petabyte()

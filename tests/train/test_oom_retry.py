@@ -59,7 +59,7 @@ def test_a_run_out_of_memory_ends_like_one_with_smaller_micro_batches(run, packi
     assert trained(cut) == trained(small)
     assert losses(cut) == losses(small)
     (line,) = [x for x in said(cut).splitlines() if "out of memory" in x]
-    assert "step 1: out of memory (1,048,576.0 GiB more were asked for); it runs again" in line
+    assert "step 1: out of memory (1,048,576.0 GiB more requested); retrying" in line
     assert "for the same 8 examples" in line
 
 
@@ -273,5 +273,5 @@ def test_evaluation_in_a_run_takes_smaller_batches_and_keeps_to_them(run):
         ends.append([r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r])
     # Four examples of up to 20 tokens; then 40 tokens a batch, for good: 20 and 12, 9 and 3.
     assert sizes == [4, 2, 2, 2, 2]
-    assert said(trainer).count("out of memory in evaluation; it goes on with 40 tokens") == 1
+    assert said(trainer).count("out of memory in evaluation; continuing with 40 tokens") == 1
     assert ends[0] == pytest.approx(ends[1], rel=1e-6)

@@ -47,7 +47,7 @@ def test_a_log_that_cannot_be_written_warns_once_and_has_every_row_later(tmp_pat
     progress.start(0, 5)
     for step in (1, 2, 3):
         progress.step(row(step))
-    assert stream.getvalue().count("training goes on") == 1
+    assert stream.getvalue().count("training continues") == 1
     (tmp_path / "later").mkdir()
     for step in (4, 5):
         progress.step(row(step))

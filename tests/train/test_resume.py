@@ -202,7 +202,7 @@ def test_when_all_are_damaged_it_stops_with_the_list_and_touches_nothing(copied)
     run, resume = copied
     for folder in run.list_checkpoints():
         (folder / "state.json").write_text("{}")
-    with pytest.raises(RunError, match="no whole checkpoint to resume from") as caught:
+    with pytest.raises(RunError, match="no complete checkpoint to resume from") as caught:
         resume()
     assert caught.value.message.count("is damaged") == 3
     assert len(run.list_checkpoints()) == 3
@@ -230,7 +230,7 @@ def test_a_finished_run_is_extended_at_the_longer_runs_rates(
     assert len(rates[0]) == 9
     assert rates[0][6:] == rates[1][6:]
     assert min(rates[0][6:]) > 0
-    with pytest.raises(RunError, match="9 steps are taken already, the recipe asks for 8"):
+    with pytest.raises(RunError, match="9 steps are taken already, the recipe has 8"):
         resume(max_steps=8)
 
 

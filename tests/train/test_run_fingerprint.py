@@ -172,9 +172,9 @@ def test_any_setting_that_alters_no_step_may_change(record, tmp_path, key):
     ("change", "said"),
     [
         (lambda rows: [*rows, '{"question": "New?", "answer": "Yes."}'], "1 row is new or changed"),
-        (lambda rows: rows[:-1], "1 of its rows is not there any more"),
+        (lambda rows: rows[:-1], "1 of its rows is missing"),
         (lambda rows: [rows[0].replace("red", "rot"), *rows[1:]], "the first rows.jsonl:1"),
-        (lambda rows: rows[::-1], "the same rows in another order"),
+        (lambda rows: rows[::-1], "the same rows, reordered"),
     ],
     ids=["appended", "cut", "edited", "reordered"],
 )
@@ -191,7 +191,7 @@ def test_changed_data_is_refused_with_the_row(past, tmp_path, change, said):
 
 def test_changed_data_is_refused_without_the_list_of_rows_too(past, tmp_path):
     before, _ = past()
-    with pytest.raises(RunError, match=r"data_rows\.npy is gone"):
+    with pytest.raises(RunError, match=r"data_rows\.npy is missing"):
         check_resume_compatible(RunDir(tmp_path), before, *past(past.lines[2:]))
 
 
@@ -222,7 +222,7 @@ def test_other_versions_and_another_spelling_of_the_tokenizer_are_said():
     before = {"versions": {"torch": "1", "peft": "1"}, "tokenizer": "b"}
     versions, tokenizer = harmless_changes(before, now)
     assert versions == "other versions than before: torch 1 -> 2"
-    assert "the training rows come out the same" in tokenizer
+    assert "the training rows are the same" in tokenizer
 
 
 @pytest.mark.parametrize(

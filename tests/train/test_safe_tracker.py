@@ -47,7 +47,7 @@ def test_training_goes_on_without_it_and_the_metrics_are_whole(tracked):
     trainer.train()
     (line,) = [x for x in said(trainer).splitlines() if "report_to" in x]
     assert line == (
-        "report_to: tensorboard failed (502 Bad Gateway); training goes on without it, "
+        "report_to: tensorboard failed (502 Bad Gateway); training continues without it, "
         "metrics.jsonl has everything"
     )
     assert TensorBoardCallback.calls == 2

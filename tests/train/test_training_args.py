@@ -108,7 +108,7 @@ def test_steps_cover_the_epochs():
 
 
 def test_eight_bit_optimizers_need_cuda(tmp_path):
-    with pytest.raises(RecipeError, match="needs a CUDA card"):
+    with pytest.raises(RecipeError, match="needs a CUDA GPU"):
         training_arguments(recipe(optimizer="paged_adamw_8bit"), CPU, RunDir(tmp_path), 1)
 
 

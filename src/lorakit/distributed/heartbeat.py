@@ -1,9 +1,9 @@
-"""This process's steps enter; the end of a run leaves as soon as a process beside it dies or hangs.
+"""Detect dead or hung ranks, and abort the run with a message that names them.
 
 Each rank writes a line to the launcher's store every second and reads the others'. A collective
-operation waits for ever for a rank that is gone: torchrun alone was still waiting 150 s after one
-of two ranks was stopped. So the thread here names the rank, keeps the stacks of its own process,
-and ends that at once, whatever its main thread waits for.
+operation waits indefinitely for a dead rank: torchrun alone was still waiting 150 s after one of
+two ranks was stopped. The thread here names that rank, writes the stacks of its own process, and
+ends the process at once, even while the main thread is blocked.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ import psutil
 from lorakit.storage.run_dir import RunDir
 
 BEAT_SECONDS = 1.0
-# A live process beats whatever it computes; what holds all its threads up for so long is no step.
+# A healthy process sends heartbeats even during long steps: 30 s of silence mean that it is stuck.
 SILENT_SECONDS = 30.0
-# An all-reduce of one number takes milliseconds; the first one makes the connections.
+# An all-reduce of one number takes milliseconds; the first one opens the connections.
 PREFLIGHT_SECONDS = 60.0
-# Time for what raised an error, in this process or beside it, to say it.
+# Time for an error in this or another process to be printed.
 GRACE_SECONDS = 2.0
-# After the launcher's end: time to finish a step and save.
+# Time to finish a step and save after the launcher has ended.
 ORPHAN_SECONDS = 600.0
 
 
 @dataclass(slots=True)
 class Beat:
-    """What a rank says of itself. `state`: "preflight", "ready", "failed" or "left"."""
+    """Status of one rank. `state`: "preflight", "ready", "failed" or "left"."""
 
     rank: int
     pid: int
@@ -54,31 +54,31 @@ class Beat:
         return f"rank {self.rank} ({self.device} on {self.host}, process {self.pid})"
 
     def shares_host_with(self, own: Beat) -> bool:
-        """Whether both are processes of one machine, or of one container in it."""
+        """True if both are processes of one machine, or of one container on it."""
         return (self.host, self.pid_namespace) == (own.host, own.pid_namespace)
 
     def dead(self, own: Beat) -> bool:
-        """Whether the process is known to be gone; of another machine's nothing is known."""
+        """True if the process is known to be dead; unknown for processes of other machines."""
         return self.shares_host_with(own) and not psutil.pid_exists(self.pid)
 
 
 def key(rank: int) -> str:
-    """Where rank `rank` writes its beat."""
+    """Store key of rank `rank`'s heartbeat."""
     return f"beat/{rank}"
 
 
 class Heartbeat(threading.Thread):
-    """Beats for this process and watches the others.
+    """Thread that sends heartbeats of this process and checks those of the others.
 
     Args:
-        store: a connection of this thread's own.
+        store: a connection used only by this thread.
     """
 
     def __init__(self, store: Any, rank: int, count: int, device: str) -> None:
         super().__init__(daemon=True, name="heartbeat")
         self.store, self.world_size = store, count
-        space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-        self.own_beat = Beat(rank, os.getpid(), socket.gethostname(), space, device)
+        namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+        self.own_beat = Beat(rank, os.getpid(), socket.gethostname(), namespace, device)
         self.checkpoint_summary: Callable[[], str] = lambda: "nothing was trained yet"
         self.folder: Path | None = None
         self.done = threading.Event()
@@ -89,19 +89,19 @@ class Heartbeat(threading.Thread):
         self.publish()
 
     def publish(self) -> None:
-        """Write this process's line."""
+        """Write this process's status to the store."""
         self.own_beat.world_size += 1
         self.store.set(key(self.own_beat.rank), json.dumps(asdict(self.own_beat)))
 
     def set_step(self, step: int, kept: Callable[[], str], folder: Path | None = None) -> None:
-        """Step `step` is taken; what `kept` then says, and `folder`, are for a sudden end."""
+        """Record the step, the text that describes kept work, and the run's folder."""
         self.own_beat.step, self.checkpoint_summary, self.folder = step, kept, folder
 
     def shutdown(self, state: str) -> None:
-        """Say goodbye: nobody takes this process's silence for a fault."""
+        """Publish the final state, so that other ranks do not take the silence for a fault."""
         self.done.set()
         if self.is_alive():
-            # A thread that is in the store while the interpreter ends would abort the process.
+            # A thread inside the store at interpreter shutdown would abort the process.
             self.join(GRACE_SECONDS)
         self.own_beat.state = state
         with suppress(Exception):
@@ -112,13 +112,13 @@ class Heartbeat(threading.Thread):
         while not self.done.wait(BEAT_SECONDS):
             now = time.monotonic()
             if now - last > SILENT_SECONDS / 3:
-                # This process itself stood still, and perhaps the whole machine did.
+                # This process itself was suspended, and perhaps the complete machine.
                 self.changed.clear()
             last = now
             try:
                 self.publish()
                 beats = self.read()
-            except Exception:  # the store went with its launcher
+            except Exception:  # the store ended with its launcher
                 self._without_launcher()
                 continue
             if os.getppid() != self.parent:
@@ -126,9 +126,9 @@ class Heartbeat(threading.Thread):
             self._check_peers(beats)
 
     def read(self) -> list[Beat]:
-        """What every rank said last."""
-        found = self.store.multi_get([key(rank) for rank in range(self.world_size)])
-        return [Beat(**json.loads(text)) for text in found]
+        """Read the latest status of every rank."""
+        entries = self.store.multi_get([key(rank) for rank in range(self.world_size)])
+        return [Beat(**json.loads(entry)) for entry in entries]
 
     def _check_peers(self, beats: list[Beat]) -> None:
         now = time.monotonic()
@@ -145,7 +145,7 @@ class Heartbeat(threading.Thread):
             elif now - self.changed[beat.rank][1] > SILENT_SECONDS:
                 silent.append(beat)
         if failed:
-            time.sleep(GRACE_SECONDS)  # it says itself what happened
+            time.sleep(GRACE_SECONDS)  # the failed rank reports the error itself
             self._abort([], "")
         elif gone or silent:
             apart = not all(beat.shares_host_with(self.own_beat) for beat in beats)
@@ -156,31 +156,30 @@ class Heartbeat(threading.Thread):
 
     def _failure_message(self, gone: list[Beat], silent: list[Beat], apart: bool) -> str:
         lines = [
-            f"error: {beat} has ended without a word, after step {beat.step}: was it killed?"
-            for beat in gone
+            f"error: {beat} ended without an error message after step {beat.step}" for beat in gone
         ]
         lines += [
             f"error: {beat} has not answered for {SILENT_SECONDS:.0f} s, after step {beat.step}"
             for beat in silent
         ]
-        why = "the kernel kills what takes too much memory (dmesg tells); " if gone else ""
+        cause = "check dmesg: the kernel kills what takes too much memory; " if gone else ""
         if self.folder is None:
-            again = "start the same command again"
+            remedy = "start the same command again"
         elif apart:
-            again = "start the same command again on every machine, with --resume"
+            remedy = "start the same command again on every machine, with --resume"
         else:
-            again = f"go on with: {RunDir(self.folder).going_on(self.world_size)}"
-        return "\n".join([*lines, f"  {self.checkpoint_summary()}", f"hint: {why}{again}"])
+            remedy = f"resume with: {RunDir(self.folder).going_on(self.world_size)}"
+        return "\n".join([*lines, f"  {self.checkpoint_summary()}", f"hint: {cause}{remedy}"])
 
-    def _abort(self, troubled: list[Beat], words: str) -> None:
-        """End this process; the first of those that are well says why."""
-        stacks = self._keep_stacks()
-        ill = {beat.rank for beat in troubled}
-        if words and self.own_beat.rank == min(set(range(self.world_size)) - ill):
-            where = f"\n  where each process stood: {stacks}" if stacks else ""
-            sys.stderr.write(f"\n{words}{where}\n")
+    def _abort(self, faulty: list[Beat], message: str) -> None:
+        """End this process; the first healthy rank prints the reason."""
+        stacks_path = self._write_stacks()
+        faulty_ranks = {beat.rank for beat in faulty}
+        if message and self.own_beat.rank == min(set(range(self.world_size)) - faulty_ranks):
+            stacks_line = f"\n  stacks of each process: {stacks_path}" if stacks_path else ""
+            sys.stderr.write(f"\n{message}{stacks_line}\n")
             sys.stderr.flush()
-        for beat in troubled:
+        for beat in faulty:
             # A stopped process would outlive all; torchrun waits 30 s for it.
             if beat.shares_host_with(self.own_beat):
                 with suppress(OSError):
@@ -188,10 +187,13 @@ class Heartbeat(threading.Thread):
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 
-    def _keep_stacks(self) -> Path | None:
-        """Where this process's threads stood, into the run's folder; the name of all ranks' files.
+    def _write_stacks(self) -> Path | None:
+        """Write the stacks of this process's threads to the run's folder.
 
-        The other ranks write theirs in the same second, and say nothing.
+        The other ranks write theirs in the same second, without a message.
+
+        Returns:
+            The name pattern of all ranks' files, or None if nothing was written.
         """
         if self.folder is None or not self.folder.is_dir():
             return None
@@ -203,7 +205,7 @@ class Heartbeat(threading.Thread):
         return None
 
     def _without_launcher(self) -> None:
-        """Whoever started this process is gone: finish the step, save and stop, as at SIGTERM."""
+        """Finish the step, save and stop, as after SIGTERM, because the launcher has ended."""
         if self.orphaned is None:
             self.orphaned = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -212,10 +214,10 @@ class Heartbeat(threading.Thread):
 
 
 def no_answer(stuck: list[Beat]) -> str:
-    """The message of an all-reduce that never came back."""
+    """The message for a first all-reduce that does not return."""
     names = "\n".join(f"  {beat}" for beat in stuck)
     return (
         f"error: no answer to a first all-reduce within {PREFLIGHT_SECONDS:.0f} s from\n{names}\n"
-        "hint: NCCL_DEBUG=INFO shows what it tries; cards of one machine that cannot reach each "
-        "other need NCCL_P2P_DISABLE=1, several machines an open network (NCCL_SOCKET_IFNAME)"
+        "hint: set NCCL_DEBUG=INFO for details; GPUs of one machine without peer access need "
+        "NCCL_P2P_DISABLE=1, several machines an open network (NCCL_SOCKET_IFNAME)"
     )

@@ -1,8 +1,8 @@
-"""torchrun's environment enters; this process's place among those that share each step leaves.
+"""Process group of a run: rank, world size and collective operations.
 
-Each rank runs a whole trainer over the same order of steps, computes its share of a step's
-examples, and adds its gradients to the others' once (`train/gradient_sync.py`). To transformers and
-accelerate each is alone: they see one device and no environment of torchrun's.
+Each rank runs a complete trainer over the same order of steps, computes its share of a step's
+examples, and adds its gradients to the others' once (`train/gradient_sync.py`). Each rank hides
+torchrun's environment variables so that transformers and accelerate behave as single-process.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ from lorakit.errors import WorkError
 from lorakit.types import Device
 
 T = TypeVar("T")
-# What hangs is found by the heartbeat; rank 0 may well evaluate for an hour meanwhile.
+# Hung ranks are detected by the heartbeat; rank 0 may evaluate for an hour in the meantime.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=30)
 RENDEZVOUS_TIMEOUT_S = 120.0
 COMPARED = ("lorakit", "torch", "transformers", "peft")
 _OWN_ENV = "LORAKIT_CARD_OF_RANK"
-_RENDEZVOUS_COUNT = (
-    itertools.count()
-)  # a script may train twice: each run has its own part of the store
-# Read by transformers, accelerate and trl, which would divide the work a second time.
+# A script may train several times: each run has its own prefix in the store.
+_RENDEZVOUS_COUNT = itertools.count()
+# Read by transformers, accelerate and trl, which would divide the work again.
 TORCHRUN_ENV_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 class DistributedContext:
-    """The processes that share each step; alone by default.
+    """The processes that share each step; a single one by default.
 
     Args:
-        number: this one's, from 0. `per_node`: so many on each machine.
+        number: rank of this process. `count`: world size. `per_node`: ranks on each machine.
     """
 
     def __init__(
@@ -52,16 +51,16 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes and speaks for all."""
+        """True for the rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return self.world_size // self.local_world_size
 
     def all_reduce_(self, tensor: Any) -> None:
-        """Sum `tensor` over all ranks, in place; each gets the same bits."""
+        """Sum `tensor` over all ranks in place; the result is bit-identical on each."""
         if self.world_size > 1:
             import torch.distributed as dist
 
@@ -69,17 +68,17 @@ class DistributedContext:
             self._run_collective(lambda: dist.all_reduce(tensor, group=group))
 
     def all_gather_object(self, thing: T) -> list[T]:
-        """Every rank's `thing`, by rank."""
+        """Gather `thing` from every rank, in order of rank."""
         if self.world_size == 1:
             return [thing]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.world_size
-        self._run_collective(lambda: dist.all_gather_object(found, thing, group=self.cpu_group))
-        return found
+        gathered: list[Any] = [None] * self.world_size
+        self._run_collective(lambda: dist.all_gather_object(gathered, thing, group=self.cpu_group))
+        return gathered
 
     def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank; the others wait for it."""
+        """Run `work` on rank 0 and broadcast its result."""
         if self.world_size == 1:
             return work()
         import torch.distributed as dist
@@ -90,7 +89,7 @@ class DistributedContext:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Rank 0 does what follows before the others do: downloads and caches are made once."""
+        """Run the block on rank 0 before the others, so that downloads and caches are made once."""
         if not self.is_main:
             self.run_on_main_and_broadcast(lambda: None)
         yield
@@ -98,18 +97,18 @@ class DistributedContext:
             self.run_on_main_and_broadcast(lambda: None)
 
     def wait_for_load_turn(self) -> None:
-        """Wait until the ranks of this machine before this one have passed the baton on."""
-        before = self.rank - 1
-        while self.rank % self.local_world_size and not self.store.check([f"baton/{before}"]):
+        """Wait until the preceding rank of this machine has released its turn to load the base."""
+        previous = self.rank - 1
+        while self.rank % self.local_world_size and not self.store.check([f"load_turn/{previous}"]):
             time.sleep(0.2)
 
     def release_load_turn(self) -> None:
-        """What `wait_for_load_turn` held back may begin on the next rank."""
+        """Give the turn to load the base to the next rank of this machine."""
         if self.world_size > 1:
-            self.store.set(f"baton/{self.rank}", "")
+            self.store.set(f"load_turn/{self.rank}", "")
 
     def at(self, step: int, kept: Callable[[], str], folder: Any = None) -> None:
-        """For the message at a sudden end: the last step, and who says what is kept."""
+        """Record the last step and kept work for the message at a sudden end."""
         if self.heartbeat is not None:
             self.heartbeat.set_step(step, kept, folder)
 
@@ -117,7 +116,7 @@ class DistributedContext:
         try:
             work()
         except RuntimeError:
-            # A rank is gone: the heartbeat names it, and ends this process.
+            # A rank is dead: the heartbeat names it, and ends this process.
             time.sleep(SILENT_SECONDS + 5 * GRACE_SECONDS)
             raise
 
@@ -126,25 +125,27 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def shared_device(device: Device, ranks: DistributedContext) -> Device:
-    """The device that every rank plans for: memory is that of the smallest.
+    """The device that every rank plans for, with the smallest memory of all.
 
     Raises:
-        WorkError: the base would have another type on some ranks.
+        WorkError: the base would have different dtypes on the ranks.
     """
     if ranks.world_size == 1:
         return device
-    found = ranks.all_gather_object(device)
-    types = {other.dtype for other in found}
-    if len(types) > 1:
-        told = ", ".join(f"rank {n}: {d.dtype} on {d.name}" for n, d in enumerate(found))
+    devices = ranks.all_gather_object(device)
+    dtypes = {other.dtype for other in devices}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"rank {n}: {d.dtype} on {d.name}" for n, d in enumerate(devices))
         raise WorkError(
-            f"the ranks would hold the base in different types ({told})",
-            hint="set dtype to one that all of them have: float16 or float32",
+            f"the base would have different dtypes on the ranks: {listed}",
+            hint="set dtype to one that all of them support: float16 or float32",
         )
-    names = [f"{sum(d.name == name for d in found)} x {name}" for name in {d.name for d in found}]
+    names = [
+        f"{sum(d.name == name for d in devices)} x {name}" for name in {d.name for d in devices}
+    ]
     on = f" on {ranks.nodes} machines" if ranks.nodes > 1 else ""
     return replace(
-        min(found, key=lambda other: other.memory_bytes),
+        min(devices, key=lambda other: other.memory_bytes),
         ranks=ranks.world_size,
         nodes=ranks.nodes,
         reasons={**device.reasons, "ranks": ", ".join(sorted(names)) + on},
@@ -153,28 +154,28 @@ def shared_device(device: Device, ranks: DistributedContext) -> Device:
 
 @contextmanager
 def init_distributed() -> Iterator[DistributedContext]:
-    """The ranks of this process: those that torchrun started, or itself alone.
+    """Join the ranks that torchrun started, or a single-process context.
 
     Raises:
-        WorkError: one does not come, or its card cannot be reached; it is named.
+        WorkError: a rank does not join, or its GPU cannot be reached; the message names it.
     """
     set_cuda_device_from_local_rank()
-    found = {name: os.environ.pop(name) for name in TORCHRUN_ENV_VARS if name in os.environ}
+    env = {name: os.environ.pop(name) for name in TORCHRUN_ENV_VARS if name in os.environ}
     try:
-        if int(found.get("WORLD_SIZE", "1")) == 1:
+        if int(env.get("WORLD_SIZE", "1")) == 1:
             yield SINGLE_PROCESS
         else:
-            with _ranks(found) as ranks:
+            with _ranks(env) as ranks:
                 yield ranks
     finally:
-        os.environ.update(found)  # for another run of the same processes
+        os.environ.update(env)  # for another run in the same process
 
 
 @contextmanager
-def _ranks(found: dict[str, str]) -> Iterator[DistributedContext]:
+def _ranks(env: dict[str, str]) -> Iterator[DistributedContext]:
     import torch.distributed as dist
 
-    ranks, store = _rendezvous(found)
+    ranks, store = _rendezvous(env)
     assert ranks.heartbeat is not None
     try:
         _init_groups(ranks, store)
@@ -182,62 +183,62 @@ def _ranks(found: dict[str, str]) -> Iterator[DistributedContext]:
     except BaseException:
         ranks.heartbeat.shutdown("failed")
         raise
-    ranks.run_on_main_and_broadcast(lambda: None)  # the store stays until all are through
+    ranks.run_on_main_and_broadcast(lambda: None)  # the store must outlive all ranks
     ranks.heartbeat.shutdown("left")
-    # A group that outlives this call may be taken apart after the interpreter: gloo aborts then.
+    # A group that outlives this call may be destroyed after the interpreter: gloo aborts then.
     ranks.cpu_group = ranks.node_group = ranks.store = ranks.heartbeat = None
     dist.destroy_process_group()
 
 
-def _rendezvous(found: dict[str, str]) -> tuple[DistributedContext, Any]:
-    """Find all others; from here on the heartbeat watches them. (ranks, the launcher's store)"""
+def _rendezvous(env: dict[str, str]) -> tuple[DistributedContext, Any]:
+    """Find all ranks and start the heartbeat; return (ranks, the launcher's store)."""
     import torch
     import torch.distributed as dist
 
-    number, count, local, per_node = (
-        int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, world_size, local, per_node = (
+        int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    card = torch.cuda.is_available()
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and number == 0
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    on_gpu = torch.cuda.is_available()
+    is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
-    meeting = next(_RENDEZVOUS_COUNT)
+    rendezvous = next(_RENDEZVOUS_COUNT)
 
     def connect(hosts: bool) -> Any:
         wait = datetime.timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
         store = dist.TCPStore(
-            *place, world_size=count, is_master=hosts, timeout=wait, wait_for_workers=False
+            *address, world_size=world_size, is_master=hosts, timeout=wait, wait_for_workers=False
         )
-        return dist.PrefixStore(f"lorakit/{meeting}", store)
+        return dist.PrefixStore(f"lorakit/{rendezvous}", store)
 
-    store = connect(hosted)
+    store = connect(is_host)
     heartbeat = Heartbeat(
-        connect(False), number, count, f"cuda:{local}" if card else f"cpu:{local}"
+        connect(False), rank, world_size, f"cuda:{local}" if on_gpu else f"cpu:{local}"
     )
-    _wait_for_all(store, count)
+    _wait_for_all(store, world_size)
     heartbeat.start()
-    return DistributedContext(number, count, per_node, heartbeat), store
+    return DistributedContext(rank, world_size, per_node, heartbeat), store
 
 
 def _init_groups(ranks: DistributedContext, store: Any) -> None:
-    """Make the groups that add and gather, and try them."""
+    """Create the groups of collective operations, and test them."""
     import torch
     import torch.distributed as dist
 
     assert ranks.heartbeat is not None
     ranks.store = store
-    _same_kind(ranks.heartbeat.read())
-    card = torch.cuda.is_available()
+    _require_same_device_type(ranks.heartbeat.read())
+    on_gpu = torch.cuda.is_available()
     dist.init_process_group(
-        "nccl" if card else "gloo",
+        "nccl" if on_gpu else "gloo",
         store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=torch.device("cuda", 0) if card else None,
+        device_id=torch.device("cuda", 0) if on_gpu else None,
     )
     ranks.cpu_group = (
-        dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if card else dist.group.WORLD
+        dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if on_gpu else dist.group.WORLD
     )
     for node in range(ranks.nodes):
         members = list(range(node * ranks.local_world_size, (node + 1) * ranks.local_world_size))
@@ -248,11 +249,11 @@ def _init_groups(ranks: DistributedContext, store: Any) -> None:
         )
         if ranks.rank in members:
             ranks.node_group = group
-    _preflight(ranks, "cuda" if card else "cpu")
+    _preflight(ranks, "cuda" if on_gpu else "cpu")
 
 
 def _preflight(ranks: DistributedContext, device: str) -> None:
-    """One all-reduce and the versions of all; what hangs here is named by the heartbeat."""
+    """Run one all-reduce and compare versions; the heartbeat names ranks that hang here."""
     import torch
 
     probe = torch.full((1,), float(ranks.rank), device=device)
@@ -260,14 +261,15 @@ def _preflight(ranks: DistributedContext, device: str) -> None:
     expected = ranks.world_size * (ranks.world_size - 1) / 2
     if float(probe) != expected:
         raise WorkError(
-            f"an all-reduce over {ranks.world_size} ranks gave {float(probe):g} instead of {expected:g}",
-            hint="a card or a link between cards computes wrong: NCCL_P2P_DISABLE=1 goes round it",
+            f"an all-reduce over {ranks.world_size} ranks gave {float(probe):g}, expected "
+            f"{expected:g}",
+            hint="faulty GPU or interconnect; try NCCL_P2P_DISABLE=1",
         )
-    found = ranks.all_gather_object([f"{name} {_version(name)}" for name in COMPARED])
-    for number, versions in enumerate(found):
-        if versions != found[0]:
+    all_versions = ranks.all_gather_object([f"{name} {_version(name)}" for name in COMPARED])
+    for rank, versions in enumerate(all_versions):
+        if versions != all_versions[0]:
             raise WorkError(
-                f"rank {number} has {', '.join(versions)}; rank 0 has {', '.join(found[0])}",
+                f"rank {rank} has {', '.join(versions)}; rank 0 has {', '.join(all_versions[0])}",
                 hint="install the same versions on every machine",
             )
     assert ranks.heartbeat is not None
@@ -275,15 +277,15 @@ def _preflight(ranks: DistributedContext, device: str) -> None:
 
 
 def set_cuda_device_from_local_rank() -> None:
-    """Show this process one card only, by its place on the machine; before CUDA is asked anything.
+    """Make only one GPU visible to this process, by its local rank, before CUDA is initialized.
 
-    A launcher that shows each process its own card already (Ray) is left alone.
+    Launchers that already show each process one GPU (Ray) are left alone.
     """
     local = os.environ.get("LOCAL_RANK")
     if local is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or _OWN_ENV in os.environ:
         return
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = shown.split(",") if shown is not None else None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible is not None else None
     if names is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = local
     elif len(names) > 1:
@@ -291,15 +293,17 @@ def set_cuda_device_from_local_rank() -> None:
     os.environ[_OWN_ENV] = local
 
 
-def _same_kind(beats: list[Beat]) -> None:
-    """Raises:
-    WorkError: some ranks have a card, others none.
+def _require_same_device_type(beats: list[Beat]) -> None:
+    """Check that all ranks or none have a GPU.
+
+    Raises:
+        WorkError: some ranks have a GPU and others do not.
     """
     without = [beat for beat in beats if not beat.device.startswith("cuda")]
     if without and len(without) < len(beats):
         raise WorkError(
-            f"no CUDA card for {', '.join(map(str, without))}; the other ranks have one",
-            hint="start as many processes on a machine as it has cards: --gpus, --nproc-per-node",
+            f"no CUDA GPU for {', '.join(map(str, without))}; the other ranks have one",
+            hint="start as many processes on a machine as it has GPUs: --gpus, --nproc-per-node",
         )
 
 
@@ -310,18 +314,18 @@ def _version(package: str) -> str | None:
 
 
 def _wait_for_all(store: Any, count: int) -> None:
-    """Wait for every rank's first word.
+    """Wait for every rank's first heartbeat.
 
     Raises:
-        WorkError: names those that do not come.
+        WorkError: names the ranks that do not join in time.
     """
     until = time.monotonic() + RENDEZVOUS_TIMEOUT_S
     while missing := [rank for rank in range(count) if not store.check([key(rank)])]:
         if time.monotonic() > until:
             names = ", ".join(map(str, missing))
             raise WorkError(
-                f"rank {names} of {count} did not come within {RENDEZVOUS_TIMEOUT_S:.0f} s",
-                hint="was torchrun started on every machine, with the same --nnodes and "
-                "--rdzv-endpoint, and do their first words show an error?",
+                f"rank {names} of {count} did not join within {RENDEZVOUS_TIMEOUT_S:.0f} s",
+                hint="check its log for an earlier error, and that torchrun was started on every "
+                "machine with the same --nnodes and --rdzv-endpoint",
             )
         time.sleep(0.05)

@@ -1,7 +1,7 @@
-"""Each layer's input of each micro-batch enters on the way up; it comes back on the way down.
+"""Keep each layer's input of each micro-batch until its backward pass, on the GPU or offloaded.
 
-Where a layer's inputs have no room on the card they travel to page-locked host memory and back on
-streams of their own, two at a time each way, so that the card holds two more than it works with.
+Inputs that do not fit on the GPU are copied to pinned host memory and back on separate streams, two
+at a time in each direction, so that the GPU holds at most two more than it works with.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from lorakit.engine.host_memory import PageLocked, view_of
 
 Key = tuple[int, int]  # layer, micro-batch
-# Copies under way in each direction; more would only hold memory.
+# Copies in flight in each direction; more would only use memory.
 PREFETCH_DEPTH = 2
 
 
 class LayerInputs:
-    """A store of tensors by (layer, micro-batch).
+    """A store of layer inputs by (layer, micro-batch).
 
     Args:
-        on_card: so many of the last layers keep theirs on the card.
+        on_card: number of last layers whose inputs stay on the GPU.
     """
 
     def __init__(self, layers: int, on_card: int, device: torch.device) -> None:
@@ -39,11 +39,11 @@ class LayerInputs:
         self.down = torch.cuda.Stream(device) if self.cuda else None
 
     def put(self, key: Key, x: Tensor) -> None:
-        """Keep x, which must not be written afterwards."""
+        """Store x, which must not be modified afterwards."""
         if key[0] >= self.first_on_card or not self.cuda:
             self.kept[key] = x
             return
-        target = self._room(key, x)
+        target = self._host_view(key, x)
         assert self.down is not None
         self.down.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.down):
@@ -52,11 +52,11 @@ class LayerInputs:
             event.record(self.down)
         self.leaving.append((event, x))
         while len(self.leaving) > PREFETCH_DEPTH:
-            # Its memory may be taken again by what is queued after the copy is through.
+            # Work queued after the copy has finished may reuse the memory of x.
             torch.cuda.current_stream().wait_event(self.leaving.popleft()[0])
 
     def settle(self) -> None:
-        """All copies to the host are through for what is queued from here on."""
+        """Make work queued from here on wait for all copies to the host."""
         while self.leaving:
             torch.cuda.current_stream().wait_event(self.leaving.popleft()[0])
 
@@ -71,13 +71,13 @@ class LayerInputs:
             self.up.wait_stream(torch.cuda.current_stream())
             self.up.wait_stream(self.down)
             with torch.cuda.stream(self.up):
-                x.copy_(self._room(key, x), non_blocking=True)
+                x.copy_(self._host_view(key, x), non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(self.up)
             self.coming[key] = (event, x)
 
     def take(self, key: Key) -> Tensor:
-        """What was put under `key`; given out once."""
+        """Return and remove the tensor stored under `key`."""
         if key in self.kept or not self.cuda:
             return self.kept.pop(key)
         self.fetch([key])
@@ -85,13 +85,13 @@ class LayerInputs:
         torch.cuda.current_stream().wait_event(event)
         return x
 
-    def _room(self, key: Key, x: Tensor) -> Tensor:
-        """Host memory for x; kept for the next step, larger if it has to be."""
-        room = self.rooms.get(key)
-        if room is None or room.bytes.numel() < x.nbytes:
-            # The card may still read or write the old one.
+    def _host_view(self, key: Key, x: Tensor) -> Tensor:
+        """Host memory for x; reused in the next step, and replaced if too small."""
+        buffer = self.rooms.get(key)
+        if buffer is None or buffer.bytes.numel() < x.nbytes:
+            # The GPU may still read or write the old buffer.
             torch.cuda.synchronize()
             self.rooms.pop(key, None)
-            room = self.rooms[key] = PageLocked(x.nbytes, self.device)
+            buffer = self.rooms[key] = PageLocked(x.nbytes, self.device)
         self.shapes[key] = torch.empty(x.shape, dtype=x.dtype, device="meta")
-        return view_of(room.bytes, 0, x)
+        return view_of(buffer.bytes, 0, x)

@@ -1,8 +1,8 @@
-"""A PEFT model enters; the same model leaves with its decoder layers on the fast path, verified.
+"""Build the engine for the decoder layers of a PEFT model, and verify it.
 
-Nothing is patched beyond this one instance: its modules, parameters and their names stay, so
-adapters are saved by PEFT as ever. A call the fast path does not serve (generation with a cache,
-adapters switched off or merged) goes through the model's own layers.
+Only this instance changes: its modules, parameters and their names stay, so PEFT saves adapters as
+usual. Calls that the engine does not support (generation with a cache, adapters switched off or
+merged) go through the model's own layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorakit.types import ON_CARD, Placement
 
 @dataclass
 class Engine:
-    """The fast path of one model: its layers, and the decoder around them."""
+    """The engine of one model: its fused layers, and the decoder around them."""
 
     decoder: Any
     layers: list[FastLayer]
@@ -47,7 +47,7 @@ class Engine:
     hooks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # PEFT switches all adapters at once, but any one may be the only kind there is.
+        # PEFT switches all adapters at once, but any module may be the only adapted kind.
         self.adapted = [m for m in self.decoder.modules() if hasattr(m, "lora_A")]
 
     @property
@@ -55,25 +55,25 @@ class Engine:
         return [group for layer in self.layers for group in layer.groups]
 
     def set_checkpointing(self, levels: list[SavedActivations]) -> None:
-        """Choose what each layer keeps for backward."""
+        """Set the activations that each layer saves for backward."""
         for layer, level in zip(self.layers, levels, strict=True):
             layer.keep = level
 
     def supports(self, length: int) -> bool:
-        """True where the fast path computes what the model would: adapters on, window not hit."""
+        """True if the engine computes the same as the model: adapters on, within the window."""
         windows = [layer.attention.window for layer in self.layers]
         if any(window and length > window for window in windows):
             return False
         return not any(_switched_off(module) for module in self.adapted)
 
     def move_embedding_to_host(self) -> None:
-        """Leave the card's memory to the rest: rows are looked up on the host for each batch."""
+        """Save GPU memory: look up embedding rows on the host for each batch."""
         if not self.embedding_on_host:
             self.embedding_on_host = True
             embedding = self.decoder.embed_tokens.cpu()
-            before = embedding.register_forward_pre_hook(lambda _, given: (given[0].cpu(),))
-            after = embedding.register_forward_hook(lambda _, __, found: found.to(self.device))
-            # `generate` sends ids and positions to where the first parameter is: the host.
+            before = embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(),))
+            after = embedding.register_forward_hook(lambda _, __, output: output.to(self.device))
+            # `generate` sends ids and positions to the device of the first parameter: the host.
             moved = self.decoder.register_forward_pre_hook(self._inputs_to_device, with_kwargs=True)
             self.hooks += [before, after, moved]
 
@@ -84,24 +84,24 @@ class Engine:
         return tuple(map(moved, args)), {name: moved(value) for name, value in kwargs.items()}
 
     def embed_on_host(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [B, T, D] of ids on the host, page-locked where they go to a card."""
-        found: Tensor = self.decoder.embed_tokens.forward(input_ids)  # past the hooks
-        return found.pin_memory() if self.device.type == "cuda" else found
+        """Embeddings [B, T, D] of ids on the host, in pinned memory if the device is a GPU."""
+        embedded: Tensor = self.decoder.embed_tokens.forward(input_ids)  # past the hooks
+        return embedded.pin_memory() if self.device.type == "cuda" else embedded
 
     def stream_base(self, spread: DistributedContext | None = None) -> None:
-        """Frozen weights of the layers go to host memory, or over ranks; by turns to the card."""
+        """Move frozen weights to host memory or shard them; copy layers to the GPU in turn."""
         groups = [layer.groups for layer in self.layers]
         self.streamed = StreamedBase(groups, self.device, spread)
-        for number, layer in enumerate(self.decoder.layers):
-            call = functools.partial(self._enter_own, number)
-            self.hooks.append(layer.register_forward_pre_hook(call))
+        for index, layer in enumerate(self.decoder.layers):
+            hook = functools.partial(self._before_own_layer, index)
+            self.hooks.append(layer.register_forward_pre_hook(hook))
 
     def move_adapters_to_host(self) -> None:
-        """Adapters go to host memory, and their gradients and optimizer with them."""
+        """Move adapters to host memory, with their gradients and optimizer state."""
         self.host_adapters = HostAdapters([layer.groups for layer in self.layers], self.device)
 
     def load_layer(self, number: int, training: bool, following: int | None = None) -> None:
-        """Layer `number` can be worked with from here on; the `following` one is on its way."""
+        """Make layer `number` ready for work queued from here on, and prefetch `following`."""
         if self.streamed is not None:
             self.streamed.load_layer(number, following)
         if self.host_adapters is not None:
@@ -111,19 +111,22 @@ class Engine:
     def embed_and_context(
         self, inputs: dict[str, Any], segments: Segments | None
     ) -> tuple[Tensor, ForwardContext]:
-        """(embedded ids [B, T, D], what all layers share) of one micro-batch.
+        """Embed one micro-batch and build the context that all layers share.
 
         Args:
-            inputs: `input_ids` or `inputs_embeds`, and perhaps `position_ids`.
+            inputs: `input_ids` or `inputs_embeds`, and optionally `position_ids`.
+
+        Returns:
+            (embedded ids [B, T, D], context).
         """
         training = self.decoder.training
         hidden = inputs.get("inputs_embeds")
         if hidden is None:
             hidden = self.decoder.embed_tokens(inputs["input_ids"])
-        places = inputs.get("position_ids")
-        if places is None:
-            places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        angles = self.decoder.rotary_emb(hidden, position_ids=places)
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        angles = self.decoder.rotary_emb(hidden, position_ids=positions)
         masks = max((layer.masks for layer in self.layers), default=0)
         keys = None
         if training and masks:
@@ -132,24 +135,24 @@ class Engine:
         return hidden, ForwardContext(angles, segments, keys, training)
 
     def __call__(self, inputs: dict[str, Any], segments: Segments | None) -> Tensor:
-        """Hidden states [B, T, D] after the last norm, of right-padded rows or one packed row."""
+        """Hidden states [B, T, D] after the last norm, for right-padded rows or one packed row."""
         hidden, call = self.embed_and_context(inputs, segments)
         if self.host_adapters is None:
             refresh(self.groups, call.training)
         if torch.is_grad_enabled():
             rows, width = hidden.shape[:-1].numel(), hidden.shape[-1]
             call = replace(call, arena=ActivationBuffers(self.layers, rows, width, hidden))
-        for number, layer in enumerate(self.layers):
-            last = number + 1 == len(self.layers)
-            self.load_layer(number, call.training, None if last else number + 1)
+        for index, layer in enumerate(self.layers):
+            last = index + 1 == len(self.layers)
+            self.load_layer(index, call.training, None if last else index + 1)
             hidden = layer(hidden, call)
         return self.decoder.norm(hidden)
 
     def detach(self) -> None:
-        """Give every module a weight of its own again, as savers expect.
+        """Give every module a separate weight again, as savers expect.
 
-        A streamed base and an embedding on the host stay there with their hooks: the GPU had no
-        room for them, and evaluation takes more than a step (384 MiB too much within 7 GiB).
+        A streamed base and an embedding on the host stay there with their hooks: they do not fit on
+        the GPU, and evaluation takes more than a step (384 MiB too much within 7 GiB).
         """
         if self.host_adapters is not None:
             self.host_adapters.leave()
@@ -157,18 +160,18 @@ class Engine:
         for group in self.groups:
             group.a_grad_buffer = group.b_grad_buffer = None
         if self.device.type == "cuda":
-            # Gradient buffers kept the memory pool of the CUDA graphs: 430 MiB at 12 layers of 7B.
+            # Gradient buffers kept the CUDA graphs' memory pool: 430 MiB at 12 layers of 7B.
             torch.cuda.empty_cache()
         if self.streamed is None:
             for group in self.groups:
                 group.unmerge()
 
-    def _enter_own(self, number: int, *_: Any) -> None:
-        """Before the model's own layer `number` runs (generation, probes)."""
+    def _before_own_layer(self, index: int, *_: Any) -> None:
+        """Load layer `index` before the model's own layer runs (generation, probes)."""
         if self.streamed is not None:
-            self.streamed.load_layer(number, (number + 1) % len(self.layers))
+            self.streamed.load_layer(index, (index + 1) % len(self.layers))
         if self.host_adapters is not None:
-            self.host_adapters.load_layer(number)
+            self.host_adapters.load_layer(index)
 
 
 def attach_engine(
@@ -177,10 +180,13 @@ def attach_engine(
     placement: Placement = ON_CARD,
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Engine | None, str]:
-    """(engine, path) for the transformers model inside a PEFT model; None where it is not served.
+    """Build the engine for the transformers model inside a PEFT model, and verify it.
 
     The engine's hidden states are compared with the model's own on a probe, so an architecture that
-    looks like Llama and computes something else is refused, with the reason in `path`.
+    looks like Llama but computes something else is rejected.
+
+    Returns:
+        (engine or None if unsupported, description of the path with the reason).
     """
     config = base.config.get_text_config()
     if config.model_type not in FAST_FAMILIES:
@@ -189,8 +195,8 @@ def attach_engine(
     scratch: Scratch = {}
     try:
         _check_shape(decoder, config)
-        found = enumerate(decoder.layers)
-        layers = [FastLayer(x, i, config, scratch, device) for i, x in found]
+        numbered = enumerate(decoder.layers)
+        layers = [FastLayer(x, i, config, scratch, device) for i, x in numbered]
     except (Unsupported, AttributeError) as error:
         return None, f"{error}: PEFT's own layers"
     engine = Engine(decoder, layers, device, scratch)
@@ -198,30 +204,30 @@ def attach_engine(
         for group in layer.groups:
             group.merge()
         if device.type == "cuda":
-            # The parts go back at once; left cached, small tensors would settle in them for good.
+            # Return the parts at once; cached, their blocks would be split by small tensors.
             torch.cuda.empty_cache()
     _place(engine, base, placement, ranks)
-    words, trouble = self_test(engine, base)
-    if trouble:
+    comparison, fault = self_test(engine, base)
+    if fault:
         engine.detach()
-        return None, f"{trouble}: its own layers"
-    return engine, f"{len(layers)} fused layers, {kernels_reason(device.type)}; {words}"
+        return None, f"{fault}: its own layers"
+    return engine, f"{len(layers)} fused layers, {kernels_reason(device.type)}; {comparison}"
 
 
 def _place(engine: Engine, base: Any, placement: Placement, ranks: DistributedContext) -> None:
-    """Let parts lie where the plan says; what is not of the layers goes to the card."""
+    """Move parts to where the plan places them; parts outside the layers go to the GPU."""
     if placement.base_offloaded:
         engine.stream_base(None if placement.base_on_host else ranks)
         if not placement.base_on_host:
             ranks.release_load_turn()
-        own = [(*layer.norms, *layer.attention.norms) for layer in engine.layers]
-        parts = [engine.decoder.norm, engine.decoder.rotary_emb, *itertools.chain(*own)]
-        parts += [base.get_output_embeddings()]
+        layer_norms = [(*layer.norms, *layer.attention.norms) for layer in engine.layers]
+        modules = [engine.decoder.norm, engine.decoder.rotary_emb, *itertools.chain(*layer_norms)]
+        modules += [base.get_output_embeddings()]
         if not placement.embedding_on_host:
-            parts += [engine.decoder.embed_tokens]
-        for part in parts:
-            if part is not None:
-                part.to(engine.device)
+            modules += [engine.decoder.embed_tokens]
+        for module in modules:
+            if module is not None:
+                module.to(engine.device)
     if placement.adapters_on_host:
         engine.move_adapters_to_host()
     else:

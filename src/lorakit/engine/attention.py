@@ -1,11 +1,11 @@
-"""Queries, keys and values enter; causal attention leaves, over rows or over packed documents.
+"""Causal attention over rows or packed documents, and the attention of one decoder layer.
 
-A dense batch goes through torch's scaled_dot_product_attention, which on a Hopper card is cuDNN's
-kernel (0.084 ms forward for 2,048 tokens and 32 heads; FlashAttention-2 0.202 ms). Packed documents
-go through torch's variable-length FlashAttention-2 where the card has it, else one by one.
-Right-padded rows need no mask: a real token never looks to its right, and pads carry no loss.
+A dense batch uses torch's scaled_dot_product_attention, which on Hopper is cuDNN's kernel (0.084 ms
+forward for 2,048 tokens and 32 heads; FlashAttention-2 0.202 ms). Packed documents use torch's
+variable-length FlashAttention-2 if the GPU supports it, else attend one by one. Right-padded rows
+need no mask: real tokens do not attend to their right, and padding has no loss.
 
-One layer's qkv enters; rotated queries and keys attend, all heads at once or some; out leaves.
+`LayerAttention` rotates and attends one layer's qkv, with all heads at once or in groups.
 
 Shapes: B batch, T tokens, M = B*T, H query heads on Hk key heads, d wide; qkv [M, (H + 2 Hk) d].
 """
@@ -34,7 +34,7 @@ _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SD
 class Segments:
     """Borders of the documents in one packed row: cumulative lengths [n+1] int32, and the longest.
 
-    `lengths` are the same on the host, for the path without a variable-length kernel.
+    `lengths` are the documents' lengths on the host, for the path without a varlen kernel.
     """
 
     borders: Tensor
@@ -45,7 +45,7 @@ class Segments:
     def of(
         cls, borders: Tensor | None, lengths: tuple[int, ...] = (), longest: int | None = None
     ) -> Segments | None:
-        """The documents of a micro-batch (`data/batching.py`); None where rows are not packed."""
+        """The documents of a micro-batch (`data/batching.py`); None if rows are not packed."""
         if borders is None:
             return None
         return cls(borders, longest or max(lengths), tuple(lengths))
@@ -55,24 +55,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
     """Causal attention; q [B, T, H, d], k and v [B, T, Hk, d] -> [B, T, H, d].
 
     Args:
-        segments: set when the one row (B = 1) holds several documents, each to see only itself.
+        segments: set if the one row (B = 1) holds several documents, which are isolated.
     """
     if segments is None:
         return _dense(q, k, v, scale)
     if has_matrix_kernels(q) and q.dtype != torch.float32 and q.shape[-1] <= 256:
         return _varlen(q, k, v, scale, segments)
-    parts = zip(*(t.split(segments.lengths, dim=1) for t in (q, k, v)), strict=True)
-    return torch.cat([_dense(a, b, c, scale) for a, b, c in parts], dim=1)
+    documents = zip(*(t.split(segments.lengths, dim=1) for t in (q, k, v)), strict=True)
+    return torch.cat([_dense(a, b, c, scale) for a, b, c in documents], dim=1)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     if grouped and not has_matrix_kernels(q):
-        # Only the newer kernels share keys among heads; the others would fall back to full scores.
+        # Only the newer kernels share keys among heads; others would compute full scores.
         repeat = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
         grouped = False
-    # cuDNN plans anew for every length it meets; those that are no multiple of 128 are left out.
+    # cuDNN plans again for every length; lengths that are not a multiple of 128 avoid it.
     odd = has_matrix_kernels(q) and q.shape[1] % 128
     with sdpa_kernel(_WITHOUT_CUDNN) if odd else nullcontext():
         out = functional.scaled_dot_product_attention(
@@ -109,7 +109,7 @@ Angles = tuple[Tensor, Tensor]
 
 @dataclass(slots=True)
 class Attended:
-    """Attention as a graph of its own: leaves, and the output [B, T, H, d] that leads back."""
+    """Attention as a separate autograd graph: its leaves, and the output [B, T, H, d]."""
 
     q: Tensor
     k: Tensor
@@ -119,8 +119,7 @@ class Attended:
 
 
 class LayerAttention:
-    """Rotation, norms of heads and attention of one layer; its projections are
-    `FusedLoraLinear`s."""
+    """Rotation, head norms and attention of one layer; `FusedLoraLinear`s do its projections."""
 
     def __init__(self, module: Any, sizes: list[int], config: Any, offset: float) -> None:
         self.head, self.scale, self.offset = module.head_dim, module.scaling, offset
@@ -131,23 +130,23 @@ class LayerAttention:
         self.window: int | None = int(window) if window else None
 
     def prepare_(self, qkv: Tensor, update: Update | None, angles: Angles) -> None:
-        """Add the adapters' part to qkv and rotate q and k, in place; before norms only the first.
+        """Add the adapters' update to qkv and rotate q and k in place; before norms only add.
 
         Args:
             angles: (cos, sin) [1 or B, T, d] of these rows.
         """
-        turns = angles if self.rotates and self.norms[0] is None else None
-        rotate_qkv_(qkv, self.heads, self.head, turns, update)
+        rotation = angles if self.rotates and self.norms[0] is None else None
+        rotate_qkv_(qkv, self.heads, self.head, rotation, update)
 
     def columns(self, keys: slice) -> list[slice]:
-        """Heads of q, k and v that belong to these key heads, counted over qkv."""
-        queries, own, _ = self.heads
-        share = queries // own
-        first, last, _ = keys.indices(own)
+        """Heads of q, k and v that belong to these key heads, as slices over qkv."""
+        queries, key_heads, _ = self.heads
+        share = queries // key_heads
+        first, last, _ = keys.indices(key_heads)
         return [
             slice(first * share, last * share),
             slice(queries + first, queries + last),
-            slice(queries + own + first, queries + own + last),
+            slice(queries + key_heads + first, queries + key_heads + last),
         ]
 
     def attend(
@@ -159,9 +158,9 @@ class LayerAttention:
         graph: bool,
         keys: slice = slice(None),
     ) -> Attended:
-        """Causal attention of a prepared qkv; with `graph` a backward can follow."""
-        wide = qkv.view(batch, -1, sum(self.heads), self.head)
-        q, k, v = (wide[:, :, own] for own in self.columns(keys))
+        """Causal attention of a prepared qkv; `graph` makes a backward possible."""
+        by_head = qkv.view(batch, -1, sum(self.heads), self.head)
+        q, k, v = (by_head[:, :, columns] for columns in self.columns(keys))
         raw = None
         if self.norms[0] is not None:
             raw = (q, k)
@@ -170,14 +169,14 @@ class LayerAttention:
                 q, k = rope(q, *angles, out=q), rope(k, *angles, out=k)
         with torch.set_grad_enabled(graph):
             if graph:
-                # .data: a group of heads done with may be overwritten while others wait (autograd
-                # would see one tensor written).
+                # .data: a finished group of heads may be overwritten while others wait (autograd
+                # would detect a write to the shared tensor).
                 q, k, v = (t.data.requires_grad_() for t in (q, k, v))
             out = attend(q, k, v, self.scale, segments)
         return Attended(q, k, v, out, raw)
 
     def backward(self, kept: Attended, dout: Tensor, angles: Angles) -> Tensor:
-        """The gradient of qkv as it was before `prepare_`, of the heads in `kept` side by side.
+        """The gradient of qkv before `prepare_`, for the concatenated heads in `kept`.
 
         Args:
             dout: gradient of the output [B, T, heads, d].
@@ -185,19 +184,19 @@ class LayerAttention:
         dq, dk, dv = torch.autograd.grad(kept.out, (kept.q, kept.k, kept.v), dout)
         dqkv = unrotate_qkv(dq, dk, dv, angles if self.rotates else None)
         if kept.raw is not None:
-            wide = dqkv.view(*dq.shape[:2], -1, self.head)
-            parts = wide.split([t.shape[2] for t in (dq, dk, dv)], dim=2)
-            for number, own in enumerate(kept.raw):
-                parts[number].copy_(self._norm_backward(number, parts[number], own))
+            by_head = dqkv.view(*dq.shape[:2], -1, self.head)
+            parts = by_head.split([t.shape[2] for t in (dq, dk, dv)], dim=2)
+            for index, raw in enumerate(kept.raw):
+                parts[index].copy_(self._norm_backward(index, parts[index], raw))
         return dqkv
 
-    def _norm(self, number: int, t: Tensor) -> Tensor:
-        module = self.norms[number]
+    def _norm(self, index: int, t: Tensor) -> Tensor:
+        module = self.norms[index]
         flat = t.reshape(-1, self.head)
         return rms_norm(flat, module.weight, eps_of(module), self.offset)[0].view(t.shape)
 
-    def _norm_backward(self, number: int, grad: Tensor, raw: Tensor) -> Tensor:
-        module = self.norms[number]
+    def _norm_backward(self, index: int, grad: Tensor, raw: Tensor) -> Tensor:
+        module = self.norms[index]
         x = raw.reshape(-1, self.head)
         rstd = torch.rsqrt(x.float().pow(2).mean(-1) + eps_of(module))
         flat = grad.reshape(-1, self.head)
@@ -205,5 +204,5 @@ class LayerAttention:
 
 
 def eps_of(norm: Any) -> float:
-    """The epsilon of an RMS norm module, by either of its names."""
+    """The epsilon of an RMS norm module, under either attribute name."""
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

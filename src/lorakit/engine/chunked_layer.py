@@ -1,11 +1,11 @@
-"""A decoder layer without autograd: x in, out; x and dout in, dx out, gradients added to sinks.
+"""Forward and backward of a decoder layer without autograd, in chunks of tokens and heads.
 
-The same operations as `engine/decoder_layer.py`, for a schedule that keeps each layer's input and
-nothing
-else. Tokens go through the projections and the MLP in chunks, heads through attention in groups, so
-that beside x and its gradient memory holds qkv, attention's output and its gradient for all tokens
-(28 kB a token at 4,096 wide, 32 heads on 8) and the rest for one chunk. Sums over tokens add up
-chunk by chunk; masks of dropout are those of the whole, since a row's number is part of their hash.
+The operations are those of `engine/decoder_layer.py`, for a schedule that keeps only each layer's
+input. Tokens pass through the projections and the MLP in chunks, heads through attention in groups.
+Besides x and its gradient, memory holds qkv, attention's output and its gradient for all tokens
+(28 kB per token at 4,096 wide, 32 heads on 8) and everything else for one chunk. Sums over tokens
+accumulate chunk by chunk; dropout masks equal those of the unchunked layer, because the row number
+is part of their hash. Gradients are added to the groups' buffers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lorakit.ops.rms_norm import rms_norm_backward
 
 @dataclass(frozen=True, slots=True)
 class ChunkSize:
-    """How much goes through a layer at once: `tokens` of one long row, `heads` of its keys.
+    """Tokens of one long row, and key heads, that pass through a layer at once.
 
-    Several rows (B > 1) go whole: their positions do not run on from one to the next.
+    Several rows (B > 1) are not split: positions restart in each row.
     """
 
     tokens: int
@@ -48,7 +48,7 @@ class ChunkSize:
 
 @dataclass(frozen=True, slots=True)
 class LayerTask:
-    """One micro-batch in one layer: the layer, what the pass shares, rows, weights and cut."""
+    """One micro-batch in one layer: the layer, the pass's context, rows, weights and chunk size."""
 
     layer: FastLayer
     call: ForwardContext
@@ -57,14 +57,14 @@ class LayerTask:
     cut: ChunkSize
 
     def drop(self, group: FusedLoraLinear, rows: slice) -> Dropout:
-        """The masks of these rows: element i of row n is element n * K + i of the whole mask."""
-        whole = self.layer.dropout(group, self.call)
-        if whole.keys is None or not rows.start:
-            return whole
+        """Dropout of these rows: element i of row n is element n * K + i of the complete mask."""
+        complete = self.layer.dropout(group, self.call)
+        if complete.keys is None or not rows.start:
+            return complete
         shift = rows.start * group.inputs & 0xFFFFFFFF
-        keys = whole.keys.clone()
+        keys = complete.keys.clone()
         keys[:, 0] += shift - 2**32 if shift >= 2**31 else shift
-        return Dropout(keys, whole.p)
+        return Dropout(keys, complete.p)
 
     def angles(self, rows: slice) -> Angles:
         """cos and sin of these rows."""
@@ -93,11 +93,11 @@ def forward(work: LayerTask, x: Tensor) -> Tensor:
 
 
 def backward(work: LayerTask, x: Tensor, d: Tensor, wants_dx: bool) -> None:
-    """Add the layer's gradients to its sinks; d [M, D] becomes the gradient of x.
+    """Add the layer's gradients to its buffers, and overwrite d [M, D] by the gradient of x.
 
     Args:
         x: the layer's input.
-        d: the gradient of its output, overwritten (left as it ends where `wants_dx` is false).
+        d: the gradient of its output; its content is undefined if `wants_dx` is false.
     """
     layer = work.layer
     qkv, s = _qkv(work, x)
@@ -118,7 +118,7 @@ def backward(work: LayerTask, x: Tensor, d: Tensor, wants_dx: bool) -> None:
 
 
 def _qkv(work: LayerTask, x: Tensor) -> tuple[Tensor, Update | None]:
-    """(qkv [M, N] ready to attend, the low-rank inputs of its adapters for all rows)."""
+    """(qkv [M, N] ready for attention, low-rank inputs of its adapters for all rows)."""
     layer = work.layer
     qkv = torch.empty(x.shape[0], layer.qkv.outputs, dtype=x.dtype, device=x.device)
     updates = []
@@ -128,54 +128,56 @@ def _qkv(work: LayerTask, x: Tensor) -> tuple[Tensor, Update | None]:
         _, update = layer.qkv.forward(h1, weight, drop, qkv[rows])
         layer.attention.prepare_(qkv[rows], update, work.angles(rows))
         updates.append(update)
-    whole = [u for u in updates if u is not None]
-    if not whole:
+    present = [u for u in updates if u is not None]
+    if not present:
         return qkv, None
-    s = whole[0].s if len(whole) == 1 else torch.cat([u.s for u in whole])
-    return qkv, Update(s, whole[0].b, whole[0].slots)
+    s = present[0].s if len(present) == 1 else torch.cat([u.s for u in present])
+    return qkv, Update(s, present[0].b, present[0].slots)
 
 
 def _attend_in_place(work: LayerTask, qkv: Tensor) -> Tensor:
-    """Attention's output [M, H*d]; of heads in groups it takes the place of their queries."""
+    """Attention's output [M, H*d]; with several groups of heads it overwrites their queries."""
     attention, groups = work.layer.attention, work.cut.head_groups(work.layer)
     angles, segments, batch = work.call.angles, work.call.segments, work.batch
     if len(groups) == 1:
         return as_rows(attention.attend(qkv, angles, segments, batch, False).out)
-    wide = qkv.view(batch, -1, sum(attention.heads), attention.head)
+    by_head = qkv.view(batch, -1, sum(attention.heads), attention.head)
     for heads in groups:
-        found = attention.attend(qkv, angles, segments, batch, False, heads)
-        wide[:, :, attention.columns(heads)[0]].copy_(found.out)
+        attended = attention.attend(qkv, angles, segments, batch, False, heads)
+        by_head[:, :, attention.columns(heads)[0]].copy_(attended.out)
     return qkv[:, : work.layer.o.inputs]
 
 
 def _gather(work: LayerTask, kept: list[Attended], rows: slice) -> Tensor:
-    """Attention's output of these rows [n, H*d], from all groups of heads."""
-    found = [as_rows(own.out if work.batch > 1 else own.out[:, rows]) for own in kept]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+    """Concatenate attention's output of these rows [n, H*d] from all groups of heads."""
+    outputs = [
+        as_rows(attended.out if work.batch > 1 else attended.out[:, rows]) for attended in kept
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 def _backward_mlp(
     work: LayerTask, rows: slice, x: Tensor, flat: Tensor, d: Tensor, dflat: Tensor
 ) -> None:
-    """From d of the output to d of the middle, in place, and to `dflat` of attention's output."""
+    """Turn d of the output into d of the middle, in place; write d of attention's output."""
     layer, weights, training = work.layer, work.weights, work.call.training
     down, gate_up, o = layer.down, layer.gate_up, layer.o
     mid, of_o = o.forward_residual(flat, weights[o], work.drop(o, rows), x)
     h2, rstd2 = layer.norm(1, mid)
     drop = work.drop(gate_up, rows)
-    made, of_gate_up = gate_up.forward(h2, weights[gate_up], drop)
+    gate_up_out, of_gate_up = gate_up.forward(h2, weights[gate_up], drop)
     ds = down.s_grad(d)
     dh, drop_down = d @ weights[down], work.drop(down, rows)
     extra = down.to_input_grad(ds, drop_down)
-    dmade, h = gated_backward(dh, made, layer.activation, of_gate_up, extra)
-    del made, dh
+    dgate_up, h = gated_backward(dh, gate_up_out, layer.activation, of_gate_up, extra)
+    del gate_up_out, dh
     down.b_grad(d, lora_down(h, down.a, drop_down.keys, drop_down.p))
     down.factor_grads(ds, None, h, drop_down, training)
     del h
-    ds, _ = gate_up.output_grads(dmade, of_gate_up)
-    dh2 = gate_up.input_grad(dmade, ds, weights[gate_up], drop)
+    ds, _ = gate_up.output_grads(dgate_up, of_gate_up)
+    dh2 = gate_up.input_grad(dgate_up, ds, weights[gate_up], drop)
     gate_up.factor_grads(ds, None, h2, drop, training)
-    del dmade
+    del dgate_up
     norm = layer.norms[1]
     dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=d)
     ds, _ = o.output_grads(dmid, of_o)
@@ -188,20 +190,22 @@ def _backward_mlp(
 def _backward_attention(
     work: LayerTask, qkv: Tensor, kept: list[Attended], dflat: Tensor
 ) -> Tensor:
-    """The gradient of qkv [M, N]; of heads in groups it takes the place of qkv, group by group."""
+    """The gradient of qkv [M, N]; with several groups of heads it overwrites qkv."""
     attention, angles = work.layer.attention, work.call.angles
     if len(kept) == 1:
         return attention.backward(kept[0], dflat.view(kept[0].out.shape), angles)
     width = attention.head
-    wide, dwide = (t.view(work.batch, -1, t.shape[1] // width, width) for t in (qkv, dflat))
+    by_head, dflat_by_head = (
+        t.view(work.batch, -1, t.shape[1] // width, width) for t in (qkv, dflat)
+    )
     for heads in work.cut.head_groups(work.layer):
-        own, columns = kept.pop(0), attention.columns(heads)
-        found = attention.backward(own, dwide[:, :, columns[0]], angles)
-        parts = found.view(work.batch, -1, found.shape[1] // width, width).split(
+        attended, columns = kept.pop(0), attention.columns(heads)
+        grad = attention.backward(attended, dflat_by_head[:, :, columns[0]], angles)
+        column_grads = grad.view(work.batch, -1, grad.shape[1] // width, width).split(
             [c.stop - c.start for c in columns], dim=2
         )
-        for column, part in zip(columns, parts, strict=True):
-            wide[:, :, column].copy_(part)
+        for column, column_grad in zip(columns, column_grads, strict=True):
+            by_head[:, :, column].copy_(column_grad)
     return qkv
 
 
@@ -214,12 +218,12 @@ def _backward_qkv(
     d: Tensor,
     wants_dx: bool,
 ) -> None:
-    """From d of qkv, and of the middle in `d`, to d of x, in place."""
+    """Turn d of qkv, and of the middle in `d`, into d of x, in place."""
     layer, group = work.layer, work.layer.qkv
     h1, rstd1 = layer.norm(0, x)
     drop = work.drop(group, rows)
-    own = Update(s.s[rows], s.b, s.slots) if s is not None else None
-    ds, _ = group.output_grads(dqkv, own)
+    update = Update(s.s[rows], s.b, s.slots) if s is not None else None
+    ds, _ = group.output_grads(dqkv, update)
     if wants_dx:
         dh1 = group.input_grad(dqkv, ds, work.weights[group], drop)
         weight = layer.norms[0].weight

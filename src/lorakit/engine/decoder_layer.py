@@ -1,11 +1,10 @@
-"""Hidden states enter a decoder layer of the Llama shape; its output leaves, backward by hand.
+"""A decoder layer of the Llama shape as one autograd node with a hand-written backward.
 
     mid = x + o(attention(rope(qkv(norm1(x)))))          out = mid + down(act(gate) * up)
 
-One autograd node a layer. What it keeps for backward is chosen by `SavedActivations`; the rest is
-recomputed.
+`SavedActivations` selects the activations that are saved for backward; the others are recomputed.
 Bytes per token and layer in bf16 at the Llama-2-7B shape: ALL 91 KiB, NO_GATE_UP 48, MIDDLE 16,
-INPUT 8; `down` is never recomputed and, while the middle is kept, `o` is not either.
+INPUT 8; `down` is never recomputed, nor is `o` while the middle is saved.
 Shapes: B batch, T tokens, M = B*T, D model, H/Hk heads, d head width, I inner width.
 """
 
@@ -27,7 +26,7 @@ from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
 
 
 class SavedActivations(enum.IntEnum):
-    """What a layer keeps for backward, most first."""
+    """Levels of activations that a layer saves for backward, most first."""
 
     ALL = 0
     NO_GATE_UP = 1
@@ -37,7 +36,7 @@ class SavedActivations(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What all layers share in one forward pass: angles, documents, masks, train or not."""
+    """Context that all layers share in one forward pass: angles, documents, masks, mode."""
 
     angles: Angles  # cos, sin [1 or B, T, d]
     segments: Segments | None
@@ -47,37 +46,39 @@ class ForwardContext:
 
 
 class ActivationBuffers:
-    """Room for what layers keep, in one piece for each kind.
+    """Buffers of saved activations, in one allocation per kind.
 
-    Made one by one between short-lived tensors, they would leave holes that nothing fits: 4 GiB of
-    them with 32 layers at 2,048 tokens.
+    Separate allocations between short-lived tensors would fragment memory: 4 GiB with 32 layers at
+    2,048 tokens.
     """
 
     def __init__(self, layers: list[FastLayer], rows: int, model: int, like: Tensor) -> None:
         first = layers[0]
         inner, qkv = first.gate_up.outputs, first.qkv.outputs
-        rooms = {
+        saved_widths = {
             "out": [(x.number, model) for x in layers],
             "mid": [(x.number, model) for x in layers if x.keep < SavedActivations.INPUT],
             "qkv": [(x.number, qkv) for x in layers if x.keep < SavedActivations.MIDDLE],
             "gate_up": [(x.number, inner) for x in layers if x.keep == SavedActivations.ALL],
         }
         self.buffers: dict[tuple[str, int], Tensor] = {}
-        for name, wanted in rooms.items():
-            if wanted:
-                width = wanted[0][1]
-                room = torch.empty(len(wanted), rows, width, dtype=like.dtype, device=like.device)
-                # .data: each place counts its own versions, so autograd sees no writes of others.
-                self.buffers |= {(name, w[0]): room[i].data for i, w in enumerate(wanted)}
+        for name, layer_widths in saved_widths.items():
+            if layer_widths:
+                width = layer_widths[0][1]
+                stacked = torch.empty(
+                    len(layer_widths), rows, width, dtype=like.dtype, device=like.device
+                )
+                # .data: each slice counts its own versions, so autograd ignores writes to others.
+                self.buffers |= {(name, w[0]): stacked[i].data for i, w in enumerate(layer_widths)}
 
     def take(self, name: str, number: int) -> Tensor | None:
-        """Where layer `number` writes this tensor; None if it keeps none. Given out once."""
+        """Return and remove the buffer of layer `number` for this tensor; None if not saved."""
         return self.buffers.pop((name, number), None)
 
 
 @dataclass(slots=True)
 class _Saved:
-    """What one layer's forward left for its backward; None where it is recomputed."""
+    """Tensors that one layer's forward saves for its backward; None if recomputed."""
 
     x: Any  # [M, D]
     updates: dict[str, Update | None] = field(default_factory=dict)
@@ -134,17 +135,16 @@ class FastLayer:
             return Dropout(None, 0.0)
         return Dropout(call.keys[self.number, self.key_rows[self.groups.index(group)]], group.p)
 
-    def room(self, name: str, call: ForwardContext) -> Tensor | None:
+    def buffer(self, name: str, call: ForwardContext) -> Tensor | None:
         return call.arena.take(name, self.number) if call.arena else None
 
-    def norm(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        module = self.norms[number]
+    def norm(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        module = self.norms[index]
         return rms_norm(x, module.weight, eps_of(module), self.offset)
 
 
 class _Layer(torch.autograd.Function):
-    """The layer as one node: forward saves by `SavedActivations`, backward recomputes what is
-    missing."""
+    """The layer as one node: forward saves by `SavedActivations`, backward recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -165,13 +165,13 @@ class _Layer(torch.autograd.Function):
                 ctx.layer, ctx.call, ctx.saved, ctx.shape, dout.reshape(-1, ctx.shape[-1]),
                 ctx.needs_input_grad[0],
             )  # fmt: skip
-        # The chain of nodes outlives its backward: memory goes back layer by layer only this way.
+        # The graph's nodes outlive their backward: only this releases memory layer by layer.
         ctx.saved = None
         return (dx.view(ctx.shape) if dx is not None else None, None, None, *gradients)
 
 
 class Weights:
-    """Frozen weights of one layer in one pass: NF4 ones are dequantized at most once."""
+    """Frozen weights of one layer in one pass; NF4 weights are dequantized at most once."""
 
     def __init__(self, layer: FastLayer) -> None:
         self.layer = layer
@@ -186,15 +186,15 @@ class Weights:
 def _forward(
     layer: FastLayer, call: ForwardContext, saved: _Saved, batch: int, wants: bool
 ) -> Tensor:
-    """The layer's output [M, D]; `saved` keeps what `layer.keep` says."""
+    """The layer's output [M, D]; `saved` holds the activations selected by `layer.keep`."""
     keep, weights = layer.keep, Weights(layer)
     mid = _to_middle(layer, call, saved, weights, batch, wants and keep < SavedActivations.MIDDLE)
     h2, saved.rstd2 = layer.norm(1, mid)
     gate_up = _to_gate_up(layer, call, saved, weights, h2)
     h = gated(gate_up, layer.activation, saved.updates["gate_up"])
-    drop, room = layer.dropout(layer.down, call), layer.room("out", call)
+    drop, out_buffer = layer.dropout(layer.down, call), layer.buffer("out", call)
     out, saved.updates["down"] = layer.down.forward_residual(
-        h, weights[layer.down], drop, mid, room
+        h, weights[layer.down], drop, mid, out_buffer
     )
     if keep == SavedActivations.ALL:
         saved.gate_up = gate_up
@@ -211,11 +211,11 @@ def _forward(
 
 
 def _to_qkv(layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights) -> Tensor:
-    """qkv [M, N] without its adapters' part, which `saved.updates` gets."""
+    """qkv [M, N] without the adapters' update, which is stored in `saved.updates`."""
     h1, saved.rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
-    room = layer.room("qkv", call)
-    qkv, saved.updates["qkv"] = layer.qkv.forward(h1, weights[layer.qkv], drop, room)
+    buffer = layer.buffer("qkv", call)
+    qkv, saved.updates["qkv"] = layer.qkv.forward(h1, weights[layer.qkv], drop, buffer)
     return qkv
 
 
@@ -230,23 +230,26 @@ def _attention_of(
 def _to_middle(
     layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, batch: int, graph: bool
 ) -> Tensor:
-    """The first half of the layer, mid [M, D]; `saved` gets its attention and updates."""
+    """The first half of the layer, mid [M, D]; attention and updates are stored in `saved`."""
     saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
     flat = as_rows(saved.attention.out)
     drop = layer.dropout(layer.o, call)
-    room = layer.room("mid", call)
-    mid, saved.updates["o"] = layer.o.forward_residual(flat, weights[layer.o], drop, saved.x, room)
+    buffer = layer.buffer("mid", call)
+    mid, saved.updates["o"] = layer.o.forward_residual(
+        flat, weights[layer.o], drop, saved.x, buffer
+    )
     return mid
 
 
 def _to_gate_up(
     layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, h2: Tensor
 ) -> Tensor:
-    """gate/up [M, 2I] without its adapters' part, which `saved.updates` gets."""
+    """gate/up [M, 2I] without the adapters' update, which is stored in `saved.updates`."""
     drop = layer.dropout(layer.gate_up, call)
-    room = layer.room("gate_up", call)
-    made = layer.gate_up.forward(h2, weights[layer.gate_up], drop, room)
-    gate_up, saved.updates["gate_up"] = made
+    buffer = layer.buffer("gate_up", call)
+    gate_up, saved.updates["gate_up"] = layer.gate_up.forward(
+        h2, weights[layer.gate_up], drop, buffer
+    )
     return gate_up
 
 

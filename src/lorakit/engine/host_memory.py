@@ -1,15 +1,13 @@
-"""Layers' bytes, in host memory or spread over ranks, enter; each layer's on the card leaves.
+"""Pinned host memory, and a double buffer that copies layers' bytes to the GPU.
 
-There are two places: while the card computes with one layer, the next one's bytes travel into the
-other on a stream of their own. Two events a place keep the order: copied before it is read, read
-before it is overwritten. On a CPU the same happens without streams, so that tests run this code.
+While the GPU computes with one layer, the next one's bytes are copied to the other buffer on a
+separate stream. Two events per buffer keep the order: copied before it is read, read before it is
+overwritten. On a CPU the same code runs without streams, so that tests cover it.
 
-A size enters; host memory leaves that a card copies from and to at full speed, beside its work.
-
-Ordinary memory goes through the driver's own buffer at 6.5 GB/s and holds the caller up; locked
-memory took 52 GB/s either way on an H100 machine (benchmarks/results/time_link.json). Locking
-costs 0.08 s a GB, once. torch's `pin_memory` rounds up to powers of two, which is too much for
-tens of GB.
+Copies of pageable memory go through the driver's staging buffer at 6.5 GB/s and block the caller;
+pinned memory reached 52 GB/s in either direction on an H100 machine
+(benchmarks/results/time_link.json). Pinning costs 0.08 s per GB, once. torch's `pin_memory` rounds
+sizes up to powers of two, which is too much for tens of GB.
 """
 
 from __future__ import annotations
@@ -23,17 +21,17 @@ from torch import Tensor
 
 
 class HostBuffer(Protocol):
-    """Where a layer's bytes are while it is not at work."""
+    """Storage of a layer's bytes while the layer does not work."""
 
     @property
     def size(self) -> int: ...
 
     def fill(self, place: Tensor) -> None:
-        """Start bringing all `size` of them into `place`."""
+        """Start copying all `size` bytes into `place`."""
 
 
 class DoubleBuffer:
-    """Two places on `device` that hold one of `rooms` each, by turns."""
+    """Two buffers on `device` that alternately hold the bytes of one of `rooms`."""
 
     def __init__(self, rooms: Sequence[HostBuffer], device: torch.device) -> None:
         self.rooms = rooms
@@ -46,27 +44,30 @@ class DoubleBuffer:
         self.left = [_event(self.stream) for _ in range(2)]
 
     def prefetch(self, number: int) -> int | None:
-        """Start copying layer `number` into the place not in use; returns whom it displaces."""
+        """Start copying layer `number` to the unused buffer; return the layer it displaces."""
         if number in self.resident:
             return None
-        place = 1 - self.in_use
-        displaced, self.resident[place] = self.resident[place], number
-        room = self.rooms[number]
+        slot = 1 - self.in_use
+        displaced, self.resident[slot] = self.resident[slot], number
+        source = self.rooms[number]
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             if self.stream is not None:
-                self.stream.wait_event(self.left[place])
-            room.fill(self.buffers[place][: room.size])
+                self.stream.wait_event(self.left[slot])
+            source.fill(self.buffers[slot][: source.size])
             if self.stream is not None:
-                self.copied[place].record(self.stream)
+                self.copied[slot].record(self.stream)
         return displaced
 
     def acquire(self, number: int) -> tuple[Tensor, int | None]:
-        """(layer `number`'s bytes on the card for the work queued from here on, whom it displaced).
+        """Make layer `number`'s bytes available on the GPU to work queued from here on.
 
-        They stay until the next but one other layer is asked for.
+        They stay until another layer but one is acquired.
+
+        Returns:
+            (the bytes, the layer that was displaced or None).
         """
         if self.stream is not None:
-            # What was queued so far may read the place in use; the next copy into it waits.
+            # Work queued so far may read the buffer in use; the next copy into it waits.
             self.left[self.in_use].record()
         displaced = self.prefetch(number)
         self.in_use = self.resident.index(number)
@@ -75,7 +76,7 @@ class DoubleBuffer:
         return self.buffers[self.in_use][: self.rooms[number].size], displaced
 
     def forget(self) -> None:
-        """The rooms were written: what the places hold is out of date."""
+        """Invalidate both buffers after their sources were written."""
         self.resident = [None, None]
 
 
@@ -84,23 +85,23 @@ def _event(stream: Any) -> Any:
 
 
 class PageLocked:
-    """`size` bytes of host memory, locked while this object lives if `device` is a card."""
+    """`size` bytes of host memory, pinned while this object lives if `device` is a GPU."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.bytes = torch.empty(size, dtype=torch.uint8)
         self.locked = False
         if device.type == "cuda" and size:
             code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)
-            # Refused (a limit of the system): copies still work, at the speed of ordinary memory.
+            # Refused (a system limit): copies still work, at the speed of pageable memory.
             self.locked = int(code) == 0
 
     @property
     def size(self) -> int:
-        """Bytes that `fill` writes."""
+        """Bytes that `fill` copies."""
         return self.bytes.numel()
 
     def fill(self, place: Tensor) -> None:
-        """Start copying everything into `place`."""
+        """Start copying all bytes into `place`."""
         place.copy_(self.bytes, non_blocking=True)
 
     def __del__(self) -> None:
@@ -108,6 +109,6 @@ class PageLocked:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 
-def view_of(room: Tensor, start: int, like: Tensor) -> Tensor:
-    """The bytes of `room` from `start` on as a tensor of the shape and type of `like`."""
-    return room[start : start + like.nbytes].view(like.dtype).view(like.shape)
+def view_of(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """View the bytes of `buffer` from `start` on as a tensor of the shape and dtype of `like`."""
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)

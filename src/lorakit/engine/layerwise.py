@@ -1,13 +1,13 @@
-"""The micro-batches of one optimizer step enter; their loss leaves, worked layer by layer.
+"""Run an optimizer step layer by layer over all its micro-batches.
 
     up:    for each layer, for each micro-batch: x -> out; x is kept (`LayerInputs`)
     top:   for each micro-batch: norm, head, loss, and the gradient of the last hidden states
-    down:  for each layer, for each micro-batch: x, d -> d; the layer's gradients are then whole
+    down:  for each layer, for each micro-batch: x, d -> d; the layer's gradients are then complete
 
-Gradients are the sums they are in any other order. A layer's frozen weights are needed twice a
-step, so they may come from host memory (`StreamedBase`), NF4 ones are dequantized twice a step,
-and the adapters may live on the host with their optimizer (`HostAdapters`). The order is that of
-L2L (arXiv 2002.05645).
+Gradients are the same sums as in any other order. A layer's frozen weights are needed twice per
+step, so they may come from host memory (`StreamedBase`), NF4 weights are dequantized twice per
+step, and the adapters may be on the host with their optimizer (`HostAdapters`). The order is that
+of L2L (arXiv 2002.05645).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lorakit.ops.cross_entropy import summed_cross_entropy
 
 @dataclass(slots=True)
 class _Micro:
-    """One micro-batch on its way: hidden states, or their gradient, [M, D]."""
+    """State of one micro-batch: hidden states, or their gradient, [M, D]."""
 
     call: ForwardContext
     batch: int
@@ -41,13 +41,14 @@ class _Micro:
 
 
 class LayerwiseSchedule:
-    """Runs optimizer steps layer by layer.
+    """Layer-by-layer schedule of optimizer steps.
 
     Args:
-        engine: its groups' sinks are taken over.
+        engine: its groups' gradient buffers are reassigned.
         head: hidden states [n, D] to logits, see `summed_cross_entropy`.
-        parameters: all that train.
-        on_card: layers whose inputs stay on the card.
+        parameters: all trained parameters.
+        cut: tokens and heads that pass through a layer at once.
+        on_card: layers whose inputs stay on the GPU.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class LayerwiseSchedule:
             self.gradients = FlatGradients(parameters, engine.groups)
 
     def __call__(self, micros: Iterable[Batch], scale: float) -> Tensor:
-        """Sum of the micro-batches' losses times `scale`; gradients are in the parameters' .grad.
+        """Compute one step; gradients are in the parameters' .grad.
 
         Args:
-            micros: on the engine's device, ids of an embedding on the host as `inputs_embeds`;
-                each is let go once its hidden states are there.
+            micros: on the engine's device, as `inputs_embeds` if the embedding is on the host; each
+                is released after its embedding.
+
+        Returns:
+            Sum of the micro-batches' losses times `scale`.
         """
         if self.engine.host_adapters is not None:
             self.engine.host_adapters.adopt()
@@ -95,53 +99,57 @@ class LayerwiseSchedule:
 
     def _up(self, states: list[_Micro]) -> None:
         count = len(self.engine.layers)
-        for number, layer in enumerate(self.engine.layers):
-            self.engine.load_layer(number, True, number + 1 if number + 1 < count else None)
+        for index, layer in enumerate(self.engine.layers):
+            self.engine.load_layer(index, True, index + 1 if index + 1 < count else None)
             weights = Weights(layer)
-            for at, state in enumerate(states):
+            for micro_index, state in enumerate(states):
                 work = LayerTask(layer, state.call, state.batch, weights, self.cut)
                 out = forward(work, state.hidden)
-                self.inputs.put((number, at), state.hidden)
+                self.inputs.put((index, micro_index), state.hidden)
                 state.hidden = out
         self.inputs.settle()
 
     def _down(self, states: list[_Micro]) -> None:
         layers = self.engine.layers
-        order = [(n, at) for n in reversed(range(len(layers))) for at in range(len(states))]
+        order = [
+            (n, micro_index)
+            for n in reversed(range(len(layers)))
+            for micro_index in range(len(states))
+        ]
         adapters = self.engine.host_adapters
-        for number in reversed(range(len(layers))):
-            layer = layers[number]
-            self.engine.load_layer(number, True, number - 1 if number else None)
+        for index in reversed(range(len(layers))):
+            layer = layers[index]
+            self.engine.load_layer(index, True, index - 1 if index else None)
             if adapters is not None:
-                point_sinks(layer.groups, adapters.gradients(number))
+                point_sinks(layer.groups, adapters.gradients(index))
             weights = Weights(layer)
-            for at, state in enumerate(states):
-                x = self.inputs.take((number, at))
+            for micro_index, state in enumerate(states):
+                x = self.inputs.take((index, micro_index))
                 order.pop(0)
                 self.inputs.fetch(order)
                 work = LayerTask(layer, state.call, state.batch, weights, self.cut)
-                backward(work, x, state.hidden, wants_dx=number > 0)
+                backward(work, x, state.hidden, wants_dx=index > 0)
                 del x
             if adapters is not None:
-                adapters.copy_grads_to_host(number)
+                adapters.copy_grads_to_host(index)
 
     def _top(self, state: _Micro, scale: float) -> Tensor:
-        """The loss times `scale`; the hidden states become their gradient, in place."""
+        """The loss times `scale`; the hidden states are overwritten by their gradient."""
         hidden, total = state.hidden, torch.zeros((), device=state.hidden.device)
         untrained = torch.ones(hidden.shape[0], 1, dtype=torch.bool, device=hidden.device)
-        for places, targets in zip(
+        for positions, targets in zip(
             state.positions.split(self.cut.tokens),
             state.targets.split(self.cut.tokens),
             strict=True,
         ):
             with torch.enable_grad():
-                rows = hidden[places].requires_grad_()
+                rows = hidden[positions].requires_grad_()
                 normal = self.engine.decoder.norm(rows)
                 loss = summed_cross_entropy(normal, targets, self.head) * scale
-                (found,) = torch.autograd.grad(loss, rows)
-            # Each place predicts one token: its hidden state is needed no more.
-            hidden[places] = found
-            untrained[places] = False
+                (grad,) = torch.autograd.grad(loss, rows)
+            # Each position predicts one token: its hidden state is not needed any longer.
+            hidden[positions] = grad
+            untrained[positions] = False
             total += loss.detach()
         hidden.masked_fill_(untrained, 0)
         return total

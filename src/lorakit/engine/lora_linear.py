@@ -1,13 +1,12 @@
-"""Linear layers that share an input enter, with their adapters; one product a pass leaves.
+"""Fused LoRA linear layers: one product per pass for modules that share an input.
 
-q/k/v (and gate/up) are multiplied as one matrix: at 2,048 tokens gate and up apart fill 87% of an
-H100's last wave of tiles, together 95%. Frozen 16-bit weights are moved into one buffer of which
-the modules then hold views; NF4 weights are dequantized into one scratch buffer when needed.
+q/k/v (and gate/up) are multiplied as one matrix: at 2,048 tokens separate gate and up products fill
+87% of an H100's last wave of tiles, the joint one 95%. Frozen 16-bit weights are moved to one
+buffer of which the modules hold views; NF4 weights are dequantized to a scratch buffer when needed.
 Shapes: M tokens, K inputs, N outputs of all modules together, n adapted modules of rank R.
 
-Parameters enter; one flat float32 buffer leaves that holds all their gradients.
-
-The engine's groups add their gradients there themselves, so that none goes through autograd.
+`FlatGradients` keeps all gradients in one flat float32 buffer. The engine's groups add their
+gradients to it directly, without autograd.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ Scratch = dict[tuple[str, int, int], Tensor]
 
 
 class Unsupported(Exception):
-    """This module cannot go under the engine; the message says why."""
+    """The engine does not support this module; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """The masks of one group in one forward pass: keys [n, 2] (None: no dropout), probability."""
+    """Masks of one group in one forward pass: keys [n, 2] (None: no dropout), probability."""
 
     keys: Tensor | None
     p: float
@@ -48,7 +47,7 @@ class Dropout:
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """One adapted module: its columns of the group's output, its factors and scale."""
+    """One adapted module: its columns of the group's output, its factors and its scale."""
 
     columns: slice
     a: nn.Parameter
@@ -57,7 +56,7 @@ class LoraFactors:
 
 
 class FusedLoraLinear:
-    """The frozen product of `modules` and their low-rank updates, forward and backward by hand."""
+    """The frozen product of `modules` and their low-rank updates, with hand-written backward."""
 
     def __init__(
         self,
@@ -72,10 +71,10 @@ class FusedLoraLinear:
         self.inputs, self.outputs = self.bases[0].in_features, sum(self.sizes)
         ends = itertools.accumulate(self.sizes, initial=0)
         self.columns = [slice(a, b) for a, b in itertools.pairwise(ends)]
-        found = [_factors(m) for m in modules]
-        self.adapted = [LoraFactors(c, *f) for c, f in zip(self.columns, found, strict=True) if f]
+        factors = [_factors(m) for m in modules]
+        self.adapted = [LoraFactors(c, *f) for c, f in zip(self.columns, factors, strict=True) if f]
         slots = itertools.count()
-        self.slots = tuple(next(slots) if f else -1 for f in found)
+        self.slots = tuple(next(slots) if f else -1 for f in factors)
         ranks, scales = {x.a.shape[0] for x in self.adapted}, {x.scale for x in self.adapted}
         if len(ranks) > 1 or len(scales) > 1:
             raise Unsupported(f"ranks or scales differ within {name}")
@@ -84,16 +83,15 @@ class FusedLoraLinear:
         self.four_bit = hasattr(self.bases[0].weight, "quant_state")
         self.merged: Tensor | None = None
         weight = self.bases[0].weight
-        # Where the work is done; the frozen weights may lie elsewhere until they are needed.
+        # Device of the computation; the frozen weights may be elsewhere until they are needed.
         self.device = device or weight.device
         self.bias = self._merged_bias()
         self.dtype = self.bases[0].compute_dtype if self.four_bit else weight.dtype
-        # Copies of the factors in the base's type; `refresh` fills them from the float32 masters.
-        kind = {"dtype": self.dtype, "device": self.device}
-        self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, **kind)
-        self.b = torch.zeros(self.outputs, self.rank, **kind)
-        # Where gradients are added when they do not go through autograd, see
-        # `engine/cuda_graphs.py`.
+        # Copies of the factors in the base's dtype; `refresh` fills them from the float32 masters.
+        options = {"dtype": self.dtype, "device": self.device}
+        self.a = torch.empty(len(self.adapted) * self.rank, self.inputs, **options)
+        self.b = torch.zeros(self.outputs, self.rank, **options)
+        # Buffers for gradients that do not go through autograd, see `engine/cuda_graphs.py`.
         self.a_grad_buffer: Tensor | None = None
         self.b_grad_buffer: Tensor | None = None
 
@@ -103,7 +101,7 @@ class FusedLoraLinear:
         return [p for x in self.adapted for p in (x.a, x.b)]
 
     def factor(self, training: bool) -> float:
-        """What the stored copy of A carries: alpha/r, and dropout's 1/(1-p) in training."""
+        """Factor in the stored copy of A: alpha/r, and dropout's 1/(1-p) in training."""
         return self.scale / (1 - self.p if training else 1.0)
 
     def merge(self) -> None:
@@ -118,25 +116,25 @@ class FusedLoraLinear:
             base.weight.data = self.merged[rows]
 
     def unmerge(self) -> None:
-        """Give each module its own weight again: savers take shared storage for tied weights."""
+        """Give each module separate storage again: savers take shared storage for tied weights."""
         if self.merged is not None and len(self.bases) > 1:
             for base in self.bases:
                 base.weight.data = base.weight.data.clone()
         self.merged = None
 
     def base_tensors(self) -> list[Tensor]:
-        """All that `weight` is made of, after `merge`: one matrix, or NF4 weights and scales."""
+        """Tensors of which `weight` consists: the merged matrix, or NF4 weights and scales."""
         if self.merged is not None:
             return [self.merged]
-        found = []
+        tensors = []
         for base in self.bases:
             state = base.weight.quant_state
-            found += [base.weight.data, state.absmax]
-            found += [state.state2.absmax] if state.nested else []
-        return found
+            tensors += [base.weight.data, state.absmax]
+            tensors += [state.state2.absmax] if state.nested else []
+        return tensors
 
     def constants_to_device(self) -> None:
-        """NF4's code books and offset, a few hundred numbers, where the work is done."""
+        """Copy NF4's code books and offset, a few hundred numbers, to the compute device."""
         if not self.four_bit:
             return
         for base in self.bases:
@@ -147,21 +145,21 @@ class FusedLoraLinear:
                 state.state2.code = state.state2.code.to(self.device)
 
     def set_base_storage(self, tensors: Sequence[Tensor]) -> None:
-        """Let the modules use `tensors`, laid out as `frozen` gives them, from now on."""
+        """Make the modules use `tensors`, in the order of `base_tensors`."""
         if self.merged is not None:
             (self.merged,) = tensors
             for base, rows in zip(self.bases, self.columns, strict=True):
                 base.weight.data = self.merged[rows]
             return
-        each = iter(tensors)
+        remaining = iter(tensors)
         for base in self.bases:
             state = base.weight.quant_state
-            base.weight.data, state.absmax = next(each), next(each)
+            base.weight.data, state.absmax = next(remaining), next(remaining)
             if state.nested:
-                state.state2.absmax = next(each)
+                state.state2.absmax = next(remaining)
 
     def weight(self) -> Tensor:
-        """The frozen weight [N, K]; of NF4 modules in scratch memory, until the next layer's."""
+        """The frozen weight [N, K]; for NF4 in scratch memory that the next layer overwrites."""
         if self.merged is not None:
             return self.merged
         key = (self.name, self.outputs, self.inputs)
@@ -176,7 +174,7 @@ class FusedLoraLinear:
     def forward(
         self, x: Tensor, weight: Tensor, dropout: Dropout, out: Tensor | None = None
     ) -> tuple[Tensor, Update | None]:
-        """(x W^T + bias [M, N], what the adapters add to it); the consumer adds the second."""
+        """(x W^T + bias [M, N], the adapters' update, which the consumer adds)."""
         if self.bias is None:
             y = torch.mm(x, weight.t(), out=out)
         else:
@@ -194,7 +192,7 @@ class FusedLoraLinear:
         residual: Tensor,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Update | None]:
-        """(residual + x W^T + bias + the adapters' part [M, N], that part); one module."""
+        """(residual + x W^T + bias + update [M, N], update), for a single module."""
         start = residual if self.bias is None else residual + self.bias
         if not self.adapted:
             return torch.addmm(start, x, weight.t(), out=out), None
@@ -202,7 +200,7 @@ class FusedLoraLinear:
         return lora_add(start, update, out).addmm_(x, weight.t()), update
 
     def output_grads(self, dy: Tensor, update: Update | None) -> tuple[Tensor, Tensor | None]:
-        """(dS [M, n*R], dB [N', R] float32) from dy [M, N]; dB None where added to its sink."""
+        """(dS [M, n*R], dB [N', R] float32) from dy [M, N]; dB None if added to its buffer."""
         if update is None:
             return dy.new_empty(dy.shape[0], 0), None
         columns = [x.columns for x in self.adapted]
@@ -210,11 +208,11 @@ class FusedLoraLinear:
         return ds, db if self.b_grad_buffer is None else None
 
     def s_grad(self, dy: Tensor) -> Tensor:
-        """dS [M, R] of a single module, where S itself is not at hand yet; see `b_grad`."""
+        """dS [M, R] of a single module before S is available; see `b_grad`."""
         return dy @ self.b if self.adapted else dy.new_empty(dy.shape[0], 0)
 
     def b_grad(self, dy: Tensor, s: Tensor) -> None:
-        """Add dB of a single module to its sink, the other half of `output_grads`."""
+        """Add dB of a single module to its buffer, the other half of `output_grads`."""
         if self.adapted:
             matmul_float32(dy.t(), s, self.b_grad_buffer)
 
@@ -226,24 +224,24 @@ class FusedLoraLinear:
         return dx
 
     def to_input_grad(self, ds: Tensor, dropout: Dropout) -> InputGrad | None:
-        """What the adapter adds to dy W, where the consumer adds it on the way; one module."""
+        """The adapter's part of dy W, which the consumer adds in its kernel; a single module."""
         return InputGrad(ds, self.a, dropout.keys, dropout.p) if self.adapted else None
 
     def factor_grads(
         self, ds: Tensor, db: Tensor | None, x: Tensor, dropout: Dropout, training: bool
     ) -> list[Tensor | None]:
-        """Gradients of `parameters` in their order, float32; None where added to the sinks."""
+        """Gradients of `parameters` in their order, float32; None if added to the buffers."""
         if not self.adapted:
             return []
         factor = self.factor(training)
         da = lora_a_grad(ds, x, dropout.keys, dropout.p, factor, self.a_grad_buffer)
         if db is None:
             return [None] * (2 * len(self.adapted))
-        widths = [own.b.shape[0] for own in self.adapted]
+        widths = [factors.b.shape[0] for factors in self.adapted]
         pairs = zip(da.split(self.rank), db.split(widths), strict=True)
         return [g for pair in pairs for g in pair]
 
-    def _parts(self) -> list[slice]:
+    def _s_columns(self) -> list[slice]:
         """Columns of S that belong to each adapted module."""
         return [slice(i * self.rank, (i + 1) * self.rank) for i in range(len(self.adapted))]
 
@@ -254,23 +252,23 @@ class FusedLoraLinear:
         if any(b is not None and b.requires_grad for b in biases):
             raise Unsupported("biases train")
         weight = self.bases[0].weight
-        kind = weight.dtype if weight.is_floating_point() else self.bases[0].compute_dtype
+        dtype = weight.dtype if weight.is_floating_point() else self.bases[0].compute_dtype
         return torch.cat(
             [
-                torch.zeros(n, dtype=kind) if b is None else b.data.cpu().to(kind)
+                torch.zeros(n, dtype=dtype) if b is None else b.data.cpu().to(dtype)
                 for n, b in zip(self.sizes, biases, strict=True)
             ]
         ).to(self.device)
 
 
 def refresh(groups: Sequence[FusedLoraLinear], training: bool) -> None:
-    """Copy all factors into the base's type, A scaled: a few launches for the whole model."""
+    """Copy all factors to the base's dtype, A scaled: a few launches for the complete model."""
     copies, masters, scaled, factors = [], [], [], []
     for group in groups:
-        for own, part in zip(group.adapted, group._parts(), strict=True):
-            copies += [group.a[part], group.b[own.columns]]
-            masters += [own.a.data, own.b.data]
-            scaled.append(group.a[part])
+        for module, rows in zip(group.adapted, group._s_columns(), strict=True):
+            copies += [group.a[rows], group.b[module.columns]]
+            masters += [module.a.data, module.b.data]
+            scaled.append(group.a[rows])
             factors.append(group.factor(training))
     if copies:
         torch._foreach_copy_(copies, masters)
@@ -278,12 +276,12 @@ def refresh(groups: Sequence[FusedLoraLinear], training: bool) -> None:
 
 
 def in_flat_order(groups: Sequence[FusedLoraLinear]) -> list[nn.Parameter]:
-    """The parameters as sinks lie in one flat buffer: for each group all A, then all B."""
+    """The parameters in the order of a flat gradient buffer: for each group all A, then all B."""
     return [p for g in groups for p in (*(x.a for x in g.adapted), *(x.b for x in g.adapted))]
 
 
 def point_sinks(groups: Sequence[FusedLoraLinear], flat: Tensor) -> None:
-    """Let each group add its gradients to its part of `flat` [float32], see `in_flat_order`."""
+    """Make each group add gradients to its part of `flat` [float32], see `in_flat_order`."""
     start = 0
     for group in groups:
         if not group.adapted:
@@ -298,8 +296,8 @@ def point_sinks(groups: Sequence[FusedLoraLinear], flat: Tensor) -> None:
 
 def _base_layer(module: nn.Module) -> Any:
     base: Any = getattr(module, "base_layer", module)
-    kinds = {"Linear", "Linear4bit"}
-    if type(base).__name__ not in kinds:
+    supported = {"Linear", "Linear4bit"}
+    if type(base).__name__ not in supported:
         raise Unsupported(f"a layer is a {type(base).__name__}")
     if type(base).__name__ == "Linear4bit" and base.weight.quant_state is None:
         raise Unsupported("4-bit weights are not quantized yet")
@@ -325,18 +323,18 @@ def _factors(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
 
 
 def _dropout(modules: Sequence[Any]) -> float:
-    found = {
+    probabilities = {
         float(getattr(m.lora_dropout["default"], "p", 0.0))
         for m in modules
         if hasattr(m, "lora_dropout") and "default" in m.lora_dropout
     }
-    if len(found) > 1:
+    if len(probabilities) > 1:
         raise Unsupported("dropout differs within a group")
-    return found.pop() if found else 0.0
+    return probabilities.pop() if probabilities else 0.0
 
 
 class FlatGradients:
-    """The gradients of `parameters`, those of `groups` first; their .grad become views."""
+    """Flat buffer of the gradients of `parameters`, `groups` first; their .grad become views."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], groups: Sequence[FusedLoraLinear]
@@ -348,12 +346,12 @@ class FlatGradients:
         device = self.parameters[0].device
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.grads = [
-            part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
+            flat.view_as(p) for flat, p in zip(self.flat.split(sizes), self.parameters, strict=True)
         ]
         point_sinks(groups, self.flat)
 
     def begin(self) -> None:
-        """Start an optimizer step: gradients to zero, each parameter with its own."""
+        """Start an optimizer step: zero the gradients, and assign each parameter its view."""
         self.flat.zero_()
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
             parameter.grad = grad

@@ -1,15 +1,13 @@
 """Stream the frozen weights of fused layers from host memory, or gather them from all ranks.
 
-Weights are kept in pinned host memory, one buffer a layer, or sharded over the GPUs of all ranks.
-`load_layer(n)` points the modules of layer n at their copy on the GPU (`DoubleBuffer`); the modules of
-all other layers point to the host copy, which any reader may use, or to NaN where no rank has all
+Weights are kept in pinned host memory, one buffer a layer, or sharded over the GPUs of a machine.
+`load_layer(n)` points the modules of layer n at their copy on the GPU (`DoubleBuffer`); the modules
+of all other layers point to the host copy, which any reader may use, or to NaN if no rank has all
 weights. NF4 weights are copied packed, with their scales.
 
-Bytes that all ranks of a machine hold enter; each keeps a part of them on its device.
-
-`fill` gathers the whole from the parts over the links between the cards, on the stream it is called
-on. It is what FSDP's full shard does to frozen weights (ZeRO stage 3, arXiv 1910.02054), on raw
-bytes: packed NF4 weights and their scales travel like any others.
+`Shard.fill` gathers a layer from all ranks of a machine over the links between GPUs, on the current
+stream. This is what FSDP's full shard does to frozen weights (ZeRO stage 3, arXiv 1910.02054), on
+raw bytes: packed NF4 weights and their scales are sent like any others.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ _ALIGNED = 256
 
 
 class StreamedBase:
-    """The frozen weights of each layer's groups, elsewhere and by turns on the card.
+    """Frozen weights of each layer's groups, offloaded or sharded, and copied to the GPU in turn.
 
     Args:
-        spread: ranks that hold a part each; None: host memory holds them.
+        spread: ranks that hold one shard each; None: host memory holds the weights.
     """
 
     def __init__(
@@ -42,62 +40,62 @@ class StreamedBase:
         self.host_views: list[list[list[Tensor]]] = []
         for groups in layers:
             tensors = [group.base_tensors() for group in groups]
-            size = _round(sum(_round(t.nbytes) for own in tensors for t in own), spread)
+            size = _round(sum(_round(t.nbytes) for group in tensors for t in group), spread)
             if spread is None:
-                room: PageLocked | Shard = PageLocked(size, device)
-                home = _filled(room.bytes, tensors)
+                buffer: PageLocked | Shard = PageLocked(size, device)
+                views = _filled(buffer.bytes, tensors)
             else:
-                whole = torch.zeros(size, dtype=torch.uint8)
-                _filled(whole, tensors)
-                room = Shard(whole, spread, device)
-                home = [[nan_placeholder(tensor) for tensor in own] for own in tensors]
-            for group, own in zip(groups, home, strict=True):
-                group.set_base_storage(own)
+                complete = torch.zeros(size, dtype=torch.uint8)
+                _filled(complete, tensors)
+                buffer = Shard(complete, spread, device)
+                views = [[nan_placeholder(t) for t in group_tensors] for group_tensors in tensors]
+            for group, group_views in zip(groups, views, strict=True):
+                group.set_base_storage(group_views)
                 group.constants_to_device()
-            self.host_buffers.append(room)
-            self.host_views.append(home)
+            self.host_buffers.append(buffer)
+            self.host_views.append(views)
         self.slots = DoubleBuffer(self.host_buffers, device)
 
     def load_layer(self, number: int, following: int | None = None) -> None:
-        """Layer `number` is on the card for the work queued from here on, `following` under way."""
-        place, displaced = self.slots.acquire(number)
+        """Make layer `number` available on the GPU to work queued from here on."""
+        buffer, displaced = self.slots.acquire(number)
         self._point_to_host(displaced)
-        views = _views(place, self.host_views[number])
-        for group, own in zip(self.layers[number], views, strict=True):
-            group.set_base_storage(own)
+        views = _views(buffer, self.host_views[number])
+        for group, group_views in zip(self.layers[number], views, strict=True):
+            group.set_base_storage(group_views)
         if following is not None:
             self._point_to_host(self.slots.prefetch(following))
 
     def offload(self) -> None:
-        """Point every module home."""
-        for number in range(len(self.layers)):
-            self._point_to_host(number)
+        """Point every module at its host copy."""
+        for index in range(len(self.layers)):
+            self._point_to_host(index)
 
-    def _point_to_host(self, number: int | None) -> None:
-        if number is not None:
-            for group, own in zip(self.layers[number], self.host_views[number], strict=True):
-                group.set_base_storage(own)
+    def _point_to_host(self, index: int | None) -> None:
+        if index is not None:
+            for group, group_views in zip(self.layers[index], self.host_views[index], strict=True):
+                group.set_base_storage(group_views)
 
 
-def _filled(room: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Copies of `tensors` in `room`."""
-    views = _views(room, tensors)
-    for theirs, ours in zip(tensors, views, strict=True):
-        for source, target in zip(theirs, ours, strict=True):
+def _filled(buffer: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Copy `tensors` into `buffer`; return the copies."""
+    views = _views(buffer, tensors)
+    for sources, targets in zip(tensors, views, strict=True):
+        for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
     return views
 
 
-def _views(room: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Tensors of these shapes and types, one after another in `room`."""
-    start, made = 0, []
-    for own in tensors:
+def _views(buffer: Tensor, tensors: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Consecutive views into `buffer` with the shapes and dtypes of `tensors`."""
+    start, all_views = 0, []
+    for group_tensors in tensors:
         views = []
-        for tensor in own:
-            views.append(view_of(room, start, tensor))
+        for tensor in group_tensors:
+            views.append(view_of(buffer, start, tensor))
             start += _round(tensor.nbytes)
-        made.append(views)
-    return made
+        all_views.append(views)
+    return all_views
 
 
 def _round(size: int, spread: DistributedContext | None = None) -> int:
@@ -106,29 +104,29 @@ def _round(size: int, spread: DistributedContext | None = None) -> int:
 
 
 class Shard:
-    """This rank's part of `whole`, whose length is a multiple of the ranks of a machine."""
+    """This rank's part of `whole`, whose length is divisible by the ranks of a machine."""
 
     def __init__(self, whole: Tensor, ranks: DistributedContext, device: torch.device) -> None:
         self.size = whole.numel()
         self.group = ranks.node_group
-        part = self.size // ranks.local_world_size
-        start = part * (ranks.rank % ranks.local_world_size)
-        self.bytes = torch.empty(part, dtype=torch.uint8, device=device)
-        self.bytes.copy_(whole[start : start + part])
+        size = self.size // ranks.local_world_size
+        start = size * (ranks.rank % ranks.local_world_size)
+        self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.bytes.copy_(whole[start : start + size])
 
     def fill(self, place: Tensor) -> None:
-        """Put the whole into `place`; every rank of the machine calls this, in the same order."""
+        """Gather all shards into `place`; all ranks of the machine call this in the same order."""
         import torch.distributed as dist
 
-        # torch 2.13 renames it.
+        # torch 2.13 renames this function.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(place, self.bytes, group=self.group)
 
 
 def nan_placeholder(like: Tensor) -> Tensor:
-    """A tensor of this shape and type that holds one number for all: NaN, or 0 of whole numbers.
+    """A tensor of this shape and dtype whose elements share one value: NaN, or 0 for integers.
 
-    It stands where a weight was that no rank holds alone: what reads it by mistake gets NaN.
+    It replaces a weight that no rank holds alone, so that erroneous reads return NaN.
     """
     value = float("nan") if like.is_floating_point() else 0
     return torch.full((1,), value, dtype=like.dtype).expand(like.shape)

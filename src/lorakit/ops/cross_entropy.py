@@ -1,11 +1,11 @@
-"""Hidden states of supervised tokens and their targets enter; the summed cross-entropy leaves.
+"""Summed cross-entropy of supervised tokens from their hidden states.
 
     loss = sum_i  logsumexp(z_i) - z_i[t_i]       z = head(h)      h [N, D], head: D -> V, t [N]
     dz_i = softmax(z_i) - onehot(t_i)             dh = dz W
 
-Only supervised tokens come here (the caller gathers them), so prompt and padding positions never
-meet the vocabulary. Logits exist for one chunk at a time: with V = 32,000 and 2,048 tokens a
-full float32 copy and its gradient would take 0.5 GB, with V = 152,000 2.5 GB.
+The caller gathers supervised tokens, so prompt and padding positions are not multiplied with the
+vocabulary. Logits exist for one chunk at a time: with V = 32,000 and 2,048 tokens a complete
+float32 copy and its gradient would take 0.5 GB, with V = 152,000 2.5 GB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops.backend import has_kernels
 
-# Bytes of float32 logits that may live at once.
+# Maximum bytes of float32 logits that exist at once.
 LOGITS_BYTES = 512 * 1024**2
 
 Head = Callable[[Tensor], Tensor]
@@ -33,10 +33,10 @@ def summed_cross_entropy(
 
     Args:
         hidden: [N, D] hidden states of the positions that predict `targets`.
-        targets: [N] token ids; negative ones count nothing (padding to a fixed size).
-        head: maps [n, D] to logits [n, V]. Where its attribute `frozen_weight` [V, D] says that it
-            is that product and nothing else, the gradient is made along with the loss; otherwise it
-            may hold trainable parameters, and each chunk is recomputed in backward.
+        targets: [N] token ids; negative ones are ignored (padding to a fixed size).
+        head: maps [n, D] to logits [n, V]. If it has an attribute `frozen_weight` [V, D], it is
+            only that product, and the gradient is computed along with the loss; otherwise it may
+            hold trainable parameters, and each chunk is recomputed in backward.
         logits_bytes: budget for float32 logits.
     """
     if hidden.shape[0] == 0:
@@ -49,8 +49,8 @@ def summed_cross_entropy(
     if hidden.shape[0] <= rows:
         return reference(hidden, targets, head)
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(reference, part, target, head, use_reentrant=False)
+    for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(reference, chunk, target, head, use_reentrant=False)
     return total
 
 
@@ -61,7 +61,7 @@ def reference(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Loss and dh in one pass over the vocabulary; the logits of a chunk become their gradient."""
+    """Loss and dh in one pass over the vocabulary; a chunk's gradient overwrites its logits."""
 
     @staticmethod
     def forward(
@@ -73,11 +73,11 @@ class _FrozenHead(torch.autograd.Function):
         losses = []
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
-                part = slice(start, start + rows)
-                logits = hidden[part].to(weight.dtype) @ weight.t()
-                losses.append(cross_entropy_(logits, targets[part], wants))
+                chunk = slice(start, start + rows)
+                logits = hidden[chunk].to(weight.dtype) @ weight.t()
+                losses.append(cross_entropy_(logits, targets[chunk], wants))
                 if grad is not None:
-                    torch.mm(logits, weight, out=grad[part])
+                    torch.mm(logits, weight, out=grad[chunk])
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.kind = hidden.dtype

@@ -1,13 +1,13 @@
-"""Two 32-bit keys and a shape enter; a dropout mask leaves that is never stored, only recomputed.
+"""Dropout masks that are recomputed from two 32-bit keys instead of stored.
 
 Each element's decision is a keyed integer hash of its position i, so forward and backward draw the
 same mask from eight bytes: two multiplications with an xorshift and the second key between them,
 
     h = (i + k1) * c1;  h ^= h >> 15;  h = (h ^ k2) * c2;  keep = h >= p * 2^32     (modulo 2^32)
 
-The constants are those of Wellons' lowbias32; its outer shifts would mix low bits, and the
-comparison asks the high ones. (i + k1) * c1 is a term of the row plus one of the column, so a
-kernel spends six instructions on an element, where ten Philox rounds take about fifteen.
+The constants are those of Wellons' lowbias32; its outer shifts would mix low bits, but the
+comparison depends on the high ones. (i + k1) * c1 is a term of the row plus one of the column, so a
+kernel spends six instructions per element, where ten Philox rounds take about fifteen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOW = 0xFFFFFFFF
 
 
 def draw_keys(count: int, device: torch.device) -> Tensor:
-    """Fresh keys [count, 2] int32 from torch's generator of `device`: one pair for each mask.
+    """Draw keys [count, 2] int32 from torch's generator of `device`, one pair per mask.
 
     The generator's state is saved with every checkpoint, so a resumed run draws the same masks.
     """
@@ -28,7 +28,7 @@ def draw_keys(count: int, device: torch.device) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """The number of 2^32 hash values that drop an element."""
+    """Number of the 2^32 hash values that drop an element."""
     return min(round(p * 2**32), _LOW)
 
 

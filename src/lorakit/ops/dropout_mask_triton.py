@@ -1,5 +1,4 @@
-"""Positions and keys enter; the keep decision of `ops/dropout_mask.py` leaves, inside a Triton
-kernel."""
+"""The keep decision of `ops/dropout_mask.py` inside a Triton kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ BLOCK_M, BLOCK_K = 16, 256
 
 
 def masked_triton(x: Tensor, key: Tensor, p: float) -> Tensor:
-    """x [M, K] with 0 where the mask of `key` [2] drops, contiguous."""
+    """x [M, K] with 0 at elements that the mask of `key` [2] drops, contiguous."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, BLOCK_M), triton.cdiv(width, BLOCK_K))
@@ -31,17 +30,17 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < width)[None, :]
-    wide = row.to(tl.int64)[:, None]
-    tile = tl.load(x + wide * x_stride + column[None, :], mask=inside, other=0.0)
+    row_index = row.to(tl.int64)[:, None]
+    tile = tl.load(x + row_index * x_stride + column[None, :], mask=inside, other=0.0)
     keep = keep_tile(row, column, width, key, 0, threshold)
-    tl.store(out + wide * width + column[None, :], tl.where(keep, tile, 0.0), mask=inside)
+    tl.store(out + row_index * width + column[None, :], tl.where(keep, tile, 0.0), mask=inside)
 
 
 @triton.jit
-def keep_tile(row, column, width, keys, number, threshold):  # type: ignore[no-untyped-def]
-    """bool [rows, columns] of mask `number`: as `hash_mask.keep_mask` at these rows and columns."""
-    first = tl.load(keys + 2 * number).to(tl.uint32)
-    second = tl.load(keys + 2 * number + 1).to(tl.uint32)
+def keep_tile(row, column, width, keys, index, threshold):  # type: ignore[no-untyped-def]
+    """bool [rows, columns] of mask `index`: `dropout_mask.keep_mask` at these rows and columns."""
+    first = tl.load(keys + 2 * index).to(tl.uint32)
+    second = tl.load(keys + 2 * index + 1).to(tl.uint32)
     down = (row.to(tl.uint32) * width.to(tl.uint32) + first) * 0x7FEB352D
     across = column.to(tl.uint32) * 0x7FEB352D
     h = down[:, None] + across[None, :]

@@ -18,7 +18,7 @@ BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 8}
 
 
 def gated_triton(gu: Tensor, activation: str, update: Update | None = None) -> Tensor:
-    """See `gated.gated`."""
+    """See `glu.gated`."""
     rows, width = gu.shape[0], gu.shape[1] // 2
     h = torch.empty(rows, width, dtype=gu.dtype, device=gu.device)
     _launch(gu, gu, gu, h, activation, update)
@@ -32,7 +32,7 @@ def gated_backward_triton(
     update: Update | None = None,
     down: InputGrad | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `gated.gated_backward`."""
+    """See `glu.gated_backward`."""
     dgu = torch.empty_like(gu)
     h = torch.empty_like(dh)
     _launch(dh, gu, dgu, h, activation, update, down, backward=True)
@@ -96,8 +96,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     up = column + width
     u = low_rank_tile(u, s, b, row, up, rows, 2 * width, s_stride, SLOT_U, RANK, BLOCK_R)
     act, slope = _activate(g, SILU)
-    kind = h.dtype.element_ty
-    tl.store(h + narrow, (act * u).to(kind), mask=inside)
+    dtype = h.dtype.element_ty
+    tl.store(h + narrow, (act * u).to(dtype), mask=inside)
     if BACKWARD:
         d = tl.load(dh + narrow, mask=inside, other=0.0).to(tl.float32)
         if DOWN:
@@ -105,5 +105,5 @@ def _kernel(  # type: ignore[no-untyped-def]
                 d, ds, a, keys, row, column, rows, width, ds_stride, threshold,
                 0, MASKED, RANK_D, BLOCK_D,
             )  # fmt: skip
-        tl.store(dgu + wide, (d * u * slope).to(kind), mask=inside)
-        tl.store(dgu + wide + width, (d * act).to(kind), mask=inside)
+        tl.store(dgu + wide, (d * u * slope).to(dtype), mask=inside)
+        tl.store(dgu + wide + width, (d * act).to(dtype), mask=inside)

@@ -1,8 +1,8 @@
-"""A kernel enters with its settings and arguments; it runs with the first that the card holds.
+"""Launch a kernel with the first settings that fit the GPU's shared memory.
 
 A program's shared memory is 99 KiB at most on an RTX 3090, 4090, A10 or L4, 163 on an A100, 227 on
-an H100, where the settings were chosen. They ask for up to 88 KiB at rank 64, 152 at rank 128 and
-280 at rank 256: what a card refuses is asked for again, smaller, until it fits.
+an H100, where the settings were chosen. They need up to 88 KiB at rank 64, 152 at rank 128 and 280
+at rank 256: settings that a GPU rejects are reduced until they fit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def launch_kernel(
     fixed: tuple[str, ...] = (),
     **constants: Any,
 ) -> None:
-    """Run `kernel` on `grid(settings)`; the same card always gets the same settings.
+    """Run `kernel` on `grid(settings)`; the same GPU always gets the same settings.
 
     Args:
-        fixed: settings that other tensors were made after.
+        fixed: settings that must not change, because other tensors depend on them.
 
     Raises:
-        OutOfResources: not even the smallest blocks fit.
+        OutOfResources: even the smallest blocks do not fit.
     """
     first: Tensor = arguments[0]
     key = (kernel.fn, first.device, first.dtype, *settings.items(), *constants.items())
@@ -42,17 +42,17 @@ def launch_kernel(
         try:
             kernel[grid(chosen)](*arguments, **chosen, **constants)
         except OutOfResources:
-            less = smaller_config(chosen, fixed)
-            if less is None:
+            smaller = smaller_config(chosen, fixed)
+            if smaller is None:
                 raise
-            chosen = less
+            chosen = smaller
         else:
             _fitting[key] = chosen
             return
 
 
 def smaller_config(settings: Settings, fixed: tuple[str, ...] = ()) -> Settings | None:
-    """The next settings that need less shared memory, least costly first; None after the last."""
+    """The next settings that need less shared memory, cheapest first; None after the last."""
     if settings.get("num_stages", 1) > 1:
         return {**settings, "num_stages": settings["num_stages"] - 1}
     for block in ("BLOCK_N", "BLOCK_K", "BLOCK_M"):

@@ -1,4 +1,4 @@
-"""Inputs and adapter factors enter; the low-rank parts of a LoRA linear's forward and backward.
+"""Low-rank parts of a LoRA linear layer's forward and backward.
 
 LoRA (arXiv 2106.09685, eq. 3) with PEFT's dropout, for the modules i of a group that share x:
 
@@ -6,8 +6,8 @@ LoRA (arXiv 2106.09685, eq. 3) with PEFT's dropout, for the modules i of a group
     dS_i = dy_i B_i              dB_i = dy_i^T S_i
     dA_i = dS_i^T (m_i * x)      dx  = dy W + sum_i m_i * (dS_i A_i)
 
-The scale alpha/r and dropout's 1/(1-p) are factors of `a` here; the caller puts them there, and
-multiplies dA by them. Every module has a mask of its own, as in PEFT, made anew from its key.
+The caller includes the scale alpha/r and dropout's 1/(1-p) in `a`, and multiplies dA by them. As in
+PEFT every module has a separate mask, which is recomputed from its key.
 Shapes: M tokens, K inputs, n modules of rank R each; a [n*R, K], S and dS [M, n*R], keys [n, 2].
 """
 
@@ -24,9 +24,9 @@ from lorakit.ops.dropout_mask import keep_mask
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a group's adapters add to its product: y_i += S_j B_i^T for module i with slot j >= 0.
+    """The adapters' part of a group's product: y_i += S_j B_i^T for module i with slot j >= 0.
 
-    `s` [M, n*R], `b` [N, R] with the rows of all modules, `slots` one number for each module.
+    `s` [M, n*R], `b` [N, R] with the rows of all modules, `slots` one index per module.
     """
 
     s: Tensor
@@ -38,7 +38,7 @@ class Update:
         return self.b.shape[1]
 
     def of(self, module: int, rows: slice) -> tuple[Tensor, Tensor] | None:
-        """(S_j [M, R], B_i [N_i, R]) of one module whose rows of `b` are given; None if plain."""
+        """(S_j [M, R], B_i [N_i, R]) of a module whose rows of `b` are given; None if plain."""
         slot = self.slots[module]
         if slot < 0:
             return None
@@ -47,7 +47,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class InputGrad:
-    """What an adapter adds to its input's gradient: m * (dS A); `keys` None or p 0 means m = 1."""
+    """The adapter's part of its input's gradient: m * (dS A); `keys` None or p 0 means m = 1."""
 
     ds: Tensor
     a: Tensor
@@ -85,25 +85,25 @@ def lora_a_grad(
     factor: float,
     into: Tensor | None = None,
 ) -> Tensor:
-    """dA [n*R, K] float32, times `factor`; added to `into` where that is given."""
+    """dA [n*R, K] float32, times `factor`; added to `into` if given."""
     if keys is not None and p > 0.0 and has_matrix_kernels(x):
         from lorakit.ops.lora_triton import lora_a_grad_triton
 
         return lora_a_grad_triton(ds, x, keys, p, factor, into)
     if keys is not None and p > 0.0:
-        found = lora_a_grad_reference(ds, x, keys, p)
+        product = lora_a_grad_reference(ds, x, keys, p)
     else:
-        found = matmul_float32(ds.t(), x)
+        product = matmul_float32(ds.t(), x)
     if into is None:
-        return found.mul_(factor)
-    return into.add_(found, alpha=factor)
+        return product.mul_(factor)
+    return into.add_(product, alpha=factor)
 
 
 def matmul_float32(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
-    """left @ right in float32, added to `into` where given; on CUDA nothing is rounded between."""
+    """left @ right in float32, added to `into` if given; on CUDA without intermediate rounding."""
     if not left.is_cuda or left.dtype not in (torch.bfloat16, torch.float16):
-        found = (left @ right).float()
-        return found if into is None else into.add_(found)
+        product = (left @ right).float()
+        return product if into is None else into.add_(product)
     if into is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.ops.aten.addmm.dtype_out(into, left, right, torch.float32, out=into)
@@ -113,21 +113,21 @@ def matmul_float32(left: Tensor, right: Tensor, into: Tensor | None = None) -> T
 
 
 def lora_down_reference(x: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
-    """`lora_down` with masks written out."""
+    """`lora_down` with explicit masks."""
     parts = a.chunk(len(keys))
     return torch.cat([_masked(x, k, p) @ part.t() for k, part in zip(keys, parts, strict=True)], 1)
 
 
 def lora_input_grad_reference_(dx: Tensor, ds: Tensor, a: Tensor, keys: Tensor, p: float) -> Tensor:
-    """`lora_input_grad_` with masks written out."""
+    """`lora_input_grad_` with explicit masks."""
     count = len(keys)
-    for key, part, own in zip(keys, ds.chunk(count, 1), a.chunk(count), strict=True):
-        dx += _masked(part @ own, key, p)
+    for key, ds_part, a_part in zip(keys, ds.chunk(count, 1), a.chunk(count), strict=True):
+        dx += _masked(ds_part @ a_part, key, p)
     return dx
 
 
 def lora_a_grad_reference(ds: Tensor, x: Tensor, keys: Tensor, p: float) -> Tensor:
-    """`lora_a_grad` with masks written out, without its factor."""
+    """`lora_a_grad` with explicit masks, without its factor."""
     parts = ds.chunk(len(keys), 1)
     return torch.cat(
         [(part.t() @ _masked(x, key, p)).float() for key, part in zip(keys, parts, strict=True)]

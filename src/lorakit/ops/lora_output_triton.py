@@ -13,7 +13,7 @@ from lorakit.ops.kernel_launch import launch_kernel
 from lorakit.ops.lora import Update
 from lorakit.ops.lora_triton import low_rank_tile, matrix_block
 
-# Chosen on an H100 (benchmarks/time_ops.py). A program takes BLOCK_M rows of CHUNK columns.
+# Chosen on an H100 (benchmarks/time_ops.py). A program processes BLOCK_M rows of CHUNK columns.
 GRADS = {"BLOCK_M": 256, "BLOCK_N": 64, "CHUNK": 512, "num_warps": 8, "num_stages": 3}
 SUM = {"BLOCK": 512, "UNROLL": 8}
 ADD = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
@@ -70,11 +70,11 @@ def _add_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < rows)[:, None] & (column < width)[None, :]
-    place = row.to(tl.int64)[:, None] * start_stride + column[None, :]
-    tile = tl.load(start + place, mask=inside, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64)[:, None] * start_stride + column[None, :]
+    tile = tl.load(start + offsets, mask=inside, other=0.0).to(tl.float32)
     tile = low_rank_tile(tile, s, b, row, column, rows, width, s_stride, 0, RANK, BLOCK_R)
-    place = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out + place, tile.to(out.dtype.element_ty), mask=inside)
+    offsets = row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out + offsets, tile.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -94,27 +94,29 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
         module, first, start, width, before = 1, end0, start1, width1, width0
     rank = tl.arange(0, BLOCK_R)
     row = split * BLOCK_M + tl.arange(0, BLOCK_M)
-    wide = row.to(tl.int64)
+    row_index = row.to(tl.int64)
     narrow = (row < rows)[:, None] & (rank < RANK)[None, :]
     right = tl.load(
-        s + wide[:, None] * s_stride + module * RANK + rank[None, :], mask=narrow, other=0.0
+        s + row_index[:, None] * s_stride + module * RANK + rank[None, :], mask=narrow, other=0.0
     )
     part = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     of_b += (split * (width0 + width1 + width2) + before) * RANK
     for step in range(0, CHUNK, BLOCK_N):
-        own = (chunk - first) * CHUNK + step + tl.arange(0, BLOCK_N)
+        module_column = (chunk - first) * CHUNK + step + tl.arange(0, BLOCK_N)
         tile = tl.load(
-            dy + wide[:, None] * dy_stride + (start + own)[None, :],
-            mask=(row < rows)[:, None] & (own < width)[None, :],
+            dy + row_index[:, None] * dy_stride + (start + module_column)[None, :],
+            mask=(row < rows)[:, None] & (module_column < width)[None, :],
             other=0.0,
         )
-        inside = (own < width)[:, None] & (rank < RANK)[None, :]
-        factor = tl.load(b + (start + own)[:, None] * RANK + rank[None, :], mask=inside, other=0.0)
+        inside = (module_column < width)[:, None] & (rank < RANK)[None, :]
+        factor = tl.load(
+            b + (start + module_column)[:, None] * RANK + rank[None, :], mask=inside, other=0.0
+        )
         part = tl.dot(tile, factor, part, input_precision="ieee")
         total = tl.dot(tl.trans(tile), right, input_precision="ieee")
-        tl.store(of_b + own[:, None] * RANK + rank[None, :], total, mask=inside)
-    place = (chunk.to(tl.int64) * rows + wide)[:, None] * RANK + rank[None, :]
-    tl.store(of_s + place, part, mask=narrow)
+        tl.store(of_b + module_column[:, None] * RANK + rank[None, :], total, mask=inside)
+    offsets = (chunk.to(tl.int64) * rows + row_index)[:, None] * RANK + rank[None, :]
+    tl.store(of_s + offsets, part, mask=narrow)
 
 
 @triton.jit
@@ -126,22 +128,22 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     if program < count * tiles:
         module = program // tiles
-        place = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
+        offsets = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
         size = rows * RANK
         first = tl.where(module == 0, 0, tl.where(module == 1, chunks0, chunks0 + chunks1))
-        own = tl.where(module == 0, chunks0, tl.where(module == 1, chunks1, chunks2))
-        part = of_s + first.to(tl.int64) * size + place
-        for _ in tl.range(0, own, loop_unroll_factor=UNROLL):
-            total += tl.load(part, mask=place < size, other=0.0)
+        chunks = tl.where(module == 0, chunks0, tl.where(module == 1, chunks1, chunks2))
+        part = of_s + first.to(tl.int64) * size + offsets
+        for _ in tl.range(0, chunks, loop_unroll_factor=UNROLL):
+            total += tl.load(part, mask=offsets < size, other=0.0)
             part += size
-        target = (place // RANK) * (count * RANK) + module * RANK + place % RANK
-        tl.store(ds + target, total.to(ds.dtype.element_ty), mask=place < size)
+        target = (offsets // RANK) * (count * RANK) + module * RANK + offsets % RANK
+        tl.store(ds + target, total.to(ds.dtype.element_ty), mask=offsets < size)
     else:
-        place = (program - count * tiles) * BLOCK + tl.arange(0, BLOCK)
-        part = of_b + place
+        offsets = (program - count * tiles) * BLOCK + tl.arange(0, BLOCK)
+        part = of_b + offsets
         for _ in tl.range(0, splits, loop_unroll_factor=UNROLL):
-            total += tl.load(part, mask=place < b_size, other=0.0)
+            total += tl.load(part, mask=offsets < b_size, other=0.0)
             part += b_size
         if ADD:
-            total += tl.load(db + place, mask=place < b_size, other=0.0)
-        tl.store(db + place, total, mask=place < b_size)
+            total += tl.load(db + offsets, mask=offsets < b_size, other=0.0)
+        tl.store(db + offsets, total, mask=offsets < b_size)

@@ -1,6 +1,6 @@
-"""The masked products of `ops/lora.py` as Triton kernels: dropout masks live in registers only.
+"""The masked products of `ops/lora.py` as Triton kernels: dropout masks exist only in registers.
 
-`low_rank_tile` is what other kernels call to add an adapter's part to a tile on the way.
+Other kernels call `low_rank_tile` to add an adapter's part to a tile.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def lora_a_grad_triton(
 
 
 def matrix_block(size: int) -> int:
-    """A rank or width as the matrix units take it: a power of two, at least 16."""
+    """Pad a rank or width for the matrix units: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -108,8 +108,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, width, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         inside = (row < rows)[:, None] & (column < width)[None, :]
-        place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
-        tile = tl.load(x + place, mask=inside, other=0.0)
+        offsets = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        tile = tl.load(x + offsets, mask=inside, other=0.0)
         keep = keep_tile(row, column, width, keys, module, threshold)
         tile = tl.where(keep, tile, 0.0).to(tile.dtype)
         factor = tl.load(
@@ -119,9 +119,9 @@ def _down_kernel(  # type: ignore[no-untyped-def]
         )
         total = tl.dot(tile, factor, total, input_precision="ieee")
     modules = tl.num_programs(1)
-    place = row.to(tl.int64)[:, None] * (modules * RANK) + module * RANK + rank[None, :]
+    offsets = row.to(tl.int64)[:, None] * (modules * RANK) + module * RANK + rank[None, :]
     inside = (row < rows)[:, None] & (rank < RANK)[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -133,14 +133,14 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (row < rows)[:, None] & (column < width)[None, :]
-    place = row.to(tl.int64)[:, None] * dx_stride + column[None, :]
-    total = tl.load(dx + place, mask=inside, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64)[:, None] * dx_stride + column[None, :]
+    total = tl.load(dx + offsets, mask=inside, other=0.0).to(tl.float32)
     for module in tl.static_range(MODULES):
         total = masked_low_rank_tile(
             total, ds, a, keys, row, column, rows, width, ds_stride, threshold,
             module, True, RANK, BLOCK_R,
         )  # fmt: skip
-    tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + offsets, total.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -157,8 +157,8 @@ def _a_grad_kernel(  # type: ignore[no-untyped-def]
     for start in range(split * chunk, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = (row < end)[:, None] & (column < width)[None, :]
-        place = row.to(tl.int64)[:, None] * x_stride + column[None, :]
-        tile = tl.load(x + place, mask=inside, other=0.0)
+        offsets = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        tile = tl.load(x + offsets, mask=inside, other=0.0)
         keep = keep_tile(row, column, width, keys, module, threshold)
         tile = tl.where(keep, tile, 0.0).to(tile.dtype)
         left = tl.load(
@@ -167,23 +167,23 @@ def _a_grad_kernel(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         total = tl.dot(left, tile, total, input_precision="ieee")
-    place = (split * total_rank + module * RANK + rank)[:, None] * width + column[None, :]
-    tl.store(partial + place, total, mask=(rank < RANK)[:, None] & (column < width)[None, :])
+    offsets = (split * total_rank + module * RANK + rank)[:, None] * width + column[None, :]
+    tl.store(partial + offsets, total, mask=(rank < RANK)[:, None] & (column < width)[None, :])
 
 
 @triton.jit
 def _reduce_kernel(  # type: ignore[no-untyped-def]
     partial, out, size, factor, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in tl.static_range(SPLITS):
-        total += tl.load(partial + split * size + place, mask=inside, other=0.0)
+        total += tl.load(partial + split * size + offsets, mask=inside, other=0.0)
     total *= factor
     if ADD:
-        total += tl.load(out + place, mask=inside, other=0.0)
-    tl.store(out + place, total, mask=inside)
+        total += tl.load(out + offsets, mask=inside, other=0.0)
+    tl.store(out + offsets, total, mask=inside)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def masked_low_rank_tile(  # type: ignore[no-untyped-def]
     tile, ds, a, keys, row, column, rows, width, ds_stride, threshold,
     module, MASKED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """`tile` [rows, columns] float32 plus m * (dS A) of one module, m 1 where not MASKED."""
+    """`tile` [rows, columns] float32 plus m * (dS A) of one module; m is 1 unless MASKED."""
     rank = tl.arange(0, BLOCK_R)
     left = tl.load(
         ds + row.to(tl.int64)[:, None] * ds_stride + module * RANK + rank[None, :],

@@ -1,9 +1,9 @@
-"""A bitsandbytes NF4 weight enters; the same weight in 16 or 32 bits leaves.
+"""Dequantize bitsandbytes NF4 weights to 16 or 32 bits.
 
     w[i] = code[q[i]] * absmax[i // 64]          absmax = code2[q2] * absmax2 + offset (nested)
 
-(QLoRA, arXiv 2305.14314, eq. 5.) bitsandbytes takes three launches and a float32 copy of absmax for
-this; the kernel takes one and gives the same bits.
+(QLoRA, arXiv 2305.14314, eq. 5.) bitsandbytes uses three launches and a float32 copy of absmax;
+the kernel uses one launch and is bit-identical.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def dequantize_nf4(weight: Tensor, state: Any, out: Tensor) -> Tensor:
     """Write the weight [N, K] into `out` (contiguous) and return it.
 
     Args:
-        weight: packed uint8, two values a byte, the first in the high half.
-        state: bitsandbytes' QuantState of it.
+        weight: packed uint8, two values per byte, the first in the high half.
+        state: the weight's bitsandbytes QuantState.
     """
     if has_kernels(weight) and state.nested and state.quant_type == "nf4":
         from lorakit.ops.nf4_triton import dequantize_nf4_triton

@@ -1,9 +1,9 @@
-"""Hidden states and a frozen weight enter; their RMS norm leaves, and its gradient.
+"""RMS norm with a frozen weight, and its gradient.
 
     y = x * rstd * (w + offset)       rstd = 1 / sqrt(mean(x^2) + eps)     (arXiv 1910.07467, eq. 4)
     dx = rstd * (g - n * mean(g * n)) + residual     g = dy * (w + offset),  n = x * rstd
 
-`offset` is 1 for Gemma, which stores w - 1. All arithmetic is float32; results have x's type.
+`offset` is 1 for Gemma, which stores w - 1. All arithmetic is float32; results have x's dtype.
 Shapes: x, y, dy, residual [M, D]; w [D]; rstd [M] float32.
 """
 
@@ -32,7 +32,7 @@ def rms_norm_backward(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of x, plus `residual` where the input also went past the norm."""
+    """The gradient of x, plus `residual` if the input also bypasses the norm."""
     if has_kernels(x):
         from lorakit.ops.rms_norm_triton import rms_norm_backward_triton
 
@@ -44,9 +44,9 @@ def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The definition."""
-    wide = x.float()
-    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    y = wide * rstd.unsqueeze(-1) * (weight.float() + offset)
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.pow(2).mean(-1) + eps)
+    y = x32 * rstd.unsqueeze(-1) * (weight.float() + offset)
     return y.to(x.dtype), rstd
 
 

@@ -1,4 +1,4 @@
-"""The RMS norm of `rms_norm.py` and its gradient as Triton kernels: one row a program."""
+"""The RMS norm of `rms_norm.py` and its gradient as Triton kernels: one row per program."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    place = row * width + column
+    offsets = row * width + column
     scale = tl.load(rstd + row)
-    normal = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
+    normal = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * scale
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
-    g = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32) * w
+    g = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32) * w
     mean = tl.sum(g * normal, 0) / width
     value = scale * (g - normal * mean)
     if RESIDUAL:
-        value += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + place, value.to(dx.dtype.element_ty), mask=inside)
+        value += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + offsets, value.to(dx.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Queries or keys and the angles of their positions enter; the rotated ones leave.
+"""Rotary position embedding of queries and keys, and its gradient.
 
 Rotary position embedding (arXiv 2104.09864, eq. 34) in transformers' half-split form:
 
@@ -18,7 +18,7 @@ from lorakit.ops.lora import Update
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """Write x rotated into `out`, which may be x itself; returns `out`."""
+    """Write x rotated to `out`, which may be x itself; return `out`."""
     if has_kernels(x):
         from lorakit.ops.rope_triton import rope_triton
 
@@ -37,7 +37,7 @@ def rotate_qkv_(
 
     Args:
         heads: of queries, keys and values, each `width` columns, in this order.
-        angles: (cos, sin) [1 or B, T, width]; None leaves positions out (SmolLM3's NoPE layers).
+        angles: (cos, sin) [1 or B, T, width]; None skips rotation (SmolLM3's NoPE layers).
     """
     if has_kernels(qkv):
         from lorakit.ops.rope_triton import rotate_qkv_triton_
@@ -52,7 +52,7 @@ def rotate_qkv_(
 def unrotate_qkv(
     dq: Tensor, dk: Tensor, dv: Tensor, angles: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """The gradients [B, T, H, d] of rotated q and k, and of v, as one dqkv [B*T, N] before them."""
+    """dqkv [B*T, N] before rotation, from the gradients [B, T, H, d] of rotated q and k, and v."""
     if has_kernels(dq):
         from lorakit.ops.rope_triton import unrotate_qkv_triton
 
@@ -84,12 +84,12 @@ def rotate_qkv_reference_(
         rows = slice(start, start + count * width)
         start = rows.stop
         low_rank = update.of(module, rows) if update else None
-        part = qkv[:, rows]
+        columns = qkv[:, rows]
         if low_rank is not None:
-            part += low_rank[0] @ low_rank[1].t()
+            columns += low_rank[0] @ low_rank[1].t()
         if angles is not None and module < 2:
             length = angles[0].shape[1]
-            view = part.unflatten(0, (-1, length)).unflatten(-1, (count, width))
+            view = columns.unflatten(0, (-1, length)).unflatten(-1, (count, width))
             rope_reference(view, *angles, out=view)
     return qkv
 

@@ -1,4 +1,4 @@
-"""The rotation of `rope.py` as a Triton kernel: one token a program, heads in blocks."""
+"""The rotation of `rope.py` as a Triton kernel: one token per program, heads in blocks."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _add_low_rank(  # type: ignore[no-untyped-def]
     SLOT: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     HALF: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of a head with the adapter's part; a head is 2 * HALF rows of b."""
+    """Add the adapter's part to both halves of a head; a head is 2 * HALF rows of b."""
     column = head * 2 * HALF + tl.arange(0, BLOCK_D)
     end = head * 2 * HALF + HALF
     first = low_rank_tile(first, s, b, row, column, rows, end, s_stride, SLOT, RANK, BLOCK_R)
@@ -100,9 +100,9 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     inside = (row < rows)[:, None] & (d < HALF)[None, :]
-    place = row.to(tl.int64)[:, None] * stride + (head * 2 * HALF + d)[None, :]
-    first = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(qkv + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64)[:, None] * stride + (head * 2 * HALF + d)[None, :]
+    first = tl.load(qkv + offsets, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(qkv + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
     if head < Q:
         first, second = _add_low_rank(
             first, second, s, b, row, head, rows, s_stride, SLOT_Q, RANK, BLOCK_R, HALF, BLOCK_D
@@ -121,12 +121,12 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         )
         c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
         sn = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-        turned = first * c - second * sn
+        rotated = first * c - second * sn
         second = second * c + first * sn
-        first = turned
-    kind = qkv.dtype.element_ty
-    tl.store(qkv + place, first.to(kind), mask=inside)
-    tl.store(qkv + place + HALF, second.to(kind), mask=inside)
+        first = rotated
+    dtype = qkv.dtype.element_ty
+    tl.store(qkv + offsets, first.to(dtype), mask=inside)
+    tl.store(qkv + offsets + HALF, second.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -153,13 +153,13 @@ def _unrotate_kernel(  # type: ignore[no-untyped-def]
         angle = b * cos_batch + t * cos_row + d[None, :]
         c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
         sn = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
-        turned = first * c + second * sn
+        rotated = first * c + second * sn
         second = second * c - first * sn
-        first = turned
-    kind = dqkv.dtype.element_ty
-    place = row.to(tl.int64)[:, None] * ((Q + K + V) * 2 * HALF) + (head * 2 * HALF + d)[None, :]
-    tl.store(dqkv + place, first.to(kind), mask=inside)
-    tl.store(dqkv + place + HALF, second.to(kind), mask=inside)
+        first = rotated
+    dtype = dqkv.dtype.element_ty
+    offsets = row.to(tl.int64)[:, None] * ((Q + K + V) * 2 * HALF) + (head * 2 * HALF + d)[None, :]
+    tl.store(dqkv + offsets, first.to(dtype), mask=inside)
+    tl.store(dqkv + offsets + HALF, second.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -176,10 +176,10 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     angle = b * cos_batch + t * cos_row + d
     c = tl.load(cos + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + angle, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-    place = b * xb + t * xt + head[:, None] * xh + d[None, :]
-    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    place = b * ob + t * ot + head[:, None] * oh + d[None, :]
-    kind = out.dtype.element_ty
-    tl.store(out + place, (first * c - second * s).to(kind), mask=inside)
-    tl.store(out + place + HALF, (second * c + first * s).to(kind), mask=inside)
+    offsets = b * xb + t * xt + head[:, None] * xh + d[None, :]
+    first = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+    offsets = b * ob + t * ot + head[:, None] * oh + d[None, :]
+    dtype = out.dtype.element_ty
+    tl.store(out + offsets, (first * c - second * s).to(dtype), mask=inside)
+    tl.store(out + offsets + HALF, (second * c + first * s).to(dtype), mask=inside)

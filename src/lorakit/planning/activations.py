@@ -1,9 +1,9 @@
-"""A recipe, a config and a device enter; the bytes of one micro-batch's tensors leave. No weights.
+"""Count the bytes of one micro-batch's tensors from a recipe, a config and a device.
 
 The model's own layers with PEFT's adapters run forward and backward on fake tensors, which have
-shapes and types and no numbers. Every storage is counted while it lives, so what autograd keeps
-and how high the pass climbs is read off the very code that will run, whatever the architecture.
-A few layers of each kind are run and the rest is counted like them: 0.2 s for a 7B model.
+shapes and dtypes but no values. Every storage is counted while it is alive, so the bytes kept by
+autograd and the peak come from the code that will run, for every architecture. Only a few layers
+of each kind are run and the others are extrapolated from them: 0.2 s for a 7B model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
-# glibc maps blocks of this size and gives them back at once (M_MMAP_THRESHOLD at its largest).
+# glibc maps larger blocks one by one and returns them at once (largest M_MMAP_THRESHOLD).
 MAPPED_BYTES = 32 * 1024**2
 
-# Keys of a recipe that change what a micro-batch takes.
+# Recipe keys that change the memory of a micro-batch.
 DECIDING = [
     *("method", "micro_batch_size", "cutoff_len", "lora_r", "lora_dropout", "rank_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"),
@@ -37,9 +37,9 @@ DECIDING = [
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes beside weights, adapters and gradients: at the end of forward, and at the peak.
+    """Bytes besides weights, adapters and gradients: at the end of forward, and at the peak.
 
-    `in_heap`: the part of `kept` in blocks that malloc does not map one by one.
+    `in_heap`: the part of `kept` in blocks too small for malloc to map one by one.
     """
 
     kept: int
@@ -48,16 +48,19 @@ class Activations:
 
     @property
     def work(self) -> int:
-        """What comes on top of the kept tensors at the peak."""
+        """Bytes at the peak beyond the kept tensors."""
         return max(0, self.peak - self.kept)
 
 
 def simulate(recipe: Recipe, config: Any, device: Device, recompute: bool) -> Activations | None:
-    """One micro-batch of full rows, all tokens trained; None where it cannot be run so.
+    """Simulate one micro-batch of full rows with all tokens trained.
 
     Args:
         recipe: with `target_modules` resolved.
-        recompute: whether each layer keeps its input alone.
+        recompute: keep only the input of each layer (activation checkpointing).
+
+    Returns:
+        The bytes, or None if the model cannot be run on fake tensors.
     """
     values = {key: getattr(recipe, key) for key in DECIDING}
     question = [values, config.to_dict(), device.kind, device.dtype, recompute]
@@ -66,7 +69,7 @@ def simulate(recipe: Recipe, config: Any, device: Device, recompute: bool) -> Ac
 
 @dataclass(frozen=True)
 class _Question:
-    """Compares by what decides the answer."""
+    """Cache key of a simulation: two are equal if the values in `key` are."""
 
     key: str
     recipe: Recipe
@@ -82,38 +85,41 @@ class _Question:
 
 
 @functools.lru_cache(maxsize=64)
-def _answer(asked: _Question) -> Activations | None:
+def _answer(question: _Question) -> Activations | None:
     quiet = logging.getLogger("torch._subclasses.fake_tensor")
     before = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        return _counted(asked)
-    except Exception:  # a model whose code looks at numbers, or a package that is not there
+        return _counted(question)
+    except Exception:  # model code that reads values, or a missing package
         return None
     finally:
         quiet.setLevel(before)
 
 
-def _counted(asked: _Question) -> Activations:
-    """Few layers are run; the others take what layers of their kind did."""
-    depths, shares = depths_to_run(layer_kinds(asked.config))
-    runs = [_run(asked, depth) for depth in depths]
+def _counted(question: _Question) -> Activations:
+    """Run a few layers and extrapolate to all layers of their kinds."""
+    depths, shares = depths_to_run(layer_kinds(question.config))
+    runs = [_run(question, depth) for depth in depths]
 
-    def whole(sizes: Iterable[int]) -> int:
+    def extrapolated(sizes: Iterable[int]) -> int:
         return max(0, round(sum(share * n for share, n in zip(shares, sizes, strict=True))))
 
-    kept = whole(run.kept for run in runs)
-    # One layer at a time is worked on: the heaviest of them, or the loss.
+    kept = extrapolated(run.kept for run in runs)
+    # Only one layer works at a time: count the heaviest one, or the loss.
     forward, backward = max(run.forward for run in runs), max(run.backward for run in runs)
-    if asked.recompute and asked.device.dtype != "float32":
-        # Autocast holds a 16-bit copy of every adapter until forward ends; else they are kept.
-        forward += 2 * max(0, whole(run.adapters for run in runs) - runs[-1].adapters)
-    return Activations(kept, kept + max(forward, backward), whole(run.in_heap for run in runs))
+    if question.recompute and question.device.dtype != "float32":
+        # Autocast holds a 16-bit copy of every adapter until forward ends; without recomputation
+        # these copies are kept anyway.
+        forward += 2 * max(0, extrapolated(run.adapters for run in runs) - runs[-1].adapters)
+    return Activations(
+        kept, kept + max(forward, backward), extrapolated(run.in_heap for run in runs)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Bytes of a model of some layers: kept at the end of forward, and beside that at the peaks."""
+    """Bytes of a model of some layers: kept at the end of forward, and the peaks beyond that."""
 
     kept: int
     forward: int
@@ -122,12 +128,12 @@ class _Pass:
     adapters: int  # elements
 
 
-def _run(asked: _Question, layers: int) -> _Pass:
-    """One micro-batch of the model's first `layers` layers."""
+def _run(question: _Question, layers: int) -> _Pass:
+    """Run one micro-batch through the first `layers` layers."""
     import torch
 
-    recipe, device = asked.recipe, asked.device
-    model = _model(asked, layers)
+    recipe, device = question.recipe, question.device
+    model = _model(question, layers)
     head = _head(model)
     with fake_pass(model):
         _fake(model, _type(device))
@@ -155,7 +161,7 @@ def _run(asked: _Question, layers: int) -> _Pass:
 
 
 def _head(model: Any) -> Any:
-    """As `train.loss` has it; whether it is a frozen product is asked while numbers are real."""
+    """The head of `train.loss`; `frozen` is determined here because fake tensors have no values."""
     from lorakit.train.loss import SupervisedHead
 
     class Head(SupervisedHead):
@@ -163,14 +169,14 @@ def _head(model: Any) -> Any:
 
         @property
         def frozen_weight(self) -> Any:
-            # Not `.data`: of a fake tensor that is another storage, and would be counted.
+            # Not `.data`: on a fake tensor it is another storage, which would be counted.
             return self.base.get_output_embeddings().weight if self.frozen else None
 
     return Head(model.get_base_model())
 
 
 def _loss(model: Any, head: Any, ids: Any, targets: Any) -> Any:
-    """As `train.loss` has it: the decoder, and the head over supervised tokens."""
+    """The loss of `train.loss`: the decoder, then the head over supervised tokens."""
     import torch
 
     from lorakit.ops.cross_entropy import summed_cross_entropy
@@ -180,7 +186,7 @@ def _loss(model: Any, head: Any, ids: Any, targets: Any) -> Any:
     return summed_cross_entropy(picked, targets, head)
 
 
-def _model(asked: _Question, layers: int) -> Any:
+def _model(question: _Question, layers: int) -> Any:
     """The PEFT model on the meta device, `layers` deep, in training mode."""
     import torch
     from peft import get_peft_model
@@ -188,18 +194,18 @@ def _model(asked: _Question, layers: int) -> Any:
 
     from lorakit.model.lora_config import lora_config
 
-    recipe = asked.recipe
-    config = copy.deepcopy(asked.config)
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
-    # Gemma 2 caps its scores, which sdpa cannot.
-    attention = _unmasked_attention() if kind._supports_sdpa else "eager"
+    recipe = question.recipe
+    config = copy.deepcopy(question.config)
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    # Gemma 2 caps its attention scores, which sdpa does not support.
+    attention = _unmasked_attention() if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=_type(asked.device), attn_implementation=attention
+            config, dtype=_type(question.device), attn_implementation=attention
         )
-    found = decoder_layers(model)
-    if found is not None:
-        del found[layers:]
+    all_layers = decoder_layers(model)
+    if all_layers is not None:
+        del all_layers[layers:]
     if recipe.method == "qlora":
         _mark_four_bit(model)
     plain = recipe.model_copy(update={"init_lora_weights": True})
@@ -208,25 +214,25 @@ def _model(asked: _Question, layers: int) -> Any:
         for name, child in list(module.named_children()):
             if type(child).__name__ == "Linear4bit" and not hasattr(child, "lora_A"):
                 setattr(module, name, _dequantizing(child))
-            elif isinstance(child, torch.nn.Dropout) and asked.device.kind == "cuda":
-                setattr(module, name, _card_dropout(child.p))
-    if asked.recompute:
+            elif isinstance(child, torch.nn.Dropout) and question.device.kind == "cuda":
+                setattr(module, name, _cuda_dropout(child.p))
+    if question.recompute:
         peft_model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     return peft_model.train()
 
 
 def _type(device: Device) -> Any:
-    """The base's type; bfloat16 stands for float16, which fewer operations of a CPU know."""
+    """The dtype of the base; bfloat16 replaces float16, which fewer CPU operations support."""
     import torch
 
     return torch.float32 if device.dtype == "float32" else torch.bfloat16
 
 
 def _unmasked_attention() -> str:
-    """The name of sdpa without a mask, as full rows have it.
+    """Register sdpa without a mask, as used for full rows, and return its name.
 
-    On fake tensors transformers writes the causal mask out, for it may be tracing: 1 GiB at 32,768
-    tokens that no real run has.
+    On fake tensors transformers materializes the causal mask because it may be tracing: 1 GiB at
+    32,768 tokens, which real runs do not allocate.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -242,16 +248,18 @@ def _unmasked_attention() -> str:
 
 
 def _fake(model: Any, dtype: Any) -> None:
-    """Put fake tensors in place of the meta ones: trained ones in float32, as `add_adapter` has."""
+    """Replace meta tensors by fake ones; trainable ones in float32, as `add_adapter` does."""
     import torch
 
     shared: dict[int, Any] = {}  # a tied head stays one tensor
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
-                kind = torch.float32 if old.requires_grad else dtype
-                made = torch.nn.Parameter(torch.empty(old.shape, dtype=kind), old.requires_grad)
-                module._parameters[name] = shared.setdefault(id(old), made)
+                param_dtype = torch.float32 if old.requires_grad else dtype
+                parameter = torch.nn.Parameter(
+                    torch.empty(old.shape, dtype=param_dtype), old.requires_grad
+                )
+                module._parameters[name] = shared.setdefault(id(old), parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -259,7 +267,7 @@ def _fake(model: Any, dtype: Any) -> None:
 
 @contextlib.contextmanager
 def _autocast(device: Device) -> Iterator[None]:
-    """As the trainer's arguments ask for it; sizes of float16 and bfloat16 are the same."""
+    """Autocast as the trainer does; float16 and bfloat16 have the same size."""
     import torch
 
     half = device.dtype == "bfloat16" or (device.kind == "cuda" and device.dtype == "float16")
@@ -271,7 +279,7 @@ def _autocast(device: Device) -> Iterator[None]:
 
 
 def _live() -> Any:
-    """Counts the bytes of all storages that operations make, while they live."""
+    """A dispatch mode that counts the bytes of all live storages."""
     from torch import Tensor
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -311,7 +319,7 @@ def _live() -> Any:
 
 
 def _mark_four_bit(model: Any) -> None:
-    """bitsandbytes' layers in place of linear ones, so that peft takes its path for them."""
+    """Replace linear layers by bitsandbytes' 4-bit ones, so that PEFT takes its path for them."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
@@ -327,7 +335,7 @@ def _mark_four_bit(model: Any) -> None:
 
 
 def _dequantizing(layer: Any) -> Any:
-    """A linear layer that makes its 16-bit weight for each product, and keeps none of it."""
+    """A linear layer that builds its 16-bit weight for each product and does not keep it."""
     import torch
 
     class Dequantized(torch.autograd.Function):
@@ -344,18 +352,18 @@ def _dequantizing(layer: Any) -> Any:
         in_features, out_features = layer.in_features, layer.out_features
 
         def forward(self, x: Any) -> Any:
-            kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            return Dequantized.apply(x.to(kind), self.out_features)
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            return Dequantized.apply(x.to(dtype), self.out_features)
 
     return FourBit()
 
 
-def _card_dropout(share: float) -> Any:
-    """Dropout as CUDA has it: a mask of one byte an element, where a CPU keeps the scale."""
+def _cuda_dropout(share: float) -> Any:
+    """Dropout as on CUDA: a mask of one byte per element; the CPU kernel keeps the scale."""
     import torch
 
-    class CardDropout(torch.nn.Module):
+    class CudaDropout(torch.nn.Module):
         def forward(self, x: Any) -> Any:
             return torch.native_dropout(x, share, True)[0]
 
-    return CardDropout()
+    return CudaDropout()

@@ -1,9 +1,9 @@
-"""A model enters; what its fake forward and backward may run leaves: plain torch, and no kernel.
+"""Context for fake forward and backward passes: plain torch, without other packages' kernels.
 
-Fake tensors have shapes and no memory, and say that they are at address 0. Triton takes 0 for a
-valid null pointer: a kernel that is launched on them on a GPU reads there, and after that illegal
-access the process has no CUDA left. transformers binds functions of Qwen3.5, LFM2, Falcon-H1 and
-others at import to flash-linear-attention, causal-conv1d or mamba-ssm, where these are installed.
+Fake tensors have shapes but no memory, and report address 0. Triton accepts 0 as a valid null
+pointer: a kernel launched on them on a GPU reads there, and that illegal access makes CUDA unusable
+for the process. At import, transformers binds functions of Qwen3.5, LFM2, Falcon-H1 and others to
+flash-linear-attention, causal-conv1d or mamba-ssm if these are installed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lorakit.model.kernel_check import kernel_functions
 
 @contextlib.contextmanager
 def fake_pass(model: Any) -> Iterator[None]:
-    """Tensors made inside are fake, and `model` computes without other packages' kernels.
+    """Make new tensors fake and run `model` without other packages' kernels.
 
     Raises:
-        RuntimeError: inside, where code asks for the address of a fake tensor, as every launch
-            does, or calls an operation that knows no shapes without numbers.
+        RuntimeError: inside, if code reads the address of a fake tensor, as every kernel launch
+            does, or calls an operation whose output shape depends on values.
     """
     import torch._functorch.config as functorch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +34,7 @@ def fake_pass(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_torch(model: Any) -> Iterator[None]:
-    """The modules that define the model's layers call their own torch functions."""
+    """Make the model's layers call their plain torch functions."""
     functions = kernel_functions(model)
     try:
         for function in functions:

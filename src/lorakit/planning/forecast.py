@@ -1,4 +1,4 @@
-"""A recipe, a config and a device enter; one Forecast leaves: what `lorakit plan` shows."""
+"""Forecast a run from a recipe, a config and a device, as `lorakit plan` shows it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from lorakit.types import Device, MemoryPlan
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run will take on `device`, before anything of it is loaded.
+    """Predicted resources of a run on `device`, before anything is loaded.
 
-    `device_parts` holds training, evaluation and generation in the device's memory; the others
-    are RAM of the host while training, RAM of a merge, and disk. All are bytes, on a device those
-    of one rank. `scale` is what several ranks make of it; `fewest_gpus` of this kind would hold
-    what does not fit.
+    `device_parts` holds training, evaluation and generation in the device's memory; the others are
+    host RAM during training, host RAM of a merge, and disk. All are bytes, for a device those of
+    one rank. `scale` describes the run on several ranks; if the run does not fit, `fewest_gpus` is
+    the number of GPUs of this kind that would hold it.
     """
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class Forecast:
     merge: Parts
     disk: Parts
     speed: Speed | None
-    no_speed: str  # why there is no estimate of it
+    no_speed: str  # reason if there is no estimate
     changes: tuple[Suggestion, ...]
     smallest_card: str | None
     fewest_gpus: int | None = None
@@ -60,7 +60,7 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether training fits."""
+        """True if training fits."""
         return self.training.fits
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,12 +97,12 @@ def forecast(
     config_from: str = "config.json",
     local: bool = False,
 ) -> Forecast:
-    """Plan everything.
+    """Plan memory, disk, speed and, if the run does not fit, changes that help.
 
     Args:
         recipe: with `target_modules` resolved.
-        card: which card `device` is; by default told from its name.
-        local: whether the weights are on this machine already.
+        card: GPU type of `device`; by default derived from its name.
+        local: True if the weights are already on this machine.
     """
     card = card or match_gpu(device.name, device.memory_bytes)
     plan = plan_training(recipe, config, device)
@@ -133,13 +133,13 @@ def forecast(
 def _changes(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> tuple[Suggestion, ...]:
-    """What makes it fit; where it fits by streaming only, what would be faster."""
+    """Changes that make the run fit; if it fits only by streaming, changes that make it faster."""
     if plan.fits and not plan.placement.layerwise:
         return ()
-    found = find_changes(recipe, config, device, plan, card)
+    changes = find_changes(recipe, config, device, plan, card)
     if not plan.fits:
-        return found
-    return tuple(c for c in found if c.fits and c.slower is not None and c.slower < -0.05)
+        return changes
+    return tuple(c for c in changes if c.fits and c.slower is not None and c.slower < -0.05)
 
 
 def planned_speed(
@@ -152,10 +152,10 @@ def planned_speed(
 
 
 def require_plan_fits(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> None:
-    """Stop a run that cannot fit, before its weights are fetched.
+    """Stop a run that cannot fit, before its weights are downloaded.
 
     Raises:
-        WorkError: says what is missing, and what would make it fit.
+        WorkError: states the missing memory and the changes that would make the run fit.
     """
     if plan.fits:
         _refuse_host(recipe, device, plan)
@@ -164,52 +164,55 @@ def require_plan_fits(recipe: Recipe, config: Any, device: Device, plan: MemoryP
     ways = find_changes(recipe, config, device, plan, card)
     lines = [f"\n  {way.flags}  ({saving(way)})" for way in ways if way.fits]
     more = fewest_gpus(recipe, config, device)
-    lines += [f"\n  --gpus {more}  (the same result, the base spread over them)"] if more else []
-    told = "".join(["\nthis would make it fit:", *lines]) if lines else ""
+    lines += [f"\n  --gpus {more}  (the same result, the base sharded over them)"] if more else []
+    options = "".join(["\nthis would make it fit:", *lines]) if lines else ""
     limit = f"memory_limit is {recipe.memory_limit}" if recipe.memory_limit else ""
     has = limit or f"{device.name} has {plan.available_bytes / 2**30:.1f} GiB"
     has += reserve_note(recipe, device, plan)
     raise WorkError(
-        f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{told}",
+        f"this run needs about {plan.total_bytes / 2**30:.1f} GiB, {has}: it does not fit{options}",
         hint="`lorakit plan` shows every part; --force trains all the same",
     )
 
 
 def _refuse_host(recipe: Recipe, device: Device, plan: MemoryPlan) -> None:
-    """What the plan puts into the host's memory has to be there too."""
+    """Raise WorkError if the host memory that the plan uses is not available."""
     parts, has = host_parts(recipe, device, plan), host_memory()
     needs = sum(parts.values())
     if device.kind != "cuda" or needs <= has:
         return
     each = f" for {device.per_node} processes" if device.per_node > 1 else ""
-    way = "set weight_offload: off to plan for the card alone"
+    remedy = "set weight_offload: off to plan for the GPU alone"
     if plan.placement.shards > 1:
         each += f", {parts[LOADING] / 2**30:.1f} of it while the base is loaded"
-        way = "method: qlora, or fewer GPUs on more nodes, take less of it"
-    lies = ", ".join(plan.placement.describe(len(plan.keep)))
+        remedy = "method: qlora, or fewer GPUs on more nodes, take less of it"
+    offloaded = ", ".join(plan.placement.describe(len(plan.keep)))
     raise WorkError(
-        f"this run fits {device.name} with {lies} in host memory: {needs / 2**30:.1f} GiB of "
+        f"this run fits {device.name} with {offloaded} in host memory: {needs / 2**30:.1f} GiB of "
         f"it{each}; this machine has {has / 2**30:.1f} GiB",
-        hint=f"`lorakit plan` shows every part; {way}; --force trains all the same",
+        hint=f"`lorakit plan` shows every part; {remedy}; --force trains all the same",
     )
 
 
 def saving(change: Suggestion) -> str:
-    """Bytes, speed and price of a change in a few words."""
-    words = [f"{change.total_bytes / 2**30:.1f} GiB", f"saves {change.saved_bytes / 2**30:.1f}"]
+    """Summary of a change: bytes, speed and price."""
+    facts = [f"{change.total_bytes / 2**30:.1f} GiB", f"saves {change.saved_bytes / 2**30:.1f}"]
     if change.slower is not None:
-        words.append("no slower" if change.slower < 0.01 else f"{change.slower:.0%} slower")
-    return ", ".join([*words, change.cost])
+        facts.append("no slower" if change.slower < 0.01 else f"{change.slower:.0%} slower")
+    return ", ".join([*facts, change.cost])
 
 
 def find_config(recipe: Recipe, folders: Any) -> tuple[Any, str, bool]:
-    """(config, where it is from, whether the weights are here) of the recipe's model.
+    """Find the config of the recipe's model.
 
-    A name of the table of shapes needs no network; a repository in it that is gated or out of
-    reach is planned by its published values.
+    A name in the table of shapes needs no network. A repository in the table that is gated or
+    unreachable is planned by its published values.
+
+    Returns:
+        (config, source of the config, True if the weights are on this machine).
 
     Raises:
-        ModelError: no such folder, no such repository, or out of reach and not in the table.
+        ModelError: the folder or repository does not exist, or is unreachable and not in the table.
     """
     from lorakit.model.load import load_config, locate_model
 

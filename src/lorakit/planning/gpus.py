@@ -1,6 +1,6 @@
-"""The name of a GPU enters; what is known of it leaves: memory, types, rates, and their source.
+"""Table of GPUs: memory, dtypes, rates and their sources.
 
-Rates are data sheets': dense tensor-core TFLOP/s with float32 sums, GB/s of the card's memory.
+Rates are from data sheets: dense tensor-core TFLOP/s with float32 sums, GB/s of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ GIB = 2**30
 class Gpu:
     """One kind of GPU.
 
-    `memory_gib` is what CUDA offers, less than the box says. `share` is the part of `tflops` that
-    large products reach: 0.77 was measured on the H100; the others are estimates (a card held to
-    70 W reaches less). `link_gbs` is what page-locked copies over its PCIe slot reach.
-    `nvlink_gbs` is what a ring over NVLink carries each way (NCCL's "bus bandwidth"): two H100
-    gathered at 240 GB/s and added up at 274 (benchmarks/results/time_ranks.json), of the data
-    sheet's 450 one way; the others are estimates, as much of theirs, on the board that has it.
+    `memory_gib` is the memory that CUDA offers, which is less than advertised. `utilization` is the
+    fraction of `tflops` that large products reach: 0.77 was measured on the H100; the others are
+    estimates (a GPU limited to 70 W reaches less). `link_gbs` is the rate of pinned copies over
+    PCIe. `nvlink_gbs` is the rate of a ring over NVLink in each direction (NCCL's "bus bandwidth"):
+    two H100 gathered at 240 GB/s and reduced at 274 (benchmarks/results/time_ranks.json), of the
+    data sheet's 450 one way; the others are estimates, the same fraction of theirs, for the board
+    that has NVLink.
     """
 
     name: str
@@ -39,26 +40,26 @@ class Gpu:
 
     @property
     def ring_gbs(self) -> float:
-        """What a ring over the cards of one machine carries each way.
+        """Rate of a ring over the GPUs of one machine in each direction.
 
-        Without NVLink every byte crosses two slots, through host memory on many boards: an
-        estimate, half a slot's rate.
+        Without NVLink every byte crosses two PCIe slots, through host memory on many boards; half
+        a slot's rate is an estimate.
         """
         return self.nvlink_gbs or self.link_gbs / 2
 
     @property
     def ring(self) -> str:
-        """What that ring runs over."""
+        """Link that the ring uses."""
         return "NVLink" if self.nvlink_gbs else "PCIe"
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies bfloat16."""
+        """True if the GPU multiplies bfloat16 matrices."""
         return self.capability >= (8, 0)
 
     @property
     def measured(self) -> bool:
-        """Whether lorakit's own figures were taken on it."""
+        """True if lorakit's own figures were measured on this GPU."""
         return self.name == "h100"
 
 
@@ -81,41 +82,41 @@ _TABLE = [
     Gpu("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=480),
 ]
 GPUS: dict[str, Gpu] = {card.name: card for card in _TABLE}
-# What people write, and what drivers say ("NVIDIA GeForce RTX 3060").
+# Common short names, and names in drivers' reports ("NVIDIA GeForce RTX 3060").
 ALIASES = {"a100": "a100-40", "a10g": "a10"}
 
 
 def find_card(asked: str) -> Gpu:
-    """The card of this name: `t4`, `RTX 4090`, `NVIDIA A100-SXM4-80GB`.
+    """Find the GPU of this name: `t4`, `RTX 4090`, `NVIDIA A100-SXM4-80GB`.
 
     Raises:
-        RecipeError: no such card in the table.
+        RecipeError: the name is not in the table.
     """
     card = match_gpu(asked)
     if card is None:
         raise RecipeError(
             f"--gpu {asked}: not in the table{suggest(asked.lower(), GPUS)}",
-            hint=f"known: {', '.join(GPUS)}; for another card give its memory: --memory 12GB",
+            hint=f"known: {', '.join(GPUS)}; for another GPU give its memory: --memory 12GB",
         )
     return card
 
 
 def match_gpu(name: str, memory_bytes: int | None = None) -> Gpu | None:
-    """The card that `name` speaks of, if one does; memory tells the two A100 apart."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    if "a100" in words:
-        large = "80gb" in words or "80" in words or (memory_bytes or 0) > 45 * GIB
+    """Match a GPU name against the table; memory distinguishes the two A100."""
+    tokens = re.findall(r"[a-z0-9]+", name.lower())
+    if "a100" in tokens:
+        large = "80gb" in tokens or "80" in tokens or (memory_bytes or 0) > 45 * GIB
         return GPUS["a100-80" if large else "a100-40"]
-    for word in words:
-        found = GPUS.get(ALIASES.get(word, word))
-        # A laptop's 4090 is another chip, a 3060 Ti another card.
-        if found is not None and not {"laptop", "ti", "super"} & set(words):
-            return found
+    for token in tokens:
+        gpu = GPUS.get(ALIASES.get(token, token))
+        # The 4090 of a laptop and the 3060 Ti are different chips.
+        if gpu is not None and not {"laptop", "ti", "super"} & set(tokens):
+            return gpu
     return None
 
 
 def card_device(card: Gpu | None, memory_bytes: int | None, dtype: str) -> Device:
-    """The Device that `hardware.py` would find with this card in the machine."""
+    """The Device that `hardware.py` would detect with this GPU in the machine."""
     name = card.name.upper() if card else "a card"
     memory = memory_bytes or int((card.memory_gib if card else 0) * GIB)
     bf16 = card is None or card.bf16
@@ -130,10 +131,10 @@ def card_device(card: Gpu | None, memory_bytes: int | None, dtype: str) -> Devic
 def with_gpu_count(
     device: Device, gpus: int | None, nodes: int | None, network: float | None
 ) -> Device:
-    """`gpus` such devices on each of `nodes` machines, joined by `network` Gbit/s a machine.
+    """Multiply `device`: `gpus` on each of `nodes` machines, `network` Gbit/s per machine.
 
     Raises:
-        RecipeError: a network that is none, or one without several machines.
+        RecipeError: `network` is not positive, or given for one machine.
     """
     if network is not None and (network <= 0 or (nodes or 1) == 1):
         raise RecipeError(
@@ -146,10 +147,10 @@ def with_gpu_count(
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of `12GB`, `15GiB`.
+    """Parse sizes such as `12GB` or `15GiB` to bytes.
 
     Raises:
-        RecipeError: another form.
+        RecipeError: the text has another form.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)", text.strip())
     if match is None or not float(match[1]):

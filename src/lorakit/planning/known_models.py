@@ -1,4 +1,4 @@
-"""A model's name enters; its config leaves, from published values: no download, no weights."""
+"""Configs of known models by name, from published values, without a download."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lorakit.recipe.loader import suggest
 
 
 def _decoder(
-    kind: str,
+    model_type: str,
     sizes: tuple[int, int, int, int, int],
     vocabulary: int,
     context: int,
     tied: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Config values; `sizes` are model width, inner width, layers, query heads, key heads."""
+    """Config values; `sizes` are hidden size, inner size, layers, query heads, key heads."""
     width, inner, layers, heads, key_heads = sizes
     return {
-        "model_type": kind,
+        "model_type": model_type,
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": inner,
@@ -74,7 +74,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _decoder("llama", (64, 128, 2, 4, 2), 512, 2048),
 }
 
-# Repositories of these shapes: a gated or unreachable one can still be planned for.
+# Repositories with these shapes: if gated or unreachable they can still be planned.
 REPOSITORIES: dict[str, str] = {
     "meta-llama/Llama-2-7b-hf": "llama-2-7b",
     "meta-llama/Llama-2-7b-chat-hf": "llama-2-7b",
@@ -104,7 +104,7 @@ def shape_config(name: str) -> Any:
     """The transformers config of a named shape.
 
     Raises:
-        RecipeError: no such shape.
+        RecipeError: the name is not in the table.
     """
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""A model's config enters; the kind of each decoder layer, and the few to run of them, leave."""
+"""Group decoder layers by kind, and choose how many of them to run to predict all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorakit.model.layer_widths import decoder_layers
 
 
 def layer_kinds(config: Any) -> list[Hashable]:
-    """Of each decoder layer what tells its kind: its modules and the shapes of its weights."""
+    """Key of each decoder layer's kind: its modules and the shapes of its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -26,24 +26,28 @@ def layer_kinds(config: Any) -> list[Hashable]:
 
 
 def depths_to_run(kinds: Sequence[Hashable]) -> tuple[list[int], list[float]]:
-    """(how many of the first layers to run, in several runs, and what each run counts in the sum).
+    """Choose the depths to run and the weight of each run in the sum.
 
-    The bytes of the first n layers are `fixed + sum over kinds of count x bytes`, so the whole is a
-    sum of runs as soon as its counts are one of theirs: of 32 layers alike, 31 x (2) - 30 x (1).
+    The bytes of the first n layers are `fixed + sum over kinds of count x bytes`, so the complete
+    model is a weighted sum of runs once its counts are a combination of theirs: of 32 equal layers,
+    31 x (2) - 30 x (1).
+
+    Returns:
+        (numbers of first layers to run, weight of each run).
     """
     import numpy
 
     names = list(dict.fromkeys(kinds))
-    whole = [1, *(kinds.count(name) for name in names)]
+    target = [1, *(kinds.count(name) for name in names)]
     rows: list[list[int]] = []
     depths: list[int] = []
     for depth in range(1, len(kinds)):
         row = [1, *(kinds[:depth].count(name) for name in names)]
         if numpy.linalg.matrix_rank([*rows, row]) == len(rows):
-            continue  # adds nothing to the shorter ones
+            continue  # linearly dependent on the shorter runs
         rows, depths = [*rows, row], [*depths, depth]
         if sum(depths) >= len(kinds):
             break
-        if numpy.linalg.matrix_rank([*rows, whole]) == len(rows):
-            return depths, numpy.linalg.lstsq(numpy.array(rows).T, whole)[0].tolist()
+        if numpy.linalg.matrix_rank([*rows, target]) == len(rows):
+            return depths, numpy.linalg.lstsq(numpy.array(rows).T, target)[0].tolist()
     return [len(kinds)], [1.0]

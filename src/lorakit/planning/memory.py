@@ -1,9 +1,10 @@
-"""A recipe and a model's config enter; a MemoryPlan leaves: bytes per part, without any weights.
+"""Predict the bytes of a training step by part, without loading weights.
 
-Shapes come from the model built on the meta device, so every architecture transformers knows is
-counted exactly. Weights, adapters, gradients and optimizer are arithmetic; what layers keep for
-backward is counted tensor by tensor for the engine, and estimated for a model's own layers. Of
-several GPUs the plan is that of one: its part of each step, and of the base where that is spread.
+Shapes come from the model built on the meta device, so every architecture that transformers knows
+is counted exactly. Weights, adapters, gradients and optimizer state are arithmetic; activations
+kept for backward are counted tensor by tensor for the engine and estimated for a model's own
+layers. With several GPUs the plan is that of one rank: its part of each step, and its shard of the
+base.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from lorakit.planning.rank_workload import RankWorkload
 from lorakit.recipe.schema import Recipe
 from lorakit.types import OPTIMIZER_BYTES, Device, MemoryPlan, Placement
 
-# Left free of a whole device, for other programs too (a desktop takes 0.3 to 1 GiB); and within
+# Left free of a complete device, for other programs too (a desktop takes 0.3 to 1 GiB); and within
 # memory_limit on a GPU, for gaps between torch's blocks: 176 MiB of 15 GiB, 79 of 4 on an H200.
 RESERVE_OF_DEVICE, RESERVE_OF_LIMIT, LEAST_RESERVE_BYTES = 0.05, 0.015, 96 * 1024**2
 
-# NCCL's own: a process of two H100 took so much more than one alone (scale_lora-*.json).
+# NCCL's buffers: each of two H100 processes took this much more than one alone (scale_lora-*.json).
 NCCL_BYTES = 780 * 1024**2
 
 
@@ -33,13 +34,13 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
 
     Args:
         recipe: with `target_modules` resolved. `gradient_checkpointing` false keeps everything,
-            true keeps each layer's input alone, `auto` recomputes as little as the budget allows.
+            true keeps only each layer's input, `auto` recomputes as little as the budget allows.
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget of
             each rank.
 
     Raises:
-        RecipeError: `weight_offload: on` or `sharding: on` where it cannot be had.
+        RecipeError: `weight_offload: on` or `sharding: on` is not possible.
     """
     sizes = RankWorkload.of(recipe, config, device)
     engine = _engine(sizes)
@@ -59,14 +60,14 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
 def plan_of(
     recipe: Recipe, config: Any, device: Device, keep: Sequence[int], placement: Placement
 ) -> MemoryPlan:
-    """The bytes of a choice made already, as a result carries it."""
+    """The plan of a choice already made, such as one stored in a result."""
     sizes = RankWorkload.of(recipe, config, device)
     plan = _planned(sizes, tuple(keep), placement, device)
     return replace(plan, fits=plan.total_bytes <= device.rank_bytes)
 
 
 def budget_of(recipe: Recipe, device: Device) -> int:
-    """Bytes that one rank may plan for."""
+    """Bytes that one rank may use."""
     limit = recipe.memory_limit_bytes
     if limit is None:
         return int((1 - RESERVE_OF_DEVICE) * device.rank_bytes)
@@ -76,7 +77,7 @@ def budget_of(recipe: Recipe, device: Device) -> int:
 
 
 def reserve_note(recipe: Recipe, device: Device, plan: MemoryPlan) -> str:
-    """Says how much stays free, where nothing but that keeps the plan from fitting."""
+    """Note the reserved bytes if only the reserve keeps the plan from fitting."""
     has = recipe.memory_limit_bytes or device.rank_bytes
     if plan.fits or plan.total_bytes > has:
         return ""
@@ -96,11 +97,11 @@ def _planned(
     return MemoryPlan(parts, device.rank_bytes, False, keep, placement, host, engine)
 
 
-def _fill(placement: Placement, sizes: RankWorkload, room: int) -> Placement:
-    """Keep on the card the inputs of as many layers as there is room for."""
+def _fill(placement: Placement, sizes: RankWorkload, free_bytes: int) -> Placement:
+    """Keep the inputs of as many layers on the GPU as fit in the free bytes."""
     if not placement.layerwise:
         return placement
-    count = (room + _under_way(sizes, placement)) // sizes.inputs_bytes
+    count = (free_bytes + _under_way(sizes, placement)) // sizes.inputs_bytes
     return replace(placement, inputs_on_gpu=min(sizes.layers, count))
 
 
@@ -109,34 +110,36 @@ def _engine(sizes: RankWorkload) -> bool:
 
 
 def engine_supported(recipe: Recipe, config: Any, fast: bool) -> bool:
-    """Whether the fast layers are likely to serve; `attach_engine` decides on the real model.
+    """True if the engine is likely to support the run; `attach_engine` decides on the real model.
 
     Args:
         config: of the text model.
-        fast: the device is a card with kernels, where `auto` takes them.
+        fast: the device is a GPU with kernels, on which `auto` selects the engine.
     """
-    asked = fast or "on" in (recipe.fused_layers, recipe.weight_offload, recipe.sharding)
+    requested = fast or "on" in (recipe.fused_layers, recipe.weight_offload, recipe.sharding)
     plain = not recipe.use_dora and recipe.bias == "none"
-    return asked and recipe.fused_layers != "off" and plain and config.model_type in FAST_FAMILIES
+    return (
+        requested and recipe.fused_layers != "off" and plain and config.model_type in FAST_FAMILIES
+    )
 
 
 def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dict[str, int]:
-    """What stands in memory all the time."""
+    """Bytes that are resident during the complete run."""
     recipe, width = sizes.recipe, sizes.width
     embedding = _embedding(sizes) if placement.embedding_on_host else 0
     layers, two_layers = sizes.layers, 2 * sizes.frozen_bytes // sizes.layers
-    own = -(-sizes.frozen_bytes // placement.shards)
+    shard = -(-sizes.frozen_bytes // placement.shards)
     parts = {
-        "frozen weights": two_layers if placement.base_on_host else own,
+        "frozen weights": two_layers if placement.base_on_host else shard,
         "embeddings, head and norms": int((sizes.non_linear_params - embedding) * width),
     }
     if placement.shards > 1:
         parts["two layers, gathered"] = two_layers
     if sizes.counted.experts:
-        # Raw tensors, which bitsandbytes 0.50 leaves as they are: no NF4 for them.
+        # Raw tensors, which bitsandbytes 0.50 does not quantize.
         parts["experts (not quantized)"] = sizes.counted.experts * width
     if placement.adapters_on_host:
-        # Two layers' values and gradients come and go.
+        # Values and gradients of two layers are double-buffered.
         parts["adapters and gradients of two layers"] = 4 * 4 * sizes.adapter // layers
     else:
         parts |= _adapter_parts(sizes)
@@ -155,13 +158,13 @@ def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dic
 def _adapter_parts(sizes: RankWorkload) -> dict[str, int]:
     return {
         "adapters (float32)": sizes.adapter * 4,
-        "gradients (float32)": sizes.adapter * 4,  # with several ranks summed where they lie
+        "gradients (float32)": sizes.adapter * 4,  # summed over ranks in place
         "optimizer state": int(sizes.adapter * OPTIMIZER_BYTES[sizes.recipe.optimizer]),
     }
 
 
 def _host_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
-    """What lies in host memory instead of the card's."""
+    """Bytes in host memory instead of GPU memory."""
     parts = {}
     if placement.base_on_host:
         parts["frozen weights"] = sizes.frozen_bytes
@@ -184,27 +187,27 @@ def _micro_tokens(sizes: RankWorkload, placement: Placement) -> int:
 
 
 def _under_way(sizes: RankWorkload, placement: Placement) -> int:
-    """Inputs of the micro-batch at work and of two that come (`layer_inputs.UNDER_WAY`)."""
+    """Inputs of this micro-batch and two prefetched (`activation_offload.PREFETCH_DEPTH`)."""
     return 3 * _micro_tokens(sizes, placement) * int(sizes.config.hidden_size) * sizes.width
 
 
 def _layerwise_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int]:
-    """What a step needs that goes layer by layer through all its micro-batches."""
+    """Bytes of a layer-by-layer step over all its micro-batches."""
     model, qkv, out, inner = _widths(sizes)
     micro = _micro_tokens(sizes, placement)
     chunk = min(placement.tokens_at_once, micro)
     rank, width = sizes.recipe.lora_r, sizes.width
     keys = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
     share = min(1.0, placement.heads_at_once / keys)
-    # Throughout the way down: qkv, attention's output and its gradient, for all tokens.
+    # During the complete backward pass: qkv, attention's output and its gradient, for all tokens.
     standing = (qkv + 2 * out + 3 * rank + _normed(sizes)) * width
-    # Then either the products of one chunk, or attention's gradients of one group of heads.
+    # On top of that, the products of one chunk, or attention's gradients of one group of heads.
     products = (6 * inner + 2 * model + 3 * rank) * width
     attention = share * (2 * qkv * width + 4 * out)
     head = min(chunk * 4 * model * 4 + _logits_bytes(sizes, True), chunk * 64 * model)
     return {
         "hidden states of a step": sizes.inputs_bytes,
-        # Those under way need room only once the kept ones are used up.
+        # Prefetched inputs need memory only once the resident ones are used up.
         "inputs of layers": max(
             _under_way(sizes, placement), placement.inputs_on_gpu * sizes.inputs_bytes
         ),
@@ -215,7 +218,7 @@ def _layerwise_parts(sizes: RankWorkload, placement: Placement) -> dict[str, int
 
 
 def _working_parts(sizes: RankWorkload, keep: tuple[int, ...], engine: bool) -> dict[str, int]:
-    """What a micro-batch needs: activations kept, and one layer's work or the loss."""
+    """Bytes of a micro-batch: kept activations, and the work of one layer or the loss."""
     tokens = sizes.tokens
     logits = _logits_bytes(sizes, engine)
     if not engine:
@@ -239,13 +242,13 @@ def _widths(sizes: RankWorkload) -> tuple[int, int, int, int]:
 
 
 def _normed(sizes: RankWorkload) -> int:
-    """Numbers a token of queries and keys after norms of their own, beside those before (Qwen3)."""
+    """Numbers per token of normed queries and keys, kept in addition to the raw ones (Qwen3)."""
     _, qkv, out, _ = _widths(sizes)
     return (qkv + out) // 2 if str(sizes.config.model_type).startswith("qwen3") else 0
 
 
 def _kept_bytes(sizes: RankWorkload, level: int) -> float:
-    """Bytes one layer of the engine keeps for a token, by level; see `fast_layer.Keep`."""
+    """Bytes per token that one engine layer keeps, by level of `decoder_layer.SavedActivations`."""
     model, qkv, out, inner = _widths(sizes)
     rank = sizes.recipe.lora_r
     numbers = model + rank
@@ -260,9 +263,9 @@ def _kept_bytes(sizes: RankWorkload, level: int) -> float:
 
 
 def _work_bytes(sizes: RankWorkload, level: int) -> float:
-    """Bytes a token needs while one layer goes backward, beyond what was kept."""
+    """Bytes per token that the backward pass of one layer needs beyond the kept ones."""
     model, qkv, out, inner = _widths(sizes)
-    numbers = 4 * model + 4 * inner  # dh, h and d(gate/up) beside residual gradients and norms
+    numbers = 4 * model + 4 * inner  # dh, h, d(gate/up), residual gradients and norms
     if level >= 1:
         numbers += 2 * inner
     if level >= 2:
@@ -271,11 +274,11 @@ def _work_bytes(sizes: RankWorkload, level: int) -> float:
 
 
 def _own_activation_bytes(sizes: RankWorkload, recompute: bool) -> float:
-    """Bytes a model's own layers save for backward per token.
+    """Bytes per token that a model's own layers save for backward.
 
     Without recomputation a layer keeps, per target, its input after dropout and the mask, and per
-    layer the norms' inputs and outputs, q, k, v, the attention output, gate and up. With it only
-    the layer's input is kept, plus the working set of one layer.
+    layer the norms' inputs and outputs, q, k, v, the attention output, gate and up. With
+    recomputation only the layer's input is kept, plus the working set of one layer.
     """
     layers, hidden, width = sizes.layers, sizes.config.hidden_size, sizes.width
     dropout = width + 1 if sizes.recipe.lora_dropout > 0 else 0
@@ -288,7 +291,7 @@ def _own_activation_bytes(sizes: RankWorkload, recompute: bool) -> float:
 
 
 def _logits_bytes(sizes: RankWorkload, engine: bool) -> int:
-    """Logits of one chunk; with a frozen plain head they become their own gradient."""
+    """Logits of one chunk; with a frozen plain head their gradient overwrites them."""
     from lorakit.ops.cross_entropy import LOGITS_BYTES
 
     float32 = min(LOGITS_BYTES, sizes.tokens * sizes.config.vocab_size * 4)

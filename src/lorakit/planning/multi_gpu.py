@@ -1,4 +1,4 @@
-"""A plan for several GPUs enters; where the base lies and why, and what sharing costs, leaves."""
+"""Explain a plan for several GPUs: placement of the base and its reason, and cost of sharing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What N ranks make of a step, beside what one of them holds.
+    """A step on N ranks compared with a step on one.
 
-    `waited_share`: part of a step that waits for other ranks. `efficiency`: tokens a second
-    against `ranks` times those of one GPU with the same recipe, planned on its own; None where it
-    does not fit one, or where nothing is known of the card.
+    `waited_share`: share of a step spent waiting for other ranks. `efficiency`: tokens per second
+    relative to `ranks` times those of one GPU with the same recipe, planned separately; None if
+    that does not fit one GPU, or if the GPU is unknown.
     """
 
     ranks: int
@@ -50,13 +50,13 @@ def scale(
     card: Gpu | None,
     speed: Speed | None,
 ) -> Scale | None:
-    """What sharing a step costs and gives; None for one GPU."""
+    """Cost and gain of sharing a step; None for one GPU."""
     if device.ranks == 1:
         return None
     alone = replace(device, ranks=1, nodes=1)
-    whole = recipe.model_copy(update={"sharding": "auto"})
-    single = plan_training(whole, config, alone)
-    rate = expected_speed(whole, config, alone, single, card) if single.fits else None
+    unsharded = recipe.model_copy(update={"sharding": "auto"})
+    single = plan_training(unsharded, config, alone)
+    rate = expected_speed(unsharded, config, alone, single, card) if single.fits else None
     efficiency = None
     if speed is not None and rate is not None:
         efficiency = speed.tokens_per_second / rate.tokens_per_second / device.ranks
@@ -86,18 +86,18 @@ def _share(speed: Speed | None) -> float | None:
 
 
 def idle_share(examples: int, ranks: int) -> float:
-    """Part of all ranks' time that a step of equal examples leaves unused."""
+    """Share of all ranks' time that a step of equal examples does not use."""
     return 1 - examples / (ranks * -(-examples // ranks))
 
 
 def split_in_words(examples: int, device: Device) -> str:
-    """Who works on how many of a step's examples."""
+    """Describe how a step's examples are divided among ranks."""
     ranks, each = device.ranks, examples // device.ranks
-    said = f"{examples} example{'s' * (examples != 1)} a step over {ranks} {_units(device)}"
+    summary = f"{examples} example{'s' * (examples != 1)} a step over {ranks} {_units(device)}"
     if examples % ranks == 0:
-        return f"{said}: {each} each"
+        return f"{summary}: {each} each"
     rest = f"does {each} and waits" if each else "has nothing to do"
-    return f"{said}: {each + 1} on {examples % ranks} of them, the rest {rest}"
+    return f"{summary}: {each + 1} on {examples % ranks} of them, the rest {rest}"
 
 
 def _advice(examples: int, device: Device) -> str:
@@ -111,7 +111,7 @@ def _advice(examples: int, device: Device) -> str:
 
 
 def _base(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> str:
-    """Where the base lies, and why."""
+    """Describe the placement of the base and its reason."""
     placement, unit = plan.placement, _unit(device)
     if placement.shards > 1:
         where = (
@@ -119,9 +119,9 @@ def _base(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> str:
             if device.nodes > 1
             else f"all {device.per_node} {_units(device)}"
         )
-        kind = "FSDP's full shard" + (", replicas across nodes: HSDP" if device.nodes > 1 else "")
+        scheme = "FSDP's full shard" + (", replicas across nodes: HSDP" if device.nodes > 1 else "")
         why = _why_spread(recipe, config, device)
-        return f"spread over {where}, 1/{placement.shards} each ({kind}): {why}"
+        return f"sharded over {where}, 1/{placement.shards} each ({scheme}): {why}"
     if placement.base_on_host:
         return f"in host memory, once for every {unit}, streamed: {_why_not_spread(recipe, device)}"
     return f"on every {unit} in full (as DDP): it {'fits' if plan.fits else 'does not fit'} one"
@@ -130,8 +130,8 @@ def _base(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> str:
 def _why_spread(recipe: Recipe, config: Any, device: Device) -> str:
     if recipe.sharding == "on":
         return "sharding: on"
-    whole = recipe.model_copy(update={"sharding": "off", "weight_offload": "off"})
-    least = plan_training(whole, config, device).total_bytes / GIB
+    unsharded = recipe.model_copy(update={"sharding": "off", "weight_offload": "off"})
+    least = plan_training(unsharded, config, device).total_bytes / GIB
     has = f"has {device.rank_bytes / GIB:.1f} GiB"
     if recipe.memory_limit:
         has = f"may take {recipe.memory_limit}"
@@ -144,8 +144,8 @@ def _why_not_spread(recipe: Recipe, device: Device) -> str:
     if recipe.sharding == "off":
         return "sharding: off"
     if device.per_node == 1:
-        return "a node has one GPU, which finds nobody to share with"
-    return f"spread over {device.per_node} it does not fit either"
+        return "sharding needs at least two GPUs per node"
+    return f"sharded over {device.per_node} it does not fit either"
 
 
 def _unit(device: Device) -> str:

@@ -1,6 +1,6 @@
-"""A recipe and its sizes enter; what may lie where leaves, choice by choice, cheapest first.
+"""List where weights, adapters and activations can be placed, fastest choice first.
 
-on the card, recomputing more and more -> spread over the GPUs of a node -> in host memory
+on the GPU, recomputing more and more -> sharded over the GPUs of a node -> in host memory
 """
 
 from __future__ import annotations
@@ -12,46 +12,46 @@ from lorakit.errors import RecipeError
 from lorakit.planning.rank_workload import RankWorkload
 from lorakit.types import ON_CARD, Placement
 
-# From here on heads go through attention in groups: its buffers for all would be GBs, and one group
-# fills a card (benchmarks/results/time_link.json).
+# From this length on attention processes heads in groups: buffers for all heads would take GBs, and
+# one group saturates a GPU (benchmarks/results/time_link.json).
 LONG_ROW = 32768
 
 Choice = tuple[tuple[int, ...], Placement]
 
 
 def check_placement(sizes: RankWorkload, engine: bool) -> None:
-    """Stop what the recipe asks for by name and cannot have.
+    """Reject placements that the recipe requests explicitly but that are not possible.
 
     Raises:
-        RecipeError: `weight_offload: on` or `sharding: on` where the fast layers do not serve,
-        both at     once, or `sharding: on` with one GPU to a machine.
+        RecipeError: `weight_offload: on` or `sharding: on` where the engine does not support the
+            recipe, both at once, or `sharding: on` with one GPU per machine.
     """
     recipe = sizes.recipe
-    asked = [key for key in ("weight_offload", "sharding") if getattr(recipe, key) == "on"]
-    if len(asked) == 2:
+    requested = [key for key in ("weight_offload", "sharding") if getattr(recipe, key) == "on"]
+    if len(requested) == 2:
         raise RecipeError(
-            "weight_offload: on and sharding: on: a layer's weights come from host memory or from the "
-            "other GPUs, not from both",
+            "weight_offload: on and sharding: on: a layer's weights come from host memory or from "
+            "the other GPUs, not from both",
             hint="set one of them to auto",
         )
-    for key in asked:
+    for key in requested:
         if not (engine and recipe.modules_to_save is None):
             raise RecipeError(
                 f"{key}: on needs the fast layers, and they do not serve this recipe (model family "
-                f"{sizes.config.model_type}, engine: {recipe.fused_layers}; DoRA, trained biases and "
-                "modules_to_save do not go with them)",
+                f"{sizes.config.model_type}, fused_layers: {recipe.fused_layers}; DoRA, trained "
+                "biases and modules_to_save do not go with them)",
                 hint=f"set {key}: auto, and memory_limit if it must fit",
             )
-    if "sharding" in asked and sizes.per_node == 1:
-        found = "there is one" if sizes.ranks == 1 else f"each of {sizes.ranks} nodes has one"
+    if "sharding" in requested and sizes.per_node == 1:
+        gpus = "there is one" if sizes.ranks == 1 else f"each of {sizes.ranks} nodes has one"
         raise RecipeError(
-            f"sharding: on needs several GPUs in a machine, {found}",
+            f"sharding: on needs several GPUs in a machine, {gpus}",
             hint="give --gpus N with N of 2 or more, or set sharding: auto",
         )
 
 
 def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
-    """(what layers keep, what lies where), cheapest in speed first."""
+    """Yield (levels kept per layer, placement), fastest first."""
     recipe, layers = sizes.recipe, sizes.layers
     if recipe.weight_offload == "on":
         yield from _layerwise(sizes, (True,))
@@ -84,15 +84,15 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
 def _layerwise(
     sizes: RankWorkload, base_on_host: tuple[bool, ...], shards: int = 1
 ) -> Iterator[Choice]:
-    """Step by step less on the card, and fewer tokens at once."""
+    """Yield layer-by-layer placements with less and less on the GPU and fewer tokens at once."""
     recipe = sizes.recipe
-    # bitsandbytes' optimizers work on cards only.
+    # bitsandbytes' optimizers work on GPUs only.
     adapters = (False,) if recipe.optimizer.endswith("8bit") else (False, True)
     heads = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
     if recipe.cutoff_len >= LONG_ROW:
         heads = max(1, heads * LONG_ROW // (2 * recipe.cutoff_len))
-    # The base comes while the card computes; the optimizer on the host is waited for. Within 4 GiB
-    # 4,096 tokens and adapters on the card ran at 12,943 tokens/s, 8,192 and on the host at 12,198.
+    # Streaming the base overlaps with computation; the optimizer on the host does not. Within 4 GiB
+    # 4,096 tokens and adapters on the GPU ran at 12,943 tokens/s, 8,192 and on the host at 12,198.
     for at_once in ((8192, 4096), (2048, 1024)):
         for adapters_on_host, on_host, tokens in itertools.product(adapters, base_on_host, at_once):
             yield (

@@ -1,8 +1,8 @@
-"""A recipe, a config and a device enter; the MemoryPlan of the training run leaves.
+"""Plan the memory of a training run from a recipe, a config and a device.
 
-The engine's layers are planned in `planning/memory.py`. A model's own layers, which every CPU run
-has, take
-what `planning/activations.py` counts; on a CPU the whole process is planned, libraries included.
+The engine's layers are planned in `planning/memory.py`. For a model's own layers, as in every CPU
+run, `planning/activations.py` counts the activations; on a CPU the complete process is planned,
+libraries included.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ESTIMATED = ("activations (estimate)", "logits of one chunk")
 
 # Resident after the imports of a run: torch 2.13 for CPU, transformers, peft, trl, bitsandbytes.
 LIBRARIES_BYTES = 610 * 1024**2
-# What malloc holds on a CPU beyond the tensors, as a share of all layers' activations, recomputed
-# or not: torch's aligned blocks do not fit into the holes that blocks of their own size leave
+# Memory that malloc holds on a CPU beyond the tensors, as a share of all layers' activations, with
+# and without recomputation: torch's aligned blocks do not fit into freed blocks of the same size
 # (glibc 2.36). Mapping every block instead (MALLOC_MMAP_THRESHOLD_) halved the speed.
-HOLES, HOLES_RECOMPUTED = 0.40, 0.35
+HEAP_GAPS, HEAP_GAPS_RECOMPUTED = 0.40, 0.35
 
 
 def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
@@ -36,55 +36,60 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
-    asked = "on" in (recipe.weight_offload, recipe.sharding)
-    if asked or engine_supported(recipe, config.get_text_config(), device.fast):
+    requested = "on" in (recipe.weight_offload, recipe.sharding)
+    if requested or engine_supported(recipe, config.get_text_config(), device.fast):
         plan = plan_memory(recipe, config, device)
         return (
-            plan if device.kind == "cuda" else _judged(plan, _process(plan.parts), recipe, device)
+            plan
+            if device.kind == "cuda"
+            else _with_parts(plan, _process(plan.parts), recipe, device)
         )
     chosen = recipe.gradient_checkpointing
     if chosen != "auto":
         return _own_layers(recipe, config, device, chosen)
     kept = _own_layers(recipe, config, device, recompute=False)
-    return kept if kept.fits else _last_ways(recipe, config, device)
+    return kept if kept.fits else _recomputed(recipe, config, device)
 
 
-def _last_ways(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
-    """All recomputed; else, on a card without kernels, the fast layers in plain torch, streamed."""
-    again = _own_layers(recipe, config, device, recompute=True)
+def _recomputed(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
+    """Recompute all layers; if a GPU without kernels cannot hold it, stream the engine's layers."""
+    recomputed = _own_layers(recipe, config, device, recompute=True)
     streamed = recipe.model_copy(update={"weight_offload": "on"})
-    if again.fits or device.kind != "cuda" or recipe.weight_offload == "off":
-        return again
+    if recomputed.fits or device.kind != "cuda" or recipe.weight_offload == "off":
+        return recomputed
     served = engine_supported(streamed, config.get_text_config(), device.fast)
     if not served or recipe.modules_to_save is not None or recipe.sharding == "on":
-        return again
+        return recomputed
     plan = plan_memory(streamed, config, device)
-    return plan if plan.fits else again
+    return plan if plan.fits else recomputed
 
 
 def plan_for_data(
     recipe: Recipe, config: Any, device: Device, longest: int
 ) -> tuple[Recipe, MemoryPlan]:
-    """The plan of a run on data at hand, and the recipe with rows as long as these get.
+    """Plan a run on the data at hand, with rows as long as these examples get.
 
-    Short examples fill no micro-batch: one of 8,192 tokens gets 1,120 from 16 examples of 70, and
-    a 7B model's layers then need not be recomputed on a T4.
+    Short examples do not fill a micro-batch: one of 8,192 tokens gets 1,120 from 16 examples of 70,
+    and a 7B model's layers then need no recomputation on a T4.
 
     Args:
         longest: tokens of the longest example.
+
+    Returns:
+        (recipe with the shortened `cutoff_len`, plan).
     """
     short = longest_rows(recipe, longest, device)
     plan = plan_training(short, config, device)
-    if plan.placement.layerwise:  # cuts its micro-batches by `cutoff_len`
+    if plan.placement.layerwise:  # divides its micro-batches by `cutoff_len`
         short, plan = recipe, plan_training(recipe, config, device)
     return short, plan
 
 
 def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
-    """The recipe as the data at hand makes it: no micro-batch is longer than its examples allow.
+    """Shorten `cutoff_len` to the longest micro-batch row that the data at hand can produce.
 
-    Packed rows are filled with what one optimizer step holds, and padded to the sizes of CUDA
-    graphs on a card.
+    Packed rows are filled with the examples of one optimizer step, and padded to the sizes of CUDA
+    graphs on a GPU.
     """
     if longest < 1:
         return recipe
@@ -95,10 +100,10 @@ def longest_rows(recipe: Recipe, longest: int, device: Device) -> Recipe:
 
 
 def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) -> MemoryPlan:
-    asked = recipe.model_copy(update={"fused_layers": "off", "gradient_checkpointing": recompute})
+    unfused = recipe.model_copy(update={"fused_layers": "off", "gradient_checkpointing": recompute})
     rows = min(recipe.micro_batch_size, examples_of_rank(recipe, device.ranks))
-    micro = asked.model_copy(update={"micro_batch_size": rows})
-    plan = plan_memory(asked, config, device)
+    micro = unfused.model_copy(update={"micro_batch_size": rows})
+    plan = plan_memory(unfused, config, device)
     parts = dict(plan.parts)
     counted = simulate(micro, config, device, recompute)
     if counted is not None:
@@ -110,16 +115,18 @@ def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) ->
         layers = simulate(micro, config, device, recompute=False)
         if layers is not None:
             parts["holes in the heap"] = int(
-                (HOLES_RECOMPUTED if recompute else HOLES) * layers.in_heap
+                (HEAP_GAPS_RECOMPUTED if recompute else HEAP_GAPS) * layers.in_heap
             )
         parts = _process(parts)
-    return _judged(plan, parts, recipe, device)
+    return _with_parts(plan, parts, recipe, device)
 
 
-def _judged(plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device) -> MemoryPlan:
+def _with_parts(
+    plan: MemoryPlan, parts: dict[str, int], recipe: Recipe, device: Device
+) -> MemoryPlan:
     return replace(plan, parts=parts, fits=sum(parts.values()) <= budget_of(recipe, device))
 
 
 def _process(parts: dict[str, int]) -> dict[str, int]:
-    """A run on the host shares its memory with Python and the libraries."""
+    """Add the memory of Python and the libraries, which a run on the host shares."""
     return {**parts, "Python and libraries": LIBRARIES_BYTES}

@@ -1,7 +1,6 @@
-"""A recipe, a config and a device enter; the counts leave that every part of a plan is made of.
+"""Counts of one rank, from which every part of a plan is computed.
 
-They are those of one rank: of the examples of a step it has its part, and of those the most that
-any rank has.
+A rank works on its part of a step's examples; the counts are those of the rank with the most.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def examples_of_rank(recipe: Recipe, ranks: int) -> int:
-    """Examples of a step that the rank with the most of them works on."""
+    """Examples of a step on the rank with the most of them."""
     return -(-recipe.examples_per_step // ranks)
 
 
@@ -33,16 +32,16 @@ class RankWorkload:
     counted: ParamCounts
     width: int  # bytes of a stored number
     cuda: bool
-    fast: bool  # a card that the fast layers are put on
+    fast: bool  # a GPU on which the engine is used by default
     ranks: int
     per_node: int
     linear: int  # elements of linear layers
     adapter: int  # elements that train
-    context_bytes: int | None  # of CUDA, where it was measured
+    context_bytes: int | None  # of CUDA, if measured
 
     @classmethod
     def of(cls, recipe: Recipe, config: Any, device: Device) -> RankWorkload:
-        """Counted for this recipe, model and device."""
+        """Count for this recipe, model and device."""
         counted = count(config)
         return cls(
             recipe,
@@ -72,12 +71,12 @@ class RankWorkload:
 
     @property
     def examples(self) -> int:
-        """Of one step."""
+        """Examples of one step."""
         return examples_of_rank(self.recipe, self.ranks)
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """Tokens of one micro-batch."""
         return min(self.recipe.micro_batch_size, self.examples) * self.recipe.cutoff_len
 
     @property
@@ -86,11 +85,11 @@ class RankWorkload:
 
     @property
     def inputs_bytes(self) -> int:
-        """One layer's inputs, of all micro-batches of a step."""
+        """Bytes of one layer's inputs, for all micro-batches of a step."""
         return int(self.step_tokens * self.config.hidden_size * self.width)
 
     @property
     def frozen_bytes(self) -> int:
-        """The whole base's linear layers as they are stored."""
+        """Bytes of the base's linear layers as stored, before sharding."""
         four_bit = self.recipe.method == "qlora"
         return int(self.linear * (NF4_BYTES if four_bit else self.width))

@@ -1,6 +1,6 @@
-"""A recipe that does not fit enters; the cheapest changes that make it fit leave, each tried.
+"""Find the cheapest changes that make a recipe fit.
 
-Nothing is guessed: every change is planned like a recipe of its own, for its bytes and its speed.
+Nothing is guessed: every change is planned as a separate recipe, for its bytes and its speed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHORTEST = 512
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """One way out. `slower`: share of the speed it costs, None where no speed is known."""
+    """One change. `slower`: share of the speed it costs, None if no speed is known."""
 
     settings: dict[str, Any]
     cost: str
@@ -32,7 +32,7 @@ class Suggestion:
 
     @property
     def flags(self) -> str:
-        """What to type."""
+        """Command-line flags that apply the change."""
         return " ".join(f"--set {key}={_word(value)}" for key, value in self.settings.items())
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,80 +50,88 @@ class Suggestion:
 def find_changes(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> tuple[Suggestion, ...]:
-    """Single changes that fit, cheapest first; where none does, the shortest row of them.
+    """Find single changes that fit, cheapest first; otherwise the shortest combination that fits.
 
-    What costs nothing but time comes before what changes the result, and in that order they are
-    added up until the run fits. Where even all together do not fit, they are given with `fits` off.
+    Changes that cost only time come before changes that alter the result, and they are combined in
+    that order until the run fits. If all together do not fit, they are returned with `fits` false.
     """
 
-    def tried(settings: dict[str, Any], price: str) -> Suggestion:
+    def attempt(settings: dict[str, Any], price: str) -> Suggestion:
         changed = _with(recipe, settings)
-        found = plan_training(changed, config, device)
-        saved = plan.total_bytes - found.total_bytes
+        changed_plan = plan_training(changed, config, device)
+        saved = plan.total_bytes - changed_plan.total_bytes
         return Suggestion(
-            settings, price, found.total_bytes, saved, found.fits, slower(changed, found)
+            settings,
+            price,
+            changed_plan.total_bytes,
+            saved,
+            changed_plan.fits,
+            slower(changed, changed_plan),
         )
 
     before = expected_speed(recipe, config, device, plan, card)
 
-    def slower(changed: Recipe, found: MemoryPlan) -> float | None:
-        after = expected_speed(changed, config, device, found, card)
+    def slower(changed: Recipe, changed_plan: MemoryPlan) -> float | None:
+        after = expected_speed(changed, config, device, changed_plan, card)
         if before is None or after is None:
             return None
         return 1 - after.tokens_per_second / before.tokens_per_second
 
     least = _least(recipe, config, device)
-    # 8-bit optimizers stay on the card, where a plain one may go to the host.
-    all_of_it = [_try(tried, w) for w in (least, [w for w in least if "optimizer" not in w[0]])]
-    if not any(change.fits for change in all_of_it):
-        return (min(all_of_it, key=lambda change: change.total_bytes),)
-    singles = [tried(*way) for way in _candidates(recipe, config, device)]
+    # 8-bit optimizers stay on the GPU, while a plain one may move to the host.
+    extremes = [_try(attempt, w) for w in (least, [w for w in least if "optimizer" not in w[0]])]
+    if not any(change.fits for change in extremes):
+        return (min(extremes, key=lambda change: change.total_bytes),)
+    singles = [attempt(*way) for way in _candidates(recipe, config, device)]
     fitting = [c for c in singles if c.fits]
     if fitting:
         return tuple(fitting)
-    return _together(recipe, config, device, tried)
+    return _together(recipe, config, device, attempt)
 
 
 def _least(recipe: Recipe, config: Any, device: Device) -> list[tuple[dict[str, Any], str]]:
-    """Every change, each as far as it goes."""
-    taken: list[tuple[dict[str, Any], str]] = []
+    """Every change, each taken as far as possible."""
+    applied: list[tuple[dict[str, Any], str]] = []
     while True:
-        changed = _with(recipe, _joined(taken))
+        changed = _with(recipe, _joined(applied))
         more = [w for w in _candidates(changed, config, device) if _with(changed, w[0]) != changed]
         if not more:
-            return taken
-        taken.append(more[0])
+            return applied
+        applied.append(more[0])
 
 
 def _together(
-    recipe: Recipe, config: Any, device: Device, tried: Callable[[dict[str, Any], str], Suggestion]
+    recipe: Recipe,
+    config: Any,
+    device: Device,
+    attempt: Callable[[dict[str, Any], str], Suggestion],
 ) -> tuple[Suggestion, ...]:
-    """Changes added up, each on top of those before, until the run fits."""
-    taken: list[tuple[dict[str, Any], str]] = []
+    """Combine changes, each on top of the earlier ones, until the run fits."""
+    applied: list[tuple[dict[str, Any], str]] = []
     best: Suggestion | None = None
     while best is None or not best.fits:
-        changed = _with(recipe, _joined(taken))
+        changed = _with(recipe, _joined(applied))
         for way in _candidates(changed, config, device):
-            more = _try(tried, [*taken, way])
+            more = _try(attempt, [*applied, way])
             if best is None or more.total_bytes < best.total_bytes:
-                taken, best = [*taken, way], more
+                applied, best = [*applied, way], more
                 break
         else:
             break
     if best is None:
         return ()
-    for way in list(taken[:-1]):  # what an earlier change gave may not be needed any more
-        fewer = [w for w in taken if w is not way]
-        shorter = _try(tried, fewer)
+    for way in list(applied[:-1]):  # drop earlier changes that are no longer needed
+        fewer = [w for w in applied if w is not way]
+        shorter = _try(attempt, fewer)
         if best.fits and shorter.fits:
-            taken, best = fewer, shorter
+            applied, best = fewer, shorter
     return (best,)
 
 
 def _try(
-    tried: Callable[[dict[str, Any], str], Suggestion], ways: list[tuple[dict[str, Any], str]]
+    attempt: Callable[[dict[str, Any], str], Suggestion], ways: list[tuple[dict[str, Any], str]]
 ) -> Suggestion:
-    return tried(_joined(ways), "; ".join(dict.fromkeys(price for _, price in ways)))
+    return attempt(_joined(ways), "; ".join(dict.fromkeys(price for _, price in ways)))
 
 
 def _joined(ways: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
@@ -136,16 +144,16 @@ def _joined(ways: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
 def _candidates(
     recipe: Recipe, config: Any, device: Device
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """(settings, what they cost beside time), the gentlest first."""
+    """Yield (settings, cost besides time), the least intrusive first."""
     chosen = recipe.gradient_checkpointing
     if chosen is False:
         yield {"gradient_checkpointing": "auto"}, "the same result; some of it is computed twice"
     if recipe.micro_batch_size > 1:
         rows, count = recipe.micro_batch_size, recipe.gradient_accumulation_steps
-        for part in _halves(rows):
-            steps = -(-rows * count // part)
+        for smaller in _halves(rows):
+            steps = -(-rows * count // smaller)
             yield (
-                {"micro_batch_size": part, "gradient_accumulation_steps": steps},
+                {"micro_batch_size": smaller, "gradient_accumulation_steps": steps},
                 "the same result",
             )
     if recipe.fused_layers == "off" and device.fast:
@@ -153,7 +161,7 @@ def _candidates(
         if engine_supported(on, config.get_text_config(), device.fast):
             yield {"fused_layers": "auto"}, "none: lorakit's layers keep less"
     if recipe.weight_offload == "off" and device.kind == "cuda":
-        yield {"weight_offload": "auto"}, "the same result; host memory takes what the card cannot"
+        yield {"weight_offload": "auto"}, "the same result; host memory takes what the GPU cannot"
     if recipe.sharding == "off" and device.kind == "cuda" and device.per_node > 1:
         yield {"sharding": "auto"}, "the same result; each GPU holds a part of the base"
     if recipe.optimizer == "adamw" and device.kind == "cuda":
@@ -170,7 +178,7 @@ def _candidates(
 
 
 def _to_four_bits(recipe: Recipe) -> dict[str, Any]:
-    """QLoRA with micro-batches no larger than now: its own default may be four times as many."""
+    """Switch to QLoRA without larger micro-batches: its default may be four times as large."""
     changed = _with(recipe, {"method": "qlora"})
     if changed.micro_batch_size <= recipe.micro_batch_size:
         return {"method": "qlora"}
@@ -185,7 +193,7 @@ def _halves(rows: int) -> Iterator[int]:
 
 
 def _with(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe as the command line would make it: a new method keeps what the user set."""
+    """The recipe as the command line would build it: a new method keeps the user's settings."""
     values = dict(settings)
     if "method" in settings:
         old, new = METHOD_DEFAULTS[recipe.method], METHOD_DEFAULTS[settings["method"]]
@@ -194,7 +202,7 @@ def _with(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 
 def smallest_gpu(recipe: Recipe, config: Any, like: Device) -> Gpu | None:
-    """The card of least memory on which the recipe fits as it stands, with as many as `like`."""
+    """The smallest GPU that fits the unchanged recipe, with as many ranks as `like`."""
     for card in sorted(GPUS.values(), key=lambda c: c.memory_gib):
         device = card_device(card, None, recipe.dtype)
         device = replace(device, ranks=like.ranks, nodes=like.nodes)
@@ -204,7 +212,7 @@ def smallest_gpu(recipe: Recipe, config: Any, like: Device) -> Gpu | None:
 
 
 def fewest_gpus(recipe: Recipe, config: Any, device: Device) -> int | None:
-    """How many of `device` in one machine, 8 at most, would hold the recipe as it stands."""
+    """GPUs like `device` per machine, 8 at most, that would hold the unchanged recipe."""
     if device.kind != "cuda":
         return None
     for count in (2, 4, 8):

@@ -1,23 +1,22 @@
-"""A recipe, its plan and a card enter; tokens per second to expect leave, and what that rests on.
+"""Estimate tokens per second of a plan on a GPU, and the traffic between ranks.
 
     t/token = products / (share x TFLOP/s) + attention / ... + traffic / (GB/s) + overhead / tokens
 
 The four factors are fitted to the H100 rows of benchmarks/results (engine_*.json: within 7% on rows
-of one length; baseline_*.json for PEFT's own layers: within 11%). Another card's figure is the same
-sum with its data sheet's rates: an estimate, and said so.
+of one length; baseline_*.json for PEFT's own layers: within 11%). For another GPU the same sum uses
+the rates of its data sheet and is labeled as an estimate.
 
-Of several GPUs each works on its part of a step; the step ends when the one with the largest part
-is through and the gradients are summed (`planning/throughput.py`).
+With several GPUs each works on its part of a step; the step ends when the rank with the largest
+part is done and the gradients are summed.
 
-A plan for several GPUs enters; what a step sends over the wires, and how long, leaves.
+    gradients   2 (N-1)/N * 4 P bytes           a ring over all N ranks, once a step, not hidden
+    weights     2 * (n-1)/n * frozen bytes      a ring over the n ranks of a node, forward and
+                                                backward, hidden behind the preceding layers: only
+                                                the time beyond their work counts
 
-    gradients   2 (N-1)/N * 4 P bytes           a ring over all N ranks, once a step, waited for
-    weights     2 * (n-1)/n * frozen bytes      a ring over the n ranks of a node, up and down,
-                                                behind the layers before: it costs what sticks out
-
-These are a ring's bytes, the least there are (Patarasuk and Yuan 2009, J. Parallel Distrib. Comput.
-69); seconds are bytes over the slowest link, the time of a message itself left out. P trained
-numbers travel in float32. A ring crosses each node's network once, so all its GPUs share that.
+These are the bytes of a ring, which are minimal (Patarasuk and Yuan 2009, J. Parallel Distrib.
+Comput. 69); seconds are bytes over the slowest link, without latency. The P trained numbers are
+sent in float32. A ring crosses each node's network once, so all GPUs of the node share it.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload, examples_of_
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device, MemoryPlan
 
-# Attention runs below the rate of plain products.
+# Slowdown of attention relative to plain products.
 ATTENTION = 1.63
 # Bytes moved per byte of a layer's activations, and host seconds a layer and micro-batch.
 ENGINE_TRAFFIC, ENGINE_OVERHEAD = 11.2, 436e-6
 OWN_TRAFFIC, OWN_OVERHEAD = 32.5, 4.4e-3
-# What AdamW on the host reads and writes a second: an estimate for a desktop's two channels.
+# GB/s that AdamW on the host reads and writes: an estimate for a desktop's two channels.
 HOST_GBS = 20
-# What a step of two H100 took beyond half of one's, and beyond the wires' time: 9 ms with LoRA,
-# 11 ms with QLoRA (scale_*.json). What does not divide, and the wait for the slower one.
+# Time of a step on two H100 beyond half of one's and beyond the transfers: 9 ms with LoRA, 11 ms
+# with QLoRA (scale_*.json), from work that does not divide and waiting for the slower rank.
 MEETING_SECONDS = 0.01
 # One core: SmolLM2 and Llama-3.2-1B shapes took 60 to 110 GFLOP/s in bfloat16 with AMX.
 CPU_CORE_FLOPS = {"bfloat16": 90e9, "float32": 35e9}
@@ -52,9 +51,9 @@ CPU_CORE_FLOPS = {"bfloat16": 90e9, "float32": 35e9}
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of all ranks together; of one step; and the part of that which waits for other ranks.
+    """Speed of all ranks together, seconds of a step, and the part spent waiting for other ranks.
 
-    `basis`: "measured on this card", or what the estimate rests on.
+    `basis`: the measurement or estimate behind it.
     """
 
     tokens_per_second: float
@@ -66,22 +65,25 @@ class Speed:
 def expected_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> Speed | None:
-    """Tokens per second of full rows; None where they cannot be estimated."""
+    """Tokens per second of full rows; None if they cannot be estimated."""
     return estimate_speed(recipe, config, device, plan, card)[0]
 
 
 def estimate_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> tuple[Speed | None, str]:
-    """(tokens per second of full rows, why not): one of the two is empty.
+    """Estimate tokens per second of full rows, or explain why that is not possible.
 
-    A model that is built in a way of its own may break the estimate, never the plan or the run.
+    An unusual model may break the estimate, but never the plan or the run.
+
+    Returns:
+        (speed, reason): either the speed is None or the reason is empty.
     """
     if device.kind != "cpu" and (device.kind != "cuda" or card is None):
         return None, f"{device.name} is not in the table of GPUs (lorakit plan --gpu names one)"
     try:
         return _speed(recipe, config, device, plan, card), ""
-    except Exception as error:  # whatever a config or a module of a new family raises
+    except Exception as error:  # from the config or a module of an unknown family
         return None, f"the layers of {config.model_type} cannot be read: {first_line(error)}"
 
 
@@ -96,8 +98,8 @@ def _speed(
         return Speed(tokens / seconds, "a rough estimate for a CPU", seconds, waited)
     assert card is not None
     sent = traffic(recipe, config, device, plan, card)
-    worked = _card_seconds(work, card) * work.step_tokens
-    # Inputs of layers and gathered weights share the slot where there is no NVLink.
+    worked = _gpu_seconds(work, card) * work.step_tokens
+    # Without NVLink, layer inputs and gathered weights share the PCIe slot.
     copied, gathered = _copied_bytes(work) / (card.link_gbs * 1e9), sent.weights_seconds or 0.0
     wires = max(copied, gathered) if card.nvlink_gbs else copied + gathered
     waited = max(worked, wires) - max(worked, copied) + (sent.gradients_seconds or 0.0)
@@ -110,14 +112,14 @@ def _basis(work: _Work, card: Gpu) -> str:
     device, plan = work.device, work.plan
     if plan.placement.layerwise:
         moved = "gathered" if plan.placement.shards > 1 else "streamed"
-        return f"an estimate: data sheet, and what is {moved}"
+        return f"an estimate: data sheet, and weights are {moved}"
     if not card.measured:
         return "an estimate from its data sheet"
     if not all(layer.plain for layer in work.counted.layers):
         return "an estimate: no such layers were measured"
     if device.ranks > 1:
-        return "from rows measured on one and two such cards"
-    return "from rows measured on this card"
+        return "from rows measured on one and two such GPUs"
+    return "from rows measured on this GPU"
 
 
 def _cpu_seconds(work: _Work, device: Device) -> float:
@@ -129,8 +131,8 @@ def _cpu_seconds(work: _Work, device: Device) -> float:
     return (work.products + work.attention) / rate
 
 
-def _card_seconds(work: _Work, card: Gpu) -> float:
-    """Seconds of the card for one token."""
+def _gpu_seconds(work: _Work, card: Gpu) -> float:
+    """GPU seconds per token."""
     passes, overhead = (
         (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if work.engine else (OWN_TRAFFIC, OWN_OVERHEAD)
     )
@@ -143,13 +145,13 @@ def _card_seconds(work: _Work, card: Gpu) -> float:
 
 
 def _copied_bytes(work: _Work) -> float:
-    """Bytes a step copies from the host: weights twice, inputs of layers once."""
+    """Bytes per step copied from the host: weights twice, inputs of layers once."""
     host = work.plan.host_parts
     return 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0)
 
 
 def _host_seconds(work: _Work) -> float:
-    """Seconds of a step in AdamW on the host, which nothing hides."""
+    """Seconds per step of AdamW on the host, which nothing overlaps."""
     if not work.plan.placement.adapters_on_host:
         return 0.0
     return work.plan.host_parts.get("optimizer state", 0) * 3.5 / HOST_GBS / 1e9
@@ -167,13 +169,13 @@ class _Work:
 
     @property
     def engine(self) -> bool:
-        """Whether the fast layers do the work."""
+        """True if the engine's layers run."""
         expected = engine_supported(self.recipe, self.config, self.device.fast)
         return expected or self.plan.placement.layerwise
 
     @property
     def keep(self) -> Sequence[int]:
-        """What each layer keeps for backward."""
+        """Level of each layer: `decoder_layer.SavedActivations`."""
         return self.plan.keep
 
     @property
@@ -190,19 +192,19 @@ class _Work:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through a layer at once; layer by layer, all of a step share its pass."""
+        """Tokens that pass a layer at once; layer by layer, those of a complete step."""
         if self.plan.placement.layerwise:
             return self.step_tokens
         return min(self.recipe.micro_batch_size, self.examples) * self.recipe.cutoff_len
 
     @property
     def linear(self) -> float:
-        """Weights a token meets: those of its layers, of experts the ones it is sent to."""
+        """Weights that a token multiplies: those of its layers, including its selected experts."""
         return sum(layer.products for layer in self.counted.layers)
 
     @property
     def products(self) -> float:
-        """FLOPs of matrix products: forward, gradient of the input, and what is made again."""
+        """FLOPs of matrix products: forward, gradient of the input, and recomputation."""
         recipe, c = self.recipe, self.config
         model = c.hidden_size
         if self.engine:
@@ -218,23 +220,23 @@ class _Work:
 
     @property
     def attention(self) -> float:
-        """FLOPs of causal attention: 2 S a width forward, 2.5 times that backward."""
+        """FLOPs of causal attention: 2 S per width forward, 2.5 times that backward."""
         queries = sum(layer.queries for layer in self.counted.layers)
         forward = 2 * self.recipe.cutoff_len * queries
         return forward * (3.5 + self._share_again)
 
     @property
     def traffic(self) -> float:
-        """Bytes of the activations that elementwise work passes over."""
-        # Beside the products of a Llama layer: norms, rotation, activation and residual sums pass
-        # over two model widths less than the products themselves.
+        """Bytes of activations that elementwise operations read and write."""
+        # In a Llama layer norms, rotation, activation and residual sums move two model widths less
+        # than the products themselves.
         model = self.config.hidden_size
         again = 1.35 if any(self.keep) else 1.0
         return sum(layer.moved - 2 * model for layer in self.counted.layers) * 2 * again
 
     @property
     def weights_moved(self) -> float:
-        """Bytes beside the products: dequantization twice a micro-batch, the optimizer a step."""
+        """Bytes besides products: dequantization twice per micro-batch, the optimizer per step."""
         recipe = self.recipe
         trained = recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
         moved = trained * 28 / self.step_tokens
@@ -244,16 +246,16 @@ class _Work:
 
 
 def _made_again(layer: LayerWidths, level: int, model: int) -> float:
-    """Weights of the products that one of the fast layers computes twice, by what it keeps."""
+    """Weights of the products that an engine layer recomputes at a level."""
     gate_up, qkv = 2 * model * layer.inner, model * (layer.queries + layer.keys_values)
     return (0.0, gate_up, gate_up + qkv, gate_up + qkv + layer.queries * model)[level]
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that one GPU sends, and receives, in a step; seconds where the links are known.
+    """Bytes that one GPU sends, and receives, per step; seconds if the links are known.
 
-    `link`: which wire the gradients wait for.
+    `link`: the link that limits the gradients.
     """
 
     gradients_bytes: int
@@ -269,7 +271,7 @@ NONE = Traffic(0, 0, 0.0, 0.0, "")
 def traffic(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
 ) -> Traffic:
-    """What a step sends; nothing with one rank."""
+    """Traffic per step; zero for one rank."""
     if device.ranks == 1:
         return NONE
     sizes, shards = RankWorkload.of(recipe, config, device), plan.placement.shards

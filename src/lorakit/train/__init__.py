@@ -1,1 +1,1 @@
-"""Examples and a PEFT model enter; a trained adapter, checkpoints and metrics leave."""
+"""Train a PEFT model on examples: trainer, loss, checkpoints, metrics and recovery."""

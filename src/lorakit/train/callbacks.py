@@ -1,9 +1,4 @@
-"""The trainer's logs enter; metric rows and words about them leave, and a stop asked for.
-
-Minutes enter; a checkpoint each so many minutes of training leaves.
-
-A tracker's callback enters; the same leaves, unable to end a run by its own failure.
-"""
+"""Trainer callbacks: metrics, stop after a signal, timed checkpoints, and isolated trackers."""
 
 from __future__ import annotations
 
@@ -20,13 +15,13 @@ from lorakit.train.progress import TrainingProgress
 
 
 class Counting(Protocol):
-    """The trainer, as the reporter sees it: tokens since the last row."""
+    """The trainer as used by `MetricsCallback`: tokens since the last row."""
 
     step_tokens: int
 
 
 class MetricsCallback(TrainerCallback):
-    """Turns the trainer's logs into rows of metrics.jsonl and the live line."""
+    """Convert the trainer's logs to rows of metrics.jsonl and the live line."""
 
     def __init__(self, trainer: Counting, progress: TrainingProgress, watch: RunMonitor) -> None:
         self.trainer, self.progress, self.watch = trainer, progress, watch
@@ -63,20 +58,20 @@ class MetricsCallback(TrainerCallback):
             **{k: logs[k] for k in ("skipped", "spike") if k in logs},
         }
         self.progress.step(row)
-        for words in self.watch.row(row):
-            self.progress.note(words)
+        for warning in self.watch.row(row):
+            self.progress.note(warning)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.stop()
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON knows no NaN."""
+    """None for NaN and infinity, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None
 
 
 class StopOnSignal(TrainerCallback):
-    """After a signal: finish the step, save a checkpoint, stop."""
+    """Save a checkpoint and stop after the step in which a signal arrived."""
 
     def __init__(self, sync: GradientSync) -> None:
         self.sync = sync
@@ -89,10 +84,10 @@ class StopOnSignal(TrainerCallback):
 
 
 class TimedCheckpoint(TrainerCallback):
-    """Asks for a checkpoint at the first step that ends `minutes` after the last one was saved.
+    """Request a checkpoint at the first step that ends `minutes` after the last save.
 
     Args:
-        agreed: told whether the time is over, says whether all ranks save now.
+        agreed: maps this rank's "save is due" to the decision that all ranks share.
     """
 
     def __init__(
@@ -116,28 +111,28 @@ class TimedCheckpoint(TrainerCallback):
 
 
 class SafeTracker:
-    """Passes every event on to a tracker until it fails once; then says so and goes on without."""
+    """Forward events to a tracker until its first exception; then report that and drop events."""
 
     def __init__(self, tracker: Any, note: Callable[[str], None]) -> None:
         self.tracker, self.note = tracker, note
         self.failed = False
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.tracker, name)
+        attribute = getattr(self.tracker, name)
         if not name.startswith("on_"):
-            return found
+            return attribute
 
         def event(*args: Any, **kwargs: Any) -> Any:
             if self.failed:
                 return None
             try:
-                return found(*args, **kwargs)
+                return attribute(*args, **kwargs)
             except Exception as error:
                 self.failed = True
-                kind = type(self.tracker).__name__.removesuffix("Callback").lower()
+                tracker_name = type(self.tracker).__name__.removesuffix("Callback").lower()
                 reason = next(iter(str(error).splitlines()), "") or type(error).__name__
                 self.note(
-                    f"report_to: {kind} failed ({reason}); training goes on without it, "
+                    f"report_to: {tracker_name} failed ({reason}); training continues without it, "
                     "metrics.jsonl has everything"
                 )
                 return None

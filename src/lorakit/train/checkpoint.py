@@ -1,15 +1,13 @@
-"""A run directory enters; its newest whole checkpoint leaves. Also saves adapters, and makes room.
+"""Write, verify, load and rotate checkpoints, and save adapters.
 
-A folder named step_000100 was written aside, flushed, sealed by a manifest and renamed
-(`storage/atomic_dir.py`); `train/checkpoint.py` says what lies in it.
+A checkpoint such as step_000100 is written to a temporary folder, flushed, sealed by a manifest and
+renamed (`storage/atomic_dir.py`). Loading restores the state bit by bit. Its files:
 
-A trainer enters; the files of a checkpoint leave, and the other way round, to the bit.
-
-    adapter_model.safetensors, adapter_config.json   as PEFT writes them: any tool loads them
+    adapter_model.safetensors, adapter_config.json   in PEFT's format, readable by any tool
     state.safetensors, state.json                    optimizer, schedule, scaler, generators
     trainer_state.json                               transformers' own counters
 
-No pickle is written, so none is ever read.
+Pickles are neither written nor read.
 """
 
 from __future__ import annotations
@@ -38,13 +36,13 @@ from lorakit.storage.atomic_dir import (
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 from lorakit.types import OPTIMIZER_BYTES
 
-# State, counters and configuration beside the tensors.
+# State, counters and configuration besides the tensors.
 SMALL_FILES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, the step it was taken after, and the run's facts then."""
+    """A verified checkpoint: its folder, its step, and the facts of the run at that step."""
 
     folder: Path
     step: int
@@ -52,36 +50,37 @@ class Checkpoint:
 
 
 def newest_whole(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose manifest verifies, and a line for each one passed over."""
+    """The newest checkpoint whose manifest verifies, and a note for each newer one skipped."""
     notes: list[str] = []
     for folder in reversed(run.list_checkpoints()):
         try:
             return _read(folder), notes
-        except CorruptedError as trouble:
-            notes.append(f"{folder.name} is damaged ({trouble}); trying an older one")
+        except CorruptedError as fault:
+            notes.append(f"{folder.name} is damaged ({fault}); trying an older one")
     return None, notes
 
 
 def require_checkpoint(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to resume from; None where the run had not come to its first one.
+    """Find the checkpoint to resume from; None if the run ended before its first one.
 
     Raises:
-        RunError: there are some, and none is whole.
+        RunError: checkpoints exist, but none is complete.
     """
-    found, notes = newest_whole(run)
-    if found is None and notes:
+    checkpoint, notes = newest_whole(run)
+    if checkpoint is None and notes:
         raise RunError(
-            f"{run.path}: no whole checkpoint to resume from" + "".join(f"\n  {n}" for n in notes),
-            hint="bring one back from a copy, or start over in a new folder: --output "
-            "runs/NEW-NAME (nothing here was touched)",
+            f"{run.path}: no complete checkpoint to resume from"
+            + "".join(f"\n  {note}" for note in notes),
+            hint="restore one from a copy, or start over in a new folder: --output "
+            "runs/NEW-NAME (nothing here was changed)",
         )
-    return found, notes
+    return checkpoint, notes
 
 
 def rotate(run: RunDir, keep: int, step: int) -> None:
-    """After step `step` was saved, delete all but the newest `keep` checkpoints up to it.
+    """Delete all but the newest `keep` checkpoints up to `step`, which was just saved.
 
-    Those beyond it did not verify when the run was resumed: they count for nothing.
+    Later ones did not verify when the run was resumed, so they are not counted.
     """
     past = [p for p in run.list_checkpoints() if checkpoint_step(p) <= step]
     for folder in past[:-keep]:
@@ -89,23 +88,23 @@ def rotate(run: RunDir, keep: int, step: int) -> None:
 
 
 def checkpoint_step(folder: Path) -> int:
-    """Optimizer steps behind a checkpoint folder."""
+    """Optimizer steps done at a checkpoint folder."""
     return int(folder.name.split("_")[1])
 
 
 def checkpoint_bytes(recipe: Recipe, trainable: int) -> int:
-    """What a checkpoint of `trainable` float32 parameters takes on the disk."""
+    """Bytes on disk of a checkpoint with `trainable` float32 parameters."""
     return int(trainable * (4 + OPTIMIZER_BYTES[recipe.optimizer])) + SMALL_FILES
 
 
 def require_space(run: RunDir, recipe: Recipe, trainable: int) -> None:
-    """See before the first step that all checkpoints and the adapter will find room.
+    """Check before the first step that all checkpoints and the adapter fit on the disk.
 
     Raises:
-        WorkError: says how much is missing.
+        WorkError: space is missing; the message says how much.
     """
     one = checkpoint_bytes(recipe, trainable)
-    # One more is written before the oldest goes.
+    # A new one is written before the oldest is deleted.
     more = max(1, recipe.keep_checkpoints + 1 - len(run.list_checkpoints()))
     needs, free = more * one + trainable * 4 + SMALL_FILES, free_bytes(run.path)
     if free < needs:
@@ -122,26 +121,26 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, with_embeddings: bool
     """Write the adapter in PEFT's format, with the tokenizer and chat template it was trained on.
 
     Raises:
-        WorkError: the adapter holds NaN or infinity, or never moved from its start.
+        WorkError: the adapter holds NaN or infinity, or has not changed since the start.
     """
     _check_learned(model)
-    with atomic_directory(folder) as aside:
-        save_adapter_files(model, aside, with_embeddings)
-        tokenizer.save_pretrained(aside)
-        _drop_local_keys(aside / "tokenizer_config.json")
+    with atomic_directory(folder) as temporary:
+        save_adapter_files(model, temporary, with_embeddings)
+        tokenizer.save_pretrained(temporary)
+        _drop_local_keys(temporary / "tokenizer_config.json")
 
 
 def save_adapter_files(model: Any, folder: Path, with_embeddings: bool) -> None:
-    """The adapter's weights and configuration alone, as they lie in each checkpoint too."""
+    """Write only the adapter's weights and configuration, as in each checkpoint."""
     model.save_pretrained(folder, save_embedding_layers=with_embeddings)
-    # peft's card is a form to fill in that names the local folder of the base model.
+    # PEFT's model card is an empty form that names the local folder of the base model.
     (folder / "README.md").unlink(missing_ok=True)
-    # safetensors makes its files private to the user, whatever the umask says.
+    # safetensors makes its files private to the user, regardless of the umask.
     (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
 
 
 def saves_embeddings(recipe: Recipe) -> bool:
-    """True when an embedding or head trains, so that its weights must travel with the adapter."""
+    """True if an embedding or head trains, so that its weights must be saved with the adapter."""
     names = (
         [recipe.target_modules] if isinstance(recipe.target_modules, str) else recipe.target_modules
     )
@@ -176,7 +175,7 @@ def _check_learned(model: Any) -> None:
     if starts_at_zero and not any(bool(p.any()) for p in starts_at_zero):
         raise WorkError(
             "training changed nothing: every lora_B is still zero; the adapter was not saved",
-            hint="is learning_rate too small, or did the gradients overflow (grad_norm inf)?",
+            hint="raise learning_rate, or check for overflowing gradients (grad_norm inf)",
         )
 
 
@@ -184,7 +183,7 @@ TENSORS, VALUES = "state.safetensors", "state.json"
 
 
 def save_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any, randoms: Any) -> None:
-    """Write everything but the adapter; `randoms` holds the generators of each process."""
+    """Write all training state except the adapter; `randoms` holds each process's generators."""
     tensors: dict[str, Tensor] = {}
     values = {
         "optimizer": optimizer.state_dict(),
@@ -195,22 +194,22 @@ def save_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any, random
     packed = _pack(values, tensors, "")
     save_file(tensors, folder / TENSORS)
     (folder / VALUES).write_text(json.dumps(packed) + "\n", encoding="utf-8")
-    # safetensors makes its files private to the user, whatever the umask says.
+    # safetensors makes its files private to the user, regardless of the umask.
     (folder / TENSORS).chmod((folder / VALUES).stat().st_mode & 0o777)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` was given, by name; tensors on the CPU."""
+    """The values passed to `save_state`, by name; tensors on the CPU."""
     packed = json.loads((folder / VALUES).read_text(encoding="utf-8"))
     values: dict[str, Any] = _unpack(packed, load_file(folder / TENSORS))
     return values
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Put a checkpoint's adapter into a PEFT model that was built by the same recipe.
+    """Load a checkpoint's adapter into a PEFT model built from the same recipe.
 
     Raises:
-        RunError: a trained tensor is not in the file, or the file holds one that nothing takes.
+        RunError: a trained tensor is missing in the file, or the file has an unexpected one.
     """
     from peft import set_peft_model_state_dict
 
@@ -220,16 +219,16 @@ def load_adapter(model: Any, folder: Path) -> None:
     except (KeyError, RuntimeError) as error:
         raise _unfit(folder, str(error).splitlines()[-1].strip()) from error
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    lost = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
-    if lost:
-        raise _unfit(folder, f"first tensor without its partner: {lost[0]}")
+    unmatched = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
+    if unmatched:
+        raise _unfit(folder, f"first unmatched tensor: {unmatched[0]}")
 
 
 def restore_schedule(scheduler: Any, optimizer: Any, values: Any) -> None:
-    """Go on with a schedule at its saved step, by the shape that it has now.
+    """Continue a schedule at its saved step with its present shape.
 
-    A run that is extended takes the rates that the longer run has at these steps. transformers
-    takes the saved rate for one step more: 0 after a finished cosine.
+    An extended run uses the rates that the longer run has at these steps. transformers would use
+    the saved rate for one more step, which is 0 after a finished cosine.
     """
     scheduler.load_state_dict(values)
     rates = [
@@ -242,7 +241,7 @@ def restore_schedule(scheduler: Any, optimizer: Any, values: Any) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The generators of this process: Python, NumPy, torch on the CPU and on each device."""
+    """States of this process's generators: Python, NumPy, torch on the CPU and on each device."""
     numpy: Any = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -254,27 +253,27 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random(values: dict[str, Any]) -> None:
-    """Set the generators of this process; devices that are not there now are left out."""
+    """Set the generators of this process; states of absent devices are ignored."""
     random.setstate(values["python"])
     np.random.set_state(tuple(values["numpy"]))
     torch.set_rng_state(values["torch"])
     if torch.cuda.is_available():
-        for number, state in enumerate(values["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, number)
+        for index, state in enumerate(values["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, index)
     if values["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(values["mps"])
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """`value` as JSON; its tensors go into `tensors` under their path. Tuples stay tuples."""
+    """Convert `value` to JSON, moving tensors to `tensors` by path; tuples are marked as such."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[k, _pack(v, tensors, f"{name}/{k}")] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
+        tag = "tuple" if isinstance(value, tuple) else "list"
+        return {tag: [_pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{name}: a {type(value).__name__} cannot be kept in a checkpoint")
@@ -283,17 +282,17 @@ def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
-    (kind, content), *_ = value.items()
-    if kind == "tensor":
+    (tag, content), *_ = value.items()
+    if tag == "tensor":
         return tensors[content]
-    if kind == "dict":
+    if tag == "dict":
         return {k: _unpack(v, tensors) for k, v in content}
     values = [_unpack(v, tensors) for v in content]
-    return tuple(values) if kind == "tuple" else values
+    return tuple(values) if tag == "tuple" else values
 
 
-def _unfit(folder: Path, what: str) -> RunError:
+def _unfit(folder: Path, mismatch: str) -> RunError:
     return RunError(
-        f"{folder}: its adapter does not fit this recipe's model: {what}",
-        hint="resume with the model and recipe of the run, or start anew with --output",
+        f"{folder}: its adapter does not fit this recipe's model: {mismatch}",
+        hint="resume with the model and recipe of the run, or start a new run with --output",
     )

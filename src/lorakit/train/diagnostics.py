@@ -1,6 +1,6 @@
-"""Rows of metrics enter one by one; a word leaves when a run goes wrong in silence, each once.
+"""Detect runs that go wrong without an error, from rows of metrics.
 
-What is said is what was measured; the cause behind it is the likeliest, named as such.
+Messages state measured values, and the likeliest cause as such. Each is reported once.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from typing import Any
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
 
-# The loss is judged over so many steps after the warm-up, by the means of its two ends.
+# The loss is judged over this many steps after the warm-up, by the means of its two ends.
 FLAT_STEPS = 100
 WINDOW_STEPS = 25
 FLAT, RISE_THRESHOLD = 0.005, 0.05
-# Below this a model knows its data, and a loss that stays is no trouble.
+# Below this loss the model knows its data, and a constant loss is not a fault.
 CONVERGED_LOSS = 0.3
-# Rows before the rate is judged; the first ones choose kernels and fill caches.
+# Rows before the rate is judged; the first ones select kernels and fill caches.
 UNTIMED_ROWS, TIMED_ROWS = 3, 10
 SLOW = 0.5
 
 
 def planned_rate(run: RunDir) -> float | None:
-    """Tokens/s that the run's plan.json expects; None where it does not say."""
+    """Tokens/s that the run's plan.json expects; None if it has no estimate."""
     try:
-        found = json.loads(run.plan.read_text(encoding="utf-8")).get("tokens_per_second")
+        rate = json.loads(run.plan.read_text(encoding="utf-8")).get("tokens_per_second")
     except (OSError, ValueError):
         return None
-    return None if found is None else float(found)
+    return None if rate is None else float(rate)
 
 
 class RunMonitor:
-    """Watches one run.
+    """Checks on the metrics of one run.
 
     Args:
-        planned: tokens/s that the plan expects, None where it does not say.
-        slow: the likeliest reason why a run is slow.
+        planned: tokens/s that the plan expects, None if it has no estimate.
+        slow: returns the likeliest reason for a slow run.
     """
 
     def __init__(self, recipe: Recipe, planned: float | None, slow: Callable[[], str]) -> None:
@@ -51,18 +51,18 @@ class RunMonitor:
         self.said: set[str] = set()
 
     def start(self, total: int) -> None:
-        """A run of `total` steps begins."""
+        """Reset for a run of `total` steps."""
         self.total = total
         self.judged_from = self.recipe.warmup_of(total)
 
     def row(self, row: dict[str, Any]) -> list[str]:
-        """What this row gives cause to say."""
-        found = {
+        """Messages that this row gives rise to."""
+        messages = {
             "rate": self._ended_early(row),
             "slow": self._slow(row),
             "loss": self._not_falling(row),
         }
-        new = {k: words for k, words in found.items() if words and k not in self.said}
+        new = {k: message for k, message in messages.items() if message and k not in self.said}
         self.said |= set(new)
         return list(new.values())
 
@@ -71,8 +71,8 @@ class RunMonitor:
         if not before or self.last_rate != 0 or row["step"] >= self.total:
             return None
         return (
-            f"the learning rate is 0 from step {row['step']} of {self.total} on: the rest changes "
-            "nothing. The schedule was made for fewer steps"
+            f"the learning rate is 0 from step {row['step']} of {self.total} on: further steps "
+            "change nothing. The schedule was made for fewer steps"
         )
 
     def _slow(self, row: dict[str, Any]) -> str | None:
@@ -92,16 +92,16 @@ class RunMonitor:
         steps = row["step"] - self.rows[0]["step"] + 1
         if steps < FLAT_STEPS or len(self.rows) < 2 * WINDOW_STEPS:
             return None
-        self.judged = True  # once, whatever comes out
+        self.judged = True  # once, with either result
         first = statistics.fmean(r["loss"] for r in self.rows[:WINDOW_STEPS])
         last = statistics.fmean(r["loss"] for r in self.rows[-WINDOW_STEPS:])
         norms = [r["grad_norm"] for r in self.rows if r["grad_norm"] is not None]
         self.rows = self.rows[:1]
         if last > first * (1 + RISE_THRESHOLD):
-            return _told(row, f"rose from {first:.3f} to {last:.3f}", steps, self._rising())
+            return _message(row, f"rose from {first:.3f} to {last:.3f}", steps, self._rising())
         if first > CONVERGED_LOSS and last > first * (1 - FLAT):
             norm = statistics.median(norms) if norms else None
-            return _told(row, f"stays at {first:.3f} ({last:.3f})", steps, self._flat(norm))
+            return _message(row, f"stays at {first:.3f} ({last:.3f})", steps, self._flat(norm))
         return None
 
     def _rising(self) -> str:
@@ -121,5 +121,5 @@ class RunMonitor:
         return "the model knows this data already, or the answers do not follow from the questions"
 
 
-def _told(row: dict[str, Any], what: str, steps: int, cause: str) -> str:
-    return f"step {row['step']}: the loss {what} over {steps} steps; likely {cause}"
+def _message(row: dict[str, Any], change: str, steps: int, cause: str) -> str:
+    return f"step {row['step']}: the loss {change} over {steps} steps; likely {cause}"

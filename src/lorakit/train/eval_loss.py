@@ -1,6 +1,6 @@
-"""A model and held-out examples enter; the mean loss per trained token leaves.
+"""Score held-out examples: mean loss per supervised token.
 
-The mask is the training mask, and every token weighs the same whatever batch it falls into.
+The loss mask is that of training, and every token has the same weight regardless of its batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.train.loss import attach_loss, base_of, detach_loss
 from lorakit.train.oom import run_catching_oom
 from lorakit.types import EvalScore, Example
 
-# Two rows of the default cutoff_len; without gradients that is less memory than training takes.
+# Two rows of the default cutoff_len; without gradients this takes less memory than training.
 BATCH_TOKENS = 4096
 
 
@@ -33,14 +33,14 @@ def score(
     """Token-weighted negative log-likelihood of `examples` under `model`, in nats.
 
     Examples are scored longest first in batches of similar lengths, so that memory peaks at the
-    start and little is spent on padding. The model's mode is restored.
+    start and padding is small. The model's mode is restored.
 
     Args:
         batch_tokens: padded tokens that go through the model at once (one example at least).
-        on_smaller: called with the new `batch_tokens` where memory ran out and it was lowered.
+        on_smaller: called with the new `batch_tokens` after running out of memory lowered it.
 
     Raises:
-        WorkError: memory does not hold the longest example alone.
+        WorkError: the longest example alone runs out of memory.
     """
     sizes = lengths_of(examples)
     order = sorted(range(len(examples)), key=lambda i: -sizes[i])
@@ -49,22 +49,22 @@ def score(
         while start < len(order):
             size = max(1, batch_tokens // sizes[order[start]])
             rows = [examples[i] for i in order[start : start + size]]
-            got, trouble = run_catching_oom(functools.partial(_summed, model, rows, pad_id))
-            if got is None:
+            batch_loss, fault = run_catching_oom(functools.partial(_summed, model, rows, pad_id))
+            if batch_loss is None:
                 if len(rows) == 1:
-                    raise _too_long(rows[0], trouble)
+                    raise _too_long(rows[0], fault)
                 batch_tokens = sizes[order[start]] * (len(rows) // 2)
                 if on_smaller:
                     on_smaller(batch_tokens)
                 continue
-            loss += got
+            loss += batch_loss
             tokens += sum(row.trained_tokens for row in rows)
             start += len(rows)
     return _mean(loss, tokens)
 
 
 def combined(scores: Sequence[EvalScore]) -> EvalScore:
-    """The score of all examples from those of parts; each token weighs the same."""
+    """Combine scores of parts into the score of all examples; each token has the same weight."""
     if len(scores) == 1:
         return scores[0]
     return _mean(sum(s.loss * s.tokens for s in scores), sum(s.tokens for s in scores))
@@ -76,14 +76,14 @@ def _mean(loss: float, tokens: int) -> EvalScore:
 
 
 def not_finite(model: Any, examples: Sequence[Example], pad_id: int) -> list[Example]:
-    """Those of `examples` whose own loss is NaN or infinite; the model's mode is restored."""
+    """Those of `examples` whose loss alone is NaN or infinite; the model's mode is restored."""
     with _scoring(model):
         return [e for e in examples if not math.isfinite(_summed(model, [e], pad_id))]
 
 
 @contextmanager
 def _scoring(model: Any) -> Iterator[None]:
-    """The supervised loss under the model, and evaluation mode."""
+    """Attach the supervised loss and switch to evaluation mode."""
     attached = "forward" in base_of(model).__dict__
     if not attached:
         attach_loss(model)
@@ -101,8 +101,8 @@ def _summed(model: Any, rows: Sequence[Example], pad_id: int) -> float:
     return float(model(**batch, use_cache=False).loss_sum)
 
 
-def _too_long(row: Example, trouble: str | None) -> WorkError:
+def _too_long(row: Example, fault: str | None) -> WorkError:
     return WorkError(
-        f"out of memory scoring {row.origin} alone ({len(row.input_ids)} tokens): {trouble}",
+        f"out of memory scoring {row.origin} alone ({len(row.input_ids)} tokens): {fault}",
         hint="give shorter held-out rows (val_data), or none (val_size: 0)",
     )

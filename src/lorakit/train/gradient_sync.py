@@ -1,9 +1,9 @@
-"""Each rank's gradients, loss and wishes enter; on every rank the sums leave.
+"""Sum gradients, loss and control flags over all ranks.
 
 A step's loss is divided by the supervised tokens of all its examples, which every rank knows, so
-gradients just add up: they do not depend on how many ranks share the step. Only adapters' gradients
-travel. What a rank wishes (stop after a signal, save by the clock) travels with them, so that all
-do the same after the same step.
+gradients are simply added: they do not depend on the number of ranks. Only the adapters' gradients
+are sent. Requests of a rank (stop after a signal, save by the clock) are summed with them, so that
+all ranks act after the same step.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from lorakit.errors import WorkError
 from lorakit.train.signals import StopRequest
 from lorakit.types import Example
 
-# Attention takes as long as all products of a 7B layer where a document has so many tokens.
+# At this document length attention takes as long as all products of a 7B layer.
 ATTENTION_EQUALS = 16384
 SEED_STEP = 1_000_003
 
 
 def partition_examples(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Which examples of a step each of `count` ranks computes, so that all take equally long.
+    """Divide a step's examples among `count` ranks so that all take equally long.
 
     The longest go first, each to the rank with the least work so far (LPT, Graham 1969).
 
     Returns:
-        Places in `lengths`, ascending; every place once. A rank may have none.
+        Indices into `lengths` per rank, ascending; every index once. A rank may have none.
     """
     work = [0.0] * count
-    given: list[list[int]] = [[] for _ in range(count)]
-    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = min(range(count), key=lambda r: (work[r], len(given[r]), r))
-        work[rank] += lengths[place] * (1 + lengths[place] / ATTENTION_EQUALS)
-        given[rank].append(place)
-    return [sorted(places) for places in given]
+    assigned: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(count), key=lambda r: (work[r], len(assigned[r]), r))
+        work[rank] += lengths[index] * (1 + lengths[index] / ATTENTION_EQUALS)
+        assigned[rank].append(index)
+    return [sorted(indices) for indices in assigned]
 
 
 def local_examples(examples: Sequence[Example], ranks: DistributedContext) -> list[Example]:
-    """Those of a step's examples that this rank computes."""
+    """The examples of a step that this rank computes."""
     if ranks.world_size == 1:
         return list(examples)
     lengths = [len(example.input_ids) for example in examples]
@@ -51,7 +51,7 @@ def local_examples(examples: Sequence[Example], ranks: DistributedContext) -> li
 
 
 def seed_per_rank(seed: int, ranks: DistributedContext) -> None:
-    """Other dropout masks on each rank; rank 0 keeps those it would draw alone."""
+    """Seed different dropout masks on each rank; rank 0 keeps those of a single process."""
     if not ranks.is_main:
         torch.manual_seed(seed + ranks.rank * SEED_STEP)
 
@@ -62,25 +62,25 @@ def assert_parameters_in_sync(
     """Compare the adapters of all ranks, bit by bit.
 
     Raises:
-        WorkError: they have drifted apart.
+        WorkError: the adapters of two ranks differ.
     """
     if ranks.world_size == 1:
         return
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for parameter in parameters:
-        found.update(parameter.detach().cpu().numpy().tobytes())
-    for number, other in enumerate(ranks.all_gather_object(found.hexdigest())):
-        if other != found.hexdigest():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    for rank, other in enumerate(ranks.all_gather_object(digest.hexdigest())):
+        if other != digest.hexdigest():
             raise WorkError(
-                f"step {step}: rank {number} holds other adapters than rank {ranks.rank}; "
+                f"step {step}: the adapters of rank {rank} differ from those of rank {ranks.rank}; "
                 "nothing was saved",
-                hint="a card or its memory computes wrong: which one, a run with --gpus 1 on each "
-                "shows; go on with --resume from the last checkpoint",
+                hint="a GPU or its memory computes wrong: run with --gpus 1 on each to find it, "
+                "then resume from the last checkpoint with --resume",
             )
 
 
 class GradientSync:
-    """What the ranks of a run do as one.
+    """Collective operations of a training step.
 
     Args:
         stop: set by a signal to this process.
@@ -93,9 +93,9 @@ class GradientSync:
         self.stopping: signal.Signals | None = None
 
     def agree_to_save(self, due: bool) -> bool:
-        """Whether all save after this step, where this rank's clock says that it is time, or not.
+        """Decide whether all ranks save after this step, given that it is due on this rank.
 
-        With several ranks it is rank 0's clock, and the step after that in which it rang.
+        With several ranks rank 0's clock decides, with a delay of one step.
         """
         if self.ranks.world_size == 1:
             return due
@@ -105,7 +105,7 @@ class GradientSync:
 
     @property
     def should_stop(self) -> bool:
-        """All stop after this step."""
+        """True if all ranks stop after this step."""
         if self.ranks.world_size == 1:
             return self.stop.asked
         self._read_flags()
@@ -113,7 +113,7 @@ class GradientSync:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal number: this process's, or SIGTERM's where another one had it."""
+        """128 + signal number: of this process's signal, or SIGTERM if another rank got one."""
         if self.ranks.world_size == 1:
             return self.stop.exit_code
         return 0 if self.stopping is None else 128 + int(self.stop.signal or self.stopping)
@@ -122,20 +122,20 @@ class GradientSync:
         """Sum gradients over the ranks, in place; returns the summed loss.
 
         Args:
-            buffers: float32, each gradient in one of them; as many and as long on every rank.
+            buffers: float32, each gradient in one of them; equal number and sizes on every rank.
         """
         if self.ranks.world_size == 1:
             return loss
         for buffer in buffers:
             self.ranks.all_reduce_(buffer)
-        # Filled on the card: a copy from the host would wait for all that is queued there, and what
-        # follows (norm, clipping) would be launched while the card has no work.
+        # Filled on the GPU: a copy from the host would wait for all queued work, and the following
+        # operations (norm, clipping) would be launched while the GPU is idle.
         tail = torch.empty(3, device=loss.device)
         tail[0] = loss.detach()
         tail[1].fill_(float(self.stop.asked))
         tail[2].fill_(float(self.save_requested))
         self.ranks.all_reduce_(tail)
-        # Read when it is needed: a wait here would leave the card without work.
+        # Read later, when needed: waiting here would leave the GPU idle.
         self.agreed = tail[1:]
         return tail[0]
 

@@ -1,10 +1,10 @@
-"""A PEFT model and a micro-batch enter; the summed loss over supervised tokens leaves.
+"""Compute the summed loss over supervised tokens of a micro-batch.
 
 `attach_loss` gives one model instance a forward that, when targets are present, runs the decoder
-(the engine's, where it serves), takes the hidden states of supervised positions and applies the
-head to those alone. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on
-a prompt-heavy batch most of that is wasted. What is attached is checked against the model's own
-logits first, and left out where they differ.
+(the engine's, if supported), takes the hidden states of supervised positions and applies the head
+to those only. On SmolLM2 on a CPU the head over every position is 39% of a plain TRL step; on a
+prompt-heavy batch most of that is wasted. The attached parts are first compared with the model's
+own logits, and left out if they differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.types import ON_CARD, Placement
 
 PACKED = "documents share micro-batches without padding"
-# What a model raises whose parts are not where, or do not take what, a probe expects.
+# Raised by models whose modules have other names or signatures than a probe expects.
 PROBE_ERRORS = (AttributeError, TypeError, NotImplementedError, RuntimeError)
 
 
@@ -55,7 +55,7 @@ class SupervisedHead:
 
     @property
     def frozen_weight(self) -> Tensor | None:
-        """[V, D] where the head is this product alone and does not train."""
+        """[V, D] if the head is only this product and is frozen."""
         module = self.base.get_output_embeddings()
         plain = type(module) is torch.nn.Linear and module.bias is None
         if not plain or module.weight.requires_grad or changes_logits(self.config):
@@ -66,7 +66,7 @@ class SupervisedHead:
 
 @dataclass(frozen=True)
 class AttachResult:
-    """What `attach_loss` put under a model, each with its reason in words."""
+    """Parts that `attach_loss` put under a model, each with its reason in words."""
 
     base: Any
     engine: Engine | None
@@ -76,17 +76,17 @@ class AttachResult:
 
     @functools.cached_property
     def packing(self) -> str:
-        """How documents packed into one row fare; looked up (two passes) when asked for."""
+        """PACKED or the reason why packing is off; computed (two passes) on first access."""
         return PACKED if self.engine is not None else _isolates_packed_documents(self.base)
 
     @property
     def frozen_head(self) -> bool:
-        """The loss and its gradient are made in one pass over the vocabulary."""
+        """True if the loss and its gradient are computed in one pass over the vocabulary."""
         return self.head is not None and self.head.frozen_weight is not None
 
     @property
     def packs(self) -> bool:
-        """Documents packed into one row are kept apart."""
+        """True if documents packed into one row are isolated."""
         return self.packing == PACKED
 
 
@@ -97,43 +97,46 @@ def attach_loss(
     placement: Placement = ON_CARD,
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> AttachResult:
-    """Give `model`'s base instance the supervised forward; returns what it took and why.
+    """Give `model`'s base instance the supervised forward.
 
     Calls without targets (generation, plain inference) keep the model's own forward. Only this
     instance changes; `detach_loss` undoes it.
 
     Args:
-        engine: "auto" puts the fast layers under it on cards with kernels, "on" anywhere they
-            serve, "off" nowhere.
-        device: where the work is done; by default where the model lies.
-        placement: what lies on the host instead, or is spread over `ranks`.
+        engine: "auto" attaches the engine on GPUs with kernels, "on" wherever it supports the
+            model, "off" never.
+        device: device of the computation; by default that of the model.
+        placement: parts to keep in host memory, or to shard over `ranks`.
+
+    Returns:
+        The attached parts and the reason for each.
 
     Raises:
-        WorkError: `placement` needs the fast layers, and they do not serve.
+        WorkError: `placement` needs the engine, which does not support the model.
     """
     base = base_of(model)
     own_forward = type(base).forward
     device = device or device_of(base)
-    fast, layers = None, "the model's own (fused_layers: off)"
+    attached_engine, layers = None, "the model's own (fused_layers: off)"
     slow = not has_kernels(torch.empty(0, device=device))
     if engine == "auto" and slow and not placement.layerwise:
-        # On a CPU they took 0.92 s a demo step, PEFT's own 0.84.
+        # On a CPU the engine took 0.92 s per demo step, PEFT's own layers 0.84.
         layers = f"PEFT's own: {kernels_reason(device.type)} is no faster fused"
     elif engine != "off":
-        fast, layers = attach_engine(base, device, placement, ranks)
-    if placement.layerwise and fast is None:
+        attached_engine, layers = attach_engine(base, device, placement, ranks)
+    if placement.layerwise and attached_engine is None:
         raise WorkError(
-            f"this run was planned layer by layer, which takes the fast layers ({layers})",
+            f"this run was planned layer by layer, which needs the fast layers ({layers})",
             hint="raise memory_limit, or lower micro_batch_size or cutoff_len",
         )
     head, loss_path = _verified_head(base, own_forward, device)
 
-    base.forward = types.MethodType(_forward(own_forward, head, fast), base)
-    base.lorakit_engine = fast
-    return AttachResult(base, fast, layers, loss_path, head)
+    base.forward = types.MethodType(_forward(own_forward, head, attached_engine), base)
+    base.lorakit_engine = attached_engine
+    return AttachResult(base, attached_engine, layers, loss_path, head)
 
 
-def _forward(own_forward: Any, head: SupervisedHead | None, fast: Engine | None) -> Any:
+def _forward(own_forward: Any, head: SupervisedHead | None, engine: Engine | None) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
 
     def forward(
@@ -153,7 +156,7 @@ def _forward(own_forward: Any, head: SupervisedHead | None, fast: Engine | None)
             states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
         else:
             segments = Segments.of(borders, lengths, longest)
-            states = _hidden(self, fast, segments, **kwargs)
+            states = _hidden(self, engine, segments, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
         loss = summed_cross_entropy(picked, targets, to_logits)
         return SupervisedLoss(loss_sum=loss)
@@ -162,7 +165,7 @@ def _forward(own_forward: Any, head: SupervisedHead | None, fast: Engine | None)
 
 
 def detach_loss(model: Any) -> None:
-    """Give the instance its class's own forward back, and its modules their own weights."""
+    """Restore the class's own forward, and the modules' own weights."""
     base = base_of(model)
     base.__dict__.pop("forward", None)
     engine = base.__dict__.pop("lorakit_engine", None)
@@ -176,13 +179,13 @@ def base_of(model: Any) -> Any:
 
 
 def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **inputs: Any) -> Tensor:
-    """Hidden states [B, T, D]: the engine's where it serves this call, else the model's own."""
+    """Hidden states [B, T, D]: the engine's if it supports this call, else the model's own."""
     embeds = inputs.get("inputs_embeds")
     length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     if engine is None or not engine.supports(segments.longest if segments else length):
         hidden: Tensor = base.get_decoder()(**inputs)[0]
         return hidden
-    # Rows are padded on the right: causal attention never looks there, so no mask is needed.
+    # Rows are padded on the right: causal attention never reads the padding, so no mask is needed.
     return engine(inputs, segments)
 
 
@@ -197,7 +200,7 @@ def _verified_head(
             own = own_forward(base, input_ids=probe, use_cache=False).logits.float()
             head = SupervisedHead(base)
             ours = head(base.get_decoder()(input_ids=probe, use_cache=False)[0]).float()
-            # The same operations on the same numbers: equal up to the order of one reduction.
+            # The same operations on the same numbers: equal except for the order of one reduction.
             same = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
     except PROBE_ERRORS as error:
         return None, f"loss over all positions ({type(error).__name__} in the gathered path)"
@@ -207,14 +210,16 @@ def _verified_head(
 
 
 def _isolates_packed_documents(base: Any) -> str:
-    """PACKED if the model's own attention isolates documents told by their position ids."""
+    """PACKED if the model's own attention isolates documents separated by position ids."""
     config = base.config.get_text_config()
     documents = torch.arange(12, device=base.device) * 31 % config.vocab_size
-    places = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
+    position_ids = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
     try:
         with evaluating(base):
             run = base.get_decoder()
-            packed = run(input_ids=documents.unsqueeze(0), position_ids=places, use_cache=False)[0]
+            packed = run(
+                input_ids=documents.unsqueeze(0), position_ids=position_ids, use_cache=False
+            )[0]
             alone = run(input_ids=documents[5:].unsqueeze(0), use_cache=False)[0]
     except PROBE_ERRORS as error:
         return f"off: {type(error).__name__} with packed documents"

@@ -1,4 +1,4 @@
-"""Steps enter; a live line on the terminal and rows of metrics.jsonl leave."""
+"""Live progress line on the terminal, and rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorakit.storage.run_dir import RunDir, append_metrics
 
-# Without a terminal (a log file, CI, a notebook's pipe) a line is printed at most this often.
+# Minimum interval of printed lines without a terminal (a log file, CI, a notebook's pipe).
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """Shows step, loss, tokens/s, time left and memory while a run trains.
+    """Display of step, loss, tokens/s, remaining time and memory of a run.
 
     Args:
-        run: whose metrics.jsonl is written; None where another rank writes it.
+        run: run whose metrics.jsonl is written; None if another rank writes it.
     """
 
     def __init__(self, console: Console, run: RunDir | None, device: str) -> None:
@@ -72,13 +72,13 @@ class TrainingProgress:
         try:
             append_metrics(run, self.unwritten)
             self.unwritten = []
-        except OSError as error:  # no reason to lose the run; the rows are tried again
+        except OSError as error:  # training continues; the rows are written with the next ones
             if not self.warned:
-                self.note(f"metrics.jsonl cannot be written: {error.strerror}; training goes on")
+                self.note(f"metrics.jsonl cannot be written: {error.strerror}; training continues")
             self.warned = True
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         (self.bar.console if self.bar else self.console).print(text)
 
     def stop(self) -> None:

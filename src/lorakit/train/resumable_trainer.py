@@ -1,6 +1,6 @@
-"""A trainer enters; one that saves whole checkpoints and goes on from them to the bit leaves.
+"""SFTTrainer with complete checkpoints, from which training resumes bit by bit.
 
-transformers writes pickles in place, and resumes at the rate and intervals of the checkpoint.
+transformers writes pickles in place, and resumes with the checkpoint's rate and intervals.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from lorakit.train.loss import AttachResult
 
 
 class ResumableTrainer(SFTTrainer):
-    """SFTTrainer with lorakit's checkpoints; `fingerprint` is what a resume compares, see
-    `train/resume.py`."""
+    """SFTTrainer with lorakit's checkpoints.
+
+    `fingerprint` is compared by a resume, see `train/resume.py`.
+    """
 
     run: RunDir
     recipe: Recipe
@@ -46,12 +48,12 @@ class ResumableTrainer(SFTTrainer):
     trained: list[Any]
 
     def _send_telemetry(self) -> None:
-        """TRL would tell its makers of the model, the card and the data's kind."""
+        """Do nothing; TRL would report the model, the GPU and the kind of data."""
 
     def take_steps(self, checkpoint: str | None) -> None:
-        """Train to the end, from a checkpoint on; one of the last step is loaded and no more.
+        """Train to the end, starting from a checkpoint; one of the last step is only loaded.
 
-        transformers would take a step beyond the last one.
+        transformers would train one step beyond the last one.
         """
         folder = Path(checkpoint) if checkpoint else None
         if folder is None or checkpoint_step(folder) < self.args.max_steps:
@@ -62,9 +64,9 @@ class ResumableTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, weights = self.state.global_step, self.accelerator.unwrap_model(self.model)
-        for part in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(part, ExportableState):
-                self.state.stateful_callbacks[type(part).__name__] = part.state()
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         assert_parameters_in_sync(self.ranks, self.trained, step)
         facts = {"step": step, "steps": self.state.max_steps, "past": self.fingerprint}
         size = checkpoint_bytes(
@@ -82,13 +84,13 @@ class ResumableTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         engine = self.attached.engine
         if engine is not None and engine.host_adapters is not None:
-            engine.host_adapters.point_to_host()  # values and state are loaded where they live
+            engine.host_adapters.point_to_host()  # load values and state into host memory
         load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
         self.loaded = load_state(Path(resume_from_checkpoint))
 
     def _init_training_state(self, max_steps: int, *more: Any) -> Any:
         done = super()._init_training_state(max_steps, *more)
-        # Intervals of saving, logging and scoring are the recipe's, not the checkpoint's.
+        # Intervals of saving, logging and scoring are those of the recipe, not the checkpoint.
         self.state.compute_steps(self.args, max_steps)
         return done
 

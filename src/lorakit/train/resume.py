@@ -1,9 +1,8 @@
-"""A resolved recipe enters; the run directory it may write into, and where to go on, leave.
+"""Choose the run directory, and decide whether and where a run can resume.
 
-What the steps of a run hang on enters; a record that each checkpoint carries leaves.
-
-A resume compares it with what it finds now: going on with other data, another rate or another rank
-would end in an adapter that no recipe describes.
+Each checkpoint stores a fingerprint of everything that affects training steps. A resume compares it
+with the present one: continuing with other data, another rate or another rank would produce an
+adapter that no recipe describes.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from lorakit.types import Device
 
 
 def resolve_run_dir(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, ResolvedRecipe]:
-    """The run directory: the named one, or a new one under runs/; never another run's.
+    """Choose the run directory: the named one or a new one under runs/, never another run's.
 
     Raises:
-        RunError: the folder holds a run already (without --resume), or none (with it).
+        RunError: the folder already holds a run (without --resume), or holds none (with it).
     """
     recipe = resolved.recipe
     if resume and resolved.folder and RunDir(resolved.folder).environment.exists():
@@ -45,14 +44,14 @@ def resolve_run_dir(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, Res
         run = RunDir(Path(recipe.output_dir))
         if run.holds_work() and not resume:
             raise RunError(
-                f"{run.path}: holds another run already; it is never overwritten",
-                hint="go on with --resume, or give a new name with --output",
+                f"{run.path}: already holds another run, which is never overwritten",
+                hint="resume with --resume, or give a new name with --output",
             )
     else:
         stem = f"{public_name(recipe.model).split('/')[-1].lower()}-{recipe.method}"
         run = _newest(stem) if resume else _free(stem)
         resolved = resolved.derive("model and method", output_dir=str(run.path))
-    # A run that was killed before its first file left at least its folder.
+    # A run that was killed before its first file has at least created its folder.
     if resume and not run.path.is_dir():
         raise RunError(
             f"{run.path}: nothing to resume here",
@@ -65,43 +64,43 @@ def resolve_run_dir(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, Res
 def prepare_resume(
     run: RunDir, fingerprint: Mapping[str, Any], train: Examples, steps: int, console: Console
 ) -> Checkpoint | None:
-    """The checkpoint to go on from; nothing is written yet.
+    """Find the checkpoint to resume from, without writing anything.
 
     Args:
         fingerprint: see `run_fingerprint`.
-        steps: the steps that the whole run has now.
+        steps: total steps of the run with the present settings.
 
     Returns:
-        None where the run was ended before its first checkpoint: it begins again.
+        The checkpoint, or None if the run ended before its first one and starts again.
 
     Raises:
-        RunError: no whole checkpoint is left, or something changed that would alter the past.
+        RunError: no complete checkpoint is left, or a change would alter steps already taken.
     """
-    found, notes = require_checkpoint(run)
+    checkpoint, notes = require_checkpoint(run)
     for note in notes:
         console.print(f"note: {note}")
-    if found is None:
+    if checkpoint is None:
         console.print(f"{run.path} has no checkpoint yet: it begins at step 0")
         return None
-    check_resume_compatible(run, found.facts["past"], fingerprint, train)
-    if found.step > steps:
+    check_resume_compatible(run, checkpoint.facts["past"], fingerprint, train)
+    if checkpoint.step > steps:
         raise RunError(
-            f"{run.path}: {found.step} steps are taken already, the recipe asks for {steps}",
-            hint="raise max_steps or epochs; the adapter of fewer steps needs a run of its own",
+            f"{run.path}: {checkpoint.step} steps are taken already, the recipe has {steps}",
+            hint="raise max_steps or epochs, or start a new run for an adapter of fewer steps",
         )
-    console.print(f"resuming {run.path} from step {found.step} of {steps}")
-    if found.facts["steps"] != steps:
+    console.print(f"resuming {run.path} from step {checkpoint.step} of {steps}")
+    if checkpoint.facts["steps"] != steps:
         console.print(
-            f"         {found.facts['steps']} steps were planned before: the learning rate goes "
-            f"on as a run of {steps} steps has it from here"
+            f"         {checkpoint.facts['steps']} steps were planned before: the learning rate "
+            f"continues as in a run of {steps} steps"
         )
-    for line in harmless_changes(found.facts["past"], fingerprint):
+    for line in harmless_changes(checkpoint.facts["past"], fingerprint):
         console.print(f"note: {line}")
-    return found
+    return checkpoint
 
 
 def truncate_metrics(run: RunDir, step: int) -> None:
-    """Drop the rows of metrics.jsonl after `step`: these steps are taken again."""
+    """Drop the rows of metrics.jsonl after `step`, because these steps are repeated."""
     known = [*read_metrics(run), *read_metrics(run, held_out=True)]
     rows = sorted((r for r in known if r.get("step", 0) <= step), key=lambda r: r.get("step", 0))
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -114,7 +113,7 @@ def write_run_files(
     plan: dict[str, Any],
     device: Device,
 ) -> None:
-    """recipe.yaml, data_report.json, plan.json and environment.json; no path of this machine."""
+    """Write recipe.yaml, data_report.json, plan.json and environment.json without local paths."""
     portable = {
         "model": _portable(resolved.recipe.model, resolved, run),
         "data": [
@@ -132,12 +131,12 @@ def write_run_files(
     write_json(run.data_report, report)
     write_json(run.plan, plan)
     write_json(run.environment, environment(device))
-    # Last: a folder with a recipe is a run.
+    # The recipe is written last: it marks the folder as a run.
     write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
 
 
 def environment(device: Device) -> dict[str, Any]:
-    """Versions and hardware of this machine, free of names and paths."""
+    """Versions and hardware of this machine, without names and paths."""
     return {
         "python": platform.python_version(),
         "system": platform.system(),
@@ -162,13 +161,13 @@ def _newest(stem: str) -> RunDir:
     """The newest run that `_free` named; not another model's, not a folder of other files."""
     runs, name = Path("runs"), re.compile(re.escape(stem) + r"(-\d+)?")
     named = [p for p in (runs.iterdir() if runs.is_dir() else ()) if name.fullmatch(p.name)]
-    # One killed before its recipe was written left its lock, or nothing.
-    found = [p for p in named if RunDir(p).has_run() or (p / LOCK).exists() or _is_empty(p)]
-    if not found:
+    # A run killed before its recipe was written has a lock or an empty folder.
+    runs_of_stem = [p for p in named if RunDir(p).has_run() or (p / LOCK).exists() or _is_empty(p)]
+    if not runs_of_stem:
         raise RunError(
             f"runs/{stem}: nothing to resume here", hint="name the run's folder with --output"
         )
-    return RunDir(max(found, key=lambda p: p.stat().st_mtime))
+    return RunDir(max(runs_of_stem, key=lambda p: p.stat().st_mtime))
 
 
 def _is_empty(path: Path) -> bool:
@@ -176,20 +175,20 @@ def _is_empty(path: Path) -> bool:
 
 
 def _check_writable(run: RunDir) -> None:
-    """Without creating anything yet: a run that fails on its input leaves no folder behind."""
-    place = run.path.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "read-only" if place.is_dir() else "a file"
+    """Check without creating anything: a run that fails on its input must not leave a folder."""
+    ancestor = run.path.absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        problem = "read-only" if ancestor.is_dir() else "a file"
         raise WorkError(
-            f"{run.path}: cannot be written ({place} is {what})",
-            hint="choose another place with --output",
+            f"{run.path}: cannot be written ({ancestor} is {problem})",
+            hint="choose another folder with --output",
         )
 
 
 def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
-    """A local path as seen from the run directory; names of hub repositories stay as they are."""
+    """A local path relative to the run directory; names of hub repositories are unchanged."""
     if text.split(":")[0] == "demo":
         return text
     for folder in (Path(), *([resolved.folder] if resolved.folder else [])):
@@ -200,7 +199,7 @@ def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
 
 
 # Settings that do not alter the steps already taken. Model and data are compared by content; a
-# micro-batch may shrink when memory ran out, as long as a step has the same examples.
+# micro-batch may shrink after an OOM if a step keeps its examples.
 CHANGEABLE_ON_RESUME = {
     "model",
     "data",
@@ -230,7 +229,7 @@ VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bits
 def run_fingerprint(
     recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1
 ) -> dict[str, Any]:
-    """The record, of JSON values; nothing in it names a place on this machine."""
+    """Build the fingerprint from JSON values; it contains no path of this machine."""
     settings = recipe.model_dump(mode="json")
     return {
         "settings": {key: settings[key] for key in sorted(settings.keys() - CHANGEABLE_ON_RESUME)},
@@ -247,25 +246,25 @@ def run_fingerprint(
 
 
 def library_versions() -> dict[str, str | None]:
-    """Installed versions of what decides a run's numbers."""
-    found: dict[str, str | None] = {}
+    """Installed versions of the libraries that affect a run's numbers."""
+    versions: dict[str, str | None] = {}
     for name in VERSIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def remember_rows(run: RunDir, train: Examples) -> None:
-    """Keep the content hash of each row, to say later which one changed."""
+    """Store the content hash of each row, to name changed rows on a resume."""
     np.save(run.rows, train.content_hashes)
 
 
 def check_resume_compatible(
     run: RunDir, before: Mapping[str, Any], now: Mapping[str, Any], train: Examples
 ) -> None:
-    """Compare the fingerprint in a checkpoint with what a resume finds.
+    """Compare a checkpoint's fingerprint with the present one.
 
     Raises:
         RunError: names everything that would alter the steps already taken.
@@ -286,8 +285,8 @@ def check_resume_compatible(
         if before["tokenizer"] != now["tokenizer"]:
             raise RunError(
                 f"{run.path}: the tokenizer or its chat template is not the one this run trained "
-                "with: its rows come out otherwise",
-                hint="bring that model folder back, or start a new run with --output",
+                "with, and its rows are tokenized differently",
+                hint="restore that model folder, or start a new run with --output",
             )
         was, seen = before["data"], now["data"]
         raise RunError(
@@ -295,12 +294,12 @@ def check_resume_compatible(
             f"  then {was['examples']:,} examples, {was['tokens']:,} tokens, "
             f"sha256 {was['sha256'][:12]}; now {seen['examples']:,}, {seen['tokens']:,}, "
             f"{seen['sha256'][:12]}",
-            hint="bring the data back as it was, or start a new run with --output",
+            hint="restore the data, or start a new run with --output",
         )
 
 
 def harmless_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines on what is not as it was and alters no step taken, but may be worth knowing."""
+    """Describe changes that do not alter steps already taken, but may be worth knowing."""
     lines = []
     was, seen = before["versions"], now["versions"]
     changed = [f"{n} {was.get(n)} -> {v}" for n, v in seen.items() if was.get(n) != v]
@@ -310,17 +309,17 @@ def harmless_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     if ranks[0] != ranks[1]:
         lines.append(
             f"{ranks[0]} rank{'s' * (ranks[0] > 1)} before, {ranks[1]} now: each step has the same "
-            "examples; dropout masks are drawn otherwise"
+            "examples; dropout masks differ"
         )
     if before["tokenizer"] != now["tokenizer"]:
-        # A newer tokenizers package may write the same tokenizer down in other words.
-        lines.append("the tokenizer's files differ; the training rows come out the same")
+        # A newer tokenizers package may serialize the same tokenizer differently.
+        lines.append("the tokenizer's files differ; the training rows are the same")
     return lines
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before = {RENAMED.get(key, key): value for key, value in before.items()}
-    # A setting that an older version did not know had its default's effect.
+    # An older version without this setting behaved as with its default.
     was = {
         key: before.get(key, Recipe.model_fields[key].get_default(call_default_factory=True))
         for key in now
@@ -332,17 +331,17 @@ def _changed_rows(run: RunDir, train: Examples) -> str:
     try:
         before = np.load(run.rows, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        return f"({run.rows.name} is gone, so the rows cannot be named)"
-    marks = train.content_hashes
-    fresh = np.flatnonzero(~np.isin(marks, before))
-    gone = int((~np.isin(before, marks)).sum())
-    said = []
-    if len(fresh):
-        one = "row is" if len(fresh) == 1 else "rows are"
-        said.append(f"{len(fresh):,} {one} new or changed, the first {train.origin(int(fresh[0]))}")
-    if gone:
-        said.append(f"{gone:,} of its rows {'is' if gone == 1 else 'are'} not there any more")
-    if not said:
-        same = np.array_equal(np.sort(marks), np.sort(before))
-        said.append("the same rows in another order" if same else "the same rows, otherwise cut")
-    return "; ".join(said)
+        return f"({run.rows.name} is missing, so the rows cannot be named)"
+    hashes = train.content_hashes
+    new = np.flatnonzero(~np.isin(hashes, before))
+    removed = int((~np.isin(before, hashes)).sum())
+    changes = []
+    if len(new):
+        verb = "row is" if len(new) == 1 else "rows are"
+        changes.append(f"{len(new):,} {verb} new or changed, the first {train.origin(int(new[0]))}")
+    if removed:
+        changes.append(f"{removed:,} of its rows {'is' if removed == 1 else 'are'} missing")
+    if not changes:
+        same = np.array_equal(np.sort(hashes), np.sort(before))
+        changes.append("the same rows, reordered" if same else "the same rows, cut differently")
+    return "; ".join(changes)

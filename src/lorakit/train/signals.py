@@ -1,4 +1,4 @@
-"""Ctrl-C or SIGTERM enters; a flag for the training loop leaves. The second one ends at once."""
+"""Turn Ctrl-C or SIGTERM into a stop request; a second signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ class StopRequest:
 
 @contextmanager
 def catch_signals(alone: bool = True) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; outside the main thread nothing changes.
+    """Turn the first SIGINT or SIGTERM into a request; no effect outside the main thread.
 
-    A closed terminal (SIGHUP) does not end the run: hours of work hang on no window.
+    SIGHUP is ignored, so closing the terminal does not stop training.
 
     Args:
-        alone: one of several ranks gets what its launcher hands on a second time at once, from the
-            terminal or from torchrun: that is no second wish, and rank 0 speaks for all.
+        alone: False for one of several ranks: duplicates within 5 s are ignored, because terminal
+            and torchrun forward each signal once more, and only rank 0 prints.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
-    def handle(number: int, _frame: FrameType | None) -> None:
+    def handle(signum: int, _frame: FrameType | None) -> None:
         if not request.asked:
-            request.signal, request.at = signal.Signals(number), time.monotonic()
+            request.signal, request.at = signal.Signals(signum), time.monotonic()
             if alone:
-                with suppress(OSError):  # nobody reads it any more
+                with suppress(OSError):  # stderr may be closed
                     os.write(2, WORD)
         elif not alone and time.monotonic() - request.at < ECHO_SECONDS:
             return
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt  # a notebook's kernel lives on
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt  # keeps a notebook's kernel alive
         else:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

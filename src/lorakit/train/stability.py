@@ -1,9 +1,10 @@
-"""Each step's loss and gradient norm enter before the update; a bad step leaves no trace.
+"""Check each step's loss and gradient norm before the update, and skip bad steps.
 
-A step whose loss or gradient norm is no number is skipped: no update, weights and optimizer as
-before, its rows named. The second one within `WINDOW` steps ends the run. A norm or loss far above
-the usual is named and trained (the norm is clipped as ever). float16 with a loss scale overflows
-now and then by design: its scaler skips such steps itself, and only many of them are told.
+A step whose loss or gradient norm is not finite is skipped: no update, unchanged weights and
+optimizer, and its rows are named. A second one within `WINDOW` steps ends the run. A norm or loss
+far above the usual is reported and trained (the norm is clipped as usual). float16 with a loss
+scale overflows occasionally by design: its scaler skips such steps itself, and only frequent
+overflows are reported.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.types import Example
 
 WINDOW = 100
-# Medians are of so many steps, and say something from `MIN_HISTORY` on.
+# Medians cover this many steps, and are used from `MIN_HISTORY` on.
 HISTORY, MIN_HISTORY = 50, 20
 SPIKE = 10.0
 MAX_SPIKE_WARNINGS = 3
@@ -34,7 +35,7 @@ OVERFLOWS_OF = 20
 
 
 class Guarded(Protocol):
-    """The trainer, as its guard sees it."""
+    """The trainer as used by `StepGuard`."""
 
     recipe: Recipe
     layout: Layout
@@ -46,10 +47,10 @@ class Guarded(Protocol):
 
 
 class StepGuard(TrainerCallback, ExportableState):
-    """Lets a finite step through, skips a bad one, ends the run at the second.
+    """Pass finite steps, skip a bad one, and end the run at the second.
 
-    What a resumed run must know travels in the checkpoint: the last bad step, and the size of
-    micro-batches where memory forced a smaller one.
+    A checkpoint stores the state that a resumed run needs: the last bad step, and the size of
+    micro-batches if an OOM reduced it.
     """
 
     def __init__(self, trainer: Guarded, note: Callable[[str], None]) -> None:
@@ -64,19 +65,24 @@ class StepGuard(TrainerCallback, ExportableState):
         self.spiked = False
 
     def state(self) -> dict[str, Any]:
-        """What `trainer_state.json` keeps."""
-        layout, asked = self.trainer.layout, self.trainer.recipe.micro_batch_size
-        kept = {"asked": asked, "rows": layout.rows, "capacity": layout.capacity, "bad": self.bad}
+        """The state kept in `trainer_state.json`."""
+        layout, configured = self.trainer.layout, self.trainer.recipe.micro_batch_size
+        kept = {
+            "asked": configured,
+            "rows": layout.rows,
+            "capacity": layout.capacity,
+            "bad": self.bad,
+        }
         return {"args": {}, "attributes": kept}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take up what the checkpoint kept; in a new run that is what is there."""
+        """Restore the state of the checkpoint; a new run keeps the present one."""
         kept = state.stateful_callbacks.get(type(self).__name__)
         if kept is None:
             return
         kept = kept["attributes"]
         self.bad = kept["bad"]
-        # Another size in the recipe is a new wish, made for this machine.
+        # If the user changed `micro_batch_size`, use it instead of the checkpointed value.
         if kept["asked"] == self.trainer.recipe.micro_batch_size:
             rows, capacity = kept["rows"], kept["capacity"]
             self.trainer.layout = replace(self.trainer.layout, rows=rows, capacity=capacity)
@@ -84,59 +90,59 @@ class StepGuard(TrainerCallback, ExportableState):
     def check(
         self, model: Any, loss: Tensor, norm: Any, examples: Sequence[Example], scaled: bool
     ) -> float:
-        """The step's gradient norm as a number, read together with its loss: one wait a step.
+        """Check a step, and return its gradient norm, read with its loss in one synchronization.
 
         Args:
-            model: holds the step's gradients; they are dropped where they must not be used.
+            model: holds the step's gradients; they are dropped if they must not be used.
             scaled: a loss scaler skips steps whose gradient overflows.
 
         Raises:
             WorkError: the second bad step in `WINDOW`, or a first step without any gradient.
         """
         norm = torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
-        of_loss, of_norm = torch.stack([loss.float(), norm]).tolist()
+        loss_value, norm_value = torch.stack([loss.float(), norm]).tolist()
         step = self.trainer.state.global_step + 1
         self.steps += 1
-        if math.isfinite(of_loss) and math.isfinite(of_norm):
-            self._good(model, step, of_loss, of_norm, examples)
-        elif scaled and math.isfinite(of_loss):
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            self._good(model, step, loss_value, norm_value, examples)
+        elif scaled and math.isfinite(loss_value):
             self._overflow(step, True)
         else:
-            self._bad(model, step, of_loss, of_norm, examples)
-        return float(of_norm)
+            self._bad(model, step, loss_value, norm_value, examples)
+        return float(norm_value)
 
     def row(self, loss: float) -> dict[str, Any]:
-        """What the log says of the steps since its last row.
+        """Values for the log of the steps since its last row.
 
         Args:
-            loss: their mean, in which a loss that is no number counts as 0.
+            loss: their mean, in which a loss that is not finite counts as 0.
         """
         counted = self.steps - self.without_loss
-        told: dict[str, Any] = {"loss": loss * self.steps / counted if counted else math.nan}
-        told |= {"skipped": self.skipped} if self.skipped else {}
-        told |= {"spike": True} if self.spiked else {}
+        values: dict[str, Any] = {"loss": loss * self.steps / counted if counted else math.nan}
+        values |= {"skipped": self.skipped} if self.skipped else {}
+        values |= {"spike": True} if self.spiked else {}
         self.steps = self.skipped = self.without_loss = 0
         self.spiked = False
-        return told
+        return values
 
     def _good(
         self, model: Any, step: int, loss: float, norm: float, examples: Sequence[Example]
     ) -> None:
         if not self.reached:
             self.reached = True
-            words = params_without_grad(model, step)
-            if words:
-                self.note(words)
+            warning = params_without_grad(model, step)
+            if warning:
+                self.note(warning)
         self._overflow(step, False)
-        told = self._spike(loss, norm)
+        spike = self._spike(loss, norm)
         self.norms.append(norm)
         self.losses.append(loss)
-        if told is None:
+        if spike is None:
             return
         self.spiked = True
         self.spikes += 1
         if self.spikes <= MAX_SPIKE_WARNINGS:
-            self.note(f"step {step}: {told}; rows of the step: {format_row_origins(examples)}")
+            self.note(f"step {step}: {spike}; rows of the step: {format_row_origins(examples)}")
         if self.spikes == MAX_SPIKE_WARNINGS:
             self.note("further spikes are marked in metrics.jsonl only")
 
@@ -169,67 +175,73 @@ class StepGuard(TrainerCallback, ExportableState):
         model.zero_grad(set_to_none=True)
         self.skipped += 1
         self.without_loss += not math.isfinite(loss)
-        what = f"gradient norm {norm}" if math.isfinite(loss) else f"loss {loss}"
-        alone = self.trainer.rows_not_finite(examples)
-        which = "not finite by themselves" if alone else "rows of the step"
-        told = f"step {step}: {what}; {which}: {format_row_origins(alone or examples)}"
-        before, self.bad = self.bad, {"step": step, "told": told}
-        if before is None or step - before["step"] > WINDOW:
-            self.note(f"{told}; its update was skipped, a second one in {WINDOW} steps ends it all")
+        fault = f"gradient norm {norm}" if math.isfinite(loss) else f"loss {loss}"
+        bad_rows = self.trainer.rows_not_finite(examples)
+        relation = "not finite by themselves" if bad_rows else "rows of the step"
+        line = f"step {step}: {fault}; {relation}: {format_row_origins(bad_rows or examples)}"
+        previous, self.bad = self.bad, {"step": step, "told": line}
+        if previous is None or step - previous["step"] > WINDOW:
+            self.note(
+                f"{line}; update skipped; training stops if this happens again within {WINDOW} "
+                "steps"
+            )
             return
-        whole = len(alone) == len(examples)
+        all_bad = len(bad_rows) == len(examples)
         raise WorkError(
             "training is not finite; stopped before the update, and no adapter was saved"
-            f"\n  {before['told']}\n  {told}\n  {self.trainer.last_checkpoint()}",
-            hint=self._way_out(whole, bool(alone), math.isfinite(loss)),
+            f"\n  {previous['told']}\n  {line}\n  {self.trainer.last_checkpoint()}",
+            hint=self._way_out(all_bad, bool(bad_rows), math.isfinite(loss)),
         )
 
-    def _way_out(self, whole: bool, alone: bool, finite_loss: bool) -> str:
+    def _way_out(self, all_bad: bool, bad_rows: bool, finite_loss: bool) -> str:
         recipe = self.trainer.recipe
-        if whole and not self.losses:
+        if all_bad and not self.losses:
             return (
-                "it is so from the start on: is the base model whole? dtype: float32 tells whether "
-                "its type is too narrow"
+                "check that the base model files are complete, or try dtype: float32: no row is "
+                "finite from the start"
             )
-        if alone:
-            return "mend these rows or leave them out, and start anew with --output"
+        if bad_rows:
+            return "fix or remove these rows, and start a new run with --output"
         lower = f"lower learning_rate (it is {recipe.learning_rate:g})"
         if finite_loss:
             lower += f" or lora_alpha (it is {recipe.lora_alpha:g}): the gradient overflows"
-        return f"{lower}, and start anew with --output"
+        return f"{lower}, and start a new run with --output"
 
 
 def params_without_grad(model: Any, step: int) -> str | None:
-    """Which adapters got no gradient in the first step, in words; None where all got one.
+    """Describe the adapters without a gradient in the first step; None if all have one.
 
-    lora_A gets none while its lora_B is zero, so only the others are asked.
+    lora_A has no gradient while its lora_B is zero, so only other parameters are checked.
 
     Raises:
-        WorkError: nothing got any.
+        WorkError: no parameter has a gradient.
     """
-    asked = [(n, p) for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n]
-    grads = [p.grad for _, p in asked if p.grad is not None]
+    checked = [
+        (n, p) for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n
+    ]
+    grads = [p.grad for _, p in checked if p.grad is not None]
     norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else [])
-    without = [n for n, p in asked if p.grad is None or next(norms) == 0]
+    without = [n for n, p in checked if p.grad is None or next(norms) == 0]
     if not without:
         return None
-    if len(without) == len(asked):
+    if len(without) == len(checked):
         raise WorkError(
-            f"step {step}: no gradient reaches the adapters (0 of {len(asked)}); nothing would "
+            f"step {step}: no gradient reaches the adapters (0 of {len(checked)}); nothing would "
             "be learned",
-            hint="does the model's forward use these target_modules? try fused_layers: off, or others",
+            hint="check that the model's forward uses these target_modules, or try "
+            "fused_layers: off",
         )
     return (
-        f"step {step}: no gradient reaches {len(without)} of {len(asked)} trained tensors "
-        f"(first: {without[0]}); they stay as they are until one does"
+        f"step {step}: no gradient reaches {len(without)} of {len(checked)} trained tensors "
+        f"(first: {without[0]}); they stay unchanged until one does"
     )
 
 
 def format_row_origins(examples: Sequence[Example]) -> str:
-    """`train.jsonl: 17, 88; more.jsonl: 3`, each row once, at most 64 of them."""
+    """Format rows as `train.jsonl: 17, 88; more.jsonl: 3`, each once, at most 64 of them."""
     origins = list(dict.fromkeys(e.origin for e in examples))
     by_source: dict[str, list[str]] = {}
     for origin in origins[:64]:
         by_source.setdefault(origin.source, []).append(str(origin.row))
-    told = "; ".join(f"{source}: {', '.join(rows)}" for source, rows in by_source.items())
-    return told + (f" and {len(origins) - 64} more" if len(origins) > 64 else "")
+    listed = "; ".join(f"{source}: {', '.join(rows)}" for source, rows in by_source.items())
+    return listed + (f" and {len(origins) - 64} more" if len(origins) > 64 else "")

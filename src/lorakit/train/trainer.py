@@ -1,9 +1,9 @@
-"""A PEFT model and examples enter; trained adapter weights, checkpoints and metrics leave.
+"""Train adapters with TRL's SFTTrainer; write checkpoints and metrics.
 
-TRL's SFTTrainer, with six things of our own: rows arrive tokenized and masked and are touched by
-nothing after, a step's examples are laid out in micro-batches here, the loss covers supervised
-tokens and weighs tokens (not micro-batches), adapters stay float32, checkpoints are whole or
-absent, and a step that memory does not hold or that is not finite leaves no trace.
+Differences from SFTTrainer: rows arrive tokenized and masked and are not modified, a step's
+examples are divided into micro-batches here, the loss covers supervised tokens and weighs tokens
+(not micro-batches), adapters stay float32, checkpoints are complete or absent, and a step that
+runs out of memory or is not finite changes nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from lorakit.types import Device, EvalScore, Example, MemoryPlan
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """All examples of a step, and those of this rank laid out."""
+    """All examples of a step, and those of this rank in micro-batches."""
 
     own: StepBatch
     examples: list[Example]
@@ -57,7 +57,7 @@ class StepInputs:
 
 
 class LoraTrainer(ResumableTrainer):
-    """SFTTrainer on examples that are ready: `train[i]` goes to the model as it is."""
+    """SFTTrainer on tokenized examples: `train[i]` goes to the model unchanged."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class LoraTrainer(ResumableTrainer):
         self.stability = StepGuard(self, progress.note)
         cap = MemoryCap(recipe.memory_limit_bytes, device)
         self.oom_retry = OomRetry(self, progress.note, cap)
-        watch = RunMonitor(recipe, planned_rate(run), self._why_slow)
+        monitor = RunMonitor(recipe, planned_rate(run), self._why_slow)
         self.fingerprint, self.loaded = fingerprint, dict[str, Any]()
-        # SFTTrainer rounds the adapters of a 4-bit base to bf16; ours go back to what they were.
+        # SFTTrainer rounds the adapters of a 4-bit base to bf16; restore their float32 values.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
@@ -92,13 +92,13 @@ class LoraTrainer(ResumableTrainer):
                 recipe, device, run, total_steps(recipe, len(train)), bool(val)
             ),
             processing_class=tokenizer,
-            # The data set holds row numbers; examples are looked up when a step is made.
+            # The dataset holds row numbers; examples are looked up when a step is built.
             train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
             eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
             data_collator=self._collate,
             callbacks=[
                 self.stability,
-                MetricsCallback(self, progress, watch),
+                MetricsCallback(self, progress, monitor),
                 StopOnSignal(self.sync),
             ],
         )
@@ -110,9 +110,11 @@ class LoraTrainer(ResumableTrainer):
             if name in masters:
                 parameter.data = masters[name]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.accelerator.device_placement = False  # parts may lie on the host on purpose
-        where = torch.device(device.kind)
-        self.attached = attach_loss(self.model, recipe.fused_layers, where, plan.placement, ranks)
+        self.accelerator.device_placement = False  # parts may be in host memory on purpose
+        compute_device = torch.device(device.kind)
+        self.attached = attach_loss(
+            self.model, recipe.fused_layers, compute_device, plan.placement, ranks
+        )
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
         self.layout = replace(self.layout, packed=packed)
@@ -125,10 +127,10 @@ class LoraTrainer(ResumableTrainer):
         self.flat = self._flat()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Forward and backward of all micro-batches of one optimizer step; its mean loss.
+        """Run forward and backward of one optimizer step's micro-batches; return its mean loss.
 
-        The loss is divided by the step's supervised tokens, so gradients of micro-batches just add
-        up: they do not depend on how the examples were laid out.
+        The loss is divided by the step's supervised tokens, so gradients of micro-batches are
+        simply added: they do not depend on how the examples were divided.
         """
         model.train()
         if self.to_probe:
@@ -140,23 +142,23 @@ class LoraTrainer(ResumableTrainer):
             loss = self.sync.add(self._gradients(), loss)
         self.step_tokens += ready.tokens
         self.step_loss, self.step_examples = loss, ready.examples
-        self.next_step()  # while the card computes: 4 ms for 8 rows of 2,048 tokens
+        self.next_step()  # while the GPU computes: 4 ms for 8 rows of 2,048 tokens
         self.ranks.at(self.state.global_step + 1, self.last_checkpoint, self.run.path)
-        # The log adds losses up; what is not finite is counted by the guard.
+        # The log sums losses; the guard counts those that are not finite.
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
-        """The gradient norm, known to be finite: else the step's gradients are dropped here.
+        """The gradient norm if finite; otherwise the step's gradients are dropped.
 
         Raises:
-            WorkError: the second step in short time that is not finite.
+            WorkError: the second step within a short time that is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.scaler is not None
         return self.stability.check(self.model, self.step_loss, norm, self.step_examples, scaled)
 
     def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
-        """Add the gradients of the step's mean loss; returns that loss."""
+        """Add the gradients of the step's mean loss, and return that loss."""
         if self.layerwise is not None:
             return self.layerwise((self._to_device(micro) for micro in step.micro), scale)
         total = torch.zeros((), device=self.args.device)
@@ -172,18 +174,18 @@ class LoraTrainer(ResumableTrainer):
         return total
 
     def _gradients(self) -> list[Tensor]:
-        """The buffers that hold the step's gradients."""
+        """Buffers that hold the step's gradients."""
         engine = self.attached.engine
         if engine is not None and engine.host_adapters is not None:
-            return [room.bytes.view(torch.float32) for room in engine.host_adapters.grads]
-        for part in (self.graphs, self.layerwise):
-            if part is not None and part.gradients is not None:
-                return [part.gradients.flat]
+            return [buffer.bytes.view(torch.float32) for buffer in engine.host_adapters.grads]
+        for runner in (self.graphs, self.layerwise):
+            if runner is not None and runner.gradients is not None:
+                return [runner.gradients.flat]
         assert self.flat is not None
         return [self.flat.flat]
 
     def _to_device(self, micro: Batch) -> Batch:
-        """The micro-batch on the device; embedded here where the embedding lies on the host."""
+        """Copy the micro-batch to the device; embed it first if the embedding is on the host."""
         engine, device = self.attached.engine, self.args.device
         if engine is not None and engine.embedding_on_host:
             ids = micro["input_ids"]
@@ -201,7 +203,7 @@ class LoraTrainer(ResumableTrainer):
         return loss.detach()
 
     def describe_graphs(self) -> str:
-        """Whether micro-batches run as CUDA graphs, and why not."""
+        """Describe whether micro-batches run as CUDA graphs, and the reason if not."""
         if self.graphs is None:
             return "no CUDA graphs"
         if self.graphs.failed:
@@ -209,16 +211,16 @@ class LoraTrainer(ResumableTrainer):
         return f"{len(self.graphs.graphs)} CUDA graphs"
 
     def _packing(self, train: Sequence[Example], device: Device) -> tuple[bool, str]:
-        """Whether documents share micro-batches, and why."""
+        """Decide whether documents share micro-batches, with the reason."""
         rows, seed = self.recipe.micro_batch_size, self.recipe.seed
-        share = saved_share(lengths_of(train), rows, seed)
-        packed, words = packing_words(share, self.recipe.packing, device.kind == "cpu")
+        saved = saved_share(lengths_of(train), rows, seed)
+        packed, reason = packing_words(saved, self.recipe.packing, device.kind == "cpu")
         if packed and not self.attached.packs:
             return False, self.attached.packing
-        return packed, words
+        return packed, reason
 
     def _graphed(self) -> GraphedMicroSteps | None:
-        """Graphs where every part of a micro-batch runs on the card by fixed shapes."""
+        """CUDA graphs, if every part of a micro-batch runs on the GPU with fixed shapes."""
         engine = self.attached.engine
         if (
             engine is None
@@ -228,7 +230,7 @@ class LoraTrainer(ResumableTrainer):
         ):
             return None
         if not has_matrix_kernels(self.trained[0]) or engine.layers[0].qkv.dtype == torch.float32:
-            # Packed documents in float32 attend one by one: as many shapes as there are steps.
+            # Packed documents in float32 attend one by one, with different shapes in each step.
             return None
         return GraphedMicroSteps(
             lambda micro, scale: self._forward_backward(self.model, micro, scale),
@@ -237,24 +239,24 @@ class LoraTrainer(ResumableTrainer):
         )
 
     def _layerwise(self) -> LayerwiseSchedule | None:
-        """The schedule by layers, where the plan asks for it."""
+        """The layer-by-layer schedule, if the plan uses it."""
         placement, engine = self.plan.placement, self.attached.engine
         if not placement.layerwise or engine is None:
             return None
-        cut = ChunkSize(placement.tokens_at_once, placement.heads_at_once)
+        chunk = ChunkSize(placement.tokens_at_once, placement.heads_at_once)
         return LayerwiseSchedule(
-            engine, self.attached.head, self.trained, cut, placement.inputs_on_gpu
+            engine, self.attached.head, self.trained, chunk, placement.inputs_on_gpu
         )
 
     def _flat(self) -> FlatGradients | None:
-        """One buffer to sum over the ranks, where no part above has one of its own."""
+        """One buffer to sum over the ranks, if graphs or schedule do not have one."""
         if self.ranks.world_size == 1 or self.graphs is not None or self.layerwise is not None:
             return None
         groups = self.attached.engine.groups if self.attached.engine else []
         return FlatGradients(self.trained, groups)
 
     def reset_after_oom(self) -> None:
-        """Forget what a broken step left: captured graphs and their memory, kept layer inputs."""
+        """Discard the state of a failed step: captured graphs, their memory, kept layer inputs."""
         if self.graphs is not None:
             self.graphs = self._graphed()
         if self.layerwise is not None:
@@ -271,40 +273,40 @@ class LoraTrainer(ResumableTrainer):
         return metrics
 
     def score(self, examples: Sequence[Example]) -> EvalScore:
-        """Held-out loss; batches become smaller, and stay so, where memory runs out."""
-        own = examples if self.sharded else local_examples(examples, self.ranks)
-        found = score(
-            self.model, own, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
+        """Held-out loss; after an OOM batches become smaller for the rest of the run."""
+        local = examples if self.sharded else local_examples(examples, self.ranks)
+        result = score(
+            self.model, local, self.pad_id, self.eval_tokens, on_smaller=self._score_smaller
         )
-        return found if self.sharded else combined(self.ranks.all_gather_object(found))
+        return result if self.sharded else combined(self.ranks.all_gather_object(result))
 
     def _score_smaller(self, tokens: int) -> None:
         self.eval_tokens = tokens
         self.progress.note(
-            f"out of memory in evaluation; it goes on with {tokens:,} tokens a batch"
+            f"out of memory in evaluation; continuing with {tokens:,} tokens a batch"
         )
 
     def rows_not_finite(self, examples: Sequence[Example]) -> list[Example]:
-        """Those of a step's examples whose own loss is NaN or infinite."""
-        own = examples if self.sharded else local_examples(examples, self.ranks)
-        found = not_finite(self.model, own, self.pad_id)
+        """The examples of a step whose loss alone is NaN or infinite."""
+        local = examples if self.sharded else local_examples(examples, self.ranks)
+        result = not_finite(self.model, local, self.pad_id)
         self.model.train()
         return (
-            found if self.sharded else list(itertools.chain(*self.ranks.all_gather_object(found)))
+            result if self.sharded else list(itertools.chain(*self.ranks.all_gather_object(result)))
         )
 
     @property
     def sharded(self) -> bool:
-        """Every pass through the base is one of all ranks together."""
+        """True if the ranks pass through the base together."""
         return self.plan.placement.shards > 1
 
     def last_checkpoint(self) -> str:
-        """Where one can go on from, in words."""
+        """Name the checkpoint to resume from, for messages."""
         kept = self.run.list_checkpoints()
         return f"{kept[-1].name} is the last checkpoint" if kept else "there is no checkpoint yet"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Rows for trackers and metrics.jsonl; skipped steps do not count in the mean loss."""
+        """Log rows to trackers and metrics.jsonl; skipped steps are excluded from the mean loss."""
         if "loss" in logs:
             logs.update(self.stability.row(logs["loss"]))
         super().log(logs, start_time)
@@ -313,29 +315,31 @@ class LoraTrainer(ResumableTrainer):
         """Train to the end.
 
         Raises:
-            WorkError: memory does not hold one example, the update or a save; or two steps in
+            WorkError: an OOM with one example, in the update or in a save; or two steps within a
                 short time are not finite.
         """
         try:
             return super().train(*args, **kwargs)
         except Exception as error:
-            trouble = describe_oom(error)
-            if trouble is None:
+            fault = describe_oom(error)
+            if fault is None:
                 raise
             raise WorkError(
                 f"out of memory after step {self.state.global_step}, in the update, a save or the "
-                f"next batch: {trouble}; {self.last_checkpoint()}",
-                hint="lower micro_batch_size or lora_r; adamw_8bit keeps less on a CUDA card",
+                f"next batch: {fault}; {self.last_checkpoint()}",
+                hint="lower micro_batch_size or lora_r, or set optimizer: adamw_8bit on a CUDA GPU",
             ) from error
 
     def _collate(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
-        """A step that is made ready at its first call; accelerate asks for it one step ahead."""
+        """A step that is prepared at its first call; accelerate fetches it one step ahead."""
         self.next_step = functools.cache(functools.partial(self._ready, rows))
         return {"ready": self.next_step}
 
     def _ready(self, rows: Sequence[dict[str, int]]) -> StepInputs:
-        """Raises:
-        DataError: an example cannot be read.
+        """Look up and lay out the examples of a step.
+
+        Raises:
+            DataError: an example cannot be read.
         """
         examples = []
         for row in rows:
@@ -345,8 +349,8 @@ class LoraTrainer(ResumableTrainer):
                 raise DataError(
                     f"example {row['index'] + 1} of the prepared data cannot be read: {error}; "
                     f"{self.last_checkpoint()}",
-                    hint="is the disk with the cache still there? go on with --resume, which "
-                    "prepares it anew",
+                    hint="check the disk with the cache, then resume with --resume, which prepares "
+                    "the data again",
                 ) from error
         return StepInputs(
             step_batches(local_examples(examples, self.ranks), self.layout),
@@ -358,22 +362,26 @@ class LoraTrainer(ResumableTrainer):
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""
         if self.layerwise is not None:
-            return "is the link to the card shared, or another program on this device (nvidia-smi)?"
+            return (
+                "check whether the PCIe link or the GPU is shared with another program (nvidia-smi)"
+            )
         if self.layout.rows < self.recipe.micro_batch_size:
-            return "micro-batches were made smaller when memory ran out"
+            return "micro-batches were reduced after running out of memory"
         if self.graphs is not None and self.graphs.failed:
             return self.describe_graphs()
         if self.args.device.type == "cuda" and self.attached.engine is None:
             return f"the fast layers are off ({self.attached.layers})"
         if not self.layout.packed and self.recipe.micro_batch_size > 1:
-            return f"is another program on this device? or is it padding (packing {self.packing})?"
-        return "is another program on this device (nvidia-smi, top), or is it too hot?"
+            return (
+                f"check for another program on this device, or for padding (packing {self.packing})"
+            )
+        return "check for another program on this device (nvidia-smi, top) or overheating"
 
     def close(self) -> Any:
-        """The trained model with its own forward back, free of the trainer's wrapping.
+        """Detach the trainer from the trained model, and return the model.
 
-        Graphs, gradients and the optimizer's state are let go of first: an embedding may need the
-        memory to return to the GPU.
+        Graphs, gradients and optimizer state are released first: an embedding may need the memory
+        to return to the GPU.
         """
         self.graphs = self.layerwise = self.flat = None
         self.optimizer = self.lr_scheduler = None
@@ -384,7 +392,7 @@ class LoraTrainer(ResumableTrainer):
 
 
 def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
-    """Micro-batches as the recipe has them, or of so many tokens as the plan lets work at once."""
+    """Micro-batches of the recipe's rows, or of the tokens that the plan processes at once."""
     rows = recipe.micro_batch_size
     if plan.placement.layerwise:
         rows = max(1, plan.placement.tokens_at_once // recipe.cutoff_len)
@@ -392,7 +400,10 @@ def first_layout(recipe: Recipe, plan: MemoryPlan, pad_id: int) -> Layout:
 
 
 def recompute(model: Any, attached: AttachResult, plan: MemoryPlan, recipe: Recipe) -> None:
-    """Let layers keep for backward what the plan says; nothing where it was not made for them."""
+    """Configure activation checkpointing according to the plan.
+
+    A plan that was not made for the present layers is ignored.
+    """
     if attached.engine is not None:
         attached.engine.set_checkpointing([SavedActivations(level) for level in plan.keep])
     elif any(plan.keep) or (plan.engine and recipe.gradient_checkpointing == "auto"):
@@ -400,7 +411,7 @@ def recompute(model: Any, attached: AttachResult, plan: MemoryPlan, recipe: Reci
 
 
 def shelter(callbacks: list[Any], progress: TrainingProgress) -> list[Any]:
-    """Trackers behind a wall: those of transformers.integrations; all others as they are."""
+    """Isolate the trackers of transformers.integrations; return other callbacks unchanged."""
     return [
         SafeTracker(c, progress.note) if "integrations" in type(c).__module__ else c
         for c in callbacks
@@ -408,7 +419,7 @@ def shelter(callbacks: list[Any], progress: TrainingProgress) -> list[Any]:
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """An id to pad with. Labels are masked by position, so it may even be the end-of-turn token."""
+    """An id for padding; labels are masked by position, so it may be the end-of-turn token."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
         if candidate is not None:
             return int(candidate)

@@ -1,4 +1,4 @@
-"""A recipe and a device enter; TRL's SFTConfig leaves."""
+"""Convert a recipe and a device to TRL's SFTConfig."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def total_steps(recipe: Recipe, examples: int) -> int:
 
 
 class NoDevicePlacementConfig(SFTConfig):
-    """The model lies where it was put: neither transformers nor accelerate move it."""
+    """SFTConfig with which neither transformers nor accelerate move the model."""
 
     @property
     def place_model_on_device(self) -> bool:
-        """False, whatever the model's kind."""
+        """False for every model."""
         return False
 
     @property
     def n_gpu(self) -> int:
-        """1: with more cards in sight transformers would wrap the model in DataParallel."""
+        """At most 1: with several visible GPUs transformers would use DataParallel."""
         return min(1, super().n_gpu)
 
 
 def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
 ) -> NoDevicePlacementConfig:
-    """The recipe in TRL's words; every TRL default that would change data or rate is overridden."""
+    """Convert the recipe; override every TRL default that would change data or learning rate."""
     if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
         raise RecipeError(
-            f"optimizer: {recipe.optimizer} needs a CUDA card, this run is on {device.kind}",
+            f"optimizer: {recipe.optimizer} needs a CUDA GPU, this run is on {device.kind}",
             hint="set optimizer: adamw",
         )
     for tracker in recipe.report_to:
@@ -60,7 +60,7 @@ def training_arguments(
             )
     return NoDevicePlacementConfig(
         output_dir=str(run.path),
-        # One batch of the loader is one optimizer step; `training_step` cuts it.
+        # One batch of the loader is one optimizer step; `training_step` splits it.
         per_device_train_batch_size=recipe.examples_per_step,
         gradient_accumulation_steps=1,
         max_steps=steps,
@@ -70,7 +70,7 @@ def training_arguments(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=OPTIMIZERS[recipe.optimizer],
-        # On a CPU with native bf16 autocast takes a SmolLM2 step from 1.42 s to 1.24 s.
+        # On a CPU with native bf16 autocast reduces a SmolLM2 step from 1.42 s to 1.24 s.
         bf16=device.kind in ("cuda", "cpu") and device.dtype == "bfloat16",
         fp16=device.kind == "cuda" and device.dtype == "float16",
         use_cpu=device.kind == "cpu",
@@ -80,7 +80,7 @@ def training_arguments(
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
         save_strategy="steps",
-        # By the clock: `TimedCheckpoint` asks, and the last step is saved in any case.
+        # For saving by the clock see `TimedCheckpoint`; the last step is always saved.
         save_steps=steps if isinstance(recipe.save_every, str) else recipe.save_every,
         eval_strategy="steps" if recipe.eval_every and held_out else "no",
         eval_steps=recipe.eval_every,
@@ -92,7 +92,7 @@ def training_arguments(
         max_length=None,
         packing=False,
         # The router is frozen, so the load-balancing loss of experts would train nothing; its mask
-        # does not fit batches of generation (a traceback in evaluation).
+        # does not fit batches of generation (an exception in evaluation).
         router_aux_loss_coef=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
