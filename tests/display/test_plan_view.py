@@ -68,7 +68,7 @@ def test_what_fits_has_no_list_of_changes():
 
 def test_what_no_setting_makes_fit_says_what_it_takes_at_least():
     _, text = screen(80, "qwen3-30b-a3b", "3060", method="qlora", target_modules=["q_proj"])
-    assert "No setting makes it fit here: the least it can take is" in text
+    assert "No setting makes it fit here: the smallest possible plan takes" in text
     assert "experts (not quantized)" in text
     assert "a100-80" in text
 

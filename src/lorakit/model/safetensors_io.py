@@ -86,7 +86,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(
             f"{path}: not an intact safetensors file: {first}",
-            hint="fetch it again, or restore it from a copy",
+            hint="replace the damaged file: fetch it again, or restore it from a copy",
         ) from error
 
 
