@@ -170,7 +170,7 @@ def test_the_short_recipe_makes_the_same_run(make_run, tmp_path, read_page):
     found = read_run(make_run(lora_r=8, epochs=2.0, method="qlora", system="Say: <b> # no"))
     text = read_page(report_page(found)).text
     path = tmp_path / "again.yaml"
-    path.write_text(text.rpartition("recipe.yaml:")[2].partition("With the same")[0])
+    path.write_text(text.rpartition("recipe.yaml:")[2].partition("Repeats the run")[0])
     again = load_recipe(path, ['data=["../../secret place/a.jsonl"]']).recipe
     assert again == found.recipe
     assert "torch==2.13.0\n" in text
