@@ -53,7 +53,7 @@ def test_inputs_that_stay_on_the_card_are_not_said_to_be_on_the_host():
     assert not found.host.get("inputs of layers")
     found, text = screen(120, "llama-2-7b", "v100", gradient_accumulation_steps=64)
     assert found.host["inputs of layers"] > 0
-    kept = found.training.placement.inputs_on_card
+    kept = found.training.placement.inputs_on_gpu
     assert 0 < kept < 32
     assert f"the inputs of {32 - kept} layers" in " ".join(text.split())
 

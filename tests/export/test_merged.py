@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_nothing(variant_run, job, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merged, "check_tokenizer", interrupted)
+    monkeypatch.setattr(merged, "check_exported_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_merged(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []
