@@ -44,7 +44,7 @@ def test_an_adapter_that_engines_cannot_use_is_not_recommended_for_them(finish):
     unfit = replace(finish(), unfit="the base's config.json names Other")
     show_outcome(unfit, console, next_steps=True)
     text = console.export_text()
-    assert "for AutoModelForCausalLM and lorakit alone: the base's config.json names Other" in text
+    assert "only for AutoModelForCausalLM and lorakit: the base's config.json names Other" in text
     assert "--to gguf" in text
     assert "--to merged" not in text
 

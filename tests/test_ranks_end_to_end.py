@@ -217,7 +217,7 @@ def test_a_base_spread_over_ranks_computes_as_one_that_is_streamed(recipe_file, 
     fit(load_recipe(streamed), QUIET)
     ended = forked["spread"]
     assert ended.codes == [0, 0], ended.said(0)
-    assert "spread over 2" in ended.said(0)
+    assert "sharded over 2" in ended.said(0)
     assert json.loads(ended.run.plan.read_text())["placement"]["shards"] == 2
     same(ended.run, whole)
 

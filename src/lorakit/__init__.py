@@ -1,10 +1,10 @@
-"""The public door of lorakit: names load on first use, so importing the package costs no torch.
+"""Public API of lorakit; names are loaded on first use, so that the import is fast.
 
     run = lorakit.finetune(model="demo", data="my.jsonl")
     run.chat("a question")
 
-No module of the package bears the name of a public function: importing one would put it in the
-function's place.
+No module of the package has the name of a public function, since importing it would replace the
+function.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
 
-_WHERE = {
+_MODULES = {
     "Evaluation": "results",
     "Inspected": "results",
     "LorakitError": "errors",
@@ -60,13 +60,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
     import importlib
 
-    module = importlib.import_module(f"lorakit.{_WHERE[name]}")
+    module = importlib.import_module(f"lorakit.{_MODULES[name]}")
     return getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted([*globals(), *_MODULES])

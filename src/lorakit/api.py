@@ -1,11 +1,11 @@
-"""Settings as a notebook has them enter; what they would do, or a trained Run, leaves.
+"""Functions for notebooks and scripts: plan, inspect and finetune.
 
     plan(model="llama-2-7b", method="qlora", gpu="t4")        does it fit?
     inspect(model="demo", data="my.jsonl")                    what will be trained?
     run = finetune(model="demo", data="my.jsonl")             train
     run.evaluate(); run.chat("a question"); run.export("gguf"); run.report()
 
-The first argument of each may be a YAML file, a dict or a recipe; keywords set keys of it anew.
+The first argument of each may be a YAML file, a dict or a recipe; keywords override its keys.
 The command line calls the same functions.
 """
 
@@ -32,34 +32,34 @@ def finetune(
     console: Console | None = None,
     **settings: Any,
 ) -> Run:
-    """Train a model as the recipe says and return its run.
+    """Train a model with a recipe and return its run.
 
     Interrupting the cell (or Ctrl-C) finishes the step, saves a checkpoint and returns; the same
-    call with `resume=True` goes on from there, to the same bytes.
+    call with `resume=True` continues from it, with bitwise equal results.
 
     Args:
-        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
-        resume: go on from the run's last checkpoint.
-        force: train though the plan says that memory is too small.
-        console: where progress is printed; `Console(quiet=True)` is silent.
+        recipe: a YAML file, a dict of settings or a recipe; None if `settings` are complete.
+        resume: continue from the run's last checkpoint.
+        force: train even if the plan does not fit into memory.
+        console: prints progress; `Console(quiet=True)` is silent.
         settings: keys of a recipe, such as `model`, `data`, `method`, `epochs`.
 
     Raises:
-        LorakitError: the recipe, the data or the model cannot be used, it does not fit, the disk
-            is full, or the run diverged. Its message says what to do.
+        LorakitError: the recipe, the data or the model cannot be used, the run does not fit or
+            diverged, or the disk is full. Its hint gives the fix.
     """
     resolved = load_recipe(recipe, **settings)
     from lorakit.pipeline import fit
     from lorakit.results import show_outcome
 
-    place = console or default_console()
+    console = console or default_console()
     with silence_libraries(resolved.recipe.offline):
-        outcome = fit(resolved, place, resume, force)
+        outcome = fit(resolved, console, resume, force)
     if outcome.exit_code:
-        place.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Go on with:")
-        place.print(f'lorakit.finetune("{outcome.run.recipe}", resume=True)', soft_wrap=True)
+        console.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Resume with:")
+        console.print(f'lorakit.finetune("{outcome.run.recipe}", resume=True)', soft_wrap=True)
     else:
-        show_outcome(outcome, place, next_steps=False)
+        show_outcome(outcome, console, next_steps=False)
     return Run(outcome.run.path)
 
 
@@ -73,19 +73,20 @@ def plan(
     network: float | None = None,
     **settings: Any,
 ) -> Plan:
-    """Say whether a run fits, how fast it will be, and what would make it fit. Loads no weights.
+    """Predict if a run fits, its speed, and changes that make it fit, without loading weights.
 
     Args:
-        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
-            The data is not read and may be left out.
-        gpu: plan for this card instead of this machine: "t4", "4090", "a100-80", "h100" ...
-        memory: plan for a card of this memory, such as "12GB".
-        gpus: so many of them on each machine share each step.
-        nodes: machines. `network`: gigabits a second that each one's network carries.
+        recipe: a YAML file, a dict of settings or a recipe; None if `settings` are complete.
+            The data is not read and may be omitted.
+        gpu: plan for this GPU instead of this machine: "t4", "4090", "a100-80", "h100" ...
+        memory: plan for a GPU with this much memory, such as "12GB".
+        gpus: number of GPUs per machine.
+        nodes: number of machines.
+        network: bandwidth of each machine's network in Gbit/s.
         settings: keys of a recipe; `model` may also be a name such as "llama-2-7b".
 
     Raises:
-        LorakitError: the recipe or the model cannot be used, or no such card is known.
+        LorakitError: the recipe or the model cannot be used, or the GPU is unknown.
     """
     from lorakit.hardware import detect_device
     from lorakit.model.lora_config import resolve_targets
@@ -100,11 +101,11 @@ def plan(
     size = parse_memory(memory) if memory else None
     with silence_libraries(resolved.recipe.offline):
         config, source, local = find_config(resolved.recipe, _folders(resolved))
-    asked = resolve_targets(resolved, config).recipe
-    check_adapter_settings(asked, config)
-    device = card_device(card, size, asked.dtype) if card or size else detect_device(asked.dtype)
+    final = resolve_targets(resolved, config).recipe
+    check_adapter_settings(final, config)
+    device = card_device(card, size, final.dtype) if card or size else detect_device(final.dtype)
     device = with_gpu_count(device, gpus, nodes, network)
-    return Plan.of(forecast(asked, config, device, card, source, local))
+    return Plan.of(forecast(final, config, device, card, source, local))
 
 
 def inspect(
@@ -114,32 +115,35 @@ def inspect(
     say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Inspected:
-    """Prepare the data as training does and show what will be trained, and every fault.
+    """Prepare the data as training does and show examples with their loss mask, and every fault.
 
-    Needs the model's tokenizer, not its weights. What would stop a run is counted, not raised.
+    Needs the model's tokenizer, not its weights. Faults that would stop a run are counted, not
+    raised.
 
     Args:
-        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
-        examples: how many to show token by token.
-        say: gets a word on what is fetched.
+        recipe: a YAML file, a dict of settings or a recipe; None if `settings` are complete.
+        examples: number of examples to show token by token.
+        say: called with a line about each download.
         settings: keys of a recipe; `model` and `data` are enough.
 
     Raises:
-        LorakitError: the model or a source cannot be read, or no row can be used.
+        LorakitError: the model or a source cannot be read, or every row is unusable.
     """
     from lorakit.data.inspection import inspect_prepared
     from lorakit.data.prepare import prepare
     from lorakit.model.load import load_config, load_tokenizer, locate_model, public_name
 
     resolved = load_recipe(recipe, **settings)
-    asked, folders = resolved.recipe, _folders(resolved)
-    with silence_libraries(asked.offline):
-        location = locate_model(asked, folders, say)
-        load_config(asked, location)
-        tokenizer = load_tokenizer(asked, location)
-        prepared = prepare(asked, tokenizer, folders, inspecting=True)
+    recipe_values, folders = resolved.recipe, _folders(resolved)
+    with silence_libraries(recipe_values.offline):
+        location = locate_model(recipe_values, folders, say)
+        load_config(recipe_values, location)
+        tokenizer = load_tokenizer(recipe_values, location)
+        prepared = prepare(recipe_values, tokenizer, folders, inspecting=True)
     return Inspected.of(
-        inspect_prepared(prepared, tokenizer, asked, public_name(asked.model), examples)
+        inspect_prepared(
+            prepared, tokenizer, recipe_values, public_name(recipe_values.model), examples
+        )
     )
 
 
@@ -202,7 +206,7 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
 
 
 def default_console() -> Console:
-    """Plain text on stdout: a notebook keeps it as one output, also where it strips colors."""
+    """Return a console for plain text on stdout, which a notebook keeps as one output."""
     return Console(file=sys.stdout, force_jupyter=False, highlight=False, soft_wrap=True)
 
 

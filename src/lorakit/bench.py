@@ -1,7 +1,7 @@
-"""A shape and a method enter; what this card does with the recipe leaves: tokens/s and peak memory.
+"""Measure tokens/s and peak memory of a recipe on this GPU with random weights.
 
-The model has random weights (speed and memory do not depend on their values) and goes through the
-same trainer as a real run. The median leaves out the first steps: kernels are chosen there.
+Speed and memory do not depend on the values of the weights; the trainer is that of a real run. The
+median excludes the first steps, in which kernels are chosen.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def run_bench(
     console: Console,
     lengths: str = "fixed",
 ) -> dict[str, Any]:
-    """Measure one row; where torchrun started several processes, they share each step.
+    """Run one measurement; ranks started by torchrun share each step.
 
     Args:
-        lengths: "fixed": every example is exactly `seq` tokens, all of them trained. "mixed":
+        lengths: "fixed": every example has exactly `seq` tokens, all of them trained. "mixed":
             lognormal lengths like those of instruction data (mean 275 tokens), 60% trained.
 
     Returns:
         JSON-ready result: tokens_per_second (median over the timed steps), peak_allocated_gib
-        (torch's allocator), peak_process_gib (the driver's figure for the card, this process'
-        share; the largest of all ranks), and everything needed to repeat it.
+        (torch's allocator), peak_process_gib (the driver's count of this process on the GPU; the
+        largest of all ranks), and everything needed to repeat it.
     """
     flags = {
         "model": shape,
@@ -75,17 +75,17 @@ def run_bench(
         "micro_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
-        "memory_probe": False,  # the first step is one
+        "memory_probe": False,  # the first step is a probe itself
     }
-    meter = _Meter()  # before the ranks meet, which makes a context and NCCL's buffers
+    meter = _Meter()  # before init_distributed, which makes a context and NCCL's buffers
     with init_distributed() as ranks:
         console = console if ranks.is_main else Console(quiet=True)
         job = _job(load_recipe(None, overrides, flags), lengths, ranks)
         model = _model(job)
         trainable, total = count_parameters(model)
         console.print(
-            f"{shape} {method} on {ranks.world_size} x {job.device.name}: {trainable:,} of {total:,} "
-            f"parameters train; {job.plan.describe()}"
+            f"{shape} {method} on {ranks.world_size} x {job.device.name}: "
+            f"{trainable:,} of {total:,} parameters train; {job.plan.describe()}"
         )
         clock, trainer = _train(model, job, meter, console)
         measured = ranks.all_gather_object(_measured(clock, meter))
@@ -103,7 +103,7 @@ def run_bench(
 
 
 def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _Job:
-    """The recipe's model is a shape's name."""
+    """Plan the measurement of a recipe whose model is the name of a shape."""
     device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
     config = shape_config(resolved.recipe.model)
     recipe = resolve_targets(resolved, config).recipe
@@ -113,7 +113,7 @@ def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is measured."""
+    """One measurement: recipe, model config, device and plan."""
 
     recipe: Recipe
     config: Any
@@ -124,7 +124,7 @@ class _Job:
 
 
 def _model(job: _Job) -> Any:
-    """Random weights, the same on every rank: each may hold a part of one base."""
+    """Make the model with equal random weights on every rank, since ranks may shard the base."""
     seed_everything(job.recipe.seed)
     placement = job.plan.placement
     if placement.shards > 1:
@@ -136,7 +136,7 @@ def _model(job: _Job) -> Any:
 
 
 def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
-    """What was planned, and which path each part took."""
+    """Describe the plan, and the code path of each part."""
     return {
         "device": job.device.kind,
         "gpu": job.device.name,
@@ -168,7 +168,7 @@ def _measured(clock: _Clock, meter: _Meter) -> dict[str, Any]:
 
 
 def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clock, LoraTrainer]:
-    """The clock after the last step, and the trainer that ran."""
+    """Train and return the clock and the trainer."""
     recipe = job.recipe
     count = (recipe.max_steps or 1) * recipe.examples_per_step
     examples = _random_examples(count, recipe.cutoff_len, job.config.vocab_size, job.lengths)
@@ -195,7 +195,7 @@ def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clo
 
 
 def provenance(device: Device, command: str | None = None) -> dict[str, Any]:
-    """What a result needs to be repeated; `command` where it was not `lorakit` that ran."""
+    """Facts for repeating a result; set `command` if it was not run by `lorakit`."""
     return {
         "versions": {**environment(device)["versions"], "python": sys.version.split()[0]},
         "commit": commit(),
@@ -208,30 +208,30 @@ def _random_examples(count: int, seq: int, vocabulary: int, lengths: str) -> lis
     import numpy as np
 
     generator = np.random.default_rng(0)
-    made = []
-    for number in range(1, count + 1):
+    examples = []
+    for row in range(1, count + 1):
         size, prompt = seq, 1
         if lengths == "mixed":
             size = int(np.clip(generator.lognormal(5.3, 0.8), 16, seq))
             prompt = max(1, int(0.4 * size))
         ids = generator.integers(10, vocabulary - 10, size).tolist()
         labels = [IGNORE] * prompt + ids[prompt:]
-        made.append(Example(ids, labels, Origin("random", number)))
-    return made
+        examples.append(Example(ids, labels, Origin("random", row)))
+    return examples
 
 
 def _word_tokenizer() -> Any:
-    """The trainer wants a tokenizer of transformers' kind; random ids need only its pad id."""
+    """Make a tokenizer for the trainer, which needs only its pad id for random ids."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    vocabulary = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="</s>")
 
 
 class _Clock(TrainerCallback):
-    """Wall-clock seconds from one optimizer step's end to the next one's, and its tokens."""
+    """Seconds between the ends of optimizer steps, and the tokens of each step."""
 
     def __init__(self, device: Device, trainer: LoraTrainer) -> None:
         self.device, self.trainer = device, trainer
@@ -259,7 +259,7 @@ class _Clock(TrainerCallback):
 
 
 def host_peak() -> int:
-    """Most bytes of RAM this process has held so far, page-locked ones included."""
+    """Peak bytes of RAM of this process so far, including pinned memory."""
     import psutil
 
     status = Path("/proc/self/status")
@@ -271,7 +271,7 @@ def host_peak() -> int:
 
 
 class _Meter:
-    """Peak memory while open: torch's allocator, and the process as driver or OS see it."""
+    """Peak memory while open, by torch's allocator and of the process by the driver or OS."""
 
     def __init__(self) -> None:
         import torch
@@ -279,7 +279,7 @@ class _Meter:
         self.cuda = torch.cuda.is_available()
         self.allocated = self.process = 0
         self.stop = threading.Event()
-        # A CPU run's own figure is the whole process; nothing is subtracted.
+        # On a CPU the memory of the process counts completely, so nothing is subtracted.
         self.before = self._used() if self.cuda else 0
 
     def __enter__(self) -> _Meter:
@@ -309,7 +309,7 @@ class _Meter:
             self.stop.wait(SAMPLE_SECONDS)
 
     def _used(self) -> int:
-        """Bytes in use: of the whole card by NVML (context included), or of this process' RAM."""
+        """Bytes used on the GPU by NVML (with contexts), or of this process' RAM on a CPU."""
         import torch
 
         if not self.cuda:
@@ -318,31 +318,31 @@ class _Meter:
             return int(psutil.Process().memory_info().rss)
         try:
             return int(torch.cuda.device_memory_used(0))
-        except Exception:  # no NVML here: the runtime's figure, which needs a context first
+        except Exception:  # without NVML ask the CUDA runtime, which needs a context
             free, total = torch.cuda.mem_get_info()
             return total - free
 
 
 def _command(gpus: int) -> str:
-    """What to type to repeat this row, without the place the result was written to."""
-    words = sys.argv[1:] + (["--gpus", str(gpus)] if gpus > 1 else [])
-    if "--output" in words:
-        at = words.index("--output")
-        words = words[:at] + words[at + 2 :]
-    return " ".join(["lorakit", *words])
+    """Command that repeats this measurement, without `--output`."""
+    arguments = sys.argv[1:] + (["--gpus", str(gpus)] if gpus > 1 else [])
+    if "--output" in arguments:
+        position = arguments.index("--output")
+        arguments = arguments[:position] + arguments[position + 2 :]
+    return " ".join(["lorakit", *arguments])
 
 
 def commit() -> str | None:
-    """Commit of the source tree, with `+` when it has changes; None outside a checkout."""
-    here = Path(__file__).parent
+    """Commit of the source tree, with `+` if it has changes; None outside a checkout."""
+    folder = Path(__file__).parent
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=here,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return result.stdout.strip()

@@ -1,11 +1,9 @@
-"""What the libraries below would say of their own accord enters; silence leaves.
+"""Silence third-party warnings and progress bars, and protect stdout and stderr.
 
-The command line is quiet for good, a call from Python for its own duration only.
+The command line silences libraries permanently, a call from Python only for its duration.
 
-The process's stdout and stderr enter; the same leave, without secrets, unable to end the work.
-
-`lorakit train ... | head -1` closes a pipe, a log may lie on a full disk: what would have been
-printed is lost, the run goes on.
+Output streams remove secrets and ignore write errors: `lorakit train ... | head -1` closes a pipe,
+and a log may be on a full disk. The text is then lost, but the run continues.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ LOGGERS = (
 
 
 def quiet(offline: bool = False) -> None:
-    """Keep the libraries' own chatter off the screen; `offline` closes their network too."""
+    """Silence the libraries' output; `offline` also disables their network access."""
     if offline:
-        # These are read once, when the libraries are imported.
+        # The libraries read these once, at import.
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,7 +42,7 @@ def quiet(offline: bool = False) -> None:
 
 @contextmanager
 def silence_libraries(offline: bool = False) -> Iterator[None]:
-    """As `quiet`, until the block ends: a notebook's own settings are then as they were."""
+    """Call `quiet` for the duration of a block, and restore a notebook's settings afterwards."""
     from transformers.utils import logging as transformers_logging
 
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
@@ -74,17 +72,17 @@ def _ignore_warnings() -> None:
 
 
 def _network_switches() -> list[tuple[Any, str]]:
-    """Where the libraries keep what they read from the environment when they were imported."""
+    """Attributes in which the libraries keep the offline variables that they read at import."""
     import datasets
     import huggingface_hub
 
-    places = (huggingface_hub.constants, datasets.config)
+    modules = (huggingface_hub.constants, datasets.config)
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    return [(place, name) for place in places for name in names if hasattr(place, name)]
+    return [(module, name) for module in modules for name in names if hasattr(module, name)]
 
 
 class SafeStream:
-    """A text stream whose writes never raise for want of a reader or of space."""
+    """Text stream that ignores broken pipes and full disks."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -93,28 +91,28 @@ class SafeStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written, less tokens and passwords; says that all was."""
+        """Write `text` without secrets, ignoring errors; return its length."""
         self._try(self.stream.write, redacted(text))
         return len(text)
 
     def flush(self) -> None:
-        """As `write`."""
+        """Flush, ignoring errors."""
         self._try(self.stream.flush)
 
     def _try(self, call: Any, *args: Any) -> None:
         try:
             call(*args)
         except BrokenPipeError:
-            # Nobody reads on. What others write there, or the exit flushes, must not fail either.
+            # The reader is gone: other writes and the flush at exit must not fail either.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
         except OSError:
-            pass  # a full disk may have room again
+            pass  # a full disk may have free space later
 
 
 def keep_streams_going() -> None:
-    """Let this process outlive its output."""
+    """Replace stdout and stderr by streams whose errors do not stop the process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, SafeStream):

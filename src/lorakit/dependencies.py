@@ -1,7 +1,7 @@
-"""Installed versions enter; those that are too old to be safe leave, each with its reason.
+"""Check that installed packages have their minimum safe versions.
 
-Every row is a hole that was found and closed: pyproject.toml asks for at least these versions, and
-this is for the environment that was put together by hand.
+Every row is a fixed vulnerability or an untested version. pyproject.toml requires the same
+versions; this check is for environments that were assembled by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorakit.errors import DependencyError
 
 @dataclass(frozen=True, slots=True)
 class MinVersion:
-    """The first version of a package that is used, and what happened below it."""
+    """Minimum version of a package, and the reason against older ones."""
 
     package: str
     version: str
@@ -35,54 +35,54 @@ FLOORS = (
         "outside the folder (CVE-2026-9856)",
     ),
     MinVersion("jinja2", "3.1.6", "chat templates escape the sandbox (CVE-2025-27516)"),
-    MinVersion("safetensors", "0.8", "the version whose header checks were tried here"),
+    MinVersion("safetensors", "0.8", "the oldest version whose header checks were tested"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class OutdatedPackage:
-    """A package below its floor."""
+    """An installed package older than its minimum version."""
 
     floor: MinVersion
     found: str
 
     def __str__(self) -> str:
         f = self.floor
-        return f"{f.package} {self.found} is too old (at least {f.version} is needed): {f.reason}"
+        return f"{f.package} {self.found} is too old, expected at least {f.version}: {f.reason}"
 
     @property
     def command(self) -> str:
-        """What mends it."""
+        """Command that upgrades it."""
         return f"pip install --upgrade '{self.floor.package}>={self.floor.version}'"
 
 
 def too_old() -> list[OutdatedPackage]:
-    """Installed packages below their floor. One that is not installed is none of them."""
-    found = []
+    """List installed packages older than their minimum version; skip missing packages."""
+    outdated = []
     for floor in FLOORS:
         try:
             installed = importlib.metadata.version(floor.package)
         except importlib.metadata.PackageNotFoundError:
             continue
         if _numbers(installed) < _numbers(floor.version):
-            found.append(OutdatedPackage(floor, installed))
-    return found
+            outdated.append(OutdatedPackage(floor, installed))
+    return outdated
 
 
 def require_floors() -> None:
-    """Refuse to work with packages whose holes are known.
+    """Refuse packages with known vulnerabilities.
 
     Raises:
-        DependencyError: all that are too old, and the command that mends it.
+        DependencyError: lists all outdated packages, with the upgrade command as hint.
     """
-    found = too_old()
-    if found:
-        command = "pip install --upgrade " + " ".join(f.command.split(" ")[-1] for f in found)
-        raise DependencyError("\n".join(map(str, found)), hint=command)
+    outdated = too_old()
+    if outdated:
+        command = "pip install --upgrade " + " ".join(f.command.split(" ")[-1] for f in outdated)
+        raise DependencyError("\n".join(map(str, outdated)), hint=command)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release of a version, four numbers; a release candidate is older than its release."""
+    """Parse a version to four numbers and a flag that orders pre-releases before releases."""
     release = re.match(r"\d+(?:\.\d+)*", version)
     numbers = [int(n) for n in release.group().split(".")] if release else []
     early = (

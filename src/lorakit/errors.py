@@ -1,16 +1,16 @@
-"""A user's mistake or a failed promise enters as facts; one clear message and a way out leave.
+"""Exceptions of lorakit: one message with the fault, and a hint with the fix.
 
-The tree (exit code of the command line in brackets):
+The hierarchy (exit code of the command line in brackets):
 
     LorakitError
     ├── RecipeError      [2]  a key, a value or a flag is wrong
     ├── DataError        [2]  a file, a row or a column is wrong
-    ├── ModelError       [2]  a base model or an adapter cannot be used as asked
+    ├── ModelError       [2]  a base model or an adapter cannot be used
     ├── RunError         [2]  a run directory is missing, taken or unfit for the command
-    ├── DependencyError  [2]  a package the request needs is absent or broken
-    └── WorkError        [1]  the work itself found a fault: no space left, a check that failed
+    ├── DependencyError  [2]  a needed package is missing or broken
+    └── WorkError        [1]  a fault during the work: a full disk, a failed check
 
-Anything else that reaches the user is a bug of lorakit and shows its traceback.
+Any other exception is a bug of lorakit and shows its traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.redact import redacted
 
 
 class LorakitError(Exception):
-    """What is wrong and what was found (`message`), and what to do about it (`hint`)."""
+    """Base of all errors: the fault and the value found (`message`), and the fix (`hint`)."""
 
     exit_code = 2
 
@@ -32,22 +32,22 @@ class LorakitError(Exception):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows: the message alone, a user's mistake has no frames to read."""
+        """Show only the message in IPython, since a user's mistake needs no traceback."""
         return f"{type(self).__name__}: {self}".splitlines()
 
 
 def _printable(text: str) -> str:
-    """Without secrets, and half characters of a file's text by their codes."""
+    """Remove secrets, and escape lone surrogates."""
     return redacted(text).encode(errors="backslashreplace").decode()
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line; its type where it says nothing."""
+    """First line of an exception's message, or its type if the message is empty."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 class RecipeError(LorakitError):
-    """A recipe key, a value or a flag is wrong; all faults of one recipe come in one message."""
+    """A recipe key, a value or a flag is wrong; one message lists all faults of a recipe."""
 
 
 class DataError(LorakitError):
@@ -55,18 +55,18 @@ class DataError(LorakitError):
 
 
 class ModelError(LorakitError):
-    """A base model, tokenizer or adapter is missing, gated, damaged or of another kind."""
+    """A base model, tokenizer or adapter is missing, gated, damaged or of the wrong type."""
 
 
 class RunError(LorakitError):
-    """A run directory is missing, already taken, or lacks what the command needs."""
+    """A run directory is missing, already in use, or lacks files that the command needs."""
 
 
 class DependencyError(LorakitError):
-    """A package that the request needs is absent or does not work here; names the install line."""
+    """A needed package is missing or does not work here; the hint has the install command."""
 
 
 class WorkError(LorakitError):
-    """The work was started rightly and found a fault: disk full, a check that failed."""
+    """A fault after the work had started, such as a full disk or a failed check."""
 
     exit_code = 1

@@ -1,11 +1,10 @@
-"""This machine enters; a Device leaves: kind, memory, dtype, attention, and the reason for each.
+"""Detect the device with its memory and dtype, and limit torch's allocator on it.
 
-Nothing is timed: the same machine always gets the same answer, so a resumed run does too.
-
-A memory limit enters; torch's allocator leaves held to it, less what CUDA itself takes.
+Detection measures no times, so the same machine always gives the same device, also on resume.
 
 The CUDA context, kernels and libraries take memory outside torch's allocator: 612 MiB at start, 845
-to 871 MiB after the first steps on an H200 (torch 2.11, driver 580). NVML counts it per process.
+to 871 MiB after the first steps on an H200 (torch 2.11, driver 580). A memory limit includes it;
+NVML counts it per process.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lorakit.types import Device
 # than float32; with AVX512_BF16 a SmolLM2 step took 1.4 s against 2.8 s in float32.
 _CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
-# Oldest compute capability that our Triton kernels run on: a T4's (ops/backend.py).
+# Lowest compute capability for our Triton kernels: a T4's (ops/backend.py).
 KERNELS_FROM = (7, 5)
 
 
@@ -35,7 +34,7 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
     """Choose the device and the base model's dtype for this machine.
 
     Args:
-        dtype: "auto", or the type the recipe asks for; a CUDA card without bf16 gets float16.
+        dtype: "auto", or the recipe's dtype; a CUDA GPU without bf16 gets float16 instead of it.
         prefer: "cpu" ignores any accelerator.
     """
     import torch
@@ -43,7 +42,7 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
     if prefer == "auto" and torch.cuda.is_available():
         return _cuda(dtype)
     if prefer == "auto" and torch.backends.mps.is_available():
-        chosen, why = _asked(dtype) or ("float16", "Apple GPUs have no fast bfloat16 matmul")
+        chosen, why = _from_recipe(dtype) or ("float16", "Apple GPUs have no fast bfloat16 matmul")
         memory = psutil.virtual_memory().total
         reasons = {"kind": "Apple GPU", "dtype": why}
         return Device("mps", platform.processor(), memory, chosen, "sdpa", reasons)
@@ -51,7 +50,7 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
 
 
 def cards() -> int:
-    """CUDA cards that this process sees."""
+    """Count the CUDA GPUs that this process can use."""
     import torch
 
     return torch.cuda.device_count()
@@ -60,7 +59,7 @@ def cards() -> int:
 def _cuda(dtype: str) -> Device:
     import torch
 
-    _let_segments_grow()
+    _use_expandable_segments()
     index = torch.cuda.current_device()
     name = torch.cuda.get_device_name(index)
     major, minor = torch.cuda.get_device_capability(index)
@@ -69,32 +68,32 @@ def _cuda(dtype: str) -> Device:
     native_bf16 = major >= 8
     if dtype == "bfloat16" and not native_bf16:
         chosen = "float16"
-        reasons["dtype"] = f"bfloat16 was asked for, {name} has none (needs capability 8.0)"
+        reasons["dtype"] = f"the recipe sets bfloat16, which {name} lacks (needs capability 8.0)"
     else:
         automatic = (
-            ("bfloat16", "the card multiplies bfloat16 natively")
+            ("bfloat16", "the GPU multiplies bfloat16 natively")
             if native_bf16
-            else ("float16", f"{name} has no bfloat16 (needs capability 8.0); with loss scaling")
+            else ("float16", f"{name} lacks bfloat16 (needs capability 8.0); with loss scaling")
         )
-        chosen, reasons["dtype"] = _asked(dtype) or automatic
+        chosen, reasons["dtype"] = _from_recipe(dtype) or automatic
     return Device(
         "cuda", name, memory, chosen, "sdpa", reasons, kernels=runs_kernels((major, minor))
     )
 
 
 def runs_kernels(capability: tuple[int, int]) -> bool:
-    """Whether our Triton kernels run here on a card of this compute capability."""
+    """Return True if our Triton kernels run here on a GPU of this compute capability."""
     import torch
 
-    found = importlib.util.find_spec("triton") is not None and not torch.version.hip
-    return found and capability >= KERNELS_FROM
+    has_triton = importlib.util.find_spec("triton") is not None and not torch.version.hip
+    return has_triton and capability >= KERNELS_FROM
 
 
-def _let_segments_grow() -> None:
-    """With fixed segments 3 of 17 GiB were holes between tensors; a user's own settings win.
+def _use_expandable_segments() -> None:
+    """Enable expandable segments, unless the user has set allocator options.
 
-    Torch reads its variable when it is imported, which a notebook has long done: only the call
-    that `torch.cuda.memory._set_allocator_settings` stands for still works then.
+    Fixed segments fragmented 3 of 17 GiB. Torch reads its environment variable at import, which a
+    notebook has already done; `torch.cuda.memory._set_allocator_settings` still works then.
     """
     import torch
 
@@ -115,13 +114,13 @@ def _cpu(dtype: str) -> Device:
         raise RecipeError(
             "dtype: float16 cannot be trained on a CPU", hint="set dtype: auto, or use a GPU"
         )
-    chosen, why = _asked(dtype) or automatic
+    chosen, why = _from_recipe(dtype) or automatic
     reasons = {"kind": "no CUDA device found", "dtype": why}
     return Device("cpu", _cpu_name(), host_memory(), chosen, "sdpa", reasons)
 
 
 def host_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """RAM of this machine in bytes, or of the container where that is held to less."""
+    """RAM of this machine in bytes, or the smaller memory limit of its container."""
     total = int(psutil.virtual_memory().total)
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
@@ -133,12 +132,12 @@ def host_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
     return total
 
 
-def _asked(dtype: str) -> tuple[str, str] | None:
+def _from_recipe(dtype: str) -> tuple[str, str] | None:
     return None if dtype == "auto" else (dtype, "the recipe asks for it")
 
 
 def _cpu_flags() -> set[str]:
-    """Feature flags as Linux lists them; empty elsewhere, which means float32."""
+    """CPU feature flags listed by Linux; empty on other systems, which means float32."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return set()
@@ -158,35 +157,37 @@ def _cpu_name() -> str:
 
 
 MIB = 2**20
-# Context, kernels and library handles where they cannot be measured: an H100's.
+# Context, kernels and library handles of an H100, used if they cannot be measured.
 CUDA_CONTEXT_BYTES = 840 * MIB
-# Kernels and library handles are loaded when they are first used: 233 to 259 MiB on an H200.
+# Kernels and library handles are loaded at first use: 233 to 259 MiB on an H200.
 LOADED_LATER_BYTES = 260 * MIB
 
 
 def process_bytes() -> int | None:
-    """This process's memory on the current GPU by NVML; None where NVML does not say.
+    """Read this process's memory on the current GPU from NVML; None if NVML does not report it.
 
     It does not in some containers (another process namespace) and under Windows' display driver.
     """
     import torch
 
     try:
-        # nvidia-ml-py asks the driver itself; torch's own reader knows whole devices only.
+        # nvidia-ml-py asks the driver per process; torch reports only the complete device.
         import pynvml
 
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except Exception:  # no NVML, no permission, a MIG slice: the limit is then kept by an estimate
+    except (
+        Exception
+    ):  # NVML or permission is missing, or a MIG slice: the limit then uses an estimate
         return None
     sizes = [process.usedGpuMemory for process in running if process.pid == os.getpid()]
     return int(sizes[0]) if sizes and sizes[0] else None
 
 
 def outside_bytes() -> int | None:
-    """What the driver counts for this process beyond torch's allocator."""
+    """Bytes that the driver counts for this process outside torch's allocator, or None."""
     import torch
 
     used = process_bytes()
@@ -194,9 +195,9 @@ def outside_bytes() -> int | None:
 
 
 def measure_context(device: Device) -> Device:
-    """`device` with the memory that its CUDA context takes here once all kernels are loaded.
+    """Return `device` with the measured memory of its CUDA context and all kernels.
 
-    Makes the context, so it is for processes that go on to train.
+    Creates the context, so only processes that will train should call it.
     """
     import torch
 
@@ -210,11 +211,11 @@ def measure_context(device: Device) -> Device:
 
 
 class MemoryCap:
-    """Keeps this process within `limit` bytes of the GPU, by the driver's count.
+    """Limit this process to `limit` bytes of the GPU, as the driver counts them.
 
     Args:
-        limit: None leaves the allocator free.
-        device: the one it runs on; `context_bytes` is expected outside torch's allocator.
+        limit: bytes, or None for no limit.
+        device: its `context_bytes` are reserved outside torch's allocator.
     """
 
     def __init__(self, limit: int | None, device: Device) -> None:
@@ -223,7 +224,7 @@ class MemoryCap:
         self.tighten()
 
     def tighten(self) -> None:
-        """Cap the allocator at what the limit leaves; CUDA's own share only ever grows."""
+        """Cap the allocator at the limit minus CUDA's share, which never shrinks."""
         if self.limit is None:
             return
         self.outside = max(self.outside, outside_bytes() or 0)
@@ -231,19 +232,19 @@ class MemoryCap:
 
 
 def cap_finished_run(limit: int | None, device: Device, base_bytes: int) -> None:
-    """Hold a finished run to its `memory_limit`, unless its base alone is larger.
+    """Apply the `memory_limit` of a finished run, unless its base alone is larger.
 
-    A base that was streamed in training is loaded as a unit for evaluation and chat.
+    A base that was offloaded in training is loaded completely for evaluation and chat.
 
     Args:
-        base_bytes: of the base, loaded already.
+        base_bytes: size of the loaded base.
     """
     if limit is None or device.kind != "cuda":
         return
     if base_bytes + (device.context_bytes or CUDA_CONTEXT_BYTES) > limit:
         logging.getLogger("lorakit").warning(
-            "note: memory_limit %.1f GiB does not hold the base (%.1f GiB), which training "
-            "streamed from host memory; the limit is not kept here",
+            "note: memory_limit %.1f GiB is smaller than the base (%.1f GiB), which training "
+            "offloaded to host memory; the limit is not applied",
             limit / 2**30,
             base_bytes / 2**30,
         )

@@ -1,9 +1,8 @@
-"""One run, told from top to bottom: a resolved recipe enters, a run directory leaves.
+"""The stages of one run, from a resolved recipe to a run directory.
 
     machine -> tokenizer and data -> plan -> base -> adapter -> train -> save -> evaluate
 
-Every stage takes and gives records (`types.py`) or files of the run directory
-(`storage/run_dir.py`).
+Stages exchange records (`types.py`) and files of the run directory (`storage/run_dir.py`).
 """
 
 from __future__ import annotations
@@ -67,12 +66,12 @@ from lorakit.train.trainer import LoraTrainer
 from lorakit.train.training_args import total_steps
 from lorakit.types import Device, EvalResult, MemoryPlan
 
-OOM_HINT = "close what else uses this device's memory, set method: qlora, or take a smaller model"
+OOM_HINT = "stop other programs on this device, set method: qlora, or use a smaller model"
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """All that is known before a weight is loaded; what `--dry-run` shows."""
+    """Results of all stages before weights are loaded, as shown by `--dry-run`."""
 
     resolved: ResolvedRecipe
     location: str
@@ -89,7 +88,7 @@ class PreparedRun:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a run ended. `exit_code` is 0, or 128 + signal when it was stopped and can be resumed."""
+    """Outcome of a run; `exit_code` is 0, or 128 + signal for a stopped run that can resume."""
 
     run: RunDir
     steps: int
@@ -98,7 +97,7 @@ class TrainResult:
     evaluation: EvalResult | None
     exit_code: int = 0
     ranks: int = 1
-    unfit: str | None = None  # why engines cannot use the adapter on its base
+    unfit: str | None = None  # reason why engines cannot use the adapter on its base
 
 
 def prepare_run(
@@ -108,20 +107,20 @@ def prepare_run(
     ranks: DistributedContext = SINGLE_PROCESS,
     gpus: int | None = None,
 ) -> PreparedRun:
-    """Machine, tokenizer, data and plan; checks everything that can be checked without weights.
+    """Prepare device, tokenizer, data and plan, with all checks that need no weights.
 
     Args:
-        force: go on though the plan says that memory is too small.
-        ranks: who shares each step; the first one reads and caches before the others do.
-        gpus: plan for so many ranks that are not there yet.
+        force: continue even if the plan does not fit into memory.
+        ranks: processes that share each step; rank 0 reads and caches before the others.
+        gpus: plan for this many GPUs without starting them.
     """
     require_floors()
-    here = measure_context(detect_device(resolved.recipe.dtype))
-    device = shared_device(here, ranks)
+    local_device = measure_context(detect_device(resolved.recipe.dtype))
+    device = shared_device(local_device, ranks)
     device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
     if device.kind == "cuda" and ranks.world_size == 1 and not gpus and cards() > 1:
-        console.print(f"         one of {cards()} cards; all of them share each step with --gpus")
+        console.print(f"         one of {cards()} GPUs; --gpus {cards()} uses all of them")
     if ranks.world_size > 1:
         console.print(f"ranks    {ranks.world_size} share each step: {device.reasons['ranks']}")
     console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
@@ -152,8 +151,8 @@ def _prologue(
         f"memory   about {needs:.1f} GiB planned, {has:.1f} GiB here: {plan.describe()}{verdict}"
     )
     speed, why = planned_speed(planned, config, device, plan)
-    told = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
-    console.print(f"speed    {told}")
+    estimate = f"no estimate, {why}" if speed is None else f"about {speed:,.0f} tokens/s expected"
+    console.print(f"speed    {estimate}")
     if not force:
         require_plan_fits(planned, config, device, plan)
     return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed)
@@ -162,11 +161,15 @@ def _prologue(
 def fit(
     resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
 ) -> TrainResult:
-    """Train, save and evaluate one run; `force` tries what does not fit into memory.
+    """Train, save and evaluate one run; Ctrl-C and SIGTERM save a checkpoint and return.
+
+    Args:
+        resume: continue from the last checkpoint.
+        force: train even if the plan does not fit into memory.
 
     Raises:
-        LorakitError: any mistake of the recipe, data or model, before training starts; or a full
-            disk, a diverged run. Ctrl-C and SIGTERM save a checkpoint and return.
+        LorakitError: the recipe, data or model cannot be used (raised before training starts), the
+            disk is full, or the run diverged.
     """
     with init_distributed() as ranks:
         run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
@@ -183,12 +186,12 @@ def _written(path: Path) -> int | None:
 
 @contextmanager
 def _report_on_exit(run: RunDir, console: Console) -> Iterator[None]:
-    """The run's page is written at its end; after a fault in a step too, to look at its cause."""
+    """Write the run's report at its end, and also after a fault in a training step."""
     before = _written(run.metrics)
     try:
         yield
     except LorakitError:
-        # What was refused before the first step leaves the folder as it was.
+        # Before the first step the folder is unchanged.
         if _written(run.metrics) != before:
             renew_report(run, lambda _: None)
         raise
@@ -211,7 +214,8 @@ def _fit(
     )
     _check_shared_filesystem(run, checkpoint, ranks)
     if start.plan.placement.shards > 1:
-        ranks.wait_for_load_turn()  # host memory holds one whole base: it is passed on in `attach_engine`
+        # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
+        ranks.wait_for_load_turn()
     model = _model(start, console)
     if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
@@ -219,8 +223,8 @@ def _fit(
         recipe = recipe.model_copy(update={"report_to": []})
     progress = TrainingProgress(console, run if ranks.is_main else None, device.kind)
     began = time.perf_counter()
-    told = oom_as_error("placing the model on its device", OOM_HINT)
-    with told, catch_signals(alone=ranks.world_size == 1) as stop:
+    reported = oom_as_error("placing the model on its device", OOM_HINT)
+    with reported, catch_signals(alone=ranks.world_size == 1) as stop:
         trainer = LoraTrainer(
             model,
             start.tokenizer,
@@ -251,25 +255,25 @@ def _fit(
         return TrainResult(run, steps, seconds, final_loss, None, sync.exit_code, ranks.world_size)
     unfit = _save(run, model, start) if ranks.is_main else None
     evaluation = None
-    # A sharded base computes on all ranks at once; else the others wait for the first one's end.
+    # A sharded base computes on all ranks; otherwise the other ranks wait for rank 0.
     if prepared.val and (ranks.is_main or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
     return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit)
 
 
 def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
-    """Write the adapter; returns why engines cannot use it, if they cannot."""
+    """Write the adapter; return the reason why engines cannot use it, or None."""
     recipe = start.resolved.recipe
     save_adapter(model, start.tokenizer, run.adapter, saves_embeddings(recipe))
     return misfit(run, load_config(recipe, start.location))
 
 
 def _model(start: PreparedRun, console: Console) -> Any:
-    """The base with its adapters, where the plan puts it while it loads."""
+    """Load the base, on the GPU or in host memory as planned, and attach the adapter."""
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
-        console.print("bits     the same in each run on this device with these versions; slower")
+        console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
         base = load_base(recipe, start.location, device, start.plan.placement.base_offloaded)
@@ -283,11 +287,11 @@ def _model(start: PreparedRun, console: Console) -> Any:
 def _check_shared_filesystem(
     run: RunDir, checkpoint: str | None, ranks: DistributedContext
 ) -> None:
-    """Every rank reads the checkpoint itself."""
+    """Check that this rank can read the checkpoint."""
     if checkpoint and not Path(checkpoint).is_dir():
         raise RunError(
-            f"{run.path}: not seen by rank {ranks.rank}, on another machine than rank 0",
-            hint="several machines need a shared file system for the run's folder: --output",
+            f"{run.path}: rank {ranks.rank} cannot read this folder of rank 0",
+            hint="put the run directory on a shared file system: --output",
         )
 
 
@@ -299,22 +303,22 @@ def _final_loss(run: RunDir) -> float | None:
 def _write_run_files(
     run: RunDir, start: PreparedRun, fingerprint: dict[str, Any], resume: bool, console: Console
 ) -> str | None:
-    """Write what is known before training; returns the folder of the checkpoint to go on from."""
+    """Write the files before training; return the folder of the checkpoint to resume from."""
     recipe, prepared = start.resolved.recipe, start.prepared
     steps = total_steps(recipe, len(prepared.train))
-    found = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
-    if found is None:
+    resumed = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
+    if resumed is None:
         run.metrics.unlink(missing_ok=True)
         remember_base(run, recipe, start.location)
         remember_rows(run, prepared.train)
     else:
         check_base(run, recipe, start.location)
-        truncate_metrics(run, found.step)
+        truncate_metrics(run, resumed.step)
     lengths = measure_prepared(prepared, recipe).as_dict()
     report, plan = {**prepared.report.as_dict(), "lengths": lengths}, start.plan_as_dict()
     write_run_files(run, start.resolved, report, plan, start.device)
     write_validation(run.validation, prepared.val_conversations)
-    return str(found.folder) if found else None
+    return str(resumed.folder) if resumed else None
 
 
 def _evaluate(run: RunDir, model: Any, start: PreparedRun, ranks: DistributedContext) -> EvalResult:

@@ -1,7 +1,7 @@
-"""Text enters that may hold a token, a password or a signed address; the same without them leaves.
+"""Remove tokens, passwords and signed addresses from text.
 
-The one place that knows what a secret looks like. Everything lorakit writes into a run directory
-and everything its command line prints passes here, tracebacks too.
+All text that lorakit writes to a run directory or prints on the command line is filtered here,
+including tracebacks. Only this module defines the shapes of secrets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIGNED = re.compile(
     r"access[_-]?key|auth)[\w.-]{0,20}|sig|key|pwd|se|sp|sv)=)[^&;#\s'\"<>]{1,2000}",
     re.IGNORECASE,
 )
-# All but tab and line end.
+# All control characters except tab and line feed.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE)
 _NO_SECRET = re.compile(r"(PATH|FILE|DIR|URL|URI|HOST|PORT|NAME)$", re.IGNORECASE)
@@ -30,7 +30,7 @@ SHORTEST = 8
 
 
 def redacted(text: str) -> str:
-    """`text` with *** for what opens a door: tokens, logins and signatures in addresses."""
+    """Replace tokens, and logins and signatures in addresses, by ***."""
     for secret in _of_environment():
         text = text.replace(secret, HIDDEN)
     text = _SHAPES.sub(HIDDEN, text)
@@ -40,21 +40,21 @@ def redacted(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Control characters by their codes: data must not steer a terminal or hide in a page."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    """Escape control characters, so that data cannot control a terminal or hide text in a page."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
 def has_login(address: str) -> bool:
-    """True where an address holds a user's name or password."""
+    """Return True if an address contains a user name or password."""
     return bool(_LOGIN.match(address))
 
 
 def _of_environment() -> list[str]:
-    found = {
+    values = {
         value
         for name, value in os.environ.items()
         if _NAME.search(name) and not _NO_SECRET.search(name) and len(value) >= SHORTEST
     }
-    # A path is none, and a password that is one word would take that word out of every file.
-    kept = [v for v in found if not v.isalpha() and not os.path.exists(v)]
-    return sorted(kept, key=len, reverse=True)
+    # Paths are not secrets, and a password that is a plain word would remove it from every file.
+    secrets = [v for v in values if not v.isalpha() and not os.path.exists(v)]
+    return sorted(secrets, key=len, reverse=True)

@@ -1,8 +1,6 @@
-"""Results of plan, inspect and evaluate: records that print and display themselves.
+"""Results of plan, inspect and evaluate that display themselves, and console output of a run.
 
-In a terminal, a notebook and `print` each shows the same view; its data stays reachable.
-
-What a run is about to do, or has done, enters; tables and the next commands to type leave.
+A result shows the same view in a terminal, a notebook and `print`; its data are attributes.
 """
 
 from __future__ import annotations
@@ -29,13 +27,13 @@ from lorakit.types import EvalResult, MemoryPlan
 
 
 class Plan(Displayed, Forecast):
-    """Whether a run fits, and what it takes; `as_dict()` has everything as plain values."""
+    """Memory and speed forecast of a run; `as_dict()` returns plain values."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, found: Forecast) -> Self:
-        """The same record, able to display itself."""
+        """Copy the record with display methods."""
         return cls(**_values(found))
 
     def __rich__(self) -> RenderableType:
@@ -52,13 +50,13 @@ class InspectedExample(Displayed, Shown):
 
 
 class Inspected(Displayed, Inspection):
-    """What will be trained; `as_dict()` has everything as plain values."""
+    """Prepared data with examples and faults; `as_dict()` returns plain values."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, found: Inspection) -> Self:
-        """The same record, able to display itself; so is each example in `shown`."""
+        """Copy the record, and each example in `shown`, with display methods."""
         shown = tuple(InspectedExample(**_values(example)) for example in found.shown)
         return cls(**{**_values(found), "shown": shown})
 
@@ -67,13 +65,13 @@ class Inspected(Displayed, Inspection):
 
 
 class Evaluation(Displayed, EvalResult):
-    """Base against tuned; `as_dict()` has everything as plain values."""
+    """Scores and answers of base and tuned; `as_dict()` returns plain values."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, found: EvalResult) -> Self:
-        """The same record, able to display itself."""
+        """Copy the record with display methods."""
         return cls(**_values(found))
 
     def __rich__(self) -> RenderableType:
@@ -88,7 +86,7 @@ SHOWN_EXAMPLES = 3
 
 
 def show_prologue(start: PreparedRun, console: Console, as_json: bool) -> None:
-    """The resolved recipe with origins, the data, the plan and rendered examples."""
+    """Print the resolved recipe with origins, the plan and rendered examples."""
     if as_json:
         value = {
             "recipe": start.resolved.recipe.model_dump(mode="json"),
@@ -110,20 +108,20 @@ def show_prologue(start: PreparedRun, console: Console, as_json: bool) -> None:
 
 
 def show_plan(plan: MemoryPlan, console: Console) -> None:
-    """Bytes per part and the verdict."""
+    """Print the memory of each part, and the verdict."""
     table = Table(title="memory plan")
     table.add_column("part")
     table.add_column("GiB", justify="right")
-    for part, size in plan.parts.items():
-        table.add_row(part, f"{size / 2**30:.2f}")
+    for name, size in plan.parts.items():
+        table.add_row(name, f"{size / 2**30:.2f}")
     table.add_row("sum", f"{plan.total_bytes / 2**30:.2f}")
     table.add_row("this device has", f"{plan.available_bytes / 2**30:.2f}")
     console.print(table)
-    console.print("it fits" if plan.fits else "it does not fit as it stands")
+    console.print("it fits" if plan.fits else "it does not fit")
 
 
 def show_examples(tokenizer: Any, examples: Sequence[Any], console: Console) -> None:
-    """Rendered examples; what lies between the brackets is trained."""
+    """Print examples with trained tokens in brackets."""
     console.print("examples as the model sees them; ⟦trained⟧")
     for example in examples:
         console.rule(str(example.origin))
@@ -131,12 +129,12 @@ def show_examples(tokenizer: Any, examples: Sequence[Any], console: Console) -> 
 
 
 def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> None:
-    """How it went, where everything lies, and what to type next."""
+    """Print the result of a run, its files, and the next commands."""
     run = outcome.run.path
     if outcome.exit_code:
         console.print(f"stopped after step {outcome.steps}; a checkpoint was saved")
         command = outcome.run.going_on(outcome.ranks, program())
-        console.print(f"go on with: {command}", soft_wrap=True)
+        console.print(f"resume with: {command}", soft_wrap=True)
         return
     if outcome.evaluation:
         console.print(evaluation_view(outcome.evaluation))
@@ -145,7 +143,7 @@ def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> No
     console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")
     console.print(f"adapter  {outcome.run.adapter}  (PEFT format)")
     if outcome.unfit:
-        console.print(f"         for AutoModelForCausalLM and lorakit alone: {outcome.unfit}")
+        console.print(f"         only for AutoModelForCausalLM and lorakit: {outcome.unfit}")
     console.print(f"metrics  {outcome.run.metrics}")
     if outcome.run.report.exists():
         console.print(f"report   {outcome.run.report}")
@@ -158,7 +156,7 @@ def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> No
 
 
 def program() -> str:
-    """What to type for this program here: its name if the shell finds it, else the path used."""
+    """Command that starts lorakit here: its name if it is on the PATH, else the path used."""
     if shutil.which("lorakit") or not sys.argv[0].endswith("lorakit"):
         return "lorakit"
     return os.path.relpath(sys.argv[0])

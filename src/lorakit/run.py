@@ -1,4 +1,4 @@
-"""A run directory enters; a Run leaves: evaluate, chat, export, report, and its files as data."""
+"""A run directory as an object: evaluate, chat, export, report, and its files as data."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _SPOKEN = ("role", "content")
 
 
 def open_run(path: str | Path) -> Run:
-    """The run in this folder, finished or stopped.
+    """Open the finished or stopped run in this folder.
 
     Raises:
-        RunError: there is no such folder, or it is no run.
+        RunError: the folder does not exist or is not a run.
     """
     return Run(find_run(path, trained=False).path)
 
 
 class Run:
-    """One run's folder. The model is loaded at the first question and kept until `close()`."""
+    """One run; the model is loaded at the first question and kept until `close()`."""
 
     def __init__(self, path: str | Path) -> None:
         self.folder = RunDir(Path(path))
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training has saved its adapter."""
+        """True if training has saved its adapter."""
         return self.folder.has_adapter()
 
     @property
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The last evaluation on the run's own held-out rows, or None."""
+        """The last evaluation on the run's held-out rows, or None."""
         if not self.folder.eval.exists():
             return None
         value = json.loads(self.folder.eval.read_text(encoding="utf-8"))
@@ -81,21 +81,21 @@ class Run:
         return Evaluation(base, tuned, value["data"], samples)
 
     def evaluate(self, data: str | Path | None = None, samples: int = 4) -> Evaluation:
-        """Held-out loss and perplexity of base and tuned, and their answers side by side.
+        """Compare base and tuned: held-out loss, perplexity and answers.
 
         Args:
-            data: other data than the run's own held-out rows.
-            samples: answers to show.
+            data: data to use instead of the run's held-out rows.
+            samples: number of answers to show.
 
         Raises:
-            LorakitError: there is no adapter yet, or no held-out row and no `data`.
+            LorakitError: the adapter is missing, or there are no held-out rows and no `data`.
         """
         from lorakit.inference.evaluate import evaluate_loaded
 
         loaded = self._model().loaded
         with silence_libraries(loaded.recipe.offline):
-            found = evaluate_loaded(loaded, str(data) if data else None, samples, print)
-        return Evaluation.of(found)
+            result = evaluate_loaded(loaded, str(data) if data else None, samples, print)
+        return Evaluation.of(result)
 
     def chat(
         self,
@@ -107,17 +107,17 @@ class Run:
         temperature: float = 0.7,
         seed: int | None = None,
     ) -> str | None:
-        """Answer one question; without one, talk until /quit.
+        """Answer one question; without one, chat until /quit.
 
         Args:
             question: text, or a conversation as `[{"role": "user", "content": "..."}, ...]`.
             system: system prompt; by default the one of the recipe.
-            base: let the untouched base answer.
+            base: answer with the untuned base.
             temperature: 0 gives the same answer each time.
-            seed: makes drawn answers repeatable.
+            seed: makes sampled answers reproducible.
 
         Raises:
-            LorakitError: there is no adapter yet, or the question is longer than the model reads.
+            LorakitError: the adapter is missing, or the question exceeds the model's context.
         """
         from lorakit.inference.chat import ChatSession, talk
         from lorakit.inference.generate import GenerationSettings, base_answers, replies
@@ -151,9 +151,9 @@ class Run:
         verify: bool = True,
         console: Console | None = None,
     ) -> dict[str, Any]:
-        """Write the tuned model in another form and compare what was written with the adapter.
+        """Write the tuned model in another format and compare it with the adapter.
 
-        The model that `chat` and `evaluate` hold is let go first.
+        The model that `chat` and `evaluate` have loaded is released first.
 
         Args:
             to: adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub.
@@ -168,11 +168,11 @@ class Run:
             verify: compare with the adapter.
 
         Returns:
-            What was written and how near it is: `format`, `path`, `kl_per_token` ...
+            Format, path and comparison: `format`, `path`, `kl_per_token` ...
 
         Raises:
-            LorakitError: an option that this format does not have, a folder that exists, or a
-                written model that predicts otherwise than the adapter; that one is not kept.
+            LorakitError: the format does not use an option, the folder exists, or the written model
+                predicts something else than the adapter (it is then removed).
         """
         from lorakit.export.exporters import export_run
 
@@ -195,9 +195,9 @@ class Run:
             )
 
     def report(self, output: str | Path | None = None) -> Path:
-        """Write the run's page anew; returns where it lies: `report.html` in the run's folder.
+        """Write the run's HTML report and return its path, by default `report.html` in its folder.
 
-        Training, `evaluate` and `export` do so themselves. It is one file without network.
+        Training, `evaluate` and `export` also do. The page is one file that works offline.
 
         Raises:
             LorakitError: a file of the run is damaged, or the page cannot be written.
@@ -207,7 +207,7 @@ class Run:
         return write_report(self.folder, Path(output) if output else None)
 
     def close(self) -> None:
-        """Let go of the loaded model and its memory; the next question loads it again."""
+        """Release the loaded model and its memory; the next question loads it again."""
         if self._several is None:
             return
         self._several = None
@@ -228,7 +228,7 @@ class Run:
         return f"{'trained' if self.finished else 'not finished'}, {last}"
 
     def _repr_svg_(self) -> str | None:
-        """The loss so far, for a notebook; nothing before the first step."""
+        """Draw the loss so far for a notebook; None before the first step."""
         from lorakit.display.charts import line_chart
         from lorakit.report.load_run import read_run
         from lorakit.report.page import loss_series
@@ -242,9 +242,9 @@ class Run:
         if self._several is None:
             from lorakit.model.multi_adapter import MultiAdapterModel
 
-            found = find_run(self.path)
+            folder = find_run(self.path)
             with silence_libraries(self.recipe.offline):
-                self._several = MultiAdapterModel.of(found)
+                self._several = MultiAdapterModel.of(folder)
         return self._several
 
 

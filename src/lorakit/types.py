@@ -1,6 +1,7 @@
-"""The frozen records that stages hand to one another: no behavior beyond counting and printing.
+"""Frozen records that stages exchange, without behavior beyond counting and formatting.
 
-Shapes: B batch, T tokens. Token ids are plain ints; a label of `IGNORE` (-100) is not trained.
+Shapes: B batch, T tokens. Token ids are plain ints; positions with the label `IGNORE` (-100) are
+not trained.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row came from, for every message about it: `train.jsonl:17` (rows count from 1)."""
+    """Source and number of a row, as in messages: `train.jsonl:17` (rows count from 1)."""
 
     source: str
     row: int
@@ -34,7 +35,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One raw record as read from a source, before its format is known."""
+    """One raw record of a source, before its format is detected."""
 
     values: dict[str, Any]
     origin: Origin
@@ -44,8 +45,8 @@ class Row:
 class Message:
     """One turn of a conversation.
 
-    `extra` holds the other keys that chat templates read, as the row has them: `tool_calls`,
-    `tool_call_id`, `name`, `reasoning_content`. `train: False` leaves one answer out of the loss.
+    `extra` holds the row's other keys that chat templates read: `tool_calls`, `tool_call_id`,
+    `name`, `reasoning_content`. `train: False` excludes one answer from the loss.
     """
 
     role: Role
@@ -54,7 +55,7 @@ class Message:
     train: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """The `{"role", "content", ...}` form that chat templates take."""
+        """Return the `{"role", "content", ...}` form for chat templates."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
@@ -62,7 +63,7 @@ class Message:
 class Conversation:
     """Turns in order: an optional system turn, then user, assistant and tool turns.
 
-    `tools` are the JSON schemas of the functions the model may call, as chat templates take them.
+    `tools` are the JSON schemas of the functions that the model may call.
     """
 
     messages: tuple[Message, ...]
@@ -92,13 +93,13 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        """How many positions carry a label."""
+        """Number of positions with a label."""
         return len(self.labels) - self.labels.count(IGNORE)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One kind of trouble found in the data: what, how often, where first, and what was done."""
+    """One kind of fault in the data: its count, first rows, and the action taken."""
 
     kind: str
     count: int
@@ -109,7 +110,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What was read, what will be trained, and what was left out and why."""
+    """Counts of read, trained and held-out data, and the faults that were found."""
 
     sources: tuple[dict[str, Any], ...]
     rows_read: int
@@ -126,7 +127,7 @@ class DataReport:
 
     @property
     def trained_share(self) -> float:
-        """Part of the training tokens that carry a label."""
+        """Fraction of the training tokens that have a label."""
         return self.trained_tokens_train / max(self.tokens_train, 1)
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,13 +137,13 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The machine a run will use, and the reason for each automatic choice.
+    """The device of a run, and the reason for each automatic choice.
 
-    `memory_bytes` is the card's memory, or the host's for a CPU. `dtype` is the storage and
-    compute type of the frozen base: "bfloat16", "float16" or "float32". `ranks` processes share
-    each step, each with a device like this one, on `nodes` machines; each machine's network is
-    taken to carry `network_gbits` a second, unless told. `kernels`: a card runs our Triton kernels.
-    `context_bytes`: what CUDA takes outside torch's allocator, where it was measured.
+    `memory_bytes` is the GPU's memory, or the host's for a CPU. `dtype` is the storage and compute
+    type of the frozen base: "bfloat16", "float16" or "float32". `ranks` processes share each step,
+    each with a device like this one, on `nodes` machines with a network of `network_gbits` Gbit/s
+    each. `kernels`: the GPU runs our Triton kernels. `context_bytes`: measured memory of CUDA
+    outside torch's allocator, or None.
     """
 
     kind: Literal["cuda", "mps", "cpu"]
@@ -159,29 +160,29 @@ class Device:
 
     @property
     def fast(self) -> bool:
-        """Whether `fused_layers: auto` puts the fast layers on it."""
+        """True if `fused_layers: auto` uses the fused layers on it."""
         return self.kind == "cuda" and self.kernels
 
     @property
     def per_node(self) -> int:
-        """Ranks of one machine."""
+        """Number of ranks on one machine."""
         return self.ranks // self.nodes
 
     @property
     def rank_bytes(self) -> int:
-        """Memory of one rank: processes on a CPU share the host's."""
+        """Memory of one rank; processes on a CPU share the host's memory."""
         return self.memory_bytes // (self.per_node if self.kind == "cpu" else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What lies in host memory instead of the card's, and in which order a step is worked.
+    """Tensors kept in host memory instead of GPU memory, and the schedule of a step.
 
-    `layerwise`: each layer takes all micro-batches of a step before the next one does
-    (`engine/layerwise.py`); only then may base and adapters lie on the host. `tokens_at_once` go
-    through a layer's products and `heads_at_once` of its keys through attention; the inputs of
-    the last `inputs_on_gpu` layers stay on the card. `shards` above 1: so many ranks of a machine
-    hold a part each of every layer's frozen weights, gathered when the layer's turn comes.
+    `layerwise`: all micro-batches of a step pass a layer before the next one
+    (`engine/layerwise.py`); base and adapters can be in host memory only with it. A layer computes
+    its products for `tokens_at_once` tokens and attention for `heads_at_once` key heads at a time;
+    the inputs of the last `inputs_on_gpu` layers stay on the GPU. With `shards` above 1, that many
+    ranks of a machine each hold a part of every layer's frozen weights, gathered for the layer.
     """
 
     layerwise: bool = False
@@ -195,11 +196,11 @@ class Placement:
 
     @property
     def base_offloaded(self) -> bool:
-        """Layers' frozen weights come to the card by turns."""
+        """True if the layers' frozen weights are copied to the GPU one layer at a time."""
         return self.base_on_host or self.shards > 1
 
     def describe(self, layers: int) -> list[str]:
-        """What lies on the host, of a model of so many layers."""
+        """List the parts in host memory, for a model with this many layers."""
         away = layers - self.inputs_on_gpu if self.layerwise else 0
         inputs = "layer inputs" if away == layers else f"the inputs of {away} layers"
         named = {
@@ -208,7 +209,7 @@ class Placement:
             inputs: away > 0,
             "the embedding": self.embedding_on_host,
         }
-        return [name for name, there in named.items() if there]
+        return [name for name, on_host in named.items() if on_host]
 
 
 ON_CARD = Placement()
@@ -216,11 +217,11 @@ ON_CARD = Placement()
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Predicted bytes per part of a training run, whether they fit, and what that takes.
+    """Predicted bytes per part of a training run, if they fit, and the settings for it.
 
-    `keep` says for each layer what it keeps for backward: 0 all, 1 not gate/up, 2 its input and
-    middle, 3 its input alone (`engine/decoder_layer`); a model without fast layers knows 0 and 3.
-    `engine`: it is of the fast layers.
+    `keep` has the activations that each layer keeps for backward: 0 all, 1 all but gate/up, 2 its
+    input and middle, 3 only its input (`engine/decoder_layer`); without fused layers only 0 and 3
+    occur. `engine`: the plan is for fused layers.
     """
 
     parts: dict[str, int]
@@ -238,7 +239,7 @@ class MemoryPlan:
 
     @property
     def host_bytes(self) -> int:
-        """Sum over what lies in host memory."""
+        """Sum over the parts in host memory."""
         return sum(self.host_parts.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class MemoryPlan:
         return {**asdict(self), "total_bytes": self.total_bytes, "host_bytes": self.host_bytes}
 
     def describe(self) -> str:
-        """What is recomputed and moved to make it fit, in a few words."""
+        """Summarize activation checkpointing, sharding and offload."""
         said = []
         if self.placement.layerwise:
             said.append("layer by layer, all recomputed but the last product")
@@ -260,7 +261,7 @@ class MemoryPlan:
                 if level
             ]
         if self.placement.shards > 1:
-            said.append(f"each layer's weights spread over {self.placement.shards} GPUs")
+            said.append(f"each layer's weights sharded over {self.placement.shards} GPUs")
         on_host = self.placement.describe(len(self.keep))
         said += [f"in host memory: {', '.join(on_host)}"] if on_host else []
         return "; ".join(said) or "nothing recomputed"
@@ -268,7 +269,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class EvalScore:
-    """Held-out score over trained tokens only: mean negative log-likelihood in nats, exp of it."""
+    """Held-out score over trained tokens: mean negative log-likelihood in nats, and its exp."""
 
     loss: float
     perplexity: float
@@ -277,7 +278,7 @@ class EvalScore:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One held-out question with the reference and the two models' answers."""
+    """One held-out question with the reference and the answers of base and tuned."""
 
     prompt: str
     reference: str
@@ -287,7 +288,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Base against tuned on the same held-out tokens, as in `eval.json`."""
+    """Scores of base and tuned on the same held-out tokens, as in `eval.json`."""
 
     base: EvalScore
     tuned: EvalScore
@@ -295,5 +296,5 @@ class EvalResult:
     samples: tuple[Sample, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form; the same object that `lorakit eval --json` prints."""
+        """Return the JSON-ready form, as printed by `lorakit eval --json`."""
         return asdict(self)

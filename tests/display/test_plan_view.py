@@ -53,7 +53,7 @@ def test_inputs_that_stay_on_the_card_are_not_said_to_be_on_the_host():
     assert not found.host.get("inputs of layers")
     found, text = screen(120, "llama-2-7b", "v100", gradient_accumulation_steps=64)
     assert found.host["inputs of layers"] > 0
-    kept = found.training.placement.inputs_on_card
+    kept = found.training.placement.inputs_on_gpu
     assert 0 < kept < 32
     assert f"the inputs of {32 - kept} layers" in " ".join(text.split())
 
@@ -68,7 +68,7 @@ def test_what_fits_has_no_list_of_changes():
 
 def test_what_no_setting_makes_fit_says_what_it_takes_at_least():
     _, text = screen(80, "qwen3-30b-a3b", "3060", method="qlora", target_modules=["q_proj"])
-    assert "No setting makes it fit here: the least it can take is" in text
+    assert "No setting makes it fit here: the smallest possible plan takes" in text
     assert "experts (not quantized)" in text
     assert "a100-80" in text
 

@@ -44,7 +44,7 @@ def test_the_driver_is_read_from_nvidia_smi(smi, monkeypatch):
     smi("#!/bin/sh\necho NVIDIA-SMI has failed because it could not reach the driver.\nexit 9\n")
     assert "has failed" in read_driver().error
     smi("#!/bin/sh\nexit 0\n")
-    assert read_driver().error == "it lists no card"
+    assert read_driver().error == "it lists no GPU"
     monkeypatch.setenv("PATH", "")
     assert read_driver() is None
 

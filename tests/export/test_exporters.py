@@ -54,9 +54,9 @@ def test_what_to_do_with_the_files_is_said_last_and_in_one_line_each(variant_run
 
 
 WRONG = {
-    "--quant says nothing to --to merged": ("merged", {"quantization": "Q8_0"}),
-    "--adapter says nothing to --to gguf": ("gguf", {"as_adapter": True}),
-    "--repo says nothing to --to vllm": ("vllm", {"repository": "a/b"}),
+    "--quant does not apply to --to merged": ("merged", {"quantization": "Q8_0"}),
+    "--adapter does not apply to --to gguf": ("gguf", {"as_adapter": True}),
+    "--repo does not apply to --to vllm": ("vllm", {"repository": "a/b"}),
     "--merge-base half: unknown base": ("merged", {"merge_base": "half"}),
     "--dtype int8: unknown": ("merged", {"dtype": "int8"}),
     "--quant Q9: unknown quantization": ("gguf", {"quantization": "Q9"}),

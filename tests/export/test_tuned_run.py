@@ -47,7 +47,7 @@ def test_a_base_that_changed_is_refused_before_anything_is_written(moved):
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="not the file this run was trained on") as caught:
         open_source(run)
-    assert "bring that base back" in caught.value.hint
+    assert "restore the base" in caught.value.hint
 
 
 def test_a_run_without_a_record_of_its_base_still_opens(moved):

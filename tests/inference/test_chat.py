@@ -104,7 +104,7 @@ def test_saved_conversations_can_be_trained_on(session, tmp_path):
     path = tmp_path / "talk.jsonl"
     assert "nothing to save" in say(session, f"/save {path}")
     say(session, ASK)
-    assert "give a name that ends in .jsonl" in say(session, "/save talk.txt")
+    assert "expected a name that ends in .jsonl" in say(session, "/save talk.txt")
     assert "cannot be written" in say(session, f"/save {tmp_path}/none/talk.jsonl")
     for _ in range(3):
         assert "added to" in say(session, f"/save {path}")
@@ -193,7 +193,7 @@ def test_ctrl_c_in_a_real_terminal_stops_the_answer_not_the_chat(speaker):
         process.send_signal(signal.SIGINT)
         assert "[stopped]" in _read_until(mine, "> ")
         os.write(mine, b"/undo\n")
-        seen = _read_until(mine, "taken back").partition("taken back")[2]
+        seen = _read_until(mine, "removed").partition("removed")[2]
         # Before the prompt stands the terminal is not yet readline's: Ctrl-D would be lost.
         assert "> " in seen or _read_until(mine, "> ")
         os.write(mine, b"\x04")

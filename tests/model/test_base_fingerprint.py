@@ -38,7 +38,7 @@ def test_one_bit_is_enough(tmp_path):
 
 def test_trained_weights_have_another_even_sampled(tmp_path, monkeypatch):
     """All weights of a layer move in training: 16 samples cannot miss that."""
-    monkeypatch.setattr("lorakit.model.base_fingerprint.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("lorakit.model.base_fingerprint.FULL_HASH_BYTES", 1000)
     before = weights(tmp_path, 1.0)
     save_file({"w": torch.full((1000, 1000), 1e-3)}, tmp_path / "model.safetensors")
     assert weights_fingerprint(tmp_path) != before

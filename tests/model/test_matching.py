@@ -37,12 +37,18 @@ def test_what_matches_is_taken(values):
     [
         # One wrong name among right ones: peft would train the rest in silence.
         ({"target_modules": ["q_proj", "vproj"]}, r"target_modules: 'vproj' .*did you mean v_proj"),
-        ({"target_modules": ["q_proj", "self_attn"]}, "target_modules: 'self_attn' is no layer"),
-        ({"target_modules": "q_prj"}, "target_modules: the pattern 'q_prj' matches no layer"),
+        (
+            {"target_modules": ["q_proj", "self_attn"]},
+            "target_modules: 'self_attn' is a module",
+        ),
+        (
+            {"target_modules": "q_prj"},
+            "target_modules: the pattern 'q_prj' matches no",
+        ),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is the head"),
         ({"modules_to_save": ["lm_heads"]}, r"modules_to_save: 'lm_heads' .*did you mean lm_head"),
         ({"exclude_modules": ["up_prj"]}, r"exclude_modules: 'up_prj' .*did you mean up_proj"),
-        ({"layers_to_transform": [0, 99]}, r"no target in layer 99, expected some of 0 to 1"),
+        ({"layers_to_transform": [0, 99]}, r"layer 99 has no target, expected some of 0 to 1"),
         ({"rank_pattern": {"qproj": 4}}, r"rank_pattern: 'qproj' .*did you mean q_proj"),
         ({"alpha_pattern": {"layers.7.self_attn.q_proj": 4}}, "alpha_pattern: 'layers.7"),
         # A layer that exists and gets no adapter takes no rank either.

@@ -65,7 +65,7 @@ def test_an_adapter_replaced_on_the_disk_goes_on_as_it_was(runs, tmp_path):
 
 def test_what_cannot_share_a_base_is_refused(runs, speaker, tmp_path):
     several = MultiAdapterModel.of(runs[0])
-    with pytest.raises(RunError, match="is loaded already"):
+    with pytest.raises(RunError, match="is already loaded"):
         several.add(runs[0])
     with pytest.raises(ModelError, match=r"\(qlora\), not on .*\(lora\)"):
         several.add(speaker("base", method="qlora"))

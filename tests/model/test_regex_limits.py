@@ -23,13 +23,13 @@ def recipe(**values):
 def test_a_pattern_that_would_not_end_is_named(key, value):
     with pytest.raises(RecipeError) as caught:
         check_patterns(recipe(**{key: value}), NAMES)
-    assert f"{key}: {ENDLESS!r} was not through with the model's 2 names" in caught.value.message
+    assert f"{key}: {ENDLESS!r} did not finish on the model's 2 names" in caught.value.message
     assert "[q_proj, v_proj]" in caught.value.hint
 
 
 @pytest.mark.parametrize("wrong", ["(q_proj", "*_proj", "(" * 9999, "a{9999999999999}"])
 def test_what_is_no_pattern_is_said_in_one_line(wrong):
-    with pytest.raises(RecipeError, match="is no regular expression") as caught:
+    with pytest.raises(RecipeError, match="is not a regular expression") as caught:
         check_patterns(recipe(target_modules=wrong), NAMES)
     assert caught.value.message.startswith("target_modules: ")
     assert "\n" not in caught.value.message
@@ -39,7 +39,7 @@ def test_what_is_no_pattern_is_said_in_one_line(wrong):
 def test_patterns_of_every_key_are_tried_and_plain_names_start_no_process(monkeypatch):
     good = recipe(target_modules=r".*\.(q|v)_proj", alpha_pattern={r"layers\.\d+\.q_proj": 8.0})
     check_patterns(good, NAMES)
-    monkeypatch.setattr("lorakit.model.regex_limits._tried", None)
+    monkeypatch.setattr("lorakit.model.regex_limits._match_in_subprocess", None)
     check_patterns(recipe(target_modules=["(a+)+$"], modules_to_save=["lm_head"]), NAMES)
     with pytest.raises(TypeError):
         check_patterns(recipe(modules_to_save=["(a+)+"]), NAMES)

@@ -19,6 +19,6 @@ def test_added_tokens_without_a_row_are_refused(tiny_recipe, tiny_model_dir, tin
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError) as error:
         fit(tiny_recipe(folder, tiny_data, tmp_path / "r"), Console(quiet=True))
-    words = f"2 tokens that the base has no embedding for (first: '<box>', number {size}; the base"
+    words = f"2 tokens without an embedding in the base (first: '<box>', id {size}; the base"
     assert words in error.value.message
     assert not (tmp_path / "r" / "adapter").exists()

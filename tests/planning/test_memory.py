@@ -328,7 +328,7 @@ def test_a_base_too_large_for_one_gpu_is_spread_over_those_of_a_node(method):
     assert plan.placement.layerwise
     assert plan.placement.shards == 8
     assert not plan.placement.base_on_host
-    assert "each layer's weights spread over 8 GPUs" in plan.describe()
+    assert "each layer's weights sharded over 8 GPUs" in plan.describe()
     linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     whole = linear * (2 if method == "lora" else NF4_BYTES)
     assert plan.parts["frozen weights"] == pytest.approx(whole / 8, rel=1e-6)

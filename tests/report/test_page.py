@@ -87,7 +87,7 @@ def test_a_run_without_held_out_rows(make_run, read_page):
     run = make_run()
     run.eval.unlink()
     read = sound(report_page(read_run(run)), read_page)
-    assert "no held-out rows, so nothing was evaluated" in read.text
+    assert "not evaluated, since there are no held-out rows" in read.text
 
 
 def test_a_run_of_one_step_and_one_of_none(make_run, read_page):
@@ -170,7 +170,7 @@ def test_the_short_recipe_makes_the_same_run(make_run, tmp_path, read_page):
     found = read_run(make_run(lora_r=8, epochs=2.0, method="qlora", system="Say: <b> # no"))
     text = read_page(report_page(found)).text
     path = tmp_path / "again.yaml"
-    path.write_text(text.rpartition("recipe.yaml:")[2].partition("With the same")[0])
+    path.write_text(text.rpartition("recipe.yaml:")[2].partition("Repeats the run")[0])
     again = load_recipe(path, ['data=["../../secret place/a.jsonl"]']).recipe
     assert again == found.recipe
     assert "torch==2.13.0\n" in text
@@ -185,7 +185,7 @@ def test_exports_say_how_near_they_are_and_how_far_the_base_is(make_run, edit):
     text = report_page(read_run(run))
     for part in ("1.00e-07", "100.0% of 12", "not compared: why not", "gguf: merged"):
         assert part in text
-    assert "0.5 nats a token away" in text
+    assert "differs by 0.5 nats per token" in text
     (run.export / "verify.json").unlink()
     assert "lorakit export RUN --to merged" in report_page(read_run(run))
 
@@ -226,7 +226,7 @@ def test_a_page_is_written_and_written_anew(make_run, tmp_path):
 def test_a_file_with_other_contents_is_one_message(make_run, edit):
     run = make_run()
     edit(run.data_report, faults=[{"kind": 3}])
-    with pytest.raises(RunError, match="holds something else than lorakit writes"):
+    with pytest.raises(RunError, match="has unexpected contents"):
         write_report(run)
 
 
@@ -259,7 +259,7 @@ def test_training_writes_it_and_eval_and_export_renew_it(finish, tiny_data):
     assert str(tiny_data.parent) not in first
     assert tiny_data.name in first
     run.export("adapter", verify=False)
-    assert "not compared: asked not to compare" in run.folder.report.read_text()
+    assert "not compared: disabled by --no-verify" in run.folder.report.read_text()
     (run.folder.report).unlink()
     run.evaluate(samples=0)
     assert run.folder.report.exists()

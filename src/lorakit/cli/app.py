@@ -1,4 +1,4 @@
-"""What every command shares: the app, the two consoles, common options, and JSON on stdout."""
+"""Parts shared by all commands: the app, two consoles, common options, and JSON output."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/demo-lora.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Do not use the network.")]
 Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write into.")]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs of this machine that share each step.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")]
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         out.print(f"lorakit {importlib.metadata.version('lorakit')}")
         raise typer.Exit
 
@@ -68,12 +68,12 @@ def common(
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Write one JSON object to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def on_gpus(gpus: int) -> None:
-    """Run this very command in `gpus` processes and end with their exit code; in one, go on."""
+    """Run this command in `gpus` processes and exit with their code; return in such a process."""
     from lorakit.distributed.launcher import launch_processes, launched, without_gpus
 
     if not launched():
@@ -81,5 +81,5 @@ def on_gpus(gpus: int) -> None:
 
 
 def first_rank() -> bool:
-    """Whether this process speaks for all; asked before the ranks are joined."""
+    """Return True on rank 0, read from the environment before the process group exists."""
     return os.environ.get("RANK", "0") == "0"

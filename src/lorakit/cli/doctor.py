@@ -1,4 +1,4 @@
-"""This machine enters; what is wrong with it, and what mends it, leaves: doctor."""
+"""Diagnose this machine: `lorakit doctor`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lorakit.cli.app import Json, Offline, app, out, print_json
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Also ask whether this hub model can be fetched.")
+        str | None, typer.Option(help="Also check that this hub model can be fetched.")
     ] = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Look this machine over: what is broken, why, and what to type. Exit 1 if anything is."""
+    """Diagnose this machine and print fixes. Exit 1 if something is broken."""
     from lorakit.doctor.checks import examine
     from lorakit.doctor.show import show_findings
     from lorakit.doctor.system_info import collect_system_info

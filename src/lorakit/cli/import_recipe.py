@@ -27,7 +27,7 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Translate another tool's recipe; exit 1 if something in it has no match here."""
+    """Translate another tool's recipe; exit 1 if a key of it has no equivalent."""
     from lorakit.recipe.importers.convert import as_dict, import_recipe, recipe_text
 
     imported = import_recipe(source)
@@ -43,7 +43,7 @@ def import_(
 
 
 def _report(imported: Imported, output: Path | None) -> Iterator[str]:
-    """Yield lines on what became of each key, those that are not translated at the end."""
+    """Yield a line for each key, untranslated ones last."""
     not_needed: dict[str, list[str]] = {}
     keys = [line for line in imported.lines.values() if line.status != "default"]
     yield f"{imported.path.name}: a recipe of {imported.tool.name}, {len(keys)} keys"
@@ -53,11 +53,11 @@ def _report(imported: Imported, output: Path | None) -> Iterator[str]:
             not_needed.setdefault(line.note, []).append(key)
         elif line.status == "translated" or (line.status == "default" and line.values):
             yield f"  {key} -> {line.here}{f'  ({line.note})' if line.note else ''}"
-    yield "\nnot needed here, or done by lorakit itself"
+    yield "\nnot needed, or done by lorakit itself"
     for note, names in not_needed.items():
         yield f"  {', '.join(names)}: {note}"
     if imported.left:
-        yield "\nNOT translated: here the run will differ"
+        yield "\nNOT translated: the run will differ"
     for key, note in imported.left.items():
         yield f"  {key}: {note}"
     count = len(imported.left)
@@ -67,16 +67,14 @@ def _report(imported: Imported, output: Path | None) -> Iterator[str]:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """A recipe that is there already may have been worked on: it is never overwritten."""
+    """Write a new file; an existing recipe may have been edited and is never overwritten."""
     try:
         handle = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w")
     except FileExistsError:
-        raise RecipeError(
-            f"{path}: there already, and not overwritten", hint="give another name with -o"
-        ) from None
+        raise RecipeError(f"{path}: already exists", hint="set another name with -o") from None
     except OSError as error:
         raise RecipeError(
-            f"{path}: cannot be written: {error.strerror}", hint="give another place with -o"
+            f"{path}: cannot be written: {error.strerror}", hint="set another path with -o"
         ) from error
     try:
         with handle:
@@ -84,5 +82,5 @@ def _write_new(path: Path, text: str) -> None:
     except OSError as error:
         path.unlink(missing_ok=True)
         raise RecipeError(
-            f"{path}: cannot be written: {error.strerror}", hint="give another place with -o"
+            f"{path}: cannot be written: {error.strerror}", hint="set another path with -o"
         ) from error

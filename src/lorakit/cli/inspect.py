@@ -1,6 +1,6 @@
-"""What one asks before a run: inspect, bench, schema.
+"""Commands before a run: inspect, bench, schema.
 
-Heavy imports live inside the commands, so that `lorakit --help` answers at once.
+Heavy imports are inside the commands, so that `lorakit --help` is fast.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def inspect(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or `demo`.")] = None,
     set_: Set = None,
     examples: Annotated[int, typer.Option(min=0, help="Examples to show token by token.")] = 3,
-    html: Annotated[Path | None, typer.Option(help="Also write one page with all of it.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as one HTML page.")] = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Show what will be trained, token by token, and every fault. Loads no weights."""
+    """Show the trained tokens of examples and every fault of the data. Loads no weights."""
     from lorakit.recipe.loader import load_recipe
 
     recipe = Path(source[0]) if source[0].endswith((".yaml", ".yml")) else None
@@ -49,18 +49,18 @@ def inspect(
     quiet(resolved.recipe.offline)
     from lorakit.api import inspect as inspect_data
 
-    found = inspect_data(resolved, examples=examples, say=log.print)
+    inspection = inspect_data(resolved, examples=examples, say=log.print)
     if html:
         from lorakit.report.html import write_inspection
 
-        write_inspection(found, html)
+        write_inspection(inspection, html)
     if as_json:
-        print_json(found.as_dict())
+        print_json(inspection.as_dict())
     else:
-        out.print(found)
+        out.print(inspection)
     if html:
         log.print(f"page     {html}", markup=False)
-    raise typer.Exit(1 if found.stopping else 0)
+    raise typer.Exit(1 if inspection.stopping else 0)
 
 
 @app.command()
@@ -77,7 +77,7 @@ def bench(
     id_: Annotated[str | None, typer.Option("--id", help="Label for the result.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
 ) -> None:
-    """What this card does: tokens/s and peak memory, random weights, no download. JSON out."""
+    """Measure tokens/s and peak memory with random weights, without a download; print JSON."""
     quiet(offline=True)
     if gpus and gpus > 1:
         on_gpus(gpus)
@@ -99,7 +99,7 @@ def bench(
 
 @app.command()
 def schema() -> None:
-    """JSON schema of a recipe, for editors."""
+    """Print the JSON schema of a recipe, for editors."""
     from lorakit.recipe.loader import recipe_schema
 
     print_json(recipe_schema())

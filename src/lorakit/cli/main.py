@@ -1,4 +1,4 @@
-"""Arguments enter; files, tables or one JSON object leave. Exit 0 done, 1 fault, 2 bad input."""
+"""Entry point of the command line; exit code 0 for success, 1 for a fault, 2 for bad input."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["doctor", "import_recipe", "inspect", "main", "plan", "run_commands",
 
 
 def main() -> None:
-    """Entry point: a LorakitError is one message and an exit code; bugs keep their traceback."""
+    """Run a command; print a LorakitError as one message, and keep the traceback of bugs."""
     keep_streams_going()
     set_cuda_device_from_local_rank()
     rank = os.environ.get("RANK", "0")
-    who = "" if rank == "0" else f"rank {rank}: "
+    prefix = "" if rank == "0" else f"rank {rank}: "
     try:
         app()
     except LorakitError as error:
-        log.print(f"error: {who}{error.message}", markup=False)
+        log.print(f"error: {prefix}{error.message}", markup=False)
         if error.hint:
             log.print(f"hint: {error.hint}", markup=False)
         sys.exit(error.exit_code)
@@ -32,6 +32,8 @@ def main() -> None:
         log.print("stopped")
         sys.exit(130)
     except MemoryError as error:
-        log.print(f"error: {who}out of memory: {error or 'the system gave no more'}", markup=False)
-        log.print("hint: `lorakit plan` says what each command takes; nothing half-made was kept")
+        log.print(f"error: {prefix}out of memory: {error or 'the allocation failed'}", markup=False)
+        log.print(
+            "hint: run `lorakit plan` for the memory of each command; partial files were removed"
+        )
         sys.exit(1)

@@ -1,6 +1,6 @@
-"""A recipe or a model's name enters; whether it fits, and what would make it, leaves: plan.
+"""Predict memory and speed of a run: `lorakit plan`.
 
-Heavy imports live inside the command, so that `lorakit --help` answers at once.
+Heavy imports are inside the command, so that `lorakit --help` is fast.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def plan(
         str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-7b.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Plan for this card: t4, 3060, 4090, a100-80, h100 ...")
+        str | None, typer.Option(help="Plan for this GPU: t4, 3060, 4090, a100-80, h100 ...")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Plan for a card of this memory, such as 12GB.")
+        str | None, typer.Option(help="Plan for a GPU with this much memory, such as 12GB.")
     ] = None,
     gpus: Annotated[
         int | None,
@@ -36,7 +36,7 @@ def plan(
     ] = None,
     network: Annotated[
         float | None,
-        typer.Option(metavar="GBIT", help="What a node's network carries a second; default 100."),
+        typer.Option(metavar="GBIT", help="Network bandwidth of a node in Gbit/s; default 100."),
     ] = None,
     seq: Annotated[int | None, typer.Option(help="cutoff_len: tokens of the longest row.")] = None,
     method: Method = None,
@@ -45,7 +45,7 @@ def plan(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Say whether a run fits, how fast it will be, and what would make it fit. Loads no weights."""
+    """Predict if a run fits, its speed, and changes that make it fit. Loads no weights."""
     from lorakit.recipe.loader import load_recipe
 
     flags: dict[str, Any] = {"model": model, "method": method, "cutoff_len": seq}
@@ -55,9 +55,11 @@ def plan(
     quiet(resolved.recipe.offline)
     from lorakit.api import plan as plan_recipe
 
-    found = plan_recipe(resolved, gpu=gpu, memory=memory, gpus=gpus, nodes=nodes, network=network)
+    forecast = plan_recipe(
+        resolved, gpu=gpu, memory=memory, gpus=gpus, nodes=nodes, network=network
+    )
     if as_json:
-        print_json(found.as_dict())
+        print_json(forecast.as_dict())
     else:
-        out.print(found)
-    raise typer.Exit(0 if found.fits else 1)
+        out.print(forecast)
+    raise typer.Exit(0 if forecast.fits else 1)

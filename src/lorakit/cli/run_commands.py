@@ -1,6 +1,6 @@
-"""What one does with a trained run: eval, chat, serve, export, report.
+"""Commands for a trained run: eval, chat, serve, export, report.
 
-Heavy imports live inside the commands, so that `lorakit --help` answers at once.
+Heavy imports are inside the commands, so that `lorakit --help` is fast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorakit.cli.app import Json, Offline, Output, RunArgument, app, log, out, p
 
 
 def _is_offline(run: Any) -> bool:
-    """A run that was made offline is used offline."""
+    """Return True if the run's recipe sets `offline`."""
     from lorakit.recipe.loader import load_recipe
 
     return load_recipe(run.recipe).recipe.offline
@@ -24,13 +24,13 @@ def _is_offline(run: Any) -> bool:
 def evaluate_run(
     run: RunArgument,
     data: Annotated[
-        str | None, typer.Option(help="Other held-out data than the run's own.")
+        str | None, typer.Option(help="Data to use instead of the run's held-out rows.")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show side by side.")] = 4,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss and perplexity of base and tuned, and their answers side by side."""
+    """Compare base and tuned: held-out loss, perplexity and answers."""
     from lorakit.storage.run_dir import find_run
 
     opened = find_run(run)
@@ -49,7 +49,7 @@ def evaluate_run(
 @app.command()
 def chat(
     run: RunArgument,
-    ask: Annotated[str | None, typer.Option(help="Answer one question and end.")] = None,
+    ask: Annotated[str | None, typer.Option(help="Answer one question and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
@@ -133,7 +133,7 @@ def export(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Write the tuned model in another form and compare what was written with the adapter."""
+    """Write the tuned model in another format and compare it with the adapter."""
     from lorakit.storage.run_dir import find_run
 
     opened = find_run(run)
@@ -162,11 +162,11 @@ def export(
 def report(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option(help="Another file than report.html in the run.")
+        Path | None, typer.Option(help="File to write instead of the run's report.html.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the run's page anew: curves, memory, data, answers, exports, how to reproduce it."""
+    """Write the run's HTML report: curves, memory, data, answers, exports, how to reproduce."""
     from lorakit.report.page import write_report
     from lorakit.storage.run_dir import find_run
 

@@ -1,6 +1,6 @@
-"""A recipe or flags enter; a trained run directory leaves: demo, train.
+"""Commands that train: demo, train.
 
-Heavy imports live inside the commands, so that `lorakit --help` answers at once.
+Heavy imports are inside the commands, so that `lorakit --help` is fast.
 """
 
 from __future__ import annotations
@@ -50,17 +50,19 @@ def train(
     method: Method = None,
     output: Annotated[str | None, typer.Option(help="Run directory.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and plan the run without training.")
+    ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Train though the plan says that memory is too small.")
+        bool, typer.Option("--force", help="Train even if the plan does not fit into memory.")
     ] = False,
     gpus: Gpus = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model: recipe and flags in, a run directory out."""
+    """Fine-tune a model with a recipe and flags, and write a run directory."""
     from lorakit.recipe.loader import load_recipe
 
     flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
@@ -82,7 +84,7 @@ def train(
 def run_training(
     resolved: Any, resume: bool, as_json: bool, next_steps: bool, force: bool = False
 ) -> None:
-    """Train, show the outcome, and end with the run's own exit code."""
+    """Train, print the outcome, and exit with the run's code."""
     quiet(resolved.recipe.offline)
     first = first_rank()
     from lorakit.pipeline import fit

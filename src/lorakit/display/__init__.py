@@ -1,1 +1,1 @@
-"""Rich renderables and charts of what lorakit found, for terminals, notebooks and HTML pages."""
+"""Rich renderables and charts for terminals, notebooks and HTML pages."""

@@ -1,8 +1,8 @@
-"""Line charts by matplotlib as SVG: text and axes in the color of the page around them.
+"""Line charts as SVG by matplotlib, with text and axes in the color of the surrounding page.
 
-380 units wide with letters of 12, so that a chart is readable on a phone and two fit side by side
-on a screen. matplotlib takes 0.5 s to import, so it is imported when the first chart is drawn; its
-`Figure` is used without pyplot, whose figures and backend belong to the user's own program.
+Charts are 380 units wide with a font size of 12, so that one is readable on a phone and two fit
+next to each other on a screen. matplotlib takes 0.5 s to import, so it is imported when the first
+chart is drawn; `Figure` is used without pyplot, whose state belongs to the user's program.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from lorakit.redact import visible
 
 WIDTH, HEIGHT = 380, 210
-# A curve of more points is drawn by the lowest and the highest of each stretch.
+# Longer curves are reduced to the lowest and the highest point of each segment.
 MAX_POINTS = 600
-# Readable on white and on black. INK stands for the page's own color: it becomes currentColor.
+# Readable on white and on black. INK is replaced by currentColor, the page's text color.
 INK, BLUE, ORANGE, RED = "#010203", "#2f7fd6", "#d9681c", "#e0453a"
 Point = tuple[float, float | None]
 Kind = Literal["curve", "noisy", "held", "bound"]
@@ -40,12 +40,12 @@ _RC = {
     "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
     "axes.spines.left": False, "text.parse_math": False,
 }  # fmt: skip
-_DRAWING = threading.Lock()  # rcParams belong to the process; a live curve draws in a thread
+_DRAWING = threading.Lock()  # rcParams are global, and a live curve draws in a thread
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points in order of x; y is None where the value was not finite."""
+    """Points in order of x; y is None for values that were not finite."""
 
     points: Sequence[Point]
     kind: Kind = "curve"
@@ -54,13 +54,13 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A drawn chart. `description` has its numbers for those who do not see it."""
+    """A drawn chart; `description` is its text alternative for screen readers."""
 
     svg: str
     description: str
 
     def __html__(self) -> str:
-        """The SVG for a jinja2 template, which inserts it as it is."""
+        """Return the SVG for a jinja2 template, which inserts it unescaped."""
         return self.svg
 
     def __repr__(self) -> str:
@@ -70,24 +70,24 @@ class Chart:
         return self.standalone()
 
     def standalone(self, title: str = "") -> str:
-        """The SVG for a place without a page: with white ground, text color, size and title."""
+        """Return the SVG for use without a page: with background, text color, size and title."""
         head = 24 if title else 0
         box = f'0 {-head} {WIDTH} {HEIGHT + head}"'
         svg = self.svg.replace(f'0 0 {WIDTH} {HEIGHT}"', f'{box} width="570" color="#1c1e21"', 1)
         ground = f'<rect y="{-head}" width="100%" height="100%" fill="#fff"/>'
-        words = html.escape(visible(title))
+        label = html.escape(visible(title))
         name = (
-            f'<text x="8" y="-6" font-size="13" font-weight="600">{words}</text>' if title else ""
+            f'<text x="8" y="-6" font-size="13" font-weight="600">{label}</text>' if title else ""
         )
         top, body = svg.split(">", 1)
         return f"{top}>{ground}{name}{body}"
 
 
 def line_chart(name: str, series: Sequence[Series], zero: bool = False) -> Chart | None:
-    """Draw `series` over the step; None where no value is finite.
+    """Draw `series` over the step; return None if no value is finite.
 
     Args:
-        zero: whether y starts at 0; otherwise a spike makes the axis logarithmic.
+        zero: start y at 0; otherwise a spike makes the axis logarithmic.
     """
     values = [y for s in series if s.kind != "bound" for _, y in s.points if y is not None]
     if not values:
@@ -100,7 +100,7 @@ def line_chart(name: str, series: Sequence[Series], zero: bool = False) -> Chart
 
 
 def trend(points: Sequence[Point]) -> list[Series]:
-    """One line, or a pale one with its running mean where it would be a solid band."""
+    """Series of one line; for 200 points and more a pale line and its running mean."""
     if len(points) < 200:
         return [Series(points, label="each step")]
     mean = Series(running_mean(points), label="running mean")
@@ -108,15 +108,15 @@ def trend(points: Sequence[Point]) -> list[Series]:
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:
-    """The mean of each point and its neighbors on both sides, about a thirtieth of all."""
+    """Mean of each point and its neighbors on both sides, about a thirtieth of all points."""
     x, y = _arrays(points)
-    place, half = np.arange(len(y)), len(y) // 60
+    index, half = np.arange(len(y)), len(y) // 60
     finite = np.isfinite(y)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    # As many on each side; towards the ends fewer, but more than one noisy point.
-    near = np.maximum(np.minimum(half, np.minimum(place, place[::-1])), half // 4)
-    first, last = np.maximum(0, place - near), np.minimum(len(y), place + near + 1)
+    # Symmetric windows that shrink towards the ends, but not to single noisy points.
+    near = np.maximum(np.minimum(half, np.minimum(index, index[::-1])), half // 4)
+    first, last = np.maximum(0, index - near), np.minimum(len(y), index + near + 1)
     means = (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
     return [
         (a, float(b) if ok else None) for a, b, ok in zip(x.tolist(), means, finite, strict=True)
@@ -124,16 +124,16 @@ def running_mean(points: Sequence[Point]) -> list[Point]:
 
 
 def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """All points, or the lowest and the highest of each stretch where there are too many."""
+    """Reduce more than MAX_POINTS points to the lowest and the highest of each segment."""
     if len(x) <= MAX_POINTS:
         return x, y
     kept: set[int] = set()
-    size = math.ceil(2 * len(x) / MAX_POINTS)
-    for begin in range(0, len(x), size):
-        part = y[begin : begin + size]
-        missing = np.isnan(part).all()
-        ends = (0,) if missing else (int(np.nanargmin(part)), int(np.nanargmax(part)))
-        kept.update(begin + place for place in ends)
+    segment_size = math.ceil(2 * len(x) / MAX_POINTS)
+    for begin in range(0, len(x), segment_size):
+        segment = y[begin : begin + segment_size]
+        missing = np.isnan(segment).all()
+        extremes = (0,) if missing else (int(np.nanargmin(segment)), int(np.nanargmax(segment)))
+        kept.update(begin + offset for offset in extremes)
     index = np.array(sorted(kept))
     return x[index], y[index]
 
@@ -148,36 +148,36 @@ def _draw(series: Sequence[Series], zero: bool, description: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # The salt makes the file the same each time and its ids unique on a page of many charts.
+    # The salt makes the file reproducible, and its ids unique on a page with several charts.
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a matplotlibrc of the user would change the drawing
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update({**_RC, "svg.hashsalt": description})
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = figure.add_axes((0.135, 0.12, 0.81, 0.74))
-        for one in sorted(series, key=lambda one: list(_LOOKS).index(one.kind)):
-            _plot(axes, one)
+        for line in sorted(series, key=lambda line: list(_LOOKS).index(line.kind)):
+            _plot(axes, line)
         _scale(axes, series, zero)
         axes.legend(
             loc="lower left", bbox_to_anchor=(-0.16, 1.04), ncols=4, frameon=False,
             borderpad=0, borderaxespad=0, handlelength=1.4, columnspacing=1.4,
         )  # fmt: skip
-        target = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
-    return _cleaned(target.getvalue(), description)
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=no_metadata)
+    return _cleaned(buffer.getvalue(), description)
 
 
-def _plot(axes: Any, one: Series) -> None:
-    x, y = thinned(*_arrays(one.points))
+def _plot(axes: Any, line: Series) -> None:
+    x, y = thinned(*_arrays(line.points))
     finite = np.isfinite(np.concatenate([[math.nan], y, [math.nan]]))
-    # A value between two that are missing makes no line.
+    # A value between two missing ones has no line, so it gets a marker.
     alone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
     dots = {"marker": ".", "markevery": alone.tolist(), "markersize": 7} if len(alone) else {}
-    look = {**dots, **_LOOKS[one.kind]}
-    if one.kind == "held":
+    look = {**dots, **_LOOKS[line.kind]}
+    if line.kind == "held":
         look["markevery"] = None
-    label = one.label or "_"
-    axes.plot(x, y, clip_on=False, label=label, gid=one.kind, solid_capstyle="round", **look)
+    label = line.label or "_"
+    axes.plot(x, y, clip_on=False, label=label, gid=line.kind, solid_capstyle="round", **look)
 
 
 def _scale(axes: Any, series: Sequence[Series], zero: bool) -> None:
@@ -186,7 +186,7 @@ def _scale(axes: Any, series: Sequence[Series], zero: bool) -> None:
     xs = np.array([x for s in series for x, _ in s.points])
     ys = [y for s in series for _, y in s.points if y is not None]
     low, high = min(ys), max(ys)
-    # One spike would press all else flat.
+    # One spike would flatten the rest of the curve.
     if not zero and low > 0 and high > 30 * sorted(ys)[len(ys) // 2]:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
@@ -215,14 +215,14 @@ def _scale(axes: Any, series: Sequence[Series], zero: bool) -> None:
 
 
 def _cleaned(svg: str, description: str) -> str:
-    """The `<svg>` element alone, shorter, in the page's color and font.
+    """Reduce matplotlib's output to a short `<svg>` element in the page's color and font.
 
-    Styles become attributes: websites that show notebooks strip `style`.
+    Styles become attributes, since websites that show notebooks remove `style`.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
-    svg = re.sub(r'style="([^"]*)"', lambda found: _attributes(found[1]), svg)
+    svg = re.sub(r'style="([^"]*)"', lambda match: _attributes(match[1]), svg)
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r">\s+<", "><", svg.replace(INK, "currentColor").replace("<g id=", "<g class="))
     return svg.strip().replace(

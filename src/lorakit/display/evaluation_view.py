@@ -1,4 +1,4 @@
-"""Base against tuned: scores, and answers side by side."""
+"""Tables of base and tuned: scores, and answers in adjacent columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakit.types import EvalResult
 
 
 def evaluation_view(result: EvalResult) -> Group:
-    """The scores, then one table of answers for each question."""
+    """Render the scores, then one table of answers for each question."""
     scores = Table()
     for column in ("", "loss", "perplexity"):
         scores.add_column(column, justify="right" if column else "left")
@@ -24,8 +24,8 @@ def evaluation_view(result: EvalResult) -> Group:
     for sample in result.samples:
         # As Text: an answer such as "[/INST]" is not markup.
         prompt, *answers = (
-            Text(visible(part))
-            for part in (sample.prompt, sample.base, sample.tuned, sample.reference)
+            Text(visible(text))
+            for text in (sample.prompt, sample.base, sample.tuned, sample.reference)
         )
         table = Table(title=prompt, title_justify="left", expand=True)
         for column in ("base", "tuned", "reference"):

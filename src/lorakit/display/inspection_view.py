@@ -1,8 +1,8 @@
-"""Prepared data for a person: the report, the inspection, examples token by token.
+"""Render prepared data: the report, the inspection, and examples token by token.
 
-Trained tokens are between ⟦ and ⟧. Color only repeats the brackets, so that nothing is lost in a
-pipe, under NO_COLOR, for a color-blind reader, or where a website strips the style of a notebook.
-Everything that comes from data is a `Text`: a plain string would be parsed as rich markup.
+Trained tokens are between ⟦ and ⟧. Color only repeats the brackets, so that no information is lost
+in a pipe, under NO_COLOR, for a color-blind reader, or on a website that removes a notebook's
+styles. All text from data is a `Text`: a plain string would be parsed as rich markup.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lorakit.redact import visible
 from lorakit.types import DataReport, Example
 
 TRAINED, MASKED, SPECIAL = "bold green underline", "dim", "magenta"
-# Characters of one run of tokens on a screen before its middle is left out.
+# Characters of one run of tokens on a screen before its middle is omitted.
 SHOWN_CHARS = 600
-# Unused columns of a source listed on a screen; data_report.json has all.
+# Unused columns of a source listed on a screen; data_report.json lists all.
 SHOWN_COLUMNS = 12
 
 
 def render_example(tokenizer: Any, example: Example) -> Text:
-    """The decoded tokens of `example`: special tokens spelled out, trained runs in ⟦ ⟧."""
+    """Render the decoded tokens of `example`, with special tokens and trained runs in ⟦ ⟧."""
     return token_text(list(token_texts(tokenizer, example)))
 
 
 def token_text(parts: Sequence[Piece], limit: int | None = None) -> Text:
-    """Styled text of `parts`; runs longer than `limit` characters lose their middle."""
+    """Style the text of `parts`; the middle of runs longer than `limit` characters is omitted."""
     text = Text()
     for trained, run in runs(parts):
         text.append("⟦" if trained else "")
@@ -55,22 +55,22 @@ def _style(piece: Piece) -> str:
 
 
 def _shortened(run: list[Piece], limit: int | None) -> tuple[list[Piece], int, list[Piece]]:
-    """The run's beginning, how many tokens are left out, and its end."""
+    """Split a run into (beginning, number of omitted tokens, end)."""
     if limit is None or sum(len(piece.text) for piece in run) <= limit:
         return run, 0, []
-    head, room = 0, limit // 2
-    while room > 0:
-        room -= len(run[head].text)
+    head, budget = 0, limit // 2
+    while budget > 0:
+        budget -= len(run[head].text)
         head += 1
-    tail, room = len(run), limit // 2
-    while room > 0 and tail > head:
+    tail, budget = len(run), limit // 2
+    while budget > 0 and tail > head:
         tail -= 1
-        room -= len(run[tail].text)
+        budget -= len(run[tail].text)
     return run[:head], sum(len(piece.ids) for piece in run[head:tail]), run[tail:]
 
 
 def report_view(report: DataReport) -> Text:
-    """The sources and what of them is trained, then one line for each fault."""
+    """Render the sources, the trained share, and one line for each fault."""
     notes = [
         f"note     {fault.count} x {fault.kind}: {fault.action} ({', '.join(fault.first_rows)})"
         for fault in report.faults
@@ -90,7 +90,7 @@ def _source_lines(report: DataReport) -> list[str]:
 
 
 def source_line(source: dict[str, Any]) -> str:
-    """The rows of one source, its format, the reason for it, and other facts of the report."""
+    """Describe one source: rows, format with its reason, and other facts of the report."""
     known = ("source", "rows", "format", "reason", "left_out", "columns_not_used")
     rows = f"{source['rows']:,} row{'s' * (source['rows'] != 1)}"
     line = f"{source['source']}: {rows}, format {source['format']}"
@@ -110,7 +110,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def inspection_view(inspection: Inspection, limit: int | None = SHOWN_CHARS) -> Group:
-    """Sources, faults, lengths and examples, and at the end whether a run would go through.
+    """Render sources, faults, lengths, examples and the verdict.
 
     Args:
         limit: as in `token_text`.
@@ -132,7 +132,7 @@ def inspection_view(inspection: Inspection, limit: int | None = SHOWN_CHARS) -> 
 
 
 def example_view(shown: Shown, limit: int | None = None) -> Group:
-    """One example: which row it is, how much of it is trained, and its tokens."""
+    """Render one example: its origin, trained share and tokens."""
     example = shown.example
     why = f", {shown.why}" if shown.why else ""
     size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
@@ -166,7 +166,7 @@ def _lines(*lines: str) -> Text:
 
 
 def length_lines(lengths: Lengths) -> list[str]:
-    """What the lengths mean for a run, in sentences."""
+    """Describe the lengths and the micro-batches of a step."""
     rows = lengths.batch
     shares = f" ({lengths.padding:.0%} padding)" if rows > 1 else ""
     unpacked = f"{_batches(-(-lengths.step // rows))} of {rows} example{'s' * (rows > 1)}{shares}"
@@ -188,7 +188,7 @@ def _batches(count: float) -> str:
 
 
 def verdict(inspection: Inspection) -> str:
-    """Whether a run on this data would go through, in a sentence."""
+    """Describe in one sentence if a run on this data would succeed."""
     report = inspection.report
     left_out = sum(f.count for f in report.faults if f.action == "left out")
     if inspection.stopping:

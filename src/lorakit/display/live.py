@@ -1,9 +1,9 @@
-"""The loss curve of a run in a notebook cell, drawn again while the run trains.
+"""Live loss curve of a run in a notebook cell.
 
     with live_curve(folder):
         run = lorakit.finetune(recipe, output_dir=folder)
 
-Outside of a notebook nothing is drawn: the terminal has its progress line.
+Outside a notebook it draws nothing; the terminal has a progress line.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def live_curve(folder: str | Path, seconds: float = 2.0) -> Iterator[None]:
 
 
 def losses_of(folder: str | Path) -> list[Point]:
-    """(step, loss) of each step so far; None for a loss that was not finite."""
+    """Read (step, loss) of each step so far; None for a loss that was not finite."""
     return [(row["step"], row.get("loss")) for row in read_metrics(RunDir(Path(folder)))]
 
 
 def loss_chart(points: list[Point]) -> Chart | None:
-    """The loss of each step, from zero up; None without a finite loss."""
+    """Draw the loss of each step with y from 0; None without a finite loss."""
     return line_chart("Loss", [Series(points)], zero=True)
 
 
 def _cell_output() -> Any:
-    """The handle of an output of this cell; None outside of a notebook."""
+    """Handle of an output of this cell; None outside a notebook."""
     if "IPython" not in sys.modules:
         return None
     from IPython import get_ipython

@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def plan_view(found: Forecast) -> Group:
-    """The verdict first, then its parts, then the ways out."""
+    """Render the verdict, the memory parts, the speed, and changes that would help."""
     views: list[RenderableType] = [_headline(found), _training(found), _around(found)]
     if found.scale:
         views.append(_scale(found.scale))
@@ -31,12 +31,14 @@ def plan_view(found: Forecast) -> Group:
     elif found.changes:
         least = found.changes[0].total_bytes / GIB
         views.append(
-            Text(f" No setting makes it fit here: the least it can take is {least:.1f} GiB.")
+            Text(
+                f" No setting makes it fit here: the smallest possible plan takes {least:.1f} GiB."
+            )
         )
     if found.fewest_gpus:
-        views.append(Text(f" As it stands it fits on more of them: --gpus {found.fewest_gpus}."))
+        views.append(Text(f" Unchanged, it fits on more GPUs: --gpus {found.fewest_gpus}."))
     if found.smallest_card:
-        views.append(Text(f" As it stands it fits on: {found.smallest_card} (--gpu)."))
+        views.append(Text(f" Unchanged, it fits on: {found.smallest_card} (--gpu)."))
     return Group(*views)
 
 
@@ -107,7 +109,7 @@ def _largest(parts: Parts) -> str:
 
 
 def _scale(found: Scale) -> Table:
-    """Who holds and does what, what travels, and what all that leaves of N times the speed."""
+    """Render the split of base and examples over ranks, the traffic, and the efficiency."""
     nodes = f" on {found.nodes} nodes" if found.nodes > 1 else ""
     title = f"shared by {found.ranks}{nodes}"
     table = _table(title, show_header=False)
@@ -145,7 +147,7 @@ def _seconds(seconds: float) -> str:
 
 
 def speed_text(found: Forecast) -> Text:
-    """How fast it will be, and how that is known."""
+    """Describe the expected speed and its basis."""
     if found.speed is None:
         return Text(f"speed: no estimate, {found.no_speed}", style="dim")
     rate = found.speed.tokens_per_second
@@ -179,7 +181,7 @@ def _changes(changes: tuple[Suggestion, ...], title: str) -> Table:
 
 
 def as_gib(size: int) -> str:
-    """Gibibytes with two digits, or three where two would be nothing."""
+    """Format bytes in GiB with two digits, or three for small sizes."""
     if size < GIB / 200:
         return f"{size / GIB:.3f}" if size else "0"
     return f"{size / GIB:.2f}"

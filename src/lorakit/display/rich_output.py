@@ -1,4 +1,4 @@
-"""One rich renderable as plain text, as HTML, and as the display of a notebook cell."""
+"""Convert a rich renderable to plain text, HTML, or the display of a notebook cell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 WIDTH = 100
-# Readable on white and on black: HTML keeps the page's own ground and text color.
+# Readable on white and on black: HTML keeps the page's background and text color.
 _GRAY = (115, 124, 138)
 _COLORS = [_GRAY, (200, 60, 50), (15, 135, 75), (165, 110, 0), (47, 127, 214), (150, 90, 190),
            (20, 135, 150), _GRAY]  # fmt: skip
@@ -22,7 +22,7 @@ _CELL = (
 
 
 class Displayed:
-    """A record with one view: a subclass defines `__rich__`, and prints and shows itself by it."""
+    """Base of records that print and display themselves with the `__rich__` of a subclass."""
 
     __slots__ = ()
 
@@ -37,20 +37,20 @@ class Displayed:
 
 
 def bar_text(size: float, largest: float, width: int = 24) -> Text:
-    """A bar of letters, `width` long for `largest`; never empty for a size above 0."""
+    """Draw a bar of `width` characters for `largest`; never empty for a size above 0."""
     letters = round(width * size / max(largest, 1))
     return Text("█" * letters or "▏" * (size > 0), style="cyan")
 
 
 def as_text(view: Any, width: int = WIDTH) -> str:
-    """Plain text without color."""
+    """Render as plain text without color."""
     console = _console(width)
     console.print(view)
     return console.export_text().rstrip("\n")
 
 
 def as_html(view: Any, width: int = WIDTH, code_format: str = "{code}") -> str:
-    """Escaped text with styled spans, to be put into a `<pre>`."""
+    """Render as escaped text with styled spans, for use in a `<pre>`."""
     console = _console(width)
     console.print(view)
     return console.export_html(theme=_THEME, code_format=code_format, inline_styles=True)

@@ -1,4 +1,4 @@
-"""This machine enters; what is wrong with it for a run leaves, each with the line that mends it.
+"""Diagnose this machine: problems for a run, each with the command that fixes it.
 
-Order: probe (in a process of its own) -> facts -> checks, worded by the table in troubles -> show.
+Order: import_probe (in a subprocess) -> system_info -> checks, with texts of known_issues -> show.
 """

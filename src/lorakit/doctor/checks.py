@@ -1,6 +1,6 @@
-"""Facts enter; one Finding per check leaves: fine, worth knowing, or broken, with what mends it.
+"""Check the facts about this machine, with a Finding and a fix for each problem.
 
-A check is one function and one row of CHECKS; its words stand in `doctor/known_issues.py`.
+A check is one function and one row of CHECKS; its texts are in `doctor/known_issues.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ State = Literal["ok", "note", "broken", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`trouble` names the row of TROUBLES that `command` comes from."""
+    """Result of one check; `trouble` is the key in TROUBLES that `command` comes from."""
 
     check: str
     state: State
@@ -37,18 +37,18 @@ class Finding:
 
 
 def examine(facts: SystemInfo) -> list[Finding]:
-    """All checks, in order."""
+    """Run all checks in order."""
     return [finding for check in CHECKS for finding in check(facts)]
 
 
-def _bad(check: str, trouble: str, state: State = "broken", **words: Any) -> Finding:
+def _bad(check: str, trouble: str, state: State = "broken", **values: Any) -> Finding:
     row = TROUBLES[trouble]
-    cause, command = (text.format_map(words) for text in (row.cause, row.command))
+    cause, command = (text.format_map(values) for text in (row.cause, row.command))
     return Finding(check, state, cause, command, trouble)
 
 
 def python(facts: SystemInfo) -> Iterator[Finding]:
-    """Python is new enough."""
+    """Check that Python is new enough."""
     version = ".".join(map(str, facts.python))
     if facts.python < OLDEST_PYTHON:
         yield _bad("python", "python", found=version)
@@ -57,69 +57,69 @@ def python(facts: SystemInfo) -> Iterator[Finding]:
 
 
 def driver(facts: SystemInfo) -> Iterator[Finding]:
-    """The driver answers."""
+    """Check that nvidia-smi works."""
     smi = facts.driver
     if smi is None:
         yield Finding("driver", "skipped", "no nvidia-smi: runs go on the CPU")
     elif smi.error:
         yield _bad("driver", "driver", found=smi.error)
     else:
-        cards = ", ".join(f"{name} {total / 1024:.0f} GiB" for name, total, _ in smi.cards)
-        yield Finding("driver", "ok", f"{smi.version}, CUDA {smi.cuda}: {cards}")
+        gpus = ", ".join(f"{name} {total / 1024:.0f} GiB" for name, total, _ in smi.cards)
+        yield Finding("driver", "ok", f"{smi.version}, CUDA {smi.cuda}: {gpus}")
 
 
 def torch(facts: SystemInfo) -> Iterator[Finding]:
-    """Torch imports, is built for the card there is, and sees it."""
-    found, smi = facts.torch, facts.driver
-    if "error" in found:
-        yield _bad("torch", "torch", found=found["error"])
+    """Check that torch imports, is built for the installed GPU, and finds it."""
+    probed, smi = facts.torch, facts.driver
+    if "error" in probed:
+        yield _bad("torch", "torch", found=probed["error"])
         return
-    card = smi.cards[0][0] if smi and smi.cards else None
-    if card and not found["cuda"]:
+    gpu = smi.cards[0][0] if smi and smi.cards else None
+    if gpu and not probed["cuda"]:
         cuda = smi.cuda if smi else ""
-        yield _bad("torch", "cpu_torch", found=found["version"], card=card, cuda=cuda)
-    elif card and smi and _numbers(found["cuda"])[:1] > _numbers(smi.cuda)[:1]:
-        yield _bad("torch", "old_driver", found=found["cuda"], cuda=smi.cuda)
-    elif card and not found["available"] and facts.visible in ("", "-1"):
+        yield _bad("torch", "cpu_torch", found=probed["version"], card=gpu, cuda=cuda)
+    elif gpu and smi and _numbers(probed["cuda"])[:1] > _numbers(smi.cuda)[:1]:
+        yield _bad("torch", "old_driver", found=probed["cuda"], cuda=smi.cuda)
+    elif gpu and not probed["available"] and facts.visible in ("", "-1"):
         yield _bad("torch", "hidden_gpu", found=repr(facts.visible))
-    elif card and not found["available"]:
-        yield _bad("torch", "no_cuda", found=f"torch {found['version']}")
+    elif gpu and not probed["available"]:
+        yield _bad("torch", "no_cuda", found=f"torch {probed['version']}")
     else:
-        built = f"CUDA {found['cuda']}" if found["cuda"] else "CPU"
-        yield Finding("torch", "ok", f"{found['version']}, built for {built}")
+        built = f"CUDA {probed['cuda']}" if probed["cuda"] else "CPU"
+        yield Finding("torch", "ok", f"{probed['version']}, built for {built}")
 
 
 def capability(facts: SystemInfo) -> Iterator[Finding]:
-    """Torch has kernels for this card, and the card has bfloat16."""
-    found = facts.torch
-    if not found.get("available"):
+    """Check that torch has kernels for this GPU, and that the GPU has bfloat16."""
+    probed = facts.torch
+    if not probed.get("available"):
         return
-    major, minor = found["capability"]
-    built = found["architectures"]
-    words = {"card": found["card"], "found": f"{major}.{minor}", "sm": f"{major}{minor}"}
-    # A kernel runs on its own major number from its minor on; "compute_" is compiled at the start.
+    major, minor = probed["capability"]
+    built = probed["architectures"]
+    values = {"card": probed["card"], "found": f"{major}.{minor}", "sm": f"{major}{minor}"}
+    # A kernel runs on its major version from its minor version on; "compute_" is compiled at start.
     same = [a for a in built if a.startswith("sm_") and _version(a)[0] == major]
     newer = [a for a in built if a.startswith("compute_") and _version(a) <= (major, minor)]
     if not newer and not any(_version(a) <= (major, minor) for a in same):
-        yield _bad("capability", "capability", built=" ".join(built), **words)
+        yield _bad("capability", "capability", built=" ".join(built), **values)
     elif major < 8:
-        yield _bad("bfloat16", "no_bf16", "note", **words)
+        yield _bad("bfloat16", "no_bf16", "note", **values)
     else:
-        yield Finding("bfloat16", "ok", f"{found['card']}: bfloat16 and flash attention")
+        yield Finding("bfloat16", "ok", f"{probed['card']}: bfloat16 and flash attention")
 
 
 def bitsandbytes(facts: SystemInfo) -> Iterator[Finding]:
-    """4-bit works, on the card too."""
-    found = facts.bitsandbytes
-    if "error" in found:
-        yield _bad("bitsandbytes", "bitsandbytes", found=found["error"])
+    """Check that 4-bit quantization works, also on the GPU."""
+    probed = facts.bitsandbytes
+    if "error" in probed:
+        yield _bad("bitsandbytes", "bitsandbytes", found=probed["error"])
     else:
-        places = " and ".join(found["works_on"])
-        yield Finding("bitsandbytes", "ok", f"{found['version']}, quantizes on {places}")
+        devices = " and ".join(probed["works_on"])
+        yield Finding("bitsandbytes", "ok", f"{probed['version']}, quantizes on {devices}")
 
 
 def triton(facts: SystemInfo) -> Iterator[Finding]:
-    """The fast layers' compiler is there, where a card could use it."""
+    """Check that triton, which compiles the fused layers' kernels, imports if there is a GPU."""
     if not facts.torch.get("available"):
         return
     if "error" in facts.triton:
@@ -128,21 +128,21 @@ def triton(facts: SystemInfo) -> Iterator[Finding]:
         yield Finding("triton", "ok", facts.triton["version"])
 
 
-def card_memory(facts: SystemInfo) -> Iterator[Finding]:
-    """Nobody else holds the card's memory."""
-    for number, (name, total, used) in enumerate(facts.driver.cards if facts.driver else ()):
+def gpu_memory(facts: SystemInfo) -> Iterator[Finding]:
+    """Check that other processes do not use the GPU's memory."""
+    for index, (name, total, used) in enumerate(facts.driver.cards if facts.driver else ()):
         if used > 0.1 * total:
             text = (
-                f"others hold {used / 1024:.1f} of {total / 1024:.1f} GiB of card {number} ({name})"
+                f"others hold {used / 1024:.1f} of {total / 1024:.1f} GiB of GPU {index} ({name})"
             )
-            yield _bad("card memory", "card_in_use", "note", found=text)
+            yield _bad("GPU memory", "card_in_use", "note", found=text)
         else:
             free = (total - used) / 1024
-            yield Finding("card memory", "ok", f"{free:.1f} GiB free on card {number}")
+            yield Finding("GPU memory", "ok", f"{free:.1f} GiB free on GPU {index}")
 
 
 def ram(facts: SystemInfo) -> Iterator[Finding]:
-    """There is RAM to load a model with."""
+    """Check that there is enough RAM to load a model."""
     text = f"{facts.free_ram_bytes / GIB:.1f} GiB free of {facts.ram_bytes / GIB:.1f}"
     if facts.free_ram_bytes < LITTLE_RAM:
         yield _bad("RAM", "ram", "note", found=f"{text}: little for a 7B model")
@@ -151,22 +151,22 @@ def ram(facts: SystemInfo) -> Iterator[Finding]:
 
 
 def disk(facts: SystemInfo) -> Iterator[Finding]:
-    """There is room for a run, and for the model that was asked for."""
-    for place, free in facts.free_disk.items():
-        needed = _download(facts.model) if place == "model cache" else 0
+    """Check that the disk has space for a run, and for the model of `--model`."""
+    for folder, free in facts.free_disk.items():
+        needed = _download(facts.model) if folder == "model cache" else 0
         text = f"{free / GIB:.1f} GiB free"
         if needed > free and facts.hub not in ("local", "offline"):
             text += f", {facts.model} takes {needed / GIB:.1f}"
-            yield _bad(f"disk, {place}", "disk", found=f"{place}: {text}")
+            yield _bad(f"disk, {folder}", "disk", found=f"{folder}: {text}")
         elif free < LITTLE_DISK:
             state: State = "broken" if free < GIB else "note"
-            yield _bad(f"disk, {place}", "disk", state, found=f"{place}: {text}")
+            yield _bad(f"disk, {folder}", "disk", state, found=f"{folder}: {text}")
         else:
-            yield Finding(f"disk, {place}", "ok", text)
+            yield Finding(f"disk, {folder}", "ok", text)
 
 
 def folders(facts: SystemInfo) -> Iterator[Finding]:
-    """Cache and home can be written."""
+    """Check that cache and home folder can be written."""
     if facts.cache_writable:
         yield Finding("model cache", "ok", "can be written")
     else:
@@ -176,35 +176,43 @@ def folders(facts: SystemInfo) -> Iterator[Finding]:
 
 
 def packages(facts: SystemInfo) -> Iterator[Finding]:
-    """No version with a known hole, none outside of what was tried."""
-    have = facts.packages
-    known = [f for f in FLOORS if f.package in have]
-    old = {f.package: f for f in known if _numbers(have[f.package]) < _numbers(f.version)}
-    for name, floor in old.items():
-        text = f"{name} {have[name]} is too old, {floor.version} is the oldest safe one: "
+    """Check package versions against known vulnerabilities and the tested ranges."""
+    versions = facts.packages
+    installed = [f for f in FLOORS if f.package in versions]
+    outdated = {
+        f.package: f for f in installed if _numbers(versions[f.package]) < _numbers(f.version)
+    }
+    for name, floor in outdated.items():
+        text = f"{name} {versions[name]} is too old, {floor.version} is the oldest safe one: "
         text += floor.reason
         yield _bad("versions", "too_old", found=text, packages=f"'{name}>={floor.version}'")
-    odd = [line for line in _out_of_range(facts) if line[0] not in old]
-    for name, text, wanted in odd:
-        yield _bad("versions", "out_of_range", found=text, packages=f"'{name}{wanted}'")
-    vision = have.get("torchvision")
-    if vision and "torch" in have and _pair(vision) != _pair(have["torch"]):
-        text = f"torchvision {vision} was built for another torch than {have['torch']}"
+    out_of_range = [line for line in _out_of_range(facts) if line[0] not in outdated]
+    for name, text, specifier in out_of_range:
+        yield _bad("versions", "out_of_range", found=text, packages=f"'{name}{specifier}'")
+    vision = versions.get("torchvision")
+    if vision and "torch" in versions and _pair(vision) != _pair(versions["torch"]):
+        text = f"torchvision {vision} was built for another torch than {versions['torch']}"
         yield _bad("versions", "torchvision", found=text)
-    elif not old and not odd:
-        named = ("transformers", "peft", "trl", "datasets")
-        yield Finding("versions", "ok", ", ".join(f"{n} {have[n]}" for n in named if n in have))
+    elif not outdated and not out_of_range:
+        shown = ("transformers", "peft", "trl", "datasets")
+        yield Finding(
+            "versions", "ok", ", ".join(f"{n} {versions[n]}" for n in shown if n in versions)
+        )
 
 
 def hub(facts: SystemInfo) -> Iterator[Finding]:
-    """The hub gives the model to this account; only asked with --model."""
+    """Check that this account can fetch the model; only with `--model`."""
     if facts.model is None:
         return
-    told = {"ok": "can be fetched", "local": "is a folder here", "offline": "offline: not asked"}
+    outcomes = {
+        "ok": "can be fetched",
+        "local": "is a folder here",
+        "offline": "offline: not asked",
+    }
     by_answer = {"no token": "login", "gated": "gated", "missing": "no_model"}
-    if facts.hub in told:
+    if facts.hub in outcomes:
         state: State = "skipped" if facts.hub == "offline" else "ok"
-        yield Finding("hub", state, f"{facts.model}: {told[facts.hub]}")
+        yield Finding("hub", state, f"{facts.model}: {outcomes[facts.hub]}")
     elif facts.hub in by_answer:
         yield _bad("hub", by_answer[facts.hub], found=facts.model)
     else:
@@ -212,7 +220,7 @@ def hub(facts: SystemInfo) -> Iterator[Finding]:
 
 
 def colab(facts: SystemInfo) -> Iterator[Finding]:
-    """On Colab: a GPU, and a place that outlives the session."""
+    """Check that Colab has a GPU and a mounted drive."""
     if not facts.colab:
         return
     if not facts.driver or not facts.driver.cards:
@@ -225,12 +233,12 @@ def colab(facts: SystemInfo) -> Iterator[Finding]:
 
 CHECKS: list[Callable[[SystemInfo], Iterator[Finding]]] = [
     *(python, driver, torch, capability, bitsandbytes, triton, packages),
-    *(card_memory, ram, disk, folders, hub, colab),
+    *(gpu_memory, ram, disk, folders, hub, colab),
 ]
 
 
 def _out_of_range(facts: SystemInfo) -> Iterator[tuple[str, str, str]]:
-    """(package, what is wrong, its range) for lorakit's own requirements."""
+    """Yield (package, fault, range) for requirements of lorakit that are not met."""
     try:
         from packaging.requirements import InvalidRequirement, Requirement
     except ImportError:
@@ -244,13 +252,13 @@ def _out_of_range(facts: SystemInfo) -> Iterator[tuple[str, str, str]]:
         if version and need.marker is None and not need.specifier.contains(version, True):
             yield (
                 need.name,
-                f"{need.name} {version}; tried are {need.specifier}",
+                f"{need.name} {version}, expected {need.specifier}",
                 str(need.specifier),
             )
 
 
 def _download(model: str | None) -> int:
-    """Bytes of a model whose size is known by name."""
+    """Estimate the bytes of a model whose name has its size, such as 7b; 0 for others."""
     if model is None:
         return 0
     billions = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", model.lower())
@@ -262,13 +270,13 @@ def _numbers(version: str | None) -> tuple[int, ...]:
 
 
 def _version(architecture: str) -> tuple[int, int]:
-    """`sm_90a` -> (9, 0), `compute_120` -> (12, 0)."""
+    """Parse `sm_90a` to (9, 0) and `compute_120` to (12, 0)."""
     digits = re.sub(r"\D", "", architecture)
     return int(digits[:-1] or 0), int(digits[-1:] or 0)
 
 
 def _pair(version: str) -> int:
-    """A number that torch 2.N and torchvision 0.(N+15) share."""
+    """Return N for both torch 2.N and torchvision 0.(N+15)."""
     numbers = _numbers(version)
     major, minor = (*numbers, 0, 0)[:2]
     return minor - 15 if major == 0 else minor

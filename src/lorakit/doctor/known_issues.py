@@ -1,7 +1,7 @@
-"""A trouble's name enters; its symptom, cause and cure leave: the one table of them.
+"""Table of known issues with their symptom, cause and fix.
 
-`lorakit doctor` finds those with a check in `data/tokenize/example_checks.py`; those with `see`
-are found by the command that it names. Braces are filled in by the check.
+`doctor/checks.py` detects all but those with `see`, which the named command shows. The check fills
+in the braces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KnownIssue:
-    """`command` is what to type; `see`, where no check finds it, what shows it."""
+    """One issue; `command` fixes it, and `see` names the command that shows it if no check does."""
 
     symptom: str
     cause: str
@@ -22,11 +22,11 @@ class KnownIssue:
 TROUBLES: dict[str, KnownIssue] = {
     "python": KnownIssue(
         "lorakit cannot be installed, or fails with a syntax error",
-        "Python {found} is too old: 3.11 is needed",
+        "Python {found} is too old, expected at least 3.11",
         "python3.12 -m venv .venv && .venv/bin/pip install lorakit",
     ),
     "driver": KnownIssue(
-        "no GPU is found though there is one",
+        "the GPU is not found",
         "nvidia-smi fails: {found}",
         "sudo apt-get install --reinstall nvidia-driver-580 && sudo reboot",
     ),
@@ -49,12 +49,12 @@ TROUBLES: dict[str, KnownIssue] = {
     ),
     "hidden_gpu": KnownIssue(
         "training runs on the CPU though there is a GPU",
-        "CUDA_VISIBLE_DEVICES={found} hides every card",
+        "CUDA_VISIBLE_DEVICES={found} hides every GPU",
         "unset CUDA_VISIBLE_DEVICES",
     ),
     "no_cuda": KnownIssue(
         "torch.cuda.is_available() is False",
-        "a CUDA build of torch and a driver are here, yet torch sees no card: {found}",
+        "a CUDA build of torch and a driver are installed, but torch finds no GPU: {found}",
         "nvidia-smi && sudo modprobe nvidia_uvm",
     ),
     "capability": KnownIssue(
@@ -69,13 +69,13 @@ TROUBLES: dict[str, KnownIssue] = {
         "pip install --force-reinstall 'bitsandbytes>=0.50.2'",
     ),
     "triton": KnownIssue(
-        "the fast layers are not used",
+        "the fused layers are not used",
         "triton cannot be imported: {found}",
         "pip install 'triton>=3.6,<3.10'",
     ),
     "no_bf16": KnownIssue(
         "float16 with loss scaling instead of bfloat16",
-        "{card} (compute capability {found}) has no bfloat16; nothing is broken",
+        "{card} (compute capability {found}) lacks bfloat16, which is not an error",
         "lorakit plan RECIPE --gpu t4",
     ),
     "card_in_use": KnownIssue(
@@ -84,7 +84,7 @@ TROUBLES: dict[str, KnownIssue] = {
         "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv",
     ),
     "ram": KnownIssue(
-        "the process is killed without a word while the model loads",
+        "the process is killed without a message while the model loads",
         "{found}",
         "lorakit plan RECIPE  (its line `RAM`)",
     ),
@@ -94,7 +94,7 @@ TROUBLES: dict[str, KnownIssue] = {
         "hf cache prune, or: export HF_HOME=/a/larger/disk",
     ),
     "cache": KnownIssue(
-        "the model is downloaded anew each time, or not at all",
+        "the model is downloaded each time, or not at all",
         "the model cache {found} cannot be written",
         "export HF_HOME=$PWD/.cache/huggingface",
     ),
@@ -104,12 +104,12 @@ TROUBLES: dict[str, KnownIssue] = {
         "export HOME=$PWD HF_HOME=$PWD/.cache/huggingface",
     ),
     "too_old": KnownIssue(
-        "a known hole or a known fault of an old package",
+        "an old package has a known vulnerability or bug",
         "{found}",
         "pip install --upgrade {packages}",
     ),
     "out_of_range": KnownIssue(
-        "errors about names that do not exist, or arguments that are not known",
+        "errors about missing names or unknown arguments",
         "{found}",
         "pip install --upgrade lorakit {packages}",
     ),
@@ -120,13 +120,13 @@ TROUBLES: dict[str, KnownIssue] = {
     ),
     "login": KnownIssue(
         "401, or: this repository is gated",
-        "no token of the hub is on this machine",
+        "this machine has no token of the hub",
         "hf auth login",
     ),
     "gated": KnownIssue(
         "403, or: this repository is gated",
         "this account has no access to {found} yet",
-        "ask for access on the page of {found}, then: lorakit doctor --model {found}",
+        "request access on the page of {found}, then: lorakit doctor --model {found}",
     ),
     "no_model": KnownIssue(
         "404: repository not found",
@@ -144,25 +144,25 @@ TROUBLES: dict[str, KnownIssue] = {
         "Runtime > Change runtime type > T4 GPU",
     ),
     "colab_drive": KnownIssue(
-        "the adapter is gone when the Colab session ends",
-        "no drive is mounted: what is written here goes with the session",
+        "the adapter is lost when the Colab session ends",
+        "no drive is mounted: files are deleted with the session",
         "from google.colab import drive; drive.mount('/content/drive')",
     ),
     "out_of_memory": KnownIssue(
         "CUDA out of memory in a run",
-        "the recipe needs more than the card has",
+        "the recipe needs more memory than the GPU has",
         "lorakit plan RECIPE, and take its first change",
         see="lorakit plan",
     ),
     "flat_loss": KnownIssue(
         "the loss does not fall",
-        "learning_rate too low, or the answers are not what is trained",
+        "learning_rate is too low, or the loss mask does not select the answers",
         "lorakit inspect RECIPE, then raise learning_rate",
         see="lorakit inspect",
     ),
     "poor_answers": KnownIssue(
         "answers are poor, ramble or do not end",
-        "the prompt's template is not that of training",
+        "the chat template differs from training",
         "use the tokenizer in RUN/adapter; lorakit chat RUN does",
         see="lorakit chat",
     ),

@@ -1,4 +1,4 @@
-"""Findings enter; a table and the lines to type leave."""
+"""Print the findings as a table, followed by the commands that fix them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lorakit.doctor.checks import Finding, State
 
-# Words, not colors alone, say what is wrong.
+# States are shown as words, not only as colors.
 MARKS: dict[State, tuple[str, str]] = {
     "ok": ("ok", "green"),
     "note": ("note", "yellow"),
@@ -20,7 +20,7 @@ MARKS: dict[State, tuple[str, str]] = {
 
 
 def show_findings(findings: Sequence[Finding], console: Console) -> None:
-    """What was looked at; then, for each trouble, its cause and what to type."""
+    """Print one line per check; then, for each problem, its cause and command."""
     table = Table(box=None, padding=(0, 1), show_header=False)
     for _ in range(2):
         table.add_column(no_wrap=True)
@@ -29,10 +29,10 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
         mark, style = MARKS[finding.state]
         table.add_row(Text(mark, style=style), finding.check, Text(finding.found))
     console.print(table)
-    troubles = [f for f in findings if f.command]
-    for finding in troubles:
+    problems = [f for f in findings if f.command]
+    for finding in problems:
         console.print(f"\n{finding.check}: {finding.found}", markup=False, soft_wrap=True)
         console.print(f"    {finding.command}", style="bold", markup=False, soft_wrap=True)
     broken = sum(f.state == "broken" for f in findings)
-    words = "nothing is broken" if not broken else f"{broken} broken"
-    console.print(f"\n{words}, {len(troubles) - broken} to know" if troubles else f"\n{words}")
+    summary = "nothing is broken" if not broken else f"{broken} broken"
+    console.print(f"\n{summary}, {len(problems) - broken} to know" if problems else f"\n{summary}")

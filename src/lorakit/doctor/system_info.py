@@ -1,4 +1,4 @@
-"""This machine enters; Facts leave: what the checks look at, read once, nothing judged."""
+"""Collect the facts about this machine that the checks need, without judging them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROBE_SECONDS = 180
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What nvidia-smi says. `cards`: (name, MiB in all, MiB in use)."""
+    """Output of nvidia-smi; `cards` has (name, total MiB, used MiB) of each GPU."""
 
     version: str = ""
     cuda: str = ""
@@ -38,7 +38,7 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class SystemInfo:
-    """Everything the checks look at; `driver` is None where there is no nvidia-smi."""
+    """Facts for the checks; `driver` is None if there is no nvidia-smi."""
 
     python: tuple[int, ...] = ()
     system: str = ""
@@ -63,7 +63,7 @@ class SystemInfo:
 
 
 def collect_system_info(model: str | None = None, offline: bool = False) -> SystemInfo:
-    """Read the machine; with `model`, also whether the hub gives it to this account."""
+    """Collect the facts; with `model`, also ask the hub for this account's access to it."""
     memory = psutil.virtual_memory()
     cache = cache_folder()
     probed = run_import_probe()
@@ -91,7 +91,7 @@ def collect_system_info(model: str | None = None, offline: bool = False) -> Syst
 
 
 def read_driver() -> Driver | None:
-    """The driver, by nvidia-smi."""
+    """Read driver and GPUs from nvidia-smi; None if it is not installed."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -103,51 +103,51 @@ def read_driver() -> Driver | None:
     cuda = head.partition("CUDA Version:")[2].split() or [""]
     cards, version = [], ""
     for row in rows.splitlines():
-        words = [word.strip() for word in row.split(",")]
-        if len(words) == 4 and words[2].isdigit():
-            version = words[0]
-            cards.append((words[1], int(words[2]), int(words[3]) if words[3].isdigit() else 0))
-    return Driver(version, cuda[0], tuple(cards), None if cards else "it lists no card")
+        fields = [field_text.strip() for field_text in row.split(",")]
+        if len(fields) == 4 and fields[2].isdigit():
+            version = fields[0]
+            cards.append((fields[1], int(fields[2]), int(fields[3]) if fields[3].isdigit() else 0))
+    return Driver(version, cuda[0], tuple(cards), None if cards else "it lists no GPU")
 
 
 def run_import_probe() -> dict[str, dict[str, Any]]:
-    """The lines of `run_import_probe.py`; what it could not say is told as an error."""
+    """Run `import_probe.py`; missing results become errors."""
     command = [sys.executable, "-m", "lorakit.doctor.import_probe"]
-    ended = "it did not answer"
+    error = "the probe printed no result"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
         text = done.stdout
         if done.returncode < 0:
-            ended = f"the import crashes (signal {-done.returncode})"
+            error = f"the import crashes (signal {-done.returncode})"
     except subprocess.TimeoutExpired as late:
         text = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        ended = f"the import hangs (no answer in {PROBE_SECONDS} s)"
-    found: dict[str, dict[str, Any]] = {}
+        error = f"the import hangs (no answer in {PROBE_SECONDS} s)"
+    facts: dict[str, dict[str, Any]] = {}
     for line in text.splitlines():
         if line.startswith("{"):
-            found |= json.loads(line)
-    return {n: found.get(n, {"error": ended}) for n in ("torch", "bitsandbytes", "triton")}
+            facts |= json.loads(line)
+    return {n: facts.get(n, {"error": error}) for n in ("torch", "bitsandbytes", "triton")}
 
 
 def installed_versions() -> dict[str, str]:
-    """Installed versions of what matters here."""
-    found = {}
+    """Read the installed versions of PACKAGES."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cache_folder() -> Path:
-    """Where the hub's client keeps models."""
+    """Folder in which huggingface_hub caches models."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
 def writable(folder: Path) -> bool:
-    """Whether a file can be made in `folder`, or in the nearest parent that exists."""
+    """Return True if a file can be created in `folder` or its nearest existing parent."""
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)):
             return True
@@ -156,7 +156,7 @@ def writable(folder: Path) -> bool:
 
 
 def ask_hub(model: str, offline: bool) -> str:
-    """`ok`, `local`, `offline`, `no token`, `gated`, `missing`, or why there is no answer."""
+    """Return `ok`, `local`, `offline`, `no token`, `gated`, `missing`, or an error text."""
     if Path(model).expanduser().is_dir():
         return "local"
     if offline or os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE"):
@@ -172,7 +172,7 @@ def ask_hub(model: str, offline: bool) -> str:
         return "gated" if get_token() else "no token"
     except RepositoryNotFoundError:
         return "missing"
-    except Exception as error:  # networks fail in many ways; each is told
+    except Exception as error:  # network errors have many types; all are reported
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
     return "ok"
@@ -206,7 +206,7 @@ def _has(module: str) -> bool:
 
 
 def _output(command: list[str]) -> tuple[str, str | None]:
-    """(stdout, error): nvidia-smi tells its own faults on stdout."""
+    """Run a command; return (stdout, error). nvidia-smi prints its errors to stdout."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:

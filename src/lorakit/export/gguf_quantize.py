@@ -1,9 +1,9 @@
-"""A 16- or 32-bit GGUF file enters; the same model in one of llama.cpp's K-quants leaves.
+"""Quantize a 16- or 32-bit GGUF file to one of llama.cpp's K-quants.
 
-The kernels are llama.cpp's own: `ggml_quantize_chunk` of the ggml library inside the published
-`xllamacpp` package, which offers no way of its own to quantize. Which tensor gets which type
-follows llama.cpp's rule for its file types: the output matrix, and in the M types value and down
-projections of the first, last and every third layer between, get more bits; vectors stay as is.
+The kernel is `ggml_quantize_chunk` of the ggml library in the `xllamacpp` package, whose Python API
+cannot quantize. The type of each tensor follows llama.cpp's rule for its file types: the output
+matrix, and in the M types value and down projections of the first, last and every third layer
+between, get more bits; vectors keep their type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INSTALL = "pip install 'lorakit[gguf]'"
 
 @dataclass(frozen=True, slots=True)
 class FileType:
-    """Types of one kind of file: most matrices, the sensitive ones, and llama.cpp's number."""
+    """Types of one file type: of most matrices, of sensitive ones, and llama.cpp's number."""
 
     plain: str
     more: str
@@ -40,7 +40,8 @@ FILE_TYPES = {
     "Q5_K_M": FileType("Q5_K", "Q6_K", 17),
     "Q6_K": FileType("Q6_K", "Q6_K", 18),
 }
-# Blocks of 256 need rows of a multiple of that; llama.cpp takes types with blocks of 32 instead.
+# Blocks of 256 need row lengths that are multiples of 256; otherwise llama.cpp uses types with
+# blocks of 32.
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 MATRICES = (
     *("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
@@ -50,26 +51,26 @@ CHUNK_BYTES = 2**25
 
 
 def tensor_type(name: str, width: int, kind: str, layers: int, tied: bool) -> str | None:
-    """The quantization of one tensor with rows of `width`; None where it is left alone."""
-    *prefix, part, leaf = name.split(".")
-    if leaf != "weight" or part not in (*MATRICES, "output", "token_embd"):
+    """Choose the quantization of a tensor with rows of `width`; None to keep its type."""
+    *prefix, module, leaf = name.split(".")
+    if leaf != "weight" or module not in (*MATRICES, "output", "token_embd"):
         return None
     file = FILE_TYPES[kind]
-    found = file.plain
-    if part == "output" or (part == "token_embd" and tied):
-        found = "Q6_K"
+    chosen = file.plain
+    if module == "output" or (module == "token_embd" and tied):
+        chosen = "Q6_K"
     elif prefix:
         layer = int(prefix[1])
         if kind in ("Q4_K_M", "Q5_K_M"):
-            sensitive = part.startswith(("attn_v", "ffn_down")) and _more_bits(layer, layers)
-            found = file.more if sensitive else file.plain
-            if part == "attn_qkv":
-                found = "Q5_K" if kind == "Q4_K_M" else "Q6_K"
+            sensitive = module.startswith(("attn_v", "ffn_down")) and _more_bits(layer, layers)
+            chosen = file.more if sensitive else file.plain
+            if module == "attn_qkv":
+                chosen = "Q5_K" if kind == "Q4_K_M" else "Q6_K"
         elif kind == "Q4_K_S" and (
-            (part == "attn_v" and layer < 4) or (part == "ffn_down" and layer < layers // 8)
+            (module == "attn_v" and layer < 4) or (module == "ffn_down" and layer < layers // 8)
         ):
-            found = file.more
-    return FALLBACK[found] if width % 256 else found
+            chosen = file.more
+    return FALLBACK[chosen] if width % 256 else chosen
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -78,10 +79,10 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def quantize_gguf(source: Path, target: Path, kind: str, threads: int | None = None) -> int:
-    """Write `target` as `kind`; returns how many matrices needed another type (odd row length).
+    """Write `target` as `kind`; return the number of matrices with a fallback type (odd rows).
 
     Raises:
-        DependencyError: no xllamacpp, or one without ggml's kernels.
+        DependencyError: xllamacpp is missing, or lacks ggml's kernels.
     """
     import gguf
 
@@ -108,10 +109,10 @@ def quantize_gguf(source: Path, target: Path, kind: str, threads: int | None = N
                 tensor.tensor_type,
             )
         else:
-            wanted = gguf.GGMLQuantizationType[name]
-            stored = gguf.quant_shape_to_byte_shape(shape, wanted)
+            dtype = gguf.GGMLQuantizationType[name]
+            stored = gguf.quant_shape_to_byte_shape(shape, dtype)
             size = int(np.prod(stored))
-            writer.add_tensor_info(tensor.name, stored, np.dtype(np.uint8), size, wanted)
+            writer.add_tensor_info(tensor.name, stored, np.dtype(np.uint8), size, dtype)
         plan.append((tensor, name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -125,48 +126,48 @@ def quantize_gguf(source: Path, target: Path, kind: str, threads: int | None = N
 
 
 def _quantize(kernel: Any, pool: ThreadPoolExecutor, tensor: Any, name: str) -> np.ndarray:
-    """The tensor's blocks as bytes [rows, row bytes], quantized in pieces of rows."""
+    """Quantize a tensor in chunks of rows; return its blocks as bytes [rows, row bytes]."""
     import gguf
 
-    wanted = gguf.GGMLQuantizationType[name]
+    dtype = gguf.GGMLQuantizationType[name]
     width = int(tensor.shape[0])
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-    block, size = gguf.GGML_QUANT_SIZES[wanted]
+    block, size = gguf.GGML_QUANT_SIZES[dtype]
     out = np.empty((len(rows), width // block * size), np.uint8)
-    step = max(1, CHUNK_BYTES // (4 * width))
+    chunk_rows = max(1, CHUNK_BYTES // (4 * width))
 
-    def work(start: int) -> None:
-        part = gguf.dequantize(rows[start : start + step], tensor.tensor_type)
-        part = np.ascontiguousarray(part, np.float32)
+    def quantize_chunk(start: int) -> None:
+        chunk = gguf.dequantize(rows[start : start + chunk_rows], tensor.tensor_type)
+        chunk = np.ascontiguousarray(chunk, np.float32)
         kernel(
-            int(wanted),
-            part.ctypes.data,
+            int(dtype),
+            chunk.ctypes.data,
             out[start:].ctypes.data,
             0,
-            len(part),
+            len(chunk),
             width,
             None,
         )
 
-    list(pool.map(work, range(0, len(rows), step)))
+    list(pool.map(quantize_chunk, range(0, len(rows), chunk_rows)))
     return out
 
 
 def _kernel() -> Callable[..., int]:
-    """size_t ggml_quantize_chunk(type, float* src, void* dst, start, rows, row length, imatrix)."""
+    """Load ggml_quantize_chunk(type, float* src, void* dst, start, rows, row length, imatrix)."""
     try:
         import xllamacpp.xllamacpp as library
 
-        found = ctypes.CDLL(library.__file__).ggml_quantize_chunk
+        function = ctypes.CDLL(library.__file__).ggml_quantize_chunk
     except (ImportError, AttributeError, OSError) as error:
         raise DependencyError(
             f"K-quants need llama.cpp as packaged in xllamacpp: {error}",
-            hint=f"{INSTALL}, or take --quant F16, BF16 or Q8_0, which need none",
+            hint=f"{INSTALL}, or take --quant F16, BF16 or Q8_0",
         ) from error
     long, pointer = ctypes.c_int64, ctypes.c_void_p
-    found.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
-    found.restype = ctypes.c_size_t
-    kernel: Callable[..., int] = found
+    function.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+    function.restype = ctypes.c_size_t
+    kernel: Callable[..., int] = function
     return kernel
 
 
@@ -180,7 +181,7 @@ def _copy_values(reader: Any, writer: Any, file_type: int) -> None:
     for field in reader.fields.values():
         if field.name == "general.architecture" or field.name.startswith("GGUF."):
             continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        value_type = field.types[0]
+        element_type = field.types[-1] if value_type == GGUFValueType.ARRAY else None
         value = file_type if field.name == "general.file_type" else field.contents()
-        writer.add_key_value(field.name, value, kind, sub_type=inner)
+        writer.add_key_value(field.name, value, value_type, sub_type=element_type)

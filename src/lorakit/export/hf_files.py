@@ -1,8 +1,8 @@
-"""A base's config and the run's tokenizer enter; files leave that old and new readers both read.
+"""Write config and tokenizer files that both old and new readers understand.
 
 transformers 5 moved fields that vLLM, llama.cpp, Ollama and transformers 4 still look for:
 `rope_theta` into `rope_parameters`, `torch_dtype` to `dtype`, the chat template out of
-tokenizer_config.json. A reader that finds none falls back silently (RoPE base 10000, no template).
+tokenizer_config.json. Readers that miss them fall back silently (RoPE base 10000, no template).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "
 
 
 def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None:
-    """config.json and generation_config.json of a merged model in `dtype`."""
+    """Write config.json and generation_config.json of a merged model in `dtype`."""
     values = _base_config(source)
     for key in ("quantization_config", *LOCAL_KEYS):
         values.pop(key, None)
     nested = values.get("text_config")
-    for part in (values, nested) if isinstance(nested, dict) else (values,):
-        part["dtype"] = part["torch_dtype"] = dtype
+    for section in (values, nested) if isinstance(nested, dict) else (values,):
+        section["dtype"] = section["torch_dtype"] = dtype
     if source.tied and not tied:
         values["tie_word_embeddings"] = False
         if isinstance(nested, dict):
@@ -37,14 +37,14 @@ def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None
     _write(folder / "config.json", values)
     generation = generation_config(source)
     generation.eos_token_id = _stops(source)
-    # Sampling defaults that clash with greedy decoding make save_pretrained refuse.
+    # save_pretrained refuses sampling defaults without do_sample.
     if generation.temperature not in (None, 1.0) or generation.top_p or generation.top_k:
         generation.do_sample = True
     generation.save_pretrained(folder)
 
 
 def write_tokenizer(source: TunedRun, folder: Path) -> None:
-    """The run's tokenizer with its template, its end of sequence being the real end of turn."""
+    """Write the run's tokenizer and template, with the end-of-turn token as end of sequence."""
     source.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -52,14 +52,14 @@ def write_tokenizer(source: TunedRun, folder: Path) -> None:
         values.pop(key, None)
     values["eos_token"] = source.end_of_turn()
     values["chat_template"] = source.tokenizer.chat_template
-    # The class that transformers 5 writes is unknown to 4; this one reads the same tokenizer.json.
+    # transformers 4 does not know the class that 5 writes; this one reads the same tokenizer.json.
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     _write(path, values)
 
 
 def set_thinking(source: TunedRun, folder: Path) -> None:
-    """Make the template of a folder for llama.cpp think, or not, as the run's does by default."""
+    """Set the template of a llama.cpp folder to the run's default thinking mode."""
     template = thinking_set(str(source.tokenizer.chat_template))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -68,13 +68,13 @@ def set_thinking(source: TunedRun, folder: Path) -> None:
 
 
 def _base_config(source: TunedRun) -> dict[str, Any]:
-    """As its author wrote it: `to_dict` would drop fields that this transformers does not know."""
+    """Read the base's original config.json; `to_dict` drops fields unknown to transformers."""
     path = (source.folder or Path(source.location)) / "config.json"
     if path.exists():
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return values
-    found: dict[str, Any] = source.config.to_dict()
-    return found
+    known_values: dict[str, Any] = source.config.to_dict()
+    return known_values
 
 
 def _spell_rope(values: dict[str, Any], config: Any) -> None:
@@ -89,10 +89,10 @@ def _spell_rope(values: dict[str, Any], config: Any) -> None:
         values.setdefault("rope_theta", full["rope_theta"])
     if "rope_theta" in local:
         values.setdefault("rope_local_base_freq", local["rope_theta"])
-    kind = full.get("rope_type", "default")
-    if kind != "default" and not values.get("rope_scaling"):
+    rope_type = full.get("rope_type", "default")
+    if rope_type != "default" and not values.get("rope_scaling"):
         scaling = {k: v for k, v in full.items() if k != "rope_theta"}
-        values["rope_scaling"] = {**scaling, "type": kind}
+        values["rope_scaling"] = {**scaling, "type": rope_type}
 
 
 def _stops(source: TunedRun) -> int | list[int]:

@@ -1,11 +1,11 @@
-"""A GGUF file, prompts and answers enter; what llama.cpp predicts along the answers leaves.
+"""Run llama.cpp on a GGUF file and get its predictions along given answers.
 
 The answers are given as token ids and scored one token at a time. Predictions along an answer that
-the server writes itself have gaps: it leaves out the places where a character is spread over
-several tokens (Chinese, emoji), 13 of 32 in a Chinese sentence of SmolLM2.
+the server generates have gaps: it omits positions where a character is split over several tokens
+(Chinese, emoji), 13 of 32 in a Chinese sentence of SmolLM2.
 
-llama.cpp runs in a process of its own (this file, run as a module): a file it does not like can end
-in an assertion or a segmentation fault, which must not take lorakit with it.
+llama.cpp runs in a subprocess (this file, run as a module): a bad file can end in an assertion or a
+segmentation fault, which must not end lorakit.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ import psutil
 from lorakit.errors import WorkError
 from lorakit.export.divergence import divergences
 
-# Predictions travel as JSON: all 49,152 tokens of SmolLM2 take 0.4 s a place, 2,048 take 0.02 s.
-# What is left out goes into one class "others", so that a divergence can only come out smaller;
-# on SmolLM2 it holds less than 1e-3 of the probability.
+# Predictions are sent as JSON: all 49,152 tokens of SmolLM2 take 0.4 s per position, 2,048 take
+# 0.02 s. All other tokens form one class, so that a divergence can only become smaller; on SmolLM2
+# they have less than 1e-3 of the probability.
 TOP = 2048
 SECONDS = 1800
 ROUNDING = 1e-5  # of a float32 sum of 250,000 probabilities
 
-
-TokenLogits = list[tuple[int, float]]  # (id, log-probability) of one place, most likely first
+TokenLogits = list[tuple[int, float]]  # (id, log-probability) at one position, likeliest first
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One file to load and what to ask of it: prompts and answers as ids, chats as messages."""
+    """One file to load, with prompts and answers as ids and chats as messages."""
 
     model: str
     prompts: list[list[int]]
@@ -54,23 +53,23 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What one file predicts along the answers, and how it tokenized the chats by its template."""
+    """Predictions of one file along the answers, and its tokens of the chats."""
 
     places: list[list[TokenLogits]]  # for each answer, for each of its tokens
-    stops: bool  # it ends an answer at the token of the task
+    stops: bool  # it ends an answer at the task's stop token
     chat_ids: list[list[int]]
 
 
 def installed() -> bool:
-    """True where the xllamacpp package is there."""
+    """Return True if the xllamacpp package is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 def ask_all(tasks: Sequence[Task]) -> list[Heard]:
-    """Load each file in turn and ask it.
+    """Run all tasks in one subprocess.
 
     Raises:
-        WorkError: llama.cpp refused a file, or broke on it.
+        WorkError: llama.cpp refused a file or crashed.
     """
     done = subprocess.run(
         [sys.executable, "-m", "lorakit.export.llama_cpp"],
@@ -79,56 +78,61 @@ def ask_all(tasks: Sequence[Task]) -> list[Heard]:
         text=True,
         check=False,
         timeout=SECONDS,
-        # Its threads wait for each other at every operation. Where other work runs on the same
-        # cores, spinning meanwhile took 53 s for what takes 9 s.
+        # Its threads synchronize at every operation. With other work on the same cores, spinning
+        # took 53 s instead of 9 s.
         env={"OMP_WAIT_POLICY": "passive", **os.environ},
     )
     lines = [x[8:] for x in done.stdout.splitlines() if x.startswith("LORAKIT ")]
     if done.returncode or len(lines) < len(tasks):
         failed = Path(tasks[len(lines)].model).name if len(lines) < len(tasks) else "a file"
-        words = [x for x in done.stderr.strip().splitlines() if x.strip()]
+        messages = [x for x in done.stderr.strip().splitlines() if x.strip()]
         raise WorkError(
             f"llama.cpp cannot run {failed} (exit {done.returncode}): "
-            f"{words[-1] if words else 'no reason given'}",
+            f"{messages[-1] if messages else 'no reason given'}",
             hint="export with --to merged and serve that, and please report this model",
         )
-    found = [json.loads(line) for line in lines]
-    for task, values in zip(tasks, found, strict=True):
+    replies = [json.loads(line) for line in lines]
+    for task, values in zip(tasks, replies, strict=True):
         _check_counts(task, values["places"])
-    return [Heard(v["places"], v["stops"], v["chat_ids"]) for v in found]
+    return [Heard(v["places"], v["stops"], v["chat_ids"]) for v in replies]
 
 
 def _check_counts(task: Task, found: list[list[TokenLogits]]) -> None:
-    """Predictions are compared place by place: one too few would shift all that follow."""
-    for number, (answer, places) in enumerate(zip(task.answers, found, strict=True), 1):
+    """Check the number of predictions: a missing one would shift all that follow."""
+    for index, (answer, places) in enumerate(zip(task.answers, found, strict=True), 1):
         if len(places) != len(answer) or not all(places):
             raise WorkError(
-                f"{Path(task.model).name}: llama.cpp gave predictions for "
+                f"{Path(task.model).name}: llama.cpp returned predictions for "
                 f"{sum(map(bool, places))} of the {len(answer)} tokens of the answer to held-out "
-                f"prompt {number}; nothing was kept",
+                f"prompt {index}; nothing was kept",
                 hint="please report this with the version of xllamacpp",
             )
 
 
 def scored(expected: Any, found: Sequence[TokenLogits]) -> tuple[Any, Any]:
-    """(KL in nats, whether the top token is equal) of each of N places.
+    """Compare llama.cpp's predictions with the expected ones.
 
-    `expected` [N, V] are log-probabilities; tokens that llama.cpp did not name form one class.
+    Args:
+        expected: log-probabilities [N, V]; tokens that llama.cpp did not return form one class.
+        found: llama.cpp's predictions at N positions.
+
+    Returns:
+        (KL in nats [N], mask of equal top tokens [N]).
     """
     import torch
 
-    rows = [_classes(row, place) for row, place in zip(expected, found, strict=True)]
+    rows = [_classes(row, position) for row, position in zip(expected, found, strict=True)]
     divergence = torch.cat([divergences(p[None], q[None]) for p, q in rows])
-    tops = torch.tensor([place[0][0] for place in found])
+    tops = torch.tensor([position[0][0] for position in found])
     return divergence, expected.argmax(-1) == tops
 
 
-def _classes(row: Any, place: TokenLogits) -> tuple[Any, Any]:
-    """Log-probabilities [C] of one place, by both: the tokens that were named, and the rest."""
+def _classes(row: Any, position: TokenLogits) -> tuple[Any, Any]:
+    """Log-probabilities [C] of one position by both models: the returned tokens, and the rest."""
     import torch
 
-    # JSON has no NaN: what is null was none. Float32 probabilities end at e^-87.
-    named = {i: math.nan if lp is None else lp for i, lp in place if lp is None or lp > -80}
+    # JSON has no NaN, so null means NaN. Float32 probabilities end at e^-87.
+    named = {i: math.nan if lp is None else lp for i, lp in position if lp is None or lp > -80}
     ids, p = list(named), row.double().exp()
     q = torch.tensor(list(named.values()), dtype=torch.float64)
     rest = torch.ones_like(p, dtype=torch.bool)
@@ -136,15 +140,15 @@ def _classes(row: Any, place: TokenLogits) -> tuple[Any, Any]:
     if not rest.any():
         return p[ids].log(), q
     rest_p = float(p[rest].sum())
-    # What q's probabilities leave over is known to the rounding of their sum: of the values that
-    # it may be, the one nearest to p's, which is the smallest divergence.
-    left = max(0.0, 1.0 - float(q.exp().sum()))
-    rest_q = min(max(rest_p, left - ROUNDING), left + ROUNDING)
-    ends = torch.tensor([rest_p, rest_q], dtype=torch.float64).log()
-    return torch.cat([p[ids].log(), ends[:1]]), torch.cat([q, ends[1:]])
+    # The rest of q is known up to the rounding of its sum: use the value in that range nearest to
+    # p's, which gives the smallest divergence.
+    missing = max(0.0, 1.0 - float(q.exp().sum()))
+    rest_q = min(max(rest_p, missing - ROUNDING), missing + ROUNDING)
+    rest_logs = torch.tensor([rest_p, rest_q], dtype=torch.float64).log()
+    return torch.cat([p[ids].log(), rest_logs[:1]]), torch.cat([q, rest_logs[1:]])
 
 
-# -- the other process ----------------------------------------------------------------------------
+# -- the subprocess ----------------------------------------------------------------------------
 
 
 def _main() -> None:
@@ -164,19 +168,19 @@ def _ask(task: dict[str, Any]) -> dict[str, Any]:
         adapter = xllamacpp.CommonAdapterLoraInfo(task["adapter"], 1.0)
         settings.lora_adapters = [adapter]
     server = xllamacpp.Server(settings)
-    # Bias makes the stop token the answer at every place, so that no half of a character is one;
-    # the probabilities are those before it. Each prompt is the last one and a token: all but that
-    # is in the cache.
-    order = {"n_predict": 1, "n_probs": task["top"], "logit_bias": [[task["stop"], 1e6]]}
-    order |= {"temperature": 0, "cache_prompt": True}
+    # The bias makes the server generate the stop token at every position, so that no partial
+    # character is generated; the returned probabilities are those before the bias. Each prompt
+    # extends the last one by a token, so that the rest is in the cache.
+    request = {"n_predict": 1, "n_probs": task["top"], "logit_bias": [[task["stop"], 1e6]]}
+    request |= {"temperature": 0, "cache_prompt": True}
     places, stops = [], True
     for prompt, answer in zip(task["prompts"], task["answers"], strict=True):
-        said = [
-            _post(server, "/completion", {**order, "prompt": prompt + answer[:i]})
+        replies = [
+            _post(server, "/completion", {**request, "prompt": prompt + answer[:i]})
             for i in range(len(answer))
         ]
-        places.append([_place(one) for one in said])
-        stops = stops and all(one["stop_type"] == "eos" for one in said)
+        places.append([_place(reply) for reply in replies])
+        stops = stops and all(reply["stop_type"] == "eos" for reply in replies)
     chat_ids = []
     for messages in task["chats"]:
         text = _post(server, "/apply-template", {"messages": messages})["prompt"]
@@ -186,21 +190,21 @@ def _ask(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Physical ones that this process may use: a second thread on a core slows products down."""
+    """Count the physical cores for this process; a second thread per core slows products down."""
     allowed = getattr(psutil.Process(), "cpu_affinity", lambda: range(os.cpu_count() or 1))()
     return min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
 
 
-def _place(found: dict[str, Any]) -> list[tuple[int, float | None]]:
-    """The predictions for one place; empty where the server gave none."""
-    places = found.get("completion_probabilities") or [{"top_logprobs": []}]
-    return [(t["id"], t["logprob"]) for t in places[0]["top_logprobs"]]
+def _place(reply: dict[str, Any]) -> list[tuple[int, float | None]]:
+    """Predictions at one position; empty if the server returned none."""
+    probabilities = reply.get("completion_probabilities") or [{"top_logprobs": []}]
+    return [(t["id"], t["logprob"]) for t in probabilities[0]["top_logprobs"]]
 
 
-def _post(server: Any, path: str, order: dict[str, Any]) -> Any:
+def _post(server: Any, path: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         server.listening_address + path,
-        json.dumps(order).encode(),
+        json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request) as reply:

@@ -1,11 +1,11 @@
-"""A run enters; a plain transformers folder with the adapter merged in leaves, shard by shard.
+"""Merge a run's adapter into its base and write a plain transformers folder, shard by shard.
 
     W' = cast(float32(W) + (alpha / r) B A)          one addition in float32, one cast
 
-Each weight is read from the base's files, merged by peft's own layer, cast and written: memory
-holds one shard, whatever the model's size. A QLoRA run is merged onto the dequantized NF4 base it
-was trained against. Putting the sum back into 4 bits would erase it: an update is about 0.6% of a
-weight, NF4's grid 9% of it; measured loss 3.50 against 0.19 before.
+Each weight is read from the base's files, merged by peft's layer, cast and written, so memory holds
+one shard for any model size. A QLoRA run is merged into the dequantized NF4 base it was trained on.
+Quantizing the sum to 4 bits again would erase the update: it is about 0.6% of a weight, NF4's grid
+9% of it; measured loss 3.50 against 0.19 before.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ WIDER = "export with --dtype bfloat16 (as small) or float32"
 def write_merged(
     source: TunedRun, folder: Path, merge_base: str, dtype: str, wider: str = WIDER
 ) -> str:
-    """Fill `folder` with the merged model in `dtype`; returns the way it was done, in words.
+    """Fill `folder` with the merged model in `dtype`; return a description of the method.
 
     Args:
         merge_base: "quantized" (a QLoRA run: the dequantized NF4 base) or "original".
-        wider: what to do where `dtype` does not hold the model's values.
+        wider: hint of the error for values beyond `dtype`.
 
     Raises:
-        WorkError: a tensor holds NaN or infinity, or values beyond `dtype`; names it.
+        WorkError: names a tensor with NaN, infinity, or values beyond `dtype`.
     """
     untied = source.unties
     reason = _reason_against_streaming(source)
@@ -53,29 +53,29 @@ def write_merged(
     return way
 
 
-def check_space(source: TunedRun, target: Path, dtype: str, beside: float = 0.0) -> None:
-    """Refuse before writing where the disk is too small for the merged model.
+def check_space(source: TunedRun, target: Path, dtype: str, extra: float = 0.0) -> None:
+    """Refuse before writing if the disk is too small for the merged model.
 
     Args:
-        beside: bytes a parameter of further files that stand beside the merged ones.
+        extra: bytes per parameter of other files that exist at the same time.
 
     Raises:
-        WorkError: says how much is needed and how much is free.
+        WorkError: gives the needed and the free space.
     """
-    needed = int(parameters(source) * (BYTES[dtype] + beside) * 1.05)
-    place = target
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    needed = int(parameters(source) * (BYTES[dtype] + extra) * 1.05)
+    existing = target
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise WorkError(
             f"{target}: this export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            hint="free some space, or give another place with --output",
+            hint="free some space, or set another folder with --output",
         )
 
 
 def parameters(source: TunedRun) -> int:
-    """Elements of the merged model: the base's, and the head once more where it is untied."""
+    """Count elements of the merged model: the base's, and a separate head if it is untied."""
     model = skeleton(source)
     count = sum(p.numel() for p in model.parameters())
     if source.unties:
@@ -84,7 +84,7 @@ def parameters(source: TunedRun) -> int:
 
 
 def _reason_against_streaming(source: TunedRun) -> str | None:
-    """Why the base's files cannot be merged one tensor at a time; None where they can."""
+    """Reason why the base's files cannot be merged one tensor at a time, or None."""
     if source.folder is None or not list(source.folder.glob("*.safetensors")):
         return "the base is not in safetensors"
     if getattr(source.config, "quantization_config", None) is not None:
@@ -102,11 +102,11 @@ def _reason_against_streaming(source: TunedRun) -> str | None:
 
 
 def skeleton(source: TunedRun) -> Any:
-    """The base's modules on "meta"."""
+    """Build the base's modules on the "meta" device."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    # A copy: a model keeps the config it is given, and this one may be untied.
+    # A copy, because the model keeps its config and this one may be untied.
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
 
@@ -131,7 +131,7 @@ def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list
 
 
 def base_tensors(source: TunedRun, empty: Any) -> dict[str, Stored]:
-    """The base's tensor that each merged one is made of, by the name it is written under."""
+    """Base tensors by the names under which the merged ones are written."""
     assert source.folder is not None
     stored = stored_tensors(source.folder)
     stored = {n: s for n, s in stored.items() if not n.endswith(".inv_freq")}
@@ -145,35 +145,35 @@ def base_tensors(source: TunedRun, empty: Any) -> dict[str, Stored]:
 
 
 def _with_adapter(empty: Any, source: TunedRun) -> Any:
-    """Base on "meta", adapter in memory: peft's own loading would move both to "meta"."""
+    """Attach the adapter in memory to a base on "meta"; peft would load it to "meta" too."""
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(str(source.run.adapter))
     config.inference_mode = True
     model = get_peft_model(empty, config, low_cpu_mem_usage=True)
-    place = source.device.kind
-    tensors = {_live_name(n): t.to(place).float() for n, t in source.adapter_tensors().items()}
+    device = source.device.kind
+    tensors = {_live_name(n): t.to(device).float() for n, t in source.adapter_tensors().items()}
     model.load_state_dict(tensors, strict=False, assign=True)
-    lost = [n for n, p in model.named_parameters() if "lora_" in n and p.device.type == "meta"]
-    if lost:
+    missing = [n for n, p in model.named_parameters() if "lora_" in n and p.device.type == "meta"]
+    if missing:
         raise ModelError(
-            f"{source.run.adapter}: holds nothing for {lost[0]}",
+            f"{source.run.adapter}: has no tensor for {missing[0]}",
             hint="the adapter belongs to another model or was damaged",
         )
     return model.eval()
 
 
 def _live_name(name: str) -> str:
-    """peft leaves the adapter's name out of its files: lora_A.weight is lora_A.default.weight."""
-    head, kind, leaf = name.rpartition("lora_")
-    part, dot, rest = leaf.partition(".")
-    if part == "magnitude_vector" and not dot:
+    """Insert the adapter's name, which peft omits in files: lora_A.default.weight."""
+    head, marker, leaf = name.rpartition("lora_")
+    factor, dot, rest = leaf.partition(".")
+    if factor == "magnitude_vector" and not dot:
         dot, rest = ".", "weight"
-    return f"{head}{kind}{part}.default{dot}{rest}" if kind else name
+    return f"{head}{marker}{factor}.default{dot}{rest}" if marker else name
 
 
 class _Merger:
-    """Makes one merged tensor at a time out of a model whose own weights are on "meta"."""
+    """Merge one tensor at a time in a model whose base weights are on "meta"."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _Merger:
         self.compute, self.place = getattr(torch, source.device.dtype), source.device.kind
 
     def tensor(self, name: str, stored: Stored) -> Any:
-        """The merged tensor of this name, in the type to write, in host memory."""
+        """Return the merged tensor of this name in the output dtype, in host memory."""
         value = self.whole[name] if name in self.whole else stored.read()
         if name not in self.whole and value.is_floating_point():
             value = self._merged(name, value.to(self.place))
@@ -200,7 +200,7 @@ class _Merger:
     def _merged(self, name: str, value: Any) -> Any:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        value = value.to(self.compute)  # what training rounded the base to as it loaded
+        value = value.to(self.compute)  # the dtype in which training loaded the base
         if leaf == "weight" and path in self.four_bit:
             value = nf4_round_trip(value)
         if leaf == "weight" and hasattr(module, "lora_A"):
@@ -209,13 +209,13 @@ class _Merger:
 
 
 def _merge_one(module: Any, weight: Any) -> Any:
-    """The sum as peft's own layer computes it, DoRA and rsLoRA too; the layer is left as it was."""
+    """Merge with peft's layer, including DoRA and rsLoRA, and restore the layer afterwards."""
     import torch
 
     base = module.get_base_layer()
     empty = base.weight
     base.weight = torch.nn.Parameter(weight, requires_grad=False)
-    module.merge()  # NaN is looked for in the sum as cast
+    module.merge()  # NaN is checked after the cast
     merged = base.weight.data
     base.weight = empty
     module.merged_adapters.clear()
@@ -223,10 +223,10 @@ def _merge_one(module: Any, weight: Any) -> Any:
 
 
 def four_bit_modules(source: TunedRun, empty: Any, merge_base: str) -> set[str]:
-    """Linear layers that training had in 4 bits: all but those that transformers leaves out.
+    """Names of linear layers that training had in 4 bits: all that transformers quantizes.
 
     Args:
-        merge_base: "quantized", or "original", whose base has none.
+        merge_base: "quantized", or "original", which has none in 4 bits.
     """
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -238,7 +238,7 @@ def four_bit_modules(source: TunedRun, empty: Any, merge_base: str) -> set[str]:
 
 
 def nf4_round_trip(weight: Any) -> Any:
-    """What training computed with: quantized to NF4 (double), and back."""
+    """Quantize to NF4 with double quantization and back, to the values that training used."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -246,18 +246,18 @@ def nf4_round_trip(weight: Any) -> Any:
 
 
 def trained_whole(source: TunedRun) -> dict[str, Any]:
-    """Tensors that the adapter file holds in full: `modules_to_save` and trained biases."""
-    found = {}
+    """Complete tensors of the adapter file: `modules_to_save` and trained biases."""
+    tensors = {}
     for name, tensor in source.adapter_tensors().items():
-        plain = name.removeprefix("base_model.model.")
-        if "lora_" in plain or plain.endswith(".base_layer.weight"):
+        base_name = name.removeprefix("base_model.model.")
+        if "lora_" in base_name or base_name.endswith(".base_layer.weight"):
             continue
-        found[plain.replace(".base_layer.", ".")] = tensor
-    return found
+        tensors[base_name.replace(".base_layer.", ".")] = tensor
+    return tensors
 
 
 def _in_memory(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list[Entry]:
-    """Entries of a model merged as a whole by peft, for bases that cannot be streamed."""
+    """Entries of a model merged in memory by peft, for bases that cannot be streamed."""
     import torch
 
     merged = float32_model(source, merge_base).merge_and_unload()

@@ -1,4 +1,4 @@
-"""The `merged` format: a folder is written, read back, compared with the adapter, then kept."""
+"""The `merged` format: a transformers folder that is written, read back and verified."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.train.eval_loss import score
 from lorakit.train.trainer import pad_token_id
 
-# The float32 sum against the live adapter: 1e-8 nats per token on SmolLM2 if right, 3.1 if lost.
+# The float32 sum against the unmerged adapter: 1e-8 nats per token on SmolLM2 if correct, 3.1 if
+# the update is lost.
 LARGEST_KL = 1e-4
-# Rounding the sum to bf16 costs 2e-5 to 1.5e-2 more on SmolLM2: reported, and warned of from here.
-# A tenth of what the adapter changes at all is much, too.
+# Rounding the sum to bf16 costs 2e-5 to 1.5e-2 more on SmolLM2. Above this value, or above a tenth
+# of the adapter's effect, a hint is printed.
 NOTABLE_ROUNDING, NOTABLE_SHARE = 5e-2, 0.1
 # The demo's adapter keeps 0.9999 of its update in bfloat16, two steps at a 7B shape's width 0.25.
 LEAST_KEPT = 0.9
@@ -43,11 +44,11 @@ SCORED_ROWS = 64
 
 
 def export_merged(job: Job) -> dict[str, Any]:
-    """Merge into `job.target`; nothing is left there if a check fails.
+    """Merge into `job.target`, and remove it if a check fails.
 
     Raises:
-        ModelError: the class that the base's config.json names cannot use the adapter's names.
-        WorkError: no space, or the merged model differs from the adapter.
+        ModelError: the class that the base's config.json names cannot use the adapter.
+        WorkError: the disk is too small, or the merged model differs from the adapter.
     """
     source = job.source
     require_fit(source)
@@ -65,7 +66,7 @@ def export_merged(job: Job) -> dict[str, Any]:
         if off > effect:
             job.next_steps.append(
                 "hint: on this base the adapter is farther from what was trained than the untuned "
-                "model is: leave out --merge-base original, or use the adapter on its own base"
+                "model is: omit --merge-base original, or use the adapter on its own base"
             )
     elif lost or facts.get("update_kept", 1.0) < LEAST_KEPT:
         better = "float16 (as small) or float32" if dtype == "bfloat16" else "float32"
@@ -82,27 +83,32 @@ def export_merged(job: Job) -> dict[str, Any]:
 def fill_merged(
     job: Job, folder: Path, dtype: str, wider: str = WIDER
 ) -> tuple[dict[str, Any], Reference | None]:
-    """Write and verify the merged model in `folder`; what was found, and the adapter's answers.
+    """Write and verify the merged model in `folder`.
 
     Args:
-        wider: what to do where `dtype` does not hold the model's values.
+        wider: hint of the error for values beyond `dtype`.
+
+    Returns:
+        The results, and the adapter's answers if predictions were compared.
     """
     source = job.source
-    how = "the original base" if job.merge_base == "original" else "the base it was trained on"
-    job.console.print(f"merging onto {how}, float32 arithmetic, one cast to {dtype}")
-    way = write_merged(source, folder, job.merge_base, dtype, wider)
+    base_label = (
+        "the original base" if job.merge_base == "original" else "the base it was trained on"
+    )
+    job.console.print(f"merging onto {base_label}, float32 arithmetic, one cast to {dtype}")
+    method = write_merged(source, folder, job.merge_base, dtype, wider)
     check_checkpoint_keys(folder, trained_class(source.config))
     check_exported_tokenizer(source, folder)
-    facts: dict[str, Any] = {"dtype": dtype, "merge_base": job.merge_base, "written": way}
+    facts: dict[str, Any] = {"dtype": dtype, "merge_base": job.merge_base, "written": method}
     if not job.verify:
-        return {**facts, "skipped": "asked not to compare (--no-verify)"}, None
+        return {**facts, "skipped": "disabled by --no-verify"}, None
     short = memory_missing(source)
     if short:
-        return {**facts, **_by_tensor(job, folder, way, short)}, None
-    where = source.device.name if source.device.kind == "cuda" else "the CPU"
-    job.console.print(f"comparing it with the adapter, in float32 on {where}")
-    found, reference = _verify(source, folder, job.merge_base)
-    facts |= found.as_dict()
+        return {**facts, **_by_tensor(job, folder, method, short)}, None
+    device_label = source.device.name if source.device.kind == "cuda" else "the CPU"
+    job.console.print(f"comparing it with the adapter, in float32 on {device_label}")
+    result, reference = _verify(source, folder, job.merge_base)
+    facts |= result.as_dict()
     if job.merge_base == "original" and source.conversations:
         facts |= _both_losses(source, folder)
         job.console.print(
@@ -112,36 +118,37 @@ def fill_merged(
     return facts, reference
 
 
-def _by_tensor(job: Job, folder: Path, way: str, short: str) -> dict[str, Any]:
-    """What can be compared without the memory for two models."""
+def _by_tensor(job: Job, folder: Path, method: str, short: str) -> dict[str, Any]:
+    """Compare tensors instead of predictions, for memory that does not hold two models."""
     job.console.print(f"predictions are not compared: {short}")
-    if way != STREAMED:
+    if method != STREAMED:
         return {"skipped": short}
     job.console.print("comparing it tensor by tensor")
-    found = compare_tensors(job.source, folder, job.merge_base)
+    result = compare_tensors(job.source, folder, job.merge_base)
     job.console.print(
-        f"all {found['tensors']} tensors are what base and adapter sum to; "
-        f"{found['update_kept']:.1%} of the update is left after the cast"
+        f"all {result['tensors']} tensors equal the sum of base and adapter; "
+        f"{result['update_kept']:.1%} of the update is left after the cast"
     )
-    return {"skipped": short, **found}
+    return {"skipped": short, **result}
 
 
 def memory_missing(source: TunedRun) -> str | None:
-    """Why this machine cannot compare in float32; None where it can."""
-    if source.device.kind == "cuda":  # chosen for its room
+    """Reason why this machine cannot compare in float32, or None."""
+    if source.device.kind == "cuda":  # `_device` chose it for its free memory
         return None
     needed = compared_bytes(parameters(source))
     free = psutil.virtual_memory().available
     if needed <= free:
         return None
-    return f"that takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    return f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
 def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement, Reference]:
-    """The written files against the live adapter, and bit for bit against peft's own merge.
+    """Compare the written files with the unmerged adapter, and bit by bit with peft's merge.
 
     Raises:
-        WorkError: a tensor is missing or differs, or the sum predicts otherwise than the adapter.
+        WorkError: a tensor is missing or differs, or the sum predicts something else than the
+            adapter.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -149,10 +156,10 @@ def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement,
     live = float32_model(source)
     reference = make_reference(source, live)
     merged = live.merge_and_unload()
-    along = [
+    merged_predictions = [
         predictions(merged, p, a) for p, a in zip(reference.prompts, reference.answers, strict=True)
     ]
-    sum_kl = compare(reference.predictions, along, "the merged model", merged)[0]
+    sum_kl = compare(reference.predictions, merged_predictions, "the merged model", merged)[0]
     if not sum_kl <= LARGEST_KL:
         raise WorkError(
             f"the merged model differs from the adapter (KL {sum_kl:.3g} nats per token in "
@@ -167,23 +174,23 @@ def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement,
     for name, parameter in written.state_dict().items():
         if not torch.equal(parameter, weights[name].to(parameter.dtype)):
             raise WorkError(
-                f"{name} is not in the written files as it was merged; nothing was kept",
+                f"{name} is not in the written files as merged; nothing was kept",
                 hint="check the disk, then export again",
             )
     del weights, expected
     written = written.float().eval()
-    found = agreement(
+    result = agreement(
         reference,
         written,
         "the merged model as written",
         sum_kl_per_token=sum_kl,
         base_kl_per_token=reference.base_kl,
     )
-    return found, reference
+    return result, reference
 
 
 def _both_losses(source: TunedRun, folder: Path) -> dict[str, float]:
-    """Held-out loss of the adapter on its own base, and of the model as written."""
+    """Held-out loss of the adapter on its training base, and of the written model."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,9 +1,9 @@
 """The `ollama` format: a Modelfile with template, stops and system prompt, and the files it names.
 
 Ollama renders chats with Go templates. The GGUF file holds the jinja template, which current Ollama
-uses where the Modelfile gives none; older ones send the bare prompt. So a TEMPLATE is written where
-one can be derived and proven: the template's own words around the turns, found by rendering probes,
-put together again and compared with what jinja makes of held-out conversations.
+uses if the Modelfile has none; older versions send the bare prompt. So a TEMPLATE is written if one
+can be derived and proven: the text around the turns is found by rendering probes, and the rebuilt
+template is compared with jinja on held-out conversations.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ BASE_FILE = "base-F16.gguf"
 
 @dataclass(frozen=True, slots=True)
 class TemplateFrame:
-    """What a template writes around each turn; `start` before all of them."""
+    """Text that a template writes around each turn, and `start` before all turns."""
 
     start: str
     system: tuple[str, str]
     user: tuple[str, str]
     answer: tuple[str, str]
-    default_system: str  # what it says where a conversation brings no system turn
+    default_system: str  # used if a conversation has no system turn
 
 
 def export_ollama(job: Job) -> dict[str, Any]:
-    """Modelfile and GGUF: one merged file, or the base and the adapter as two.
+    """Write Modelfile and GGUF: one merged file, or the base and the adapter as two.
 
     Raises:
-        ModelError: two files were asked for, and the adapter cannot be one.
-        WorkError: no space, or llama.cpp says something else than the adapter.
+        ModelError: `as_adapter` is set and GGUF cannot represent the adapter.
+        WorkError: the disk is too small, or llama.cpp predicts something else than the adapter.
     """
     source = job.source
     kind = quantization(job.quantization)
@@ -70,64 +70,68 @@ def export_ollama(job: Job) -> dict[str, Any]:
     job.next_steps.append(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
     if not job.as_adapter and why_not_portable(source) is None:
         job.next_steps.append(
-            "several adapters on one base: --adapter writes base and adapter apart"
+            "for several adapters on one base, --adapter writes base and adapter as two files"
         )
     return {**facts, "modelfile": "Modelfile", "template": "TEMPLATE" in body}
 
 
 def modelfile(source: TunedRun, lines: Sequence[str]) -> tuple[str, list[str]]:
-    """The Modelfile's text, and what there is to know about it."""
+    """Return the text of the Modelfile, and notes about it."""
     notes = []
     frame = frame_of(source)
     template = go_template(frame) if frame and parity(source, frame) else None
     if template and template_capabilities(source.tokenizer).bos_id is not None:
-        # llama.cpp puts it before the prompt by itself.
+        # llama.cpp adds the BOS token itself.
         template = template.removeprefix(str(source.tokenizer.bos_token))
     lines = [*lines]
     if template:
         lines.append(f'TEMPLATE """{template}"""')
     else:
         notes.append(
-            "this template does more than put words around turns: Ollama takes the jinja template "
-            "inside the GGUF file (0.12 and newer)"
+            "this template has no equivalent Go template: Ollama 0.12 and newer uses the jinja "
+            "template inside the GGUF file"
         )
     system = source.recipe.system or (frame.default_system if frame else "")
     if system:
         lines.append(f'SYSTEM """{system}"""')
     stops = [source.tokenizer.convert_ids_to_tokens(i) for i in source.stops()]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    # Ollama's default of some thousand tokens would cut rows longer than that.
+    # Ollama's default context of some thousand tokens would cut longer rows.
     lines.append(f"PARAMETER num_ctx {max(source.recipe.cutoff_len, 4096)}")
     return "\n".join(lines) + "\n", notes
 
 
 def frame_of(source: TunedRun) -> TemplateFrame | None:
-    """The words around turns, found by probes; None where the template is no such frame."""
-    ask, say, told = f"Q{MARK}", f"A{MARK}", f"S{MARK}"
-    user = {"role": "user", "content": ask}
-    answer = {"role": "assistant", "content": say}
+    """Find the text around turns by probes; None if the template does more than that."""
+    question, reply, system_text = f"Q{MARK}", f"A{MARK}", f"S{MARK}"
+    user = {"role": "user", "content": question}
+    answer = {"role": "assistant", "content": reply}
     try:
-        # A second question shows what is written between an answer and the next turn.
+        # A second question shows the text between an answer and the next turn.
         plain = render_chat(source.tokenizer, [user, answer, user], prompt=True)
         with_system = plain
         if not template_capabilities(source.tokenizer).merges_system_into_user:
-            system = {"role": "system", "content": told}
+            system = {"role": "system", "content": system_text}
             with_system = render_chat(source.tokenizer, [system, user, answer, user], prompt=True)
     except DataError:
         return None
-    parts = with_system.replace(told, ask).split(ask) if told in with_system else plain.split(ask)
-    if len(parts) != 3 + (told in with_system) or say not in parts[-2]:
+    parts = (
+        with_system.replace(system_text, question).split(question)
+        if system_text in with_system
+        else plain.split(question)
+    )
+    if len(parts) != 3 + (system_text in with_system) or reply not in parts[-2]:
         return None
-    before_answer, after_answer = parts[-2].split(say)
+    before_answer, after_answer = parts[-2].split(reply)
     stop = template_capabilities(source.tokenizer).stop_texts[0]
     if stop not in after_answer or parts[-1] != before_answer or "{{" in with_system:
         return None
-    # A line break behind the stop token belongs to the answer's turn, the rest opens the next.
-    words, _, rest = after_answer.partition(stop)
+    # A line break after the stop token belongs to the answer's turn, the rest opens the next.
+    before_stop, _, rest = after_answer.partition(stop)
     opening = rest.lstrip("\n")
-    tail = words + stop + rest[: len(rest) - len(opening)]
+    tail = before_stop + stop + rest[: len(rest) - len(opening)]
     head = parts[0]
-    if told not in with_system:
+    if system_text not in with_system:
         if not head.endswith(opening):
             return None
         start = head[: len(head) - len(opening)]
@@ -135,17 +139,17 @@ def frame_of(source: TunedRun) -> TemplateFrame | None:
     middle = parts[1]
     if not middle.endswith(opening):
         return None
-    default = _default_system(source, head, ask, plain)
-    start = "" if default else plain.split(ask)[0].removesuffix(opening)
+    default = _default_system(source, head, question, plain)
+    start = "" if default else plain.split(question)[0].removesuffix(opening)
     if not head.startswith(start):
         return None
     system_turn = head[len(start) :], middle[: len(middle) - len(opening)]
     return TemplateFrame(start, system_turn, (opening, ""), (before_answer, tail), default)
 
 
-def _default_system(source: TunedRun, head: str, ask: str, plain: str) -> str:
-    """What stands where the system text would, in a conversation without one."""
-    before = plain.split(ask)[0]
+def _default_system(source: TunedRun, head: str, question: str, plain: str) -> str:
+    """Default system text that the template writes for a conversation without a system turn."""
+    before = plain.split(question)[0]
     if not before.startswith(head):
         return ""
     stop = template_capabilities(source.tokenizer).stop_texts[0]
@@ -153,7 +157,7 @@ def _default_system(source: TunedRun, head: str, ask: str, plain: str) -> str:
 
 
 def go_template(frame: TemplateFrame) -> str:
-    """The frame in Ollama's language. The last answer is left open for the model to write."""
+    """Write the frame as a Go template; the last answer stays open for the model."""
     system = ""
     if frame.system != ("", ""):
         system = "{{ if .System }}" + "{{ .System }}".join(frame.system) + "{{ end }}"
@@ -170,7 +174,7 @@ def go_template(frame: TemplateFrame) -> str:
 
 
 def render_frame(frame: TemplateFrame, messages: Sequence[dict[str, Any]]) -> str:
-    """What the Go template makes of these turns, `SYSTEM` filling in for a missing system turn."""
+    """Render turns as the Go template does; `SYSTEM` replaces a missing system turn."""
     turns = list(messages)
     system = frame.default_system
     if turns and turns[0]["role"] == "system":
@@ -184,7 +188,7 @@ def render_frame(frame: TemplateFrame, messages: Sequence[dict[str, Any]]) -> st
 
 
 def parity(source: TunedRun, frame: TemplateFrame) -> bool:
-    """True where the frame writes what jinja writes, for held-out chats."""
+    """Return True if the frame and jinja render held-out chats equally."""
     for conversation in checked_prompts(source, 8):
         turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
         roles = {m.role for m in conversation.messages}
@@ -192,8 +196,10 @@ def parity(source: TunedRun, frame: TemplateFrame) -> bool:
             continue
         if "system" in roles and frame.system == ("", ""):
             return False
-        again = [*turns, {"role": "user", "content": "And then?"}]
-        for asked in (turns[:-1], again):
-            if render_frame(frame, asked) != render_chat(source.tokenizer, asked, prompt=True):
+        followed_up = [*turns, {"role": "user", "content": "And then?"}]
+        for prompt_turns in (turns[:-1], followed_up):
+            if render_frame(frame, prompt_turns) != render_chat(
+                source.tokenizer, prompt_turns, prompt=True
+            ):
                 return False
     return True

@@ -1,8 +1,8 @@
-"""The `hub` format: a repository on the Hugging Face hub, private unless said otherwise.
+"""The `hub` format: a repository on the Hugging Face hub, private by default.
 
-The folder is made and verified here first, with a model card that says what was trained on what,
-and how well it did. The token is the one that `hf auth login` stored: it is never read, printed or
-written by lorakit.
+The folder is first made and verified locally, with a model card that lists base, settings, data and
+held-out results. The upload uses the token of `hf auth login`, which lorakit never reads, prints or
+writes.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from lorakit.export.tuned_run import Job, TunedRun
 from lorakit.storage.run_dir import write_text
 
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
-# Settings worth a line in the card.
-TOLD = (
+# Settings in the model card.
+MODEL_CARD_KEYS = (
     *("method", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "epochs", "max_steps"),
     *("micro_batch_size", "gradient_accumulation_steps", "cutoff_len", "train_on", "seed"),
 )
 
 
 def export_hub(job: Job) -> dict[str, Any]:
-    """Write adapter or merged model with its card, then upload.
+    """Write the adapter or the merged model with its model card, then upload it.
 
     Raises:
-        RecipeError: no repository was named, or not as owner/name.
-        WorkError: the hub refused or cannot be reached; the folder is kept.
+        RecipeError: the repository is missing or not of the form owner/name.
+        WorkError: the hub refuses or cannot be reached; the folder is kept.
     """
     if not job.repository or not REPOSITORY.match(job.repository):
-        found = f" (found: {job.repository})" if job.repository else ""
+        given = f" (found: {job.repository})" if job.repository else ""
         raise RecipeError(
-            f"--to hub needs the repository to write to{found}",
+            f"--to hub needs the repository to write to{given}",
             hint="name it with --repo OWNER/NAME; it is private unless --public is given",
         )
     facts = export_merged(job) if job.merged else export_adapter(job)
@@ -47,10 +47,10 @@ def export_hub(job: Job) -> dict[str, Any]:
 
 
 def upload(folder: Path, repository: str, private: bool) -> str:
-    """Create the repository and send the folder's files; its address.
+    """Create the repository, upload the folder, and return the repository's address.
 
     Raises:
-        WorkError: no login, no right, no network.
+        WorkError: login, permission or network is missing.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -59,15 +59,15 @@ def upload(folder: Path, repository: str, private: bool) -> str:
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["MANIFEST.json"])
-    except Exception as error:  # HTTP, network and file errors come as many kinds
+    except Exception as error:  # HTTP, network and file errors have many types
         status = getattr(getattr(error, "response", None), "status_code", None)
         refused = status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError"
         if refused:
-            reason, hint = "the hub knows no login that may write there", "run: hf auth login"
+            reason, hint = "no login with write access", "run: hf auth login"
         elif isinstance(error, HfHubHTTPError):
             reason, hint = f"the hub answered with status {status}", "try again later"
         else:
-            reason, hint = "the hub cannot be reached", "connect, and leave --offline out"
+            reason, hint = "the hub cannot be reached", "connect, and omit --offline"
         raise WorkError(
             f"--to hub: {repository}: {reason}; the folder is ready at {folder}",
             hint=f"{hint}; then: hf upload {repository} {folder}",
@@ -76,23 +76,23 @@ def upload(folder: Path, repository: str, private: bool) -> str:
 
 
 def card(source: TunedRun, repository: str, merged: bool) -> str:
-    """The model card: what it is, what it was trained on and how, what came out, whose license."""
+    """Write the model card: base, usage, settings, data, results and license."""
     is_hub_id = source.base_name.count("/") == 1
     head = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
     if is_hub_id:
         head["base_model"] = source.base_name
         head["base_model_relation"] = "finetune" if merged else "adapter"
     lines = ["---", *(f"{k}: {v}" for k, v in head.items()), "tags: [lora, lorakit]", "---", ""]
-    what = "merged into its base" if merged else "as an adapter"
+    form = "merged into its base" if merged else "as an adapter"
     lines += [f"# {repository.split('/')[1]}", ""]
     lines += [
-        f"`{source.base_name}`, fine-tuned with lorakit, {what}.",
+        f"`{source.base_name}`, fine-tuned with lorakit, {form}.",
         "",
         _usage(repository, merged, source),
     ]
     lines += ["## Training", "", "| setting | value |", "|---|---|"]
     values = source.recipe.model_dump()
-    lines += [f"| {k} | {values[k]} |" for k in TOLD if values[k] is not None]
+    lines += [f"| {k} | {values[k]} |" for k in MODEL_CARD_KEYS if values[k] is not None]
     lines += ["", *_data_lines(source), *_metric_lines(source)]
     lines += [
         "## License",
@@ -130,10 +130,10 @@ def _data_lines(source: TunedRun) -> list[str]:
 
 
 def _metric_lines(source: TunedRun) -> list[str]:
-    found = _read(source.run.eval)
-    if not found:
+    scores = _read(source.run.eval)
+    if not scores:
         return []
-    base, tuned = found["base"], found["tuned"]
+    base, tuned = scores["base"], scores["tuned"]
     return [
         "## Held-out results",
         "",
@@ -148,5 +148,5 @@ def _metric_lines(source: TunedRun) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values

@@ -1,7 +1,7 @@
-"""The `vllm`, `tgi` and `llama.cpp` formats: a folder that the engine reads, and the line to type.
+"""The `vllm`, `tgi` and `llama.cpp` formats: a folder for the engine and the command to serve it.
 
-What vLLM 0.32 takes was found by running it (docs/guides/deploy.md): rsLoRA and patterns yes; DoRA,
-biases, `modules_to_save` and adapters that change their base no: those are merged, with the reason.
+vLLM 0.32, as tested (docs/guides/deploy.md), serves rsLoRA and patterns, but not DoRA, biases,
+`modules_to_save` and adapters that change their base: those are merged, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.export.merged import export_merged
 from lorakit.export.tuned_run import Job, TunedRun
 from lorakit.storage.run_dir import write_text
 
-# Values that vLLM's --max-lora-rank takes.
+# Values that vLLM's --max-lora-rank accepts.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 COMMANDS = "COMMANDS.md"
 # What a template writes around a call, and vLLM's parser of that form.
@@ -27,7 +27,7 @@ TOOL_PARSERS |= {"<|python_tag|>": "llama3_json"}
 
 
 def why_vllm_cannot(source: TunedRun) -> str | None:
-    """What in this adapter vLLM refuses; None where it serves it as it is."""
+    """Reason why vLLM cannot serve this adapter unmerged, or None."""
     reason = beyond_updates(source)
     if reason:
         return reason
@@ -39,7 +39,7 @@ def why_vllm_cannot(source: TunedRun) -> str | None:
 
 
 def largest_rank(source: TunedRun) -> int:
-    """The rank that the engine must make room for."""
+    """Largest rank of the adapter, which the engine has to allow."""
     patterns = source.adapter.get("rank_pattern") or {}
     return int(max(source.adapter["r"], *patterns.values(), 1))
 
@@ -75,17 +75,17 @@ def tool_parser(source: TunedRun) -> str | None:
 
 
 def export_vllm(job: Job) -> dict[str, Any]:
-    """The adapter where vLLM serves it on its base, else the merged model, and the command."""
+    """Write the adapter if vLLM can serve it, else the merged model, and the command."""
     return _folder_and_lines(job, why_vllm_cannot(job.source), _vllm_lines)
 
 
 def export_tgi(job: Job) -> dict[str, Any]:
-    """As for vLLM; TGI is in maintenance mode since 2025 and archived since 2026."""
+    """Write files as for vLLM; TGI is in maintenance mode since 2025 and archived since 2026."""
     return _folder_and_lines(job, why_vllm_cannot(job.source), _tgi_lines)
 
 
 def export_llama_cpp(job: Job) -> dict[str, Any]:
-    """A GGUF file and the `llama-server` line."""
+    """Write a GGUF file and the `llama-server` command."""
     facts = write_gguf(job)
     line = llama_server(job.source, job.target / facts["file"])
     _write_lines(job, {"llama-server": [*line, "--host", "127.0.0.1", "--port", "8080"]})
@@ -120,11 +120,11 @@ def _tgi_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[s
 
 
 def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:
-    """The commands are said last, and kept beside the files without this machine's paths."""
+    """Add the commands to the next steps, and write them without local paths to the folder."""
     text = f"# How to serve {job.source.name}\n"
     for name, line in commands.items():
         job.next_steps.append(f"{name}: {shlex.join(line)}")
-        here = shlex.join(line).replace(str(job.target), ".")
-        here = here.replace(job.source.location, job.source.base_name)
-        text += f"\n{name}, run in this folder:\n\n    {here}\n"
+        relative = shlex.join(line).replace(str(job.target), ".")
+        relative = relative.replace(job.source.location, job.source.base_name)
+        text += f"\n{name}, run in this folder:\n\n    {relative}\n"
     write_text(job.target / COMMANDS, text)

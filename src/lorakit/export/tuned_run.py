@@ -1,9 +1,7 @@
-"""A run directory enters; what every exporter starts from leaves, and the tuned model in float32.
+"""The checked run and options that every exporter starts from, and the tuned model in float32.
 
-The reference of all checks is the run's base with its adapter on it, computed in float32: for a
-QLoRA run the dequantized NF4 base, which is what it was trained against.
-
-What one export is asked to do: the run, the place to write, and the options of the command.
+The reference of all checks is the run's base with its adapter, computed in float32; for a QLoRA run
+the base is the dequantized NF4 base it was trained on.
 """
 
 from __future__ import annotations
@@ -39,18 +37,18 @@ from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 from lorakit.types import Conversation, Device, Message, Origin
 
 # These schemes move part of the base's weights into the adapter when it is made, and again when it
-# is loaded: the base on the disk is not the one that the adapter belongs to.
+# is loaded: the adapter does not fit the base on the disk.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True, slots=True)
 class TunedRun:
-    """A finished run, its base found and checked, no weight loaded yet."""
+    """A finished run with its base found and checked, before weights are loaded."""
 
     run: RunDir
     recipe: Recipe
     location: str
-    folder: Path | None  # the base's files; None where a hub model is not in the cache
+    folder: Path | None  # the base's files; None if a hub model is not in the cache
     device: Device  # merges and compares
     config: Any  # of the base
     adapter: dict[str, Any]  # adapter_config.json
@@ -60,57 +58,59 @@ class TunedRun:
 
     @property
     def tied(self) -> bool:
-        """True where the base's input and output embeddings are one tensor."""
+        """True if the base's input and output embeddings are one tensor."""
         return bool(self.config.get_text_config().tie_word_embeddings)
 
     @property
     def base_name(self) -> str:
-        """The base's public name: a hub id, or a folder's own name."""
+        """The base's public name: a hub id, or a folder's name."""
         return public_name(self.recipe.model)
 
     @property
     def name(self) -> str:
-        """A name for the tuned model: the run's."""
+        """Name of the tuned model: the run directory's."""
         return self.run.path.resolve().name
 
     @property
     def unties(self) -> bool:
-        """True where the adapter changes one of two embeddings that the base has as one."""
+        """True if the adapter changes one of two embeddings that are tied in the base."""
         return self.tied and touches_embeddings(self.names)
 
     @property
     def base_changing_init(self) -> str | None:
-        """The scheme that moved part of the base's weights into the adapter, if one did."""
-        start = self.adapter.get("init_lora_weights")
-        return start if isinstance(start, str) and start.startswith(BASE_CHANGING_INITS) else None
+        """Initialization that moved part of the base's weights into the adapter, or None."""
+        scheme = self.adapter.get("init_lora_weights")
+        return (
+            scheme if isinstance(scheme, str) and scheme.startswith(BASE_CHANGING_INITS) else None
+        )
 
     @property
     def context(self) -> int:
-        """Tokens that an engine should make room for: the run's rows, at least 4,096 if it can."""
+        """Context length for an engine: the run's cutoff_len, at least 4,096 if the model can."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return int(min(limit or 4096, max(4096, self.recipe.cutoff_len)))
 
     def adapter_tensors(self) -> dict[str, Any]:
-        """The adapter's tensors by the names in its file."""
+        """Load the adapter's tensors by the names in its file."""
         from safetensors.torch import load_file
 
         return load_file(self.run.adapter / ADAPTER_WEIGHTS)
 
     def stops(self) -> list[int]:
-        """Every token that ends an answer: the template's and those of `generation_config`."""
+        """Ids of all tokens that end an answer: the template's and those of `generation_config`."""
         return stop_token_ids(self.tokenizer, generation_config(self))
 
     def end_of_turn(self) -> str:
-        """The token that the template writes after an answer; the real end of sequence."""
+        """Return the token that the template writes after an answer."""
         texts = template_capabilities(self.tokenizer).stop_texts
         return texts[0] if texts else str(self.tokenizer.eos_token)
 
 
 def open_source(run: RunDir) -> TunedRun:
-    """Find and check all that an export of `run` needs.
+    """Find and check the files that an export of `run` needs.
 
     Raises:
-        ModelError: the base is gone, gated or another one than in training; the adapter's file is
+        ModelError: the base is missing, gated or differs from training, or the adapter's file is
             damaged.
     """
     recipe = load_recipe(run.recipe).recipe
@@ -134,7 +134,7 @@ def open_source(run: RunDir) -> TunedRun:
 
 
 def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
-    """What peft multiplies B A of one module by."""
+    """Return the factor by which peft multiplies B A of one module."""
     from peft.utils.other import get_pattern_key
 
     module = name.removeprefix("base_model.model.").split(".lora_")[0]
@@ -144,31 +144,31 @@ def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
 
 
 def compared_bytes(parameters: int) -> float:
-    """Memory to compare: the live model and the written one in float32, and room to compute."""
+    """Bytes for a comparison: the tuned and the written model in float32, and activations."""
     return parameters * 4 * 2 + 10**9
 
 
 def _device(recipe: Recipe, parameters: int) -> Device:
-    """A CUDA card with room for the whole comparison, else the CPU, in the type of training.
+    """Choose a CUDA GPU if its free memory holds the comparison, else the CPU.
 
-    Both merge the same way, but sum in another order: what is written and what it is compared with
-    bit for bit have to come from one of them.
+    The dtype is that of training. GPU and CPU sum in a different order, so the written files and
+    their bitwise reference have to be computed on the same device.
     """
     import torch
 
     device = detect_device(prefer="cpu")
-    # A run's own recipe names the type it was trained in.
+    # A run's recipe names the dtype of training.
     dtype = device.dtype if recipe.dtype == "auto" else recipe.dtype
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        # `--merge-base original` has two sums and the written model in 16 bits there for a moment.
+        # `--merge-base original` briefly needs two sums and the written model in 16 bits.
         if 1.25 * compared_bytes(parameters) < torch.cuda.mem_get_info()[0]:
             device = detect_device()
     return replace(device, dtype=dtype)
 
 
 def generation_config(source: TunedRun) -> Any:
-    """The base's own generation settings, or those its config implies."""
+    """Load the base's generation settings, or derive them from its config."""
     from transformers import GenerationConfig
 
     try:
@@ -178,16 +178,16 @@ def generation_config(source: TunedRun) -> Any:
 
 
 def trained_class(config: Any) -> Any:
-    """The class that AutoModelForCausalLM builds; None for one of a model's own code."""
+    """Return the class that AutoModelForCausalLM builds; None for a model with remote code."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def touches_embeddings(names: Sequence[str]) -> bool:
-    """True where an adapter's tensors change the input or the output embedding."""
-    parts = {part for name in names for part in name.split(".")}
-    return bool(parts & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
+    """Return True if an adapter's tensors change the input or the output embedding."""
+    components = {component for name in names for component in name.split(".")}
+    return bool(components & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
 
 def float32_model(
@@ -196,15 +196,16 @@ def float32_model(
     model_class: Any = None,
     adapter: Path | None = None,
 ) -> Any:
-    """Base and adapter in float32 on the source's device, not merged.
+    """Load base and adapter in float32 on the source's device, not merged.
 
     Args:
-        merge_base: "quantized", the base as in training (a QLoRA run's: dequantized NF4), or "original".
-        model_class: of the base, where it is not to be AutoModelForCausalLM's.
-        adapter: another folder than the run's.
+        merge_base: "quantized", the base as in training (dequantized NF4 for a QLoRA run), or
+            "original".
+        model_class: class of the base, if not AutoModelForCausalLM's choice.
+        adapter: folder of the adapter, if not the run's.
 
     Raises:
-        ModelError: the adapter does not fit, or one of its tensors finds no place.
+        ModelError: the adapter or one of its tensors does not fit.
     """
     from peft import PeftModel
 
@@ -214,7 +215,7 @@ def float32_model(
         recipe = recipe.model_copy(update={"method": "lora"})
     base = load_base(recipe, source.location, source.device, model_class=model_class)
     if quantized:
-        # Weights come out as the training step saw them: NF4 values rounded to the compute type.
+        # The weights are those of the training step: NF4 values rounded to the compute dtype.
         base = base.dequantize()
     base = base.float()
     if source.unties:
@@ -225,14 +226,14 @@ def float32_model(
         raise ModelError(
             f"{source.run.adapter}: the adapter does not fit {source.recipe.model}: "
             f"{str(error).splitlines()[0]}",
-            hint="was the base model changed since training?",
+            hint="check that the base model did not change since training",
         ) from error
     check_all_tensors_used(model, source.run)
     return model
 
 
 def _untie(base: Any) -> None:
-    """Give the head its own copy: peft would merge a change of one side into both."""
+    """Give the head its own copy, since peft would merge a change of one into both."""
     import torch
 
     head = base.get_output_embeddings()
@@ -242,17 +243,17 @@ def _untie(base: Any) -> None:
 
 
 def checked_prompts(source: TunedRun, count: int) -> list[Conversation]:
-    """Held-out conversations to compare on, or one greeting where a run kept none."""
+    """Held-out conversations to compare on, or one greeting if a run kept none."""
     with_answer = [c for c in source.conversations if c.messages[-1].role == "assistant"]
     if with_answer:
         return with_answer[:count]
-    words = (Message("user", "Hello! What can you do?"), Message("assistant", ""))
-    return [Conversation(words, Origin("lorakit", 1))]
+    greeting = (Message("user", "Hello! What can you do?"), Message("assistant", ""))
+    return [Conversation(greeting, Origin("lorakit", 1))]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One export. Options that a format does not know are refused before it starts."""
+    """One export; options that its format does not use are refused before it starts."""
 
     source: TunedRun
     target: Path
@@ -265,4 +266,4 @@ class Job:
     public: bool = False
     merged: bool = False  # hub: the merged model instead of the adapter
     verify: bool = True
-    next_steps: list[str] = field(default_factory=list)  # said last: what to do with the files
+    next_steps: list[str] = field(default_factory=list)  # printed last

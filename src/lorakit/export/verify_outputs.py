@@ -1,8 +1,9 @@
-"""The tuned model and what was written enter; how far they are apart leaves, for screen and file.
+"""Compare an exported model's predictions with the adapter's, for console and verify.json.
 
 The adapter on its base, in float32, answers held-out prompts greedily. Along these answers every
-written form must predict the same: KL divergence in nats per token, share of equal top tokens,
-share of prompts where all top tokens are equal (its own greedy answer is then the same).
+exported form must predict the same. The measures are KL divergence in nats per token, the share of
+equal top tokens, and the share of prompts where all top tokens are equal (then its greedy answer is
+the same).
 Shapes: N answer tokens, V vocabulary.
 """
 
@@ -26,14 +27,14 @@ from lorakit.model.eval_mode import device_of
 from lorakit.storage.run_dir import RunDir, write_json
 
 PROMPTS, ANSWER_TOKENS = 8, 32
-AROUND = 60  # characters shown before and behind a difference
-# An adapter that moves predictions less than float32 noise (1e-8 on SmolLM2) changes nothing.
+AROUND = 60  # characters shown before and after a difference
+# An adapter that changes predictions less than float32 noise (1e-8 on SmolLM2) has no effect.
 LEAST_EFFECT = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """One written form against the adapter, over the answers to held-out prompts."""
+    """Measures of one exported form against the adapter, over answers to held-out prompts."""
 
     kl_per_token: float
     top1_agreement: float
@@ -43,7 +44,7 @@ class Agreement:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form: the notes beside the numbers."""
+        """Return measures and notes as one JSON-ready dictionary."""
         values = asdict(self)
         notes = values.pop("notes")
         return {**values, **notes}
@@ -51,50 +52,49 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the adapter said: prompts, greedy answers, its predictions along them."""
+    """The adapter's greedy answers to prompts, and its predictions along them."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
     predictions: list[Any]  # log-probabilities [N, V]
     stops: frozenset[int]
-    base_kl: float  # how far the untuned base is from it
+    base_kl: float  # KL of the untuned base from it, nats per token
 
 
 def make_reference(
     source: TunedRun, model: Any, prompts: int = PROMPTS, tokens: int = ANSWER_TOKENS
 ) -> Reference:
-    """Let the adapter answer held-out prompts greedily.
+    """Answer held-out prompts greedily with the adapter.
 
     Raises:
-        WorkError: the adapter changes nothing: merged, it would be the untouched base. Or it, or
-            its base, predicts NaN.
+        WorkError: the adapter has no effect, or it or its base predicts NaN.
     """
     stops = frozenset(source.stops())
     settings = GenerationSettings(max_new_tokens=tokens, temperature=0.0)
-    asked = [
+    prompt_tokens = [
         fit_prompt(model, source.tokenizer, c.messages[:-1], settings, c.tools)[0]
         for c in checked_prompts(source, prompts)
     ]
-    answers = greedy(model, asked, tokens, stops)
-    found = [predictions(model, p, a) for p, a in zip(asked, answers, strict=True)]
+    answers = greedy(model, prompt_tokens, tokens, stops)
+    tuned = [predictions(model, p, a) for p, a in zip(prompt_tokens, answers, strict=True)]
     with base_answers(model):
-        base = [predictions(model, p, a) for p, a in zip(asked, answers, strict=True)]
-    base_kl = compare(found, base, "the tuned model", model)[0]
+        untuned = [predictions(model, p, a) for p, a in zip(prompt_tokens, answers, strict=True)]
+    base_kl = compare(tuned, untuned, "the tuned model", model)[0]
     if not base_kl > LEAST_EFFECT:
         raise WorkError(
             f"the adapter changes nothing: base and tuned predict the same (KL {base_kl:.1e} nats "
             "per token); it was not exported",
             hint="train longer or with a higher learning_rate",
         )
-    return Reference(asked, answers, found, stops, base_kl)
+    return Reference(prompt_tokens, answers, tuned, stops, base_kl)
 
 
 def greedy(
     model: Any, prompts: Sequence[list[int]], tokens: int, stops: frozenset[int]
 ) -> list[list[int]]:
-    """Greedy answers with their stop token, all prompts in one batch, padded on the left.
+    """Generate greedy answers with their stop token, in one left-padded batch.
 
-    Padding may turn a tie the other way; what is compared is predicted anew along each answer.
+    Padding may decide a tie differently; the compared predictions are computed again without it.
     """
     pad = min(stops)
     batch = left_padded(prompts, pad, device_of(model))
@@ -118,7 +118,7 @@ def _until_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
 
 
 def predictions(model: Any, prompt: list[int], answer: list[int]) -> Any:
-    """Log-probabilities [N, V] of each answer token's place, float32 on the CPU."""
+    """Compute log-probabilities [N, V] at each answer token, float32 on the CPU."""
     import torch
 
     ids = torch.tensor([prompt + answer], device=device_of(model))
@@ -130,38 +130,39 @@ def predictions(model: Any, prompt: list[int], answer: list[int]) -> Any:
 def agreement(reference: Reference, model: Any, what: str, **notes: Any) -> Agreement:
     """Score `model` along the adapter's answers."""
     pairs = zip(reference.prompts, reference.answers, strict=True)
-    found = [predictions(model, p, a) for p, a in pairs]
-    kl, same, whole, positions = compare(reference.predictions, found, what, model)
-    return Agreement(kl, same, whole, positions, len(reference.prompts), notes)
+    scored = [predictions(model, p, a) for p, a in pairs]
+    kl, top1, equal_answers, positions = compare(reference.predictions, scored, what, model)
+    return Agreement(kl, top1, equal_answers, positions, len(reference.prompts), notes)
 
 
 def same_prompt(tokenizer: Any, found: Sequence[int], wanted: Sequence[int], message: str) -> None:
-    """Refuse a chat that became other ids than in training, and show where they part.
+    """Refuse a chat with other ids than in training, and show the first difference.
 
     Raises:
-        WorkError: `message`, and a window around the first difference of both.
+        WorkError: `message`, and the text around the first difference of both.
     """
     if list(found) == list(wanted):
         return
     texts = tokenizer.decode(found), tokenizer.decode(wanted)
-    if texts[0] == texts[1]:  # other tokens of the same text
-        both = [" ".join(map(str, tokenizer.convert_ids_to_tokens(i))) for i in (found, wanted)]
+    if texts[0] == texts[1]:  # different tokens, same text
+        sides = [" ".join(map(str, tokenizer.convert_ids_to_tokens(i))) for i in (found, wanted)]
     else:
-        both = list(texts)
-    pairs = zip(*both, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text) for text in both))
-    here, there = (text[max(0, at - AROUND) : at + AROUND] for text in both)
+        sides = list(texts)
+    pairs = zip(*sides, strict=False)
+    index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text) for text in sides))
+    window, trained_window = (text[max(0, index - AROUND) : index + AROUND] for text in sides)
     raise WorkError(
-        f"{message}: from character {at} on {here!r}, in training {there!r}; nothing was kept",
+        f"{message}: from character {index} on {window!r}, in training {trained_window!r}; "
+        "nothing was kept",
         hint="please report this model's template and tokenizer",
     )
 
 
 def check_exported_tokenizer(source: TunedRun, folder: Path) -> None:
-    """The tokenizer and template as written give the prompts that training saw.
+    """Check that the written tokenizer and template produce the prompts of training.
 
     Raises:
-        WorkError: they do not.
+        WorkError: a prompt differs.
     """
     from transformers import AutoTokenizer
 
@@ -177,14 +178,14 @@ def check_exported_tokenizer(source: TunedRun, folder: Path) -> None:
 
 
 def record(run: RunDir, name: str, values: dict[str, Any]) -> None:
-    """Put the numbers of one format into `export/verify.json`."""
+    """Add the results of one format to `export/verify.json`."""
     path = run.export / "verify.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, {**known, name: values})
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**results, name: values})
 
 
 def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
-    """The numbers as a table, where there are any."""
+    """Print the measures as a table, if there are any."""
     if not any("kl_per_token" in row for row in rows.values()):
         return
     table = Table(title="compared with the adapter, on held-out prompts")
@@ -202,5 +203,7 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
             )
     effects = [row["base_kl_per_token"] for row in rows.values() if row.get("base_kl_per_token")]
     if effects:
-        table.caption = f"for scale: the untuned base is {effects[0]:.2g} nats a token away"
+        table.caption = (
+            f"for comparison: the untuned base differs by {effects[0]:.2g} nats per token"
+        )
     console.print(table)

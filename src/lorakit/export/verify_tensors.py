@@ -1,10 +1,10 @@
-"""A merged folder, its base and its adapter enter; whether each tensor is their sum leaves.
+"""Check that each tensor of a merged folder is the sum of base and adapter.
 
     W' = cast(float32(W) + s B A)
     DoRA (arXiv 2402.09353, equation 5): its rows times m / ||W + s B A||
 
-For memory that does not hold the two models whose predictions are compared otherwise: each sum is
-formed here anew, by these formulas, one tensor at a time.
+Used if memory does not hold the two models for a comparison of predictions: each sum is computed
+again with these formulas, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -24,71 +24,73 @@ from lorakit.export.tuned_run import TunedRun, scale_of
 from lorakit.model.safetensors_io import stored_tensors
 
 PREFIX = "base_model.model."
-# Of a sum's largest element: float32 sums in another order.
+# Fraction of a sum's largest element, for float32 sums in another order.
 NOISE = 2e-6
-# Elements of a 16-bit tensor that lie so near the middle of two values that this order decides.
+# Share of elements of a 16-bit tensor whose rounding may depend on this order.
 LARGEST_SHARE = 1e-3
-PIECE = 2**24  # elements compared at once
+CHUNK = 2**24  # elements compared at once
 
 
 def compare_tensors(source: TunedRun, folder: Path, merge_base: str) -> dict[str, Any]:
-    """Read every written tensor again and form it once more from base and adapter.
+    """Read every written tensor and compare it with the sum of base and adapter.
 
     Returns:
-        `tensors`: how many; `update_kept`: what part of the update is left after the cast,
-        <W' - cast(W), s B A> / <s B A, s B A> over all of them.
+        `tensors`: their number; `update_kept`: the fraction of the update that is left after the
+        cast, <W' - cast(W), s B A> / <s B A, s B A> over all tensors.
 
     Raises:
-        WorkError: names a tensor that is missing, or something else than the sum.
+        WorkError: names a tensor that is missing or differs.
     """
     sums = ExpectedTensors(source, merge_base)
     written = stored_tensors(folder)
-    lost = sums.base.keys() ^ written.keys()
-    if lost:
-        raise _differs(min(lost))
-    moved = asked = 0.0
+    mismatched = sums.base.keys() ^ written.keys()
+    if mismatched:
+        raise _differs(min(mismatched))
+    kept_dot = update_dot = 0.0
     for name, stored in written.items():
         base, expected = sums.of(name)
-        found = stored.read()
-        if found.shape != expected.shape:
+        actual = stored.read()
+        if actual.shape != expected.shape:
             raise _differs(name)
         noise = NOISE * max(float(expected.max()), -float(expected.min()))
-        # An embedding of 128,256 x 4,096 is 2.1 GB in float32, and several are at work here.
-        parts = (t.flatten().split(PIECE) for t in (found, expected, base))
-        for part, wanted, before in zip(*parts, strict=True):
-            if not _same(part, wanted, noise):
+        # An embedding of 128,256 x 4,096 is 2.1 GB in float32, and several are in memory here.
+        chunks = (t.flatten().split(CHUNK) for t in (actual, expected, base))
+        for actual_chunk, sum_chunk, base_chunk in zip(*chunks, strict=True):
+            if not _same(actual_chunk, sum_chunk, noise):
                 raise _differs(name)
             if expected is not base:
-                update = wanted.float() - before.float()
-                moved += float((part.float() - before.to(part.dtype).float()) @ update)
-                asked += float(update @ update)
-    return {"tensors": len(written), "update_kept": moved / asked if asked else 1.0}
+                update = sum_chunk.float() - base_chunk.float()
+                kept_dot += float(
+                    (actual_chunk.float() - base_chunk.to(actual_chunk.dtype).float()) @ update
+                )
+                update_dot += float(update @ update)
+    return {"tensors": len(written), "update_kept": kept_dot / update_dot if update_dot else 1.0}
 
 
 def _differs(name: str) -> WorkError:
     return WorkError(
-        f"{name} is not in the written files as base and adapter sum to; nothing was kept",
+        f"{name} is not in the written files as the sum of base and adapter; nothing was kept",
         hint="check the disk, then export again",
     )
 
 
 def _same(found: Any, expected: Any, noise: float) -> bool:
-    """Whether `found` is `expected` in its own type, rounded once."""
+    """Return True if `found` is `expected` rounded once to its dtype."""
     import torch
 
     if not found.is_floating_point():
         return bool(torch.equal(found, expected))
     unit = torch.finfo(found.dtype)
-    cast, expected = expected.to(found.dtype), expected.float()
+    rounded, expected = expected.to(found.dtype), expected.float()
     bound = expected.abs() * (0.51 * unit.eps) + (noise + unit.smallest_normal)
     if not bool(((found.float() - expected).abs() <= bound).all()):
         return False
-    otherwise = int((found != cast).sum())
-    return found.dtype == torch.float32 or otherwise <= 4 + LARGEST_SHARE * found.numel()
+    different = int((found != rounded).sum())
+    return found.dtype == torch.float32 or different <= 4 + LARGEST_SHARE * found.numel()
 
 
 class ExpectedTensors:
-    """What each merged tensor has to be."""
+    """Compute the expected value of each merged tensor."""
 
     def __init__(self, source: TunedRun, merge_base: str) -> None:
         import torch
@@ -102,7 +104,7 @@ class ExpectedTensors:
         self.four_bit = four_bit_modules(source, empty, merge_base)
 
     def of(self, name: str) -> tuple[Any, Any]:
-        """(base, sum in float32) of this name; twice the base where nothing is added."""
+        """Return (base, float32 sum) of this name; (base, base) if nothing is added."""
         base = self.base[name].read()
         if name in self.whole:
             return base, self.whole[name].float()
@@ -122,7 +124,7 @@ class ExpectedTensors:
         return base, merged
 
     def _update(self, module: str) -> Any:
-        """S B A of one module [D_out, D_in]; an embedding's [V, D]; None where it has none."""
+        """Compute s B A of a module [D_out, D_in] or an embedding [V, D]; None without one."""
         for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             if f"{module}.{a}" in self.parts:
                 down, up = (self.parts[f"{module}.{part}"].float() for part in (a, b))

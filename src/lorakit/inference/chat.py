@@ -1,7 +1,7 @@
-"""Lines of a person enter; streamed answers leave. In a pipe: one answer per line, nothing else.
+"""Interactive chat with streamed answers; in a pipe, one answer per line.
 
-`ChatSession` holds the conversation and understands the commands; `run` connects it to a terminal
-or a pipe.
+`ChatSession` holds the conversation and runs the commands; `run` connects it to a terminal or a
+pipe.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lorakit.storage.run_dir import find_run
 from lorakit.types import Message
 
 HELP = """\
-/base              the same question, answered by the untuned base model
+/base              answer the last question with the untuned base model
 /retry             another answer to the last question
-/undo              take back the last question and its answer
+/undo              remove the last question and its answer
 /system TEXT       set the system prompt (without TEXT: show it; `/system none` removes it)
 /set KEY=VALUE     change a setting (without KEY: show them), such as temperature=0.2
-/adapter NAME      go on with another adapter on this base (a run's folder loads one; alone: list)
+/adapter NAME      switch to another adapter on this base (a run's folder loads one; alone: list)
 /save FILE.jsonl   add this conversation to a file that lorakit can train on
-/help, /quit       this list; leave (Ctrl-D does too). Ctrl-C stops an answer, not the chat.
-A line that ends in \\ goes on in the next."""
-# A model that reads 100,000 tokens takes about 400,000 characters.
+/help, /quit       this list; quit (as Ctrl-D). Ctrl-C stops an answer, not the chat.
+A line that ends in \\ continues on the next."""
+# A context of 100,000 tokens is about 400,000 characters.
 LONGEST_LINE = 2**20
 COMMANDS = (
     *("/base", "/retry", "/undo", "/system", "/set", "/adapter", "/save"),
@@ -44,7 +44,7 @@ COMMANDS = (
 
 
 class ChatSession:
-    """One conversation with a tuned model; `handle` takes a line and yields text to show."""
+    """One conversation with a tuned model; `handle` takes a line and yields text to print."""
 
     def __init__(
         self, several: MultiAdapterModel, system: str | None, settings: GenerationSettings
@@ -65,18 +65,18 @@ class ChatSession:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation so far, the system turn first."""
+        """The conversation so far, with the system turn first."""
         head = [Message("system", self.system)] if self.system else []
         return [*head, *self.turns]
 
     def handle(self, line: str) -> Iterator[str]:
-        """Pieces of the answer to a question, or of what a command has to say."""
-        # Half characters come from arguments and pipes of another encoding.
+        """Yield pieces of the answer to a question, or the output of a command."""
+        # Arguments and pipes of another encoding may contain lone surrogates.
         line = line.strip().encode(errors="replace").decode()
         if not line:
             return
         if len(line) > LONGEST_LINE:
-            yield f"a line of more than {LONGEST_LINE:,} characters is not read"
+            yield f"the line has more than {LONGEST_LINE:,} characters and is ignored"
             return
         if not line.startswith("/"):
             self.turns.append(Message("user", line))
@@ -91,18 +91,18 @@ class ChatSession:
         yield from getattr(self, f"_{word[1:]}")(rest.strip())
 
     def _answer(self) -> Iterator[str]:
-        """Stream an answer to the last question. What was said is kept when it is cut short."""
-        said: list[str] = []
+        """Stream an answer to the last question; a partial answer is kept if it is stopped."""
+        pieces: list[str] = []
         try:
             for piece in stream_reply(self.model, self.tokenizer, self.messages, self.settings):
-                said.append(piece)
+                pieces.append(piece)
                 yield piece
         except LorakitError as error:
             self.turns.pop()
             yield str(error)
             return
         finally:
-            text = "".join(said).strip()
+            text = "".join(pieces).strip()
             if self.turns and self.turns[-1].role == "user":
                 if text:
                     self.turns.append(Message("assistant", text))
@@ -120,8 +120,8 @@ class ChatSession:
             yield from stream_reply(self.model, self.tokenizer, question, self.settings)
 
     def _last_question(self) -> list[Message] | None:
-        asked = [i for i, m in enumerate(self.messages) if m.role == "user"]
-        return self.messages[: asked[-1] + 1] if asked else None
+        positions = [i for i, m in enumerate(self.messages) if m.role == "user"]
+        return self.messages[: positions[-1] + 1] if positions else None
 
     def _retry(self, _: str) -> Iterator[str]:
         if not self.turns:
@@ -133,12 +133,12 @@ class ChatSession:
 
     def _undo(self, _: str) -> Iterator[str]:
         if not self.turns:
-            yield "nothing to take back"
+            yield "nothing to undo"
             return
         while self.turns and self.turns.pop().role != "user":
             pass
-        left = sum(m.role == "user" for m in self.turns)
-        yield f"taken back; {left} question{'s' if left != 1 else ''} left"
+        remaining = sum(m.role == "user" for m in self.turns)
+        yield f"removed; {remaining} question{'s' if remaining != 1 else ''} left"
 
     def _system(self, text: str) -> Iterator[str]:
         if text:
@@ -158,8 +158,8 @@ class ChatSession:
         if fault:
             yield fault
             return
-        kind = float if key in ("temperature", "top_p", "repetition_penalty") else int
-        changed: dict[str, Any] = {key: kind(value)}
+        parse = float if key in ("temperature", "top_p", "repetition_penalty") else int
+        changed: dict[str, Any] = {key: parse(value)}
         self.settings = replace(self.settings, **changed)
         yield f"{key}={getattr(self.settings, key)}"
 
@@ -176,27 +176,27 @@ class ChatSession:
             yield f"no adapter {name}{suggest(name, several.tuned)}; a run's folder loads one"
             return
         if name:
-            found = several.switch(name)
-            self.system = found.system if self.asked_system is None else self.system
+            adapter = several.switch(name)
+            self.system = adapter.system if self.asked_system is None else self.system
         yield ", ".join(f"{n} (active)" if n == several.active else n for n in several.tuned)
 
     def _save(self, name: str) -> Iterator[str]:
         if not name:
-            yield "save where? /save FILE.jsonl"
+            yield "/save needs a file: /save FILE.jsonl"
             return
         if not any(m.role == "assistant" for m in self.turns):
             yield "nothing to save yet"
             return
         path = Path(name)
         if path.suffix != ".jsonl":
-            yield f"{path}: give a name that ends in .jsonl"
+            yield f"{path}: expected a name that ends in .jsonl"
             return
         row = {"messages": [m.as_dict() for m in self.messages]}
         try:
             path = path.expanduser()
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except (OSError, ValueError, RuntimeError) as error:  # no such home, a NUL in the name
+        except (OSError, ValueError, RuntimeError) as error:  # unknown home folder, NUL in the name
             yield f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
             return
         yield f"added to {path}; train on it with --data {path}"
@@ -220,11 +220,11 @@ def run(
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
 ) -> int:
-    """Talk in the terminal, answer the lines of a pipe, or answer one `question`; returns 0."""
+    """Chat in the terminal, answer the lines of a pipe, or answer one `question`; return 0."""
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     for stream in (stdin, stdout):
         if hasattr(stream, "reconfigure"):
-            # Bytes that are no text, and letters that this terminal has not, end no conversation.
+            # Undecodable bytes and characters unknown to the terminal must not end the chat.
             stream.reconfigure(errors="replace")
     session = ChatSession(several, system, settings)
     if question is not None:
@@ -241,7 +241,7 @@ def run(
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:
-    """Lines of a pipe; of one without end only the beginning is held."""
+    """Yield the lines of a pipe, and only the beginning of overlong ones."""
     while line := stdin.readline(LONGEST_LINE + 2):
         rest = line
         while not rest.endswith("\n") and (rest := stdin.readline(LONGEST_LINE + 2)):
@@ -265,10 +265,10 @@ def _answer_line(session: ChatSession, line: str, stdout: TextIO, as_json: bool)
 
 
 def talk(session: ChatSession, title: str, stdout: TextIO) -> None:
-    """Ask for a line, show the answer, until /quit or Ctrl-D."""
+    """Read a line and print the answer, until /quit or Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input())
-    stdout.write(f"{title}\n/help lists the commands, Ctrl-D leaves\n")
+    stdout.write(f"{title}\n/help lists the commands, Ctrl-D quits\n")
     while not session.ended:
         try:
             line = _read_line(input)
@@ -279,7 +279,7 @@ def talk(session: ChatSession, title: str, stdout: TextIO) -> None:
         with _ctrl_c() as pressed:
             try:
                 for piece in answer:
-                    stdout.write(visible(piece))  # a model may not steer the terminal
+                    stdout.write(visible(piece))  # no control characters to the terminal
                     stdout.flush()
                     if pressed.is_set():
                         break
@@ -296,10 +296,10 @@ def talk(session: ChatSession, title: str, stdout: TextIO) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[threading.Event]:
-    """Set by a first Ctrl-C, which ends the answer at its next piece; a second one interrupts.
+    """Yield an event that the first Ctrl-C sets; a second one raises KeyboardInterrupt.
 
-    An exception may come up anywhere, also where a library's callback swallows it: on a loaded
-    machine an answer went on for a minute.
+    The answer then ends at its next piece. An exception may be raised inside a library's callback
+    that swallows it: on a loaded machine an answer continued for a minute.
     """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -326,7 +326,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _read_line(read: Callable[[str], str]) -> str:
-    """One line, or several joined by trailing backslashes."""
+    """Read one line, or several joined by trailing backslashes."""
     line = read("> ")
     while line.endswith("\\"):
         line = line[:-1] + "\n" + read(". ")
@@ -346,11 +346,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 def _set_fault(key: str, value: str) -> str | None:
     low, high = _BOUNDS[key]
     try:
-        number = float(value)
+        parsed = float(value)
     except ValueError:
         return f"{key} takes a number (found: {value!r})"
-    whole = key in ("max_new_tokens", "top_k", "seed")
-    if not low <= number <= high or (whole and (number != int(number) or not value.isdigit())):
-        what = "a whole number " if whole else ""
-        return f"{key} is {what}between {low:g} and {high:g} (found: {value})"
+    is_integer = key in ("max_new_tokens", "top_k", "seed")
+    if not low <= parsed <= high or (is_integer and (parsed != int(parsed) or not value.isdigit())):
+        noun = "a whole number " if is_integer else ""
+        return f"{key} is {noun}between {low:g} and {high:g} (found: {value})"
     return None

@@ -1,4 +1,4 @@
-"""A tuned model and held-out conversations enter; base against tuned leaves: loss and answers."""
+"""Evaluate base and tuned model on held-out data: loss, perplexity and sample answers."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def evaluate(
     samples: int = 4,
     max_new_tokens: int = 96,
 ) -> EvalResult:
-    """Held-out loss and perplexity of base and tuned, and greedy answers of both side by side.
+    """Score base and tuned model on held-out examples, and generate greedy answers of both.
 
     Args:
         model: PEFT model; the base is the same model with its adapter switched off.
-        examples: what is scored, with the training mask.
-        records: the first `samples` conversations among them give the questions; their last
-            answer is the reference.
+        examples: held-out examples to score, with the loss mask of training.
+        records: the first `samples` conversations provide the questions, and their last answers
+            the references.
         label: name of the data in the result.
     """
     if not examples:
         raise DataError(
             "there are no held-out examples to evaluate on",
-            hint="give some with --data, or train with val_size above 0",
+            hint="set --data, or train with val_size above 0",
         )
     pad_id = pad_token_id(tokenizer)
     tuned = score(model, examples, pad_id)
@@ -60,42 +60,42 @@ def evaluate(
 def _answer(
     model: Any, tokenizer: Any, records: Sequence[Item], samples: int, max_new_tokens: int
 ) -> tuple[Sample, ...]:
-    """Greedy answers, so that the same run always shows the same ones."""
+    """Generate greedy answers, which are the same each time."""
     conversations = [r for r in records if isinstance(r, Conversation)]
-    asked = [c for c in conversations if c.messages[-1].role == "assistant"][:samples]
-    prompts: list[Sequence[Message]] = [c.messages[:-1] for c in asked]
+    questions = [c for c in conversations if c.messages[-1].role == "assistant"][:samples]
+    prompts: list[Sequence[Message]] = [c.messages[:-1] for c in questions]
     if not prompts:
         return ()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
-    tools = [c.tools for c in asked]
+    tools = [c.tools for c in questions]
     tuned = replies(model, tokenizer, prompts, settings, tools)
     with base_answers(model):
         base = replies(model, tokenizer, prompts, settings, tools)
     return tuple(
         Sample(c.messages[-2].content, told(c.messages[-1]), b, t)
-        for c, b, t in zip(asked, base, tuned, strict=True)
+        for c, b, t in zip(questions, base, tuned, strict=True)
     )
 
 
 def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> list[Example]:
-    """Held-out records as examples, masked as in training."""
-    found: list[Example] = []
-    for _, made in encode_many(tokenizer, records, EncodeConfig.of(recipe), IssueLog()):
-        if isinstance(made, RowError):
-            raise made
-        found += made
-    return found
+    """Encode held-out records as examples with the loss mask of training."""
+    examples: list[Example] = []
+    for _, encoded in encode_many(tokenizer, records, EncodeConfig.of(recipe), IssueLog()):
+        if isinstance(encoded, RowError):
+            raise encoded
+        examples += encoded
+    return examples
 
 
 def evaluate_loaded(
     loaded: LoadedRun, data: str | None, samples: int, note: Callable[[str], None]
 ) -> EvalResult:
-    """Evaluate a finished run on its own held-out rows, or on `data`.
+    """Evaluate a finished run on its held-out rows, or on `data`.
 
-    Of its own rows it writes eval.json and the report anew.
+    For its held-out rows, eval.json and the report are rewritten.
 
     Raises:
-        DataError: the run kept no held-out rows and no data was given, or `data` cannot be used.
+        DataError: the run has no held-out rows and `data` is None, or `data` cannot be used.
     """
     recipe, run = loaded.recipe, loaded.run
     records: Sequence[Item]

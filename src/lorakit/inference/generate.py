@@ -1,7 +1,7 @@
-"""A model and a conversation enter; the next answer leaves, piece by piece or as a whole.
+"""Generate answers to conversations, in batches or streamed.
 
-Prompts are made by the same code as training examples (`data.template.prompt_ids`), and answers end
-at the tokens that training taught as the end of a turn.
+Prompts are made by the same code as training examples (`data.tokenize.encode.prompt_ids`),
+and answers end at the end-of-turn tokens of training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """How answers are drawn. `temperature` 0 is greedy: the same answer every time."""
+    """Sampling settings; `temperature` 0 is greedy and gives the same answer every time."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -39,9 +39,9 @@ class GenerationSettings:
 
 @contextlib.contextmanager
 def base_answers(model: Any) -> Iterator[None]:
-    """While open, `model` answers as its base: adapter off, trained biases as they were before.
+    """Let `model` answer as its base: adapter disabled, original biases restored.
 
-    peft's own switch leaves biases trained with `bias: all` or `lora_only` in place.
+    peft's `disable_adapter` keeps biases trained with `bias: all` or `lora_only`.
     """
     if not hasattr(model, "disable_adapter"):
         yield
@@ -63,57 +63,57 @@ def replies(
     settings: GenerationSettings,
     tools: Sequence[Sequence[dict[str, Any]]] = (),
 ) -> list[str]:
-    """One answer to each conversation, in order; prompts are padded on the left in batches.
+    """Generate one answer to each conversation, in order, in left-padded batches.
 
-    Where memory runs out, that batch and the next are of half the size.
+    If memory runs out, that batch and the following ones use half the size.
 
     Args:
-        tools: the schemas of the functions that each conversation may call, if any.
+        tools: schemas of the functions that each conversation may call, if any.
 
     Raises:
-        WorkError: memory does not hold one conversation.
+        WorkError: one conversation alone does not fit into memory.
     """
     tools = tools or [()] * len(conversations)
     prompts = [
         fit_prompt(model, tokenizer, turns, settings, known)[0]
         for turns, known in zip(conversations, tools, strict=True)
     ]
-    found: list[str] = []
-    size = BATCH
+    answers: list[str] = []
+    batch_size = BATCH
     with evaluating(model):
-        while len(found) < len(prompts):
-            part = prompts[len(found) : len(found) + size]
-            answer = functools.partial(_answers, model, tokenizer, part, settings)
-            texts, trouble = run_catching_oom(answer)
+        while len(answers) < len(prompts):
+            batch = prompts[len(answers) : len(answers) + batch_size]
+            generate_batch = functools.partial(_answers, model, tokenizer, batch, settings)
+            texts, fault = run_catching_oom(generate_batch)
             if texts is not None:
-                found += texts
-            elif len(part) == 1:
-                raise _too_long(len(part[0]), settings, trouble)
+                answers += texts
+            elif len(batch) == 1:
+                raise _too_long(len(batch[0]), settings, fault)
             else:
-                size = len(part) // 2
-    return found
+                batch_size = len(batch) // 2
+    return answers
 
 
 def _answers(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationSettings
 ) -> list[str]:
-    """One answer to each prompt, all at once."""
+    """Generate one answer to each prompt, in one batch."""
     batch = left_padded(prompts, _pad_id(tokenizer), device_of(model))
     out = model.generate(**batch, **_arguments(model, tokenizer, settings))
     texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
-def _too_long(prompt: int, settings: GenerationSettings, trouble: str | None) -> WorkError:
+def _too_long(prompt: int, settings: GenerationSettings, fault: str | None) -> WorkError:
     return WorkError(
         f"out of memory answering a prompt of {prompt} tokens with up to "
-        f"{settings.max_new_tokens} more: {trouble}",
+        f"{settings.max_new_tokens} more: {fault}",
         hint="ask something shorter, or lower max_new_tokens",
     )
 
 
 def left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> dict[str, torch.Tensor]:
-    """Prompts side by side as `generate` takes them: ids and mask [B, T], all ending together."""
+    """Pad prompts on the left for `generate`: ids and mask [B, T]."""
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(p)) + p for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
@@ -126,43 +126,43 @@ def left_padded(prompts: Sequence[list[int]], pad: int, device: Any) -> dict[str
 def stream_reply(
     model: Any, tokenizer: Any, messages: Sequence[Message], settings: GenerationSettings
 ) -> Iterator[str]:
-    """Pieces of one answer as they come. Leaving the loop (Ctrl-C too) ends the generation.
+    """Yield pieces of one answer; ending the loop (also by Ctrl-C) stops the generation.
 
     Raises:
         DataError: the last question alone does not fit the model's context.
-        WorkError: nor does memory hold it.
+        WorkError: out of memory.
     """
     prompt, _ = fit_prompt(model, tokenizer, messages, settings)
     ids = torch.tensor([prompt], device=device_of(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    left = threading.Event()
+    reader_gone = threading.Event()
     failure: list[BaseException] = []
 
-    def work() -> None:
+    def generate() -> None:
         try:
             with evaluating(model):
                 model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Left(left)]),
+                    stopping_criteria=StoppingCriteriaList([_ReaderGone(reader_gone)]),
                     **_arguments(model, tokenizer, settings),
                 )
-        except BaseException as error:  # handed to the reader, whatever it is
+        except BaseException as error:  # raised again in the reading thread
             failure.append(error)
             streamer.end()
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
         yield from (piece for piece in streamer if piece)
     finally:
-        left.set()
+        reader_gone.set()
         thread.join()
     if failure:
-        trouble = describe_oom(failure[0])
-        if trouble is not None:
-            raise _too_long(len(prompt), settings, trouble) from failure[0]
+        fault = describe_oom(failure[0])
+        if fault is not None:
+            raise _too_long(len(prompt), settings, fault) from failure[0]
         raise failure[0]
 
 
@@ -173,32 +173,35 @@ def fit_prompt(
     settings: GenerationSettings,
     tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], int]:
-    """Prompt ids that leave room for an answer, and how many old messages were left out for it.
+    """Build prompt ids that leave space for an answer, dropping old messages if needed.
+
+    Returns:
+        (ids, number of dropped messages).
 
     Raises:
         DataError: the last question alone does not fit.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    # A model of little context keeps at least half of it for the prompt.
-    room = max(limit - settings.max_new_tokens, limit // 2)
+    # With a short context, at least half of it is for the prompt.
+    budget = max(limit - settings.max_new_tokens, limit // 2)
     head = [m for m in messages if m.role == "system"]
     turns = [m for m in messages if m.role != "system"]
     dropped = 0
     while True:
         ids = prompt_ids(tokenizer, [*head, *turns], tools)
-        if len(ids) <= room:
+        if len(ids) <= budget:
             return ids, dropped
         later = [i for i, m in enumerate(turns) if m.role == "user" and i]
         if not later:
             raise DataError(
-                f"the question takes {len(ids)} tokens, this model reads {limit}",
+                f"the question takes {len(ids)} tokens, the model's context is {limit}",
                 hint="ask something shorter, or lower max_new_tokens",
             )
         turns, dropped = turns[later[0] :], dropped + later[0]
 
 
-class _Left(StoppingCriteria):
-    """Stops generation once the reader has gone."""
+class _ReaderGone(StoppingCriteria):
+    """Stop generation once the reader has stopped reading."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -210,21 +213,21 @@ class _Left(StoppingCriteria):
 def _arguments(model: Any, tokenizer: Any, settings: GenerationSettings) -> dict[str, Any]:
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
-    sampling = settings.temperature > 0
-    drawn = (
+    do_sample = settings.temperature > 0
+    sampling_arguments = (
         {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        if sampling
-        # None, not absent: a model's own defaults would warn beside greedy decoding.
+        if do_sample
+        # None, not absent: a model's sampling defaults would cause warnings in greedy decoding.
         else {"temperature": None, "top_p": None, "top_k": None}
     )
     return {
         "max_new_tokens": settings.max_new_tokens,
-        "do_sample": sampling,
+        "do_sample": do_sample,
         "repetition_penalty": settings.repetition_penalty,
         "eos_token_id": stop_token_ids(tokenizer, model.generation_config),
         "pad_token_id": _pad_id(tokenizer),
         "use_cache": True,
-        **drawn,
+        **sampling_arguments,
     }
 
 

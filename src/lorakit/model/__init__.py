@@ -1,1 +1,1 @@
-"""A recipe enters; a base model with adapters on its device leaves."""
+"""Base models, tokenizers and LoRA adapters: loading, checking and counting."""

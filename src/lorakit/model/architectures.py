@@ -1,7 +1,7 @@
-"""A model's config enters; what lorakit knows about its family leaves: LoRA targets, logit scaling.
+"""Known facts about each model family: default LoRA targets and logit scaling.
 
-A family is one row of FAMILIES, keyed by `config.model_type`. An unknown one is trained on all its
-linear layers, and the run says so.
+A family is one row of FAMILIES, keyed by `config.model_type`. Models of an unknown family get
+adapters on all linear layers, and the run reports it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "falcon": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "starcoder2": (*_ATTENTION, "c_fc", "c_proj"),
-    # Experts are raw parameters or hundreds of small layers: attention is what pays.
+    # Experts are raw parameters or hundreds of small layers, so only attention gets adapters.
     "mixtral": _ATTENTION,
     "qwen2_moe": _ATTENTION,
     "qwen3_moe": _ATTENTION,
 }
 
-# Decoder layers of Llama's shape, which `engine/decoder_layer.py` computes by hand (and a probe
-# confirms).
+# Families with Llama's decoder layer, for which `engine/decoder_layer.py` has hand-written
+# gradients; a self-test compares them before training.
 FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"}
 
 
 def lora_targets(config: Any) -> tuple[str | list[str], str]:
-    """Target modules for `target_modules: auto`, and the reason in a few words."""
+    """Target modules for `target_modules: auto`, and a short reason."""
     family = getattr(config, "model_type", "")
     if family in FAMILIES:
         return list(FAMILIES[family]), f"model family {family}"
@@ -55,7 +55,7 @@ def lora_targets(config: Any) -> tuple[str | list[str], str]:
 
 
 def changes_logits(config: Any) -> bool:
-    """Whether `transform_logits` does anything for this family."""
+    """Return True if `transform_logits` changes the logits of this family."""
     import torch
 
     probe = torch.tensor([1.0, -2.0])
@@ -63,10 +63,10 @@ def changes_logits(config: Any) -> bool:
 
 
 def transform_logits(config: Any, logits: Any) -> Any:
-    """What some families do to logits after the head: soft caps and scales.
+    """Apply the soft cap or scale that some families put after the head.
 
     Gemma 2 caps (`final_logit_softcapping`), Cohere multiplies (`logit_scale`), Granite divides
-    (`logits_scaling`). `logits` [..., V] comes back in the same shape.
+    (`logits_scaling`). `logits` is [..., V], and so is the result.
     """
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:

@@ -1,7 +1,4 @@
-"""A model enters in any mode; inside the `with` it is in evaluation mode and keeps no gradients.
-
-Also says on which device a model works, which is not where all of its weights must lie.
-"""
+"""Evaluation mode as a context manager, and the device on which a model computes."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ import torch
 
 
 def device_of(model: Any) -> torch.device:
-    """Where inputs go and logits come out; embedding and layers may lie in host memory."""
+    """Device of the model's inputs and logits; embedding and layers may be in host memory."""
     device: torch.device = model.get_output_embeddings().weight.device
     return device
 
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode comes back."""
+    """Switch to evaluation mode without gradients, and restore the previous mode on exit."""
     was_training = model.training
     model.eval()
     try:

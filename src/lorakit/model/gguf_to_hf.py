@@ -1,8 +1,8 @@
-"""SmolLM2's GGUF file enters; the folder that transformers loads leaves: weights, tokenizer.
+"""Convert SmolLM2's GGUF file to a folder that transformers loads.
 
-Read with gguf-py and written by name. The GGUF loader of transformers (5.17 to 5.23) takes 17 s for
-the same file, drops the digit splitter of the tokenizer (15 of 80 Python files then tokenize
-differently) and leaves a model that refuses to be saved, "quantized with gguf".
+Tensors are read with gguf-py and renamed. The GGUF loader of transformers (5.17 to 5.23) takes 17 s
+for the same file, drops the digit splitter of the tokenizer (15 of 80 Python files then tokenize
+differently) and returns a model that cannot be saved ("quantized with gguf").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
 
-# GGUF's names and Llama's; the ones of a layer carry `blk.N.` and `model.layers.N.` in front.
+# GGUF's names and Llama's; layer tensors have the prefixes `blk.N.` and `model.layers.N.`.
 MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -32,13 +32,13 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 # The file pads with the end-of-turn token, and a mask made from pad ids would then hide that token.
-# <|endoftext|> is reserved, ends documents in pretraining only, and never occurs in a chat.
+# <|endoftext|> is reserved: it ends documents in pretraining and never occurs in a chat.
 PAD = "<|endoftext|>"
 CONTROL_TOKEN = 3
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write `folder` with the model of `gguf` in bf16, its tokenizer and chat template, mode 0644.
+    """Write the model of `gguf` in bf16, its tokenizer and chat template to `folder`, mode 0644.
 
     Raises:
         OSError: `folder` cannot be written.
@@ -47,9 +47,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
-    kind = (_value(reader, "general.architecture"), _value(reader, "tokenizer.ggml.pre"))
-    if kind != ("llama", "smollm"):
-        raise ValueError(f"{gguf.name} is not SmolLM2: architecture and tokenizer are {kind}")
+    actual = (_value(reader, "general.architecture"), _value(reader, "tokenizer.ggml.pre"))
+    expected = ("llama", "smollm")
+    if actual != expected:
+        raise ValueError(
+            f"{gguf.name}: architecture and tokenizer are {actual}, expected {expected}"
+        )
     folder.mkdir(parents=True)
     _write_weights(reader, folder / "model.safetensors")
     _write_configs(reader, folder)
@@ -72,12 +75,12 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
     try:
         save_file(dict(_tensors(reader)), path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # It reports a full disk as an error of its own; to callers this is a failed write.
+        # safetensors reports a full disk as a SafetensorError; callers expect OSError.
         raise OSError(str(error)) from error
 
 
 def _tensors(reader: GGUFReader) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight [out, in] under transformers' name, dequantized, rounded once to bf16."""
+    """Yield each weight [out, in] with transformers' name, dequantized and rounded to bf16."""
     import torch
     from gguf.quants import dequantize
 
@@ -86,16 +89,16 @@ def _tensors(reader: GGUFReader) -> Iterator[tuple[str, torch.Tensor]]:
         "attn_k": _value(reader, "llama.attention.head_count_kv"),
     }
     for tensor in reader.tensors:
-        *prefix, part, _ = tensor.name.split(".")
+        *prefix, module, _ = tensor.name.split(".")
         weight = dequantize(tensor.data, tensor.tensor_type)
-        if part in heads:
-            weight = _halves(weight, heads[part])
-        name = f"model.layers.{prefix[1]}.{LAYER_NAMES[part]}" if prefix else MODEL_NAMES[part]
+        if module in heads:
+            weight = _rotary_halves(weight, heads[module])
+        name = f"model.layers.{prefix[1]}.{LAYER_NAMES[module]}" if prefix else MODEL_NAMES[module]
         yield f"{name}.weight", torch.from_numpy(weight.copy()).to(torch.bfloat16)
 
 
-def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary pairs lie side by side in GGUF (0, 1), (2, 3), ...; transformers wants two halves."""
+def _rotary_halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder rotary pairs (0, 1), (2, 3), ... of GGUF to the two halves that transformers uses."""
     out, width = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(out, width)
@@ -120,7 +123,7 @@ def _write_configs(reader: GGUFReader, folder: Path) -> None:
         num_attention_heads=of("attention.head_count"),
         num_key_value_heads=of("attention.head_count_kv"),
         max_position_embeddings=of("context_length"),
-        # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
+        # GGUF stores it as float32: 1e-5 is read as 9.999999747378752e-06.
         rms_norm_eps=round(of("attention.layer_norm_rms_epsilon"), 9),
         rope_parameters={"rope_type": "default", "rope_theta": of("rope.freq_base")},
         tie_word_embeddings=True,
@@ -133,13 +136,13 @@ def _write_configs(reader: GGUFReader, folder: Path) -> None:
 
 
 def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    """Byte-level BPE that splits digits one by one first, as llama.cpp's `smollm` does."""
+    """Write a byte-level BPE that first splits off each digit, as llama.cpp's `smollm` does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = _value(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = _value(reader, "tokenizer.ggml.token_type")
+    token_types: list[int] = _value(reader, "tokenizer.ggml.token_type")
     merges = [tuple(pair.split(" ")) for pair in _value(reader, "tokenizer.ggml.merges")]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -148,7 +151,11 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
+    special = [
+        token
+        for token, token_type in zip(tokens, token_types, strict=True)
+        if token_type == CONTROL_TOKEN
+    ]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     config = {
@@ -158,7 +165,7 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         "eos_token": tokens[_value(reader, "tokenizer.ggml.eos_token_id")],
         "model_max_length": _value(reader, "llama.context_length"),
         "pad_token": PAD,
-        # The name that transformers 4 and 5 both know; 5 itself would write TokenizersBackend.
+        # Known to transformers 4 and 5; 5 itself would write TokenizersBackend.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": tokens[_value(reader, "tokenizer.ggml.unknown_token_id")],
     }

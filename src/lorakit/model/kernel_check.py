@@ -1,9 +1,9 @@
-"""A model enters; the functions that transformers bound to other packages' kernels leave, checked.
+"""Check the kernels of other packages that transformers binds to a model's functions.
 
 transformers binds functions of Qwen3.5, LFM2, Falcon-H1 and others at import to
-flash-linear-attention, causal-conv1d or mamba-ssm, where these are installed. Whether such a kernel
-runs and is right on this GPU with this Triton is only known by running it: fla 0.6 refuses its
-backward on Hopper with Triton 3.4 to 3.7.0, since the gradients would be wrong.
+flash-linear-attention, causal-conv1d or mamba-ssm, if these are installed. Only running such a
+kernel shows if it works on this GPU with this Triton: fla 0.6 refuses its backward on Hopper with
+Triton 3.4 to 3.7.0, since the gradients would be wrong.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from lorakit.errors import first_line
 
-# Kernels and plain torch add up in another order: 1 to 2% apart in bfloat16. A wrong gradient
-# differs by far more.
+# Kernels and plain torch sum in a different order and differ by 1 to 2% in bfloat16. A wrong
+# gradient differs by far more.
 LARGEST_DIFFERENCE = 0.05
 _TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class KernelFunction:
-    """A name in a modeling module that may be bound to a kernel, and the torch function for it."""
+    """A function of a modeling module that is bound to a kernel, and its torch implementation."""
 
     namespace: dict[str, Any]
     name: str
@@ -36,36 +36,36 @@ class KernelFunction:
     plain: Callable[..., Any]
 
     def use_plain(self) -> None:
-        """Let the model's layers call the torch function."""
+        """Bind the name to the torch function."""
         self.namespace[self.name] = self.plain
 
     def restore(self) -> None:
-        """Let them call what transformers bound."""
+        """Bind the name to the kernel again."""
         self.namespace[self.name] = self.bound
 
 
 def kernel_functions(model: Any) -> list[KernelFunction]:
-    """All such names of the modules that define the model's layers."""
-    made = []
+    """List the kernel-bound functions of the modules that define the model's layers."""
+    functions = []
     for source in {type(module).__module__ for module in model.modules()}:
         names = vars(sys.modules[source]) if source in sys.modules else {}
         for name, bound in list(names.items()):
             plain = _definition(bound)
             if plain is not None:
-                made.append(KernelFunction(names, name, bound, plain))
-    return made
+                functions.append(KernelFunction(names, name, bound, plain))
+    return functions
 
 
 def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
-    """Compare the bound kernels with plain torch on this GPU, and leave those that differ out.
+    """Compare the bound kernels with plain torch on this GPU, and unbind them if they differ.
 
-    One layer of each kind runs forward and backward both ways, with the model's own weights.
+    One layer of each class runs forward and backward both ways, with the model's weights.
 
     Args:
-        device_type: where the kernels run; layers on another device are not checked.
+        device_type: device of the kernels; layers on another device are not checked.
 
     Returns:
-        Why plain torch is used, or None where the kernels are right or none is bound.
+        The reason plain torch is used, or None if the kernels agree or none is bound.
     """
     functions = kernel_functions(model)
     for module in _layers_to_check(model, functions, device_type):
@@ -78,7 +78,7 @@ def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
             for function in functions:
                 function.use_plain()
             plain = _outputs(module, hidden)
-        except Exception as error:  # a package's own refusal, or a kernel that does not compile
+        except Exception as error:  # the package refuses, or a kernel does not compile
             reason = first_line(error)
         else:
             worst = max(map(_difference, fast, plain))
@@ -89,10 +89,10 @@ def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
             reason = f"its results differ from plain torch by {worst:.0%}"
         for function in functions:
             function.use_plain()
-        kind = type(module).__name__
+        class_name = type(module).__name__
         logging.getLogger("lorakit").warning(
-            "note: the kernels bound to %s are not used (plain torch is, which is slower): %s",
-            kind,
+            "note: the kernels bound to %s are replaced by plain torch, which is slower: %s",
+            class_name,
             reason,
         )
         return reason
@@ -102,20 +102,20 @@ def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
 def _layers_to_check(
     model: Any, functions: list[KernelFunction], device_type: str
 ) -> list[nn.Module]:
-    """The first module of each class whose forward calls one of the functions."""
+    """Return the first module of each class whose forward calls one of the functions."""
     names = {function.name for function in functions}
-    made: dict[type, nn.Module] = {}
+    modules: dict[type, nn.Module] = {}
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         first = next(module.parameters(), None)
-        here = first is not None and first.device.type == device_type
-        if code is not None and here and names & set(code.co_names):
-            made.setdefault(type(module), module)
-    return list(made.values())
+        on_device = first is not None and first.device.type == device_type
+        if code is not None and on_device and names & set(code.co_names):
+            modules.setdefault(type(module), module)
+    return list(modules.values())
 
 
 def _outputs(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's output and the gradient of its input."""
+    """Return a layer's output and the gradient of its input."""
     inputs = hidden.clone().requires_grad_()
     with torch.enable_grad():
         out = module(inputs)
@@ -125,17 +125,17 @@ def _outputs(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Norm of the difference over the norm; infinity where a number is not finite."""
+    """Relative norm of the difference; infinity if it is not a number."""
     apart = (one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30)
     value = float(apart)
     return value if value == value else float("inf")
 
 
 def _definition(bound: Any) -> Any:
-    """The torch function behind one that transformers may bind to a kernel; None for any other."""
+    """Torch implementation of a kernel-bound function; None for any other object."""
     from transformers.integrations import hub_kernels
 
-    if isinstance(bound, nn.Module):  # with the package `kernels` each is made a module
+    if isinstance(bound, nn.Module):  # the package `kernels` wraps each in a module
         bound = inspect.getclosurevars(type(bound).forward).nonlocals.get("func")
     code = getattr(bound, "__code__", None)
     if code is None or code.co_filename != hub_kernels.__file__:

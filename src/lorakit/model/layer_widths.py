@@ -1,8 +1,8 @@
-"""A model on the meta device enters; the widths of each of its decoder layers leave.
+"""Widths of each decoder layer, from a model on the meta device.
 
-They are read off the modules, not the config: a config may hold one number a layer (Gemma 3n's
-`intermediate_size`), refuse to be asked for one (Gemma 4's `head_dim`), or name its mixers in words
-of its own (Qwen3.5, LFM2, Falcon-H1).
+They come from the modules, not the config: a config may hold one number per layer (Gemma 3n's
+`intermediate_size`), raise for an attribute (Gemma 4's `head_dim`), or use its own names for its
+mixers (Qwen3.5, LFM2, Falcon-H1).
 """
 
 from __future__ import annotations
@@ -14,25 +14,22 @@ from typing import Any
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "experts_per_token", "moe_topk", "moe_k")
-# What attention's output projection is called.
+# Names of attention's output projection.
 _OUT = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-# An expert that is a module of its own, one of a list.
+# An expert that is a separate module in a list.
 _ONE_OF_MANY = re.compile(r"\bexperts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWidths:
-    """What one token meets in one decoder layer, in elements.
-
-    Of experts those count that a token is sent to.
-    """
+    """Elements that one token uses in one decoder layer; of the experts, only the routed ones."""
 
     products: float  # weights of all matrix products
     moved: float  # their inputs and outputs
     queries: int  # heads x head size of softmax attention; 0 where the layer has none
-    keys_values: int  # what such a layer keeps of a token for generation
-    inner: float  # widest input of a product that leads back to the model's width
-    plain: bool  # neither experts nor convolutions, as state space layers have them
+    keys_values: int  # KV cache elements per token of such a layer
+    inner: float  # widest input of a product whose output has the model's width
+    plain: bool  # without experts and without convolutions (state space layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +42,9 @@ class Linear:
 
 
 def expert_elements(name: str, module: Any) -> int:
-    """Elements of raw expert tensors [E, ., .] that `module` itself holds.
+    """Count elements of raw expert tensors [E, ., .] directly in `module`.
 
-    A convolution's weight [C, 1, K] has three dimensions too.
+    The name is checked too, since a convolution's weight [C, 1, K] also has three dimensions.
     """
     if "expert" not in f"{name} {type(module).__name__}".lower():
         return 0
@@ -55,67 +52,67 @@ def expert_elements(name: str, module: Any) -> int:
 
 
 def setting(config: Any, names: Iterable[str]) -> int | None:
-    """The first of these settings that the config has; of a list of them, one a layer, the most."""
+    """First of these settings that the config has; the largest value of a per-layer list."""
     for name in names:
         try:
-            found = getattr(config, name, None)
+            value = getattr(config, name, None)
         except RuntimeError:  # transformers: "is a per-layer attribute"
             continue
-        if isinstance(found, list | tuple):
-            found = max(found, default=None)
-        if isinstance(found, int) and found > 0:
-            return found
+        if isinstance(value, list | tuple):
+            value = max(value, default=None)
+        if isinstance(value, int) and value > 0:
+            return value
     return None
 
 
 def decoder_layers(model: Any) -> Any:
-    """The ModuleList of the text model's layers; None for a model built otherwise."""
+    """The ModuleList of the text model's layers; None if the model has none of that length."""
     import torch
 
-    wanted = model.config.get_text_config().num_hidden_layers
+    layer_count = model.config.get_text_config().num_hidden_layers
     lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-    return next((m for m in lists if len(m) == wanted), None)
+    return next((m for m in lists if len(m) == layer_count), None)
 
 
 def layer_widths(model: Any) -> tuple[LayerWidths, ...]:
-    """Of each decoder layer in order; all in one where the model keeps no list of them."""
+    """Widths of each decoder layer in order; one entry for all if the model has no layer list."""
     config, layers = model.config.get_text_config(), decoder_layers(model)
     head = model.get_output_embeddings()
-    parts = [model.get_decoder()] if layers is None else list(layers)
-    return tuple(_widths(part, config, head) for part in parts)
+    blocks = [model.get_decoder()] if layers is None else list(layers)
+    return tuple(_widths(block, config, head) for block in blocks)
 
 
 def _widths(layer: Any, config: Any, head: Any) -> LayerWidths:
     model = int(config.hidden_size)
-    chosen, many = setting(config, CHOSEN), setting(config, EXPERTS)
+    experts_per_token, experts = setting(config, CHOSEN), setting(config, EXPERTS)
     products = moved = inner = 0.0
     queries = keys_values = 0
-    within: set[str] = set()  # names of attention's own products
+    attention_products: set[str] = set()  # names of attention's own products
     for name, module in layer.named_modules():
         attention = _attention(module)
         if attention is not None:
             queries += attention[0]
             keys_values += attention[1]
-            within |= {f"{name}.{child}" for child, _ in module.named_children()}
+            attention_products |= {f"{name}.{child}" for child, _ in module.named_children()}
     for linear in _linears(layer, head):
         share = 1.0
         if _ONE_OF_MANY.search(f"{linear.name}."):
-            share = (chosen or many or 1) / (many or 1)
+            share = (experts_per_token or experts or 1) / (experts or 1)
         products += share * linear.inputs * linear.outputs
         moved += share * (linear.inputs + linear.outputs)
-        if linear.outputs == model and linear.name not in within:
+        if linear.outputs == model and linear.name not in attention_products:
             inner = max(inner, linear.inputs)
     for name, module in layer.named_modules():
         if not expert_elements(name, module):
             continue
         tensors = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-        each = chosen or tensors[0].shape[0]
+        routed = experts_per_token or tensors[0].shape[0]
         sides = [side for tensor in tensors for side in tensor.shape[1:]]
-        products += each * sum(tensor.shape[1] * tensor.shape[2] for tensor in tensors)
-        # The model's own width once: a token's row is added up over its experts.
-        moved += sum(side if side == model else each * side for side in sides)
+        products += routed * sum(tensor.shape[1] * tensor.shape[2] for tensor in tensors)
+        # The model's width counts once: a token's row is summed over its experts.
+        moved += sum(side if side == model else routed * side for side in sides)
         # Gate and up may be one tensor of twice the width.
-        inner = max(inner, each * min((side for side in sides if side != model), default=model))
+        inner = max(inner, routed * min((side for side in sides if side != model), default=model))
     plain = all(p.dim() < 3 for p in layer.parameters())
     return LayerWidths(products, moved, queries, keys_values, inner, plain)
 
@@ -132,7 +129,7 @@ def _linears(layer: Any, head: Any) -> Iterator[Linear]:
 
 
 def _attention(module: Any) -> tuple[int, int] | None:
-    """(queries, keys and values) of a module that is softmax attention."""
+    """Return (queries, keys and values) of a softmax attention module, else None."""
     if not type(module).__name__.endswith("Attention"):
         return None
     children = dict(module.named_children())

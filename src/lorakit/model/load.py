@@ -1,10 +1,4 @@
-"""A recipe or a run directory enters; a base model, its tokenizer, or a tuned model leaves.
-
-A tokenizer and a base enter; in silence, or refused where one knows tokens that the other lacks.
-
-Tokens added to a tokenizer have no row in the base's embedding: looked up, they end in an index
-error, on a card in one that names nothing.
-"""
+"""Load a base model and its tokenizer from a recipe, or a tuned model from a run directory."""
 
 from __future__ import annotations
 
@@ -40,7 +34,7 @@ BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2'"
 
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
-    """A tuned model as every command after training needs it."""
+    """A tuned model with its recipe, device and tokenizer, for the commands after training."""
 
     run: RunDir
     recipe: Recipe
@@ -50,7 +44,7 @@ class LoadedRun:
 
 
 def public_name(reference: str) -> str:
-    """The name of a base model that may be written into files: a hub id or a folder's own name."""
+    """Name of a base model for saved files: a hub id, or a folder's name without its path."""
     if reference == "demo":
         return HUB_ID
     is_path = (
@@ -64,10 +58,12 @@ def public_name(reference: str) -> str:
 def locate_model(
     recipe: Recipe, folders: Sequence[Path] = (Path(),), say: Progress | None = None
 ) -> str:
-    """A local folder or a hub id for `recipe.model`; relative paths are tried under each folder.
+    """Resolve `recipe.model` to a local folder or a hub id.
+
+    Relative paths are tried under each of `folders`.
 
     Raises:
-        ModelError: it looks like a path and no such folder exists.
+        ModelError: `model` looks like a path and the folder does not exist.
     """
     reference = recipe.model
     if reference == "demo":
@@ -90,10 +86,11 @@ def locate_model(
 
 
 def load_config(recipe: Recipe, location: str) -> Any:
-    """The model's config, checked to be that of a causal language model.
+    """Load the model's config and check that it is a causal language model.
 
     Raises:
-        ModelError: no config.json, gated, unreachable, or another kind of model.
+        ModelError: config.json is missing, the repository is gated or unreachable, or the model
+            is not a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -105,7 +102,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
             values, _ = PretrainedConfig.get_config_dict(location, **_hub_arguments(recipe))
             check_config(values, recipe)
         config = AutoConfig.from_pretrained(location, **_hub_arguments(recipe))
-    # A config of a stranger may make any of a hundred classes raise anything.
+    # An untrusted config may make any config class raise any exception.
     except LorakitError:
         raise
     except Exception as error:
@@ -113,17 +110,17 @@ def load_config(recipe: Recipe, location: str) -> Any:
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
         raise ModelError(
-            f"model: {recipe.model}: not a causal language model (config.json says {names})",
+            f"model: {recipe.model}: not a causal language model (config.json names {names})",
             hint="lorakit trains decoder-only chat models such as Llama, Mistral, Qwen or Gemma",
         )
     return config
 
 
 def load_tokenizer(recipe: Recipe, location: str) -> Any:
-    """The model's own tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
-        ModelError: the folder or repository has none that can be read.
+        ModelError: it is missing or cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -146,10 +143,11 @@ def load_base(
     on_host: bool = False,
     model_class: Any = None,
 ) -> Any:
-    """The frozen base on its device, or in host memory: 16- or 32-bit for LoRA, NF4 for QLoRA.
+    """Load the frozen base: 16- or 32-bit for LoRA, NF4 for QLoRA.
 
     Args:
-        model_class: another class of transformers than AutoModelForCausalLM would build.
+        on_host: keep the weights in host memory instead of on the device.
+        model_class: class of transformers to build instead of AutoModelForCausalLM's choice.
 
     Raises:
         ModelError: weights missing or unreadable.
@@ -167,10 +165,10 @@ def load_base(
         arguments["quantization_config"] = nf4_config(device)
     elif quantized is not None and recipe.method == "lora":
         raise ModelError(
-            f"model: {recipe.model}: its weights are quantized already",
+            f"model: {recipe.model}: its weights are already quantized",
             hint="set method: qlora, or name the 16-bit original of this model",
         )
-    # Without a map transformers puts quantized weights on a CUDA card, if there is one.
+    # Without a device map transformers puts quantized weights on a CUDA GPU, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
     if model_class is not None:
@@ -188,13 +186,13 @@ def load_base(
         text.output_router_logits = False
     check_kernels(model)
     if on_host:
-        # accelerate refuses to train 4-bit models that it takes for offloaded by itself.
+        # accelerate refuses to train 4-bit models with a device map on the CPU.
         model.__dict__.pop("hf_device_map", None)
     return model
 
 
 def nf4_config(device: Device) -> Any:
-    """4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314, section 3).
+    """Configure 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314, section 3).
 
     Raises:
         DependencyError: bitsandbytes is absent or does not work on this device.
@@ -209,9 +207,7 @@ def nf4_config(device: Device) -> Any:
 
         probe = torch.zeros(64, 64, device=device.kind)
         bnb.functional.quantize_4bit(probe, quant_type="nf4")
-    except (
-        Exception
-    ) as error:  # bitsandbytes raises many kinds, RuntimeError and OSError among them
+    except Exception as error:  # bitsandbytes raises many types, such as RuntimeError and OSError
         raise DependencyError(
             f"method: qlora needs bitsandbytes, which does not work here: {first_line(error)}",
             hint=f"{BITSANDBYTES_INSTALL}, or set method: lora",
@@ -227,9 +223,9 @@ def nf4_config(device: Device) -> Any:
 def guard_quantized_cpu_weights(model: Any) -> None:
     """Keep bitsandbytes from repacking NF4 weights in place on CPUs with AVX512_BF16.
 
-    bitsandbytes 0.50.2 repacks at the first forward in eval mode; afterwards dequantization gives
+    bitsandbytes 0.50.2 repacks at the first forward in eval mode; afterwards dequantization returns
     garbage (relative error 1.44) and no gradient passes the base layers (gradient norm 2.3 -> 0.3),
-    so one evaluation during training would spoil the rest of the run.
+    so one evaluation during training would corrupt the rest of the run.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -237,10 +233,10 @@ def guard_quantized_cpu_weights(model: Any) -> None:
 
 
 def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
-    """Base plus adapter of a finished run, in evaluation mode, with the run's own tokenizer.
+    """Load base, adapter and tokenizer of a finished run, in evaluation mode.
 
     Raises:
-        ModelError: the base is gone or the adapter does not belong to it.
+        ModelError: the base is missing or the adapter does not fit it.
     """
     from peft import PeftModel
 
@@ -257,7 +253,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(
             f"{run.adapter}: the adapter does not fit {recipe.model}: {first_line(error)}",
-            hint="was the base model changed since training?",
+            hint="check that the base model did not change since training",
         ) from error
     check_all_tensors_used(model, run)
     remember_biases(model, biases)
@@ -266,12 +262,12 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
 
 
 def copy_biases(base: Any) -> dict[str, Any]:
-    """The base's bias vectors by name, before `bias: all` or `lora_only` trains them in place."""
+    """Copy the base's biases by name, before `bias: all` or `lora_only` trains them in place."""
     return {n: p.detach().clone() for n, p in base.named_parameters() if n.endswith("bias")}
 
 
 def remember_biases(model: Any, before: dict[str, Any]) -> None:
-    """Keep the base's biases on its PEFT model, so that the base can still be asked."""
+    """Keep the base's biases on its PEFT model, so that the base can still be evaluated."""
     model.base_biases = {}
     for name, _ in model.named_parameters():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -280,25 +276,25 @@ def remember_biases(model: Any, before: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch: adapters start alike and rows come in the same order.
+    """Seed Python, NumPy and torch, for the same adapter initialization and row order.
 
     Args:
-        deterministic: torch takes algorithms that give the same bits each time, and stops at an
-            operation that has none. lorakit's own kernels add up in a fixed order anyway.
+        deterministic: use only bitwise reproducible algorithms of torch, and raise at an
+            operation without one. lorakit's kernels always sum in a fixed order.
     """
     import torch
     from transformers import set_seed
 
     set_seed(seed)
     if deterministic:
-        # cuBLAS reads it when its first handle is made; nothing has run on the card yet.
+        # cuBLAS reads it when its first handle is made; nothing has run on the GPU yet.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
 
 
 def adapter_names(run: RunDir) -> list[str]:
-    """The names of the adapter's tensors; no weight is read.
+    """Names of the adapter's tensors, without reading weights.
 
     Raises:
         ModelError: the file is damaged.
@@ -307,26 +303,28 @@ def adapter_names(run: RunDir) -> list[str]:
 
 
 def check_all_tensors_used(model: Any, run: RunDir) -> None:
-    """peft only warns when a saved tensor matches nothing; the result is then the base model.
+    """Check that every saved adapter tensor is in the model.
+
+    peft only warns if a saved tensor matches nothing; the result is then the base model.
 
     Raises:
-        ModelError: says how many do, and names the first that does not.
+        ModelError: some tensors do not match; gives the number and the first name.
     """
     saved = set(adapter_names(run))
     missing, unexpected = unmatched(model, saved)
     if missing or unexpected:
         raise ModelError(
             f"{run.adapter}: {len(saved) - len(unexpected)} of {len(saved)} adapter tensors match "
-            f"the model (first that does not: {min(missing | unexpected)})",
+            f"the model (first mismatch: {min(missing | unexpected)})",
             hint="the adapter belongs to another model or was damaged",
         )
 
 
 def unmatched(model: Any, saved: set[str]) -> tuple[set[str], set[str]]:
-    """Tensors that a PEFT model has and a file with these names lacks, and the other way round."""
+    """Return (missing, unexpected): names only in the PEFT model, and names only in `saved`."""
     from peft import get_peft_model_state_dict
 
-    # Said outright: left to itself peft asks the hub whether the base's vocabulary was resized.
+    # Explicit, because by default peft asks the hub if the base's vocabulary was resized.
     needed, known = (
         set(get_peft_model_state_dict(model, save_embedding_layers=with_embeddings))
         for with_embeddings in (False, True)
@@ -343,26 +341,26 @@ def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def _load_error(reference: str, location: str, error: Exception) -> ModelError:
-    """The cause behind what transformers raises, in one line, with the way out."""
+    """Translate an error of transformers to one line with a hint."""
     text = f"{error} {error.__cause__ or ''}"
     if "gated" in text.lower() or "401" in text or "403" in text:
         return ModelError(
-            f"model: {reference}: this repository is gated and this machine has no access to it",
-            hint="ask for access on the model's page, then log in with: hf auth login",
+            f"model: {reference}: the repository is gated and this machine has no access",
+            hint="request access on the model's page, then log in with: hf auth login",
         )
     if Path(location).is_dir():
         return ModelError(
             f"model: {reference}: cannot be loaded: {first_line(error)}",
-            hint="a model folder holds config.json, tokenizer.json and whole *.safetensors files",
+            hint="a model folder holds config.json, tokenizer.json and intact *.safetensors files",
         )
     if "named model.safetensors" in text:
         return ModelError(
-            f"model: {reference}: has no weights as safetensors; pickles are not read",
+            f"model: {reference}: no *.safetensors weights; pickles are not read",
             hint="a pickle runs code when it is loaded: choose a revision with *.safetensors",
         )
     if "not a valid model identifier" in text or "404" in text:
         return ModelError(
-            f"model: {reference}: no such model on the hub, and no such local folder",
+            f"model: {reference}: no such model on the hub or local folder",
             hint="check the spelling; a private model needs: hf auth login",
         )
     return ModelError(
@@ -372,18 +370,20 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
 
 
 def check_vocabulary(tokenizer: Any, base: Any) -> None:
-    """Every token of `tokenizer` has a row in the embedding of `base`.
+    """Check that every token of `tokenizer` has a row in the embedding of `base`.
+
+    A token without a row ends in an index error, on a GPU in one that names no token.
 
     Raises:
-        ModelError: names the first that has none.
+        ModelError: names the first token without a row.
     """
     rows = base.get_input_embeddings().weight.shape[0]
     beyond = sorted((i, t) for t, i in tokenizer.get_vocab().items() if i >= rows)
     if beyond:
-        number, token = beyond[0]
+        token_id, token = beyond[0]
         raise ModelError(
-            f"the tokenizer has {len(beyond)} token{'s' * (len(beyond) > 1)} that the base has no "
-            f"embedding for (first: {token!r}, number {number}; the base has {rows:,} rows)",
+            f"the tokenizer has {len(beyond)} token{'s' * (len(beyond) > 1)} without an embedding "
+            f"in the base (first: {token!r}, id {token_id}; the base has {rows:,} rows)",
             hint="use the tokenizer that came with the base, or a base whose embedding was resized "
             "and trained for these tokens",
         )

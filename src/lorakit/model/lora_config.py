@@ -1,4 +1,4 @@
-"""A frozen base and a recipe enter; a PEFT model with float32 adapters leaves.
+"""Attach a recipe's LoRA adapter to a frozen base with PEFT.
 
 LoRA (arXiv 2106.09685, eq. 3): h = W x + (alpha / r) B A x, with A [R, D_in], B [D_out, R], B = 0.
 """
@@ -16,7 +16,7 @@ from lorakit.recipe.schema import Recipe
 
 
 def resolve_targets(resolved: ResolvedRecipe, config: Any) -> ResolvedRecipe:
-    """Replace `target_modules: auto` by the family's list, with the reason as its origin."""
+    """Replace `target_modules: auto` by the family's list; the reason becomes its origin."""
     if resolved.recipe.target_modules != "auto":
         return resolved
     targets, reason = lora_targets(config)
@@ -24,13 +24,13 @@ def resolve_targets(resolved: ResolvedRecipe, config: Any) -> ResolvedRecipe:
 
 
 def add_adapter(base: Any, recipe: Recipe) -> Any:
-    """Wrap `base` with the recipe's LoRA; only the adapter (and what the recipe names) can train.
+    """Wrap `base` with the recipe's LoRA; only the adapter and parts that the recipe names train.
 
-    Adapters are float32 whatever the base is: in bf16 at a learning rate of 2e-5 only 22% of
+    Adapters are float32 for every base dtype: in bf16 at a learning rate of 2e-5 only 22% of
     lora_A's elements changed in 12 AdamW steps, in float32 all of them did.
 
     Raises:
-        RecipeError: a target that matches no layer, or an option peft refuses for this base.
+        RecipeError: a target matches no layer, or peft refuses an option for this base.
     """
     from peft import get_peft_model
 
@@ -47,13 +47,13 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     remember_biases(model, biases)
-    # peft puts the folder the base was loaded from here: a path of this machine, in a saved file.
+    # peft would save the local path that the base was loaded from.
     model.peft_config["default"].base_model_name_or_path = public_name(recipe.model)
     return model
 
 
 def lora_config(recipe: Recipe) -> Any:
-    """The recipe's adapter settings as peft's LoraConfig."""
+    """Build peft's LoraConfig from the recipe's adapter settings."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -75,15 +75,15 @@ def lora_config(recipe: Recipe) -> Any:
 
 
 def linear_names(base: Any) -> list[str]:
-    """Last parts of the names of all linear layers, each once."""
+    """Unique last components of the names of all linear layers."""
     import torch
 
-    found = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    return sorted(found)
+    names = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    return sorted(names)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Trainable parameters, and all parameters as stored (a 4-bit weight counts its elements)."""
+    """Count (trainable, all) parameters; a packed 4-bit weight counts its elements."""
     trainable = total = 0
     for parameter in model.parameters():
         size = parameter.numel()

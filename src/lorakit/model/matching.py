@@ -1,7 +1,7 @@
-"""A recipe and a model's config enter; nothing leaves, or every name of it that fits no layer.
+"""Check that every module name in a recipe matches a layer of the model.
 
-peft asks that one name of a list matches and passes over the rest, so a run with `[q_proj, vproj]`
-trains half of what was asked for. Here every name has to match, before a weight is loaded.
+peft requires only one name of a list to match and ignores the rest, so a run with `[q_proj, vproj]`
+trains half of the intended layers. Here every name has to match, before weights are loaded.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ SHOWN = 12  # names in a hint
 
 
 def check_adapter_settings(recipe: Recipe, config: Any) -> None:
-    """Refuse names and numbers that match nothing in this model, and what peft cannot attach.
+    """Refuse names and layer indices that match nothing, and settings that peft refuses.
 
     Args:
         recipe: with `target_modules` resolved.
 
     Raises:
-        RecipeError: all of them, each with the nearest name that exists.
+        RecipeError: lists all of them, each with the nearest existing name.
     """
     counted = count(config)
     check_patterns(recipe, counted.modules)
     faults = [*_targets(recipe, counted), *_others(recipe, counted)]
     if faults:
-        found = "\n".join(faults)
-        raise RecipeError(found, hint=f"layers of this model: {_listed(counted.adaptable)}")
+        message = "\n".join(faults)
+        raise RecipeError(message, hint=f"layers of this model: {_listed(counted.adaptable)}")
     _try_on(recipe, config, counted)
 
 
 def _targets(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
-    """What is wrong with `target_modules` and `layers_to_transform`."""
+    """Yield faults of `target_modules` and `layers_to_transform`."""
     wanted = recipe.target_modules
     if isinstance(wanted, list):
         for name in wanted:
@@ -47,28 +47,28 @@ def _targets(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
     elif not any(is_named(wanted, name) for name in counted.adaptable):
         near = suggest(wanted, ["all-linear", *_last_parts(counted.adaptable)])
         yield (
-            f"target_modules: the pattern {wanted!r} matches no layer's whole name{near}; "
-            "names stand in a list: [q_proj, v_proj]"
+            f"target_modules: the pattern {wanted!r} matches no complete layer name{near}; "
+            "write names as a list: [q_proj, v_proj]"
         )
     head = [name for name in counted.heads if is_target(recipe, name)]
     if head and wanted not in ("all-linear", "auto"):
         yield (
-            f"target_modules: {head[0]} is the head, which can get no adapter; "
-            "train it in full: modules_to_save: [lm_head]"
+            f"target_modules: {head[0]} is the head, which cannot get an adapter; "
+            "train it in full with modules_to_save: [lm_head]"
         )
     if recipe.layers_to_transform is not None:
         named = (name for name in counted.adaptable if is_named(wanted, name))
-        there = sorted({n for n in map(layer_number, named) if n is not None})
-        for number in recipe.layers_to_transform:
-            if there and number not in there:
+        layers = sorted({n for n in map(layer_number, named) if n is not None})
+        for layer in recipe.layers_to_transform:
+            if layers and layer not in layers:
                 yield (
-                    f"layers_to_transform: there is no target in layer {number}, expected some of "
-                    f"{_ranges(there)}"
+                    f"layers_to_transform: layer {layer} has no target, expected some of "
+                    f"{_ranges(layers)}"
                 )
 
 
 def _others(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
-    """What is wrong with the other keys that name modules."""
+    """Yield faults of the other keys that name modules."""
     for name in recipe.exclude_modules or []:
         yield from _unmatched("exclude_modules", name, counted)
     for name in recipe.modules_to_save or []:
@@ -84,21 +84,21 @@ def _others(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
 
 
 def _unmatched(key: str, name: str, counted: ParamCounts) -> Iterator[str]:
-    """A fault where no layer's name ends with `name`."""
+    """Yield a fault if no layer's name ends with `name`."""
     if any(ends(layer, [name]) for layer in counted.adaptable):
         return
     inside = [module for module in counted.modules if ends(module, [name])]
     if inside:
         within = [layer for layer in counted.adaptable if layer.startswith(f"{inside[0]}.")]
         names = f"; name them: {_listed(within)}" if within else ""
-        yield f"{key}: {name!r} is no layer but a module around layers{names}"
+        yield f"{key}: {name!r} is a module that contains layers, not a layer{names}"
         return
     known = counted.adaptable if "." in name else _last_parts(counted.adaptable)
     yield f"{key}: {name!r} matches no layer of this model{suggest(name, known)}"
 
 
 def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
-    """Let peft attach the adapter to the model without weights: what it refuses, it refuses now."""
+    """Attach the adapter to a model without weights, so that peft refuses before loading."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -108,7 +108,7 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     try:
-        # Schemes that start from the weights need them.
+        # Initialization from the weights (PiSSA) would need them.
         settings = replace(lora_config(recipe), init_lora_weights=True)
         get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -123,17 +123,17 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    parts = [part for part in _last_parts(names) if not part.isdigit()]
-    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-    return ", ".join(parts[:SHOWN]) + more
+    labels = [label for label in _last_parts(names) if not label.isdigit()]
+    more = f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else ""
+    return ", ".join(labels[:SHOWN]) + more
 
 
 def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 7 as "1 to 3, 7"."""
-    said: list[str] = []
+    """Format 1, 2, 3, 7 as "1 to 3, 7"."""
+    ranges: list[str] = []
     for number in numbers:
         if number - 1 not in numbers:
-            said.append(f"{number}")
+            ranges.append(f"{number}")
         elif number + 1 not in numbers:
-            said[-1] += f" to {number}"
-    return ", ".join(said)
+            ranges[-1] += f" to {number}"
+    return ", ".join(ranges)

@@ -1,4 +1,4 @@
-"""Runs that share a base enter; one model with all their adapters, switched by name, leaves."""
+"""One base model with the adapters of several runs, switched by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIRST = "default"
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """One adapter: its name for people, peft's name for it, what it was trained with."""
+    """One adapter: its public name, peft's name for it, its tokenizer and system prompt."""
 
     name: str
     slot: str
@@ -59,39 +59,39 @@ class MultiAdapterModel:
         return public_name(self.loaded.recipe.model)
 
     def switch(self, name: str) -> LoadedAdapter:
-        """Make the adapter of this name the active one: a few milliseconds, no weight moves."""
-        found = self.tuned[name]
+        """Activate the adapter of this name, in a few milliseconds and without copying weights."""
+        adapter = self.tuned[name]
         if self.active != name:
-            self.model.set_adapter(found.slot)
+            self.model.set_adapter(adapter.slot)
             # peft marks the active adapter as trainable.
             self.model.requires_grad_(False)
             self.active = name
-        return found
+        return adapter
 
     def add(self, run: RunDir) -> str:
-        """Load one more adapter beside the others; its name.
+        """Load one more adapter and return its name.
 
         Raises:
-            RunError: a run of this name is loaded.
-            ModelError: it has another base or method, or trained more than an adapter.
+            RunError: a run of this name is already loaded.
+            ModelError: it has another base or method, or trained biases or complete modules.
         """
         name = run.path.resolve().name
         if name in self.tuned:
-            raise RunError(f"{run.path}: an adapter named {name} is loaded already")
-        recipe, own = load_recipe(run.recipe).recipe, self.loaded.recipe
+            raise RunError(f"{run.path}: an adapter named {name} is already loaded")
+        recipe, first_recipe = load_recipe(run.recipe).recipe, self.loaded.recipe
         base = locate_model(recipe, [run.path, Path()])
-        mine = locate_model(own, [self.loaded.run.path, Path()])
-        if base != mine or recipe.method != own.method:
+        first_base = locate_model(first_recipe, [self.loaded.run.path, Path()])
+        if base != first_base or recipe.method != first_recipe.method:
             raise ModelError(
                 f"{run.path}: trained on {public_name(recipe.model)} ({recipe.method}), not on "
-                f"{self.base_name} ({own.method})",
+                f"{self.base_name} ({first_recipe.method})",
                 hint="adapters that share a model need the same base and method",
             )
         check_base(run, recipe, base)
         if recipe.bias != "none" or recipe.modules_to_save:
             raise ModelError(
-                f"{run.path}: it trained biases or whole modules, which cannot be switched",
-                hint="start it alone",
+                f"{run.path}: it trained biases or complete modules, which cannot be switched",
+                hint="serve this run alone",
             )
         inner = self.model.get_base_model().named_modules()
         check_adapter(run.adapter, [name for name, _ in inner if name])

@@ -1,7 +1,7 @@
-"""A model's config enters; how many parameters it has, and where, leaves. No weights.
+"""Count a model's parameters by location from its config, without weights.
 
-They are read off the model built on the meta device, so every architecture transformers knows is
-counted exactly.
+The model is built on the meta device, so every architecture that transformers knows is counted
+exactly.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Shape = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class ParamCounts:
-    """`linear`: (name, D_in, D_out) of every linear layer but the head. All counts are elements.
+    """Parameter counts of a model, in elements.
 
-    Experts that a model keeps as one raw tensor [E, D_out, D_in] are no linear layers: neither
-    bitsandbytes nor peft's `target_modules` sees them, so QLoRA leaves them in 16 bits.
+    Experts in one raw tensor [E, D_out, D_in] are not linear layers: neither bitsandbytes nor
+    peft's `target_modules` finds them, so QLoRA keeps them in 16 bits.
     """
 
-    linear: tuple[Shape, ...]
-    modules: tuple[str, ...]  # names of all of them
-    adaptable: tuple[str, ...]  # of those that peft has LoRA layers for
-    heads: tuple[str, ...]  # of those that make logits of hidden states
+    linear: tuple[Shape, ...]  # (name, D_in, D_out) of every linear layer except the head
+    modules: tuple[str, ...]  # names of all modules
+    adaptable: tuple[str, ...]  # names of modules that peft has LoRA layers for
+    heads: tuple[str, ...]  # names of modules that map hidden states to logits
     total: int
     embedding: int
-    head: int  # 0 where it is the embedding's own tensor
+    head: int  # 0 if tied to the embedding
     experts: int
-    layers: tuple[LayerWidths, ...]  # of each decoder layer
+    layers: tuple[LayerWidths, ...]  # one per decoder layer
 
     @property
     def in_linear(self) -> int:
@@ -45,25 +45,25 @@ class ParamCounts:
 
 
 def lora_target_layers(recipe: Recipe, counted: ParamCounts) -> list[Shape]:
-    """The linear layers that get an adapter, by peft's rules: suffixes, or one pattern.
+    """List the linear layers that get an adapter, by peft's rules: suffixes, or one pattern.
 
     Raises:
-        RecipeError: the pattern is none, or would not end.
+        RecipeError: the pattern is not valid, or takes too long to match.
     """
     check_patterns(recipe, counted.modules)
     return [shape for shape in counted.linear if is_target(recipe, shape[0])]
 
 
 def is_target(recipe: Recipe, name: str) -> bool:
-    """Whether the layer of this name gets an adapter, if it is of a kind that can have one."""
-    wanted, numbers = recipe.target_modules, recipe.layers_to_transform
+    """Return True if the recipe selects the layer of this name; its type is not checked."""
+    wanted, layers = recipe.target_modules, recipe.layers_to_transform
     if ends(name, recipe.exclude_modules or []) or not is_named(wanted, name):
         return False
-    return numbers is None or layer_number(name) in numbers
+    return layers is None or layer_number(name) in layers
 
 
 def is_named(wanted: str | Sequence[str], name: str) -> bool:
-    """Whether `target_modules` names this layer: by its end in a list, in full by a pattern."""
+    """Return True if `target_modules` selects this name: a list by suffix, a pattern in full."""
     if wanted in ("all-linear", "auto"):
         return True
     if isinstance(wanted, str):
@@ -72,30 +72,30 @@ def is_named(wanted: str | Sequence[str], name: str) -> bool:
 
 
 def ends(name: str, names: Sequence[str]) -> bool:
-    """Whether the name is, or ends with, one of these as peft compares them: part by part."""
+    """Return True if the name equals one of `names` or ends with it after a dot, as in peft."""
     return any(name == n or name.endswith(f".{n}") for n in names)
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the decoder layer that this module is in, as `layers_to_transform` has it."""
-    number = re.search(r"\.(\d+)\.", name)
-    return int(number[1]) if number else None
+    """Index of the decoder layer that contains this module, as in `layers_to_transform`."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def count_trainable(recipe: Recipe, counted: ParamCounts) -> int:
-    """Elements that train: two matrices a target, and whole modules that the recipe names."""
+    """Count trainable elements: two matrices per target, and the modules in `modules_to_save`."""
 
     def rank(name: str) -> int:
         fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
         return next(fits, recipe.lora_r)
 
     pairs = sum(rank(n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
-    whole = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
-    return pairs + sum(whole.get(name, 0) for name in recipe.modules_to_save or [])
+    full_modules = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
+    return pairs + sum(full_modules.get(name, 0) for name in recipe.modules_to_save or [])
 
 
 def count(config: Any) -> ParamCounts:
-    """Count the model of this config; the same config is built once."""
+    """Count the parameters of this config's model; results are cached by the config's contents."""
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     return _count(_Keyed(key, config))
 

@@ -1,7 +1,7 @@
-"""A shape's name enters; a base model with random weights on its device leaves, no download.
+"""Build a base model with random weights, without a download.
 
-Layers are made and (for QLoRA) quantized one at a time, so a card needs room for the finished model
-and one 16-bit layer, not for two models.
+Layers are made and (for QLoRA) quantized one at a time, so a GPU needs memory for the finished
+model and one 16-bit layer, not for two models.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from lorakit.types import Device
 
 
 def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = False) -> Any:
-    """A causal LM of this config with random weights, in the device's dtype, NF4 if `four_bit`.
+    """Build a causal LM of this config with random weights in the device's dtype.
 
     Args:
-        on_host: its layers are made on the device one by one and kept in host memory.
+        four_bit: quantize linear layers to NF4.
+        on_host: make the layers on the device one by one and keep them in host memory.
     """
     import copy
 
@@ -33,7 +34,7 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
     layer_type = type(model.model.layers[0])
     model.model.layers = nn.ModuleList()
     for index in range(config.num_hidden_layers):
-        # By way of "meta": a float32 layer made first would leave holes in the card's memory.
+        # Made on "meta": a float32 layer first would fragment the GPU's memory.
         with torch.device("meta"):
             layer = layer_type(model.config, index).to(dtype)
         layer.to_empty(device=device.kind)
@@ -54,7 +55,7 @@ def _randomize(layer: Any) -> None:
 
 
 def _quantize(layer: Any, device: Device) -> Any:
-    """Replace each linear of `layer` by an NF4 one with double quantization."""
+    """Replace each linear module of `layer` by an NF4 one with double quantization."""
     import bitsandbytes as bnb
     import torch
 
@@ -64,7 +65,7 @@ def _quantize(layer: Any, device: Device) -> Any:
         for name, child in list(parent.named_children()):
             if not isinstance(child, torch.nn.Linear):
                 continue
-            replaced = bnb.nn.Linear4bit(
+            quantized = bnb.nn.Linear4bit(
                 child.in_features,
                 child.out_features,
                 bias=child.bias is not None,
@@ -78,10 +79,10 @@ def _quantize(layer: Any, device: Device) -> Any:
                 requires_grad=False,
                 compress_statistics=True,
                 quant_type="nf4",
-                module=replaced,
+                module=quantized,
             )
-            replaced.weight = weight.to(device.kind)
-            replaced.bias = child.bias
-            setattr(parent, name, replaced)
+            quantized.weight = weight.to(device.kind)
+            quantized.bias = child.bias
+            setattr(parent, name, quantized)
     guard_quantized_cpu_weights(layer)
     return layer

@@ -1,8 +1,8 @@
-"""Patterns of a recipe or an adapter and a model's names enter; nothing leaves, or a fault.
+"""Check that the patterns of a recipe or an adapter are valid and match within a time limit.
 
-peft matches them by `re`, which knows no limit of time: `(\\w+)+!` on a name of 30 letters takes
-longer than the run. So they go over all names in a process of their own first, 20 ms where there
-is a pattern at all.
+peft matches them with `re`, which has no timeout: `(\\w+)+!` on a name of 30 letters takes longer
+than the run. So a subprocess first matches them against all names, which takes 20 ms; recipes
+without patterns skip it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.recipe.schema import Recipe
 
-SECONDS = 1  # of processor time; a pattern that ends takes microseconds a name
-WALL_SECONDS = 60  # where a process cannot be given a limit of its own
+SECONDS = 1  # of processor time; a normal pattern takes microseconds per name
+WALL_SECONDS = 60  # if the subprocess cannot set a CPU limit
 _PLAIN = re.compile(r"[\w.-]*")
-# As peft and `model/param_counts.py` put a setting's patterns to a name.
+# How peft and `model/param_counts.py` embed each setting's patterns.
 FORMS = {
     "target_modules": "({})$",
     "exclude_modules": "({})$",
@@ -38,20 +38,20 @@ try:
 except (ImportError, ValueError, OSError):
     pass
 patterns, names = json.load(sys.stdin)
-for number, (pattern, form) in enumerate(patterns):
-    print(number, flush=True)
+for index, (pattern, form) in enumerate(patterns):
+    print(index, flush=True)
     try:
         re.compile(pattern)
         compiled = re.compile(form.replace("{{}}", pattern))
     except (re.error, OverflowError, RecursionError) as error:
-        sys.exit(f"is no regular expression: {{error}}")
+        sys.exit(f"is not a regular expression: {{error}}")
     for name in names:
         compiled.match(name)
 """
 
 
 def check_patterns(recipe: Recipe, names: Iterable[str]) -> None:
-    """Refuse a recipe one of whose patterns is none, or would not end.
+    """Refuse a recipe with a pattern that is not valid or takes too long.
 
     Raises:
         RecipeError: names the key and the pattern.
@@ -62,52 +62,55 @@ def check_patterns(recipe: Recipe, names: Iterable[str]) -> None:
 def check_settings(
     settings: Mapping[str, Any], names: Iterable[str], where: str, kind: type[LorakitError]
 ) -> None:
-    """The same for the keys of any mapping, such as adapter_config.json.
+    """Refuse such patterns in any mapping, such as adapter_config.json.
 
     Args:
-        names: of all modules that peft will look at.
-        where: what precedes the key in the message.
+        names: names of all modules that peft will match.
+        where: prefix of the key in the message.
+        kind: class of the exception to raise.
     """
-    found = [(key, text) for key in FORMS for text in _patterns(key, settings.get(key))]
-    if not found:
+    patterns = [(key, text) for key in FORMS for text in _patterns(key, settings.get(key))]
+    if not patterns:
         return
-    number, trouble = _tried(tuple(found), tuple(names))
-    if trouble:
-        key, text = found[number]
+    index, fault = _match_in_subprocess(tuple(patterns), tuple(names))
+    if fault:
+        key, text = patterns[index]
         raise kind(
-            f"{where}{key}: {text[:80]!r} {trouble}",
-            hint="list the names instead, such as [q_proj, v_proj], or repeat nothing that repeats "
-            r"itself: .*\.(q|v)_proj takes both in every layer",
+            f"{where}{key}: {text[:80]!r} {fault}",
+            hint="list the names instead, such as [q_proj, v_proj], or avoid nested repetition: "
+            r".*\.(q|v)_proj matches both in every layer",
         )
 
 
 def _patterns(key: str, value: Any) -> Iterator[str]:
-    """The texts of a setting that are patterns, and more than a name."""
+    """Yield the strings of a setting that are patterns rather than plain names."""
     if isinstance(value, str):
         value = [value]
     elif key in ("target_modules", "exclude_modules") or not isinstance(value, list | dict):
-        return  # a list of these is compared by its ends
+        return  # peft compares lists of these by suffix
     yield from (text for text in value if isinstance(text, str) and not _PLAIN.fullmatch(text))
 
 
 @functools.lru_cache(maxsize=32)
-def _tried(patterns: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> tuple[int, str]:
-    """(which one, what is wrong with it), the latter empty where all are well."""
-    work = [[(text, FORMS[key]) for key, text in patterns], names]
+def _match_in_subprocess(
+    patterns: tuple[tuple[str, str], ...], names: tuple[str, ...]
+) -> tuple[int, str]:
+    """Match all names in a subprocess; return (pattern index, fault), an empty fault if fine."""
+    request = [[(text, FORMS[key]) for key, text in patterns], names]
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
-            input=json.dumps(work),
+            input=json.dumps(request),
             capture_output=True,
             encoding="utf-8",
             timeout=WALL_SECONDS,
         )
     except subprocess.TimeoutExpired as late:
-        said = late.stdout or b""
-        return len(said.split()) - 1, f"was not through after {WALL_SECONDS} s"
-    number = len(done.stdout.split()) - 1
+        printed = late.stdout or b""
+        return len(printed.split()) - 1, f"did not finish within {WALL_SECONDS} s"
+    index = len(done.stdout.split()) - 1
     if done.returncode == 0:
-        return number, ""
+        return index, ""
     if done.returncode < 0:
-        return number, f"was not through with the model's {len(names):,} names after {SECONDS} s"
-    return number, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "cannot be run"
+        return index, f"did not finish on the model's {len(names):,} names within {SECONDS} s"
+    return index, done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "cannot be run"

@@ -1,10 +1,8 @@
-"""A folder of weights enters; the tensors its safetensors files hold leave, or the damaged file.
+"""Read and write safetensors files, one tensor or shard in memory at a time.
 
 Only safetensors are read: a pickle (.bin, .pt, .pth, .ckpt) is a program that runs when it is
-loaded. The header of each file is checked before a library maps it, so that a torn or forged file
-is named, in one line.
-
-Named tensors enter one by one; safetensors files and their index leave, one shard in memory.
+loaded. The header of each file is checked before a library maps it, so that the error for a
+truncated or forged file names the file, in one line.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from lorakit.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-# safetensors' own limit of a header; that of a model of 1,000 experts takes 30 MB.
+# safetensors' limit of a header; the header of a model with 1,000 experts takes 30 MB.
 LARGEST_HEADER = 100 * 10**6
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F4": 4, "F6_E2M3": 6}
@@ -29,96 +27,99 @@ BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, else all: some repositories hold a second copy.
+    """List the files that the index names, else all; some repositories hold a second copy.
 
     Raises:
-        ModelError: pickles only, nothing at all, a shard that is missing or outside the folder.
+        ModelError: the folder has only pickles or no weights, or a shard is missing or outside
+            the folder.
     """
     index = folder / INDEX
     if index.exists():
         return [folder / name for name in _shards(index)]
     single = folder / "model.safetensors"
-    found = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise ModelError(
-            f"{folder / pickles[0]}: these weights are a pickle, a program that runs when it is "
-            "loaded; only safetensors are read",
-            hint="take a copy of the model with *.safetensors files, or convert it once on a "
-            "machine that may be lost: AutoModelForCausalLM.from_pretrained(...)"
+            f"{folder / pickles[0]}: pickled weights, which run code when they are "
+            "loaded, expected safetensors",
+            hint="use a copy of the model with *.safetensors files, or convert it once on a "
+            "disposable machine: AutoModelForCausalLM.from_pretrained(...)"
             ".save_pretrained(...)",
         )
-    raise ModelError(f"{folder}: holds no *.safetensors file", hint="was the download cut off?")
+    raise ModelError(
+        f"{folder}: holds no *.safetensors file", hint="check that the download finished"
+    )
 
 
 def check_weights(folder: Path) -> None:
-    """Read every header.
+    """Read the header of every weight file.
 
     Raises:
-        ModelError: names the first file that is damaged or missing.
+        ModelError: names the first damaged or missing file.
     """
     for path in weight_files(folder):
         read_header(path)
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """(type, shape, place in the file, bytes) of each tensor, by name.
+    """Read (dtype, shape, offset in the file, bytes) of each tensor, by name.
 
     Raises:
-        ModelError: the file is torn or forged.
+        ModelError: the file is truncated or forged.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise ValueError(f"its header would take {length:,} bytes, it has {size:,} in all")
-            header = json.loads(handle.read(length), object_pairs_hook=_no_twins)
+                raise ValueError(f"header of {length:,} bytes in a file of {size:,}")
+            header = json.loads(handle.read(length), object_pairs_hook=_reject_duplicates)
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        return dict(_places(header, 8 + length, size))
+            raise ValueError("its header is not a JSON object")
+        return dict(_spans(header, 8 + length, size))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(
-            f"{path}: is no whole safetensors file: {first}",
-            hint="it is damaged: fetch it again, or bring it back from a copy",
+            f"{path}: not an intact safetensors file: {first}",
+            hint="replace the damaged file: fetch it again, or restore it from a copy",
         ) from error
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    header = dict(pairs)
+    if len(header) != len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"its header names {twin[:80]!r} twice")
-    return found
+    return header
 
 
-def _places(
+def _spans(
     header: dict[str, Any], begin: int, size: int
 ) -> Iterator[tuple[str, tuple[str, tuple[int, ...], int, int]]]:
-    """Tensors lie one behind the other and fill the file, as the format demands."""
-    at, found = 0, []
-    for name, about in header.items():
+    """Yield each tensor, checking that tensors are contiguous and fill the file, as specified."""
+    end, spans = 0, []
+    for name, entry in header.items():
         if name == "__metadata__":
             continue
-        kind, shape, (first, last) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-        if kind not in BITS or not whole or (last - first) * 8 != prod(shape) * BITS[kind]:
-            raise ValueError(f"{name[:80]!r} has a type, shape and place that do not agree")
-        found.append((first, last, name, kind, shape))
-    for first, last, name, kind, shape in sorted(found):
-        if first != at:
-            how = "overlaps another" if first < at else "leaves a gap before it"
-            raise ValueError(f"{name[:80]!r} {how}")
-        at = last
-        yield name, (kind, shape, begin + first, last - first)
-    if begin + at != size:
-        raise ValueError(f"it has {size:,} bytes, its header says {begin + at:,}")
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        valid = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        if dtype not in BITS or not valid or (last - first) * 8 != prod(shape) * BITS[dtype]:
+            raise ValueError(f"{name[:80]!r} has a dtype, shape and offsets that do not agree")
+        spans.append((first, last, name, dtype, shape))
+    for first, last, name, dtype, shape in sorted(spans):
+        if first != end:
+            fault = "overlaps another" if first < end else "follows a gap"
+            raise ValueError(f"{name[:80]!r} {fault}")
+        end = last
+        yield name, (dtype, shape, begin + first, last - first)
+    if begin + end != size:
+        raise ValueError(f"it has {size:,} bytes, expected {begin + end:,} from its header")
 
 
 def _shards(index: Path) -> list[str]:
@@ -127,28 +128,27 @@ def _shards(index: Path) -> list[str]:
         odd = [n for n in names if not isinstance(n, str) or Path(n).name != n or n in (".", "..")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
-            f"{index}: is no index of weights: {type(error).__name__}",
-            hint="fetch it again from where the model came from",
+            f"{index}: not an index of weights: {type(error).__name__}",
+            hint="fetch it again from the model's source",
         ) from error
     odd += [n for n in names if n not in odd and not n.endswith(".safetensors")]
     if odd:
         raise ModelError(
             f"{index}: names {odd[0]!r}; a shard is a .safetensors file in the same folder",
-            hint="do not use this model: its index reaches for other files",
+            hint="do not use this model: its index names files outside the folder",
         )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
-        what = f"{missing[0]} is missing" if missing else "names no file"
+        fault = f"{missing[0]} is missing" if missing else "names no file"
         raise ModelError(
-            f"{index}: {what} ({len(missing)} of {len(names)} files)",
-            hint="the download is not complete: fetch the rest",
+            f"{index}: {fault} ({len(missing)} of {len(names)} files)",
+            hint="finish the download: it is not complete",
         )
     return names
 
 
 # Peak memory is about one shard and one tensor in float32.
 SHARD_BYTES = 2 * 10**9
-
 
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
@@ -157,7 +157,7 @@ TYPES |= {"BOOL": "bool"}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor on the disk: its file, type, shape and place; read on demand."""
+    """One tensor on the disk: its file, dtype, shape and offset; read on demand."""
 
     name: str
     path: Path
@@ -175,9 +175,9 @@ class Stored:
         return self.dtype in ("F64", "F32", "F16", "BF16")
 
     def read(self) -> Any:
-        """The tensor, and no more of the file.
+        """Read only this tensor's bytes of the file.
 
-        `safe_open` maps the whole file, and all of it counts as memory of the process once read: a
+        `safe_open` maps the complete file, and every page read counts as memory of the process: a
         merge of Llama-2-7B peaked at 10.7 GB that way.
         """
         import torch
@@ -190,36 +190,40 @@ class Stored:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """What the safetensors files of a folder hold, by name, in the files' order."""
+    """Tensors in the safetensors files of a folder, by name, in the order of the files."""
     return {
-        name: Stored(name, path, *about)
+        name: Stored(name, path, *entry)
         for path in weight_files(folder)
-        for name, about in sorted(read_header(path).items())
+        for name, entry in sorted(read_header(path).items())
     }
 
 
 def write_shards(
     folder: Path, tensors: Sequence[tuple[str, int, Callable[[], Any]]], limit: int = SHARD_BYTES
 ) -> None:
-    """Write (name, bytes, maker) in order, each made when its turn comes.
+    """Write tensors in order, one shard in memory at a time.
+
+    Args:
+        tensors: (name, bytes, function that makes the tensor).
+        limit: bytes of a shard; a larger tensor gets a shard of its own.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a file cannot be written.
     """
     shards: list[list[tuple[str, int, Callable[[], Any]]]] = [[]]
     for entry in tensors:
         if shards[-1] and sum(size for _, size, _ in shards[-1]) + entry[1] > limit:
             shards.append([])
         shards[-1].append(entry)
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    shard_of: dict[str, str] = {}
+    for position, shard in enumerate(shards, 1):
+        name = f"model-{position:05d}-of-{len(shards):05d}.safetensors"
         path = folder / (name if len(shards) > 1 else "model.safetensors")
         _write_one(path, shard)
-        where |= dict.fromkeys((n for n, _, _ in shard), path.name)
+        shard_of |= dict.fromkeys((n for n, _, _ in shard), path.name)
     if len(shards) > 1:
         total = sum(size for _, size, _ in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": shard_of}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -1,1 +1,1 @@
-"""HTML pages: a run's folder as its report, an inspection as a page."""
+"""HTML pages: the report of a run, and a page for an inspection."""

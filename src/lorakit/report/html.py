@@ -1,6 +1,6 @@
-"""HTML pages from the jinja2 templates of this folder: one file each, no network, no script.
+"""Render the jinja2 templates of this folder as single-file HTML pages without scripts.
 
-Every value is escaped by jinja2. Control characters are shown by their codes.
+Every value is escaped by jinja2. Control characters are replaced by their codes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lorakit.redact import visible
 from lorakit.report.load_run import without_path
 from lorakit.storage.run_dir import write_text
 
-# Columns of the inspection on a screen, and on a phone.
+# Widths of the inspection in characters, on a screen and on a phone.
 WIDTHS = {"wide": 100, "narrow": 44}
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The page that `template` makes of `values`."""
+    """Render `template` with `values`."""
     text = _environment().get_template(template).render(values)
-    # Half of a surrogate pair, which no file can hold, becomes "?".
+    # A lone surrogate, which cannot be encoded, becomes "?".
     return text.encode(errors="replace").decode()
 
 
@@ -39,7 +39,7 @@ def write_inspection(inspection: Inspection, path: Path) -> None:
         model=inspection.model,
         verdict=verdict(inspection),
         stops=bool(inspection.stopping),
-        # as_html escapes; the same view is laid out for both widths.
+        # as_html escapes; the page contains the view in both widths.
         views={name: Markup(as_html(view, width)) for name, width in WIDTHS.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,5 +66,5 @@ def _environment() -> Environment:
 
 
 def _finalize(value: Any) -> Any:
-    """The value that a template prints: text with its control characters visible."""
+    """Make control characters visible in text that a template prints."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,6 +1,6 @@
-"""The record of a run from the files in its folder, whatever is missing.
+"""Read the record of a run from its folder; all files except the recipe may be missing.
 
-A stopped run has no evaluation, an old one no lengths, a diverged one rows without a number.
+A stopped run has no evaluation, an old one no lengths, a diverged one rows without a loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATHS = ("model", "data", "val_data", "output_dir")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run. Files that are not there are empty; `shown` is the recipe free of paths."""
+    """One run; missing files are empty, and `shown` is the recipe without local paths."""
 
     name: str
     recipe: Recipe
@@ -39,7 +39,7 @@ class Record:
     finished: bool
 
     def column(self, key: str) -> list[tuple[float, float | None]]:
-        """(step, value) of each row that has the key; None where it is no finite number."""
+        """(step, value) of each row that has the key; None for values that are not finite."""
         return [(row["step"], finite(row[key])) for row in self.steps if key in row]
 
     def numbers(self, key: str) -> list[float]:
@@ -48,12 +48,12 @@ class Record:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the packages the run had; bitsandbytes is not everywhere."""
+        """Versions of the packages that the run had installed."""
         return {k: v for k, v in self.environment.get("versions", {}).items() if v is not None}
 
     @property
     def seconds(self) -> float:
-        """Time spent in steps; `seconds` of a row is that of one step."""
+        """Seconds spent in steps; `seconds` of a row is the time of one step."""
         last, total = 0, 0.0
         for row in self.steps:
             total += (finite(row.get("seconds")) or 0.0) * max(1, row["step"] - last)
@@ -66,12 +66,12 @@ def read_run(run: RunDir) -> Record:
 
     Raises:
         RecipeError: its recipe is damaged.
-        RunError: a JSON file of it is.
+        RunError: one of its JSON files is damaged.
     """
     recipe = load_recipe(run.recipe).recipe
     steps, held = (
-        tuple(row for row in read_metrics(run, kind) if _is_step(row.get("step")))
-        for kind in (False, True)
+        tuple(row for row in read_metrics(run, held_out) if _is_step(row.get("step")))
+        for held_out in (False, True)
     )
     shown = {k: without_path(v) if k in PATHS else v for k, v in _plain(recipe).items()}
     return Record(
@@ -102,11 +102,11 @@ def _is_step(value: Any) -> bool:
 
 
 def without_path(value: Any) -> Any:
-    """Names of local files and folders without the folders that lead to them."""
+    """Reduce local paths to their last component, recursively."""
     if isinstance(value, list):
-        return [without_path(part) for part in value]
+        return [without_path(entry) for entry in value]
     if isinstance(value, dict):
-        return {key: without_path(part) for key, part in value.items()}
+        return {key: without_path(entry) for key, entry in value.items()}
     local = isinstance(value, str) and value.startswith(("/", ".", "~"))
     return PurePosixPath(value).name or value if local else value
 
@@ -116,14 +116,14 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _origins(path: Path) -> dict[str, str]:
-    """The comments of a resolved recipe; the last two blanks and a sharp of a line begin one."""
-    found = {}
+    """Read the origins from a resolved recipe: the text after the last "  # " of each line."""
+    origins = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         key, _, _ = line.partition(":")
         _, comment, origin = line.rpartition("  # ")
         if comment and re.fullmatch(r"\w+", key):
-            found[key] = origin
-    return found
+            origins[key] = origin
+    return origins
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -133,11 +133,11 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise RunError(
-            f"{path}: cannot be read: {error}", hint="remove it; the report goes without"
+            f"{path}: cannot be read: {error}", hint="remove it: the report works without it"
         ) from error
     if not isinstance(value, dict):
         raise RunError(
             f"{path}: found {type(value).__name__}, expected an object",
-            hint="remove it; the report goes without",
+            hint="remove it: the report works without it",
         )
     return value

@@ -1,4 +1,4 @@
-"""The report of a run: `report.html` from the record of its folder."""
+"""Write the report of a run, `report.html`, from the record of its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def write_report(run: RunDir, output: Path | None = None) -> Path:
-    """Write the page of a run, finished or stopped; returns its path.
+    """Write the page of a finished or stopped run; return its path.
 
     Raises:
         LorakitError: a file of the run is damaged, or the page cannot be written.
@@ -39,37 +39,37 @@ def write_report(run: RunDir, output: Path | None = None) -> Path:
         TemplateError,
     ) as error:
         raise RunError(
-            f"{run.path}: a file of it holds something else than lorakit writes "
+            f"{run.path}: one of its files has unexpected contents "
             f"({type(error).__name__}: {error})",
-            hint="was one of its JSON files edited?",
+            hint="check if one of its JSON files was edited",
         ) from error
     write_text(target, text)
     return target
 
 
 def renew_report(run: RunDir, note: Callable[[str], None]) -> bool:
-    """As `write_report` at the end of other work, which never fails by it; True where written."""
+    """Call `write_report` without raising; return True if the page was written."""
     try:
         write_report(run)
     except Exception as error:
         reason = error.message if isinstance(error, LorakitError) else f"{error!r}"
-        note(f"report.html was not written ({reason}); nothing else is lost")
+        note(f"report.html was not written ({reason}); all other files are complete")
         return False
     return True
 
 
 def report_page(record: Record) -> str:
-    """The page as one text."""
+    """Render the page of a run."""
     data, plan, evaluation = record.data, record.plan, record.evaluation
     given = record.shown["data"]
-    parts = [given] if isinstance(given, str) else given
+    sources = [given] if isinstance(given, str) else given
     adapter_bytes = (plan.get("parts") or {}).get("adapters (float32)")
-    distances = (found.get("base_kl_per_token") for found in record.exports.values())
+    distances = (facts.get("base_kl_per_token") for facts in record.exports.values())
     return render_page(
         "report.html.jinja",
         run=record,
         model=public_name(str(record.shown["model"])),
-        sources=[part["source"] if isinstance(part, dict) else part for part in parts],
+        sources=[s["source"] if isinstance(s, dict) else s for s in sources],
         trained=adapter_bytes and adapter_bytes / 4,
         change=_change(evaluation) if evaluation else {},
         tiles=_tiles(record),
@@ -91,7 +91,7 @@ def report_page(record: Record) -> str:
 
 
 def loss_series(record: Record) -> list[Series]:
-    """Loss of each step, its running mean, and the held-out losses if there are any."""
+    """Series of the loss, its running mean, and the held-out losses if there are any."""
     held = [(row["step"], finite(row["eval_loss"])) for row in record.held]
     if record.evaluation and record.finished and record.steps:
         last = record.steps[-1]["step"]
@@ -102,7 +102,7 @@ def loss_series(record: Record) -> list[Series]:
 
 
 def duration(seconds: float) -> str:
-    """A span of time in two units at most."""
+    """Format a duration in at most two units."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -118,13 +118,15 @@ def _change(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
-    """The numbers that a reader looks for first, as (name, value)."""
+    """Main numbers of the run, as (name, value)."""
     losses, memory = record.numbers("loss"), record.numbers("memory_gb")
     tokens = sum(record.numbers("tokens"))
     tiles = []
     if record.evaluation:
-        both = [record.evaluation[k]["loss"] for k in ("base", "tuned")]
-        tiles.append(("held-out loss, base → tuned", " → ".join(f"{loss:.3f}" for loss in both)))
+        base_and_tuned = [record.evaluation[k]["loss"] for k in ("base", "tuned")]
+        tiles.append(
+            ("held-out loss, base → tuned", " → ".join(f"{loss:.3f}" for loss in base_and_tuned))
+        )
     elif losses:
         tiles.append(("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
     if record.steps:
@@ -164,7 +166,7 @@ def _bound(record: Record, value: float, label: str) -> list[Series]:
 
 
 def _memory(record: Record) -> dict[str, Any] | None:
-    """The planned parts as bars, and how far the measurement is from their sum."""
+    """Planned parts as bars, and the relative difference of the measurement from their sum."""
     parts, planned = record.plan.get("parts"), finite(record.plan.get("total_bytes"))
     if not parts or not planned:
         return None
@@ -181,57 +183,59 @@ def _memory(record: Record) -> dict[str, Any] | None:
 
 
 def _exports(record: Record) -> list[tuple[str, ...]]:
-    """A row for each exported form, and for each form inside of one."""
+    """Table rows of each export, and of each nested form."""
     rows = []
-    for name, found in record.exports.items():
-        rows.append(_compared(name, found))
-        inner = {f"{name}: {k}": v for k, v in found.items() if isinstance(v, dict)}
+    for name, facts in record.exports.items():
+        rows.append(_compared(name, facts))
+        inner = {f"{name}: {k}": v for k, v in facts.items() if isinstance(v, dict)}
         rows += [_compared(k, v) for k, v in inner.items() if {"kl_per_token", "tensors"} & set(v)]
     return rows
 
 
-def _compared(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    if "tensors" in found:
-        words = f"all {found['tensors']} tensors are base and adapter summed; "
+def _compared(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
+    if "tensors" in facts:
+        checked = f"all {facts['tensors']} tensors equal the sum of base and adapter; "
         return (
             name,
-            f"{words}{found['update_kept']:.1%} of the update is left after the cast",
+            f"{checked}{facts['update_kept']:.1%} of the update is left after the cast",
             "",
             "",
         )
-    if "kl_per_token" not in found:
-        return name, f"not compared: {found.get('skipped', 'no figures')}", "", ""
+    if "kl_per_token" not in facts:
+        return name, f"not compared: {facts.get('skipped', 'no figures')}", "", ""
     return (
         name,
-        f"{found['kl_per_token']:.2e}" if found["kl_per_token"] else "0",
-        f"{found['top1_agreement']:.1%} of {found['positions']:,}",
-        f"{found['greedy_equal']:.0%} of {found['prompts']:,}",
+        f"{facts['kl_per_token']:.2e}" if facts["kl_per_token"] else "0",
+        f"{facts['top1_agreement']:.1%} of {facts['positions']:,}",
+        f"{facts['greedy_equal']:.0%} of {facts['prompts']:,}",
     )
 
 
 def _settings(record: Record) -> dict[str, list[tuple[str, str, str]]]:
-    """(key, value, origin) of what was chosen, then derived; apart from it the defaults."""
+    """(key, value, origin) of chosen and derived settings, and separately of the defaults."""
     rows: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "derived": [], "default": []}
     for key, value in record.shown.items():
         origin = record.origins.get(key, "default")
-        kind = next((k for k in ("default", "derived") if origin.startswith(k)), "chosen")
+        group = next((k for k in ("default", "derived") if origin.startswith(k)), "chosen")
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        rows[kind].append((key, text, origin.removeprefix("default").strip()))
+        rows[group].append((key, text, origin.removeprefix("default").strip()))
     return {"chosen": rows["chosen"] + rows["derived"], "default": rows["default"]}
 
 
 def _reproduce(record: Record) -> dict[str, Any]:
-    """Commands and a recipe that give this run again, and its keys that name local files."""
+    """Commands and recipe to repeat this run, and its keys that name local files."""
     pins = " ".join(shlex.quote(f"{k}=={v.partition('+')[0]}") for k, v in record.versions.items())
-    kept = {
+    settings = {
         key: value
         for key, value in record.shown.items()
         if not record.origins.get(key, "default").startswith("default") and key != "output_dir"
     }
-    kept["seed"] = record.recipe.seed
-    written = record.recipe.model_dump(mode="json")
+    settings["seed"] = record.recipe.seed
+    original = record.recipe.model_dump(mode="json")
     return {
         "commands": f"pip install {pins}\nlorakit train recipe.yaml" if pins else "",
-        "recipe": "".join(f"{k}: {json.dumps(v, ensure_ascii=False)}\n" for k, v in kept.items()),
-        "local": [key for key in PATHS if key in kept and kept[key] != written[key]],
+        "recipe": "".join(
+            f"{k}: {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items()
+        ),
+        "local": [key for key in PATHS if key in settings and settings[key] != original[key]],
     }
