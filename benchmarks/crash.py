@@ -280,7 +280,7 @@ def torn(folder):
     found += [
         f"cache {place.name}"
         for place in (home.iterdir() if home.exists() else ())
-        if not place.name.startswith(cache._MAKING) and not cache._whole(place)
+        if not place.name.startswith(cache._MAKING) and not cache._complete(place)
     ]
     for path in folder.glob("*.json"):
         try:

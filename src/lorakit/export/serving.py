@@ -57,7 +57,7 @@ def vllm_command(folders: Mapping[str, Path], *sources: TunedRun) -> list[str]:
 
 
 def _module(name: str, folder: Path) -> str:
-    """Where `name=path` would be read otherwise, the same as JSON."""
+    """`name=path`, or JSON if the text has an equals sign or a comma."""
     plain = not set(f"{name}{folder}") & set("=,")
     return f"{name}={folder}" if plain else json.dumps({"name": name, "path": str(folder)})
 

@@ -1,4 +1,4 @@
-"""The servers that run in Python, each behind the guard: `transformers serve` and llama.cpp's.
+"""Run the servers that are Python, each behind the guard: `transformers serve`, llama.cpp's.
 
 Run as `python -m lorakit.serve.child HOST PORT transformers OPTION...` where each model is a folder
 of the current one, or as `... llama.cpp CONTEXT NAME=FILE...`.
@@ -23,7 +23,7 @@ STOP: dict[str, Any] = {"timeout_graceful_shutdown": 2}  # seconds for streams a
 
 
 def _transformers(options: list[str]) -> None:
-    """`transformers serve` with the guard around its application, which has no hook for one."""
+    """Run `transformers serve` with the guard around its application, which has no hook for it."""
     from transformers.cli import transformers
 
     plain = uvicorn.Config
@@ -32,7 +32,7 @@ def _transformers(options: list[str]) -> None:
 
 
 def _llama_cpp(host: str, port: int, context: int, files: dict[str, str]) -> None:
-    """llama.cpp's own handler of a chat request under a route that the guard can stand before."""
+    """Route a chat request to llama.cpp's own handler, behind the guard."""
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -70,7 +70,7 @@ def _loaded(file: str, context: int) -> Any:
 
 
 async def _pieces(server: Any, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """What llama.cpp says, as it comes; a reader who leaves ends the answer."""
+    """Stream llama.cpp's output; a client that disconnects ends the answer."""
     found: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
     loop, left = asyncio.get_running_loop(), threading.Event()
 

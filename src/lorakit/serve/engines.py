@@ -1,4 +1,4 @@
-"""How each server is started for a set of runs: vLLM, `transformers serve`, llama.cpp's.
+"""Command lines of the servers for a set of runs: vLLM, `transformers serve`, llama.cpp's.
 
 vLLM holds several adapters on one base. The other two take a copy of the base for each run.
 """
@@ -44,7 +44,7 @@ Models = dict[str, TunedRun]  # by the name that requests use
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to listen, and the key that requests must bring."""
+    """Address to listen on, and the key that requests must have."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -52,14 +52,14 @@ class Place:
 
     @property
     def url(self) -> str:
-        """Where this machine finds the server."""
+        """Address of the server for this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A command, the keys that its server heeds, and their values where a request has none."""
+    """A command, the request keys that its server reads, and their defaults."""
 
     command: list[str]
     keys: list[str]
@@ -70,7 +70,7 @@ class Start:
 def prepare(
     models: Models, asked: str, place: Place, folder: Path, console: Console
 ) -> tuple[str, Start]:
-    """The engine and how to start it; files for it go into `folder`.
+    """Choose the engine and its command; files for it are written to `folder`.
 
     Raises:
         RecipeError: there is no such engine.
@@ -89,7 +89,7 @@ def prepare(
 
 
 def choose(models: Models, asked: str, console: Console) -> str:
-    """The engine to start: as asked, else vLLM on a GPU, llama.cpp on a CPU, transformers.
+    """Choose the engine: the requested one, else vLLM on a GPU, llama.cpp on a CPU, transformers.
 
     Raises:
         RecipeError: there is no such engine.
@@ -110,7 +110,7 @@ def choose(models: Models, asked: str, console: Console) -> str:
 
 
 def why_not(engine: str, sources: list[TunedRun], auto: bool = False) -> str | None:
-    """Why an engine cannot serve these runs here, or is not the best choice; None where it is."""
+    """Reason why an engine cannot serve these runs here or is not the best choice, or None."""
     import torch
 
     missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
@@ -148,13 +148,13 @@ def _vllm(models: Models, host: str, port: str) -> Start:
     line += ["--middleware", "lorakit.serve.guard.Guard", "--allowed-origins", "[]"]
     keys = [*KEYS, *MORE, "n", "repetition_penalty", "min_tokens", "stop_token_ids"]
     keys += TOOLS if tool_parser(sources[0]) else []
-    # A run may end its answers otherwise than the base's author says.
+    # A run may end its answers with another token than its base.
     stops = sorted({token for source in sources for token in source.stops()})
     return Start(line, keys, {**DEFAULTS, "stop_token_ids": stops})
 
 
 def _llama_cpp(models: Models, line: list[str], console: Console) -> Start:
-    """llama.cpp with each run's GGUF export, which is made (and compared) where there is none."""
+    """llama.cpp with each run's GGUF export, made and compared first if it is missing."""
     files = []
     for name, source in models.items():
         if not (source.run.export / "gguf").exists():

@@ -1,4 +1,4 @@
-"""ASGI middleware in front of a server: what it must not answer, and what it would ignore.
+"""ASGI middleware that refuses requests which a server must not answer or would misread.
 
 vLLM, transformers and llama.cpp look at no Host or Origin header, leave routes open beside the
 key's (model loading, cache reset), and drop keys of a request that they do not know. A web page can
@@ -24,7 +24,7 @@ CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 
 
 class Refusal(Exception):
-    """An answer of this status instead of the server's."""
+    """A response of this status instead of the server's."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         kind = "authentication_error" if status == 401 else "invalid_request_error"
@@ -33,7 +33,7 @@ class Refusal(Exception):
 
 
 class Guard:
-    """Passes chat requests for known models with known keys, and answers for the model list.
+    """Pass chat requests for known models with known keys, and answer for the model list.
 
     Settings: `models` maps each name to its default system text; `keys` are those that have an
     effect, `defaults` their values in requests without; `api_key`; `loopback` is true where only
@@ -61,7 +61,7 @@ class Guard:
         await self.app(scope, receive, send)
 
     async def _passed(self, scope: Scope, receive: Receive) -> Receive:
-        """Check one request; what gives its body as it goes on to the server."""
+        """Check one request and return the `receive` that passes its body on to the server."""
         headers, route = Headers(scope=scope), (scope["method"], scope["path"])
         if self.settings["loopback"]:
             if _host(f"//{headers.get('host', '')}") not in LOOPBACK:

@@ -82,7 +82,7 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
 
 
 def checked_port(place: Place) -> Place:
-    """The place with a port that is free: 0 becomes any.
+    """Address with a free port; port 0 becomes any free one.
 
     Raises:
         RunError: it is taken, or the host is no address of this machine.
@@ -102,7 +102,7 @@ def checked_port(place: Place) -> Place:
 
 
 def read_key(api_key: str | None, file: Path | None) -> str | None:
-    """The key itself; a file keeps it out of the shell's history and of `ps`.
+    """Read the key; a file keeps it out of the shell's history and of `ps`.
 
     Raises:
         RecipeError: the file cannot be read or is empty, or both were given.
@@ -145,7 +145,7 @@ def expectation(source: TunedRun) -> list[Expected]:
 
 
 class Child:
-    """The server's process; leaving the block ends it, and Ctrl-C leaves the block."""
+    """The server's process, ended with the block or by Ctrl-C."""
 
     def __init__(
         self, start: engines.Start, models: engines.Models, place: Place, folder: Path
@@ -189,7 +189,7 @@ class Child:
         return kind is KeyboardInterrupt
 
     def wait_ready(self) -> None:
-        """Wait until it answers, and see that the guard is in front of it.
+        """Wait until it answers, and check that the guard is in front of it.
 
         Raises:
             WorkError: it ended, or took too long, or answers what the guard refuses.
@@ -211,7 +211,7 @@ class Child:
             )
 
     def wait(self) -> None:
-        """Wait until it ends, which it does not by itself.
+        """Wait until it ends.
 
         Raises:
             WorkError: it did.
@@ -220,7 +220,7 @@ class Child:
         raise WorkError(f"the server ended by itself: {self._tail()}")
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """(status, body) of one request; status 0 where nobody answers."""
+        """Return (status, body) of one request; status 0 without an answer."""
         headers = {"Authorization": f"Bearer {self.place.api_key}"}
         headers |= {"Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
@@ -234,7 +234,7 @@ class Child:
             return 0, None
 
     def compare(self, name: str, expected: Sequence[Expected]) -> None:
-        """See that it answers as the run does, up to the first difference that rounding makes.
+        """Check that it answers as the run does, up to the first difference that rounding explains.
 
         Raises:
             WorkError: it answers something else.
@@ -272,7 +272,7 @@ class Child:
 
 
 def agree(own: Expected, ids: Sequence[int], limit: float) -> bool:
-    """Whether `ids` are the run's answer, or part from it where both choices are as likely."""
+    """Return True if `ids` are the run's answer, or differ first where both are as likely."""
     for a, b, row in zip(own.answer, ids, own.predictions, strict=False):
         if a != b:
             return bool(row[a] - row[b] <= limit)
