@@ -46,7 +46,7 @@ class Beat:
     host: str
     pid_namespace: str
     device: str
-    world_size: int = 0
+    beats: int = 0
     step: int = 0
     state: str = "preflight"
 
@@ -90,7 +90,7 @@ class Heartbeat(threading.Thread):
 
     def publish(self) -> None:
         """Write this process's status to the store."""
-        self.own_beat.world_size += 1
+        self.own_beat.beats += 1
         self.store.set(key(self.own_beat.rank), json.dumps(asdict(self.own_beat)))
 
     def set_step(self, step: int, kept: Callable[[], str], folder: Path | None = None) -> None:
@@ -134,8 +134,8 @@ class Heartbeat(threading.Thread):
         now = time.monotonic()
         gone, silent, failed = [], [], []
         for beat in beats:
-            if self.changed.get(beat.rank, (-1, 0.0))[0] != beat.world_size:
-                self.changed[beat.rank] = (beat.world_size, now)
+            if self.changed.get(beat.rank, (-1, 0.0))[0] != beat.beats:
+                self.changed[beat.rank] = (beat.beats, now)
             if beat.rank == self.own_beat.rank or beat.state == "left":
                 continue
             if beat.state == "failed":
