@@ -38,7 +38,7 @@ def test_a_recipe_is_never_overwritten(lorakit):
     Path("r.yaml").write_text("mine")
     code, _, err = lorakit("import", FILES / "trl.yaml", "-o", "r.yaml")
     assert code == 2
-    assert "r.yaml: there already" in err
+    assert "r.yaml: already exists" in err
     assert Path("r.yaml").read_text() == "mine"
     code, _, err = lorakit("import", FILES / "trl.yaml", "-o", "none/r.yaml")
     assert code == 2
