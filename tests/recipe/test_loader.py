@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.errors import RecipeError
 from lorakit.recipe.loader import load_recipe, recipe_schema, suggest
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import RENAMED, Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,3 +189,22 @@ def test_a_recipe_of_another_tool_is_told_how_it_comes_in(tmp_path):
     with pytest.raises(RecipeError) as error:
         load_recipe(path)
     assert error.value.hint == f"for a recipe of another tool: lorakit import {path} -o recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("old", "value"),
+    [("streaming", "on"), ("probe", "true"), ("engine", "off"), ("too_long", "split")],
+)
+def test_a_key_by_its_former_name_is_refused_with_the_new_one(old, value, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: demo\ndata: x.jsonl\n{old}: {value}\n")
+    with pytest.raises(RecipeError, match=f"line 3: {old}: .* {RENAMED[old]}"):
+        load_recipe(path)
+
+
+def test_the_recipe_of_a_run_is_read_by_the_names_of_its_time(tmp_path):
+    (tmp_path / "environment.json").write_text("{}")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: demo\ndata: x.jsonl\nstreaming: 'off'\ntoo_long: split\n")
+    recipe = load_recipe(path).recipe
+    assert (recipe.weight_offload, recipe.on_overlength) == ("off", "split")

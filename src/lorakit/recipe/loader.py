@@ -177,7 +177,7 @@ def _validate(
     for key in [k for k in values if k not in known]:
         where, shown = _where(origins[key]), _show(values.pop(key))
         if key in RENAMED:
-            faults.append(f"{where}{key}: unknown key; its name is {RENAMED[key]} now")
+            faults.append(f"{where}{key}: renamed, write {RENAMED[key]}")
         else:
             faults.append(f"{where}{key}: unknown key (found: {shown}){suggest(key, known)}")
     for key in [k for k, value in values.items() if _has_unusable_text(value)]:
