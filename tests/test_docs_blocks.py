@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REASONS = {
     "a sketch",
-    "needs a CUDA card",
+    "needs a CUDA GPU",
     "needs a server",
     "needs another program",
     "needs several GPUs",

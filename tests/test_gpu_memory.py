@@ -53,7 +53,7 @@ def test_a_base_larger_than_the_limit_is_loaded_all_the_same_and_said(allowed, c
     with caplog.at_level(logging.WARNING, logger="lorakit"):
         cap_finished_run(4 * GIB, GPU, 13 * GIB)
         assert made == []
-        assert "memory_limit 4.0 GiB does not hold the base (13.0 GiB)" in caplog.text
+        assert "memory_limit 4.0 GiB is smaller than the base (13.0 GiB)" in caplog.text
         cap_finished_run(15 * GIB, GPU, 13 * GIB)
     assert len(made) == 1
 

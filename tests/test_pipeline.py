@@ -126,7 +126,7 @@ def test_a_diverged_run_stops_at_once_and_saves_no_adapter(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WorkError, match=r"step 1: loss nan.*\n.*step 2: loss nan") as error:
         fit(tiny_recipe(folder, tiny_data, tmp_path / "r"), QUIET)
-    assert "is the base model whole?" in error.value.hint
+    assert "check that the base model files are complete" in error.value.hint
     assert not (tmp_path / "r" / "adapter").exists()
     assert RunDir(tmp_path / "r").list_checkpoints() == []
 

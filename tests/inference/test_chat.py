@@ -61,7 +61,7 @@ def test_undo_retry_and_base_keep_the_conversation_right(session):
     assert say(session, "/base").strip() == answer("base", 3, 6)
     assert len(session.turns) == 2
     assert session.turns[1].content == first.strip()
-    assert say(session, "/undo") == "taken back; 0 questions left"
+    assert say(session, "/undo") == "removed; 0 questions left"
     assert session.turns == []
 
 
