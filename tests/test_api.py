@@ -22,12 +22,14 @@ NAMES = [
     "Recipe",
     "ResolvedRecipe",
     "Run",
+    "accelerate",
     "detect_device",
     "finetune",
     "inspect",
     "load_recipe",
     "open_run",
     "plan",
+    "prepare",
     "recipe_schema",
 ]
 

@@ -229,7 +229,7 @@ def test_memory_that_ends_makes_smaller_batches_of_the_same_answers(talking, tok
         assert found == [answer("base", i, 3) for i in range(6)]
         assert sorted(set(seen)) == [1, 3, 6]
         room = 0
-        words = r"out of memory answering a prompt of \d+ tokens with up to 3 more: .* asked for"
+        words = r"out of memory answering a prompt of \d+ tokens with up to 3 more: .* requested"
         with pytest.raises(WorkError, match=words):
             replies(talking, tokenizer, questions, settings)
         with pytest.raises(WorkError, match=words):
