@@ -52,7 +52,7 @@ CLASSES = [
         "the answer is cut, so its end is never learned",
         VERIFY,
         "data/tokenize/example_checks.py",
-        "if not closed and part.count(IGNORE) < len(part):",
+        "if not closed and turn.count(IGNORE) < len(turn):",
         "if False:",
     ),
     Class(
@@ -174,7 +174,7 @@ CLASSES = [
         "no gradient reaches the adapters",
         "tests/train/test_stability.py::test_no_gradient_at_all_stops_the_first_step",
         "train/stability.py",
-        "    if len(without) == len(asked):",
+        "    if len(without) == len(checked):",
         "    if False:",
     ),
     Class(

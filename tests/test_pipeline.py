@@ -232,7 +232,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
     out, err = process.communicate("\n", timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "go on with: lorakit train cut/recipe.yaml --resume" in out
+    assert "resume with: lorakit train cut/recipe.yaml --resume" in out
     assert [p.name for p in RunDir(tmp_path / "cut").list_checkpoints()] == ["step_000004"]
     assert not (tmp_path / "cut" / "adapter").exists()
     done = subprocess.run(

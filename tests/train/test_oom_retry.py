@@ -171,7 +171,7 @@ def test_a_probe_of_several_ranks_holds_what_one_of_them_gets(run):
     """Four examples a step, two for each of two ranks: the longest are 40 and 33 tokens."""
     trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
     trainer.ranks = DistributedContext(0, 2, 2)
-    trainer.memory.probe(trainer.model)
+    trainer.oom_retry.probe(trainer.model)
     assert "probe    73 tokens at once" in said(trainer)
 
 
@@ -197,7 +197,7 @@ def test_one_of_several_ranks_saves_nothing_when_it_gives_up(run, count):
     trainer.ranks = DistributedContext(0, count, count)
     step = step_batches(examples([5]), trainer.layout)
     with pytest.raises(WorkError, match="with one example at a time: too much"):
-        trainer.memory._give_up(step, "too much")
+        trainer.oom_retry._give_up(step, "too much")
     assert trainer.run.checkpoint(1).exists() is (count == 1)
 
 
@@ -229,13 +229,17 @@ def test_an_error_of_another_kind_stays_what_it_is(run):
 
 
 @pytest.mark.parametrize("weight_offload", ["on", "off"])
-def test_the_fast_layers_start_over_too(run, streaming):
+def test_the_fast_layers_start_over_too(run, weight_offload):
     """Where a step is worked layer by layer all of it was under way; dropout draws the same."""
-    values = {"fused_layers": "on", "weight_offload": streaming, "target_modules": "all-linear"}
+    values = {
+        "fused_layers": "on",
+        "weight_offload": weight_offload,
+        "target_modules": "all-linear",
+    }
     cut = run("cut", micro_batch_size=4, gradient_accumulation_steps=1, **values)
-    work = cut.layerwise if streaming == "on" else cut.attached.engine
+    work = cut.layerwise if weight_offload == "on" else cut.attached.engine
     assert work is not None
-    part = "_down" if streaming == "on" else "begin"
+    part = "_backward_layers" if weight_offload == "on" else "embed_and_context"
     own, calls = getattr(work, part), []
 
     def end(*args):

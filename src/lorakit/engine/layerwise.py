@@ -82,11 +82,11 @@ class LayerwiseSchedule:
             refresh(self.engine.groups, training=True)
         with torch.no_grad(), torch.autocast(self.engine.device.type, enabled=False):
             states = [self._start(micro) for micro in micros]
-            self._up(states)
+            self._forward_layers(states)
             loss = torch.zeros((), device=self.engine.device)
             for state in states:
-                loss += self._top(state, scale)
-            self._down(states)
+                loss += self._loss(state, scale)
+            self._backward_layers(states)
         if self.engine.host_adapters is not None:
             self.engine.host_adapters.finish()
         return loss
@@ -97,7 +97,7 @@ class LayerwiseSchedule:
         rows = hidden.reshape(-1, hidden.shape[-1])
         return _Micro(call, hidden.shape[0], rows, micro["targets"], micro["positions"])
 
-    def _up(self, states: list[_Micro]) -> None:
+    def _forward_layers(self, states: list[_Micro]) -> None:
         count = len(self.engine.layers)
         for index, layer in enumerate(self.engine.layers):
             self.engine.load_layer(index, True, index + 1 if index + 1 < count else None)
@@ -109,7 +109,7 @@ class LayerwiseSchedule:
                 state.hidden = out
         self.inputs.settle()
 
-    def _down(self, states: list[_Micro]) -> None:
+    def _backward_layers(self, states: list[_Micro]) -> None:
         layers = self.engine.layers
         order = [
             (n, micro_index)
@@ -133,7 +133,7 @@ class LayerwiseSchedule:
             if adapters is not None:
                 adapters.copy_grads_to_host(index)
 
-    def _top(self, state: _Micro, scale: float) -> Tensor:
+    def _loss(self, state: _Micro, scale: float) -> Tensor:
         """The loss times `scale`; the hidden states are overwritten by their gradient."""
         hidden, total = state.hidden, torch.zeros((), device=state.hidden.device)
         untrained = torch.ones(hidden.shape[0], 1, dtype=torch.bool, device=hidden.device)
