@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 help:
 	@echo "make demo    fine-tune a real small chat model on this CPU and show what changed"
 	@echo "make test    run the tests"
-	@echo "make check   lint, types, layout rules, what no source may do"
+	@echo "make check   lint, types, layout rules, words, what no source may do"
 	@echo "make docs    guides, concepts and reference as a site, into site/"
 	@echo "make audit   ask the advisory service of the package index about every pinned package"
 	@echo "make fmt     format the code"
@@ -38,7 +38,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layout.py tests/test_security_lint.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_security_lint.py tests/test_prose.py
 
 # --strict: a broken link or anchor ends the build. No page asks a network for anything.
 docs: $(VENV)/.ready
