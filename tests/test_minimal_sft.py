@@ -39,5 +39,5 @@ def test_the_example_has_the_losses_of_a_run(example, tiny_model_dir, tmp_path, 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_every_step_of_the_example_is_in_one_flat_function(example):
+def test_the_example_stays_short():
     assert len(PATH.read_text().splitlines()) <= 150

@@ -130,21 +130,12 @@ def inspect(
         LorakitError: the model or a source cannot be read, or every row is unusable.
     """
     from lorakit.data.inspection import inspect_prepared
-    from lorakit.data.prepare import prepare
-    from lorakit.model.load import load_config, load_tokenizer, locate_model, public_name
+    from lorakit.model.load import public_name
 
     resolved = load_recipe(recipe, **settings)
-    recipe_values, folders = resolved.recipe, _folders(resolved)
-    with silence_libraries(recipe_values.offline):
-        location = locate_model(recipe_values, folders, say)
-        load_config(recipe_values, location)
-        tokenizer = load_tokenizer(recipe_values, location)
-        prepared = prepare(recipe_values, tokenizer, folders, inspecting=True)
-    return Inspected.of(
-        inspect_prepared(
-            prepared, tokenizer, recipe_values, public_name(recipe_values.model), examples
-        )
-    )
+    tokenizer, prepared = _prepared(resolved, say=say, inspecting=True)
+    name = public_name(resolved.recipe.model)
+    return Inspected.of(inspect_prepared(prepared, tokenizer, resolved.recipe, name, examples))
 
 
 def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: Any) -> Any:
@@ -168,41 +159,51 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
     """
     from datasets import Dataset, DatasetDict, Features, List, Value
 
-    from lorakit.data.prepare import prepare as prepare_examples
-    from lorakit.model.load import load_config, load_tokenizer, locate_model
-
-    resolved = load_recipe(recipe, **settings)
-    folders = _folders(resolved)
-    with silence_libraries(resolved.recipe.offline):
-        if tokenizer is None:
-            location = locate_model(resolved.recipe, folders)
-            load_config(resolved.recipe, location)
-            tokenizer = load_tokenizer(resolved.recipe, location)
-        prepared = prepare_examples(resolved.recipe, tokenizer, folders)
+    _, prepared = _prepared(load_recipe(recipe, **settings), tokenizer)
     features = Features(
         input_ids=List(Value("int32")),
         labels=List(Value("int32")),
         source=Value("string"),
         row=Value("int64"),
     )
-
-    def rows(examples: Any) -> Any:
-        for example in examples:
-            yield {
-                "input_ids": example.input_ids,
-                "labels": example.labels,
-                "source": example.origin.source,
-                "row": example.origin.row,
-            }
-
     parts = {"train": prepared.train, "validation": prepared.val}
     return DatasetDict(
         {
-            name: Dataset.from_list(list(rows(examples)), features=features)
+            name: Dataset.from_list(
+                [
+                    {
+                        "input_ids": example.input_ids,
+                        "labels": example.labels,
+                        "source": example.origin.source,
+                        "row": example.origin.row,
+                    }
+                    for example in examples
+                ],
+                features=features,
+            )
             for name, examples in parts.items()
             if len(examples)
         }
     )
+
+
+def _prepared(
+    resolved: ResolvedRecipe,
+    tokenizer: Any = None,
+    say: Callable[[str], None] | None = None,
+    inspecting: bool = False,
+) -> tuple[Any, Any]:
+    """Tokenize the data of a recipe; return (tokenizer, data), the model's tokenizer by default."""
+    from lorakit.data.prepare import prepare as prepare_examples
+    from lorakit.model.load import load_config, load_tokenizer, locate_model
+
+    folders = _folders(resolved)
+    with silence_libraries(resolved.recipe.offline):
+        if tokenizer is None:
+            location = locate_model(resolved.recipe, folders, say)
+            load_config(resolved.recipe, location)
+            tokenizer = load_tokenizer(resolved.recipe, location)
+        return tokenizer, prepare_examples(resolved.recipe, tokenizer, folders, inspecting)
 
 
 def default_console() -> Console:

@@ -76,22 +76,20 @@ def _forward(own_forward: Any, engine: Engine) -> Any:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        given = {name: value for name, value in inputs.items() if value is not None}
-        rows = input_ids if inputs_embeds is None else inputs_embeds
+        either = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        inputs = {name: value for name, value in either.items() if value is not None}
         served = (
             self.training
             and torch.is_grad_enabled()
-            and rows is not None
-            and len(given) == 1
+            and len(inputs) == 1
             and past_key_values is None
             and not kwargs.get("output_hidden_states")
             and not kwargs.get("output_attentions")
-            and engine.supports(rows.shape[1])
+            and engine.supports(next(iter(inputs.values())).shape[1])
             and _padded_on_the_right(attention_mask)
         )
         packed = _documents(position_ids) if served else None
-        if rows is None or not served or packed is _SEVERAL_ROWS:
+        if not served or packed is _SEVERAL_ROWS:
             return own_forward(
                 self,
                 input_ids=input_ids,
@@ -102,6 +100,7 @@ def _forward(own_forward: Any, engine: Engine) -> Any:
                 use_cache=use_cache,
                 **kwargs,
             )
+        (rows,) = inputs.values()
         if rows.device != engine.device:
             raise ModelError(
                 f"accelerate: the model was on {engine.device}, the batch is on {rows.device}",
@@ -109,8 +108,8 @@ def _forward(own_forward: Any, engine: Engine) -> Any:
             )
         _follow_checkpointing(self, engine)
         if position_ids is not None:
-            given["position_ids"] = position_ids
-        return BaseModelOutputWithPast(last_hidden_state=engine(given, packed))
+            inputs["position_ids"] = position_ids
+        return BaseModelOutputWithPast(last_hidden_state=engine(inputs, packed))
 
     return forward
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from lorakit.errors import RecipeError
 from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
 from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, SYNONYMS, Recipe
+from lorakit.storage.run_dir import RunDir
 
 # Unknown keys of recipes written for Axolotl, LLaMA-Factory, TRL or Unsloth.
 _OTHER_TOOLS = ("base_model: ", "model_name_or_path: ", "model_name: ")
@@ -138,7 +139,7 @@ def _take(
 def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
     hint = "begin with: model: demo; `lorakit train --help` shows how to do without a recipe"
     loaded = read_yaml_file(path, hint)
-    of_a_run = (path.parent / "environment.json").exists()
+    of_a_run = RunDir(path.parent).environment.exists()
     for key, value in loaded.items():
         # The recipe in a run directory keeps the key names of the version that wrote it.
         name = RENAMED.get(str(key), str(key)) if of_a_run else str(key)
