@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the embedded model, its tokenizer, and tiny random models."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,17 @@ def pytest_collection_modifyitems(items):
         return next((i for i, long in enumerate(LONG) if name.endswith(f"/{long}")), len(LONG))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector away from what imports made: torch alone is 300,000 objects.
+
+    A run collects several times on purpose; going through them took half the time of many tests.
+    """
+    import lorakit.pipeline  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
