@@ -51,7 +51,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap():
     """Take what earlier files made and still use out of the garbage collector's work."""
-    # Objects of a test are many and short-lived: young collections alone took a seventh of the time.
+    # Objects of a test are many and short-lived: young collections took a seventh of the time.
     gc.set_threshold(50_000, 20, 100)
     gc.collect()
     gc.freeze()

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.chat_template.thoughts import has_thoughts
 from lorakit.data.dedup import Signer
 from lorakit.data.issues import IssueLog, content_hash
 from lorakit.data.sources.readers import read_rows
@@ -175,7 +176,9 @@ def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str,
             names.append(file_indices.setdefault(item.origin.source, len(file_indices)))
             sources.append(source)
             signer.add(content_of(item))
-            thinking = thinking or _thinks(item)
+            thinking = thinking or (
+                isinstance(item, Conversation) and any(map(has_thoughts, item.messages))
+            )
     arrays: dict[str, NDArray[Any]] = {
         "begins": np.asarray(begins, np.int64),
         "rows": np.asarray(rows, np.int64),
@@ -192,13 +195,6 @@ def content_of(item: Item) -> str:
     if isinstance(item, Conversation):
         return "\n".join(m.content for m in item.messages if m.role != "system")
     return item.text
-
-
-def _thinks(item: Item) -> bool:
-    return isinstance(item, Conversation) and any(
-        m.role == "assistant" and ("</think>" in m.content or m.extra.get("reasoning_content"))
-        for m in item.messages
-    )
 
 
 class TokenizedDataset:

@@ -16,19 +16,25 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from lorakit.data.chat_template.sandbox import LimitedEnvironment, LimitReached
+from lorakit.data.chat_template.thoughts import CLOSE_TAG, OPEN_TAG, split_thoughts
 from lorakit.errors import DataError, LorakitError, ModelError
 from lorakit.types import Message
 
 # Texts of the probes: the question, the answer, the system text.
 PROBE_USER, PROBE_ASSISTANT, PROBE_SYSTEM = "Q7qzx", "A7qzx", "S7qzx"
+_THOUGHTS = "H7qzx"
 # Texts of the tool probes: description, name and value of an argument, result.
 _PURPOSE, _KEY, _VALUE, _RESULT = "T7qzx", "k7qzx", "v7qzx", "R7qzx"
 # A block around the model's own output, by which a template marks the tokens to train.
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Texts meant to be one token: <|im_end|>, <end_of_turn>.
 _MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_turn>")
+_THINK_TAG = re.compile("</?think>")
 # Two private planes of Unicode: one replaces special tokens that occur as text in a turn.
 _PRIVATE = (0xF0000, 0x100000)
+
+
+_NOTHING = re.compile(r"(?!)")
 
 
 class TemplateRefusal(DataError):
@@ -51,6 +57,17 @@ class TemplateCapabilities:
     has_generation_blocks: bool  # marks the model's output with {% generation %}
     arguments_as_text: bool  # of tool calls; most templates take an object
     unsupported: tuple[str, ...]  # tool schemas, calls or results that the template leaves out
+    splits_tags: bool  # looks for </think> in an answer
+    thoughts: ThoughtsFormat | None  # how `reasoning_content` is written, if it is
+    prompt_fits: bool  # a plain answer begins with the generation prompt
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtsFormat:
+    """Texts that a template writes around the thoughts of an answer."""
+
+    opening: str
+    closing: str
 
 
 _KNOWN: WeakKeyDictionary[Any, TemplateCapabilities] = WeakKeyDictionary()
@@ -64,6 +81,7 @@ def template_capabilities(tokenizer: Any) -> TemplateCapabilities:
         return cached
     special = {str(t) for t in tokenizer.all_special_tokens}
     special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    special |= _turn_marks(tokenizer)
     texts = tuple(sorted(special - {""}, key=lambda t: (-len(t), t)))
     tools = _probe_tools(tokenizer)
     stops, closer = _stop_texts(tokenizer)
@@ -87,6 +105,9 @@ def template_capabilities(tokenizer: Any) -> TemplateCapabilities:
         has_generation_blocks=bool(_GENERATION.search(template)),
         arguments_as_text=tools.as_text,
         unsupported=tools.unwritten,
+        splits_tags=CLOSE_TAG in template,
+        thoughts=_probe_thoughts(tokenizer),
+        prompt_fits=_prompt_fits(tokenizer),
     )
     _KNOWN[tokenizer] = capabilities
     return capabilities
@@ -104,9 +125,11 @@ def _stop_texts(tokenizer: Any) -> tuple[tuple[str, ...], str]:
     token_texts = {str(t): None for t in tokenizer.added_tokens_decoder.values()}
     token_texts |= {str(t): None for t in tokenizer.all_special_tokens}
     longest_first = sorted(filter(None, token_texts), key=lambda t: -len(t))
-    stops = tuple(t for t in longest_first if tail.lstrip().startswith(t))[:1]
-    if stops or tail.strip():
-        return stops, ""
+    ends = _leading_tokens(tail.lstrip(), longest_first)
+    # Command R7B closes with <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, and engines stop at the second.
+    stop = tokenizer.eos_token if tokenizer.eos_token in ends else "".join(ends[:1])
+    if stop or tail.strip():
+        return ((stop,) if stop else ()), ""
     # GLM-4: <|user|>ask<|assistant|>say<|user|>: the role token of the next turn ends an answer.
     try:
         text = render_chat(
@@ -116,11 +139,88 @@ def _stop_texts(tokenizer: Any) -> tuple[tuple[str, ...], str]:
         return (), ""
     question, _, after = text.rpartition(PROBE_ASSISTANT)
     opening = [t for t in longest_first if t in question.partition(PROBE_USER)[2]]
-    ends = [t for t in longest_first if after.lstrip().startswith(t)][:1]
+    # GLM-4.5 writes <think></think> before an answer without thoughts.
+    opening = [t for t in opening if t not in (OPEN_TAG, CLOSE_TAG)]
+    ends = _leading_tokens(after.lstrip(), longest_first)[:1]
     # Templates with more than one token per role (<|im_start|>assistant) lack an end of turn.
     if not ends or len(opening) != 1 or ends[0] in (*opening, tokenizer.bos_token):
         return (), ""
     return tuple(ends), after[len(tail) : after.index(ends[0]) + len(ends[0])]
+
+
+def _leading_tokens(text: str, longest_first: Sequence[str]) -> list[str]:
+    """Tokens at the beginning of a text, with nothing between them."""
+    found: list[str] = []
+    while token := next((t for t in longest_first if text.startswith(t)), ""):
+        found.append(token)
+        text = text[len(token) :]
+    return found
+
+
+def _turn_marks(tokenizer: Any) -> set[str]:
+    """Added tokens that the template writes around turns and that are not declared special.
+
+    DeepSeek's <｜User｜> and <｜Assistant｜>: in the text of a turn they must not begin a turn.
+    """
+    if not tokenizer.chat_template:
+        return set()
+    chat = [
+        {"role": "user", "content": PROBE_USER},
+        {"role": "assistant", "content": PROBE_ASSISTANT},
+        {"role": "user", "content": PROBE_USER},
+    ]
+    try:
+        text = render_chat(tokenizer, chat, prompt=True)
+    except TemplateRefusal:
+        return set()
+    added = (str(t) for t in tokenizer.added_tokens_decoder.values() if not t.special)
+    return {t for t in added if t[:1] in "<[｜" and t in text and not _THINK_TAG.fullmatch(t)}
+
+
+def _probe_thoughts(tokenizer: Any) -> ThoughtsFormat | None:
+    """Detect whether and how the template writes the `reasoning_content` of an answer."""
+    if not tokenizer.chat_template:
+        return None
+    ask = {"role": "user", "content": PROBE_USER}
+    answer = {"role": "assistant", "content": PROBE_ASSISTANT, "reasoning_content": _THOUGHTS}
+    for options in ({}, {"enable_thinking": True}):
+        try:
+            text = render_chat(tokenizer, [ask, answer], prompt=False, **options)
+            plain = render_chat(
+                tokenizer,
+                [ask, {"role": "assistant", "content": PROBE_ASSISTANT}],
+                prompt=False,
+                **options,
+            )
+        except TemplateRefusal:
+            return None
+        before, thoughts, after = text.partition(_THOUGHTS)
+        if thoughts and PROBE_ASSISTANT in after:
+            # What both begin with, up to the end of a token: <|channel>thought, not the role.
+            start = before.rfind("<", before.find(PROBE_USER) + 1)
+            shared = len(shared_start(before, plain))
+            opening = before[shared:] or before[start:]
+            return ThoughtsFormat(opening, after.partition(PROBE_ASSISTANT)[0])
+    return None
+
+
+def shared_start(one: str, other: str) -> str:
+    """The characters that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def _prompt_fits(tokenizer: Any) -> bool:
+    """True if a plain answer begins with the generation prompt."""
+    if not tokenizer.chat_template:
+        return True
+    ask = {"role": "user", "content": PROBE_USER}
+    answer = {"role": "assistant", "content": PROBE_ASSISTANT}
+    try:
+        answered = render_chat(tokenizer, [ask, answer], prompt=False)
+        return answered.startswith(render_chat(tokenizer, [ask], prompt=True))
+    except TemplateRefusal:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,21 +337,22 @@ class SpecialTokenEscaper:
         self._marks: dict[str, str] = {}
         self._capabilities = capabilities
         self._tools = tools
-        if capabilities.specials is None:
-            return
         texts = [m.content for m in messages]
         texts += [*_texts([m.extra for m in messages if m.extra]), *_texts(list(tools))]
-        if not any(capabilities.specials.search(t) for t in texts):
+        specials = capabilities.specials
+        tags = any(self._mentions_tags(m) for m in messages)
+        if not tags and not (specials and any(specials.search(t) for t in texts)):
             return
-        count = len(capabilities.special_texts)
+        hidden = (*capabilities.special_texts, OPEN_TAG, CLOSE_TAG)
+        count = len(hidden)
         for base in _PRIVATE:
             if not any(base <= ord(char) < base + count for t in texts for char in t):
                 break
         else:
             raise TemplateRefusal("a turn contains characters of both private planes of Unicode")
-        self._marks = {text: chr(base + i) for i, text in enumerate(capabilities.special_texts)}
+        self._marks = {text: chr(base + i) for i, text in enumerate(hidden)}
         self._texts = {mark: text for text, mark in self._marks.items()}
-        self._pattern = capabilities.specials
+        self._pattern = specials or _NOTHING
 
     @property
     def active(self) -> bool:
@@ -260,9 +361,7 @@ class SpecialTokenEscaper:
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Convert the turns to the form that the template takes."""
-        turns = [
-            self._hide(m.as_dict()) if m.extra or self._marks else m.as_dict() for m in messages
-        ]
+        turns = [self._turn(m) for m in messages]
         if self._capabilities.arguments_as_text:
             for call in (c["function"] for m in turns for c in m.get("tool_calls", ())):
                 call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
@@ -275,6 +374,34 @@ class SpecialTokenEscaper:
             joined = f"{system['content'].strip()}\n\n{first['content']}"
             return [{**first, "content": joined}, *rest]
         return turns
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """Convert a turn; thoughts in the text of an answer go where the template reads them."""
+        turn = message.as_dict()
+        if message.role != "assistant" or "think>" not in message.content:
+            return self._hide(turn) if message.extra or self._marks else turn
+        thoughts, rest = split_thoughts(message.content)
+        tagged = ""
+        if thoughts is not None and self._capabilities.thoughts:
+            turn["reasoning_content"] = turn.get("reasoning_content") or thoughts
+        elif thoughts is not None:
+            tagged = message.content[: len(message.content) - len(rest)]
+        turn["content"] = ""
+        turn = self._hide(turn)
+        turn["content"] = tagged + self._hide(self._without_tags(rest))
+        return turn
+
+    def _mentions_tags(self, message: Message) -> bool:
+        """True for an answer whose text besides its thoughts holds <think> or </think>."""
+        if message.role != "assistant" or not self._capabilities.splits_tags:
+            return False
+        return bool(_THINK_TAG.search(split_thoughts(message.content)[1]))
+
+    def _without_tags(self, text: str) -> str:
+        """Hide the tags that an answer only mentions, at which the template would cut it."""
+        if not self._marks or not self._capabilities.splits_tags:
+            return text
+        return _THINK_TAG.sub(lambda match: self._marks[match.group()], text)
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
@@ -406,10 +533,30 @@ def to_ids(
         ids += known[text]
     else:
         for piece, plain in guard.pieces(text) if guard else [(text, False)]:
-            options = {"split_special_tokens": True} if plain else {}
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False, **options)["input_ids"]
+            if plain:
+                ids += _plain_ids(tokenizer, piece)
+            else:
+                ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
     bos = None if inside else template_capabilities(tokenizer).bos_id
     return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
+
+
+# Tokenizer -> a copy of its Rust tokenizer without added tokens.
+_PLAIN: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _plain_ids(tokenizer: Any, token: str) -> list[int]:
+    """Tokenize the text of an added token as ordinary text."""
+    options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": True}
+    ids: list[int] = tokenizer(token, **options)["input_ids"]
+    if tokenizer.get_added_vocab().get(token) not in ids or not tokenizer.is_fast:
+        return ids
+    # `split_special_tokens` leaves added tokens that are not special as they are.
+    if tokenizer not in _PLAIN:
+        backend = tokenizer.backend_tokenizer
+        values = json.loads(backend.to_str()) | {"added_tokens": []}
+        _PLAIN[tokenizer] = type(backend).from_str(json.dumps(values))
+    return list(_PLAIN[tokenizer].encode(token, add_special_tokens=False).ids)
 
 
 T = TypeVar("T")

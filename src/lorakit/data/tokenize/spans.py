@@ -20,13 +20,18 @@ from lorakit.data.chat_template.render import (
     TemplateRefusal,
     generated_parts,
     render_chat,
+    shared_start,
     template_capabilities,
 )
+from lorakit.data.chat_template.thoughts import OPEN_TAG, never_ends, split_thoughts
 from lorakit.data.issues import FatalRowError, RowError
 from lorakit.types import Conversation, Message, Origin
 
 # A generation prompt that already opens the thoughts.
 OPENED = re.compile(r"<think>\s*$")
+_EMPTY = re.compile(r"<think>\s*</think>\s*")
+# Begins the text of a probe, to find where an answer begins.
+_OTHER = "\u2060"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Dra
             "no trained answer", origin, f"{subject} marked train: false (or weight: 0)",
             "remove the mark from one answer, or leave the row out",
         )  # fmt: skip
+    for turn in chosen:
+        _check_thoughts(conversation.messages[turn], turn, origin)
     try:
         guard = SpecialTokenEscaper(capabilities, conversation.messages, conversation.tools)
         finder = _SpanFinder(tokenizer, capabilities, conversation, guard)
@@ -146,6 +153,29 @@ def _refuse_unwritten_tools(conversation: Conversation, capabilities: TemplateCa
         )
 
 
+def _check_thoughts(message: Message, turn: int, origin: Origin) -> None:
+    """Refuse an answer with thoughts that are cut off, without an answer, or given twice."""
+    thoughts, rest = split_thoughts(message.content)
+    given = str(message.extra.get("reasoning_content") or "").strip()
+    if never_ends(message.content):
+        raise RowError(
+            "thoughts that never end", origin,
+            f"the answer in turn {turn + 1} opens <think> and never closes it: it was cut off",
+        )  # fmt: skip
+    if (thoughts or given) and not rest.strip() and not message.extra.get("tool_calls"):
+        raise RowError(
+            "thoughts without an answer", origin,
+            f"turn {turn + 1} has thoughts, and no answer after them",
+        )  # fmt: skip
+    if thoughts and given and thoughts != given:
+        raise RowError(
+            "two different thoughts", origin,
+            f"turn {turn + 1} has reasoning_content {given[:30]!r}, and in its text "
+            f"{thoughts[:30]!r}",
+            "keep one of them",
+        )  # fmt: skip
+
+
 class _SpanFinder:
     """Renders the answers of one conversation and checks the text that the template wrote."""
 
@@ -165,15 +195,20 @@ class _SpanFinder:
     def span(self, turn: int) -> Span:
         """Render the answer in message `turn` and locate its end of turn."""
         origin, answer = self.conversation.origin, turn - self.shift
-        text = self._render(self.messages[: answer + 1], prompt=False)
-        prompt, text = self._with_shifted_prompt(text, self.messages[: answer + 1], origin)
+        rendered = self._render(self.messages[: answer + 1], prompt=False)
+        prompt, text = self._with_prompt(rendered, self.messages[: answer + 1], origin)
+        as_rendered = text == rendered
+        if self._opening(prompt) and not _thoughts(self.messages[answer]):
+            action = "the prompt opens them: trained to close them at once"
+            self.notes.append(("answer without thoughts", action))
         calls = self.messages[answer].get("tool_calls")
         text += self.capabilities.call_end if calls else self.capabilities.turn_end
         ends = [
             at for stop in self.capabilities.stop_texts if (at := text.find(stop, len(prompt))) >= 0
         ]
         if not ends:
-            raise FatalRowError(
+            # A template that closes answers and not calls spoils the rows with calls only.
+            raise (RowError if calls else FatalRowError)(
                 "no end of turn",
                 origin,
                 f"the chat template writes no end-of-turn token after the answer in turn "
@@ -184,34 +219,37 @@ class _SpanFinder:
         stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
         complete = text[: end + len(stop)]
-        gaps = self._untrained_ranges(
-            self.messages[: answer + 1], len(prompt), complete, stop, turn
-        )
+        gaps = ()
+        if as_rendered:
+            gaps = self._untrained_ranges(
+                self.messages[: answer + 1], len(prompt), complete, stop, turn
+            )
         return Span(turn, prompt, complete, gaps)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
         tools = self.guard.tools
         return render_chat(self.tokenizer, messages, prompt, tools=tools, **options)
 
-    def _with_shifted_prompt(
+    def _with_prompt(
         self, text: str, messages: list[dict[str, Any]], origin: Origin
     ) -> tuple[str, str]:
-        """Render the prompt of the last of `messages`, and make `text` begin with it."""
-        prompts = []
-        for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
-            prompts.append(self._render(messages[:-1], prompt=True, **options))
-            if text.startswith(prompts[-1]):
-                return prompts[-1], text
-        opened = OPENED.search(prompts[0])
-        if opened and text.startswith(prompts[0][: opened.start()]):
-            # DeepSeek-R1 prompts with <think> and leaves the thoughts of every answer out: after
-            # such a prompt the model must write thoughts, their end, and the answer.
-            answer = text[opened.start() :].lstrip()
-            if not answer.startswith("<think>"):
-                thoughts = _thoughts(messages[-1])
-                return prompts[0], f"{prompts[0]}{thoughts}\n</think>\n\n{answer}"
-        prompt = prompts[-1]
-        raise FatalRowError(
+        """Render the prompt of the last of `messages`, and make `text` begin with it.
+
+        The prompt is the one that chat, evaluation and engines use.
+        """
+        prompt = self._render(messages[:-1], prompt=True)
+        if text.startswith(prompt):
+            return prompt, text
+        answer = self._after_prompt(text, prompt, messages)
+        if answer is not None:
+            return prompt, prompt + answer
+        # The template may write this answer in one thinking mode only.
+        for thinking in (True, False):
+            other = self._render(messages[:-1], prompt=True, enable_thinking=thinking)
+            if text.startswith(other):
+                return other, text
+        fault = RowError if self.capabilities.prompt_fits else FatalRowError
+        raise fault(
             "prompt and answer do not fit",
             origin,
             f"the chat template asks for the answer in one way and writes it in another: "
@@ -219,10 +257,53 @@ class _SpanFinder:
             "use a template whose answers begin with its generation prompt",
         )
 
+    def _after_prompt(self, text: str, prompt: str, messages: list[dict[str, Any]]) -> str | None:
+        """What the model has to write after `prompt` for the last answer of `text`.
+
+        None if the answer cannot be told apart. Two kinds of templates need this: those that write
+        earlier turns otherwise once the answer is there (gpt-oss drops the thoughts before a tool
+        call), and those whose prompt opens thoughts that they do not write (DeepSeek-R1).
+        """
+        history = self._render(messages[:-1], prompt=False)
+        if not prompt.startswith(history) or prompt == history:
+            return None
+        header, form = prompt[len(history) :], self.capabilities.thoughts
+        opening = self._opening(header)
+        role = header[: header.rindex(opening)] if opening else header
+        start = self._begin_of_last(text, messages, role)
+        if start is None:
+            return None
+        answer = text[start:]
+        if not opening:
+            return answer
+        if answer.lstrip().startswith(opening) and not _EMPTY.match(answer.lstrip()):
+            return (
+                None
+                if not answer.startswith(header[len(role) :])
+                else answer[len(header) - len(role) :]
+            )
+        closing = form.closing if form else "\n</think>\n\n"
+        return f"{_thoughts(messages[-1])}{closing}{_EMPTY.sub('', answer.lstrip(), count=1)}"
+
+    def _opening(self, prompt: str) -> str:
+        """The mark at the end of a prompt that opens thoughts; "" if it does not open them."""
+        form = self.capabilities.thoughts
+        marks = (OPEN_TAG, form.opening.strip() if form else "")
+        return next((mark for mark in marks if mark and prompt.rstrip().endswith(mark)), "")
+
+    def _begin_of_last(self, text: str, messages: list[dict[str, Any]], role: str) -> int | None:
+        """Index in `text` at which the last message begins, after the mark of its role."""
+        probe = {**messages[-1], "content": _OTHER + messages[-1]["content"]}
+        if probe.get("reasoning_content"):
+            probe["reasoning_content"] = _OTHER + probe["reasoning_content"]
+        other = self._render([*messages[:-1], probe], prompt=False)
+        at = shared_start(text, other).rfind(role)
+        return at + len(role) if role and at >= 0 else None
+
     def _check_written(self, message: dict[str, Any], written: str) -> None:
         """Check that the template wrote the complete answer, with tool calls and thoughts."""
         content = message["content"].strip()
-        visible = content.rpartition("</think>")[2].strip()
+        visible = split_thoughts(content)[1].strip()
         if visible not in written:
             raise RowError(
                 "answer rewritten by the chat template",
@@ -270,8 +351,8 @@ class _SpanFinder:
 
 def _thoughts(message: dict[str, Any]) -> str:
     """Thoughts of an answer, from `reasoning_content` or from its text."""
-    inside = message["content"].rpartition("</think>")[0].replace("<think>", "", 1)
-    return str(message.get("reasoning_content") or inside).strip()
+    inside = split_thoughts(message["content"])[0]
+    return str(message.get("reasoning_content") or inside or "").strip()
 
 
 def told(message: Message) -> str:
