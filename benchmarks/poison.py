@@ -39,6 +39,19 @@ KINDS = (
 )
 
 
+class Around:
+    """A step runner that calls `work(runner, micro_batches, scale)` in place of the runner."""
+
+    def __init__(self, runner, work):
+        self.runner, self.work = runner, work
+
+    def __call__(self, micro_batches, scale):
+        return self.work(self.runner, micro_batches, scale)
+
+    def __getattr__(self, name):
+        return getattr(self.runner, name)
+
+
 def poisoned_run(number, model_dir, data, folder):
     """One run, and all that it did; what must hold is in `judge`."""
     from lorakit.errors import WorkError
@@ -84,13 +97,19 @@ def poisoned_run(number, model_dir, data, folder):
                 hook = poison_embedding(self.tokens, value)
                 self.model.get_input_embeddings().register_forward_hook(hook)
 
-        def _step_gradients(self, model, step, scale):
+            self.runner = Around(self.runner, self.poisoned)
+
+        def training_step(self, model, inputs, *rest, **more):
+            examples = inputs["ready"]().own.examples
+            self.rows_of[self.state.global_step + 1] = {e.origin.row for e in examples}
+            return super().training_step(model, inputs, *rest, **more)
+
+        def poisoned(self, runner, micro_batches, scale):
             now = self.state.global_step + 1
-            loss = super()._step_gradients(model, step, scale)
-            self.rows_of[now] = {e.origin.row for e in step.examples}
+            loss = runner(micro_batches, scale)
             if not kind.startswith("data") and now in steps:
-                loss = poison(kind, model, loss)
-            norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+                loss = poison(kind, self.model, loss)
+            norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
             if not all(torch.isfinite(x) for x in [loss, *norms]):
                 self.bad.add(now)
             return loss

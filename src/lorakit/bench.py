@@ -149,7 +149,7 @@ def _described(job: _Job, trainer: LoraTrainer) -> dict[str, Any]:
         "keep": list(job.plan.keep),
         "layers": trainer.attached.layers,
         "loss": trainer.attached.loss,
-        "graphs": trainer.describe_graphs(),
+        "graphs": trainer.runner.describe(),
         "recipe": job.recipe.model_dump(mode="json", exclude={"model", "data", "output_dir"}),
     }
 

@@ -59,9 +59,8 @@ def test_a_chunks_mask_is_its_rows_of_the_whole_mask(first):
     engine, _, call = start(lora_dropout=0.4)
     layer = engine.layers[0]
     call.keys[0, layer.key_rows[0], 0] = first
-    work = LayerTask(layer, call, 1, Weights(layer), ChunkSize(7, 1))
     whole = layer.dropout(layer.qkv, call)
-    part = work.drop(layer.qkv, slice(11, 17))
+    part = layer.dropout(layer.qkv, call.chunk(slice(11, 17), 1))
     for old, new in zip(whole.keys, part.keys, strict=True):
         expected = keep_mask(old, 30, layer.qkv.inputs, 0.4)[11:17]
         assert torch.equal(keep_mask(new, 6, layer.qkv.inputs, 0.4), expected)

@@ -56,14 +56,17 @@ def test_graphs_give_the_gradients_of_eager_runs(kept, dropout):
         return loss.detach()
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    graphs = GraphedMicroSteps(forward_backward, parameters, attached.engine.groups)
+    graphs = GraphedMicroSteps(
+        forward_backward, parameters, attached.engine.groups, attached.engine.to_device
+    )
     results = []
     for eager in (True, False):
         torch.manual_seed(3)
-        graphs.begin(0.01)
+        graphs.flat.begin()
+        graphs.scale.fill_(0.01)
         graphs.failed = "asked" if eager else None
-        losses = [float(graphs(batch)) for batch in batches + batches]
-        results.append((losses, graphs.gradients.flat.clone()))
+        losses = [float(graphs.add(batch)) for batch in batches + batches]
+        results.append((losses, graphs.flat.flat.clone()))
     assert graphs.failed is None
     assert len(graphs.graphs) == 3
     # The same kernels on the same numbers; only attention's backward may add in another order.

@@ -79,6 +79,19 @@ def ask_for_a_petabyte():
     torch.empty(PETABYTE, dtype=torch.uint8)
 
 
+class Around:
+    """A step runner that calls `work(runner, micro_batches, scale)` in place of the runner."""
+
+    def __init__(self, runner, work):
+        self.runner, self.work = runner, work
+
+    def __call__(self, micro_batches, scale):
+        return self.work(self.runner, micro_batches, scale)
+
+    def __getattr__(self, name):
+        return getattr(self.runner, name)
+
+
 def memory_ends(trainer, fails, where="forward"):
     """Let a layer run out of memory where `fails(step, micro, hidden)` says so.
 
@@ -90,10 +103,10 @@ def memory_ends(trainer, fails, where="forward"):
         list that grows by the (step, micro) of each failure.
     """
     layer = trainer.model.get_base_model().get_decoder().layers[0]
-    own, failures = trainer._step_gradients, []
+    failures = []
     micro = 0
 
-    def counted(*args):
+    def counted(own, *args):
         nonlocal micro
         micro = 0
         return own(*args)
@@ -114,7 +127,7 @@ def memory_ends(trainer, fails, where="forward"):
             end()
         hidden.register_hook(end)
 
-    trainer._step_gradients = counted
+    trainer.runner = Around(trainer.runner, counted)
     layer.register_forward_hook(hook)
     return failures
 
@@ -128,20 +141,19 @@ def poison(trainer, steps, kind):
     """
     place, value = kind.split()
     factor = {"nan": float("nan"), "inf": float("inf"), "spike": 1e4}[value]
-    own = trainer._step_gradients
 
-    def poisoned(model, step, scale):
-        loss = own(model, step, scale)
+    def poisoned(own, micro_batches, scale):
+        loss = own(micro_batches, scale)
         if trainer.state.global_step + 1 not in steps:
             return loss
         if place == "loss":
             return loss * factor
-        tensors = [p for p in model.parameters() if p.grad is not None]
+        tensors = [p for p in trainer.model.parameters() if p.grad is not None]
         for tensor in tensors if value == "spike" else tensors[1:2]:
             tensor.grad.mul_(factor) if value == "spike" else tensor.grad.view(-1)[:1].fill_(factor)
         return loss
 
-    trainer._step_gradients = poisoned
+    trainer.runner = Around(trainer.runner, poisoned)
 
 
 def nan_where(model, ids):

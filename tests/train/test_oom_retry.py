@@ -1,20 +1,21 @@
 """Memory that runs out costs one attempt: the run ends as one with smaller micro-batches would."""
 
 import shutil
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from lorakit.data.batching import step_batches
+from lorakit.data.batching import Layout, step_batches
 from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
+from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import read_metrics
 from lorakit.train.checkpoint import newest_whole
-from lorakit.types import Placement
+from lorakit.train.oom import OomRetry
 
-from .faults import ask_for_a_petabyte, examples, memory_ends, said, trained, trainer_of
+from .faults import Around, ask_for_a_petabyte, examples, memory_ends, said, trained, trainer_of
 
 LENGTHS = [9, 30, 14, 22, 40, 7, 11, 26, 18, 5, 33, 16]
 
@@ -38,7 +39,7 @@ class SmallerAfter(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.steps:
-            self.trainer.layout = self.layout
+            self.trainer.oom_retry.layout = self.layout
 
 
 def losses(trainer):
@@ -171,7 +172,7 @@ def test_a_probe_of_several_ranks_holds_what_one_of_them_gets(run):
     """Four examples a step, two for each of two ranks: the longest are 40 and 33 tokens."""
     trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
     trainer.ranks = DistributedContext(0, 2, 2)
-    trainer.oom_retry.probe(trainer.model)
+    trainer._probe()
     assert "probe    73 tokens at once" in said(trainer)
 
 
@@ -179,13 +180,29 @@ def test_ranks_that_gather_a_base_do_not_begin_a_step_again(run):
     """One alone would wait for the others' layers for ever."""
     trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
     layout = trainer.layout
-    trainer.plan = replace(trainer.plan, placement=Placement(shards=2))
+    trainer.oom_retry.alone = False
     failures = memory_ends(trainer, lambda step, micro, h: step == 2)
     with pytest.raises(WorkError, match=r"out of memory at step 2: .*; there is no ch") as error:
         trainer.train()
     assert failures == [(2, 1)]
     assert trainer.layout == layout
     assert "lower memory_limit" in error.value.hint
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(4, True), (2, False)])
+def test_a_checkpoint_keeps_the_smaller_layout(asked, taken):
+    """For as long as the recipe asks for what it asked for then."""
+
+    def retry(rows, layout):
+        recipe = Recipe(model="m", data="d", micro_batch_size=rows)
+        return OomRetry(recipe, None, layout, None, print, lambda: "", lambda: None)
+
+    before = retry(4, Layout(0, 2, 100, True))
+    state = SimpleNamespace(stateful_callbacks={"OomRetry": before.state()})
+    fresh = Layout(0, asked, 100 * asked, True)
+    after = retry(asked, fresh)
+    after.on_train_begin(None, state, None)
+    assert after.layout == (before.layout if taken else fresh)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -197,7 +214,7 @@ def test_one_of_several_ranks_saves_nothing_when_it_gives_up(run, count):
     trainer.ranks = DistributedContext(0, count, count)
     step = step_batches(examples([5]), trainer.layout)
     with pytest.raises(WorkError, match="with one example at a time: too much"):
-        trainer.oom_retry._give_up(step, "too much")
+        trainer.oom_retry._give_up(step, "too much", 2)
     assert trainer.run.checkpoint(1).exists() is (count == 1)
 
 
@@ -217,13 +234,12 @@ def test_memory_that_ends_in_the_update_is_told_with_the_checkpoint(run):
 
 def test_an_error_of_another_kind_stays_what_it_is(run):
     trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
-    own = trainer._step_gradients
 
-    def broken(*args):
+    def broken(own, *args):
         own(*args)
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    trainer._step_gradients = broken
+    trainer.runner = Around(trainer.runner, broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         trainer.train()
 
@@ -237,7 +253,7 @@ def test_the_fast_layers_start_over_too(run, weight_offload):
         "target_modules": "all-linear",
     }
     cut = run("cut", micro_batch_size=4, gradient_accumulation_steps=1, **values)
-    work = cut.layerwise if weight_offload == "on" else cut.attached.engine
+    work = cut.runner if weight_offload == "on" else cut.attached.engine
     assert work is not None
     part = "_backward_layers" if weight_offload == "on" else "embed_and_context"
     own, calls = getattr(work, part), []
@@ -252,7 +268,7 @@ def test_the_fast_layers_start_over_too(run, weight_offload):
     setattr(work, part, end)
     cut.train()
     small = run("small", micro_batch_size=4, gradient_accumulation_steps=1, **values)
-    small.layout = cut.layout
+    small.oom_retry.layout = cut.layout
     small.train()
     assert said(cut).count("out of memory") == 1
     assert trained(cut) == trained(small)

@@ -1,15 +1,12 @@
 """The trainer gets exactly our rows, keeps adapters float32, and lets none of TRL's defaults in."""
 
 import itertools
-import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import DataError
 from lorakit.hardware import detect_device
 from lorakit.model.load import load_base, load_tokenizer
@@ -212,37 +209,6 @@ def test_a_row_has_the_tokens_of_all_its_steps(tiny_model_dir, tmp_path):
     trainer.train()
     (row,) = read_metrics(trainer.run)
     assert row["tokens"] == 60
-
-
-@pytest.mark.parametrize(
-    ("values", "on_host", "buffers"),
-    [
-        ({"weight_offload": "on"}, True, 2),  # one a layer
-        ({"weight_offload": "on"}, False, 1),
-        ({"fused_layers": "on"}, False, 1),
-        ({"fused_layers": "off"}, False, 1),
-    ],
-)
-def test_what_ranks_add_up_is_every_gradient(
-    tiny_model_dir, tmp_path, monkeypatch, values, on_host, buffers
-):
-    """Each trained number once, in the buffers that are summed."""
-    own = plan_memory
-
-    def planned(*given):
-        plan = own(*given)
-        return replace(plan, placement=replace(plan.placement, adapters_on_host=on_host))
-
-    monkeypatch.setattr(sys.modules[__name__], "plan_memory", planned)
-    rows = examples([5, 30, 8, 17])
-    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1, **values)
-    trainer.train()
-    trainer.ranks = DistributedContext(0, 2, 2)
-    trainer.flat = trainer._flat()
-    found = trainer._gradients()
-    assert len(found) == buffers
-    assert sum(b.numel() for b in found) == sum(p.numel() for p in trainer.trained)
-    assert {b.dtype for b in found} == {torch.float32}
 
 
 def test_padding_id_may_be_the_end_of_turn():

@@ -9,7 +9,7 @@ and all graphs share one memory pool.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,28 +43,54 @@ class GraphedMicroSteps:
             synchronize with the host.
         parameters: all trained parameters; their .grad become views of one buffer.
         groups: the engine's groups, which add their gradients to that buffer directly.
+        place: copies a padded micro-batch to the GPU.
     """
 
     def __init__(
         self,
         forward_backward: ForwardBackward,
         parameters: Sequence[nn.Parameter],
-        groups: Sequence[FusedLoraLinear] = (),
+        groups: Sequence[FusedLoraLinear],
+        place: Callable[[Batch], Batch],
     ) -> None:
-        self.forward_backward = forward_backward
-        self.gradients = FlatGradients(parameters, groups)
-        self.scale = torch.zeros((), device=self.gradients.flat.device)
+        self.forward_backward, self.place = forward_backward, place
+        self.flat = FlatGradients(parameters, groups)
+        self.scale = torch.zeros((), device=self.flat.flat.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Discard the captured graphs and their memory."""
         self.graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self.pool: Any = None
         self.warm: set[bool] = set()
         self.failed: str | None = None
 
-    def begin(self, scale: float) -> None:
-        """Start an optimizer step: zero the gradients, and set the factor of its losses."""
-        self.gradients.begin()
-        self.scale.fill_(scale)
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The buffer of all gradients."""
+        return [self.flat.flat]
 
-    def __call__(self, micro: Batch) -> Tensor:
+    @property
+    def slow_reason(self) -> str | None:
+        """The reason why micro-batches run without graphs."""
+        return self.describe() if self.failed else None
+
+    def describe(self) -> str:
+        """Count the graphs, or give the reason why there are none."""
+        return (
+            f"no CUDA graphs: {self.failed}" if self.failed else f"{len(self.graphs)} CUDA graphs"
+        )
+
+    def __call__(self, micro_batches: Iterable[Batch], scale: float) -> Tensor:
+        """Compute one optimizer step; return the sum of its losses times `scale`."""
+        self.flat.begin()
+        self.scale.fill_(scale)
+        total = torch.zeros((), device=self.scale.device)
+        for micro in micro_batches:
+            total += self.add(self.place(to_bucket(micro)))
+        return total
+
+    def add(self, micro: Batch) -> Tensor:
         """Add gradients of a micro-batch (see `to_bucket`); return its loss times the factor."""
         self._warm_up(micro)
         if self.failed:
@@ -91,9 +117,9 @@ class GraphedMicroSteps:
         if packed in self.warm:
             return
         self.warm.add(packed)
-        before, generator = self.gradients.flat.clone(), torch.cuda.get_rng_state()
+        before, generator = self.flat.flat.clone(), torch.cuda.get_rng_state()
         self.forward_backward(first_tokens(micro, WARM_UP_TOKENS), self.scale)
-        self.gradients.flat.copy_(before)
+        self.flat.flat.copy_(before)
         torch.cuda.set_rng_state(generator)
 
     def _capture(self, micro: Batch) -> _Captured | None:

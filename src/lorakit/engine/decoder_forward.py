@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lorakit.engine.attach import Engine, attach_engine
+from lorakit.engine.attach import Engine, attach_engine, unfused_reason
 from lorakit.engine.attention import Segments
 from lorakit.engine.decoder_layer import SavedActivations
 from lorakit.errors import ModelError
 from lorakit.model.eval_mode import device_of
-from lorakit.ops.backend import has_kernels, kernels_reason
 
 
 def accelerate(model: Any, fused_layers: str = "auto") -> str:
@@ -56,8 +55,9 @@ def accelerate(model: Any, fused_layers: str = "auto") -> str:
         )
     base = model.get_base_model()
     device = device_of(base)
-    if fused_layers == "auto" and not has_kernels(torch.empty(0, device=device)):
-        return f"the model's own layers: {kernels_reason(device.type)} is not faster fused"
+    unfused = unfused_reason(fused_layers, device)
+    if unfused is not None:
+        return unfused
     engine, path = attach_engine(base, device)
     if engine is not None:
         decoder = engine.decoder

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from lorakit.engine.attention import Angles, Attended, LayerAttention, Segments, eps_of
 from lorakit.engine.lora_linear import Dropout, FusedLoraLinear, Scratch, Unsupported
 from lorakit.ops.glu import gated, gated_backward
-from lorakit.ops.lora import Update
+from lorakit.ops.lora import Update, lora_down
 from lorakit.ops.rms_norm import rms_norm, rms_norm_backward
 
 
@@ -43,6 +43,14 @@ class ForwardContext:
     keys: Tensor | None  # [layers, modules, 2]
     training: bool
     arena: ActivationBuffers | None = None
+    first_row: int = 0  # of a chunk: its first row in the complete pass
+
+    def chunk(self, rows: slice, batch: int) -> ForwardContext:
+        """The context of these rows alone; several rows of a batch are not divided."""
+        if batch > 1:
+            return self
+        cos, sin = self.angles
+        return replace(self, angles=(cos[:, rows], sin[:, rows]), first_row=rows.start)
 
 
 class ActivationBuffers:
@@ -77,15 +85,13 @@ class ActivationBuffers:
 
 
 @dataclass(slots=True)
-class _Saved:
+class Saved:
     """Tensors that one layer's forward saves for its backward; None if recomputed."""
 
     x: Any  # [M, D]
     updates: dict[str, Update | None] = field(default_factory=dict)
-    rstd1: Any = None  # [M] float32, as rstd2
     attention: Any = None  # Attended
     mid: Any = None  # [M, D]
-    rstd2: Any = None
     gate_up: Any = None  # [M, 2I], adapters not included
 
 
@@ -133,7 +139,13 @@ class FastLayer:
     def dropout(self, group: FusedLoraLinear, call: ForwardContext) -> Dropout:
         if call.keys is None or not call.training or not group.p or not group.adapted:
             return Dropout(None, 0.0)
-        return Dropout(call.keys[self.number, self.key_rows[self.groups.index(group)]], group.p)
+        keys = call.keys[self.number, self.key_rows[self.groups.index(group)]]
+        if call.first_row:
+            # Element i of row n is element n * K + i of the complete mask.
+            shift = call.first_row * group.inputs & 0xFFFFFFFF
+            keys = keys.clone()
+            keys[:, 0] += shift - 2**32 if shift >= 2**31 else shift
+        return Dropout(keys, group.p)
 
     def buffer(self, name: str, call: ForwardContext) -> Tensor | None:
         return call.arena.take(name, self.number) if call.arena else None
@@ -152,7 +164,7 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         wants = any(ctx.needs_input_grad)
         with torch.autocast(x.device.type, enabled=False):
-            saved = _Saved(x.reshape(-1, x.shape[-1]))
+            saved = Saved(x.reshape(-1, x.shape[-1]))
             out = _forward(layer, call, saved, x.shape[0], wants)
         if wants:
             ctx.layer, ctx.call, ctx.saved, ctx.shape = layer, call, saved, x.shape
@@ -184,21 +196,18 @@ class Weights:
 
 
 def _forward(
-    layer: FastLayer, call: ForwardContext, saved: _Saved, batch: int, wants: bool
+    layer: FastLayer, call: ForwardContext, saved: Saved, batch: int, wants: bool
 ) -> Tensor:
     """The layer's output [M, D]; `saved` holds the activations selected by `layer.keep`."""
     keep, weights = layer.keep, Weights(layer)
-    mid = _to_middle(layer, call, saved, weights, batch, wants and keep < SavedActivations.MIDDLE)
-    h2, saved.rstd2 = layer.norm(1, mid)
-    gate_up = _to_gate_up(layer, call, saved, weights, h2)
-    h = gated(gate_up, layer.activation, saved.updates["gate_up"])
-    drop, out_buffer = layer.dropout(layer.down, call), layer.buffer("out", call)
-    out, saved.updates["down"] = layer.down.forward_residual(
-        h, weights[layer.down], drop, mid, out_buffer
+    saved.attention = _attend(
+        layer, call, saved, weights, batch, wants and keep < SavedActivations.MIDDLE
     )
-    if keep == SavedActivations.ALL:
-        saved.gate_up = gate_up
-    else:
+    mid = to_middle(layer, call, saved, weights, as_rows(saved.attention.out))
+    out_buffer = layer.buffer("out", call)
+    out = from_middle(layer, call, saved, weights, mid, out_buffer)
+    if keep != SavedActivations.ALL:
+        saved.gate_up = None
         del saved.updates["gate_up"]
     if keep >= SavedActivations.MIDDLE:
         saved.attention = None
@@ -210,39 +219,61 @@ def _forward(
     return out
 
 
-def _to_qkv(layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights) -> Tensor:
-    """qkv [M, N] without the adapters' update, which is stored in `saved.updates`."""
-    h1, saved.rstd1 = layer.norm(0, saved.x)
+def to_qkv(
+    layer: FastLayer,
+    call: ForwardContext,
+    saved: Saved,
+    weights: Weights,
+    out: Tensor | None = None,
+) -> Tensor:
+    """qkv [M, N] ready for attention; the adapters' low-rank input is in `saved.updates`."""
+    h1, _ = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
-    buffer = layer.buffer("qkv", call)
-    qkv, saved.updates["qkv"] = layer.qkv.forward(h1, weights[layer.qkv], drop, buffer)
+    qkv, saved.updates["qkv"] = layer.qkv.forward(h1, weights[layer.qkv], drop, out)
+    layer.attention.prepare_(qkv, saved.updates["qkv"], call.angles)
     return qkv
 
 
-def _attention_of(
-    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, batch: int, graph: bool
+def _attend(
+    layer: FastLayer, call: ForwardContext, saved: Saved, weights: Weights, batch: int, graph: bool
 ) -> Attended:
-    qkv = _to_qkv(layer, call, saved, weights)
-    layer.attention.prepare_(qkv, saved.updates["qkv"], call.angles)
+    qkv = to_qkv(layer, call, saved, weights, layer.buffer("qkv", call))
     return layer.attention.attend(qkv, call.angles, call.segments, batch, graph)
 
 
-def _to_middle(
-    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, batch: int, graph: bool
+def to_middle(
+    layer: FastLayer, call: ForwardContext, saved: Saved, weights: Weights, attended: Tensor
 ) -> Tensor:
-    """The first half of the layer, mid [M, D]; attention and updates are stored in `saved`."""
-    saved.attention = _attention_of(layer, call, saved, weights, batch, graph)
-    flat = as_rows(saved.attention.out)
-    drop = layer.dropout(layer.o, call)
-    buffer = layer.buffer("mid", call)
+    """The middle [M, D] from attention's output [M, H*d]."""
+    drop, buffer = layer.dropout(layer.o, call), layer.buffer("mid", call)
     mid, saved.updates["o"] = layer.o.forward_residual(
-        flat, weights[layer.o], drop, saved.x, buffer
+        attended, weights[layer.o], drop, saved.x, buffer
     )
     return mid
 
 
+def from_middle(
+    layer: FastLayer,
+    call: ForwardContext,
+    saved: Saved,
+    weights: Weights,
+    mid: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """The layer's output [M, D]; gate/up and the updates are in `saved`."""
+    h2, _ = layer.norm(1, mid)
+    saved.gate_up = _to_gate_up(layer, call, saved, weights, h2)
+    h = gated(saved.gate_up, layer.activation, saved.updates["gate_up"])
+    if layer.keep != SavedActivations.ALL:
+        saved.gate_up = None
+    del h2
+    drop = layer.dropout(layer.down, call)
+    out, saved.updates["down"] = layer.down.forward_residual(h, weights[layer.down], drop, mid, out)
+    return out
+
+
 def _to_gate_up(
-    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, h2: Tensor
+    layer: FastLayer, call: ForwardContext, saved: Saved, weights: Weights, h2: Tensor
 ) -> Tensor:
     """gate/up [M, 2I] without the adapters' update, which is stored in `saved.updates`."""
     drop = layer.dropout(layer.gate_up, call)
@@ -254,62 +285,88 @@ def _to_gate_up(
 
 
 def _backward(
-    layer: FastLayer, call: ForwardContext, saved: _Saved, shape: Any, dout: Tensor, wants_dx: bool
+    layer: FastLayer, call: ForwardContext, saved: Saved, shape: Any, dout: Tensor, wants_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(dx [M, D], gradients of the groups' parameters in their order)."""
     weights = Weights(layer)
+    if saved.attention is None:
+        saved.attention = _attend(layer, call, saved, weights, shape[0], graph=True)
+    attended = as_rows(saved.attention.out)
     if saved.mid is None:
-        saved.mid = _to_middle(layer, call, saved, weights, shape[0], graph=True)
-    elif saved.attention is None:
-        saved.attention = _attention_of(layer, call, saved, weights, shape[0], graph=True)
-    dmid, of_mlp = _backward_mlp(layer, call, saved, weights, dout)
-    dx, of_attention = _backward_attention(layer, call, saved, weights, dmid, wants_dx)
-    return dx, [*of_attention, *of_mlp]
+        saved.mid = to_middle(layer, call, saved, weights, attended)
+    dmid, of_mlp = backward_mlp(layer, call, saved, weights, dout)
+    dattended, of_o = backward_o(layer, call, saved, weights, attended, dmid)
+    dattended = dattended.view(saved.attention.out.shape)
+    del attended
+    dqkv = layer.attention.backward(saved.attention, dattended, call.angles)
+    saved.attention = None
+    dx, of_qkv = backward_qkv(layer, call, saved, weights, dqkv, dmid, wants_dx)
+    return dx, [*of_qkv, *of_o, *of_mlp]
 
 
-def _backward_mlp(
-    layer: FastLayer, call: ForwardContext, saved: _Saved, weights: Weights, dout: Tensor
+def backward_mlp(
+    layer: FastLayer, call: ForwardContext, saved: Saved, weights: Weights, dout: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(dmid [M, D], gradients of gate/up and down)."""
-    mid, rstd2, training = saved.mid, saved.rstd2, call.training
-    h2, _ = layer.norm(1, mid)
+    """(dmid [M, D], gradients of gate/up and down).
+
+    Without a saved update of `down`, its low-rank input is computed from the recomputed h.
+    """
+    mid, down, training = saved.mid, layer.down, call.training
+    h2, rstd2 = layer.norm(1, mid)
     gate_up = saved.gate_up
     if gate_up is None:
         gate_up = _to_gate_up(layer, call, saved, weights, h2)
     update = saved.updates["gate_up"]
-    drop = layer.dropout(layer.down, call)
-    ds, db = layer.down.output_grads(dout, saved.updates["down"])
-    dh, extra = dout @ weights[layer.down], layer.down.to_input_grad(ds, drop)
+    drop = layer.dropout(down, call)
+    forgotten = "down" not in saved.updates
+    if forgotten:
+        ds, db = down.s_grad(dout), None
+    else:
+        ds, db = down.output_grads(dout, saved.updates["down"])
+    dh, extra = dout @ weights[down], down.to_input_grad(ds, drop)
     dgate_up, h = gated_backward(dh, gate_up, layer.activation, update, extra)
     saved.gate_up = gate_up = None
-    of_down = layer.down.factor_grads(ds, db, h, drop, training)
-    del h, dh
+    del dh, extra
+    if forgotten:
+        down.b_grad(dout, lora_down(h, down.a, drop.keys, drop.p))
+    of_down = down.factor_grads(ds, db, h, drop, training)
+    del h
     drop = layer.dropout(layer.gate_up, call)
     ds, db = layer.gate_up.output_grads(dgate_up, update)
     dh2 = layer.gate_up.input_grad(dgate_up, ds, weights[layer.gate_up], drop)
     of_gate_up = layer.gate_up.factor_grads(ds, db, h2, drop, training)
+    del dgate_up
     norm = layer.norms[1]
     dmid = rms_norm_backward(dh2, mid, norm.weight, rstd2, layer.offset, residual=dout)
     return dmid, [*of_gate_up, *of_down]
 
 
-def _backward_attention(
+def backward_o(
     layer: FastLayer,
     call: ForwardContext,
-    saved: _Saved,
+    saved: Saved,
     weights: Weights,
+    attended: Tensor,
+    dmid: Tensor,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(the gradient of attention's output [M, H*d], gradients of o)."""
+    drop = layer.dropout(layer.o, call)
+    ds, db = layer.o.output_grads(dmid, saved.updates["o"])
+    dattended = layer.o.input_grad(dmid, ds, weights[layer.o], drop)
+    return dattended, layer.o.factor_grads(ds, db, attended, drop, call.training)
+
+
+def backward_qkv(
+    layer: FastLayer,
+    call: ForwardContext,
+    saved: Saved,
+    weights: Weights,
+    dqkv: Tensor,
     dmid: Tensor,
     wants_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(dx [M, D], gradients of qkv and o)."""
-    kept, rstd1, training = saved.attention, saved.rstd1, call.training
-    drop = layer.dropout(layer.o, call)
-    ds, db = layer.o.output_grads(dmid, saved.updates["o"])
-    dflat = layer.o.input_grad(dmid, ds, weights[layer.o], drop)
-    of_o = layer.o.factor_grads(ds, db, as_rows(kept.out), drop, training)
-    dqkv = layer.attention.backward(kept, dflat.view(kept.out.shape), call.angles)
-    saved.attention = kept = None
-    h1, _ = layer.norm(0, saved.x)
+    """(dx [M, D], gradients of qkv)."""
+    h1, rstd1 = layer.norm(0, saved.x)
     drop = layer.dropout(layer.qkv, call)
     ds, db = layer.qkv.output_grads(dqkv, saved.updates["qkv"])
     dx = None
@@ -317,8 +374,7 @@ def _backward_attention(
         dh1 = layer.qkv.input_grad(dqkv, ds, weights[layer.qkv], drop)
         norm = layer.norms[0]
         dx = rms_norm_backward(dh1, saved.x, norm.weight, rstd1, layer.offset, residual=dmid)
-    of_qkv = layer.qkv.factor_grads(ds, db, h1, drop, training)
-    return dx, [*of_qkv, *of_o]
+    return dx, layer.qkv.factor_grads(ds, db, h1, drop, call.training)
 
 
 def as_rows(out: Tensor) -> Tensor:

@@ -59,29 +59,47 @@ class LayerwiseSchedule:
         cut: ChunkSize,
         on_card: int = 0,
     ) -> None:
-        self.engine, self.head, self.cut = engine, head, cut
-        self.inputs = LayerInputs(len(engine.layers), on_card, engine.device)
-        self.gradients = None
+        self.engine, self.head, self.cut, self.on_card = engine, head, cut, on_card
+        self.slow_reason = (
+            "check whether the PCIe link or the GPU is shared with another program (nvidia-smi)"
+        )
+        self.flat = None
         if engine.host_adapters is None:
-            self.gradients = FlatGradients(parameters, engine.groups)
+            self.flat = FlatGradients(parameters, engine.groups)
+        self.reset()
 
-    def __call__(self, micros: Iterable[Batch], scale: float) -> Tensor:
+    def reset(self) -> None:
+        """Discard the kept inputs of all layers."""
+        self.inputs = LayerInputs(len(self.engine.layers), self.on_card, self.engine.device)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The buffers of all gradients: one, or one a layer if the adapters are on the host."""
+        adapters = self.engine.host_adapters
+        if adapters is not None:
+            return [buffer.bytes.view(torch.float32) for buffer in adapters.grads]
+        return [] if self.flat is None else [self.flat.flat]
+
+    def describe(self) -> str:
+        """Name the schedule."""
+        return "layer by layer"
+
+    def __call__(self, micro_batches: Iterable[Batch], scale: float) -> Tensor:
         """Compute one step; gradients are in the parameters' .grad.
 
         Args:
-            micros: on the engine's device, as `inputs_embeds` if the embedding is on the host; each
-                is released after its embedding.
+            micro_batches: each is copied to the engine's device, and released after its embedding.
 
         Returns:
             Sum of the micro-batches' losses times `scale`.
         """
         if self.engine.host_adapters is not None:
             self.engine.host_adapters.adopt()
-        if self.gradients is not None:
-            self.gradients.begin()
+        if self.flat is not None:
+            self.flat.begin()
             refresh(self.engine.groups, training=True)
         with torch.no_grad(), torch.autocast(self.engine.device.type, enabled=False):
-            states = [self._start(micro) for micro in micros]
+            states = [self._start(self.engine.to_device(micro)) for micro in micro_batches]
             self._forward_layers(states)
             loss = torch.zeros((), device=self.engine.device)
             for state in states:

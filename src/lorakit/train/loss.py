@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
-from lorakit.engine.attach import Engine, attach_engine
+from lorakit.engine.attach import Engine, attach_engine, unfused_reason
 from lorakit.engine.attention import Segments
 from lorakit.errors import WorkError
 from lorakit.model.architectures import changes_logits, transform_logits
 from lorakit.model.eval_mode import device_of, evaluating
-from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.types import ON_CARD, Placement
 
@@ -117,12 +116,11 @@ def attach_loss(
     base = base_of(model)
     own_forward = type(base).forward
     device = device or device_of(base)
-    attached_engine, layers = None, "the model's own (fused_layers: off)"
-    slow = not has_kernels(torch.empty(0, device=device))
-    if engine == "auto" and slow and not placement.layerwise:
-        # On a CPU the engine took 0.92 s per demo step, PEFT's own layers 0.84.
-        layers = f"PEFT's own: {kernels_reason(device.type)} is no faster fused"
-    elif engine != "off":
+    attached_engine: Engine | None = None
+    # A placement that needs the engine overrules what is faster.
+    asked = "on" if engine == "auto" and placement.layerwise else engine
+    layers = unfused_reason(asked, device)
+    if layers is None:
         attached_engine, layers = attach_engine(base, device, placement, ranks)
     if placement.layerwise and attached_engine is None:
         raise WorkError(

@@ -18,21 +18,22 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from lorakit.data.batching import Layout, StepBatch, step_batches
 from lorakit.data.dataset import lengths_of
-from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.run_dir import RunDir
-from lorakit.types import EvalScore, Example, MemoryPlan
+from lorakit.train.step_runner import StepRunner
+from lorakit.types import Example, MemoryPlan
 
 _OOM_TEXTS = (
     "out of memory",
@@ -159,46 +160,54 @@ def _size(size: int) -> str:
 MEASURED_STEPS = 8
 
 
-class Stepping(Protocol):
-    """The trainer as used by `OomRetry`."""
+class OomRetry(TrainerCallback, ExportableState):
+    """Run steps, and retry those that run out of memory.
 
-    layout: Layout
-    recipe: Recipe
-    plan: MemoryPlan
-    run: RunDir
-    state: Any
-    model: Any
-    optimizer: Any
-    args: Any
-    train_rows: Sequence[Example]
-    val: Sequence[Example]
-    eval_tokens: int
-    ranks: DistributedContext
+    A checkpoint stores the size of the micro-batches, so a resumed run starts with it.
 
-    @property
-    def sharded(self) -> bool: ...
+    Args:
+        layout: layout of the run's first micro-batches.
+        cap: limit of the process's memory.
+        note: prints a line.
+        last_checkpoint: names the checkpoint to resume from, for messages.
+        save: saves a checkpoint of the last step before the run ends.
+        alone: False if the ranks gather layers together: one alone cannot retry.
 
-    def score(self, examples: Sequence[Example]) -> EvalScore: ...
+    Attributes:
+        layout: layout of the micro-batches of all further steps.
+    """
 
-    def last_checkpoint(self) -> str: ...
-
-    def reset_after_oom(self) -> None: ...
-
-    def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor: ...
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
-
-
-class OomRetry:
-    """Run steps, and retry those that run out of memory."""
-
-    def __init__(self, trainer: Stepping, note: Callable[[str], None], cap: MemoryCap) -> None:
-        self.trainer, self.note, self.cap = trainer, note, cap
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: MemoryPlan,
+        layout: Layout,
+        cap: MemoryCap,
+        note: Callable[[str], None],
+        last_checkpoint: Callable[[], str],
+        save: Callable[[], None],
+        alone: bool = True,
+    ) -> None:
+        self.recipe, self.plan, self.layout, self.cap, self.note = recipe, plan, layout, cap, note
+        self.last_checkpoint, self.save, self.alone = last_checkpoint, save, alone
         self.to_measure = MEASURED_STEPS
         self.rng_after_step: RngState | None = None  # states that the step's checkpoint needs
 
-    def run(self, model: Any, step: StepBatch, scale: float) -> Tensor:
-        """Compute the gradients and the loss of one step.
+    def state(self) -> dict[str, Any]:
+        """The state kept in `trainer_state.json`."""
+        configured, layout = self.recipe.micro_batch_size, self.layout
+        kept = {"asked": configured, "rows": layout.rows, "capacity": layout.capacity}
+        return {"args": {}, "attributes": kept}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Restore the checkpoint's layout, unless the user changed `micro_batch_size` since."""
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if kept is not None and kept["attributes"]["asked"] == self.recipe.micro_batch_size:
+            rows, capacity = (kept["attributes"][n] for n in ("rows", "capacity"))
+            self.layout = replace(self.layout, rows=rows, capacity=capacity)
+
+    def run(self, runner: StepRunner, step: StepBatch, scale: float, number: int) -> Tensor:
+        """Compute the gradients and the loss of step `number`.
 
         A second attempt has the same examples, discards the gradients of the first, and draws the
         same random numbers.
@@ -206,46 +215,53 @@ class OomRetry:
         Raises:
             WorkError: memory runs out with one example at a time.
         """
-        loss = self._run_with_retry(model, step, scale)
+        loss = self._run_with_retry(runner, step, scale, number)
         self.rng_after_step = RngState.capture()
         if self.to_measure:
             self.to_measure -= 1
             self.cap.tighten()
         return loss
 
-    def _run_with_retry(self, model: Any, step: StepBatch, scale: float) -> Tensor:
-        trainer, start = self.trainer, RngState.capture()
+    def _run_with_retry(
+        self, runner: StepRunner, step: StepBatch, scale: float, number: int
+    ) -> Tensor:
+        start = RngState.capture()
         while True:
-            if step.layout != trainer.layout:  # prepared before the layout changed
-                step = step_batches(step.examples, trainer.layout)
-            work = functools.partial(trainer._step_gradients, model, step, scale)
-            loss, fault = run_catching_oom(work)
+            if step.layout != self.layout:  # prepared before the layout changed
+                step = step_batches(step.examples, self.layout)
+            loss, fault = run_catching_oom(functools.partial(runner, step.micro, scale))
             if loss is not None:
                 return loss
-            model.zero_grad(set_to_none=True)
+            runner.reset()
             start.restore()
-            self._make_smaller(step, str(fault))
+            self._make_smaller(step, str(fault), number)
 
-    def probe(self, model: Any) -> None:
+    def probe(
+        self,
+        runner: StepRunner,
+        step: StepBatch,
+        number: int,
+        reserve: Callable[[], Tensor | None],
+        score: Callable[[], None],
+        device: torch.device,
+    ) -> None:
         """Run the heaviest micro-batches once, so that an OOM occurs now rather than later.
 
-        Weights, gradients and generators are unchanged afterwards.
+        Weights and generators are unchanged afterwards; gradients are left to `score`.
+
+        Args:
+            reserve: allocates the memory of the first update.
+            score: drops the gradients, and runs the heaviest evaluation.
         """
-        trainer, start = self.trainer, RngState.capture()
-        reserved = room_for_optimizer(trainer.optimizer, trainer.plan, trainer.args.device)
-        per_step = -(-trainer.recipe.examples_per_step // trainer.ranks.world_size)
-        step = worst_step(trainer.train_rows, trainer.layout, per_step)
-        self._run_with_retry(model, step, 1 / max(1, step.supervised))
-        model.zero_grad(set_to_none=True)
+        start, reserved = RngState.capture(), reserve()
+        self._run_with_retry(runner, step, 1 / max(1, step.supervised), number)
         del reserved
+        score()
         self.cap.tighten()
-        if trainer.val:
-            trainer.score(longest_scored(trainer.val, trainer.eval_tokens))
-            model.train()
         start.restore()
         usage = "it fits"
-        if trainer.args.device.type == "cuda":
-            peak, available = torch.cuda.max_memory_reserved(), trainer.plan.available_bytes
+        if device.type == "cuda":
+            peak, available = torch.cuda.max_memory_reserved(), self.plan.available_bytes
             usage = f"{peak / 2**30:.1f} of {available / 2**30:.1f} GiB"
         longest = max(step.examples, key=lambda e: len(e.input_ids))
         self.note(
@@ -253,44 +269,35 @@ class OomRetry:
             f"{longest.origin}: {usage}"
         )
 
-    def _make_smaller(self, step: StepBatch, fault: str) -> None:
+    def _make_smaller(self, step: StepBatch, fault: str, number: int) -> None:
         """Halve the micro-batches of this step and of all later ones."""
-        trainer = self.trainer
-        step_number, smaller = trainer.state.global_step + 1, halve_micro_batches(step)
+        smaller = halve_micro_batches(step)
         if smaller is None:
-            self._give_up(step, fault)
-        if trainer.sharded:  # the ranks gather layers together: one alone cannot retry
+            self._give_up(step, fault, number)
+        if not self.alone:
             raise WorkError(
-                f"out of memory at step {step_number}: {fault}; {trainer.last_checkpoint()}",
+                f"out of memory at step {number}: {fault}; {self.last_checkpoint()}",
                 hint="lower memory_limit: the plan then takes fewer tokens at once",
             )
-        trainer.layout = smaller.layout
-        trainer.reset_after_oom()
+        self.layout = smaller.layout
         self.note(
-            f"step {step_number}: out of memory ({fault}); retrying; all further steps use smaller "
+            f"step {number}: out of memory ({fault}); retrying; all further steps use smaller "
             f"micro-batches: {len(smaller.micro)} instead of {len(step.micro)} for the same "
             f"{len(step.examples)} examples"
         )
 
-    def _give_up(self, step: StepBatch, fault: str) -> NoReturn:
+    def _give_up(self, step: StepBatch, fault: str, number: int) -> NoReturn:
         """Save the progress and raise, because memory does not hold a single example."""
-        trainer = self.trainer
-        step_number = trainer.state.global_step
-        single = trainer.ranks.world_size == 1  # other ranks are in the middle of the step
-        if (
-            single
-            and self.rng_after_step is not None
-            and not trainer.run.checkpoint(step_number).exists()
-        ):
+        if self.rng_after_step is not None:
             self.rng_after_step.restore()
-            trainer._save_checkpoint(trainer.model, None)
+            self.save()
         longest = max(step.examples, key=lambda e: len(e.input_ids))
         size = len(longest.input_ids)
         raise WorkError(
-            f"out of memory at step {step_number + 1} with one example at a time: {fault}\n"
+            f"out of memory at step {number} with one example at a time: {fault}\n"
             f"  the longest of the step is {longest.origin} with {size} tokens\n"
-            f"  {trainer.last_checkpoint()}",
-            hint=_cheaper(trainer.recipe, trainer.plan, size),
+            f"  {self.last_checkpoint()}",
+            hint=_cheaper(self.recipe, self.plan, size),
         )
 
 

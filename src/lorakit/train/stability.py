@@ -13,15 +13,13 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lorakit.data.batching import Layout
 from lorakit.errors import WorkError
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Example
@@ -34,27 +32,26 @@ MAX_SPIKE_WARNINGS = 3
 OVERFLOWS_OF = 20
 
 
-class Guarded(Protocol):
-    """The trainer as used by `StepGuard`."""
-
-    recipe: Recipe
-    layout: Layout
-    state: Any
-
-    def rows_not_finite(self, examples: Sequence[Example]) -> list[Example]: ...
-
-    def last_checkpoint(self) -> str: ...
-
-
 class StepGuard(TrainerCallback, ExportableState):
     """Pass finite steps, skip a bad one, and end the run at the second.
 
-    A checkpoint stores the state that a resumed run needs: the last bad step, and the size of
-    micro-batches if an OOM reduced it.
+    A checkpoint stores the last bad step, which a resumed run needs.
+
+    Args:
+        note: prints a line.
+        rows_not_finite: those of some examples whose loss alone is not finite.
+        last_checkpoint: names the checkpoint to resume from, for messages.
     """
 
-    def __init__(self, trainer: Guarded, note: Callable[[str], None]) -> None:
-        self.trainer, self.note = trainer, note
+    def __init__(
+        self,
+        recipe: Recipe,
+        note: Callable[[str], None],
+        rows_not_finite: Callable[[Sequence[Example]], list[Example]],
+        last_checkpoint: Callable[[], str],
+    ) -> None:
+        self.recipe, self.note = recipe, note
+        self.rows_not_finite, self.last_checkpoint = rows_not_finite, last_checkpoint
         self.bad: dict[str, Any] | None = None
         self.norms: deque[float] = deque(maxlen=HISTORY)
         self.losses: deque[float] = deque(maxlen=HISTORY)
@@ -66,33 +63,27 @@ class StepGuard(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The state kept in `trainer_state.json`."""
-        layout, configured = self.trainer.layout, self.trainer.recipe.micro_batch_size
-        kept = {
-            "asked": configured,
-            "rows": layout.rows,
-            "capacity": layout.capacity,
-            "bad": self.bad,
-        }
-        return {"args": {}, "attributes": kept}
+        return {"args": {}, "attributes": {"bad": self.bad}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore the state of the checkpoint; a new run keeps the present one."""
         kept = state.stateful_callbacks.get(type(self).__name__)
-        if kept is None:
-            return
-        kept = kept["attributes"]
-        self.bad = kept["bad"]
-        # If the user changed `micro_batch_size`, use it instead of the checkpointed value.
-        if kept["asked"] == self.trainer.recipe.micro_batch_size:
-            rows, capacity = kept["rows"], kept["capacity"]
-            self.trainer.layout = replace(self.trainer.layout, rows=rows, capacity=capacity)
+        if kept is not None:
+            self.bad = kept["attributes"]["bad"]
 
     def check(
-        self, model: Any, loss: Tensor, norm: Any, examples: Sequence[Example], scaled: bool
+        self,
+        model: Any,
+        step: int,
+        loss: Tensor,
+        norm: Any,
+        examples: Sequence[Example],
+        scaled: bool,
     ) -> float:
         """Check a step, and return its gradient norm, read with its loss in one synchronization.
 
         Args:
+            step: its number, from 1.
             model: holds the step's gradients; they are dropped if they must not be used.
             scaled: a loss scaler skips steps whose gradient overflows.
 
@@ -101,7 +92,6 @@ class StepGuard(TrainerCallback, ExportableState):
         """
         norm = torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
         loss_value, norm_value = torch.stack([loss.float(), norm]).tolist()
-        step = self.trainer.state.global_step + 1
         self.steps += 1
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             self._good(model, step, loss_value, norm_value, examples)
@@ -151,7 +141,7 @@ class StepGuard(TrainerCallback, ExportableState):
             return None
         usual, usual_loss = statistics.median(self.norms), statistics.median(self.losses)
         if norm > SPIKE * usual:
-            limit = self.trainer.recipe.max_grad_norm
+            limit = self.recipe.max_grad_norm
             clipped = f", clipped to {limit:g}" if norm > limit else ""
             return f"gradient norm {norm:.3g}, usually {usual:.3g}{clipped}"
         if loss > 2 * usual_loss + 1:
@@ -176,7 +166,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.skipped += 1
         self.without_loss += not math.isfinite(loss)
         fault = f"gradient norm {norm}" if math.isfinite(loss) else f"loss {loss}"
-        bad_rows = self.trainer.rows_not_finite(examples)
+        bad_rows = self.rows_not_finite(examples)
         relation = "not finite by themselves" if bad_rows else "rows of the step"
         line = f"step {step}: {fault}; {relation}: {format_row_origins(bad_rows or examples)}"
         previous, self.bad = self.bad, {"step": step, "told": line}
@@ -189,12 +179,12 @@ class StepGuard(TrainerCallback, ExportableState):
         all_bad = len(bad_rows) == len(examples)
         raise WorkError(
             "training is not finite; stopped before the update, and no adapter was saved"
-            f"\n  {previous['told']}\n  {line}\n  {self.trainer.last_checkpoint()}",
+            f"\n  {previous['told']}\n  {line}\n  {self.last_checkpoint()}",
             hint=self._way_out(all_bad, bool(bad_rows), math.isfinite(loss)),
         )
 
     def _way_out(self, all_bad: bool, bad_rows: bool, finite_loss: bool) -> str:
-        recipe = self.trainer.recipe
+        recipe = self.recipe
         if all_bad and not self.losses:
             return (
                 "check that the base model files are complete, or try dtype: float32: no row is "

@@ -11,25 +11,19 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
 
-from lorakit.data.batching import Batch, Layout, StepBatch, packing_words, saved_share, step_batches
+from lorakit.data.batching import Batch, Layout, packing_words, saved_share
 from lorakit.data.dataset import lengths_of
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
-from lorakit.engine.chunked_layer import ChunkSize
-from lorakit.engine.cuda_graphs import GraphedMicroSteps, to_bucket
 from lorakit.engine.decoder_layer import SavedActivations
-from lorakit.engine.layerwise import LayerwiseSchedule
-from lorakit.engine.lora_linear import FlatGradients
-from lorakit.errors import DataError, WorkError
+from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
-from lorakit.ops.backend import has_matrix_kernels
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
@@ -37,23 +31,22 @@ from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
 from lorakit.train.gradient_sync import GradientSync, local_examples
 from lorakit.train.loss import AttachResult, attach_loss, base_of, detach_loss
-from lorakit.train.oom import OomRetry, describe_oom, free_caches
+from lorakit.train.oom import (
+    OomRetry,
+    describe_oom,
+    free_caches,
+    longest_scored,
+    room_for_optimizer,
+    worst_step,
+)
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resumable_trainer import ResumableTrainer
 from lorakit.train.signals import StopRequest
 from lorakit.train.stability import StepGuard
+from lorakit.train.step_inputs import StepInputs, as_dataset, step_inputs
+from lorakit.train.step_runner import StepRunner, choose_step_runner
 from lorakit.train.training_args import total_steps, training_arguments
 from lorakit.types import Device, EvalScore, Example, MemoryPlan
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """All examples of a step, and those of this rank in micro-batches."""
-
-    own: StepBatch
-    examples: list[Example]
-    tokens: int
-    supervised: int
 
 
 class LoraTrainer(ResumableTrainer):
@@ -78,26 +71,34 @@ class LoraTrainer(ResumableTrainer):
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
         self.pad_id: int = pad_token_id(tokenizer)
-        self.layout = first_layout(recipe, plan, self.pad_id)
-        self.stability = StepGuard(self, progress.note)
-        cap = MemoryCap(recipe.memory_limit_bytes, device)
-        self.oom_retry = OomRetry(self, progress.note, cap)
+        self.stability = StepGuard(
+            recipe, progress.note, self.rows_not_finite, self.last_checkpoint
+        )
+        self.oom_retry = OomRetry(
+            recipe,
+            plan,
+            first_layout(recipe, plan, self.pad_id),
+            MemoryCap(recipe.memory_limit_bytes, device),
+            progress.note,
+            self.last_checkpoint,
+            self._save_unsaved,
+            alone=not self.sharded,
+        )
         monitor = RunMonitor(recipe, planned_rate(run), self._why_slow)
         self.fingerprint, self.loaded = fingerprint, dict[str, Any]()
+        steps = total_steps(recipe, len(train))
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; restore their float32 values.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
-            args=training_arguments(
-                recipe, device, run, total_steps(recipe, len(train)), bool(val)
-            ),
+            args=training_arguments(recipe, device, run, steps, bool(val)),
             processing_class=tokenizer,
-            # The dataset holds row numbers; examples are looked up when a step is built.
-            train_dataset=Dataset.from_dict({"index": list(range(len(train)))}),
-            eval_dataset=Dataset.from_dict({"index": list(range(len(val)))}) if val else None,
+            train_dataset=as_dataset(train, self.last_checkpoint),
+            eval_dataset=as_dataset(val, self.last_checkpoint) if val else None,
             data_collator=self._collate,
             callbacks=[
                 self.stability,
+                self.oom_retry,
                 MetricsCallback(self, progress, monitor),
                 StopOnSignal(self.sync),
             ],
@@ -111,20 +112,30 @@ class LoraTrainer(ResumableTrainer):
                 parameter.data = masters[name]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
-        compute_device = torch.device(device.kind)
         self.attached = attach_loss(
-            self.model, recipe.fused_layers, compute_device, plan.placement, ranks
+            self.model, recipe.fused_layers, torch.device(device.kind), plan.placement, ranks
         )
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
-        self.layout = replace(self.layout, packed=packed)
+        self.oom_retry.layout = replace(self.layout, packed=packed)
         self.step_tokens, self.eval_tokens = 0, BATCH_TOKENS
         self.to_probe = (
             device.kind == "cuda" if recipe.memory_probe == "auto" else recipe.memory_probe
         )
-        self.graphs = self._graphed()
-        self.layerwise = self._layerwise()
-        self.flat = self._flat()
+        self.runner: StepRunner = choose_step_runner(
+            self._forward_backward,
+            self.attached,
+            self.trained,
+            plan.placement,
+            self.args.device,
+            loss_scaler=self.args.fp16,
+            ranks=ranks.world_size,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the next step's micro-batches."""
+        return self.oom_retry.layout
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Run forward and backward of one optimizer step's micro-batches; return its mean loss.
@@ -135,15 +146,16 @@ class LoraTrainer(ResumableTrainer):
         model.train()
         if self.to_probe:
             self.to_probe = False
-            self.oom_retry.probe(model)
+            self._probe()
         ready: StepInputs = inputs["ready"]()
-        loss = self.oom_retry.run(model, ready.own, 1 / max(1, ready.supervised))
+        number, scale = self.state.global_step + 1, 1 / max(1, ready.supervised)
+        loss = self.oom_retry.run(self.runner, ready.own, scale, number)
         if self.ranks.world_size > 1:
-            loss = self.sync.add(self._gradients(), loss)
+            loss = self.sync.add(self.runner.gradients, loss)
         self.step_tokens += ready.tokens
         self.step_loss, self.step_examples = loss, ready.examples
         self.next_step()  # while the GPU computes: 4 ms for 8 rows of 2,048 tokens
-        self.ranks.at(self.state.global_step + 1, self.last_checkpoint, self.run.path)
+        self.ranks.at(number, self.last_checkpoint, self.run.path)
         # The log sums losses; the guard counts those that are not finite.
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
@@ -155,60 +167,42 @@ class LoraTrainer(ResumableTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = self.accelerator.scaler is not None
-        return self.stability.check(self.model, self.step_loss, norm, self.step_examples, scaled)
+        number = self.state.global_step + 1
+        return self.stability.check(
+            self.model, number, self.step_loss, norm, self.step_examples, scaled
+        )
 
-    def _step_gradients(self, model: Any, step: StepBatch, scale: float) -> Tensor:
-        """Add the gradients of the step's mean loss, and return that loss."""
-        if self.layerwise is not None:
-            return self.layerwise((self._to_device(micro) for micro in step.micro), scale)
-        total = torch.zeros((), device=self.args.device)
-        if self.graphs is not None:
-            self.graphs.begin(scale)
-            for micro in step.micro:
-                total += self.graphs(self._to_device(to_bucket(micro)))
-            return total
-        if self.flat is not None:
-            self.flat.begin()
-        for micro in step.micro:
-            total += self._forward_backward(model, self._to_device(micro), scale)
-        return total
+    def _probe(self) -> None:
+        """Run the heaviest micro-batches, and the heaviest evaluation, before the first step."""
+        per_step = -(-self.recipe.examples_per_step // self.ranks.world_size)
+        device = self.args.device
 
-    def _gradients(self) -> list[Tensor]:
-        """Buffers that hold the step's gradients."""
-        engine = self.attached.engine
-        if engine is not None and engine.host_adapters is not None:
-            return [buffer.bytes.view(torch.float32) for buffer in engine.host_adapters.grads]
-        for runner in (self.graphs, self.layerwise):
-            if runner is not None and runner.gradients is not None:
-                return [runner.gradients.flat]
-        assert self.flat is not None
-        return [self.flat.flat]
+        def score() -> None:
+            self.model.zero_grad(set_to_none=True)
+            if self.val:
+                self.score(longest_scored(self.val, self.eval_tokens))
+                self.model.train()
 
-    def _to_device(self, micro: Batch) -> Batch:
-        """Copy the micro-batch to the device; embed it first if the embedding is on the host."""
-        engine, device = self.attached.engine, self.args.device
-        if engine is not None and engine.embedding_on_host:
-            ids = micro["input_ids"]
-            micro = {k: v for k, v in micro.items() if k != "input_ids"}
-            micro["inputs_embeds"] = engine.embed_on_host(ids)
-        return {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in micro.items()
-        }
+        self.oom_retry.probe(
+            self.runner,
+            worst_step(self.train_rows, self.layout, per_step),
+            self.state.global_step + 1,
+            lambda: room_for_optimizer(self.optimizer, self.plan, device),
+            score,
+            device,
+        )
 
-    def _forward_backward(self, model: Any, micro: Batch, scale: Any) -> Tensor:
+    def _forward_backward(self, micro: Batch, scale: Any) -> Tensor:
         with self.compute_loss_context_manager():
-            loss = model(**micro, use_cache=False).loss_sum * scale
+            loss = self.model(**micro, use_cache=False).loss_sum * scale
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def describe_graphs(self) -> str:
-        """Describe whether micro-batches run as CUDA graphs, and the reason if not."""
-        if self.graphs is None:
-            return "no CUDA graphs"
-        if self.graphs.failed:
-            return f"no CUDA graphs: {self.graphs.failed}"
-        return f"{len(self.graphs.graphs)} CUDA graphs"
+    def _save_unsaved(self) -> None:
+        """Save a checkpoint of the last step, unless it exists or other ranks are in a step."""
+        saved = self.run.checkpoint(self.state.global_step).exists()
+        if self.ranks.world_size == 1 and not saved:
+            self._save_checkpoint(self.model, None)
 
     def _packing(self, train: Sequence[Example], device: Device) -> tuple[bool, str]:
         """Decide whether documents share micro-batches, with the reason."""
@@ -218,49 +212,6 @@ class LoraTrainer(ResumableTrainer):
         if packed and not self.attached.packs:
             return False, self.attached.packing
         return packed, reason
-
-    def _graphed(self) -> GraphedMicroSteps | None:
-        """CUDA graphs, if every part of a micro-batch runs on the GPU with fixed shapes."""
-        engine = self.attached.engine
-        if (
-            engine is None
-            or self.plan.placement.layerwise
-            or not self.attached.frozen_head
-            or self.args.fp16
-        ):
-            return None
-        if not has_matrix_kernels(self.trained[0]) or engine.layers[0].qkv.dtype == torch.float32:
-            # Packed documents in float32 attend one by one, with different shapes in each step.
-            return None
-        return GraphedMicroSteps(
-            lambda micro, scale: self._forward_backward(self.model, micro, scale),
-            self.trained,
-            engine.groups,
-        )
-
-    def _layerwise(self) -> LayerwiseSchedule | None:
-        """The layer-by-layer schedule, if the plan uses it."""
-        placement, engine = self.plan.placement, self.attached.engine
-        if not placement.layerwise or engine is None:
-            return None
-        chunk = ChunkSize(placement.tokens_at_once, placement.heads_at_once)
-        return LayerwiseSchedule(
-            engine, self.attached.head, self.trained, chunk, placement.inputs_on_gpu
-        )
-
-    def _flat(self) -> FlatGradients | None:
-        """One buffer to sum over the ranks, if graphs or schedule do not have one."""
-        if self.ranks.world_size == 1 or self.graphs is not None or self.layerwise is not None:
-            return None
-        groups = self.attached.engine.groups if self.attached.engine else []
-        return FlatGradients(self.trained, groups)
-
-    def reset_after_oom(self) -> None:
-        """Discard the state of a failed step: captured graphs, their memory, kept layer inputs."""
-        if self.graphs is not None:
-            self.graphs = self._graphed()
-        if self.layerwise is not None:
-            self.layerwise = self._layerwise()
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
@@ -330,45 +281,20 @@ class LoraTrainer(ResumableTrainer):
                 hint="lower micro_batch_size or lora_r, or set optimizer: adamw_8bit on a CUDA GPU",
             ) from error
 
-    def _collate(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
+    def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A step that is prepared at its first call; accelerate fetches it one step ahead."""
         self.next_step = functools.cache(functools.partial(self._ready, rows))
         return {"ready": self.next_step}
 
-    def _ready(self, rows: Sequence[dict[str, int]]) -> StepInputs:
-        """Look up and lay out the examples of a step.
-
-        Raises:
-            DataError: an example cannot be read.
-        """
-        examples = []
-        for row in rows:
-            try:
-                examples.append(self.train_rows[row["index"]])
-            except (OSError, ValueError, IndexError, KeyError) as error:
-                raise DataError(
-                    f"example {row['index'] + 1} of the prepared data cannot be read: {error}; "
-                    f"{self.last_checkpoint()}",
-                    hint="check the disk with the cache, then resume with --resume, which prepares "
-                    "the data again",
-                ) from error
-        return StepInputs(
-            step_batches(local_examples(examples, self.ranks), self.layout),
-            examples,
-            sum(len(e.input_ids) for e in examples),
-            sum(e.trained_tokens for e in examples),
-        )
+    def _ready(self, rows: Sequence[dict[str, Any]]) -> StepInputs:
+        return step_inputs(rows, self.layout, self.ranks)
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""
-        if self.layerwise is not None:
-            return (
-                "check whether the PCIe link or the GPU is shared with another program (nvidia-smi)"
-            )
-        if self.layout.rows < self.recipe.micro_batch_size:
+        if self.layout.rows < first_layout(self.recipe, self.plan, self.pad_id).rows:
             return "micro-batches were reduced after running out of memory"
-        if self.graphs is not None and self.graphs.failed:
-            return self.describe_graphs()
+        if self.runner.slow_reason:
+            return self.runner.slow_reason
         if self.args.device.type == "cuda" and self.attached.engine is None:
             return f"the fast layers are off ({self.attached.layers})"
         if not self.layout.packed and self.recipe.micro_batch_size > 1:
@@ -383,7 +309,7 @@ class LoraTrainer(ResumableTrainer):
         Graphs, gradients and optimizer state are released first: an embedding may need the memory
         to return to the GPU.
         """
-        self.graphs = self.layerwise = self.flat = None
+        del self.runner
         self.optimizer = self.lr_scheduler = None
         self.model.zero_grad(set_to_none=True)
         free_caches()
