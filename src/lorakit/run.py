@@ -156,12 +156,12 @@ class Run:
         The model that `chat` and `evaluate` have loaded is released first.
 
         Args:
-            to: adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub.
+            to: adapter, merged, gguf, gguf-adapter, ollama, vllm, llama.cpp or hub.
             output: folder to write; by default the run's `export/<format>`.
             quant: GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M ...
             merge_base: QLoRA: merge into the `quantized` base of training, or the `original`.
             dtype: merged: float32, bfloat16 or float16.
-            merged: vllm, tgi, hub: merge first.
+            merged: vllm, hub: merge first.
             adapter: ollama: base and adapter in two files.
             repo: hub: OWNER/NAME.
             public: hub: not private.

@@ -16,7 +16,7 @@ from lorakit.export.gguf import export_gguf, export_gguf_adapter, quantization
 from lorakit.export.merged import export_merged
 from lorakit.export.ollama import export_ollama
 from lorakit.export.push_to_hub import export_hub
-from lorakit.export.serving import export_llama_cpp, export_tgi, export_vllm
+from lorakit.export.serving import export_llama_cpp, export_vllm
 from lorakit.export.tuned_run import Job, open_source
 from lorakit.export.verify_outputs import record, show
 from lorakit.recipe.loader import suggest
@@ -54,9 +54,6 @@ EXPORTERS: dict[str, ExportFormat] = {
     ),
     "vllm": ExportFormat(
         export_vllm, "folder and `vllm serve` line", _options("merge_base", "dtype", "merged")
-    ),
-    "tgi": ExportFormat(
-        export_tgi, "folder and TGI line", _options("merge_base", "dtype", "merged")
     ),
     "llama.cpp": ExportFormat(
         export_llama_cpp,
