@@ -79,7 +79,7 @@ def test_what_the_declared_class_cannot_use_is_refused_before_writing(
     wrapped, job, tmp_path, way, verify
 ):
     with pytest.raises(ModelError, match="names Qwen3_5ForConditionalGeneration") as caught:
-        way(job(wrapped, repository="someone/something", verify=verify))
+        way(job(wrapped, repo="someone/something", verify=verify))
     assert "trained as Qwen3_5ForCausalLM, does not fit it: 0 of 28 tensors" in str(caught.value)
     assert "first: base_model.model.model.layers.0." in caught.value.message
     assert "--to gguf" in caught.value.hint
