@@ -36,9 +36,8 @@ def test_versions_are_compared_as_numbers(monkeypatch, package, version, old):
     if old:
         with pytest.raises(DependencyError, match="is too old") as caught:
             require_floors()
-        assert caught.value.hint == found[0].command
         assert version in str(found[0])
-        assert found[0].command.startswith(f"pip install --upgrade '{package}>=")
+        assert caught.value.hint.startswith(f"pip install --upgrade '{package}>=")
 
 
 def test_a_package_that_is_not_there_is_not_too_old(monkeypatch):

@@ -7,8 +7,10 @@ versions; this check is for environments that were assembled by hand.
 from __future__ import annotations
 
 import importlib.metadata
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from packaging.version import Version
 
 from lorakit.errors import DependencyError
 
@@ -51,21 +53,32 @@ class OutdatedPackage:
         return f"{f.package} {self.found} is too old, expected at least {f.version}: {f.reason}"
 
     @property
-    def command(self) -> str:
-        """Command that upgrades it."""
-        return f"pip install --upgrade '{self.floor.package}>={self.floor.version}'"
+    def requirement(self) -> str:
+        """Requirement of its minimum version, quoted for a shell."""
+        return f"'{self.floor.package}>={self.floor.version}'"
 
 
-def too_old() -> list[OutdatedPackage]:
-    """List installed packages older than their minimum version; skip missing packages."""
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def too_old(versions: Mapping[str, str] | None = None) -> list[OutdatedPackage]:
+    """List packages older than their minimum version; skip missing packages.
+
+    Args:
+        versions: by package; by default those installed here.
+    """
     outdated = []
     for floor in FLOORS:
-        try:
-            installed = importlib.metadata.version(floor.package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if _numbers(installed) < _numbers(floor.version):
-            outdated.append(OutdatedPackage(floor, installed))
+        found = (
+            installed_version(floor.package) if versions is None else versions.get(floor.package)
+        )
+        if found and Version(found) < Version(floor.version):
+            outdated.append(OutdatedPackage(floor, found))
     return outdated
 
 
@@ -77,15 +90,5 @@ def require_floors() -> None:
     """
     outdated = too_old()
     if outdated:
-        command = "pip install --upgrade " + " ".join(f.command.split(" ")[-1] for f in outdated)
+        command = "pip install --upgrade " + " ".join(old.requirement for old in outdated)
         raise DependencyError("\n".join(map(str, outdated)), hint=command)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Parse a version to four numbers and a flag that orders pre-releases before releases."""
-    release = re.match(r"\d+(?:\.\d+)*", version)
-    numbers = [int(n) for n in release.group().split(".")] if release else []
-    early = (
-        bool(re.match(r"[.-]?(?:a|b|rc|dev)\d*", version[release.end() :])) if release else False
-    )
-    return (*(numbers + [0] * 4)[:4], 0 if early else 1)

@@ -141,31 +141,18 @@ class Run:
         to: str = "merged",
         output: str | Path | None = None,
         *,
-        quant: str | None = None,
-        merge_base: str = "quantized",
-        dtype: str | None = None,
-        merged: bool = False,
-        adapter: bool = False,
-        repo: str | None = None,
-        public: bool = False,
-        verify: bool = True,
         console: Console | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Write the tuned model in another format and compare it with the adapter.
 
         The model that `chat` and `evaluate` have loaded is released first.
 
         Args:
-            to: adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub.
+            to: adapter, merged, gguf, gguf-adapter, ollama, vllm, llama.cpp or hub.
             output: folder to write; by default the run's `export/<format>`.
-            quant: GGUF: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M ...
-            merge_base: QLoRA: merge into the `quantized` base of training, or the `original`.
-            dtype: merged: float32, bfloat16 or float16.
-            merged: vllm, tgi, hub: merge first.
-            adapter: ollama: base and adapter in two files.
-            repo: hub: OWNER/NAME.
-            public: hub: not private.
-            verify: compare with the adapter.
+            options: those of `lorakit export --help`, by the same names: `quant="Q4_K_M"`,
+                `merge_base="original"`, `repo="OWNER/NAME"`, `verify=False` ...
 
         Returns:
             Format, path and comparison: `format`, `path`, `kl_per_token` ...
@@ -184,14 +171,7 @@ class Run:
                 to,
                 Path(output) if output else None,
                 console or Console(file=sys.stdout, force_jupyter=False, highlight=False),
-                quantization=quant,
-                merge_base=merge_base,
-                dtype=dtype,
-                merged=merged,
-                as_adapter=adapter or None,
-                repository=repo,
-                public=public,
-                verify=verify,
+                **options,
             )
 
     def report(self, output: str | Path | None = None) -> Path:

@@ -22,7 +22,7 @@ from lorakit.export.checkpoint_keys import (
 from lorakit.export.merge_weights import write_merged
 from lorakit.export.merged import export_merged
 from lorakit.export.push_to_hub import export_hub
-from lorakit.export.serving import export_tgi, export_vllm
+from lorakit.export.serving import export_vllm
 from lorakit.export.tuned_run import float32_model, open_source, trained_class
 from lorakit.export.verify_outputs import make_reference
 
@@ -73,15 +73,13 @@ def test_the_class_that_is_named_counts_only_where_it_is_another_one(variant_run
         assert declared_class(config) is None
 
 
-@pytest.mark.parametrize(
-    "way", [export_adapter, export_merged, export_vllm, export_tgi, export_hub]
-)
+@pytest.mark.parametrize("way", [export_adapter, export_merged, export_vllm, export_hub])
 @pytest.mark.parametrize("verify", [True, False])
 def test_what_the_declared_class_cannot_use_is_refused_before_writing(
     wrapped, job, tmp_path, way, verify
 ):
     with pytest.raises(ModelError, match="names Qwen3_5ForConditionalGeneration") as caught:
-        way(job(wrapped, repository="someone/something", verify=verify))
+        way(job(wrapped, repo="someone/something", verify=verify))
     assert "trained as Qwen3_5ForCausalLM, does not fit it: 0 of 28 tensors" in str(caught.value)
     assert "first: base_model.model.model.layers.0." in caught.value.message
     assert "--to gguf" in caught.value.hint

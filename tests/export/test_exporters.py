@@ -54,12 +54,12 @@ def test_what_to_do_with_the_files_is_said_last_and_in_one_line_each(variant_run
 
 
 WRONG = {
-    "--quant does not apply to --to merged": ("merged", {"quantization": "Q8_0"}),
-    "--adapter does not apply to --to gguf": ("gguf", {"as_adapter": True}),
-    "--repo does not apply to --to vllm": ("vllm", {"repository": "a/b"}),
+    "--quant does not apply to --to merged": ("merged", {"quant": "Q8_0"}),
+    "--adapter does not apply to --to gguf": ("gguf", {"adapter": True}),
+    "--repo does not apply to --to vllm": ("vllm", {"repo": "a/b"}),
     "--merge-base half: unknown base": ("merged", {"merge_base": "half"}),
     "--dtype int8: unknown": ("merged", {"dtype": "int8"}),
-    "--quant Q9: unknown quantization": ("gguf", {"quantization": "Q9"}),
+    "--quant Q9: unknown quantization": ("gguf", {"quant": "Q9"}),
     "--to hub needs the repository": ("hub", {}),
 }
 
@@ -76,6 +76,6 @@ def test_wrong_options_are_said_before_anything_is_written(variant_run, tmp_path
 def test_a_missing_engine_is_said_before_anything_is_written(variant_run, tmp_path, monkeypatch):
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
     with pytest.raises(DependencyError, match="xllamacpp") as caught:
-        run_export(variant_run("tied"), "gguf", tmp_path / "out", quantization="Q4_K_M")
+        run_export(variant_run("tied"), "gguf", tmp_path / "out", quant="Q4_K_M")
     assert "lorakit[gguf]" in caught.value.hint
     assert list(tmp_path.iterdir()) == []

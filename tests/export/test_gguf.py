@@ -187,7 +187,7 @@ def test_what_a_gguf_adapter_cannot_carry_is_refused_before(variant_run, job, tm
 
 
 def test_k_quants_are_written_and_run_in_one_command(variant_run, job):
-    order = job(variant_run("rslora"), quantization="q4_k_m")
+    order = job(variant_run("rslora"), quant="q4_k_m")
     facts = export_gguf(order)
     assert facts["quantization"] == "Q4_K_M"
     assert facts["merged"]["rows_not_of_256"] == 16
@@ -287,6 +287,6 @@ def test_without_the_engine_the_file_is_written_and_that_is_said(
 ):
     instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
-    order = job(variant_run("rslora"), quantization="Q8_0", verify=False)
+    order = job(variant_run("rslora"), quant="Q8_0", verify=False)
     assert export_gguf(order)["skipped"] == "xllamacpp is not installed"
     assert list(order.target.glob("*-Q8_0.gguf"))

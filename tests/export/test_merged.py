@@ -150,9 +150,9 @@ def test_a_value_beyond_float16_is_named_with_a_dtype_that_works(wide_run, job):
     ("options", "hint"),
     [
         ({}, "export with --quant BF16"),
-        ({"quantization": "Q4_K_M"}, "add --dtype bfloat16"),
-        ({"quantization": "Q8_0", "dtype": "float16"}, "add --dtype bfloat16"),
-        ({"quantization": "F32", "dtype": "float16"}, "add --dtype float32"),
+        ({"quant": "Q4_K_M"}, "add --dtype bfloat16"),
+        ({"quant": "Q8_0", "dtype": "float16"}, "add --dtype bfloat16"),
+        ({"quant": "F32", "dtype": "float16"}, "add --dtype float32"),
     ],
 )
 def test_gguf_names_it_before_the_converter_makes_it_infinite(wide_run, job, options, hint):

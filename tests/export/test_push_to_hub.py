@@ -16,7 +16,7 @@ def test_without_a_network_the_folder_is_kept_and_the_token_never_shown(
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.utils._auth.get_token", lambda: TOKEN)
-    order = job(variant_run("rslora"), repository="me/tuned")
+    order = job(variant_run("rslora"), repo="me/tuned")
     with pytest.raises(WorkError, match="the hub cannot be reached") as caught:
         export_hub(order)
     assert str(order.target) in caught.value.message
@@ -32,15 +32,15 @@ def test_a_new_repository_is_private_unless_asked_otherwise(variant_run, job, mo
     monkeypatch.setattr(
         push_to_hub, "upload", lambda folder, repo, private: asked.append(private) or repo
     )
-    export_hub(job(variant_run("rslora"), "a", repository="me/tuned"))
-    export_hub(job(variant_run("rslora"), "b", repository="me/tuned", public=True))
+    export_hub(job(variant_run("rslora"), "a", repo="me/tuned"))
+    export_hub(job(variant_run("rslora"), "b", repo="me/tuned", public=True))
     assert asked == [True, False]
 
 
 @pytest.mark.parametrize("name", [None, "tuned", "me/tu/ned", "me/ tuned"])
 def test_a_repository_must_be_named(variant_run, job, tmp_path, name):
     with pytest.raises(RecipeError, match="--to hub needs the repository"):
-        export_hub(job(variant_run("rslora"), repository=name))
+        export_hub(job(variant_run("rslora"), repo=name))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.export.serving import export_tgi, export_vllm, vllm_command, why_vllm_cannot
+from lorakit.export.serving import export_vllm, vllm_command, why_vllm_cannot
 from lorakit.export.tuned_run import open_source
 
 WHY = {
@@ -44,12 +44,6 @@ def test_what_vllm_refuses_is_merged(variant_run, job):
     assert "DoRA" in facts["reason"]
     assert (order.target / "model.safetensors").exists()
     assert "--enable-lora" not in facts["command"]
-
-
-def test_tgi_gets_its_adapter_by_name(variant_run, job):
-    order = job(variant_run("rslora"))
-    name = order.source.name
-    assert f"LORA_ADAPTERS={name}={order.target}" in export_tgi(order)["command"]
 
 
 @pytest.mark.parametrize(

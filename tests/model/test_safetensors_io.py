@@ -19,36 +19,34 @@ def forged(header, data=24):
     return struct.pack("<Q", len(text)) + text + b"\0" * data
 
 
-TWICE = b'{"a": %b, "a": %b}' % ((json.dumps(GOOD).encode(),) * 2)
 FORGED = {
-    "empty": (b"", "in a file of 0"),
-    "three bytes": (b"abc", "in a file of 3"),
-    "a huge header": (struct.pack("<Q", 2**62) + b"{}", "header of .* in a file of"),
-    "a header longer than the file": (struct.pack("<Q", 100) + b"{}", "header of .* in a file of"),
-    "no JSON": (forged(b"{nothing", 0), "Expecting|property name"),
-    "no UTF-8": (forged(b'{"\xff": 1}', 0), "utf-8|decode"),
-    "a list": (forged([], 0), "not a JSON object"),
-    "nested deeply": (forged(b"[" * 5000 + b"]" * 5000, 0), "recursion"),
-    "twice the same name": (forged(TWICE), "names 'a' twice"),
+    "empty": (b"", "header too small"),
+    "three bytes": (b"abc", "header too small"),
+    "a huge header": (struct.pack("<Q", 2**62) + b"{}", "header too large"),
+    "a header longer than the file": (struct.pack("<Q", 100) + b"{}", "invalid header length"),
+    "no JSON": (forged(b"{nothing", 0), "invalid JSON"),
+    "no UTF-8": (forged(b'{"\xff": 1}', 0), "invalid UTF-8"),
+    "a list": (forged([], 0), "invalid type: sequence"),
+    "nested deeply": (forged(b"[" * 5000 + b"]" * 5000, 0), "invalid type: sequence"),
     "an overlap": (
-        forged({"a": GOOD, "b": {**NEXT, "data_offsets": [16, 24]}}, 24), "overlaps another"),
-    "a gap": (forged({"a": GOOD, "b": {**NEXT, "data_offsets": [28, 36]}}, 36), "follows a gap"),
-    "not from the start": (forged({"a": {**GOOD, "data_offsets": [8, 32]}}, 32), "follows a gap"),
-    "too little data": (forged({"a": GOOD}, 20), "expected .* from its header"),
-    "too much data": (forged({"a": GOOD}, 30), "expected .* from its header"),
-    "offsets the wrong way": (forged({"a": {**GOOD, "data_offsets": [24, 0]}}), "do not agree"),
-    "negative offsets": (forged({"a": {**GOOD, "data_offsets": [-24, 0]}}), "do not agree"),
-    "offsets as text": (forged({"a": {**GOOD, "data_offsets": ["0", "24"]}}), "unsupported|agree"),
-    "three offsets": (forged({"a": {**GOOD, "data_offsets": [0, 8, 24]}}), "too many values"),
-    "no offsets": (forged({"a": {"dtype": "F32", "shape": [6]}}), "data_offsets"),
-    "an unknown type": (forged({"a": {**GOOD, "dtype": "F3"}}), "do not agree"),
-    "a type that is a list": (forged({"a": {**GOOD, "dtype": ["F32"]}}), "unhashable|agree"),
-    "another shape": (forged({"a": {**GOOD, "shape": [2, 4]}}), "do not agree"),
-    "a negative shape": (forged({"a": {**GOOD, "shape": [-2, -3]}}), "do not agree"),
-    "a shape beyond 64 bits": (forged({"a": {**GOOD, "shape": [2**62, 2**62]}}), "do not agree"),
-    "a shape of fractions": (forged({"a": {**GOOD, "shape": [1.5, 4]}}), "do not agree"),
-    "a number": (forged({"a": 3}), "not subscriptable"),
-    "null": (forged({"a": None}), "not subscriptable"),
+        forged({"a": GOOD, "b": {**NEXT, "data_offsets": [16, 24]}}, 24), "offset .*`b`"),
+    "a gap": (forged({"a": GOOD, "b": {**NEXT, "data_offsets": [28, 36]}}, 36), "offset .*`b`"),
+    "not from the start": (forged({"a": {**GOOD, "data_offsets": [8, 32]}}, 32), "offset .*`a`"),
+    "too little data": (forged({"a": GOOD}, 20), "file not fully covered"),
+    "too much data": (forged({"a": GOOD}, 30), "file not fully covered"),
+    "offsets the wrong way": (forged({"a": {**GOOD, "data_offsets": [24, 0]}}), "offset .*`a`"),
+    "negative offsets": (forged({"a": {**GOOD, "data_offsets": [-24, 0]}}), "integer `-24`"),
+    "offsets as text": (forged({"a": {**GOOD, "data_offsets": ["0", "24"]}}), "type: string"),
+    "three offsets": (forged({"a": {**GOOD, "data_offsets": [0, 8, 24]}}), "invalid length 3"),
+    "no offsets": (forged({"a": {"dtype": "F32", "shape": [6]}}), "missing field `data_offsets`"),
+    "an unknown type": (forged({"a": {**GOOD, "dtype": "F3"}}), "unknown variant `F3`"),
+    "a type that is a list": (forged({"a": {**GOOD, "dtype": ["F32"]}}), "invalid type: sequence"),
+    "another shape": (forged({"a": {**GOOD, "shape": [2, 4]}}), "invalid shape"),
+    "a negative shape": (forged({"a": {**GOOD, "shape": [-2, -3]}}), "integer `-2`"),
+    "a shape beyond 64 bits": (forged({"a": {**GOOD, "shape": [2**62, 2**62]}}), "overflow"),
+    "a shape of fractions": (forged({"a": {**GOOD, "shape": [1.5, 4]}}), "floating point"),
+    "a number": (forged({"a": 3}), "invalid type: integer"),
+    "null": (forged({"a": None}), "invalid type: null"),
 }  # fmt: skip
 
 
@@ -69,7 +67,7 @@ def test_every_truncation_of_a_real_file_is_found(tmp_path):
     tensors = {"a": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16)}
     save_file(tensors, path, metadata={"format": "pt"})
     header = read_header(path)
-    assert {n: (d, s) for n, (d, s, _, _) in header.items()} == {
+    assert header == {
         "a": ("F32", (3, 4)), "b": ("BF16", (5,))
     }  # fmt: skip
     whole = path.read_bytes()

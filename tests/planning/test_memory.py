@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 from lorakit.errors import RecipeError
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.planning.known_models import shape_config
-from lorakit.planning.memory import budget_of, plan_memory, plan_of
-from lorakit.planning.rank_workload import NF4_BYTES
+from lorakit.planning.memory import _planned, budget_of, plan_memory
+from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload
 from lorakit.recipe.schema import Recipe
 from lorakit.train.training_args import OPTIMIZERS
 from lorakit.types import ON_CARD, OPTIMIZER_BYTES, Device, Placement
@@ -26,6 +26,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # Names of fields in results that were measured before they were renamed.
 NOW = {"layer_major": "layerwise", "inputs_on_card": "inputs_on_gpu"}
+
+
+def plan_of(asked, config, device, keep, placement):
+    """The plan of a choice already made."""
+    return _planned(RankWorkload.of(asked, config, device), tuple(keep), placement, device)
 
 
 def recipe(method="lora", **changes):

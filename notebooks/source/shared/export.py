@@ -4,7 +4,7 @@
 #
 # | form | what it is | use it for |
 # |---|---|---|
-# | adapter | $A$ and $B$ alone, PEFT's own format | many tasks on one base, vLLM, TGI |
+# | adapter | $A$ and $B$ alone, PEFT's own format | many tasks on one base, vLLM |
 # | merged | $W + sBA$ as a whole model | any program that loads transformers models |
 # | GGUF | one file, quantized if you like | llama.cpp: laptops, phones, no Python |
 # | Ollama | the GGUF file with the chat template as a Modelfile | `ollama run` |

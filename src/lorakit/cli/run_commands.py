@@ -109,9 +109,7 @@ def export(
     run: RunArgument,
     to: Annotated[
         str,
-        typer.Option(
-            help="adapter, merged, gguf, gguf-adapter, ollama, vllm, tgi, llama.cpp or hub."
-        ),
+        typer.Option(help="adapter, merged, gguf, gguf-adapter, ollama, vllm, llama.cpp or hub."),
     ] = "merged",
     output: Output = None,
     quant: Annotated[
@@ -121,7 +119,7 @@ def export(
         str, typer.Option(help="QLoRA: merge into the `quantized` base, or the `original`.")
     ] = "quantized",
     dtype: Annotated[str | None, typer.Option(help="Merged: float32, bfloat16, float16.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="vllm, tgi, hub: merge first.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="vllm, hub: merge first.")] = False,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="ollama: base and adapter in two files.")
     ] = False,
@@ -145,12 +143,12 @@ def export(
         to,
         output,
         log,
-        quantization=quant,
+        quant=quant,
         merge_base=merge_base,
         dtype=dtype,
         merged=merged,
-        as_adapter=adapter or None,
-        repository=repo,
+        adapter=adapter,
+        repo=repo,
         public=public,
         verify=verify,
     )

@@ -8,15 +8,15 @@ torchrun's environment variables so that transformers and accelerate behave as s
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from lorakit.dependencies import installed_version
 from lorakit.distributed.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Beat, Heartbeat, key
 from lorakit.errors import WorkError
 from lorakit.types import Device
@@ -265,7 +265,9 @@ def _preflight(ranks: DistributedContext, device: str) -> None:
             f"{expected:g}",
             hint="faulty GPU or interconnect; try NCCL_P2P_DISABLE=1",
         )
-    all_versions = ranks.all_gather_object([f"{name} {_version(name)}" for name in COMPARED])
+    all_versions = ranks.all_gather_object(
+        [f"{name} {installed_version(name)}" for name in COMPARED]
+    )
     for rank, versions in enumerate(all_versions):
         if versions != all_versions[0]:
             raise WorkError(
@@ -305,12 +307,6 @@ def _require_same_device_type(beats: list[Beat]) -> None:
             f"no CUDA GPU for {', '.join(map(str, without))}; the other ranks have one",
             hint="start as many processes on a machine as it has GPUs: --gpus, --nproc-per-node",
         )
-
-
-def _version(package: str) -> str | None:
-    with suppress(importlib.metadata.PackageNotFoundError):  # a source tree is not installed
-        return importlib.metadata.version(package)
-    return None
 
 
 def _wait_for_all(store: Any, count: int) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lorakit.dependencies import FLOORS
+from packaging.requirements import Requirement
+
+from lorakit.dependencies import too_old
 from lorakit.doctor.known_issues import TROUBLES
 from lorakit.doctor.system_info import SystemInfo
 
@@ -178,15 +180,11 @@ def folders(facts: SystemInfo) -> Iterator[Finding]:
 def packages(facts: SystemInfo) -> Iterator[Finding]:
     """Check package versions against known vulnerabilities and the tested ranges."""
     versions = facts.packages
-    installed = [f for f in FLOORS if f.package in versions]
-    outdated = {
-        f.package: f for f in installed if _numbers(versions[f.package]) < _numbers(f.version)
-    }
-    for name, floor in outdated.items():
-        text = f"{name} {versions[name]} is too old, {floor.version} is the oldest safe one: "
-        text += floor.reason
-        yield _bad("versions", "too_old", found=text, packages=f"'{name}>={floor.version}'")
-    out_of_range = [line for line in _out_of_range(facts) if line[0] not in outdated]
+    outdated = too_old(versions)
+    for old in outdated:
+        yield _bad("versions", "too_old", found=str(old), packages=old.requirement)
+    reported = {old.floor.package for old in outdated}
+    out_of_range = [line for line in _out_of_range(facts) if line[0] not in reported]
     for name, text, specifier in out_of_range:
         yield _bad("versions", "out_of_range", found=text, packages=f"'{name}{specifier}'")
     vision = versions.get("torchvision")
@@ -239,15 +237,7 @@ CHECKS: list[Callable[[SystemInfo], Iterator[Finding]]] = [
 
 def _out_of_range(facts: SystemInfo) -> Iterator[tuple[str, str, str]]:
     """Yield (package, fault, range) for requirements of lorakit that are not met."""
-    try:
-        from packaging.requirements import InvalidRequirement, Requirement
-    except ImportError:
-        return
-    for line in facts.needs:
-        try:
-            need = Requirement(line)
-        except InvalidRequirement:
-            continue
+    for need in map(Requirement, facts.needs):
         version = facts.packages.get(need.name)
         if version and need.marker is None and not need.specifier.contains(version, True):
             yield (

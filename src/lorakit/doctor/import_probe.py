@@ -10,6 +10,8 @@ import json
 import sys
 from typing import Any
 
+from lorakit.errors import first_line
+
 
 def main() -> None:
     """Probe torch, then bitsandbytes, then triton."""
@@ -17,8 +19,7 @@ def main() -> None:
         try:
             facts = probe()
         except BaseException as error:  # any exception of a broken install is the result
-            lines = str(error).strip().splitlines()
-            facts = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]}
+            facts = {"error": f"{type(error).__name__}: {first_line(error)}"}
         sys.stdout.write(json.dumps({name: facts}) + "\n")
         sys.stdout.flush()
 

@@ -17,7 +17,10 @@ from typing import Any
 
 import psutil
 
+from lorakit.dependencies import installed_version
+from lorakit.errors import first_line
 from lorakit.hardware import host_memory
+from lorakit.storage.atomic_dir import existing_parent, free_bytes
 
 PACKAGES = (
     *("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate"),
@@ -78,7 +81,7 @@ def collect_system_info(model: str | None = None, offline: bool = False) -> Syst
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         ram_bytes=host_memory(),
         free_ram_bytes=memory.available,
-        free_disk={"here": _free(Path()), "model cache": _free(cache)},
+        free_disk={"here": free_bytes(Path()), "model cache": free_bytes(cache)},
         cache=str(cache),
         cache_writable=writable(cache),
         home=str(home),
@@ -131,13 +134,8 @@ def run_import_probe() -> dict[str, dict[str, Any]]:
 
 def installed_versions() -> dict[str, str]:
     """Read the installed versions of PACKAGES."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    versions = {name: installed_version(name) for name in PACKAGES}
+    return {name: version for name, version in versions.items() if version}
 
 
 def cache_folder() -> Path:
@@ -149,7 +147,7 @@ def cache_folder() -> Path:
 def writable(folder: Path) -> bool:
     """Return True if a file can be created in `folder` or its nearest existing parent."""
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
+        with tempfile.TemporaryFile(dir=existing_parent(folder)):
             return True
     except OSError:
         return False
@@ -173,8 +171,7 @@ def ask_hub(model: str, offline: bool) -> str:
     except RepositoryNotFoundError:
         return "missing"
     except Exception as error:  # network errors have many types; all are reported
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+        return f"{type(error).__name__}: {first_line(error)}"
     return "ok"
 
 
@@ -183,19 +180,6 @@ def _needs() -> Sequence[str]:
         return importlib.metadata.requires("lorakit") or ()
     except importlib.metadata.PackageNotFoundError:
         return ()
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
-def _free(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(_existing(folder)).free
-    except OSError:
-        return 0
 
 
 def _has(module: str) -> bool:

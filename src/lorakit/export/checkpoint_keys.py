@@ -17,7 +17,7 @@ from lorakit.errors import ModelError, WorkError
 from lorakit.export.tuned_run import TunedRun, float32_model, trained_class
 from lorakit.export.verify_outputs import Reference, agreement
 from lorakit.model.load import adapter_names, unmatched
-from lorakit.model.safetensors_io import TYPES, stored_tensors
+from lorakit.model.safetensors_io import stored_tensors
 from lorakit.storage.run_dir import RunDir
 
 # Both classes compute the same in float32; a tenth of the adapter's effect means a different model.
@@ -70,14 +70,10 @@ def adapter_keys(run: RunDir, config: Any, model_class: Any) -> Keys:
 
 def folder_keys(folder: Path, model_class: Any) -> Keys:
     """Match the tensors of a model folder with `model_class`, as transformers loads them."""
-    import torch
     from transformers import AutoConfig
 
     stored = stored_tensors(folder)
-    empty = {
-        name: torch.empty(s.shape, dtype=getattr(torch, TYPES[s.dtype]), device="meta")
-        for name, s in stored.items()
-    }
+    empty = {name: entry.read().to("meta") for name, entry in stored.items()}
     _, loading_info = model_class.from_pretrained(
         None,
         config=_config_for(model_class, AutoConfig.from_pretrained(folder)),

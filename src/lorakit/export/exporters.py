@@ -16,7 +16,7 @@ from lorakit.export.gguf import export_gguf, export_gguf_adapter, quantization
 from lorakit.export.merged import export_merged
 from lorakit.export.ollama import export_ollama
 from lorakit.export.push_to_hub import export_hub
-from lorakit.export.serving import export_llama_cpp, export_tgi, export_vllm
+from lorakit.export.serving import export_llama_cpp, export_vllm
 from lorakit.export.tuned_run import Job, open_source
 from lorakit.export.verify_outputs import record, show
 from lorakit.recipe.loader import suggest
@@ -44,40 +44,39 @@ EXPORTERS: dict[str, ExportFormat] = {
         export_merged, "one plain transformers folder", _options("merge_base", "dtype")
     ),
     "gguf": ExportFormat(
-        export_gguf, "one file for llama.cpp", _options("quantization", "merge_base", "dtype")
+        export_gguf, "one file for llama.cpp", _options("quant", "merge_base", "dtype")
     ),
     "gguf-adapter": ExportFormat(export_gguf_adapter, "the adapter for llama.cpp", _options()),
     "ollama": ExportFormat(
         export_ollama,
         "Modelfile and GGUF",
-        _options("quantization", "merge_base", "dtype", "as_adapter"),
+        _options("quant", "merge_base", "dtype", "adapter"),
     ),
     "vllm": ExportFormat(
         export_vllm, "folder and `vllm serve` line", _options("merge_base", "dtype", "merged")
     ),
-    "tgi": ExportFormat(
-        export_tgi, "folder and TGI line", _options("merge_base", "dtype", "merged")
-    ),
     "llama.cpp": ExportFormat(
         export_llama_cpp,
         "GGUF and `llama-server` line",
-        _options("quantization", "merge_base", "dtype"),
+        _options("quant", "merge_base", "dtype"),
     ),
     "hub": ExportFormat(
         export_hub,
         "upload with a model card",
-        _options("merge_base", "dtype", "repository", "public", "merged"),
+        _options("merge_base", "dtype", "repo", "public", "merged"),
     ),
 }
 # Options of a job that the command did not set.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Job) if f.default is not MISSING}
-FLAGS = {"quantization": "quant", "as_adapter": "adapter", "repository": "repo"}
 
 
 def export_run(
     run: RunDir, to: str, output: Path | None, console: Console, **options: Any
 ) -> dict[str, Any]:
     """Run one exporter into `output` (default: the run's `export/<format>`).
+
+    Args:
+        options: fields of `Job`.
 
     Raises:
         RecipeError: unknown format, or an option that it does not use.
@@ -110,10 +109,15 @@ def export_run(
 
 def _check_options(to: str, options: dict[str, Any]) -> None:
     for key, value in options.items():
+        if key not in DEFAULTS:
+            raise RecipeError(
+                f"{key}: no such option of an export{suggest(key, DEFAULTS)}",
+                hint=f"options: {', '.join(sorted(EXPORTERS[to].options))}",
+            )
         if value != DEFAULTS[key] and key not in EXPORTERS[to].options:
             having = [name for name, row in EXPORTERS.items() if key in row.options]
             raise RecipeError(
-                f"--{FLAGS.get(key, key)} does not apply to --to {to}",
+                f"--{key.replace('_', '-')} does not apply to --to {to}",
                 hint=f"use it with: {', '.join(having)}",
             )
     if options.get("merge_base", "quantized") not in ("quantized", "original"):
@@ -125,13 +129,13 @@ def _check_options(to: str, options: dict[str, Any]) -> None:
         raise RecipeError(
             f"--dtype {options['dtype']}: unknown", hint="types: float32, bfloat16, float16"
         )
-    if "quantization" in EXPORTERS[to].options:
-        quantization(options.get("quantization"))
+    if "quant" in EXPORTERS[to].options:
+        quantization(options.get("quant"))
 
 
 def _folder(to: str, options: dict[str, Any]) -> str:
     """Folder name of a format with these options."""
-    quant = options.get("quantization")
+    quant = options.get("quant")
     parts = [to, quantization(quant) if quant else "", options.get("dtype") or ""]
     parts += ["original"] if options.get("merge_base") == "original" else []
     return "-".join(p for p in parts if p)

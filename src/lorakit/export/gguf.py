@@ -44,7 +44,7 @@ ADAPTER_FILE = "adapter.gguf"
 
 
 def export_gguf(job: Job) -> dict[str, Any]:
-    """Write one GGUF file of the merged model in `job.quantization`.
+    """Write one GGUF file of the merged model in `job.quant`.
 
     Raises:
         RecipeError: unknown quantization.
@@ -60,7 +60,7 @@ def export_gguf(job: Job) -> dict[str, Any]:
 
 def write_gguf(job: Job) -> dict[str, Any]:
     """Write the file of `export_gguf` without adding next steps."""
-    kind = quantization(job.quantization)
+    kind = quantization(job.quant)
     check_space(job.source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
     with atomic_directory(job.target) as folder:
         return fill_gguf(job, folder, kind)

@@ -26,6 +26,7 @@ import psutil
 
 from lorakit.errors import WorkError
 from lorakit.export.divergence import divergences
+from lorakit.storage.cache_dir import last_line
 
 # Predictions are sent as JSON: all 49,152 tokens of SmolLM2 take 0.4 s per position, 2,048 take
 # 0.02 s. All other tokens form one class, so that a divergence can only become smaller; on SmolLM2
@@ -85,10 +86,8 @@ def ask_all(tasks: Sequence[Task]) -> list[Heard]:
     lines = [x[8:] for x in done.stdout.splitlines() if x.startswith("LORAKIT ")]
     if done.returncode or len(lines) < len(tasks):
         failed = Path(tasks[len(lines)].model).name if len(lines) < len(tasks) else "a file"
-        messages = [x for x in done.stderr.strip().splitlines() if x.strip()]
         raise WorkError(
-            f"llama.cpp cannot run {failed} (exit {done.returncode}): "
-            f"{messages[-1] if messages else 'no reason given'}",
+            f"llama.cpp cannot run {failed} (exit {done.returncode}): {last_line(done.stderr)}",
             hint="export with --to merged and serve that, and please report this model",
         )
     replies = [json.loads(line) for line in lines]
@@ -159,14 +158,10 @@ def _main() -> None:
 def _ask(task: dict[str, Any]) -> dict[str, Any]:
     import xllamacpp
 
-    settings = xllamacpp.CommonParams()
-    settings.model.path = task["model"]
-    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = task["context"], 1, 0
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = cores()
-    settings.warmup, settings.ui, settings.verbosity = False, False, -1
+    settings = server_settings(task["model"], task["context"])
+    settings.n_gpu_layers = 0
     if task["adapter"]:
-        adapter = xllamacpp.CommonAdapterLoraInfo(task["adapter"], 1.0)
-        settings.lora_adapters = [adapter]
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(task["adapter"], 1.0)]
     server = xllamacpp.Server(settings)
     # The bias makes the server generate the stop token at every position, so that no partial
     # character is generated; the returned probabilities are those before the bias. Each prompt
@@ -189,7 +184,19 @@ def _ask(task: dict[str, Any]) -> dict[str, Any]:
     return {"places": places, "stops": stops, "chat_ids": chat_ids}
 
 
-def cores() -> int:
+def server_settings(file: str, context: int, parallel: int = 1) -> Any:
+    """Settings of llama.cpp's server for a GGUF file; `context` is that of one answer."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = file
+    settings.n_parallel, settings.n_ctx = parallel, parallel * context
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = _cores()
+    settings.warmup, settings.ui, settings.verbosity = False, False, -1
+    return settings
+
+
+def _cores() -> int:
     """Count the physical cores for this process; a second thread per core slows products down."""
     allowed = getattr(psutil.Process(), "cpu_affinity", lambda: range(os.cpu_count() or 1))()
     return min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))

@@ -52,12 +52,12 @@ def export_ollama(job: Job) -> dict[str, Any]:
         WorkError: the disk is too small, or llama.cpp predicts something else than the adapter.
     """
     source = job.source
-    kind = quantization(job.quantization)
-    if job.as_adapter:
+    kind = quantization(job.quant)
+    if job.adapter:
         refuse_unportable(source)
     check_space(source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
     with atomic_directory(job.target) as folder:
-        if job.as_adapter:
+        if job.adapter:
             facts = fill_gguf_adapter(job, folder, keep_base=BASE_FILE)
             lines = [f"FROM ./{BASE_FILE}", f"ADAPTER ./{ADAPTER_FILE}"]
         else:
@@ -68,7 +68,7 @@ def export_ollama(job: Job) -> dict[str, Any]:
     for note in notes:
         job.next_steps.append(f"note: {note}")
     job.next_steps.append(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
-    if not job.as_adapter and why_not_portable(source) is None:
+    if not job.adapter and why_not_portable(source) is None:
         job.next_steps.append(
             "for several adapters on one base, --adapter writes base and adapter as two files"
         )

@@ -33,17 +33,17 @@ def export_hub(job: Job) -> dict[str, Any]:
         RecipeError: the repository is missing or not of the form owner/name.
         WorkError: the hub refuses or cannot be reached; the folder is kept.
     """
-    if not job.repository or not REPOSITORY.match(job.repository):
-        given = f" (found: {job.repository})" if job.repository else ""
+    if not job.repo or not REPOSITORY.match(job.repo):
+        given = f" (found: {job.repo})" if job.repo else ""
         raise RecipeError(
             f"--to hub needs the repository to write to{given}",
             hint="name it with --repo OWNER/NAME; it is private unless --public is given",
         )
     facts = export_merged(job) if job.merged else export_adapter(job)
-    write_text(job.target / "README.md", card(job.source, job.repository, job.merged))
-    address = upload(job.target, job.repository, private=not job.public)
+    write_text(job.target / "README.md", card(job.source, job.repo, job.merged))
+    address = upload(job.target, job.repo, private=not job.public)
     job.console.print(f"uploaded {address} ({'public' if job.public else 'private'})")
-    return {**facts, "repository": job.repository, "private": not job.public}
+    return {**facts, "repository": job.repo, "private": not job.public}
 
 
 def upload(folder: Path, repository: str, private: bool) -> str:

@@ -1,4 +1,4 @@
-"""The `vllm`, `tgi` and `llama.cpp` formats: a folder for the engine and the command to serve it.
+"""The `vllm` and `llama.cpp` formats: a folder for the engine and the command to serve it.
 
 vLLM 0.32, as tested (docs/guides/deploy.md), serves rsLoRA and patterns, but not DoRA, biases,
 `modules_to_save` and adapters that change their base: those are merged, and the reason is printed.
@@ -76,12 +76,14 @@ def tool_parser(source: TunedRun) -> str | None:
 
 def export_vllm(job: Job) -> dict[str, Any]:
     """Write the adapter if vLLM can serve it, else the merged model, and the command."""
-    return _folder_and_lines(job, why_vllm_cannot(job.source), _vllm_lines)
-
-
-def export_tgi(job: Job) -> dict[str, Any]:
-    """Write files as for vLLM; TGI is in maintenance mode since 2025 and archived since 2026."""
-    return _folder_and_lines(job, why_vllm_cannot(job.source), _tgi_lines)
+    reason = why_vllm_cannot(job.source)
+    merged = job.merged or reason is not None
+    if reason and not job.merged:
+        job.console.print(f"merging instead of an adapter: {reason}")
+    facts = export_merged(job) if merged else export_adapter(job)
+    commands = _vllm_lines(job.source, job.target, merged)
+    _write_lines(job, commands)
+    return {**facts, "merged": merged, "reason": reason, "command": shlex.join(commands["vLLM"])}
 
 
 def export_llama_cpp(job: Job) -> dict[str, Any]:
@@ -92,17 +94,6 @@ def export_llama_cpp(job: Job) -> dict[str, Any]:
     return {**facts, "command": shlex.join(line)}
 
 
-def _folder_and_lines(job: Job, reason: str | None, lines: Any) -> dict[str, Any]:
-    merged = job.merged or reason is not None
-    if reason and not job.merged:
-        job.console.print(f"merging instead of an adapter: {reason}")
-    facts = export_merged(job) if merged else export_adapter(job)
-    commands = lines(job.source, job.target, merged)
-    _write_lines(job, commands)
-    first = next(iter(commands.values()))
-    return {**facts, "merged": merged, "reason": reason, "command": shlex.join(first)}
-
-
 def _vllm_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[str]]:
     if not merged:
         return {"vLLM": vllm_command({source.name: folder}, source)}
@@ -110,13 +101,6 @@ def _vllm_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[
     lines = {"vLLM": [*line, *_common(source)]}
     lines["SGLang"] = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
     return lines
-
-
-def _tgi_lines(source: TunedRun, folder: Path, merged: bool) -> dict[str, list[str]]:
-    if merged:
-        return {"TGI": ["text-generation-launcher", "--model-id", str(folder)]}
-    line = ["env", f"LORA_ADAPTERS={source.name}={folder}", "text-generation-launcher"]
-    return {"TGI": [*line, "--model-id", source.location]}
 
 
 def _write_lines(job: Job, commands: dict[str, list[str]]) -> None:

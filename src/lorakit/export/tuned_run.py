@@ -17,7 +17,7 @@ from rich.console import Console
 from lorakit.data.chat_template.render import template_capabilities
 from lorakit.data.dataset import read_validation
 from lorakit.data.tokenize.encode import stop_token_ids
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, first_line
 from lorakit.hardware import detect_device
 from lorakit.model.base_fingerprint import base_folder, check_base
 from lorakit.model.load import (
@@ -225,7 +225,7 @@ def float32_model(
     except (ValueError, RuntimeError) as error:
         raise ModelError(
             f"{source.run.adapter}: the adapter does not fit {source.recipe.model}: "
-            f"{str(error).splitlines()[0]}",
+            f"{first_line(error)}",
             hint="check that the base model did not change since training",
         ) from error
     check_all_tensors_used(model, source.run)
@@ -253,17 +253,17 @@ def checked_prompts(source: TunedRun, count: int) -> list[Conversation]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One export; options that its format does not use are refused before it starts."""
+    """One export; its options are those of the command `lorakit export`, by the same names."""
 
     source: TunedRun
     target: Path
     console: Console
-    quantization: str | None = None  # GGUF: F16, Q8_0, Q4_K_M, ...
+    quant: str | None = None  # GGUF: F16, Q8_0, Q4_K_M, ...
     merge_base: str = "quantized"  # merged: the base as in training, or "original"
     dtype: str | None = None  # merged: default, the type of training
-    as_adapter: bool | None = None  # ollama: base and adapter in two files
-    repository: str | None = None  # hub: owner/name
+    adapter: bool = False  # ollama: base and adapter in two files
+    repo: str | None = None  # hub: owner/name
     public: bool = False
-    merged: bool = False  # hub: the merged model instead of the adapter
+    merged: bool = False  # vllm, hub: the merged model instead of the adapter
     verify: bool = True
     next_steps: list[str] = field(default_factory=list)  # printed last

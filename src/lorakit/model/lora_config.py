@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, first_line
 from lorakit.model.architectures import lora_targets
 from lorakit.model.load import copy_biases, public_name, remember_biases
 from lorakit.model.regex_limits import check_patterns
@@ -40,7 +40,7 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
         model = get_peft_model(base, lora_config(recipe), autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
-            f"the adapter cannot be attached: {str(error).strip().splitlines()[0][:300]}",
+            f"the adapter cannot be attached: {first_line(error)}",
             hint=f"linear layers of this model: {', '.join(linear_names(base))}",
         ) from error
     for parameter in model.parameters():

@@ -1,29 +1,24 @@
 """Read and write safetensors files, one tensor or shard in memory at a time.
 
 Only safetensors are read: a pickle (.bin, .pt, .pth, .ckpt) is a program that runs when it is
-loaded. The header of each file is checked before a library maps it, so that the error for a
-truncated or forged file names the file, in one line.
+loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, first_line
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-# safetensors' limit of a header; the header of a model with 1,000 experts takes 30 MB.
-LARGEST_HEADER = 100 * 10**6
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
-BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F4": 4, "F6_E2M3": 6}
-BITS |= {"F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
-BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+# Peak memory of an export is about one shard and one tensor in float32.
+SHARD_BYTES = 2 * 10**9
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -64,62 +59,25 @@ def check_weights(folder: Path) -> None:
         read_header(path)
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Read (dtype, shape, offset in the file, bytes) of each tensor, by name.
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read (dtype, shape) of each tensor, by name.
 
     Raises:
         ModelError: the file is truncated or forged.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise ValueError(f"header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(handle.read(length), object_pairs_hook=_reject_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("its header is not a JSON object")
-        return dict(_spans(header, 8 + length, size))
+        with safe_open(path, "pt") as file:
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in entries.items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except SafetensorError as error:
         raise ModelError(
-            f"{path}: not an intact safetensors file: {first}",
+            f"{path}: not an intact safetensors file: {first_line(error)[:200]}",
             hint="replace the damaged file: fetch it again, or restore it from a copy",
         ) from error
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    header = dict(pairs)
-    if len(header) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"its header names {twin[:80]!r} twice")
-    return header
-
-
-def _spans(
-    header: dict[str, Any], begin: int, size: int
-) -> Iterator[tuple[str, tuple[str, tuple[int, ...], int, int]]]:
-    """Yield each tensor, checking that tensors are contiguous and fill the file, as specified."""
-    end, spans = 0, []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        valid = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-        if dtype not in BITS or not valid or (last - first) * 8 != prod(shape) * BITS[dtype]:
-            raise ValueError(f"{name[:80]!r} has a dtype, shape and offsets that do not agree")
-        spans.append((first, last, name, dtype, shape))
-    for first, last, name, dtype, shape in sorted(spans):
-        if first != end:
-            fault = "overlaps another" if first < end else "follows a gap"
-            raise ValueError(f"{name[:80]!r} {fault}")
-        end = last
-        yield name, (dtype, shape, begin + first, last - first)
-    if begin + end != size:
-        raise ValueError(f"it has {size:,} bytes, expected {begin + end:,} from its header")
 
 
 def _shards(index: Path) -> list[str]:
@@ -147,24 +105,14 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-# Peak memory is about one shard and one tensor in float32.
-SHARD_BYTES = 2 * 10**9
-
-TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-TYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-TYPES |= {"BOOL": "bool"}
-
-
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor on the disk: its file, dtype, shape and offset; read on demand."""
+    """One tensor on the disk: its file, dtype and shape; read on demand."""
 
     name: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int
-    length: int
 
     @property
     def size(self) -> int:
@@ -175,18 +123,15 @@ class Stored:
         return self.dtype in ("F64", "F32", "F16", "BF16")
 
     def read(self) -> Any:
-        """Read only this tensor's bytes of the file.
+        """Read this tensor alone.
 
-        `safe_open` maps the complete file, and every page read counts as memory of the process: a
-        merge of Llama-2-7B peaked at 10.7 GB that way.
+        The file is opened for each: every page that was read counts as memory of the process while
+        the file is mapped (a merge of Llama-2-7B peaked at 10.7 GB with one mapping).
         """
-        import torch
+        from safetensors import safe_open
 
-        buffer = bytearray(self.length)
-        with self.path.open("rb") as handle:
-            handle.seek(self.offset)
-            handle.readinto(buffer)
-        return torch.frombuffer(buffer, dtype=getattr(torch, TYPES[self.dtype])).view(self.shape)
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.name)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -210,29 +155,23 @@ def write_shards(
     Raises:
         OSError: a file cannot be written.
     """
-    shards: list[list[tuple[str, int, Callable[[], Any]]]] = [[]]
-    for entry in tensors:
-        if shards[-1] and sum(size for _, size, _ in shards[-1]) + entry[1] > limit:
-            shards.append([])
-        shards[-1].append(entry)
-    shard_of: dict[str, str] = {}
-    for position, shard in enumerate(shards, 1):
-        name = f"model-{position:05d}-of-{len(shards):05d}.safetensors"
-        path = folder / (name if len(shards) > 1 else "model.safetensors")
-        _write_one(path, shard)
-        shard_of |= dict.fromkeys((n for n, _, _ in shard), path.name)
-    if len(shards) > 1:
-        total = sum(size for _, size, _ in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": shard_of}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_one(path: Path, shard: Sequence[tuple[str, int, Callable[[], Any]]]) -> None:
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
-        save_file({name: make() for name, _, make in shard}, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(0o644)
+    split = split_state_dict_into_shards_factory(
+        {name: size for name, size, _ in tensors},
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    make = {name: function for name, _, function in tensors}
+    for file, names in split.filename_to_tensors.items():
+        try:
+            save_file({n: make[n]() for n in names}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        (folder / file).chmod(0o644)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -9,7 +9,6 @@ base.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,15 +54,6 @@ def plan_memory(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
             break
     assert plan is not None
     return plan
-
-
-def plan_of(
-    recipe: Recipe, config: Any, device: Device, keep: Sequence[int], placement: Placement
-) -> MemoryPlan:
-    """The plan of a choice already made, such as one stored in a result."""
-    sizes = RankWorkload.of(recipe, config, device)
-    plan = _planned(sizes, tuple(keep), placement, device)
-    return replace(plan, fits=plan.total_bytes <= device.rank_bytes)
 
 
 def budget_of(recipe: Recipe, device: Device) -> int:

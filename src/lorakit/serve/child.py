@@ -58,13 +58,9 @@ def _llama_cpp(host: str, port: int, context: int, files: dict[str, str]) -> Non
 def _loaded(file: str, context: int) -> Any:
     import xllamacpp
 
-    from lorakit.export.llama_cpp import cores
+    from lorakit.export.llama_cpp import server_settings
 
-    settings = xllamacpp.CommonParams()
-    settings.model.path = file
-    settings.n_parallel, settings.n_ctx = PARALLEL, PARALLEL * context
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = cores()
-    settings.warmup, settings.ui, settings.verbosity = False, False, -1
+    settings = server_settings(file, context, PARALLEL)
     settings.api_keys = [secrets.token_hex()]  # of a port that it opens and nobody needs
     return xllamacpp.Server(settings)
 

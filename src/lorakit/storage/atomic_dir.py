@@ -152,9 +152,14 @@ def flush(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def existing_parent(path: Path) -> Path:
+    """Return `path`, or its nearest parent that exists."""
     while not path.exists():
         path = path.absolute().parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def write_error(target: Path, error: BaseException, size: int | None = None) -> WorkError:
