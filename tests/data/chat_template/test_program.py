@@ -3,7 +3,7 @@
 import pytest
 from jinja2 import TemplateError
 
-from lorakit.data.chat_template.render import Program
+from lorakit.data.chat_template.program import Program
 from lorakit.data.chat_template.sandbox import LimitReached
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]

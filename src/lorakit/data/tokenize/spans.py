@@ -197,7 +197,7 @@ class _SpanFinder:
         origin, answer = self.conversation.origin, turn - self.shift
         rendered = self._render(self.messages[: answer + 1], prompt=False)
         prompt, text = self._with_prompt(rendered, self.messages[: answer + 1], origin)
-        as_rendered = text == rendered
+        text_differs = text != rendered
         if self._opening(prompt) and not _thoughts(self.messages[answer]):
             action = "the prompt opens them: trained to close them at once"
             self.notes.append(("answer without thoughts", action))
@@ -219,11 +219,12 @@ class _SpanFinder:
         stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
         complete = text[: end + len(stop)]
-        gaps = ()
-        if as_rendered:
-            gaps = self._untrained_ranges(
-                self.messages[: answer + 1], len(prompt), complete, stop, turn
-            )
+        # Marks of {% generation %} are positions in the text as it was rendered.
+        if text_differs:
+            return Span(turn, prompt, complete)
+        gaps = self._untrained_ranges(
+            self.messages[: answer + 1], len(prompt), complete, stop, turn
+        )
         return Span(turn, prompt, complete, gaps)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
@@ -258,9 +259,9 @@ class _SpanFinder:
         )
 
     def _after_prompt(self, text: str, prompt: str, messages: list[dict[str, Any]]) -> str | None:
-        """What the model has to write after `prompt` for the last answer of `text`.
+        """Return the text that follows `prompt` for the last answer of `text`.
 
-        None if the answer cannot be told apart. Two kinds of templates need this: those that write
+        None if that answer cannot be located. Two kinds of templates need this: those that write
         earlier turns otherwise once the answer is there (gpt-oss drops the thoughts before a tool
         call), and those whose prompt opens thoughts that they do not write (DeepSeek-R1).
         """
@@ -277,11 +278,8 @@ class _SpanFinder:
         if not opening:
             return answer
         if answer.lstrip().startswith(opening) and not _EMPTY.match(answer.lstrip()):
-            return (
-                None
-                if not answer.startswith(header[len(role) :])
-                else answer[len(header) - len(role) :]
-            )
+            opened = header[len(role) :]
+            return answer.removeprefix(opened) if answer.startswith(opened) else None
         closing = form.closing if form else "\n</think>\n\n"
         return f"{_thoughts(messages[-1])}{closing}{_EMPTY.sub('', answer.lstrip(), count=1)}"
 
