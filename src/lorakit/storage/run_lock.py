@@ -18,6 +18,8 @@ from lorakit.storage.atomic_dir import write_error
 from lorakit.storage.run_dir import RunDir
 
 LOCK = ".lock"
+# Another process can remove the empty folder in each attempt.
+ATTEMPTS = 100
 
 
 @contextmanager
@@ -36,8 +38,7 @@ def only_writer(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
     path = run.path / LOCK
     lock = FileLock(path, blocking=False, mode=0o644)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        _acquire(lock, run)
     except Timeout:
         raise _taken(run) from None
     except OSError as error:
@@ -55,6 +56,19 @@ def only_writer(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
         for folder in created:
             with suppress(OSError):  # not empty: the run wrote files
                 folder.rmdir()
+
+
+def _acquire(lock: FileLock, run: RunDir) -> None:
+    """Lock the folder, and make it if another process removed it in between."""
+    for attempt in range(ATTEMPTS):
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            return
+        except (FileExistsError, FileNotFoundError):
+            # mkdir found the folder and, looking again, did not; or the lock's folder is gone.
+            if attempt + 1 == ATTEMPTS or run.path.is_file():
+                raise
 
 
 def _taken(run: RunDir) -> RunError:
