@@ -16,6 +16,7 @@ from lorakit.data.dataset import ConversationDataset, Item, write_items
 from lorakit.data.formats.columns import ColumnWatch
 from lorakit.data.formats.marks import unknown_marks
 from lorakit.data.formats.normalize import clean_item
+from lorakit.data.formats.rendered import note_rendered
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.issues import IssueLog, RowError, check_turns, refuse_if_empty
 from lorakit.data.sources.locate import left_aside
@@ -52,7 +53,7 @@ def read_conversations(
 
 def _read_all(
     names: Sequence[str],
-    skipped_files: Sequence[Sequence[str]],
+    skipped_files: Sequence[Sequence[tuple[str, str]]],
     recipe: Recipe,
     folders: Sequence[Path],
     meta: dict[str, Any],
@@ -61,12 +62,14 @@ def _read_all(
     log = IssueLog()
     for index, name in enumerate(names):
         source_log, read, usable = IssueLog(), 0, 0
-        for path in skipped_files[index]:
-            source_log.add("file of another kind", path, "not read")
+        for path, why in skipped_files[index]:
+            source_log.add(why, path, "not read")
         formats: dict[str, str] = {}
         unused: dict[str, None] = {}
+        files: list[str] = []
         rows = read_rows(name, folders, offline=recipe.offline)
-        for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
+        for file, group in itertools.groupby(rows, key=lambda row: row.origin.source):
+            files.append(file)
             first = list(itertools.islice(group, GUESS_ROWS))
             guess = guess_format(first, recipe.columns)
             formats.setdefault(guess.name, guess.reason)
@@ -89,6 +92,7 @@ def _read_all(
                 "rows": read,
                 "left_out": source_log.rows_left_out,
                 "columns_not_used": list(unused),
+                **({"files": ", ".join(files)} if len(files) > 1 else {}),
             }
         )
     meta["faults"] = log.as_dict()
@@ -98,7 +102,8 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
     try:
         for name in unknown_marks(row.values):
             log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
-        item = clean_item(to_conversation(row, guess, recipe.system), log)
+        item = note_rendered(to_conversation(row, guess, recipe.system), log)
+        item = clean_item(item, log)
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:
         log.skip_row(fault)

@@ -220,7 +220,7 @@ def test_one_object_that_is_not_utf8_has_one_fault(tmp_path, tail):
 
 @pytest.mark.parametrize(
     ("encoding", "data"),
-    [("UTF-16BE", "more".encode("utf-16-be")), ("WINDOWS-1252", "é".encode("latin-1"))],
+    [("UTF-16BE", "more".encode("utf-16-be")), ("WINDOWS-1252", "a © b".encode("latin-1"))],
 )
 def test_not_utf8_says_how_to_convert(tmp_path, encoding, data):
     with pytest.raises(DataError) as caught:

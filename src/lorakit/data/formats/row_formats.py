@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from lorakit.data.formats.messages import (
     with_system,
 )
 from lorakit.data.formats.parts import read_parts
+from lorakit.data.issues import IssueLog, check_turns
 from lorakit.errors import DataError
 from lorakit.types import Conversation, Document, Message, Role, Row
 
@@ -321,31 +322,102 @@ def _no_format(
         nearest = _BY_NAME["instruction/response"]
     missing = ", ".join(n for n in nearest.needs if n not in have)
     close = f"; nearest format: {nearest.name}, missing {missing}"
-    texts = [c for c in present if any(isinstance(row.values.get(c), str) for row in rows)]
-    lists = [c for c in present if any(isinstance(row.values.get(c), list) for row in rows)]
     message = f"{source}: no known format: the columns are {', '.join(present) or '(none)'}{close}"
     if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in present):
         return DataError(
             message,
             "if the first line is a row already, add a header above it: instruction,response",
         )
+    for keys, known in KNOWN_FORMS:
+        if keys <= set(present):
+            return DataError(message, hint=known)
+    suggested = next((s for s in _candidates(rows[0]) if _works(rows[0], s)), None)
+    if suggested is None:
+        return DataError(
+            message,
+            hint='write each row as {"instruction": "...", "response": "..."} or as '
+            '{"messages": [{"role": "user", "content": "..."}, ...]}',
+        )
+    shown = "{" + ", ".join(f"{part}: {column}" for part, column in suggested.items()) + "}"
     return DataError(
         message,
-        hint=f"name the column of each part in the recipe: columns: {_suggest(texts, lists)} "
-        f"(or with --set 'columns={_suggest(texts, lists)}')",
+        hint=f"name the column of each part in the recipe: columns: {shown} "
+        f"(or with --set 'columns={shown}')",
     )
 
 
-def _suggest(texts: Sequence[str], lists: Sequence[str]) -> str:
-    """Suggest a `columns:` value from the most likely of the present columns."""
-    if len(texts) < 2:
-        if lists:
-            return f"{{messages: {lists[0]}}}"
-        return f"{{text: {texts[0] if texts else 'my_text'}}}"
-    answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))
-    others = [c for c in texts if c != answer]
-    question = max(others, key=lambda c: _likeness(c, "instruction"))
-    return f"{{instruction: {question}, response: {answer}}}"
+# Columns of well-known forms that are no rows of turns -> what they are, and what to do.
+_GATHER = "one turn a row: gather the turns of each conversation in a list under `messages`"
+KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"role", "content"}), _GATHER),
+    (frozenset({"from", "value"}), _GATHER),
+    (frozenset({"sender", "text"}), _GATHER),
+    (
+        frozenset({"mapping", "current_node"}),
+        "an export of ChatGPT: its turns are a tree under `mapping`. Follow `parent` from "
+        "`current_node`, and write the texts of `content.parts` as `messages`",
+    ),
+    (
+        frozenset({"chat_messages"}),
+        "an export of Claude: write `sender` and `text` of `chat_messages` as role and content "
+        "of `messages`",
+    ),
+    (
+        frozenset({"annotations", "data"}),
+        "an export of Label Studio: write the question of `data` and the answer of `annotations` "
+        "as instruction and response",
+    ),
+    (
+        frozenset({"custom_id", "body"}),
+        "requests for OpenAI's batch API: they hold no answers. Join them with the results by "
+        "custom_id, and write `messages`",
+    ),
+    (
+        frozenset({"preferred_output", "non_preferred_output"}),
+        "preference data of OpenAI: write input.messages and preferred_output as one list of "
+        "`messages`",
+    ),
+    (
+        frozenset({"columns", "index", "data"}),
+        "a table written by pandas with orient='split': write it with "
+        "to_json('rows.jsonl', orient='records', lines=True)",
+    ),
+    (
+        frozenset({"context", "question", "answers"}),
+        "rows of SQuAD: write the first of answers.text as a column `answer`",
+    ),
+)
+# Columns that are about a row, and are no question or answer.
+_ABOUT = re.compile(
+    r"(^|_)(id|uuid|date|time|timestamp|url|uri|role|sender|from|model|name|title|source|language|"
+    r"lang|created|updated|method|hash|index|node|system)(_|$)|_at$|Id$",
+    re.IGNORECASE,
+)
+
+
+def _candidates(row: Row) -> Iterator[dict[str, str]]:
+    """Possible `columns:` values for a row, the most likely first."""
+    values = {str(k): v for k, v in row.values.items() if not _ABOUT.search(str(k))}
+    yield from ({"messages": c} for c, v in values.items() if isinstance(v, list))
+    texts = [c for c, v in values.items() if isinstance(v, str) and v.strip()]
+    if len(texts) == 1:
+        yield {"text": texts[0]}
+    if len(texts) > 1:
+        answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))
+        others = [c for c in texts if c != answer]
+        yield {
+            "instruction": max(others, key=lambda c: _likeness(c, "instruction")),
+            "response": answer,
+        }
+
+
+def _works(row: Row, columns: Mapping[str, str]) -> bool:
+    """True if the row can be trained with these columns."""
+    try:
+        item = to_conversation(row, guess_format([row], columns), None)
+        return isinstance(item, Document) or bool(check_turns(item, IssueLog()))
+    except DataError:
+        return False
 
 
 def _likeness(column: str, part: str) -> float:

@@ -222,7 +222,7 @@ class _SpanFinder:
     def _check_written(self, message: dict[str, Any], written: str) -> None:
         """Check that the template wrote the complete answer, with tool calls and thoughts."""
         content = message["content"].strip()
-        visible = content.rpartition("</think>")[2].strip()
+        visible = _parted(content)[1].strip()
         if visible not in written:
             raise RowError(
                 "answer rewritten by the chat template",
@@ -270,8 +270,26 @@ class _SpanFinder:
 
 def _thoughts(message: dict[str, Any]) -> str:
     """Thoughts of an answer, from `reasoning_content` or from its text."""
-    inside = message["content"].rpartition("</think>")[0].replace("<think>", "", 1)
+    inside = _parted(message["content"])[0].replace("<think>", "", 1)
     return str(message.get("reasoning_content") or inside).strip()
+
+
+_THOUGHTS_END = re.compile(r"(?:^|\n)[ \t]*</think>|</think>[ \t]*(?:\n|$)")
+
+
+def _parted(content: str) -> tuple[str, str]:
+    """Thoughts in the text of an answer, and the rest; prose that mentions a tag has no thoughts.
+
+    Without an opening <think>, which some prompts end with, the closing one is at the end of a line
+    or at its beginning.
+    """
+    if content.lstrip().startswith("<think>"):
+        thoughts, end, rest = content.partition("</think>")
+        return (thoughts, rest) if end else ("", content)
+    end_of_thoughts = _THOUGHTS_END.search(content)
+    if end_of_thoughts is None:
+        return "", content
+    return content[: end_of_thoughts.start()], content[end_of_thoughts.end() :]
 
 
 def told(message: Message) -> str:
