@@ -127,3 +127,16 @@ def test_files_that_are_left_aside_are_known(tmp_path):
         (tmp_path / name).write_text("{}")
     assert left_aside(str(tmp_path)) == [("notes.docx", "file of another kind")]
     assert left_aside(str(tmp_path / "a.jsonl")) == []
+
+
+def test_only_the_train_split_of_a_folder_is_read(tmp_path):
+    for name in ("train.jsonl", "dev.jsonl", "latest.jsonl", "test/a.csv", "sample_submission.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [f.name for f in locate(str(tmp_path))] == ["latest.jsonl", "train.jsonl"]
+    assert dict(left_aside(str(tmp_path))) == {
+        "dev.jsonl": "file of the validation split",
+        "test/a.csv": "file of the test split",
+        "sample_submission.csv": "file of another kind",
+    }
+    assert [f.name for f in locate(str(tmp_path / "test"))] == ["a.csv"]

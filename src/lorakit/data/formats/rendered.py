@@ -10,7 +10,7 @@ from lorakit.types import Conversation, Document, Message
 
 _RENDERED = re.compile(
     r"<\|im_start\|>(system|user|assistant)|<\|start_header_id\|>|<start_of_turn>(user|model)"
-    r"|\[INST\].*\[/INST\]|<\|(user|assistant)\|>|<｜(User|Assistant)｜>|<\|turn>"
+    r"|\[INST\](.|\n)*?\[/INST\]|<\|(user|assistant)\|>|<｜(User|Assistant)｜>|<\|turn>"
     r"|###? (Human|Instruction|User|Prompt): ?(.|\n)*###? (Assistant|Response|Answer):"
     r"|(?m:^)(USER|Human): (.|\n)*(?m:^)(ASSISTANT|Assistant): "
 )
