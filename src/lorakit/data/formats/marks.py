@@ -46,7 +46,7 @@ def is_trained(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str)
             raise cells.fault(
                 kind,
                 f"{path}.{name} is {shown_value(value)}, expected true or false (or 1 or 0)",
-                "write whole answers in or out of the loss: 1 is trained, 0 is not",
+                "mark an answer as trained or not trained: 1 or 0",
             )
         if role == "assistant":
             trained.add(flag == trained_value)
