@@ -16,7 +16,7 @@ _THOUGHTS = ("thinking", "reasoning", "reasoning_text", "summary_text")
 
 @dataclass(slots=True)
 class Parts:
-    """What the parts of one turn hold; `results` are turns that come before it."""
+    """Content of the parts of one turn, with the results that come before it."""
 
     text: str = ""
     thoughts: str = ""
