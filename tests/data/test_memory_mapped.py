@@ -24,7 +24,7 @@ TALK = Conversation(
         Message("user", "Zwölf\u2028\r\n?"),
         Message("assistant", "", CALL),
         Message("tool", "12"),
-        Message("assistant", "a<think>b</think>", {}, False),
+        Message("assistant", "<think>b</think>a", {}, False),
     ),
     Origin("a.jsonl", 3),
     ({"type": "function", "function": {"name": "f"}},),
@@ -48,7 +48,7 @@ def test_items_come_back_whole(shelf):
     with pytest.raises(IndexError):
         shelf[3]
     assert list(Items(shelf, shelf.sources[1:].astype(int))) == ITEMS[1:]
-    assert content_of(TALK) == "Zwölf\u2028\r\n?\n\n12\na<think>b</think>"
+    assert content_of(TALK) == "Zwölf\u2028\r\n?\n\n12\n<think>b</think>a"
 
 
 def test_an_empty_shelf_is_a_shelf(tmp_path):

@@ -91,7 +91,7 @@ def test_a_single_document_is_cut_in_two_for_validation(smollm, tmp_path):
     assert "".join(item.text for item in both) == text
     assert 0.15 < len(both[1].text) / len(text) < 0.25
     assert len(prepared.train) > 2
-    assert "a single document" in counts(prepared.report)
+    assert "151 of 781 tokens of a single document" in counts(prepared.report)
 
 
 def test_few_long_texts_held_out_are_told_by_their_share(smollm, tmp_path):

@@ -14,7 +14,9 @@ from typing import Any
 from lorakit.data.cache import folder_for, folder_key, key_of
 from lorakit.data.dataset import ConversationDataset, Item, write_items
 from lorakit.data.formats.columns import ColumnWatch
+from lorakit.data.formats.marks import unknown_marks
 from lorakit.data.formats.normalize import clean_item
+from lorakit.data.formats.rendered import note_rendered
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.issues import IssueLog, RowError, check_turns, refuse_if_empty
 from lorakit.data.sources.locate import left_aside
@@ -51,7 +53,7 @@ def read_conversations(
 
 def _read_all(
     names: Sequence[str],
-    skipped_files: Sequence[Sequence[str]],
+    skipped_files: Sequence[Sequence[tuple[str, str]]],
     recipe: Recipe,
     folders: Sequence[Path],
     meta: dict[str, Any],
@@ -60,12 +62,14 @@ def _read_all(
     log = IssueLog()
     for index, name in enumerate(names):
         source_log, read, usable = IssueLog(), 0, 0
-        for path in skipped_files[index]:
-            source_log.add("file of another kind", path, "not read")
+        for path, why in skipped_files[index]:
+            source_log.add(why, path, "not read")
         formats: dict[str, str] = {}
         unused: dict[str, None] = {}
+        files: list[str] = []
         rows = read_rows(name, folders, offline=recipe.offline)
-        for _, group in itertools.groupby(rows, key=lambda row: row.origin.source):
+        for file, group in itertools.groupby(rows, key=lambda row: row.origin.source):
+            files.append(file)
             first = list(itertools.islice(group, GUESS_ROWS))
             guess = guess_format(first, recipe.columns)
             formats.setdefault(guess.name, guess.reason)
@@ -88,6 +92,7 @@ def _read_all(
                 "rows": read,
                 "left_out": source_log.rows_left_out,
                 "columns_not_used": list(unused),
+                **({"files": ", ".join(files)} if len(files) > 1 else {}),
             }
         )
     meta["faults"] = log.as_dict()
@@ -95,7 +100,10 @@ def _read_all(
 
 def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Iterator[Item]:
     try:
-        item = clean_item(to_conversation(row, guess, recipe.system), log)
+        for name in unknown_marks(row.values):
+            log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
+        item = note_rendered(to_conversation(row, guess, recipe.system), log)
+        item = clean_item(item, log)
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:
         log.skip_row(fault)

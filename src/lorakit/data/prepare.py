@@ -132,6 +132,8 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     report_duplicates(*side.hashes_and_signatures, side.origin, log)
     if held_items is not None:
         train, held = side, encode(held_items)
+        if not recipe.val_data:
+            _report_tail(train, held, log)
         report_overlap(train.hashes_and_signatures, held.hashes_and_signatures, held.origin, log)
     else:
         out = _split(side, recipe, log)
@@ -167,6 +169,13 @@ def _split(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.bool_]:
         # Few rows are left because others were left out: the message names their faults.
         lost = f"{log.rows_left_out:,} rows were left out: {summarize_faults(log)}"
         raise DataError(f"{error.message}; {lost}", error.hint) from None
+
+
+def _report_tail(train: _Split, held: _Split, log: IssueLog) -> None:
+    """Report the share of a single document that is held out, in tokens."""
+    sizes = [int(side.examples().lengths.sum()) for side in (train, held)]
+    kind = f"{sizes[1]:,} of {sum(sizes):,} tokens of a single document"
+    log.add(kind, held.origin(0), "its end is held out")
 
 
 def _report_large_share(train: _Split, held: _Split, log: IssueLog) -> None:
@@ -264,26 +273,37 @@ def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | N
     return times
 
 
+# Where a text may be cut, the best first: paragraphs, lines, sentences, words.
+_BORDERS = (r"\n\s*\n", r"\n", r"[.!?]\s+|[。！？]", r"\s+")
+
+
+def _cut(text: str, target: int, tolerance: float) -> int:
+    """Position of the best kind of border within `tolerance` characters of `target`."""
+    begin, end = max(1, int(target - tolerance)), min(len(text) - 1, int(target + tolerance) + 1)
+    for border in _BORDERS:
+        ends = [match.end() for match in re.compile(border).finditer(text, begin, end)]
+        if ends:
+            return min(ends, key=lambda at: abs(at - target))
+    return target
+
+
 def _split_single_document(
     items: ConversationDataset, held_out: float | int, log: IssueLog
 ) -> tuple[ConversationDataset, ConversationDataset | None]:
-    """Split a single document at the paragraph border nearest to the held-out share of its end.
+    """Split a single document near the held-out share of its end, at the best border there.
 
     Returns:
         The head and the tail; the dataset unchanged and None for a conversation, or for a text
-        without paragraph borders.
+        that is too short.
     """
     document = items[0]
     if not isinstance(document, Document):
         return items, None
     text = document.text
-    target = (1 - (held_out if held_out < 1 else 0.05)) * len(text)
-    borders = [match.end() for match in re.finditer(r"\n\s*\n", text.strip("\n"))]
-    borders = [at for at in borders if 0 < at < len(text.rstrip())]
-    if not borders:
+    share = held_out if held_out < 1 else 0.05
+    at = _cut(text, round((1 - share) * len(text)), share / 2 * len(text))
+    if not text[:at].strip() or not text[at:].strip():
         return items, None
-    at = min(borders, key=lambda border: abs(border - target))
-    log.add("a single document", document.origin, "its end is held out")
     halves = []
     for name, half in (("head", text[:at]), ("tail", text[at:])):
         key = key_of(name, items.key, at) if items.key else None

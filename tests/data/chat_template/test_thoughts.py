@@ -15,6 +15,7 @@ from lorakit.types import Message
         ("<think>\n\n</think>\n\n42.", "", "42."),
         # DeepSeek-R1's prompt has the opening tag.
         ("six sevens\n</think>\n\n42.", "six sevens", "42."),
+        ("six sevens.</think>\n\n42.", "six sevens.", "42."),
         ("<think>a</think>It writes <think> and </think>.", "a", "It writes <think> and </think>."),
         ("The tag </think> closes thoughts.", None, "The tag </think> closes thoughts."),
         ("It writes <think> first and </think> last.", None, None),

@@ -40,10 +40,13 @@ def convert(values):
         ({"messages": [{"role": "user", "content": []}]}, r"messages\[0\] \(user\) is empty"),
         ({"messages": [{"role": None, "content": "a"}]}, r"messages\[0\] has the role null"),
         ({"messages": [{"role": "alien", "content": "a"}]}, "known: system"),
-        ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, "is 0.5, expected 1"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, "is 0.5, expected true"),
         ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "only assistant turns can"),
-        ({"messages": [{"role": "gpt", "content": "a", "weight": True}]}, "weight is True"),
-        ({"messages": [{"role": "gpt", "content": "a", "train": 0}]}, "train is 0, not true or"),
+        ({"messages": [{"role": "gpt", "content": "a", "weight": 2}]}, "weight is 2"),
+        (
+            {"messages": [{"role": "gpt", "content": "a", "train": "no"}]},
+            "train is 'no', expected true",
+        ),
         (
             {"messages": [{"role": "gpt", "content": "a", "train": True, "weight": 0}]},
             r"messages\[0\] \(assistant\): train and weight contradict each other",

@@ -15,7 +15,7 @@ DECODED_WRONGLY = "text decoded wrongly before (\ufffd, â€™, Ã©)"
     "text",
     [
         "plain",
-        "tab\tand\r\nline ends",
+        "tab\tand\nline ends",
         "Zürich 日本 👩‍💻 שלום",
         "\x1b[31mred\x1b[0m",
         "\u2028 \u00a0",

@@ -17,6 +17,16 @@ EXAMPLES = {
         {"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]},
         PLAIN,
     ),
+    "gemini": (
+        {
+            "systemInstruction": {"parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": ASK}]},
+                {"role": "model", "parts": [{"text": SAY}]},
+            ],
+        },
+        [("system", "Be brief."), *PLAIN],
+    ),
     "dolly": (
         {"instruction": ASK, "context": "See: 42.", "response": SAY},
         [("user", ASK + "\n\nSee: 42."), ("assistant", SAY)],

@@ -25,7 +25,7 @@ def test_a_relative_path_is_tried_here_then_in_the_folders(tmp_path, monkeypatch
 
 
 def test_a_folder_gives_its_files_in_order_without_what_describes_them(tmp_path):
-    for name in ("b.jsonl", "a/z.csv", "a/c.txt.gz", "README.md", ".hidden.jsonl", "x.arrow"):
+    for name in ("b.jsonl", "a/z.csv", "a/c.txt.gz", "README.md", ".hidden.jsonl", "x.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert [f.name for f in locate(str(tmp_path))] == ["b.jsonl", "a/c.txt.gz", "a/z.csv"]
@@ -125,5 +125,18 @@ def test_the_hubs_own_links_between_snapshots_and_blobs_are_followed(tmp_path):
 def test_files_that_are_left_aside_are_known(tmp_path):
     for name in ("a.jsonl", "README.md", "notes.docx", ".hidden", "LICENSE"):
         (tmp_path / name).write_text("{}")
-    assert left_aside(str(tmp_path)) == ["notes.docx"]
+    assert left_aside(str(tmp_path)) == [("notes.docx", "file of another kind")]
     assert left_aside(str(tmp_path / "a.jsonl")) == []
+
+
+def test_only_the_train_split_of_a_folder_is_read(tmp_path):
+    for name in ("train.jsonl", "dev.jsonl", "latest.jsonl", "test/a.csv", "sample_submission.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [f.name for f in locate(str(tmp_path))] == ["latest.jsonl", "train.jsonl"]
+    assert dict(left_aside(str(tmp_path))) == {
+        "dev.jsonl": "file of the validation split",
+        "test/a.csv": "file of the test split",
+        "sample_submission.csv": "file of another kind",
+    }
+    assert [f.name for f in locate(str(tmp_path / "test"))] == ["a.csv"]

@@ -220,7 +220,7 @@ def test_one_object_that_is_not_utf8_has_one_fault(tmp_path, tail):
 
 @pytest.mark.parametrize(
     ("encoding", "data"),
-    [("UTF-16BE", "more".encode("utf-16-be")), ("WINDOWS-1252", "é".encode("latin-1"))],
+    [("UTF-16BE", "more".encode("utf-16-be")), ("WINDOWS-1252", "a © b".encode("latin-1"))],
 )
 def test_not_utf8_says_how_to_convert(tmp_path, encoding, data):
     with pytest.raises(DataError) as caught:
@@ -292,3 +292,50 @@ def test_what_is_written_as_jsonl_is_read_back(tmp_path_factory, rows):
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
     assert values(str(path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "sep=|\r\nq|a\r\n1, x|2\r\n"),
+        ("a.csv", "q;a;;;\r\n1, x;2;;;\r\n;;;;\r\n"),
+        ("a.csv", 'q,a\r"1, x",2\r'),
+        ("a.csv", 'q, a\n"1, x", "2"\n'),
+        ("a.tsv", "q|a\n1, x|2\n"),
+        ("a.txt", '{"q": "1, x", "a": "2"}\n'),
+        ("a.csv", '[{"q": "1, x", "a": "2"}]'),
+    ],
+)
+def test_a_table_is_read_as_its_program_wrote_it(tmp_path, name, text):
+    assert [row.values for row in read_rows(write(tmp_path, name, text))] == [
+        {"q": "1, x", "a": "2"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"Boats 2024,\nq,a\n1,2\n", "a title .Boats 2024. above the names"),
+        (b"PK\x03\x04\x14\x00\x06\x00", "a ZIP archive or an Excel workbook, not .csv"),
+        (b"SQLite format 3\x00", "an SQLite database"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path, data, message):
+    with pytest.raises(DataError, match=message):
+        list(read_rows(write(tmp_path, "a.csv", data)))
+
+
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [("gb18030", "船在港口"), ("euc_kr", "항구에서"), ("cp1251", "Где спят"), ("cp932", "港です")],
+)
+def test_the_right_reading_of_another_encoding_is_shown(tmp_path, codec, text):
+    with pytest.raises(DataError) as caught:
+        list(read_rows(write(tmp_path, "a.txt", text.encode(codec))))
+    assert f": {text}" in caught.value.hint
+
+
+def test_several_lists_of_rows_are_named(tmp_path):
+    data = json.dumps({"authors": [{"text": "Ada"}], "rows": [{"q": "1"}, {"q": "2"}], "v": 1})
+    with pytest.raises(DataError, match=r"several lists of rows .*authors \(1\), rows \(2\)"):
+        list(read_rows(write(tmp_path, "a.json", data)))

@@ -8,8 +8,11 @@ from lorakit.types import Message
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 _TAGGED = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
-# Where the prompt opened the thoughts, an answer has the closing tag only, on a line of its own.
-_CLOSED = re.compile(r"(.*?)^[ \t]*</think>[ \t]*$", re.DOTALL | re.MULTILINE)
+# Where the prompt opened the thoughts, an answer has the closing tag only: on a line of its own, or
+# before a blank line.
+_CLOSED = re.compile(
+    r"(.*?)(?:^[ \t]*</think>[ \t]*$|</think>(?=[ \t]*\n[ \t]*\n))", re.DOTALL | re.MULTILINE
+)
 _UNCLOSED = re.compile(r"\s*<think>(?!.*</think>)", re.DOTALL)
 
 

@@ -38,6 +38,13 @@ _JUDGING = frozenset(
         "helpfulness",
         "correctness",
         "accepted",
+        "approved",
+        "correct",
+        "good",
+        "desirable",
+        "liked",
+        "weight",
+        "weights",
     }
 )
 _PREFERENCE = frozenset({"chosen", "rejected"})
@@ -87,13 +94,19 @@ class ColumnWatch:
         if not _is_judgment(value):
             return
         first, other = self._first.setdefault(column, (value, row))
-        if first == value:
+        if first == value and value is not False:
             return
+        raise self._judged(column, other, row, first)
+
+    def _judged(self, column: str, other: Row, row: Row, first: Any) -> DataError:
+        value = row.values[column]
+        found = f"{row.origin} has {value!r}"
+        if other is not row:
+            found = f"{other.origin} has {first!r}, {found}"
         used = "{" + ", ".join(f"{c}: {c}" for c in row.values if c in self._used) + "}"
-        raise DataError(
-            f"{row.origin.source}: column {column!r} judges the answers ({other.origin} has "
-            f"{first!r}, {row.origin} has {value!r}), and training would learn from all rows "
-            "alike",
+        return DataError(
+            f"{row.origin.source}: column {column!r} judges the answers ({found}), and training "
+            "would learn from all rows alike",
             hint="keep only the rows that are worth learning from; or name the columns to train "
             f"on, and {column!r} is left out: columns: {used} (or --set 'columns={used}')",
         )

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.formats.cells import RowFields, shown_value
+from lorakit.data.formats.marks import is_trained
+from lorakit.data.formats.parts import read_parts
+from lorakit.data.formats.tool_turns import merge_calls, pair_results, unwrapped, without_nulls
 from lorakit.data.issues import RowError
-from lorakit.types import Message, Origin, Role
+from lorakit.types import Message, Role
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -28,74 +30,37 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_calls": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_result": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "tool_results": "tool",
     "ipython": "tool",
 }
+# Roles whose content is the call itself, as in LLaMA-Factory and ms-swift.
+_CALLING = ("function_call", "tool_call", "tool_calls")
 # Names that datasets use for `reasoning_content` of the templates.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class RowFields:
-    """Cells of one row under their final names; faults name the row and the column."""
-
-    values: Mapping[str, Any]
-    origin: Origin
-    columns: Mapping[str, str]
-
-    def fault(self, kind: str, detail: str, hint: str | None = None) -> RowError:
-        return RowError(kind, self.origin, detail, hint)
-
-    def text(self, name: str) -> str:
-        """Text of a required column.
-
-        Raises:
-            RowError: the column is missing, null, blank or not text.
-        """
-        value = self.optional(name)
-        if not value.strip():
-            state = "empty" if name in self.values else "missing"
-            if name in self.values and self.values[name] is None:
-                state = "null"
-            raise self.fault(f"no {name}", f"column {self._shown(name)} is {state}")
-        return value
-
-    def optional(self, name: str) -> str:
-        """Text of a column, or "" if it is missing, null or empty."""
-        value = self.values.get(name)
-        return "" if value is None else self.as_text(value, f"column {self._shown(name)}")
-
-    def as_text(self, value: Any, place: str) -> str:
-        if not isinstance(value, str):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            raise self.fault(
-                "wrong type",
-                f"{place} holds {shown_value(value)}, expected a text",
-                f'write it as the text to be learned: "{value}"' if is_number else None,
-            )
-        if _SURROGATE.search(value):
-            raise self.fault("broken characters", f"{place} holds half a surrogate pair")
-        return value
-
-    def _shown(self, name: str) -> str:
-        column = self.columns.get(name, name)
-        return name if column == name else f"{column} ({name})"
 
 
 def parse_messages(cells: RowFields, column: str) -> list[Message]:
     """Parse the turns of a list column with role/content or from/value keys."""
     value = cells.values.get(column)
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         # CSV and some Parquet files carry the list as JSON text.
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise cells.fault("broken turns", f"column {column} is not JSON: {error}") from error
+            raise cells.fault(
+                "broken turns", f"column {column} is not JSON: {error}", _python_hint(value)
+            ) from error
     if isinstance(value, dict):
         value = _as_list(value)
     if not isinstance(value, list):
@@ -103,10 +68,33 @@ def parse_messages(cells: RowFields, column: str) -> list[Message]:
         raise cells.fault("wrong type", f"column {column} is {state}, expected a list of turns")
     if not value:
         raise cells.fault("no turns", f"column {column} is an empty list")
-    turns = [_turn(cells, turn, f"{column}[{index}]") for index, turn in enumerate(value)]
+    turns: list[Message] = []
+    for index, turn in enumerate(value):
+        turns += _turns(cells, turn, f"{column}[{index}]")
     # Chat exports write "" if no system text was set: such a turn is dropped.
     kept = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
-    return with_system(kept, cells.optional("system") if column == "conversations" else "")
+    kept = pair_results(cells, merge_calls(kept))
+    return with_system(kept, cells.optional("system") if column not in _HALVES else "")
+
+
+# The two columns of one conversation: a system text is added to both together.
+_HALVES = ("prompt", "completion")
+
+
+def is_turn_list(value: Any) -> bool:
+    """True for a list of turns, or for the JSON (or Python) text of one."""
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], dict)
+    return isinstance(value, str) and bool(_TURN_TEXT.match(value))
+
+
+_TURN_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+
+
+def _python_hint(value: str) -> str | None:
+    if "'" not in value:
+        return None
+    return "single quotes are Python's spelling of a list: write the cell with json.dumps"
 
 
 def _as_list(value: dict[Any, Any]) -> Any:
@@ -117,31 +105,52 @@ def _as_list(value: dict[Any, Any]) -> Any:
     return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
 
 
-def _turn(cells: RowFields, turn: Any, path: str) -> Message:
+def _turns(cells: RowFields, turn: Any, path: str) -> list[Message]:
+    """Parse one item of a list of turns; results inside a user turn become turns of their own."""
     if not isinstance(turn, dict):
         raise cells.fault("wrong type", f"{path} is {shown_value(turn)}, expected an object")
+    if "input" in turn and "output" in turn and not {"role", "from"} & turn.keys():
+        # Capybara: a question and its answer are one item.
+        return [
+            Message(ROLES[role], cells.as_text(turn[key], f"{path}.{key}"))
+            for role, key in (("user", "input"), ("assistant", "output"))
+        ]
     name = turn.get("role", turn.get("from"))
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    name = name.strip().lower() if isinstance(name, str) else name
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise cells.fault(
             "unknown role", f"{path} has the role {shown_value(name)}; known: {', '.join(ROLES)}"
         )
     path = f"{path} ({role})"
-    content = turn["content"] if "content" in turn else turn.get("value")
-    if isinstance(content, list):
-        content = "".join(_content_text(cells, part, path) for part in content)
+    content = next((turn[key] for key in ("content", "value", "parts") if key in turn), None)
     extra = _extra(cells, turn, role, path)
-    if str(name).strip().lower() == "function_call":
-        # LLaMA-Factory's sharegpt: the call is the text of a separate turn.
+    results: list[Message] = []
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        parts = read_parts(cells, content, role, path)
+        content, results = parts.text, parts.results
+        if parts.calls:
+            extra["tool_calls"] = parse_tool_calls(parts.calls, path, cells.fault)
+        if parts.thoughts:
+            extra.setdefault("reasoning_content", parts.thoughts)
+        if results and not content:
+            return results
+    if name in _CALLING:
         extra["tool_calls"], content = parse_tool_calls(content, path, cells.fault), ""
     calls = "tool_calls" in extra
+    if isinstance(content, float) and content != content:  # NaN: pandas' empty cell
+        content = None
     if content is None and role != "system" and not calls:
         raise cells.fault(f"empty {role} turn", f"{path} has no content")
     content = "" if content is None else cells.as_text(content, path)
     # A function may return an empty text, and chat exports write "" if no system text was set.
     if not content.strip() and role not in ("system", "tool") and not calls:
         raise cells.fault(f"empty {role} turn", f"{path} is empty")
-    return Message(role, content, extra, _trained(cells, turn, role, path))
+    if role == "tool":
+        return [Message(role, text, extra) for text in unwrapped(content)]
+    return [*results, Message(role, content, extra, is_trained(cells, turn, role, path))]
 
 
 def _extra(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str) -> dict[str, Any]:
@@ -159,36 +168,6 @@ def _extra(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str) -> 
         if turn.get(key) is not None:
             extra[key] = cells.as_text(turn[key], f"{path}.{key}")
     return extra
-
-
-def _trained(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str) -> bool:
-    """Return False for a turn with `train: false` or `weight: 0`, which gets no loss."""
-    train, weight = turn.get("train"), turn.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise cells.fault("wrong type", f"{path}.train is {shown_value(train)}, not true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise cells.fault(
-            "unknown weight",
-            f"{path}.weight is {shown_value(weight)}, expected 1 (trained) or 0 (not trained)",
-        )
-    trained = {bool(value) for value in (train, weight) if value is not None}
-    if len(trained) == 2:
-        raise cells.fault("unknown weight", f"{path}: train and weight contradict each other")
-    if role != "assistant" and True in trained:
-        raise cells.fault("unknown weight", f"{path}: only assistant turns can be trained")
-    return False not in trained
-
-
-def _content_text(cells: RowFields, part: Any, path: str) -> str:
-    """Text of one content part of the OpenAI form, {"type": "text", "text": ...}."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and part.get("type", "text") == "text":
-        return cells.as_text(part.get("text"), f"{path}.text")
-    part_type = part.get("type") if isinstance(part, dict) else part
-    raise cells.fault(
-        "not text", f"{path} holds a part of type {shown_value(part_type)}, expected text"
-    )
 
 
 def history_of(cells: RowFields) -> list[Message]:
@@ -230,6 +209,9 @@ def parse_tool_calls(value: Any, place: str, fault: MakeFault) -> list[dict[str,
     return [_call(call, f"{place}.tool_calls[{n}]", fault) for n, call in enumerate(calls)]
 
 
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+
+
 def _call(value: Any, path: str, fault: MakeFault) -> dict[str, Any]:
     call = _parsed(value, path, fault, "broken tool call")
     inner = call.get("function", call) if isinstance(call, dict) else call
@@ -239,31 +221,48 @@ def _call(value: Any, path: str, fault: MakeFault) -> dict[str, Any]:
             "broken tool call",
             f'{path} is {shown_value(value)}, expected {{"name": ..., "arguments": {{...}}}}',
         )
-    arguments = inner.get("arguments", inner.get("parameters"))
-    if arguments is None or arguments == "":
-        arguments = {}
+    arguments: Any = next((inner[k] for k in _ARGUMENTS if inner.get(k) is not None), {})
+    # JSON text has no nulls but the author's own.
+    arguments = (
+        (arguments.strip() or {}) if isinstance(arguments, str) else without_nulls(arguments)
+    )
     arguments = _parsed(arguments, f"{path}.arguments", fault, "broken tool call")
     if not isinstance(arguments, dict):
         raise fault(
             "broken tool call",
             f"{path}.arguments is {shown_value(arguments)}, expected an object of arguments",
         )
-    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    own = call.get("call_id") or call.get("id")
+    call_id = {"id": own} if isinstance(own, str) else {}
     return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def parse_tools(value: Any, fault: MakeFault) -> tuple[dict[str, Any], ...]:
     """Parse the cell `tools`: the schemas of the functions that a conversation may call."""
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         return ()
     value = _parsed(value, "column tools", fault, "broken tools")
-    tools = value if isinstance(value, list) else [value]
+    tools = value if isinstance(value, list) else [value] if value else []
+    # Gemini lists the schemas of a tool one level below.
+    tools = [
+        schema
+        for tool in tools
+        for schema in (
+            tool["functionDeclarations"]
+            if isinstance(tool, dict) and isinstance(tool.get("functionDeclarations"), list)
+            else [tool]
+        )
+    ]
     return tuple(_tool(tool, f"tools[{n}]", fault) for n, tool in enumerate(tools))
 
 
 def _tool(value: Any, path: str, fault: MakeFault) -> dict[str, Any]:
     tool = _parsed(value, path, fault, "broken tools")
-    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    inner = (tool.get("function") or tool) if isinstance(tool, dict) else None
+    if isinstance(inner, dict):
+        inner = inner if isinstance(value, str) else without_nulls(inner)
+        if "input_schema" in inner:  # Anthropic's name
+            inner = {"parameters" if k == "input_schema" else k: v for k, v in inner.items()}
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise fault(
             "broken tools", f"{path} is {shown_value(value)}, expected a schema with a name"
@@ -280,8 +279,3 @@ def _parsed(value: Any, path: str, fault: MakeFault, kind: str) -> Any:
     except (ValueError, TypeError, RecursionError) as error:
         raise fault(kind, f"{path} is {shown_value(value)}: not JSON: {error}") from error
     return value
-
-
-def shown_value(value: Any) -> str:
-    """Shorten a value for a message; `reprlib` limits depth, where `repr` would overflow."""
-    return "null" if value is None else reprlib.repr(value)

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lorakit.data.formats.cells import RowFields
 from lorakit.data.formats.columns import preference_data
 from lorakit.data.formats.messages import (
-    RowFields,
     history_of,
+    is_turn_list,
     parse_messages,
     parse_tools,
     with_system,
 )
+from lorakit.data.formats.parts import read_parts
+from lorakit.data.issues import IssueLog, check_turns
 from lorakit.errors import DataError
-from lorakit.types import Conversation, Document, Message, Row
+from lorakit.types import Conversation, Document, Message, Role, Row
 
 GUESS_ROWS = 100
 
@@ -74,6 +77,9 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[RowFields]
     """Make a converter for a question and an answer; `context` is appended to the question."""
 
     def convert(cells: RowFields) -> list[Message]:
+        values = cells.values
+        if is_turn_list(values.get(question)) or is_turn_list(values.get(answer)):
+            return _turn_lists(cells, question, answer)
         prompt = cells.optional(question)
         added = cells.optional(context) if context else ""
         prompt = "\n\n".join(text for text in (prompt, added) if text.strip())
@@ -86,25 +92,38 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[RowFields]
     return convert
 
 
-def _prompt_completion(cells: RowFields) -> list[Message]:
-    prompt, completion = cells.values.get("prompt"), cells.values.get("completion")
-    if isinstance(prompt, list) or isinstance(completion, list):
-        question = parse_messages(cells, "prompt") if isinstance(prompt, list) else None
-        answer = parse_messages(cells, "completion") if isinstance(completion, list) else None
-        turns = history_of(cells) + (question or [Message("user", cells.text("prompt"))])
-        turns += answer or [Message("assistant", cells.text("completion"))]
-        return with_system(turns, cells.optional("system"))
-    return _pair("prompt", "completion")(cells)
+def _turn_lists(cells: RowFields, question: str, answer: str) -> list[Message]:
+    """Join the turns of two cells; answers inside the prompt are context, as in TRL."""
+
+    def turns_of(part: str, role: Role) -> list[Message]:
+        if is_turn_list(cells.values.get(part)):
+            return parse_messages(cells, part)
+        return [Message(role, cells.text(part))]
+
+    asked, given = turns_of(question, "user"), turns_of(answer, "assistant")
+    asked = [replace(turn, train=False) if turn.role == "assistant" else turn for turn in asked]
+    return with_system([*history_of(cells), *asked, *given], cells.optional("system"))
+
+
+def _gemini(cells: RowFields) -> list[Message]:
+    turns = parse_messages(cells, "contents")
+    system = cells.values.get("systemInstruction") or cells.values.get("system_instruction")
+    parts = system.get("parts", ()) if isinstance(system, dict) else [system] if system else ()
+    text = read_parts(cells, parts, "system", "systemInstruction").text
+    return with_system(turns, text)
 
 
 def _text(cells: RowFields) -> str:
     return cells.text("text")
 
 
-_OPTIONAL = ("system", "history")
+_CHAT = ("system", "tools", "thinking")
+_OPTIONAL = ("system", "history", "thinking")
+_GEMINI = ("systemInstruction", "system_instruction", "tools")
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("messages", ("messages",), ("tools",), _messages),
-    RowFormat("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
+    RowFormat("messages", ("messages",), _CHAT, _messages),
+    RowFormat("sharegpt", ("conversations",), _CHAT, _sharegpt),
+    RowFormat("gemini", ("contents",), _GEMINI, _gemini),
     RowFormat(
         "dolly",
         ("instruction", "context", "response"),
@@ -124,7 +143,10 @@ FORMATS: tuple[RowFormat, ...] = (
         _pair("instruction", "output", "input"),
     ),
     RowFormat(
-        "prompt/completion", ("prompt", "completion"), ("tools", *_OPTIONAL), _prompt_completion
+        "prompt/completion",
+        ("prompt", "completion"),
+        ("tools", *_OPTIONAL),
+        _pair("prompt", "completion"),
     ),
     RowFormat("prompt/response", ("prompt", "response"), _OPTIONAL, _pair("prompt", "response")),
     RowFormat(
@@ -184,9 +206,36 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     ]
     confidence = share / len(rows) / (1 + len(rivals))
     also = f"; {', '.join(rivals)} would fit too: `columns` decides" if rivals else ""
+    columns |= _aliases(rows, fmt, present) if not columns else {}
     used = tuple(columns.get(n, n) for n in (*fmt.needs, *fmt.may))
     reason = f"columns {needed} in {rest}{also}; confidence {confidence:.0%}"
     return FormatGuess(name, reason, columns, used, confidence)
+
+
+# Other names of optional parts, compared without case.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "system": ("system_prompt", "system_message", "systemprompt"),
+    "tools": ("functions",),
+    "thinking": (
+        *("reasoning", "reasoning_content", "thought", "thoughts", "cot", "complex_cot"),
+        *("chain_of_thought", "thinking_trajectory"),
+    ),
+}
+
+
+def _aliases(rows: Sequence[Row], fmt: RowFormat, present: Sequence[str]) -> dict[str, str]:
+    """Find columns that hold an optional part of `fmt` under another name."""
+    found: dict[str, str] = {}
+    for part, names in _ALIASES.items():
+        if part not in fmt.may or part in present:
+            continue
+        for column in present:
+            values = [row.values.get(column) for row in rows]
+            # A level ("high") or a flag under such a name is no text.
+            said = any(isinstance(v, list) or (isinstance(v, str) and len(v) > 8) for v in values)
+            if column.lower() in names and said:
+                found.setdefault(part, column)
+    return found
 
 
 def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Conversation | Document:
@@ -203,8 +252,23 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
         return Document(content, row.origin)
     if system and content[0].role != "system":
         content = [Message("system", system), *content]
+    content = _with_thoughts(cells, content)
     tools = parse_tools(cells.values.get("tools"), cells.fault) if "tools" in fmt.may else ()
     return Conversation(tuple(content), row.origin, tools)
+
+
+def _with_thoughts(cells: RowFields, turns: list[Message]) -> list[Message]:
+    """Add the thoughts of a column of their own to the last answer, unless it has some."""
+    thoughts = cells.optional("thinking")
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if not thoughts.strip() or not answers:
+        return turns
+    answer = turns[answers[-1]]
+    if answer.extra.get("reasoning_content") or "</think>" in answer.content:
+        return turns
+    turns = list(turns)
+    turns[answers[-1]] = replace(answer, extra={**answer.extra, "reasoning_content": thoughts})
+    return turns
 
 
 def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
@@ -223,7 +287,12 @@ def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
 
 def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     taken = set(columns.values())
-    kept = {str(k): v for k, v in values.items() if str(k) not in taken}
+    # NaN is pandas' empty cell.
+    kept = {
+        str(k): None if isinstance(v, float) and v != v else v
+        for k, v in values.items()
+        if str(k) not in taken
+    }
     return kept | {part: values[column] for part, column in columns.items() if column in values}
 
 
@@ -253,31 +322,102 @@ def _no_format(
         nearest = _BY_NAME["instruction/response"]
     missing = ", ".join(n for n in nearest.needs if n not in have)
     close = f"; nearest format: {nearest.name}, missing {missing}"
-    texts = [c for c in present if any(isinstance(row.values.get(c), str) for row in rows)]
-    lists = [c for c in present if any(isinstance(row.values.get(c), list) for row in rows)]
     message = f"{source}: no known format: the columns are {', '.join(present) or '(none)'}{close}"
     if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in present):
         return DataError(
             message,
             "if the first line is a row already, add a header above it: instruction,response",
         )
+    for keys, known in KNOWN_FORMS:
+        if keys <= set(present):
+            return DataError(message, hint=known)
+    suggested = next((s for s in _candidates(rows[0]) if _works(rows[0], s)), None)
+    if suggested is None:
+        return DataError(
+            message,
+            hint='write each row as {"instruction": "...", "response": "..."} or as '
+            '{"messages": [{"role": "user", "content": "..."}, ...]}',
+        )
+    shown = "{" + ", ".join(f"{part}: {column}" for part, column in suggested.items()) + "}"
     return DataError(
         message,
-        hint=f"name the column of each part in the recipe: columns: {_suggest(texts, lists)} "
-        f"(or with --set 'columns={_suggest(texts, lists)}')",
+        hint=f"name the column of each part in the recipe: columns: {shown} "
+        f"(or with --set 'columns={shown}')",
     )
 
 
-def _suggest(texts: Sequence[str], lists: Sequence[str]) -> str:
-    """Suggest a `columns:` value from the most likely of the present columns."""
-    if len(texts) < 2:
-        if lists:
-            return f"{{messages: {lists[0]}}}"
-        return f"{{text: {texts[0] if texts else 'my_text'}}}"
-    answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))
-    others = [c for c in texts if c != answer]
-    question = max(others, key=lambda c: _likeness(c, "instruction"))
-    return f"{{instruction: {question}, response: {answer}}}"
+# Columns of well-known forms that are no rows of turns -> what they are, and what to do.
+_GATHER = "one turn a row: gather the turns of each conversation in a list under `messages`"
+KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"role", "content"}), _GATHER),
+    (frozenset({"from", "value"}), _GATHER),
+    (frozenset({"sender", "text"}), _GATHER),
+    (
+        frozenset({"mapping", "current_node"}),
+        "an export of ChatGPT: its turns are a tree under `mapping`. Follow `parent` from "
+        "`current_node`, and write the texts of `content.parts` as `messages`",
+    ),
+    (
+        frozenset({"chat_messages"}),
+        "an export of Claude: write `sender` and `text` of `chat_messages` as role and content "
+        "of `messages`",
+    ),
+    (
+        frozenset({"annotations", "data"}),
+        "an export of Label Studio: write the question of `data` and the answer of `annotations` "
+        "as instruction and response",
+    ),
+    (
+        frozenset({"custom_id", "body"}),
+        "requests for OpenAI's batch API: they hold no answers. Join them with the results by "
+        "custom_id, and write `messages`",
+    ),
+    (
+        frozenset({"preferred_output", "non_preferred_output"}),
+        "preference data of OpenAI: write input.messages and preferred_output as one list of "
+        "`messages`",
+    ),
+    (
+        frozenset({"columns", "index", "data"}),
+        "a table written by pandas with orient='split': write it with "
+        "to_json('rows.jsonl', orient='records', lines=True)",
+    ),
+    (
+        frozenset({"context", "question", "answers"}),
+        "rows of SQuAD: write the first of answers.text as a column `answer`",
+    ),
+)
+# Columns that are about a row, and are no question or answer.
+_ABOUT = re.compile(
+    r"(^|_)(id|uuid|date|time|timestamp|url|uri|role|sender|from|model|name|title|source|language|"
+    r"lang|created|updated|method|hash|index|node|system)(_|$)|_at$|Id$",
+    re.IGNORECASE,
+)
+
+
+def _candidates(row: Row) -> Iterator[dict[str, str]]:
+    """Possible `columns:` values for a row, the most likely first."""
+    values = {str(k): v for k, v in row.values.items() if not _ABOUT.search(str(k))}
+    yield from ({"messages": c} for c, v in values.items() if isinstance(v, list))
+    texts = [c for c, v in values.items() if isinstance(v, str) and v.strip()]
+    if len(texts) == 1:
+        yield {"text": texts[0]}
+    if len(texts) > 1:
+        answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))
+        others = [c for c in texts if c != answer]
+        yield {
+            "instruction": max(others, key=lambda c: _likeness(c, "instruction")),
+            "response": answer,
+        }
+
+
+def _works(row: Row, columns: Mapping[str, str]) -> bool:
+    """True if the row can be trained with these columns."""
+    try:
+        item = to_conversation(row, guess_format([row], columns), None)
+        return isinstance(item, Document) or bool(check_turns(item, IssueLog()))
+    except DataError:
+        return False
 
 
 def _likeness(column: str, part: str) -> float:

@@ -92,11 +92,31 @@ class _Recoded(io.RawIOBase):
         return size
 
 
+# First bytes of files that are no text -> what they are, and what to do.
+_BINARY = {
+    b"PK\x03\x04": ("a ZIP archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save the sheet as CSV (UTF-8)"),
+    b"%PDF": ("a PDF", "export its text first"),
+    b"PAR1": ("a Parquet file", "rename it to end in .parquet"),
+    b"ARROW1": ("an Arrow file", "rename it to end in .arrow"),
+    b"SQLite": ("an SQLite database", "export the table as CSV"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
+    b"\xfd7zXZ": ("an xz archive", "unpack it first: xz -d"),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", "unpack it first: zstd -d"),
+    b"BZh": ("a bzip2 archive", "unpack it first: bunzip2"),
+    b"\x80\x04\x95": ("a Python pickle", "write the rows as JSON lines"),
+}
+
+
 @contextmanager
 def _as_utf8(file: DataFile) -> Iterator[IO[bytes]]:
     """Open a text file as UTF-8 bytes; UTF-16 and UTF-32 are recoded by their byte order mark."""
     with open_file(file) as handle:
-        head = cast(Any, handle).peek(4)[:4]
+        start = cast(Any, handle).peek(8)[:8]
+        for sign, (name, advice) in _BINARY.items():
+            if start.startswith(sign):
+                raise DataError(f"{file.name}: this is {name}, not {file.kind or 'text'}", advice)
+        head = start[:4]
         encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
         if encoding:
             yield cast(IO[bytes], io.BufferedReader(_Recoded(handle, encoding, file)))
@@ -178,10 +198,51 @@ def _refuse_bomb(file: DataFile, origin: str, offset: int) -> None:
 
 def _not_utf8(origin: str, error: UnicodeDecodeError, offset: int, file: DataFile) -> DataError:
     byte = error.object[error.start]
+    fault = f"{origin}: not UTF-8: byte 0x{byte:02x} at offset {offset} of the file"
+    readings = likely_readings(error.object, error.start)
+    if len(readings) == 1:
+        return DataError(fault, hint=_convert(next(iter(readings)), file))
+    shown = ", ".join(f"{name}: {text}" for name, text in readings.items())
     return DataError(
-        f"{origin}: not UTF-8: byte 0x{byte:02x} at offset {offset} of the file",
-        hint=_convert("WINDOWS-1252", file),
+        fault,
+        hint=f"take the encoding that reads right ({shown}), and {_convert('THAT', file)}"
+        if readings
+        else "save it as UTF-8 with the program that wrote it",
     )
+
+
+# Encodings that people's files are in: Python's name -> iconv's.
+_WESTERN = {"cp1252": "WINDOWS-1252", "cp1250": "WINDOWS-1250", "cp1254": "WINDOWS-1254"}
+_OTHERS = {
+    "gb18030": "GB18030", "cp932": "CP932", "cp949": "CP949", "big5": "BIG5", "euc_jp": "EUC-JP",
+    "cp1251": "WINDOWS-1251", "koi8_r": "KOI8-R", "cp1253": "WINDOWS-1253",
+    "cp1255": "WINDOWS-1255", "cp1256": "WINDOWS-1256", "tis_620": "TIS-620",
+}  # fmt: skip
+_SHOWN_READINGS = 8
+
+
+def likely_readings(data: bytes, start: int) -> dict[str, str]:
+    """Readings of the line with a fault at `start`, by iconv's name of the encoding.
+
+    A statistical guess from one short line is often wrong (Chinese came out as Korean), and a wrong
+    conversion trains nonsense in silence: a person sees at once which reading is right.
+    """
+    begin = data.rfind(b"\n", 0, start) + 1
+    line = data[begin:].split(b"\n", 1)[0][:4096]
+    high = len(re.findall(rb"[\x80-\xff]", line))
+    in_runs = sum(map(len, re.findall(rb"[\x80-\xff]{2,}", line)))
+    readings: dict[str, str] = {}
+    # In Western texts a single letter of a word has an accent.
+    for codec, name in (_WESTERN if 2 * in_runs < high else _OTHERS | _WESTERN).items():
+        try:
+            text = line.decode(codec)
+        except UnicodeDecodeError:
+            continue
+        at = len(line[: start - begin].decode(codec, "replace"))
+        shown = " ".join(text[max(0, at - 8) : at + 16].split())
+        if shown.isprintable() and shown not in readings.values():
+            readings[name] = shown
+    return dict(list(readings.items())[:_SHOWN_READINGS])
 
 
 def _convert(encoding: str, file: DataFile) -> str:

@@ -20,10 +20,21 @@ from pathlib import Path
 from lorakit.data.sources.http import check_scheme, drive_link
 from lorakit.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 PACKAGED = {"demo": "demo_train.jsonl", "demo:heldout": "demo_heldout.jsonl"}
 # Files in a folder that describe the data and are not part of it.
 ABOUT_DATA = re.compile(r"(readme|license|licence|changelog)\b.*", re.IGNORECASE)
+# Files that tools write next to data: LLaMA-Factory, Kaggle, `save_to_disk` and its cache.
+_WRITTEN_BY_TOOLS = re.compile(
+    r"(dataset_infos?|dataset_dict|state|sample_submission|package|config)\.(json|csv)$|cache-.*",
+    re.IGNORECASE,
+)
+# Splits by name, as `datasets` finds them: a word of the file's or the folder's name.
+_SPLITS = {
+    "train": r"train|training",
+    "validation": r"validation|valid|val|dev",
+    "test": r"test|testing|eval|evaluation|holdout|heldout",
+}
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -120,27 +131,53 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _folder_files(folder: str, source: str) -> list[DataFile]:
-    data_files, others = [], []
-    for path in _walk(folder):
-        kind = kind_of(path)
-        if kind is None or ABOUT_DATA.match(os.path.basename(path)):
-            others.append(os.path.basename(path))
-        elif not os.path.isfile(path):
+    paths, others = _sorted_out(folder)
+    data_files = []
+    for path in paths:
+        if not os.path.isfile(path):
             raise DataError(f"{path}: a broken link", hint="remove it or correct its target")
-        elif _escapes(path, folder):
+        if _escapes(path, folder):
             raise DataError(
                 f"{path}: a link that leads out of the folder, to {os.path.realpath(path)}",
                 hint="if it is intended, name that file as a separate source",
             )
-        else:
-            data_files.append(DataFile(path, os.path.relpath(path, folder), kind))
+        data_files.append(DataFile(path, os.path.relpath(path, folder), kind_of(path) or ""))
     if not data_files:
-        names = ", ".join(others[:6]) or "nothing"
+        names = ", ".join(os.path.basename(path) for path in [*others][:6]) or "nothing"
         raise DataError(
             f"{source}: no file of a known kind in this folder (found: {names})",
             hint=f"known kinds: {' '.join(SUFFIXES)}",
         )
     return data_files
+
+
+def split_of(path: str) -> str | None:
+    """Split that the words of a relative path name, its file name first; None if they do not."""
+    for name in reversed(path.replace("\\", "/").split("/")):
+        for split, words in _SPLITS.items():
+            if re.search(rf"(?<![a-z0-9])({words})(?![a-z])", name, re.IGNORECASE):
+                return split
+    return None
+
+
+def _sorted_out(folder: str) -> tuple[list[str], dict[str, str]]:
+    """Return the files of a folder to read, and the reason for each of the others."""
+    data: list[str] = []
+    others: dict[str, str] = {}
+    for path in _walk(folder):
+        name = os.path.basename(path)
+        if ABOUT_DATA.match(name):
+            others[path] = ""
+        elif kind_of(path) is None or _WRITTEN_BY_TOOLS.match(name):
+            others[path] = "file of another kind"
+        else:
+            data.append(path)
+    splits = {path: split_of(os.path.relpath(path, folder)) for path in data}
+    held = {path: split for path, split in splits.items() if split in ("validation", "test")}
+    if len(held) < len(data):
+        others |= {path: f"file of the {split} split" for path, split in held.items()}
+        data = [path for path in data if path not in held]
+    return data, others
 
 
 def _escapes(path: str, folder: str) -> bool:
@@ -153,11 +190,14 @@ def _escapes(path: str, folder: str) -> bool:
     return not any(real.is_relative_to(allowed) for allowed in (root, *blobs))
 
 
-def left_aside(source: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Files in the folder `source` of unknown kind, without READMEs and licenses."""
+def left_aside(source: str, folders: Sequence[Path] = ()) -> list[tuple[str, str]]:
+    """Files in the folder `source` that are not read, each with the reason.
+
+    READMEs and licenses are not listed.
+    """
     folder = next((p for p in _candidate_paths(source, folders) if os.path.isdir(p)), None)
-    names = (os.path.relpath(path, folder) for path in _walk(folder)) if folder else ()
-    return [n for n in names if not kind_of(n) and not ABOUT_DATA.match(os.path.basename(n))]
+    others = _sorted_out(folder)[1] if folder else {}
+    return [(os.path.relpath(path, folder), why) for path, why in others.items() if why]
 
 
 def _glob_files(pattern: str) -> list[DataFile]:

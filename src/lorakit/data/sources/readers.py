@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -155,19 +156,23 @@ def _wrapped(file: DataFile) -> list[Any]:
     value = parse(read_text(file), file, 1, last=False)
     if not isinstance(value, dict):
         raise DataError(f"{file.name}: {_type_name(value)} where a list of rows is expected")
-    lists = {k: v for k, v in value.items() if isinstance(v, list) and v}
     inner = [
-        k
-        for k, v in lists.items()
-        if k not in _INSIDE_ROWS and all(isinstance(item, dict) for item in v)
+        name
+        for name, items in value.items()
+        if isinstance(items, list) and items and name not in _INSIDE_ROWS
+        if all(isinstance(item, dict) for item in items)
     ]
-    if len(inner) > 1 and len(inner) == len(value):
+    if len(inner) > 1 and not _INSIDE_ROWS & value.keys():
+        longest = max(inner, key=lambda name: len(value[name]))
+        query = ".rows[].row" if {"features", "rows"} <= set(inner) else f".{longest}[]"
         raise DataError(
-            f"{file.name}: several lists of rows in one file: {', '.join(inner[:6])}",
-            hint="write each list to a separate file",
+            f"{file.name}: several lists of rows in one file: "
+            f"{', '.join(f'{name} ({len(value[name])})' for name in inner[:6])}",
+            hint=f"write the list to train on to a separate file: jq -c '{query}' {file.typed} "
+            "> rows.jsonl",
         )
     # A single object with a list of objects is a wrapper: {"data": [...]}.
-    rows: list[Any] = value[inner[0]] if inner else [value]
+    rows: list[Any] = value[inner[0]] if len(inner) == 1 else [value]
     return rows
 
 
@@ -189,39 +194,116 @@ def _no_object(item: Any, file: DataFile, position: int) -> DataError:
 
 
 def _read_csv(file: DataFile) -> Iterator[Row]:
-    """Read CSV with every cell as text, "NA", "None" and "2021-05-03" too."""
+    """Read a table with every cell as text, "NA", "None" and "2021-05-03" too.
+
+    A table that is JSON lines by content is read as that.
+    """
+    start = _start(file)
+    if _is_json(start):
+        yield from _read_json(file)
+        return
     # The limit of the csv module, 128 KiB a cell, is global to the process; it is only raised.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     header: list[str] = []
-    begun, rows = 1, 0
+    begun, rows, width = 1, 0, 0
     reader: Any = None
 
     with LineErrors(file.name) as broken:
-        lines = (line for _, line in lines_of(file, broken))
+        lines = _table_lines(line for _, line in lines_of(file, broken))
         try:
-            first = next(lines)
-            all_lines = itertools.chain([first], lines)
-            reader = csv.reader(all_lines, delimiter=_delimiter(first), strict=True)
+            options, skipped = _dialect(start)
+            all_lines = itertools.islice(lines, skipped, None)
+            reader = csv.reader(all_lines, strict=True, **options)
             for cells in reader:
-                if not cells:
+                if not any(cells):
                     pass
                 elif not header:
-                    header = _header(cells, file)
-                elif len(cells) != len(header):
-                    broken.add(begun, partial(_uneven, cells, header, file, begun))
+                    width = len(cells)
+                    header = _header(cells, file, skipped + begun)
+                elif (rows, len(header)) == (0, 1) and _is_title(header, width, cells):
+                    raise _title(header[0], cells, file)
+                elif len(cells) not in (len(header), width) or any(cells[len(header) :]):
+                    line = begun + skipped
+                    broken.add(line, partial(_uneven, cells, header, file, line))
                 elif not broken.count:
                     rows += 1
-                    yield Row(dict(zip(header, cells, strict=True)), Origin(file.name, begun))
+                    values = dict(zip(header, cells, strict=False))
+                    yield Row(values, Origin(file.name, begun + skipped))
                 begun = reader.line_num + 1
         # Reading stops here: the next line may be inside a cell.
         except csv.Error as error:
             raise DataError(
-                f"{file.name}:{begun}: not valid CSV: {error} (the row begins on this line, "
-                f"the fault is on line {reader.line_num})",
+                f"{file.name}:{begun + skipped}: not valid CSV: {error} (the row begins on this "
+                f"line, the fault is on line {reader.line_num + skipped})",
                 hint='a quote inside a quoted cell is written twice: "say ""hi"""',
             ) from error
     if not rows:
         raise DataError(f"{file.name}: a header ({_cut(', '.join(header))}) and no rows below it")
+
+
+_DIALECT_LINES = 50
+_CR_LINE = re.compile(r"[^\r]*\r\n?|[^\r]+")
+
+
+def _table_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Split lines at the \\r of old Mac programs, if the first line has one inside."""
+    first = next(lines, "")
+    if "\r" in first.rstrip("\r\n"):
+        for line in itertools.chain([first], lines):
+            yield from _CR_LINE.findall(line)
+        return
+    yield from itertools.chain([first], lines)
+
+
+def _dialect(start: str) -> tuple[dict[str, Any], int]:
+    """Options of the csv module for a table, and the number of lines before its header."""
+    head = re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", start)[:_DIALECT_LINES]
+    # Excel's own line names the separator.
+    named = re.fullmatch(r"\ufeff?sep=(.)\s*", head[0], re.IGNORECASE) if head else None
+    body = head[1:] if named else head
+    separator = named.group(1) if named else max(",;\t|", key=(body or [""])[0].count)
+    options: dict[str, Any] = {"delimiter": separator}
+    try:
+        cells = [cell for row in csv.reader(body, delimiter=separator) for cell in row[1:]]
+    except csv.Error:
+        cells = []
+    # A space before a quote would make the quotes part of the text.
+    if any(re.match(r' +"', cell) for cell in cells):
+        options["skipinitialspace"] = True
+    return options, 1 if named else 0
+
+
+def _is_title(header: Sequence[str], width: int, cells: Sequence[str]) -> bool:
+    """True if the first line is a title and the second one names the columns."""
+    names = [cell.strip() for cell in cells if cell.strip()]
+    plain = len(names) > 1 and all(re.fullmatch(r"[\w .-]{1,30}", name) for name in names)
+    return plain and (width > 1 or " " in header[0])
+
+
+def _title(title: str, cells: Sequence[str], file: DataFile) -> DataError:
+    return DataError(
+        f"{file.name}:1: a title ({_cut(title)}) above the names of the columns "
+        f"({_cut(', '.join(cells))})",
+        hint="remove the title: the first line of a table names its columns",
+    )
+
+
+def _start(file: DataFile) -> str:
+    """First piece of the text of a file; faults in it are reported when the file is read."""
+    return next(pieces_of(file, errors="replace"), "")
+
+
+def _is_json(start: str) -> bool:
+    """True if the first lines of a table or text are JSON objects, or a list of them begins."""
+    start = start.lstrip()
+    if re.match(r'\[\s*\{\s*"', start):
+        return True
+    if not start.startswith("{"):
+        return False
+    try:
+        return all(isinstance(json.loads(line), dict) for line in start.split("\n", 2)[:2] if line)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _uneven(cells: list[str], header: list[str], file: DataFile, line: int) -> DataError:
@@ -232,16 +314,14 @@ def _uneven(cells: list[str], header: list[str], file: DataFile, line: int) -> D
     )
 
 
-def _delimiter(header: str) -> str:
-    return max(",;\t", key=header.count)
-
-
-def _header(cells: list[str], file: DataFile) -> list[str]:
+def _header(cells: list[str], file: DataFile, line: int) -> list[str]:
     names = [cell.strip() for cell in cells]
+    while len(names) > 1 and not names[-1]:  # empty columns at the end of a spreadsheet
+        names.pop()
     twice = [n for n in names if names.count(n) > 1]
     if twice:  # one column without a name is the row number that pandas writes
         raise DataError(
-            f"{file.name}:1: the header has the column {twice[0]!r} twice: "
+            f"{file.name}:{line}: the header has the column {twice[0]!r} twice: "
             f"{_cut(', '.join(names))}",
             hint="the first line of a CSV file names its columns",
         )
@@ -249,10 +329,14 @@ def _header(cells: list[str], file: DataFile) -> list[str]:
 
 
 def _read_text(file: DataFile) -> Iterator[Row]:
+    if _is_json(_start(file)):  # JSON lines saved as .txt
+        yield from _read_json(file)
+        return
     yield Row({"text": read_text(file)}, Origin(file.name, 1))
 
 
-def _read_parquet(file: DataFile) -> Iterator[Row]:
+def _read_arrow(file: DataFile) -> Iterator[Row]:
+    """Read Parquet, or the Arrow files of `save_to_disk`."""
     import datasets
 
     try:
@@ -260,7 +344,7 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
         path = _local_copy(file) if file.remote else file.path
         # `datasets` also logs the error that it raises, with the complete path.
         logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-        rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
+        rows = datasets.load_dataset(file.kind[1:], data_files=path, split="train", streaming=True)
         number = 0
         for number, values in enumerate(rows, 1):
             yield Row(dict(values), Origin(file.name, number))
@@ -269,7 +353,8 @@ def _read_parquet(file: DataFile) -> Iterator[Row]:
     # Every error of the library while it parses (Arrow, OS, value errors) is a fault of the file.
     except Exception as error:
         raise DataError(
-            f"{file.name}: not a readable Parquet file: {first_line(error.__cause__ or error)}"
+            f"{file.name}: not a readable {file.kind[1:].capitalize()} file: "
+            f"{first_line(error.__cause__ or error)}"
         ) from error
     if not number:
         raise DataError(f"{file.name}: the file is empty: no rows in it")
@@ -279,7 +364,7 @@ def _local_copy(file: DataFile) -> str:
     """Copy a remote Parquet file to this disk until the process ends, since its index is last."""
     with (
         open_file(file) as stream,
-        tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as to,
+        tempfile.NamedTemporaryFile(suffix=file.kind, delete=False) as to,
     ):
         atexit.register(Path(to.name).unlink, missing_ok=True)
         shutil.copyfileobj(stream, to)
@@ -292,7 +377,8 @@ READERS: dict[str, Callable[[DataFile], Iterator[Row]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": _read_arrow,
+    ".arrow": _read_arrow,
     ".txt": _read_text,
     ".md": _read_text,
 }
