@@ -22,8 +22,8 @@ for id in "${@:-P4 P6 P6q}"; do
   for one in $id; do
     case $one in
       P4) row P4 llama-2-7b qlora 7 6.0GiB ;;
-      P6) row P6 llama-2-7b lora 7 4.0GiB --set streaming=on ;;
-      P6q) row P6q llama-2-7b qlora 7 3.0GiB --set streaming=on ;;
+      P6) row P6 llama-2-7b lora 7 4.0GiB --set weight_offload=on ;;
+      P6q) row P6q llama-2-7b qlora 7 3.0GiB --set weight_offload=on ;;
       P7-24) long P7-24 122880 2 23.5GiB ;;
       P7-78) long P7-78 344064 1 72GiB ;;
       *) echo "no row $one"; exit 2 ;;

@@ -21,7 +21,7 @@ for id in ${*:-lora qlora}; do
     lora) for n in 1 "$gpus"; do row "lora-$n" "$n" llama-2-7b lora --steps 12; done ;;
     qlora) for n in 1 "$gpus"; do row "qlora-$n" "$n" llama-2-7b qlora --steps 10; done ;;
     70b) row "70b-$gpus" "$gpus" llama-3.3-70b qlora --steps 4 --micro-batch 1 --accumulation 16 \
-           --set lora_r=16 --set memory_limit=24GiB --set streaming=off ;;
+           --set lora_r=16 --set memory_limit=24GiB --set weight_offload=off ;;
     *) echo "no row $id"; exit 2 ;;
   esac
 done
