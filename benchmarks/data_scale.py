@@ -107,7 +107,7 @@ def compare_speed(path, rows):
     tokenizer = tokenizer_here()
     recipe = Recipe(model="demo", data=str(path))
     shelf, _ = read_conversations([str(path)], recipe, [])
-    gc.freeze()  # as `prepare` does
+    gc.set_threshold(50_000, 20, 100)  # as `prepare` does
     raw, parts, stream = tokenizer.backend_tokenizer, [], iter(shelf)
     with tempfile.TemporaryDirectory() as folder:
         for begin in range(0, min(rows, 10 * PART), PART):

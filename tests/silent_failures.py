@@ -146,8 +146,8 @@ CLASSES = [
         "the loss depends on accumulation",
         "tests/train/test_trainer.py::test_gradient_of_a_step_is_the_same_for_any_split",
         "train/trainer.py",
-        "loss = model(**micro, use_cache=False).loss_sum * scale",
-        'loss = model(**micro, use_cache=False).loss_sum / len(micro["targets"])',
+        "loss = self.model(**micro, use_cache=False).loss_sum * scale",
+        'loss = self.model(**micro, use_cache=False).loss_sum / len(micro["targets"])',
     ),
     Class(
         "the learning rate ends early",
@@ -198,8 +198,8 @@ CLASSES = [
         "tests/train/test_oom_retry.py::"
         "test_a_run_out_of_memory_ends_like_one_with_smaller_micro_batches[forward-False]",
         "train/oom.py",
-        "step = step_batches(step.examples, trainer.layout)",
-        "step = step_batches(step.examples[: trainer.layout.rows], trainer.layout)",
+        "step = step_batches(step.examples, self.layout)",
+        "step = step_batches(step.examples[: self.layout.rows], self.layout)",
     ),
     Class(
         "rotation deletes the wrong checkpoint",

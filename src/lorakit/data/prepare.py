@@ -104,16 +104,14 @@ def prepare(
             training; every message names the file and the row.
         ModelError: the chat template of the tokenizer does not work.
     """
-    # Millions of small objects are created and freed here. Freezing keeps the garbage collector
-    # from scanning the objects of torch and transformers, 0.1 s every 10,000 rows. There is one
-    # frozen heap in a process: what the caller froze stays frozen.
-    frozen_by_caller = gc.get_freeze_count() > 0
-    gc.freeze()
+    # Millions of small objects are created and freed here. With the usual thresholds the garbage
+    # collector goes through the objects of torch and transformers too, 0.1 s every 10,000 rows.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
     try:
         return _prepare(recipe, tokenizer, folders, inspecting)
     finally:
-        if not frozen_by_caller:
-            gc.unfreeze()
+        gc.set_threshold(*thresholds)
 
 
 def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting: bool) -> Prepared:

@@ -5,8 +5,6 @@ trains. Here the original template and lorakit's spans find them. Both must trai
 apart from the differences listed below, each of which has its reason.
 """
 
-import copy
-import functools
 import json
 import re
 from importlib.resources import files
@@ -58,20 +56,17 @@ MOVED |= {"nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"}
 
 @pytest.fixture(scope="module")
 def tokenizer_of(demo_model):
-    """family -> SmolLM2's tokenizer with the marks and the template of that family."""
+    """(family, thinking) -> SmolLM2's tokenizer with that family's template and all their marks."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    texts = {f: (TEMPLATES / f"{f}.jinja").read_text("utf-8") for f in FAMILIES}
+    marks = {mark for text in texts.values() for mark in MARK.findall(text)} | set(EOS.values())
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(marks - NOT_MARKS)})
+    tokenizer.add_tokens([AddedToken(t, special=False) for t in sorted(NOT_MARKS)])
+    tokenizer.bos_token = "<|endoftext|>"
 
-    base = AutoTokenizer.from_pretrained(demo_model)
-
-    @functools.cache
     def load(family, thinking):
-        tokenizer = copy.deepcopy(base)
-        text = (TEMPLATES / f"{family}.jinja").read_text("utf-8")
-        marks = sorted(set(MARK.findall(text)) - NOT_MARKS | {EOS.get(family, "<|im_end|>")})
-        tokenizer.add_special_tokens({"additional_special_tokens": marks})
-        tokenizer.add_tokens([AddedToken(t, special=False) for t in sorted(NOT_MARKS)])
-        tokenizer.eos_token = EOS.get(family, tokenizer.eos_token)
-        tokenizer.bos_token = "<|endoftext|>"
-        tokenizer.chat_template = text
+        tokenizer.eos_token = EOS.get(family, "<|im_end|>")
+        tokenizer.chat_template = texts[family]
         resolve_template(tokenizer, family, thinking)
         return tokenizer
 
