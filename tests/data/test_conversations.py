@@ -70,3 +70,29 @@ def test_a_file_that_is_not_read_is_told_as_soon_as_it_is_there(tmp_path):
     (tmp_path / "more.pdf").write_text("x")
     (fault,) = load(tmp_path)[1].faults()
     assert (fault.kind, fault.count, fault.action) == ("file of another kind", 1, "not read")
+
+
+def test_a_null_argument_of_a_call_is_left_out_and_reported(tmp_path):
+    """Arrow fills such nulls in; in JSON text a null is the author's own."""
+    calls = [
+        {"function": {"name": "f", "arguments": {"a": 1, "b": {"c": None}}}},
+        {"function": {"name": "f", "arguments": {"a": 1}}},
+        {"function": {"name": "f", "arguments": '{"a": null}'}},
+    ]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+        }
+        for call in calls
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items, log = read_conversations([str(path)], Recipe(model="m", data=[str(path)]), ())
+    found = [i.messages[1].extra["tool_calls"][0]["function"]["arguments"] for i in items]
+    assert found == [{"a": 1, "b": {}}, {"a": 1}, {"a": None}]
+    assert [(f.kind, f.count, f.action) for f in log.faults()] == [
+        ("null argument of a tool call", 1, "left out")
+    ]

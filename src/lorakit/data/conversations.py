@@ -18,6 +18,7 @@ from lorakit.data.formats.marks import unknown_marks
 from lorakit.data.formats.normalize import clean_item
 from lorakit.data.formats.rendered import note_rendered
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
+from lorakit.data.formats.tool_turns import has_null_arguments
 from lorakit.data.issues import IssueLog, RowError, check_turns, refuse_if_empty
 from lorakit.data.sources.locate import left_aside
 from lorakit.data.sources.readers import content_key, read_rows
@@ -104,6 +105,8 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
             log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
         item = note_rendered(to_conversation(row, guess, recipe.system), log)
         item = clean_item(item, log)
+        if has_null_arguments(row.values):
+            log.add("null argument of a tool call", row.origin, "left out")
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:
         log.skip_row(fault)

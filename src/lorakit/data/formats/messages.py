@@ -16,7 +16,13 @@ from typing import Any
 from lorakit.data.formats.cells import RowFields, shown_value
 from lorakit.data.formats.marks import is_trained
 from lorakit.data.formats.parts import read_parts
-from lorakit.data.formats.tool_turns import merge_calls, pair_results, unwrapped, without_nulls
+from lorakit.data.formats.tool_turns import (
+    ARGUMENTS,
+    merge_calls,
+    pair_results,
+    unwrapped,
+    without_nulls,
+)
 from lorakit.data.issues import RowError
 from lorakit.types import Message, Role
 
@@ -209,9 +215,6 @@ def parse_tool_calls(value: Any, place: str, fault: MakeFault) -> list[dict[str,
     return [_call(call, f"{place}.tool_calls[{n}]", fault) for n, call in enumerate(calls)]
 
 
-_ARGUMENTS = ("arguments", "parameters", "args", "input")
-
-
 def _call(value: Any, path: str, fault: MakeFault) -> dict[str, Any]:
     call = _parsed(value, path, fault, "broken tool call")
     inner = call.get("function", call) if isinstance(call, dict) else call
@@ -221,7 +224,7 @@ def _call(value: Any, path: str, fault: MakeFault) -> dict[str, Any]:
             "broken tool call",
             f'{path} is {shown_value(value)}, expected {{"name": ..., "arguments": {{...}}}}',
         )
-    arguments: Any = next((inner[k] for k in _ARGUMENTS if inner.get(k) is not None), {})
+    arguments: Any = next((inner[k] for k in ARGUMENTS if inner.get(k) is not None), {})
     # JSON text has no nulls but the author's own.
     arguments = (
         (arguments.strip() or {}) if isinstance(arguments, str) else without_nulls(arguments)

@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.data.formats.cells import RowFields
 from lorakit.types import Message
 
+ARGUMENTS = ("arguments", "parameters", "args", "input")
 _WRAPPED = re.compile(r"\s*<tool_response>(.*?)</tool_response>\s*", re.DOTALL)
 
 
@@ -89,3 +90,17 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(inner) for inner in value]
     return value
+
+
+def has_null_arguments(values: Any) -> bool:
+    """True if a call in a row has an argument that is null, which `without_nulls` removes."""
+    if isinstance(values, list):
+        return any(map(has_null_arguments, values))
+    if not isinstance(values, dict):
+        return False
+    for key, inner in values.items():
+        if key in ARGUMENTS and isinstance(inner, dict) and without_nulls(inner) != inner:
+            return True
+        if key not in ("tools", "functions") and has_null_arguments(inner):
+            return True
+    return False
