@@ -161,7 +161,7 @@ class Phase:
         from lorakit import pipeline
         from lorakit.train import resumable_trainer
 
-        self.mark(pipeline, "prepare", "tokenizing")
+        self.mark(pipeline, "prepare_data", "tokenizing")
         self.mark(pipeline, "load_base", "loading")
         self.mark(pipeline.LoraTrainer, "train", "training")
         self.mark(pipeline.LoraTrainer, "_save_checkpoint", "saving")

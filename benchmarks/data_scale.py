@@ -76,13 +76,13 @@ def present_bytes():
 
 
 def prepare_once(path):
-    """In a process of its own: seconds and growth of peak memory of one `prepare`."""
-    from lorakit.data.prepare import prepare
+    """In a process of its own: seconds and growth of peak memory of one `prepare_data`."""
+    from lorakit.data.prepare import prepare_data
     from lorakit.recipe.schema import Recipe
 
     tokenizer = tokenizer_here()
     before, began = present_bytes(), time.perf_counter()
-    made = prepare(Recipe(model="demo", data=str(path), val_size=1000), tokenizer)
+    made = prepare_data(Recipe(model="demo", data=str(path), val_size=1000), tokenizer)
     seconds = time.perf_counter() - began
     for number in range(0, len(made.train), 1000):
         made.train[number]
@@ -107,7 +107,7 @@ def compare_speed(path, rows):
     tokenizer = tokenizer_here()
     recipe = Recipe(model="demo", data=str(path))
     shelf, _ = read_conversations([str(path)], recipe, [])
-    gc.set_threshold(50_000, 20, 100)  # as `prepare` does
+    gc.set_threshold(50_000, 20, 100)  # as `prepare_data` does
     raw, parts, stream = tokenizer.backend_tokenizer, [], iter(shelf)
     with tempfile.TemporaryDirectory() as folder:
         for begin in range(0, min(rows, 10 * PART), PART):

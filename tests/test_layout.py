@@ -164,3 +164,14 @@ def test_no_range_ends_before_the_next_major_version():
     shipped = [row for name, rows in extras.items() if name != "dev" for row in rows]
     for row in (*project["dependencies"], *shipped):
         assert not re.search(r"<\d+\.", row), row
+
+
+def test_no_two_public_functions_or_classes_have_one_name():
+    """Commands in `cli/` aside, which are named as what they run."""
+    places = {}
+    for path in FILES:
+        module = path.relative_to(PACKAGE).as_posix()
+        for node in ast.parse(path.read_text("utf-8")).body if module[:4] != "cli/" else ():
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

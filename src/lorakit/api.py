@@ -194,7 +194,7 @@ def _prepared(
     inspecting: bool = False,
 ) -> tuple[Any, Any]:
     """Tokenize the data of a recipe; return (tokenizer, data), the model's tokenizer by default."""
-    from lorakit.data.prepare import prepare as prepare_examples
+    from lorakit.data.prepare import prepare_data as prepare_examples
     from lorakit.model.load import load_config, load_tokenizer, locate_model
 
     folders = _folders(resolved)

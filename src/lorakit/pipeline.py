@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lorakit.data.dataset import write_validation
 from lorakit.data.inspection import measure_prepared
-from lorakit.data.prepare import Prepared, prepare
+from lorakit.data.prepare import Prepared, prepare_data
 from lorakit.dependencies import require_floors
 from lorakit.display.inspection_view import report_view
 from lorakit.distributed.process_group import (
@@ -141,7 +141,7 @@ def _prologue(
     )
     check_adapter_settings(resolved.recipe, config)
     tokenizer = load_tokenizer(recipe, location)
-    prepared = prepare(resolved.recipe, tokenizer, folders)
+    prepared = prepare_data(resolved.recipe, tokenizer, folders)
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)

@@ -15,7 +15,7 @@ from collections import Counter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.errors import LorakitError
 from lorakit.recipe.schema import Recipe
 
@@ -172,7 +172,7 @@ def build(folder, shape, suffix, data):
 def check(tokenizer, source, values):
     """What came of one input: "kept" or "refused"; a fault of ours raises."""
     try:
-        made = prepare(Recipe(model="demo", data=source, **values), tokenizer)
+        made = prepare_data(Recipe(model="demo", data=source, **values), tokenizer)
     except LorakitError:
         return "refused"
     report = made.report
@@ -226,6 +226,6 @@ def test_bad_input_of_every_kind(smollm, tmp_path):
 def test_ten_megabytes_in_one_row(smollm, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "word " * 2_000_000}))
-    made = prepare(Recipe(model="demo", data=str(path), val_size=0), smollm)
+    made = prepare_data(Recipe(model="demo", data=str(path), val_size=0), smollm)
     assert made.report.rows_read == len(made.train_conversations) == 1
     assert made.report.trained_tokens_train > 1_900_000

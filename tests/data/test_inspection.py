@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.data.inspection import inspect_prepared, runs, token_texts
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.data.tokenize.encode import encode
 from lorakit.recipe.schema import Recipe
 from lorakit.types import IGNORE
@@ -19,7 +19,7 @@ def inspection(tokenizer, folder, rows=ROWS, count=3, **values):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe.model_validate({"model": "demo", "data": str(path), **values})
-    prepared = prepare(recipe, tokenizer, inspecting=True)
+    prepared = prepare_data(recipe, tokenizer, inspecting=True)
     return inspect_prepared(prepared, tokenizer, recipe, "some/model", count), prepared
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from lorakit.data.inspection import inspect_prepared, measure, token_texts
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.data.tokenize.encode import encode
 from lorakit.display.inspection_view import (
     MASKED,
@@ -84,7 +84,7 @@ def inspected(smollm, tmp_path):
     recipe = Recipe.model_validate(
         {"model": "demo", "data": str(path), "cutoff_len": 200, "on_overlength": "error"}
     )
-    prepared = prepare(recipe, smollm, inspecting=True)
+    prepared = prepare_data(recipe, smollm, inspecting=True)
     return inspect_prepared(prepared, smollm, recipe, "some/model")
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 from tests.made_runs import WORDS, answer
 
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.inference.chat import ChatSession, run
 from lorakit.inference.generate import GenerationSettings
 from lorakit.model.multi_adapter import MultiAdapterModel
@@ -110,7 +110,7 @@ def test_saved_conversations_can_be_trained_on(session, tmp_path):
         assert "added to" in say(session, f"/save {path}")
     assert len(path.read_text().splitlines()) == 3
     recipe = Recipe(model="m", data=str(path), val_size=0)
-    assert len(prepare(recipe, session.tokenizer).train) == 3
+    assert len(prepare_data(recipe, session.tokenizer).train) == 3
 
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(loaded):

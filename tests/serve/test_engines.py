@@ -25,7 +25,7 @@ def vllm(models, monkeypatch):
     """How vLLM would be started, were it there."""
     installed(monkeypatch, "vllm", gpu=True)
     place = engines.Place(port=9, api_key="secret")
-    engine, start = engines.prepare(models, "auto", place, None, QUIET)
+    engine, start = engines.choose_engine(models, "auto", place, None, QUIET)
     assert engine == "vllm"
     return start
 
@@ -89,9 +89,9 @@ def test_what_llama_cpp_cannot_convert_goes_to_transformers(speaker, monkeypatch
 
     monkeypatch.setattr(engines, "export_run", refuse)
     models, place = models_of(speaker("fruit", lora_r=6)), engines.Place(port=9)
-    engine, start = engines.prepare(models, "auto", place, tmp_path, QUIET)
+    engine, start = engines.choose_engine(models, "auto", place, tmp_path, QUIET)
     assert (engine, start.command[-1]) == ("transformers", "fruit")
     names = {path.name for path in (tmp_path / "fruit").iterdir()}
     assert names >= {"model.safetensors", "adapter_model.safetensors", "chat_template.jinja"}
     with pytest.raises(ModelError, match="does not know"):
-        engines.prepare(models, "llama.cpp", place, tmp_path, QUIET)
+        engines.choose_engine(models, "llama.cpp", place, tmp_path, QUIET)

@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.errors import RunError
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
@@ -28,7 +28,7 @@ def past(tiny_recipe, tiny_model_dir, tiny_data, tokenizer, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(rows) + "\n")
         recipe = tiny_recipe(tiny_model_dir, path, tmp_path / "run", **values).recipe
-        train = prepare(recipe, tokenizer).train
+        train = prepare_data(recipe, tokenizer).train
         return run_fingerprint(recipe, train, tokenizer), train
 
     build.lines = lines
@@ -139,7 +139,7 @@ TOGETHER = {"micro_batch_size", "gradient_accumulation_steps"}
 def record(tiny_model_dir, tiny_data, tokenizer):
     """`record(**values)`: what a checkpoint of a run with these settings keeps; its examples."""
     places = {"model": str(tiny_model_dir), "data": str(tiny_data)}
-    train = prepare(Recipe(**places), tokenizer).train
+    train = prepare_data(Recipe(**places), tokenizer).train
     return lambda **values: (
         run_fingerprint(Recipe(**{**places, **values}), train, tokenizer),
         train,

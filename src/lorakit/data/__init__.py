@@ -1,6 +1,6 @@
 """Convert the sources of a recipe to token ids with a loss mask, and report left-out rows.
 
-The stages in order; `prepare` runs them:
+The stages in order; `prepare_data` runs them:
 
     sources/locate           a source string -> files, an address or a hub dataset id
     sources/http             addresses -> bytes, from public hosts only; hub_datasets: ids -> rows

@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.data.cache import folder_for, folder_key, key_of
 from lorakit.data.dataset import ConversationDataset, Item, write_items
 from lorakit.data.formats.columns import ColumnWatch
-from lorakit.data.formats.marks import unknown_marks
+from lorakit.data.formats.marks import unknown_flags
 from lorakit.data.formats.normalize import clean_item
 from lorakit.data.formats.rendered import note_rendered
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
@@ -101,7 +101,7 @@ def _read_all(
 
 def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Iterator[Item]:
     try:
-        for name in unknown_marks(row.values):
+        for name in unknown_flags(row.values):
             log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
         item = note_rendered(to_conversation(row, guess, recipe.system), log)
         item = clean_item(item, log)

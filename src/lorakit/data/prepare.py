@@ -90,7 +90,7 @@ class _Split:
         return Examples(self.dataset, np.concatenate(rounds))
 
 
-def prepare(
+def prepare_data(
     recipe: Recipe, tokenizer: Any, folders: Sequence[Path] = (), inspecting: bool = False
 ) -> Prepared:
     """Run the stages from source strings to examples; sets the chat template on `tokenizer`.

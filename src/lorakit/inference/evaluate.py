@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.data.dataset import Item, read_validation
 from lorakit.data.issues import IssueLog, RowError
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.data.tokenize.encode import EncodeConfig, encode_many
 from lorakit.data.tokenize.spans import told
 from lorakit.errors import DataError
@@ -105,7 +105,7 @@ def evaluate_loaded(
         examples = encode_held_out(loaded.tokenizer, records, recipe)
     else:
         held_out = recipe.model_copy(update={"data": data, "val_data": None, "val_size": 0})
-        prepared = prepare(held_out, loaded.tokenizer, [Path()])
+        prepared = prepare_data(held_out, loaded.tokenizer, [Path()])
         records, examples = prepared.train_conversations, prepared.train
     label = data or "the run's held-out rows"
     result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)

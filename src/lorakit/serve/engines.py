@@ -67,7 +67,7 @@ class Start:
     exact: bool = True  # the trained weights, not a quantization of them
 
 
-def prepare(
+def choose_engine(
     models: Models, asked: str, place: Place, folder: Path, console: Console
 ) -> tuple[str, Start]:
     """Choose the engine and its command; files for it are written to `folder`.

@@ -66,7 +66,7 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
     if len(models) < len(runs):
         raise RecipeError("two runs have the same name", hint="rename one of the folders")
     with tempfile.TemporaryDirectory(prefix="lorakit-serve-") as folder:
-        chosen, start = engines.prepare(models, engine, place, Path(folder), console)
+        chosen, start = engines.choose_engine(models, engine, place, Path(folder), console)
         # Before a server takes the memory.
         expected = {name: expectation(source) for name, source in models.items()}
         with Child(start, models, place, Path(folder)) as child:

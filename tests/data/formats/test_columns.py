@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.data.formats.columns import ColumnWatch
-from lorakit.data.prepare import prepare
+from lorakit.data.prepare import prepare_data
 from lorakit.display.inspection_view import source_line
 from lorakit.errors import DataError
 from lorakit.recipe.schema import Recipe
@@ -27,7 +27,7 @@ def prepared(smollm, folder, rows, **values):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {"model": "demo", "data": str(path), "val_size": 0, **values}
-    return prepare(Recipe.model_validate(recipe), smollm)
+    return prepare_data(Recipe.model_validate(recipe), smollm)
 
 
 def with_column(rows, name, values):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorakit.data.formats.marks import unknown_marks
+from lorakit.data.formats.marks import unknown_flags
 from lorakit.data.formats.row_formats import guess_format, to_conversation
 from lorakit.data.issues import RowError
 from lorakit.types import Origin, Row
@@ -64,7 +64,7 @@ def test_a_schema_with_marks_on_all_turns_is_read():
 
 def test_flags_without_a_known_meaning_are_named():
     row = chat({"content": "a", "keep": False, "turn_id": 3, "name": "bob"}, {"content": "b"})
-    assert list(unknown_marks(row)) == ["keep"]
+    assert list(unknown_flags(row)) == ["keep"]
 
 
 @pytest.mark.parametrize("as_text", [False, True])

@@ -58,7 +58,7 @@ def is_trained(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str)
     return False not in trained
 
 
-def unknown_marks(values: Mapping[str, Any]) -> Iterator[str]:
+def unknown_flags(values: Mapping[str, Any]) -> Iterator[str]:
     """Names of flags and numbers of assistant turns that have no known meaning."""
     seen: set[str] = set()
     for turns in values.values():
