@@ -194,7 +194,7 @@ def _prepared(
     inspecting: bool = False,
 ) -> tuple[Any, Any]:
     """Tokenize the data of a recipe; return (tokenizer, data), the model's tokenizer by default."""
-    from lorakit.data.prepare import prepare_data as prepare_examples
+    from lorakit.data.prepare import prepare_data
     from lorakit.model.load import load_config, load_tokenizer, locate_model
 
     folders = _folders(resolved)
@@ -203,7 +203,7 @@ def _prepared(
             location = locate_model(resolved.recipe, folders, say)
             load_config(resolved.recipe, location)
             tokenizer = load_tokenizer(resolved.recipe, location)
-        return tokenizer, prepare_examples(resolved.recipe, tokenizer, folders, inspecting)
+        return tokenizer, prepare_data(resolved.recipe, tokenizer, folders, inspecting)
 
 
 def default_console() -> Console:

@@ -23,7 +23,7 @@ from lorakit.data.issues import IssueLog, RowError, check_turns, refuse_if_empty
 from lorakit.data.sources.locate import left_aside
 from lorakit.data.sources.readers import content_key, read_rows
 from lorakit.recipe.schema import Recipe
-from lorakit.types import Document, Row
+from lorakit.types import Conversation, Document, Row
 
 
 def read_conversations(
@@ -105,7 +105,10 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
             log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
         item = note_rendered(to_conversation(row, guess, recipe.system), log)
         item = clean_item(item, log)
-        if has_null_arguments(row.values):
+        calls = isinstance(item, Conversation) and any(
+            "tool_calls" in m.extra for m in item.messages
+        )
+        if calls and has_null_arguments(row.values):
             log.add("null argument of a tool call", row.origin, "left out")
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:

@@ -32,9 +32,9 @@ _MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_turn>")
 _THINK_TAG = re.compile("</?think>")
 # Two private planes of Unicode: one replaces special tokens that occur as text in a turn.
 _PRIVATE = (0xF0000, 0x100000)
-
-
 _NOTHING = re.compile(r"(?!)")
+_ASK = {"role": "user", "content": PROBE_USER}
+_ANSWER = {"role": "assistant", "content": PROBE_ASSISTANT}
 
 
 class TemplateRefusal(DataError):
@@ -117,10 +117,7 @@ def _stop_texts(tokenizer: Any) -> tuple[tuple[str, ...], str]:
     """Special token that the template writes after an answer, if any, and `turn_end`."""
     if not tokenizer.chat_template:
         return ((tokenizer.eos_token,) if tokenizer.eos_token else ()), ""
-    chat = [
-        {"role": "user", "content": PROBE_USER},
-        {"role": "assistant", "content": PROBE_ASSISTANT},
-    ]
+    chat = [_ASK, _ANSWER]
     tail = render_chat(tokenizer, chat, prompt=False).rpartition(PROBE_ASSISTANT)[2]
     token_texts = {str(t): None for t in tokenizer.added_tokens_decoder.values()}
     token_texts |= {str(t): None for t in tokenizer.all_special_tokens}
@@ -164,13 +161,8 @@ def _turn_marks(tokenizer: Any) -> set[str]:
     """
     if not tokenizer.chat_template:
         return set()
-    chat = [
-        {"role": "user", "content": PROBE_USER},
-        {"role": "assistant", "content": PROBE_ASSISTANT},
-        {"role": "user", "content": PROBE_USER},
-    ]
     try:
-        text = render_chat(tokenizer, chat, prompt=True)
+        text = render_chat(tokenizer, [_ASK, _ANSWER, _ASK], prompt=True)
     except TemplateRefusal:
         return set()
     added = (str(t) for t in tokenizer.added_tokens_decoder.values() if not t.special)
@@ -181,17 +173,11 @@ def _probe_thoughts(tokenizer: Any) -> ThoughtsFormat | None:
     """Detect whether and how the template writes the `reasoning_content` of an answer."""
     if not tokenizer.chat_template:
         return None
-    ask = {"role": "user", "content": PROBE_USER}
-    answer = {"role": "assistant", "content": PROBE_ASSISTANT, "reasoning_content": _THOUGHTS}
+    answer = {**_ANSWER, "reasoning_content": _THOUGHTS}
     for options in ({}, {"enable_thinking": True}):
         try:
-            text = render_chat(tokenizer, [ask, answer], prompt=False, **options)
-            plain = render_chat(
-                tokenizer,
-                [ask, {"role": "assistant", "content": PROBE_ASSISTANT}],
-                prompt=False,
-                **options,
-            )
+            text = render_chat(tokenizer, [_ASK, answer], prompt=False, **options)
+            plain = render_chat(tokenizer, [_ASK, _ANSWER], prompt=False, **options)
         except TemplateRefusal:
             return None
         before, thoughts, after = text.partition(_THOUGHTS)
@@ -214,11 +200,9 @@ def _prompt_fits(tokenizer: Any) -> bool:
     """True if a plain answer begins with the generation prompt."""
     if not tokenizer.chat_template:
         return True
-    ask = {"role": "user", "content": PROBE_USER}
-    answer = {"role": "assistant", "content": PROBE_ASSISTANT}
     try:
-        answered = render_chat(tokenizer, [ask, answer], prompt=False)
-        return answered.startswith(render_chat(tokenizer, [ask], prompt=True))
+        answered = render_chat(tokenizer, [_ASK, _ANSWER], prompt=False)
+        return answered.startswith(render_chat(tokenizer, [_ASK], prompt=True))
     except TemplateRefusal:
         return False
 
@@ -248,7 +232,7 @@ def _probe_tools(tokenizer: Any) -> _ToolCapabilities:
         except TemplateRefusal:
             return None
 
-    ask, call = {"role": "user", "content": PROBE_USER}, _probe_call(as_text=False)
+    ask, call = _ASK, _probe_call(as_text=False)
     text = rendered([ask, call])
     as_text = not _writes_call(text) and _writes_call(rendered([ask, _probe_call(as_text=True)]))
     if as_text:
@@ -292,10 +276,7 @@ def _writes_call(text: str | None) -> bool:
 
 def unknown_marks(tokenizer: Any) -> list[str]:
     """Find texts such as <|im_start|> that the template writes and the tokenizer lacks."""
-    chat = [
-        {"role": "user", "content": PROBE_USER},
-        {"role": "assistant", "content": PROBE_ASSISTANT},
-    ]
+    chat = [_ASK, _ANSWER]
     marks = dict.fromkeys(_MARK.findall(render_chat(tokenizer, chat, prompt=False)))
     return [mark for mark in marks if len(tokenizer(mark, add_special_tokens=False).input_ids) > 1]
 
