@@ -7,7 +7,6 @@ adapter that no recipe describes.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from lorakit.data.dataset import Examples
 from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
+from lorakit.dependencies import installed_version
 from lorakit.errors import RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe
@@ -247,13 +247,7 @@ def run_fingerprint(
 
 def library_versions() -> dict[str, str | None]:
     """Installed versions of the libraries that affect a run's numbers."""
-    versions: dict[str, str | None] = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {name: installed_version(name) for name in VERSIONS}
 
 
 def remember_rows(run: RunDir, train: Examples) -> None:
