@@ -390,3 +390,11 @@ def test_the_next_turns_token_ends_an_answer_where_nothing_else_does(marked, cha
 def test_a_lost_end_of_turn_is_not_taken_for_that(marked, template):
     with pytest.raises(ModelError, match="writes no end-of-turn token"):
         marked(template)
+
+
+def test_split_makes_one_example_where_only_the_last_answer_is_trained(smollm, chat, trained_runs):
+    talk = chat("a?", "one " * 20, "b?", "two " * 20, "c?", "three")
+    log, rules = IssueLog(), EncodeConfig("last", cutoff_len=60, on_overlength="split")
+    ((_, made),) = encode_many(smollm, [talk], rules, log)
+    assert trained_runs(smollm, made) == ["three<|im_end|>"]
+    assert [(f.kind, f.action) for f in log.faults()] == [("too long", "oldest turns dropped")]
