@@ -106,6 +106,19 @@ def test_a_kernel_that_does_not_run_on_this_card_is_no_end(card, monkeypatch):
     assert model(torch.arange(5).unsqueeze(0)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("comparison", "said"),
+    [("of_layers", "the probe differs by nan"), ("of_gradients", "gradients differ by nan")],
+)
+def test_a_difference_that_is_no_number_is_a_difference(monkeypatch, comparison, said):
+    monkeypatch.setattr(self_test, "has_kernels", lambda _: True)
+    monkeypatch.setattr(self_test, "of_gradients", lambda *_: 0.0)
+    monkeypatch.setattr(self_test, comparison, lambda *_: float("nan"))
+    engine, path = attach_engine(tiny().get_base_model(), CPU)
+    assert engine is None
+    assert said in path
+
+
 def test_memory_that_runs_out_is_not_taken_for_a_fault_of_the_kernels(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no room")
