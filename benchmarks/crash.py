@@ -10,6 +10,7 @@ timer, or by itself at a random one of its file operations. tests/test_crash.py 
 import argparse
 import collections
 import contextlib
+import gc
 import itertools
 import json
 import mmap
@@ -447,12 +448,17 @@ class Campaign:
 def import_everything():
     """What children need, loaded once; nothing here may start a thread."""
     import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+    import peft.utils.transformers_weight_conversion  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lorakit.pipeline  # noqa: F401
     from lorakit.cli.app import quiet
 
     quiet(offline=True)
+    # Each collection in a child would visit the million objects of these imports.
+    gc.freeze()
 
 
 def main():

@@ -8,6 +8,7 @@ each step (rows_0.jsonl ...).  `fails` lets a rank run out of memory while it lo
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -24,11 +25,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
 def import_everything():
     """Nothing here may start a thread."""
     import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+    import peft.utils.transformers_weight_conversion  # noqa: F401
     import torch.distributed  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401
+
+    # Each collection in a child would visit the million objects of these imports.
+    gc.freeze()
 
 
 def free_port():
