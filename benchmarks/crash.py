@@ -184,6 +184,8 @@ def start(world, folder, spec, phase, die_at=None, prepare=None, job=None):
         return process
     code = 99
     try:
+        # Otherwise each collection visits the million objects of the parent's imports.
+        gc.freeze()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
@@ -457,8 +459,6 @@ def import_everything():
     from lorakit.cli.app import quiet
 
     quiet(offline=True)
-    # Each collection in a child would visit the million objects of these imports.
-    gc.freeze()
 
 
 def main():

@@ -34,8 +34,6 @@ def import_everything():
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401
 
-    # Each collection in a child would visit the million objects of these imports.
-    gc.freeze()
 
 
 def free_port():
@@ -98,6 +96,8 @@ def run(job):
         if not child:
             code = 99
             try:
+                # Otherwise each collection visits the million objects of the parent's imports.
+                gc.freeze()
                 code = rank(job, number, port)
             finally:
                 sys.stdout.flush()
