@@ -35,7 +35,6 @@ def import_everything():
     import lorakit.pipeline  # noqa: F401
 
 
-
 def free_port():
     """Below those that connections of other programs are given until the ranks come to it."""
     while True:

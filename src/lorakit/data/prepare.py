@@ -124,7 +124,9 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     elif recipe.held_out and len(items) == 1:
         items, held_items = _split_single_document(items, recipe.held_out, log)
     thinking = items.thinking or (held_items is not None and held_items.thinking)
-    info = resolve_template(tokenizer, recipe.model, thinking)
+    info = resolve_template(
+        tokenizer, recipe.model, thinking, recipe.template_kwargs, recipe.template_date
+    )
     encode = _Encoder(recipe, tokenizer, inspecting, log)
     side = encode(items)
     report_duplicates(*side.hashes_and_signatures, side.origin, log)

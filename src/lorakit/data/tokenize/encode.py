@@ -45,12 +45,19 @@ class EncodeConfig:
     on_overlength: str
     documents: str = "completion"
     overlap: int = 0
+    train_on_thoughts: bool = True
 
     @classmethod
     def of(cls, recipe: Recipe) -> EncodeConfig:
         """Take the settings from a recipe."""
-        texts = recipe.documents, recipe.document_overlap
-        return cls(recipe.train_on, recipe.cutoff_len, recipe.on_overlength, *texts)
+        return cls(
+            recipe.train_on,
+            recipe.cutoff_len,
+            recipe.on_overlength,
+            recipe.documents,
+            recipe.document_overlap,
+            recipe.train_on_thoughts,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -120,8 +127,7 @@ def encode_many(
     Texts are tokenized in blocks, on all cores, while the next block is rendered.
     """
     blocks = (
-        [(item, _try_draft(tokenizer, item, rules.train_on)) for item in block]
-        for block in _blocks(items)
+        [(item, _try_draft(tokenizer, item, rules)) for item in block] for block in _blocks(items)
     )
     tail = borders_of(tokenizer).tail
 
@@ -142,12 +148,12 @@ def encode_many(
 
 
 def _try_draft(
-    tokenizer: Any, item: Conversation | Document, train_on: str
+    tokenizer: Any, item: Conversation | Document, rules: EncodeConfig
 ) -> Draft | RowError | None:
     if isinstance(item, Document):
         return None
     try:
-        return find_spans(tokenizer, item, train_on)
+        return find_spans(tokenizer, item, rules.train_on, rules.train_on_thoughts)
     except RowError as fault:
         return fault
 
@@ -202,7 +208,10 @@ def _encode_pieces(
 
     def tried(piece: Conversation) -> tuple[list[Example], RowError | None]:
         try:
-            piece_log, drafted = IssueLog(), find_spans(tokenizer, piece, rules.train_on)
+            piece_log, drafted = (
+                IssueLog(),
+                find_spans(tokenizer, piece, rules.train_on, rules.train_on_thoughts),
+            )
             examples = _encode_one(tokenizer, piece, drafted, single, {}, piece_log)
             lost = any(fault.kind == "too long" for fault in piece_log.faults())
             error = RowError("too long", piece.origin, "an answer would be left out")
@@ -355,7 +364,7 @@ def _shorten(
         middle = (low + high) // 2
         rest = replace(conversation, messages=messages[:head] + messages[questions[middle] :])
         try:
-            drafted = find_spans(tokenizer, rest, rules.train_on)
+            drafted = find_spans(tokenizer, rest, rules.train_on, rules.train_on_thoughts)
         except RowError:  # the remaining turns have no trained answer
             high = middle - 1
             continue
