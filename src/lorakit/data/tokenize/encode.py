@@ -191,6 +191,8 @@ def _encode_one(
             raise
         except RowError as fault:
             faults.append(fault)
+    if not fitting and rules.on_overlength == "drop_oldest_turns" and rules.train_on != "last":
+        fitting = _earlier_answers(tokenizer, item, rules, log)
     if not fitting:
         raise faults[0]
     for _ in faults:
@@ -198,6 +200,24 @@ def _encode_one(
     for example in fitting:
         verify_example(tokenizer, example, rules.train_on)
     return fitting
+
+
+def _earlier_answers(
+    tokenizer: Any, conversation: Conversation, rules: EncodeConfig, log: IssueLog
+) -> list[Example]:
+    """Encode a conversation without its last exchange, which alone is too long."""
+    messages = conversation.messages
+    last = max((i for i, m in enumerate(messages) if m.role == "user"), default=0)
+    earlier = replace(conversation, messages=messages[:last])
+    if not any(m.role == "assistant" for m in earlier.messages):
+        return []
+    try:
+        drafted = _try_draft(tokenizer, earlier, rules)
+        return _encode_one(tokenizer, earlier, drafted, rules, {}, log)
+    except FatalRowError:
+        raise
+    except RowError:
+        return []
 
 
 def _encode_pieces(

@@ -317,6 +317,10 @@ class _SpanFinder:
                 f"the chat template does not write the complete answer: {content[:60]!r} became "
                 f"{written[:60]!r}",
             )
+        indented = message["content"].strip("\n").rstrip()
+        if visible == content and indented != content and indented not in written:
+            kind = "spaces at the start of an answer"
+            self.notes.append((kind, "removed by the chat template"))
         if _thoughts(message) not in written:
             self.notes.append(
                 ("thoughts not written by the chat template", "only the answer is trained")
