@@ -129,11 +129,12 @@ def test_a_killed_writer_leaves_no_entry(home):
 
 
 def test_the_least_recently_used_go(home, monkeypatch):
-    monkeypatch.setattr(cache, "MOST_ENTRIES", 2)
     for number, key in enumerate("abc"):
         cached(key, writer(key, []))
         os.utime(home / f"{key}.arrow", (number, number))
-    cached("a", writer("a", []))
+    cached("a", writer("a", written := []))
+    assert written == []
+    monkeypatch.setattr(cache, "MOST_ENTRIES", 2)
     cached("d", writer("d", []))
     assert names(home) == ["a.arrow", "a.json", "d.arrow", "d.json"]
     monkeypatch.setattr(cache, "MOST_BYTES", 1)
