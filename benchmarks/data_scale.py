@@ -87,6 +87,7 @@ def prepare_once(path):
     seconds = time.perf_counter() - began
     for number in range(0, len(made.train), 1000):
         made.train[number]
+    made.train.digest()
     return {
         "seconds": round(seconds, 1),
         "peak_rss_growth_bytes": peak_bytes() - before,

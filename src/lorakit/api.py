@@ -151,7 +151,8 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
 
     Returns:
         A `datasets.DatasetDict` with "train", and "validation" where rows are held out. Columns:
-        `input_ids`, `labels` (-100 where a token is not trained), `source` and `row` (from 1).
+        `input_ids`, `labels` (-100 where a token is not trained), `source` and `row` (from 1). Rows
+        are memory-mapped from the cache of prepared data, which `save_to_disk` copies.
 
     Raises:
         LorakitError: the model or a source cannot be read, no row can be used, or a row would

@@ -227,7 +227,7 @@ class _Encoder:
     def _encoded(
         self, items: ConversationDataset, rules: EncodeConfig, log: IssueLog
     ) -> Iterator[tuple[int, list[Example]]]:
-        encoded = encode_many(self.tokenizer, items, rules, log)
+        encoded = encode_many(self.tokenizer, items.remapped(), rules, log)
         for index, (_, examples) in enumerate(encoded):
             if isinstance(examples, FatalRowError) and not self.inspecting:
                 raise examples
