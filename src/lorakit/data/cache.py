@@ -59,9 +59,8 @@ def cached(key: str | None, write: Callable[[Path], dict[str, Any]]) -> CacheEnt
         WorkError: the cache cannot be written. Other errors of `write` are passed on.
     """
     home = cache_home()
-    if key and (meta := _intact(home / f"{key}.arrow")) is not None:
-        os.utime(home / f"{key}.arrow")
-        return _entry(key, meta)
+    if key and (entry := _intact(home / f"{key}.arrow")):
+        return entry
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=_MAKING, dir=home) as folder:
@@ -79,7 +78,7 @@ def cached(key: str | None, write: Callable[[Path], dict[str, Any]]) -> CacheEnt
             hint="free some space, or set XDG_CACHE_HOME to a folder on another disk",
         ) from error
     _prune(home, keep=key)
-    return _entry(key, meta)
+    return CacheEntry(Dataset.from_file(str(home / f"{key}.arrow")), meta, key)
 
 
 def cache_home() -> Path:
@@ -88,16 +87,14 @@ def cache_home() -> Path:
     return Path(base or Path.home() / ".cache") / "lorakit" / "data"
 
 
-def _entry(key: str, meta: dict[str, Any]) -> CacheEntry:
-    return CacheEntry(Dataset.from_file(str(cache_home() / f"{key}.arrow")), meta, key)
-
-
-def _intact(path: Path) -> dict[str, Any] | None:
-    """The JSON values of an entry, or None if it is missing or differs from its checksum."""
+def _intact(path: Path) -> CacheEntry | None:
+    """The entry at `path`, marked as used; None if it is missing or differs from its checksum."""
     try:
         record = json.loads(path.with_suffix(".json").read_text())
-        meta: dict[str, Any] = record["meta"]
-        return meta if record["sha256"] == _sha256(path, meta) else None
+        if record["sha256"] != _sha256(path, record["meta"]):
+            return None
+        os.utime(path)
+        return CacheEntry(Dataset.from_file(str(path)), record["meta"], path.stem)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
