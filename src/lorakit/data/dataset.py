@@ -234,7 +234,7 @@ class Examples(ArrowRows[Example]):
     def digest(self) -> str:
         """SHA-256 of all lengths, ids and loss masks in their order."""
         digest = hashlib.sha256(self.lengths.tobytes())
-        table = self.remapped().table.data.table.select(["input_ids", "labels"])
+        table = self.table.data.table.select(["input_ids", "labels"])
         # Consecutive examples are hashed together: a million examples make about 50,000 runs.
         for run in np.split(self.chosen, np.flatnonzero(np.diff(self.chosen) != 1) + 1):
             rows = table.slice(run[0] if len(run) else 0, len(run))
