@@ -282,8 +282,8 @@ def torn(folder):
     home = cache_of(folder)
     found += [
         f"cache {place.name}"
-        for place in (home.iterdir() if home.exists() else ())
-        if not place.name.startswith(cache._MAKING) and not cache._complete(place)
+        for place in (home.glob("*.json") if home.exists() else ())
+        if cache._intact(place.with_suffix(".arrow")) is None
     ]
     for path in folder.glob("*.json"):
         try:

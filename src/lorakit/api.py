@@ -151,40 +151,18 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
 
     Returns:
         A `datasets.DatasetDict` with "train", and "validation" where rows are held out. Columns:
-        `input_ids`, `labels` (-100 where a token is not trained), `source` and `row` (from 1).
+        `input_ids`, `labels` (-100 where a token is not trained), `source` and `row` (from 1). Rows
+        are memory-mapped from the cache of prepared data, which `save_to_disk` copies.
 
     Raises:
         LorakitError: the model or a source cannot be read, no row can be used, or a row would
             spoil the training.
     """
-    from datasets import Dataset, DatasetDict, Features, List, Value
+    from datasets import DatasetDict
 
     _, prepared = _prepared(load_recipe(recipe, **settings), tokenizer)
-    features = Features(
-        input_ids=List(Value("int32")),
-        labels=List(Value("int32")),
-        source=Value("string"),
-        row=Value("int64"),
-    )
     parts = {"train": prepared.train, "validation": prepared.val}
-    return DatasetDict(
-        {
-            name: Dataset.from_list(
-                [
-                    {
-                        "input_ids": example.input_ids,
-                        "labels": example.labels,
-                        "source": example.origin.source,
-                        "row": example.origin.row,
-                    }
-                    for example in examples
-                ],
-                features=features,
-            )
-            for name, examples in parts.items()
-            if len(examples)
-        }
-    )
+    return DatasetDict({name: part.dataset for name, part in parts.items() if len(part)})
 
 
 def _prepared(

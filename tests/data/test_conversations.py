@@ -59,7 +59,7 @@ def test_each_source_has_its_own_numbers(source, tmp_path):
         ("others.jsonl", "alpaca", 1, 0),
         ("third.jsonl", "question/answer", 7, 2),
     ]
-    assert shelf.sources.tolist() == [0] * 5 + [1] + [2] * 5
+    assert shelf.column("source_index").tolist() == [0] * 5 + [1] + [2] * 5
     assert log.rows_left_out == 3
 
 

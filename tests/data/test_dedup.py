@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lorakit.data.dedup import Signer, near_twins, report_duplicates, report_overlap
+from lorakit.data.dedup import near_twins, report_duplicates, report_overlap, sign
 from lorakit.data.issues import IssueLog
 from lorakit.types import Origin
 
@@ -17,21 +17,14 @@ OTHER = (
 CHINESE = "博物馆早上九点开门，下午六点关门，星期一全天不开放。门票八欧元，十二岁以下儿童免费。"
 
 
-def signed(*texts):
-    signer = Signer()
-    for text in texts:
-        signer.add(text)
-    return signer.signatures()
-
-
 def at(source):
     return lambda number: Origin(source, number + 1)
 
 
 def test_a_changed_word_white_space_and_case_make_a_near_duplicate():
     texts = [LONG, OTHER, LONG.replace("eight", "seven"), f"  {OTHER.upper()}\n", CHINESE]
-    assert near_twins(signed(*texts)).tolist() == [-1, -1, 0, 1, -1]
-    assert near_twins(signed(CHINESE, CHINESE.replace("八", "九"))).tolist() == [-1, 0]
+    assert near_twins(sign(texts)).tolist() == [-1, -1, 0, 1, -1]
+    assert near_twins(sign([CHINESE, CHINESE.replace("八", "九")])).tolist() == [-1, 0]
 
 
 def test_a_twin_is_found_past_rows_that_share_as_much_with_both():
@@ -47,37 +40,37 @@ def test_a_twin_is_found_past_rows_that_share_as_much_with_both():
 
 def test_texts_with_a_common_half_are_not_nearly_the_same():
     half = LONG[:90]
-    assert near_twins(signed(half + OTHER, half + LONG[90:])).tolist() == [-1, -1]
+    assert near_twins(sign([half + OTHER, half + LONG[90:]])).tolist() == [-1, -1]
 
 
 def test_short_texts_have_no_signature():
-    assert near_twins(signed("What is 3 + 3?\n6", "What is 3 + 3?\n6")).tolist() == [-1, -1]
-    assert signed("", "x").tolist() == [[0] * 64] * 2
-    assert signed().shape == (0, 64)
+    assert near_twins(sign(["What is 3 + 3?\n6", "What is 3 + 3?\n6"])).tolist() == [-1, -1]
+    assert sign(["", "x"]).tolist() == [[0] * 64] * 2
+    assert sign([]).shape == (0, 64)
 
 
-def test_batches_do_not_alter_signatures():
-    texts = [f"{LONG} {i}" for i in range(9000)]
-    assert (signed(*texts)[-50:] == signed(*texts[-50:])).all()
+def test_other_texts_do_not_alter_signatures():
+    texts = [f"{LONG} {i}" for i in range(900)]
+    assert (sign(texts)[-50:] == sign(texts[-50:])).all()
 
 
 def test_held_out_rows_that_are_like_one_another_overlap_with_nothing():
     log = IssueLog()
     near = LONG.replace("eight", "seven")
-    trained = np.array([1], np.uint64), signed(OTHER)
-    report_overlap(trained, (np.array([2, 3], np.uint64), signed(LONG, near)), at("v"), log)
+    trained = np.array([1], np.uint64), sign([OTHER])
+    report_overlap(trained, (np.array([2, 3], np.uint64), sign([LONG, near])), at("v"), log)
     assert log.faults() == ()
-    report_overlap(trained, (np.array([], np.uint64), signed()), at("v"), log)
+    report_overlap(trained, (np.array([], np.uint64), sign([])), at("v"), log)
     assert log.faults() == ()
 
 
 def test_duplicates_and_overlap_are_counted_with_their_first_rows():
     log = IssueLog()
     near = LONG.replace("eight", "seven")
-    signatures = signed(LONG, OTHER, LONG, near)
+    signatures = sign([LONG, OTHER, LONG, near])
     marks = np.array([1, 2, 1, 3], np.uint64)
     report_duplicates(marks, signatures, at("t"), log)
-    held = np.array([2, 9], np.uint64), signed(OTHER, LONG.replace("nine", "ten"))
+    held = np.array([2, 9], np.uint64), sign([OTHER, LONG.replace("nine", "ten")])
     report_overlap((marks, signatures), held, at("v"), log)
     assert {(f.kind, f.first_rows, f.action) for f in log.faults()} == {
         ("exact duplicate", ("t:3",), "kept"),

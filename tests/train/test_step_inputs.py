@@ -1,11 +1,9 @@
 """Rows of the training data are a Dataset that any trainer of TRL can read."""
 
-import pytest
-
 from lorakit.data.batching import Layout
+from lorakit.data.dataset import as_dataset
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
-from lorakit.errors import DataError
-from lorakit.train.step_inputs import as_dataset, step_inputs
+from lorakit.train.step_inputs import step_inputs
 
 from .faults import examples
 
@@ -14,34 +12,19 @@ LAYOUT = Layout(0, 2, 32, packed=False)
 
 def test_a_dataset_holds_ids_labels_and_where_each_example_is_from():
     rows = examples([5, 9, 7])
-    dataset = as_dataset(rows, lambda: "")
+    dataset = as_dataset(rows)
     assert len(dataset) == 3
     for number, example in enumerate(rows):
         found = dataset[number]
         assert found["input_ids"] == example.input_ids
         assert found["labels"] == example.labels
-        assert found["origin"] == example.origin
+        assert (found["source"], found["row"]) == ("rows.jsonl", number + 1)
     assert dataset[[2, 0]]["input_ids"] == [rows[2].input_ids, rows[0].input_ids]
-
-
-def test_an_example_that_cannot_be_read_is_named_with_the_checkpoint():
-    class Torn(list):
-        def __getitem__(self, number):
-            if number == 3:
-                raise OSError(5, "Input/output error")
-            return super().__getitem__(number)
-
-    dataset = as_dataset(Torn(examples([9] * 8)), lambda: "step_000002 is the last checkpoint")
-    dataset[2]
-    words = r"example 4 of the prepared data .*Input/output.*; step_000002 is the last"
-    with pytest.raises(DataError, match=words) as error:
-        dataset[[2, 3]]
-    assert "--resume" in error.value.hint
 
 
 def test_a_step_counts_the_tokens_of_all_ranks_and_lays_out_its_own():
     rows = examples([5, 9, 7, 4])
-    dataset = as_dataset(rows, lambda: "")
+    dataset = as_dataset(rows)
     step = step_inputs([dataset[i] for i in (3, 1, 0, 2)], LAYOUT, SINGLE_PROCESS)
     assert [e.origin.row for e in step.examples] == [4, 2, 1, 3]
     assert (step.tokens, step.supervised) == (25, 17)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakit.errors import DataError
 from lorakit.hardware import detect_device
 from lorakit.model.load import load_base, load_tokenizer
 from lorakit.model.lora_config import add_adapter
@@ -226,20 +225,6 @@ def test_a_clock_that_jumps_leaves_times_alone(tiny_model_dir, tmp_path, monkeyp
     rows = read_metrics(trainer.run)
     assert len(rows) == 3
     assert all(0 < r["seconds"] < 60 and r["tokens_per_second"] > 0 for r in rows)
-
-
-def test_an_example_that_cannot_be_read_is_named(tiny_model_dir, tmp_path):
-    class Torn(list):
-        def __getitem__(self, number):
-            if number == 3:
-                raise OSError(5, "Input/output error")
-            return super().__getitem__(number)
-
-    rows = Torn(examples([9] * 8))
-    trainer = trainer_of(tiny_model_dir, tmp_path, rows, max_steps=1)
-    with pytest.raises(DataError, match=r"example 4 of the prepared data .*Input/output") as error:
-        trainer.train()
-    assert "--resume" in error.value.hint
 
 
 @pytest.mark.parametrize(("chosen", "recomputes"), [("auto", True), (False, False)])

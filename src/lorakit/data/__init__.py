@@ -11,8 +11,8 @@ The stages in order; `prepare_data` runs them:
     formats/normalize        texts without control characters, in composed letters
     issues                   faults of rows, counted
     conversations            all of these, for the sources of a recipe
-    dataset                  conversations and tokenized examples on disk, read by number
-    cache                    prepared datasets, reused by a hash of everything they depend on
+    dataset                  conversations and tokenized examples in Arrow files, read by number
+    cache                    these files, reused by a hash of everything they depend on
     chat_template/select     the tokenizer's chat template, or a supplied one, with a note
     chat_template/render     messages -> text -> ids, and what a template can write
     chat_template/sandbox    limits on the time and memory that a template may take

@@ -1,13 +1,14 @@
-"""Cache of prepared data folders, each made once per key.
+"""Cache of Arrow files of prepared data, each made once per key.
 
-The folders are in $XDG_CACHE_HOME/lorakit/data (~/.cache by default), named by a hash of everything
-that determines their content. The least recently used ones are deleted when there are too many; the
-cache may be deleted at any time: `rm -r ~/.cache/lorakit/data`.
+An entry is `<key>.arrow` and `<key>.json` in $XDG_CACHE_HOME/lorakit/data (~/.cache by default),
+where the key is a hash of everything that determines the content. The JSON file has the checksum: a
+file that a power cut or a fault of the disk damaged is made again. The least recently used entries
+are deleted when there are too many; the cache may be deleted at any time:
+`rm -r ~/.cache/lorakit/data`.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import json
@@ -16,16 +17,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import WorkError
-from lorakit.storage.atomic_dir import flush
+from datasets import Dataset
 
-# A million chats of 210 characters take about 0.9 GB.
+from lorakit.errors import WorkError
+
+# A million chats of 210 characters take about 1.2 GB.
 MOST_BYTES = 20 * 2**30
-MOST_FOLDERS = 200
-_SIZES, _MAKING = "sizes.json", ".making-"
+MOST_ENTRIES = 200
+_MAKING = ".making-"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """A memory-mapped Arrow table, and the JSON values that its writer returned."""
+
+    table: Dataset
+    meta: dict[str, Any]
+    key: str
 
 
 def key_of(*parts: Any) -> str:
@@ -34,53 +46,39 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
-    """Return the folder that `make` filled for `key`, in this or an earlier run.
+def cached(key: str | None, write: Callable[[Path], dict[str, Any]]) -> CacheEntry:
+    """Return the entry that `write` made for `key`, in this or an earlier run.
 
     Args:
-        key: None for content that is not known before it is read, which must not be reused; the
-            folder is then deleted when the process ends.
-        make: fills the folder that it is given; if it raises, the folder is deleted.
+        key: None for content that is not known before it is read: it is written each time, and its
+            key is a hash of what was written.
+        write: writes an Arrow stream to the path that it is given, and returns JSON values to keep
+            with it; if it raises, nothing is kept.
 
     Raises:
-        WorkError: the cache cannot be written. Other errors of `make` are passed on.
+        WorkError: the cache cannot be written. Other errors of `write` are passed on.
     """
     home = cache_home()
-    target = home / key if key else None
-    if target and _complete(target):
-        os.utime(target)
-        return target
+    if key and (entry := _intact(home / f"{key}.arrow")):
+        return entry
     try:
         home.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=home))
+        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=home) as folder:
+            data, record = Path(folder) / "data.arrow", Path(folder) / "data.json"
+            meta = write(data)
+            checksum = _sha256(data, meta)
+            record.write_text(json.dumps({"sha256": checksum, "meta": meta}))
+            key = key or key_of("content", checksum)
+            # Another process that wrote the same key meanwhile wrote the same bytes.
+            data.replace(home / f"{key}.arrow")
+            record.replace(home / f"{key}.json")
     except OSError as error:
-        raise _unwritable(home, error) from error
-    try:
-        make(work)
-        sizes = {path.name: path.stat().st_size for path in work.iterdir()}
-        (work / _SIZES).write_text(json.dumps(sizes))
-        # A size check alone would miss bytes that a power cut kept from the disk.
-        for path in (*work.iterdir(), work):
-            flush(path)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise _unwritable(home, error) from error
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if target is None:
-        atexit.register(shutil.rmtree, work, ignore_errors=True)
-        return work
-    return _settle(work, target, home)
-
-
-def folder_key(folder: Path) -> str:
-    """Key of a folder by the content of its files."""
-    digests = []
-    for path in sorted(p for p in folder.iterdir() if p.name != _SIZES):
-        with path.open("rb") as handle:
-            digests.append([path.name, hashlib.file_digest(handle, "sha256").hexdigest()])
-    return key_of("content", digests)
+        raise WorkError(
+            f"prepared data cannot be kept in {home}: {error.strerror or error}",
+            hint="free some space, or set XDG_CACHE_HOME to a folder on another disk",
+        ) from error
+    _prune(home, keep=key)
+    return CacheEntry(Dataset.from_file(str(home / f"{key}.arrow")), meta, key)
 
 
 def cache_home() -> Path:
@@ -89,59 +87,49 @@ def cache_home() -> Path:
     return Path(base or Path.home() / ".cache") / "lorakit" / "data"
 
 
-def _settle(work: Path, target: Path, home: Path) -> Path:
-    """Rename `work` to its final name; if another process was faster, its folder is used."""
-    if target.exists() and not _complete(target):
-        shutil.rmtree(target, ignore_errors=True)
+def _intact(path: Path) -> CacheEntry | None:
+    """The entry at `path`, marked as used; None if it is missing or differs from its checksum."""
     try:
-        work.replace(target)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if not _complete(target):
-            raise _unwritable(home, error) from error
-    _prune(home, keep=target)
-    return target
+        record = json.loads(path.with_suffix(".json").read_text())
+        if record["sha256"] != _sha256(path, record["meta"]):
+            return None
+        os.utime(path)
+        return CacheEntry(Dataset.from_file(str(path)), record["meta"], path.stem)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _complete(folder: Path) -> bool:
-    """True if all files exist with the sizes that were written."""
-    try:
-        sizes = json.loads((folder / _SIZES).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+def _sha256(path: Path, meta: dict[str, Any]) -> str:
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256")
+    digest.update(json.dumps(meta).encode())
+    return digest.hexdigest()
 
 
-def _prune(home: Path, keep: Path) -> None:
-    folders = []
-    for entry in os.scandir(home):
+def _prune(home: Path, keep: str) -> None:
+    entries = []
+    for path in home.iterdir():
         try:
-            if entry.name.startswith(_MAKING):
-                if entry.stat().st_mtime < time.time() - 86400:  # of a killed process
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                continue
-            sizes = json.loads((Path(entry.path) / _SIZES).read_text())
-            folders.append((entry.stat().st_mtime, sum(sizes.values()), Path(entry.path)))
-        except (OSError, ValueError):  # another process is writing or deleting it
+            facts = path.stat()
+            if path.suffix == ".arrow":
+                entries.append((facts.st_mtime, facts.st_size, path))
+            elif path.is_dir() and facts.st_mtime < time.time() - 86400:
+                # Of a killed process, or of a version that kept folders.
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # another process moved or deleted it
             continue
     remaining = MOST_BYTES
-    for index, (_, size, path) in enumerate(sorted(folders, reverse=True)):
+    for index, (_, size, path) in enumerate(sorted(entries, reverse=True)):
         remaining -= size
         # An open memory map outlives the name of its file, so a run that reads it continues.
-        if (remaining < 0 or index >= MOST_FOLDERS) and path != keep:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _unwritable(home: Path, error: OSError) -> WorkError:
-    return WorkError(
-        f"prepared data cannot be kept in {home}: {error.strerror or error}",
-        hint="free some space, or set XDG_CACHE_HOME to a folder on another disk",
-    )
+        if (remaining < 0 or index >= MOST_ENTRIES) and path.stem != keep:
+            for name in (path.with_suffix(".json"), path):
+                name.unlink(missing_ok=True)
 
 
 @functools.cache
 def _code() -> str:
-    """Hash of the code that prepares data, so that a new version does not reuse old folders."""
+    """Hash of the code that prepares data, so that a new version does not reuse old entries."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for path in sorted([*here.rglob("*.py"), here.parent / "types.py"]):

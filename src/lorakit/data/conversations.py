@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.cache import folder_for, folder_key, key_of
+from lorakit.data.cache import cached, key_of
 from lorakit.data.dataset import ConversationDataset, Item, write_items
 from lorakit.data.formats.columns import ColumnWatch
 from lorakit.data.formats.marks import unknown_flags
@@ -42,13 +42,11 @@ def read_conversations(
     rules = [list(names), skipped_files, recipe.columns, recipe.system]
     key = None if None in contents else key_of("items", contents, rules)
 
-    def make(folder: Path) -> None:
+    def write(path: Path) -> dict[str, Any]:
         meta: dict[str, Any] = {"lines": []}
-        write_items(folder, _read_all(names, skipped_files, recipe, folders, meta), meta)
+        return write_items(path, _read_all(names, skipped_files, recipe, folders, meta), meta)
 
-    folder = folder_for(key, make)
-    # Remote sources are read each time, so that their key is a hash of the content that was read.
-    dataset = ConversationDataset(folder, key or folder_key(folder))
+    dataset = ConversationDataset(cached(key, write))
     return dataset, IssueLog.from_dict(dataset.meta["faults"])
 
 

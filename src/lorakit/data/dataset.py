@@ -1,27 +1,32 @@
-"""Datasets of conversations, documents and tokenized examples on disk, read by index.
+"""Conversations, documents and tokenized examples in Arrow files, read by index.
 
-Items are stored as JSON lines: OpenAI's `{"messages": [...], "tools": [...]}` or `{"text": ...}`,
-with `"from"` for the source row. The cache of a large data set and the held-out rows of a run share
-this form.
+A million short chats are 6 GB as Python objects. Here they are memory-mapped and read on access;
+the trainer gets the `datasets.Dataset` of the examples.
 
-A million short chats are 6 GB as Python objects. Here they stay in files, and memory holds 100
-bytes for each: its offset, its row number, its content hash and its MinHash signature.
+Items are JSON lines: OpenAI's `{"messages": [...], "tools": [...]}` or `{"text": ...}`, with
+`"from"` for the source row. The held-out rows of a run have the same form.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 from numpy.typing import NDArray
 
+from lorakit.data.cache import CacheEntry
 from lorakit.data.chat_template.thoughts import has_thoughts
-from lorakit.data.dedup import Signer
+from lorakit.data.dedup import BINS, sign
 from lorakit.data.issues import IssueLog, content_hash
 from lorakit.data.sources.readers import read_rows
 from lorakit.errors import DataError
@@ -95,99 +100,257 @@ def _origin(row: Row) -> Origin:
     )
 
 
-# Tokens to collect before a write.
-_AT_ONCE = 2**20
-ItemT = TypeVar("ItemT")
-_ITEMS, _TOKENS, _TRAINED = "items.jsonl", "tokens.int32", "trained.uint8"
+# Characters or tokens of a record batch; as Python objects these take 10 MB.
+BATCH_SIZE = 2**18
+_TOKENS = pa.list_(pa.int32())
+_ORIGIN = [("source", pa.string()), ("row", pa.int64())]
+_ITEMS = pa.schema(
+    [
+        ("item", pa.large_string()),
+        *_ORIGIN,
+        ("content_hash", pa.uint64()),
+        ("source_index", pa.int32()),
+        ("signature", pa.list_(pa.uint8(), BINS)),
+    ]
+)
+_EXAMPLES = pa.schema(
+    [
+        ("input_ids", _TOKENS),
+        ("labels", _TOKENS),
+        *_ORIGIN,
+        ("content_hash", pa.uint64()),
+        ("item_index", pa.int64()),
+        ("trained_tokens", pa.int64()),
+    ]
+)
+RowT = TypeVar("RowT")
 
 
-def _save(folder: Path, meta: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values)
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-class ConversationDataset(Sequence[Item]):
-    """Conversations and documents in a folder that `write_items` filled.
+class ArrowRows(Sequence[RowT]):
+    """Rows of an Arrow table, chosen by index in any order and read from disk on access.
 
     Attributes:
-        content_hashes: content hash of each item, uint64 [N].
-        signatures: MinHash signature of each item, uint8 [N, 64].
-        sources: index of the source of each item, int32 [N].
-        meta: the `meta` given to `write_items`, `names` of the files and `thinking`.
+        table: all rows.
+        meta: values that were known after the last row was written.
+        key: cache key of the table.
+        chosen: indices of the chosen rows, int64 [N]; a row may occur more than once.
     """
 
-    def __init__(self, folder: Path, key: str | None) -> None:
-        self.key = key
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
-        self.content_hashes, self.signatures, self.sources = (
-            load[n] for n in ("content_hashes", "signatures", "sources")
-        )
-        self._begins, self._names, self._rows = (load[n] for n in ("begins", "names", "rows"))
-        self._path = folder / _ITEMS
-        self._bytes = (
-            np.memmap(self._path, np.uint8, "r") if len(self._rows) else np.zeros(0, np.uint8)
-        )
+    columns: ClassVar[list[str]]
+
+    def __init__(self, entry: CacheEntry, chosen: NDArray[np.int64] | None = None) -> None:
+        self._entry = entry
+        self.table, self.meta, self.key = entry.table, entry.meta, entry.key
+        self.chosen = np.arange(len(self.table)) if chosen is None else chosen
+
+    def select(self, chosen: NDArray[np.int64]) -> Self:
+        """Choose rows by their indices in the table."""
+        return type(self)(self._entry, chosen)
+
+    def remapped(self) -> Self:
+        """The same rows with a memory map of their own, whose pages are freed with it."""
+        table = Dataset.from_file(self.table.cache_files[0]["filename"])
+        return type(self)(replace(self._entry, table=table), self.chosen)
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The chosen rows with the columns that a trainer or a user needs."""
+        return self.table.select_columns(self.columns).select(self.chosen)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Values of a column of numbers, one for each chosen row, without reading the others."""
+        return self.table.data.column(name).to_numpy()[self.chosen]
+
+    @property
+    def content_hashes(self) -> NDArray[np.uint64]:
+        """Content hash of each item, or of the item of each example, uint64 [N]."""
+        return self.column("content_hash")
+
+    def origin(self, number: int) -> Origin:
+        """File and row of row `number`, without reading it."""
+        source, row = (self.table.data.column(name) for name in ("source", "row"))
+        index = int(self.chosen[number])
+        return Origin(source[index].as_py(), row[index].as_py())
+
+    def _read(self, row: Mapping[str, Any]) -> RowT:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __iter__(self) -> Iterator[RowT]:
+        for begin in range(0, len(self), 64):
+            yield from self[begin : begin + 64]
+
+    @overload
+    def __getitem__(self, number: int) -> RowT: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[RowT]: ...
+    def __getitem__(self, number: int | slice) -> RowT | list[RowT]:
+        found = self.dataset[number]
+        if not isinstance(number, slice):
+            return self._read(found)
+        rows = zip(*found.values(), strict=True)
+        return [self._read(dict(zip(found, row, strict=True))) for row in rows]
+
+
+class ConversationDataset(ArrowRows[Item]):
+    """Conversations and documents that `write_items` wrote."""
+
+    columns: ClassVar = ["item", "source", "row"]
 
     @property
     def thinking(self) -> bool:
-        """True if at least one answer contains thoughts."""
+        """True if at least one answer of the table contains thoughts."""
         return bool(self.meta["thinking"])
 
-    def origin(self, number: int) -> Origin:
-        """File and row of item `number`."""
-        return Origin(self.meta["names"][self._names[number]], int(self._rows[number]))
+    @property
+    def signatures(self) -> NDArray[np.uint8]:
+        """MinHash signature of each item, uint8 [N, 64]."""
+        chunks = self.table.data.column("signature").chunks
+        flat = [chunk.flatten().to_numpy() for chunk in chunks]
+        return np.concatenate([np.zeros(0, np.uint8), *flat]).reshape(-1, BINS)[self.chosen]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Item]:
-        names, origins = self.meta["names"], zip(self._names, self._rows, strict=True)
-        with self._path.open("rb") as handle:
-            for line, (name, row) in zip(handle, origins, strict=True):
-                yield from_values(json.loads(line), Origin(names[name], int(row)))
-
-    @overload
-    def __getitem__(self, number: int) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Item]: ...
-    def __getitem__(self, number: int | slice) -> Item | list[Item]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        index = range(len(self))[number]
-        line = self._bytes[self._begins[index] : self._begins[index + 1]].tobytes()
-        return from_values(json.loads(line), self.origin(index))
+    def _read(self, row: Mapping[str, Any]) -> Item:
+        return from_values(json.loads(row["item"]), Origin(row["source"], row["row"]))
 
 
-def write_items(folder: Path, items: Iterable[tuple[Item, int]], meta: dict[str, Any]) -> None:
-    """Write (item, index of its source) pairs to disk; `meta` is read after the last pair."""
-    begins, rows, content_hashes = array("q", [0]), array("q"), array("Q")
-    names, sources = array("i"), array("i")
-    file_indices: dict[str, int] = {}
-    signer, thinking = Signer(), False
-    with (folder / _ITEMS).open("wb") as handle:
-        for item, source in items:
-            line = to_line(item).encode() + b"\n"
-            handle.write(line)
-            begins.append(begins[-1] + len(line))
-            rows.append(item.origin.row)
-            content_hashes.append(content_hash(item))
-            names.append(file_indices.setdefault(item.origin.source, len(file_indices)))
-            sources.append(source)
-            signer.add(content_of(item))
-            thinking = thinking or (
-                isinstance(item, Conversation) and any(map(has_thoughts, item.messages))
-            )
-    arrays: dict[str, NDArray[Any]] = {
-        "begins": np.asarray(begins, np.int64),
-        "rows": np.asarray(rows, np.int64),
-        "content_hashes": np.asarray(content_hashes, np.uint64),
-        "names": np.asarray(names, np.int32),
-        "sources": np.asarray(sources, np.int32),
-        "signatures": signer.signatures(),
-    }
-    _save(folder, {**meta, "names": list(file_indices), "thinking": thinking}, arrays)
+class Examples(ArrowRows[Example]):
+    """Tokenized examples that `write_examples` wrote."""
+
+    columns: ClassVar = ["input_ids", "labels", "source", "row"]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, int64 [N], without reading the examples."""
+        ids = self.table.data.column("input_ids")
+        return pc.list_value_length(ids).to_numpy().astype(np.int64)[self.chosen]
+
+    @property
+    def trained(self) -> NDArray[np.int64]:
+        """Supervised tokens of each example, int64 [N]."""
+        return self.column("trained_tokens")
+
+    def digest(self) -> str:
+        """SHA-256 of all lengths, ids and loss masks in their order."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        table = self.table.data.table.select(["input_ids", "labels"])
+        # Consecutive examples are hashed together: a million examples make about 50,000 runs.
+        for run in np.split(self.chosen, np.flatnonzero(np.diff(self.chosen) != 1) + 1):
+            rows = table.slice(run[0] if len(run) else 0, len(run))
+            for chunk in rows.column("input_ids").chunks:
+                digest.update(chunk.flatten().to_numpy())
+            for chunk in rows.column("labels").chunks:
+                digest.update(chunk.flatten().to_numpy() != IGNORE)
+        return digest.hexdigest()
+
+    def _read(self, row: Mapping[str, Any]) -> Example:
+        return to_example(row)
+
+
+def write_items(
+    path: Path, items: Iterable[tuple[Item, int]], meta: dict[str, Any]
+) -> dict[str, Any]:
+    """Write (item, index of its source) pairs; return `meta` and `thinking` after the last pair."""
+    thinking = False
+    lines = ((to_line(item), item, source) for item, source in items)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        nonlocal thinking
+        for block in _blocks(lines, lambda line: len(line[0])):
+            texts, made, sources = zip(*block, strict=True)
+            signatures = sign([content_of(item) for item in made])
+            thinking = thinking or any(map(_thinks, made))
+            yield {
+                "item": texts,
+                **_origins(made),
+                "source_index": sources,
+                "content_hash": [content_hash(item) for item in made],
+                "signature": pa.FixedSizeListArray.from_arrays(signatures.ravel(), BINS),
+            }
+
+    _write(path, _ITEMS, batches())
+    return {**meta, "thinking": thinking}
+
+
+def write_examples(
+    path: Path,
+    encoded: Iterable[tuple[int, Sequence[Example]]],
+    hashes: NDArray[np.uint64],
+    log: IssueLog,
+) -> dict[str, Any]:
+    """Write (item index, its examples) pairs; return the faults of `log` after the last pair.
+
+    Args:
+        hashes: content hash of each item.
+    """
+    pairs = ((owner, example) for owner, examples in encoded for example in examples)
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for block in _blocks(pairs, lambda pair: len(pair[1].input_ids)):
+            owners, made = zip(*block, strict=True)
+            trained = [example.trained_tokens for example in made]
+            yield {
+                **_columns(made),
+                "content_hash": hashes[list(owners)],
+                "item_index": owners,
+                "trained_tokens": trained,
+            }
+
+    _write(path, _EXAMPLES, batches())
+    return {"faults": log.as_dict()}
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterable[dict[str, Any]]) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
+        for batch in batches:
+            out.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
+
+
+def _blocks(rows: Iterable[RowT], size: Callable[[RowT], int]) -> Iterator[list[RowT]]:
+    """Group rows into blocks of about BATCH_SIZE."""
+    block, total = [], 0
+    for row in rows:
+        block.append(row)
+        total += size(row)
+        if total >= BATCH_SIZE:
+            yield block
+            block, total = [], 0
+    if block:
+        yield block
+
+
+def _origins(rows: Sequence[Item | Example]) -> dict[str, Any]:
+    return {"source": [r.origin.source for r in rows], "row": [r.origin.row for r in rows]}
+
+
+def _columns(examples: Sequence[Example]) -> dict[str, Any]:
+    ids, labels = [e.input_ids for e in examples], [e.labels for e in examples]
+    return {"input_ids": _lists(ids), "labels": _lists(labels), **_origins(examples)}
+
+
+def _lists(rows: Sequence[list[int]]) -> pa.ListArray:
+    """Arrow lists of int32; `pa.array` takes ten times as long."""
+    values = array("i")
+    for row in rows:
+        values.fromlist(row)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.asarray(values))
+
+
+def as_dataset(examples: Sequence[Example]) -> Dataset:
+    """Examples as an Arrow dataset with `input_ids`, `labels`, `source` and `row`.
+
+    That of prepared data is on disk; other examples are copied.
+    """
+    if isinstance(examples, Examples):
+        return examples.dataset
+    return Dataset(pa.table(_columns(examples)))
+
+
+def to_example(row: Mapping[str, Any]) -> Example:
+    """Build the example of a row of `as_dataset`."""
+    return Example(row["input_ids"], row["labels"], Origin(row["source"], row["row"]))
 
 
 def content_of(item: Item) -> str:
@@ -197,145 +360,12 @@ def content_of(item: Item) -> str:
     return item.text
 
 
-class TokenizedDataset:
-    """Tokenized examples in a folder that `write_examples` filled.
-
-    Attributes:
-        source_rows: index of the item that each example was made from, int32 [N], ascending.
-        lengths, trained: tokens and supervised tokens of each example, int64 [N].
-        faults: the faults counted while the examples were made.
-    """
-
-    def __init__(self, folder: Path, items: ConversationDataset) -> None:
-        self.items = items
-        meta = json.loads((folder / "meta.json").read_text())
-        self.faults = IssueLog.from_dict(meta["faults"])
-        load = {p.stem: np.load(p) for p in folder.glob("*.npy")}
-        self.source_rows, self.trained, self._begins = (
-            load[n] for n in ("owners", "trained", "begins")
-        )
-        self.lengths = np.diff(self._begins)
-        self._ids = np.memmap(folder / _TOKENS, np.int32, "r")
-        self._mask = np.memmap(folder / _TRAINED, np.uint8, "r")
-
-    def example(self, number: int) -> Example:
-        tokens = slice(self._begins[number], self._begins[number + 1])
-        ids = self._ids[tokens]
-        labels = np.where(self._mask[tokens], ids, IGNORE)
-        return Example(ids.tolist(), labels.tolist(), self.items.origin(self.source_rows[number]))
-
-    def digest(self, chosen: NDArray[np.int64]) -> str:
-        """SHA-256 of the ids and labels of some examples, in their order."""
-        digest = hashlib.sha256(self.lengths[chosen].tobytes())
-        # Consecutive examples are hashed together: a million examples make about 50,000 runs.
-        for run in np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1):
-            if len(run):
-                tokens = slice(self._begins[run[0]], self._begins[run[-1] + 1])
-                digest.update(self._ids[tokens].data)
-                digest.update(self._mask[tokens].data)
-        return digest.hexdigest()
-
-
-def write_examples(
-    folder: Path, encoded: Iterable[tuple[int, Sequence[Example]]], log: IssueLog
-) -> None:
-    """Write (item index, its examples) pairs to disk; `log` is read after the last pair."""
-    begins, owners, trained = array("q", [0]), array("i"), array("q")
-    ids, labels = array("i"), array("i")
-    with (folder / _TOKENS).open("wb") as tokens, (folder / _TRAINED).open("wb") as mask:
-
-        def flush() -> None:
-            ids.tofile(tokens)
-            mask.write((np.asarray(labels, np.int32) != IGNORE).tobytes())
-            del ids[:], labels[:]
-
-        for owner, examples in encoded:
-            for example in examples:
-                ids.extend(example.input_ids)
-                labels.extend(example.labels)
-                begins.append(begins[-1] + len(example.input_ids))
-                owners.append(owner)
-                trained.append(example.trained_tokens)
-            if len(ids) > _AT_ONCE:
-                flush()
-        flush()
-    arrays: dict[str, NDArray[Any]] = {
-        "begins": np.asarray(begins, np.int64),
-        "owners": np.asarray(owners, np.int32),
-        "trained": np.asarray(trained, np.int64),
-    }
-    _save(folder, {"faults": log.as_dict()}, arrays)
-
-
-class Subset(Sequence[ItemT]):
-    """Rows of a dataset chosen by index, int64 [N]; `_read` loads one of them."""
-
-    def __init__(self, chosen: NDArray[np.int64]) -> None:
-        self.chosen = chosen
-
-    def _read(self, index: int) -> ItemT:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    @overload
-    def __getitem__(self, number: int) -> ItemT: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[ItemT]: ...
-    def __getitem__(self, number: int | slice) -> ItemT | list[ItemT]:
-        if isinstance(number, slice):
-            return [self._read(int(i)) for i in self.chosen[number]]
-        return self._read(int(self.chosen[number]))
-
-
-class Examples(Subset[Example]):
-    """Chosen examples of a dataset, in any order; an example may occur more than once."""
-
-    def __init__(self, dataset: TokenizedDataset, chosen: NDArray[np.int64]) -> None:
-        super().__init__(chosen)
-        self._dataset = dataset
-
-    def _read(self, index: int) -> Example:
-        return self._dataset.example(index)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, int64 [N], without reading the examples."""
-        return self._dataset.lengths[self.chosen]
-
-    @property
-    def trained(self) -> NDArray[np.int64]:
-        """Supervised tokens of each example, int64 [N]."""
-        return self._dataset.trained[self.chosen]
-
-    @property
-    def content_hashes(self) -> NDArray[np.uint64]:
-        """Content hash of the item of each example, uint64 [N]."""
-        return self._dataset.items.content_hashes[self._dataset.source_rows[self.chosen]]
-
-    def origin(self, number: int) -> Origin:
-        """File and row of example `number`, without reading it."""
-        return self._dataset.items.origin(int(self._dataset.source_rows[self.chosen[number]]))
-
-    def digest(self) -> str:
-        """SHA-256 of all ids and labels in their order."""
-        return self._dataset.digest(self.chosen)
+def _thinks(item: Item) -> bool:
+    return isinstance(item, Conversation) and any(map(has_thoughts, item.messages))
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
     """Tokens of each example; those on disk are not read."""
     if isinstance(examples, Examples):
-        return [int(size) for size in examples.lengths]
+        return examples.lengths.tolist()
     return [len(example.input_ids) for example in examples]
-
-
-class Items(Subset[Item]):
-    """Chosen items of a dataset, in the order of the dataset."""
-
-    def __init__(self, dataset: ConversationDataset, chosen: NDArray[np.int64]) -> None:
-        super().__init__(chosen)
-        self._dataset = dataset
-
-    def _read(self, index: int) -> Item:
-        return self._dataset[index]

@@ -9,7 +9,7 @@ its duplicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,37 +25,19 @@ ALIKE = 0.8
 _PIECE, _BAND, _EMPTY = 8, 4, 0
 # Shorter texts have too few shingles to distinguish them.
 SHORTEST = 32
-# Bytes of a batch, and characters signed of a longer text: 1 MiB takes 60 MB to sign.
-_BATCH = 2**20
+# Characters signed of a longer text.
+_LONGEST = 2**20
 # A row is compared with this many earlier rows of the same band, not with all.
 _COMPARED = 8
 
 
-class Signer:
-    """Computes MinHash signatures of texts in batches of about 1 MiB."""
+def sign(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """MinHash signatures of texts, uint8 [N, 64]; all zero for very short ones.
 
-    def __init__(self) -> None:
-        self._done: list[NDArray[np.uint8]] = []
-        self._texts: list[bytes] = []
-        self._size = 0
-
-    def add(self, text: str) -> None:
-        """Add a text; white space and case are ignored."""
-        data = " ".join(text[:_BATCH].lower().split()).encode()
-        self._texts.append(data)
-        self._size += len(data) + BINS
-        if self._size > _BATCH:
-            self._flush()
-
-    def signatures(self) -> NDArray[np.uint8]:
-        """Signatures of all texts in order, uint8 [N, 64]; all zero for very short ones."""
-        self._flush()
-        return np.concatenate(self._done) if self._done else np.zeros((0, BINS), np.uint8)
-
-    def _flush(self) -> None:
-        if self._texts:
-            self._done.append(_sign(self._texts))
-        self._texts, self._size = [], 0
+    White space and case are ignored. Texts of 1 MiB take 60 MB to sign.
+    """
+    words = (" ".join(text[:_LONGEST].lower().split()).encode() for text in texts)
+    return _sign(list(words)) if texts else np.zeros((0, BINS), np.uint8)
 
 
 def _sign(texts: list[bytes]) -> NDArray[np.uint8]:

@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.cache import folder_for, key_of
+from lorakit.data.cache import cached, key_of
 from lorakit.data.conversations import read_conversations
 from lorakit.data.dataset import (
     ConversationDataset,
     Examples,
-    Item,
-    Items,
-    TokenizedDataset,
     write_examples,
     write_items,
 )
@@ -40,7 +37,7 @@ from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
 from lorakit.data.tokenize.encode import EncodeConfig, encode_many, resolve_template
 from lorakit.errors import DataError
 from lorakit.recipe.schema import Recipe
-from lorakit.types import DataReport, Document, Example, Origin
+from lorakit.types import DataReport, Document, Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,41 +50,35 @@ class Prepared:
 
     train: Examples
     val: Examples
-    train_conversations: Sequence[Item]
-    val_conversations: Sequence[Item]
+    train_conversations: ConversationDataset
+    val_conversations: ConversationDataset
     report: DataReport
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """Chosen items by index, int64 [N], with the tokenized dataset of their examples."""
+    """Chosen items, and the examples of all items."""
 
-    dataset: TokenizedDataset
-    chosen: NDArray[np.int64]
+    items: ConversationDataset
+    encoded: Examples
 
     @property
     def hashes_and_signatures(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
         """Content hash and MinHash signature of each item."""
-        items = self.dataset.items
-        return items.content_hashes[self.chosen], items.signatures[self.chosen]
+        return self.items.content_hashes, self.items.signatures
 
-    def origin(self, index: int) -> Origin:
-        """File and row of item `index`."""
-        return self.dataset.items.origin(int(self.chosen[index]))
+    def select(self, mask: NDArray[np.bool_]) -> _Split:
+        """The items where `mask` is true."""
+        return _Split(self.items.select(self.items.chosen[mask]), self.encoded)
 
-    @property
-    def items(self) -> Items:
-        """The items themselves."""
-        return Items(self.dataset.items, self.chosen)
-
-    def examples(self, times: NDArray[np.int64] | None = None) -> Examples:
-        """Examples of these items, repeated `times` of each item, int64 [all items]."""
-        repeats = np.zeros(len(self.dataset.items), np.int64)
-        repeats[self.chosen] = 1 if times is None else times[self.chosen]
-        left = repeats[self.dataset.source_rows]
+    def examples(self, times: NDArray[np.int64] | int = 1) -> Examples:
+        """Examples of these items, repeated `times`."""
+        repeats = np.zeros(len(self.items.table), np.int64)
+        repeats[self.items.chosen] = times
+        left = repeats[self.encoded.column("item_index")]
         # All examples once, then the repeated ones: copies are not next to each other.
         rounds = [np.flatnonzero(left > done) for done in range(int(left.max(initial=1)))]
-        return Examples(self.dataset, np.concatenate(rounds))
+        return self.encoded.select(np.concatenate(rounds))
 
 
 def prepare_data(
@@ -129,15 +120,16 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     )
     encode = _Encoder(recipe, tokenizer, inspecting, log)
     side = encode(items)
-    report_duplicates(*side.hashes_and_signatures, side.origin, log)
+    report_duplicates(*side.hashes_and_signatures, side.items.origin, log)
     if held_items is not None:
         train, held = side, encode(held_items)
         if not recipe.val_data:
             _report_tail(train, held, log)
-        report_overlap(train.hashes_and_signatures, held.hashes_and_signatures, held.origin, log)
+        twins = train.hashes_and_signatures, held.hashes_and_signatures
+        report_overlap(*twins, held.items.origin, log)
     else:
         out = _split(side, recipe, log, inspecting)
-        train, held = (_Split(side.dataset, side.chosen[mask]) for mask in (~out, out))
+        train, held = side.select(~out), side.select(out)
         _report_large_share(train, held, log)
     examples = train.examples(_times(train, recipe, log))
     val = held.examples()
@@ -163,12 +155,12 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
 def _split(side: _Split, recipe: Recipe, log: IssueLog, inspecting: bool) -> NDArray[np.bool_]:
     """True for the items to hold out, bool [chosen items]."""
     try:
-        return split(side.hashes_and_signatures[0], recipe.held_out, recipe.seed)
+        return split(side.items.content_hashes, recipe.held_out, recipe.seed)
     except DataError as error:
-        if inspecting and len(side.chosen):
+        if inspecting and len(side.items):
             # A look at a single row is no reason to stop.
-            log.add("no row held out", side.origin(0), f"train would stop: {error.message}")
-            return np.zeros(len(side.chosen), bool)
+            log.add("no row held out", side.items.origin(0), f"train would stop: {error.message}")
+            return np.zeros(len(side.items), bool)
         if not log.rows_left_out:
             raise
         # Few rows are left because others were left out: the message names their faults.
@@ -180,18 +172,18 @@ def _report_tail(train: _Split, held: _Split, log: IssueLog) -> None:
     """Report the share of a single document that is held out, in tokens."""
     sizes = [int(side.examples().lengths.sum()) for side in (train, held)]
     kind = f"{sizes[1]:,} of {sum(sizes):,} tokens of a single document"
-    log.add(kind, held.origin(0), "its end is held out")
+    log.add(kind, held.items.origin(0), "its end is held out")
 
 
 def _report_large_share(train: _Split, held: _Split, log: IssueLog) -> None:
     """Report held-out rows with far more tokens than their share of rows (one of two books)."""
     sizes = [int(side.examples().lengths.sum()) for side in (train, held)]
-    rows = len(held.chosen) / (len(train.chosen) + len(held.chosen))
+    rows = len(held.items) / (len(train.items) + len(held.items))
     share = sizes[1] / sum(sizes)
-    if share > max(0.2, 2 * rows) or (share > 0.2 and len(train.chosen) < 5):
-        first = [str(held.origin(i)) for i in range(min(SHOWN_ROWS, len(held.chosen)))]
+    if share > max(0.2, 2 * rows) or (share > 0.2 and len(train.items) < 5):
+        first = [str(held.items.origin(i)) for i in range(min(SHOWN_ROWS, len(held.items)))]
         kind = f"{share:.0%} of the tokens are held out"
-        log.add_many(kind, len(held.chosen), first, HELD_OUT)
+        log.add_many(kind, len(held.items), first, HELD_OUT)
 
 
 _DOCUMENTS = {
@@ -223,25 +215,26 @@ class _Encoder:
     def __call__(self, items: ConversationDataset) -> _Split:
         rules = EncodeConfig.of(self.recipe)
         tokenizer = tokenizer_key(self.tokenizer)
-        reusable = items.key and tokenizer
-        key = key_of("examples", items.key, tokenizer, rules.as_dict()) if reusable else None
+        parts = "examples", items.key, tokenizer, rules.as_dict()
         encode_log = IssueLog()
 
-        def make(folder: Path) -> None:
-            write_examples(folder, self._encoded(items, rules, encode_log), encode_log)
+        def write(path: Path) -> dict[str, Any]:
+            encoded = self._encoded(items, rules, encode_log)
+            return write_examples(path, encoded, items.content_hashes, encode_log)
 
-        dataset = TokenizedDataset(folder_for(key, make), items)
-        if dataset.faults.spoils and not self.inspecting:
+        examples = Examples(cached(key_of(*parts) if tokenizer else None, write))
+        faults = IssueLog.from_dict(examples.meta["faults"])
+        if faults.spoils and not self.inspecting:
             # `inspect` cached this dataset: encode again, which raises at the spoiling row.
             for _ in self._encoded(items, rules, encode_log):
                 pass
-        self.log.merge(dataset.faults)
-        return _Split(dataset, np.unique(dataset.source_rows).astype(np.int64))
+        self.log.merge(faults)
+        return _Split(items.select(np.unique(examples.column("item_index"))), examples)
 
     def _encoded(
         self, items: ConversationDataset, rules: EncodeConfig, log: IssueLog
     ) -> Iterator[tuple[int, list[Example]]]:
-        encoded = encode_many(self.tokenizer, items, rules, log)
+        encoded = encode_many(self.tokenizer, items.remapped(), rules, log)
         for index, (_, examples) in enumerate(encoded):
             if isinstance(examples, FatalRowError) and not self.inspecting:
                 raise examples
@@ -255,18 +248,18 @@ class _Encoder:
 # -- weights, and a single document ---------------------------------------------------------------
 
 
-def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | None:
-    """Count how often an epoch trains on each item, int64 [items]; None for once each.
+def _times(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.int64] | int:
+    """Count how often an epoch trains on each item, int64 [items] or 1 for all.
 
     A weight of 2.5 trains each row twice, and half of the rows, chosen by content and seed, once
     more.
     """
     if all(weight == 1 for weight in recipe.weights):
-        return None
-    items = side.dataset.items
+        return 1
+    items = side.items
     times = np.zeros(len(items), np.int64)
     for source, weight in enumerate(recipe.weights):
-        rows = side.chosen[items.sources[side.chosen] == source]
+        rows = np.flatnonzero(items.column("source_index") == source)
         times[rows] = int(weight)
         more = round((weight - int(weight)) * len(rows))
         order = shuffled(items.content_hashes[rows], recipe.seed)
@@ -311,9 +304,6 @@ def _split_single_document(
         return items, None
     halves = []
     for name, half in (("head", text[:at]), ("tail", text[at:])):
-        key = key_of(name, items.key, at) if items.key else None
-        pairs = [(replace(document, text=half), 0)]
-        halves.append(
-            ConversationDataset(folder_for(key, partial(write_items, items=pairs, meta={})), key)
-        )
+        write = partial(write_items, items=[(replace(document, text=half), 0)], meta={})
+        halves.append(ConversationDataset(cached(key_of(name, items.key, at), write)))
     return halves[0], halves[1]

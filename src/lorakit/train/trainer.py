@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PrinterCallback
 
 from lorakit.data.batching import Batch, Layout, packing_words, saved_share
-from lorakit.data.dataset import lengths_of
+from lorakit.data.dataset import as_dataset, lengths_of
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.decoder_layer import SavedActivations
 from lorakit.errors import WorkError
@@ -43,7 +43,7 @@ from lorakit.train.progress import TrainingProgress
 from lorakit.train.resumable_trainer import ResumableTrainer
 from lorakit.train.signals import StopRequest
 from lorakit.train.stability import StepGuard
-from lorakit.train.step_inputs import StepInputs, as_dataset, step_inputs
+from lorakit.train.step_inputs import StepInputs, step_inputs
 from lorakit.train.step_runner import StepRunner, choose_step_runner
 from lorakit.train.training_args import total_steps, training_arguments
 from lorakit.types import Device, EvalScore, Example, MemoryPlan
@@ -93,8 +93,8 @@ class LoraTrainer(ResumableTrainer):
             model=model,
             args=training_arguments(recipe, device, run, steps, bool(val)),
             processing_class=tokenizer,
-            train_dataset=as_dataset(train, self.last_checkpoint),
-            eval_dataset=as_dataset(val, self.last_checkpoint) if val else None,
+            train_dataset=as_dataset(train),
+            eval_dataset=as_dataset(val) if val else None,
             data_collator=self._collate,
             callbacks=[
                 self.stability,
