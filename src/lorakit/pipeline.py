@@ -43,6 +43,7 @@ from lorakit.model.load import (
 )
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.matching import check_adapter_settings
+from lorakit.model.safetensors_io import check_weights
 from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
@@ -63,7 +64,7 @@ from lorakit.train.resume import (
 )
 from lorakit.train.signals import catch_signals
 from lorakit.train.trainer import LoraTrainer
-from lorakit.train.training_args import total_steps
+from lorakit.train.training_args import check_training_settings, total_steps
 from lorakit.types import Device, EvalResult, MemoryPlan
 
 OOM_HINT = "stop other programs on this device, set method: qlora, or use a smaller model"
@@ -140,8 +141,12 @@ def _prologue(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
     check_adapter_settings(resolved.recipe, config)
+    if Path(location).is_dir():
+        check_weights(Path(location))
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
+    steps = total_steps(resolved.recipe, len(prepared.train))
+    check_training_settings(resolved.recipe, device, steps)
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)

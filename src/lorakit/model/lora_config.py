@@ -39,10 +39,7 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
     try:
         model = get_peft_model(base, lora_config(recipe), autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise RecipeError(
-            f"the adapter cannot be attached: {first_line(error)}",
-            hint=f"linear layers of this model: {', '.join(linear_names(base))}",
-        ) from error
+        raise RecipeError(f"the adapter cannot be attached: {first_line(error)}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -73,13 +70,6 @@ def lora_config(recipe: Recipe) -> Any:
         layers_to_transform=recipe.layers_to_transform,
     )
 
-
-def linear_names(base: Any) -> list[str]:
-    """Unique last components of the names of all linear layers."""
-    import torch
-
-    names = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    return sorted(names)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

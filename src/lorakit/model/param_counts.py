@@ -82,14 +82,15 @@ def layer_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def rank_of(recipe: Recipe, name: str) -> int:
+    """Rank of the adapter of the layer of this name."""
+    fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(fits, recipe.lora_r)
+
+
 def count_trainable(recipe: Recipe, counted: ParamCounts) -> int:
     """Count trainable elements: two matrices per target, and the modules in `modules_to_save`."""
-
-    def rank(name: str) -> int:
-        fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(fits, recipe.lora_r)
-
-    pairs = sum(rank(n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
+    pairs = sum(rank_of(recipe, n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
     full_modules = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
     return pairs + sum(full_modules.get(name, 0) for name in recipe.modules_to_save or [])
 

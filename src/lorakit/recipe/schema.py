@@ -339,7 +339,7 @@ class Recipe(BaseModel):
         """Count the warm-up steps of a run of `steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return round(self.warmup_ratio * steps)
+        return min(round(self.warmup_ratio * steps), max(0, steps - 1))
 
     @property
     def examples_per_step(self) -> int:

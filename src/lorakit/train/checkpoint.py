@@ -171,7 +171,7 @@ def _check_learned(model: Any) -> None:
                 f"the adapter holds NaN or infinity ({name}); it was not saved",
                 hint="lower learning_rate, or resume from the last checkpoint",
             )
-    starts_at_zero = [p for n, p in trained.items() if "lora_B" in n]
+    starts_at_zero = [p for n, p in trained.items() if "lora_B" in n or "lora_embedding_A" in n]
     if starts_at_zero and not any(bool(p.any()) for p in starts_at_zero):
         raise WorkError(
             "training changed nothing: every lora_B is still zero; the adapter was not saved",

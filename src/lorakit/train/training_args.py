@@ -29,6 +29,38 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
+def check_training_settings(recipe: Recipe, device: Device, steps: int) -> None:
+    """Refuse settings that cannot work or have no effect in a run of `steps` steps.
+
+    Raises:
+        RecipeError: an optimizer for other devices, or a warm-up that outlasts the run.
+        DependencyError: a tracker is not installed.
+    """
+    if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
+        raise RecipeError(
+            f"optimizer: {recipe.optimizer} needs a CUDA GPU, this run is on {device.kind}",
+            hint="set optimizer: adamw",
+        )
+    for tracker in recipe.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise DependencyError(
+                f"report_to: {tracker}: the package is not installed",
+                hint=f"pip install {tracker}, or take it out of report_to",
+            )
+    warmup = recipe.warmup_steps or 0
+    if warmup and recipe.lr_scheduler == "constant":
+        raise RecipeError(
+            f"warmup_steps: {warmup} has no effect with lr_scheduler: constant",
+            hint="set lr_scheduler: constant_with_warmup, or leave warmup_steps out",
+        )
+    if warmup >= max(steps, 1):
+        raise RecipeError(
+            f"warmup_steps: {warmup}, but the run has {steps} step{'s' * (steps != 1)}: the learning "
+            f"rate would end at {(steps - 1) / warmup:.0%} of {recipe.learning_rate:g}",
+            hint=f"set warmup_steps below {steps}, or raise epochs or max_steps",
+        )
+
+
 class NoDevicePlacementConfig(SFTConfig):
     """SFTConfig with which neither transformers nor accelerate move the model."""
 
@@ -47,17 +79,7 @@ def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
 ) -> NoDevicePlacementConfig:
     """Convert the recipe; override every TRL default that would change data or learning rate."""
-    if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
-        raise RecipeError(
-            f"optimizer: {recipe.optimizer} needs a CUDA GPU, this run is on {device.kind}",
-            hint="set optimizer: adamw",
-        )
-    for tracker in recipe.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise DependencyError(
-                f"report_to: {tracker}: the package is not installed",
-                hint=f"pip install {tracker}, or take it out of report_to",
-            )
+    check_training_settings(recipe, device, steps)
     return NoDevicePlacementConfig(
         output_dir=str(run.path),
         # One batch of the loader is one optimizer step; `training_step` splits it.
