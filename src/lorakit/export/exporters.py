@@ -17,7 +17,7 @@ from lorakit.export.merged import export_merged
 from lorakit.export.ollama import export_ollama
 from lorakit.export.push_to_hub import export_hub
 from lorakit.export.serving import export_llama_cpp, export_vllm
-from lorakit.export.tuned_run import Job, open_source
+from lorakit.export.tuned_run import Job, open_source, require_original
 from lorakit.export.verify_outputs import record, show
 from lorakit.recipe.loader import suggest
 from lorakit.report.page import renew_report
@@ -80,6 +80,7 @@ def export_run(
 
     Raises:
         RecipeError: unknown format, or an option that it does not use.
+        ModelError: `merge_base="original"` for a base without a 16-bit original.
         RunError: `output` already exists.
     """
     if to not in EXPORTERS:
@@ -92,7 +93,10 @@ def export_run(
     if target.exists():
         raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
     began = time.monotonic()
-    job = Job(open_source(run), target, console, **options)
+    source = open_source(run)
+    if options.get("merge_base") == "original":
+        require_original(source)
+    job = Job(source, target, console, **options)
     facts = EXPORTERS[to].export(job)
     # A folder elsewhere may have the name of another format; its path is not recorded.
     name = target.name if target.parent == run.export else f"{to}, elsewhere: {target.name}"
