@@ -31,6 +31,8 @@ def quiet(offline: bool = False) -> None:
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # datasets sets the level of its logger when it is imported, from this variable.
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     _ignore_warnings()

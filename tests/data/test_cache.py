@@ -1,5 +1,6 @@
 """A folder is made once for a key, found again whole, made anew when damaged, and bounded."""
 
+import errno
 import os
 
 import pytest
@@ -84,11 +85,25 @@ def test_what_a_killed_process_left_is_swept_after_a_day(home):
     assert sorted(p.name for p in home.iterdir()) == [".making-new", "a"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_without_a_cache_the_folder_is_made_elsewhere_once(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cache, "cache_home", lambda: tmp_path / "file" / "data")
-    with pytest.raises(WorkError, match="cannot be kept") as caught:
-        folder_for("key", maker("x", []))
+    calls = []
+    folders = {folder_for("key", maker("x", calls)) for _ in range(2)}
+    assert len(folders) == len(calls) == 1
+    assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [
+        f"note: no cache in {tmp_path}/file/data"
+    ]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "cache_home", lambda: tmp_path / "data")
+
+    def full(_folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WorkError, match="cannot be kept .* No space left") as caught:
+        folder_for("key", full)
     assert "XDG_CACHE_HOME" in caught.value.hint
 
 

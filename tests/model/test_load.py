@@ -91,6 +91,21 @@ def test_a_revision_of_what_has_none_is_refused(tiny_model_dir):
             locate_model(recipe(model, revision="v2"))
 
 
+def test_a_hub_cache_that_cannot_be_written_is_not_called_a_missing_network(monkeypatch):
+    import transformers
+
+    def fail(*_, **__):
+        try:
+            raise PermissionError(13, "Permission denied", "/root/.cache/huggingface")
+        except PermissionError as error:
+            raise OSError("There was a problem when trying to write in your cache") from error
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", fail)
+    with pytest.raises(ModelError, match=r"/root/.cache/huggingface: Permission denied") as caught:
+        load_config(recipe("org/name"), "org/name")
+    assert "HF_HOME" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("cause", "says", "hint"),
     [

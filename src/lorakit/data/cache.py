@@ -16,11 +16,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import WorkError
 from lorakit.storage.atomic_dir import flush
+from lorakit.storage.user_cache import user_cache, writable_cache
 
 # A million chats of 210 characters take about 0.9 GB.
 MOST_BYTES = 20 * 2**30
@@ -43,15 +45,19 @@ def folder_for(key: str | None, make: Callable[[Path], None]) -> Path:
         make: fills the folder that it is given; if it raises, the folder is deleted.
 
     Raises:
-        WorkError: the cache cannot be written. Other errors of `make` are passed on.
+        WorkError: the disk is full. Other errors of `make` are passed on.
     """
     home = cache_home()
     target = home / key if key else None
     if target and _complete(target):
-        os.utime(target)
+        with suppress(OSError):  # a cache that another user shares can be read only
+            os.utime(target)
         return target
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home = writable_cache(home)
+        target = home / key if key else None
+        if target and _complete(target):
+            return target
         work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=home))
     except OSError as error:
         raise _unwritable(home, error) from error
@@ -85,8 +91,7 @@ def folder_key(folder: Path) -> str:
 
 def cache_home() -> Path:
     """Folder of the cache of prepared data."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "lorakit" / "data"
+    return user_cache() / "data"
 
 
 def _settle(work: Path, target: Path, home: Path) -> Path:

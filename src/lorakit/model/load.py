@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 from lorakit.types import Device
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2'"
 
 
@@ -374,6 +376,11 @@ def _load_error(recipe: Recipe, location: str, error: Exception) -> ModelError:
             f"model: {reference}: the repository is gated and this machine has no access",
             hint="request access on the model's page, then log in with: hf auth login",
         )
+    if (unwritable := _unwritable(error)) and not Path(location).is_dir():
+        return ModelError(
+            f"model: {reference}: the hub's cache cannot be written: {unwritable}",
+            hint="set HF_HOME to a folder that this user can write into",
+        )
     if Path(location).is_dir():
         return ModelError(
             f"model: {reference}: cannot be loaded: {first_line(error)}",
@@ -404,6 +411,15 @@ def _load_error(recipe: Recipe, location: str, error: Exception) -> ModelError:
         f"model: {reference}: the hub cannot be reached and the model is not in the local cache",
         hint="connect, give a local folder, or try `--model demo`",
     )
+
+
+def _unwritable(error: BaseException | None) -> str | None:
+    """Folder and reason of an error, or of its cause, about a file that cannot be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            return f"{error.filename}: {error.strerror}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_vocabulary(tokenizer: Any, base: Any) -> None:
