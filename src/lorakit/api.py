@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.console import silence_libraries
+from lorakit.console import literal, plain_console, silence_libraries
 from lorakit.recipe.loader import RecipeInput, ResolvedRecipe, load_recipe
 from lorakit.results import Inspected, Plan
 from lorakit.run import Run
@@ -53,13 +53,17 @@ def finetune(
     from lorakit.results import show_outcome
 
     console = console or default_console()
-    with silence_libraries(resolved.recipe.offline):
-        outcome = fit(resolved, console, resume, force)
-    if outcome.exit_code:
-        console.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Resume with:")
-        console.print(f'lorakit.finetune("{outcome.run.recipe}", resume=True)', soft_wrap=True)
-    else:
-        show_outcome(outcome, console, next_steps=False)
+    with literal(console):
+        with silence_libraries(resolved.recipe.offline):
+            outcome = fit(resolved, console, resume, force)
+        if outcome.exit_code:
+            console.print(
+                f"stopped after step {outcome.steps}; a checkpoint was saved. Resume with:"
+            )
+            recipe_file = str(outcome.run.recipe)
+            console.print(f"lorakit.finetune({recipe_file!r}, resume=True)", soft_wrap=True)
+        else:
+            show_outcome(outcome, console, next_steps=False)
     return Run(outcome.run.path)
 
 
@@ -208,7 +212,7 @@ def _prepared(
 
 def default_console() -> Console:
     """Return a console for plain text on stdout, which a notebook keeps as one output."""
-    return Console(file=sys.stdout, force_jupyter=False, highlight=False, soft_wrap=True)
+    return plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)
 
 
 def _folders(resolved: ResolvedRecipe) -> list[Path]:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+
 from lorakit.redact import redacted
 
 LOGGERS = (
@@ -81,6 +83,25 @@ def _network_switches() -> list[tuple[Any, str]]:
     modules = (huggingface_hub.constants, datasets.config)
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     return [(module, name) for module in modules for name in names if hasattr(module, name)]
+
+
+def plain_console(**settings: Any) -> Console:
+    """Console without markup and emoji codes: "[x]" and ":key:" in a path or an answer are text."""
+    return Console(highlight=False, markup=False, emoji=False, **settings)
+
+
+@contextmanager
+def literal(console: Console) -> Iterator[None]:
+    """Print on a caller's console as on a `plain_console`."""
+    names = [name for name in ("_markup", "_emoji") if hasattr(console, name)]
+    before = {name: getattr(console, name) for name in names}
+    try:
+        for name in names:
+            setattr(console, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(console, name, value)
 
 
 class SafeStream:

@@ -141,7 +141,7 @@ def _prologue(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
     check_adapter_settings(resolved.recipe, config)
-    if Path(location).is_dir():
+    if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)

@@ -102,7 +102,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(_folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(WorkError, match="cannot be kept .* No space left") as caught:
+    with pytest.raises(WorkError, match=r"cannot be kept .* No space left") as caught:
         folder_for("key", full)
     assert "XDG_CACHE_HOME" in caught.value.hint
 

@@ -85,7 +85,7 @@ def test_targets_auto_is_resolved_once_and_kept_otherwise(tiny_model_dir):
 
 
 def test_what_peft_refuses_is_one_error_without_a_hint_about_names(tiny_model_dir):
-    with pytest.raises(RecipeError, match="the adapter cannot be attached: .*query") as caught:
+    with pytest.raises(RecipeError, match=r"the adapter cannot be attached: .*query") as caught:
         tuned(tiny_model_dir, target_modules=["query"])
     assert caught.value.hint is None
 

@@ -172,4 +172,4 @@ def report(
     if as_json:
         print_json({"report": str(target)})
     else:
-        out.print(str(target), markup=False, soft_wrap=True)
+        out.print(str(target), soft_wrap=True)

@@ -105,9 +105,9 @@ def export_run(
     show({target.name: facts, **_inner(target.name, facts)}, console)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     seconds = time.monotonic() - began
-    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s", markup=False)
+    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s")
     for line in job.next_steps:  # not wrapped, since commands are copied
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return {"format": to, "path": str(target), **facts}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -209,7 +210,7 @@ class ChatSession:
         except (OSError, ValueError, RuntimeError) as error:  # unknown home folder, NUL in the name
             yield f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
             return
-        yield f"added to {path}; train on it with --data {path}"
+        yield f"added to {path}; train on it with --data {shlex.quote(str(path))}"
 
     def _help(self, _: str) -> Iterator[str]:
         yield HELP

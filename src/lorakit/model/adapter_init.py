@@ -36,7 +36,8 @@ def init_faults(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
         return
     if scheme not in SUPPORTED and not _NITER.fullmatch(scheme):
         known = [*SUPPORTED, *UNSUPPORTED]
-        yield f"{key}: unknown, expected true, false, {', '.join(SUPPORTED)}{suggest(scheme, known)}"
+        near = suggest(scheme, known)
+        yield f"{key}: unknown, expected true, false, {', '.join(SUPPORTED)}{near}"
         return
     others = {shape[0] for shape in counted.linear} | set(counted.heads)
     for name in counted.adaptable:
@@ -47,8 +48,8 @@ def init_faults(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
     from_weights = scheme.startswith(("pissa", "olora"))
     if scheme.startswith("pissa") and recipe.method == "qlora":
         yield (
-            f"{key} splits the 16-bit weights, which method: qlora does not keep; set method: lora, "
-            "or init_lora_weights: olora"
+            f"{key} splits the 16-bit weights, which method: qlora does not keep; set "
+            "method: lora, or init_lora_weights: olora"
         )
     for name, narrow, wide in lora_target_layers(recipe, counted):
         rank = rank_of(recipe, name)

@@ -71,7 +71,6 @@ def lora_config(recipe: Recipe) -> Any:
     )
 
 
-
 def count_parameters(model: Any) -> tuple[int, int]:
     """Count (trainable, all) parameters; a packed 4-bit weight counts its elements."""
     trainable = total = 0

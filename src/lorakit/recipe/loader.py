@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,7 +194,8 @@ def _validate(
         hint = "`lorakit schema` lists every key with its type, bound and default"
         other = any(line.partition("unknown key")[0].endswith(_OTHER_TOOLS) for line in faults)
         if other and source.endswith((".yaml", ".yml")):
-            hint = f"for a recipe of another tool: lorakit import {source} -o recipe.yaml"
+            command = shlex.join(["lorakit", "import", source, "-o", "recipe.yaml"])
+            hint = f"for a recipe of another tool: {command}"
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError(
             f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults),

@@ -99,10 +99,14 @@ class RunDir:
         folders = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
         return sorted(folders, key=lambda p: int(p.name.split("_")[1]))
 
+    def command(self, verb: str, *options: str, program: str = "lorakit") -> str:
+        """Format a command line for this run that works when it is pasted into a shell."""
+        return shlex.join([program, verb, pasted(self.path), *options])
+
     def going_on(self, gpus: int = 1, program: str = "lorakit") -> str:
         """Format the command line that resumes this run."""
-        command = f"{program} train {shlex.quote(str(self.recipe))} --resume"
-        return command if gpus == 1 else f"{command} --gpus {gpus}"
+        more = [] if gpus == 1 else ["--gpus", str(gpus)]
+        return shlex.join([program, "train", pasted(self.recipe), "--resume", *more])
 
     def has_run(self) -> bool:
         """True if the folder belongs to a run: it contains a recipe."""
@@ -115,6 +119,11 @@ class RunDir:
     def has_adapter(self) -> bool:
         """True if training has saved its adapter."""
         return (self.adapter / ADAPTER_WEIGHTS).exists()
+
+
+def pasted(path: str | Path) -> str:
+    """Path as an argument that no program takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def find_run(path: str | Path, trained: bool = True) -> RunDir:

@@ -55,8 +55,8 @@ def check_training_settings(recipe: Recipe, device: Device, steps: int) -> None:
         )
     if warmup >= max(steps, 1):
         raise RecipeError(
-            f"warmup_steps: {warmup}, but the run has {steps} step{'s' * (steps != 1)}: the learning "
-            f"rate would end at {(steps - 1) / warmup:.0%} of {recipe.learning_rate:g}",
+            f"warmup_steps: {warmup}, but the run has {steps} step{'s' * (steps != 1)}: the "
+            f"learning rate would end at {(steps - 1) / warmup:.0%} of {recipe.learning_rate:g}",
             hint=f"set warmup_steps below {steps}, or raise epochs or max_steps",
         )
 
