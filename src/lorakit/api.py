@@ -95,12 +95,13 @@ def plan(
     from lorakit.hardware import detect_device
     from lorakit.model.lora_config import resolve_targets
     from lorakit.model.matching import check_adapter_settings
+    from lorakit.model.start_adapter import resolve_start
     from lorakit.planning.forecast import find_config, forecast
     from lorakit.planning.gpus import card_device, find_card, parse_memory, with_gpu_count
 
     if recipe is None:
         settings = {"data": "not read", **settings}
-    resolved = load_recipe(recipe, **settings)
+    resolved = resolve_start(load_recipe(recipe, **settings))
     card = find_card(gpu) if gpu else None
     size = parse_memory(memory) if memory else None
     with silence_libraries(resolved.recipe.offline):
@@ -200,13 +201,17 @@ def _prepared(
     """Tokenize the data of a recipe; return (tokenizer, data), the model's tokenizer by default."""
     from lorakit.data.prepare import prepare_data
     from lorakit.model.load import load_config, load_tokenizer, locate_model
+    from lorakit.model.start_adapter import resolve_start, tokenizer_location
 
+    resolved = resolve_start(resolved)
     folders = _folders(resolved)
     with silence_libraries(resolved.recipe.offline):
         if tokenizer is None:
             location = locate_model(resolved.recipe, folders, say)
             load_config(resolved.recipe, location)
-            tokenizer = load_tokenizer(resolved.recipe, location)
+            tokenizer = load_tokenizer(
+                resolved.recipe, tokenizer_location(resolved.recipe, location)
+            )
         return tokenizer, prepare_data(resolved.recipe, tokenizer, folders, inspecting)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,14 +43,24 @@ from lorakit.model.load import (
 )
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.matching import check_adapter_settings
+from lorakit.model.param_counts import count
 from lorakit.model.safetensors_io import check_weights
+from lorakit.model.start_adapter import (
+    find_start,
+    resolve_start,
+    start_folder,
+    tokenizer_location,
+    weights_sha256,
+)
+from lorakit.model.untrusted import check_adapter, read_object
 from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
+from lorakit.recipe.schema import Recipe
 from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
-from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
+from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.gradient_sync import seed_per_rank
 from lorakit.train.oom import oom_as_error
 from lorakit.train.progress import TrainingProgress
@@ -107,6 +117,7 @@ def prepare_run(
     force: bool = True,
     ranks: DistributedContext = SINGLE_PROCESS,
     gpus: int | None = None,
+    resume: bool = False,
 ) -> PreparedRun:
     """Prepare device, tokenizer, data and plan, with all checks that need no weights.
 
@@ -114,8 +125,10 @@ def prepare_run(
         force: continue even if the plan does not fit into memory.
         ranks: processes that share each step; rank 0 reads and caches before the others.
         gpus: plan for this many GPUs without starting them.
+        resume: the adapter that the run started from may be gone.
     """
     require_floors()
+    resolved = resolve_start(resolved, resume)
     local_device = measure_context(detect_device(resolved.recipe.dtype))
     device = shared_device(local_device, ranks)
     device = replace(device, ranks=gpus) if gpus else device
@@ -141,9 +154,10 @@ def _prologue(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
     check_adapter_settings(resolved.recipe, config)
+    _check_start(resolved.recipe, location, count(config).modules, console)
     if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
-    tokenizer = load_tokenizer(recipe, location)
+    tokenizer = load_tokenizer(recipe, tokenizer_location(resolved.recipe, location))
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
     steps = total_steps(resolved.recipe, len(prepared.train))
     check_training_settings(resolved.recipe, device, steps)
@@ -176,6 +190,7 @@ def fit(
         LorakitError: the recipe, data or model cannot be used (raised before training starts), the
             disk is full, or the run diverged.
     """
+    resolved = resolve_start(resolved, resume)
     with init_distributed() as ranks:
         run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
         if ranks.is_main:
@@ -211,9 +226,11 @@ def _fit(
     force: bool,
     ranks: DistributedContext,
 ) -> TrainResult:
-    start = prepare_run(resolved, console, force, ranks)
+    start = prepare_run(resolved, console, force, ranks, resume=resume)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    fingerprint = run_fingerprint(recipe, prepared.train, start.tokenizer, ranks.world_size)
+    fingerprint = run_fingerprint(
+        recipe, prepared.train, start.tokenizer, ranks.world_size, _start_hash(run, recipe, resume)
+    )
     checkpoint = ranks.run_on_main_and_broadcast(
         lambda: _write_run_files(run, start, fingerprint, resume, console)
     )
@@ -221,7 +238,7 @@ def _fit(
     if start.plan.placement.shards > 1:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
-    model = _model(start, console)
+    model = _model(start, console, fresh=checkpoint is None)
     if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
     else:
@@ -273,8 +290,12 @@ def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: PreparedRun, console: Console) -> Any:
-    """Load the base, on the GPU or in host memory as planned, and attach the adapter."""
+def _model(start: PreparedRun, console: Console, fresh: bool) -> Any:
+    """Load the base, on the GPU or in host memory as planned, and attach the adapter.
+
+    Args:
+        fresh: no checkpoint is loaded afterwards.
+    """
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
@@ -284,9 +305,37 @@ def _model(start: PreparedRun, console: Console) -> Any:
         base = load_base(recipe, start.location, device, start.plan.placement.base_offloaded)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe)
+    if recipe.from_adapter and fresh:
+        if start_folder(recipe) is None:
+            raise RunError(
+                f"from_adapter: {recipe.from_adapter} is gone, and this run has no checkpoint yet",
+                hint="restore the adapter, or start a new run with --output",
+            )
+        load_adapter(model, Path(recipe.from_adapter))
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     return model
+
+
+def _check_start(recipe: Recipe, location: str, modules: Sequence[str], console: Console) -> None:
+    """Check the adapter that training starts from, if any, and that it belongs to this base."""
+    folder, start = start_folder(recipe), find_start(recipe) if start_folder(recipe) else None
+    if folder is None or start is None:
+        return
+    check_adapter(folder, modules)
+    if start.run is not None:
+        check_base(start.run, recipe, location)
+    console.print(f"start    from the adapter {start.name}{start.trained_on()}")
+
+
+def _start_hash(run: RunDir, recipe: Recipe, resume: bool) -> str | None:
+    """Hash of the weights that training starts from; on a resume the recorded one if absent."""
+    if not recipe.from_adapter:
+        return None
+    if start_folder(recipe):
+        return weights_sha256(Path(recipe.from_adapter))
+    recorded = read_object(run.start)["sha256"] if resume and run.start.exists() else None
+    return None if recorded is None else str(recorded)
 
 
 def _check_shared_filesystem(
@@ -316,6 +365,8 @@ def _write_run_files(
         run.metrics.unlink(missing_ok=True)
         remember_base(run, recipe, start.location)
         remember_rows(run, prepared.train)
+        if found := find_start(recipe):
+            write_json(run.start, found.record())
     else:
         check_base(run, recipe, start.location)
         truncate_metrics(run, resumed.step)

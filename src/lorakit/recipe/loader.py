@@ -84,6 +84,9 @@ def load_recipe(
             values[key] = value
             origins[key] = f"flag --{key.replace('_dir', '')}"
     _take(settings, values, origins)
+    if "model" not in values and isinstance(values.get("from_adapter"), str):
+        # The adapter names its base, see `model/start_adapter.py`.
+        values["model"], origins["model"] = values["from_adapter"], origins["from_adapter"]
     recipe = _validate(values, origins, faults, name)
     method_keys = METHOD_DEFAULTS[recipe.method]
     for key in Recipe.model_fields:

@@ -47,6 +47,11 @@ SYNONYMS: dict[str, str] = {
     "model_id": "model",
     "adapter": "method",
     "finetuning_type": "method",
+    "lora_model_dir": "from_adapter",
+    "adapter_name_or_path": "from_adapter",
+    "adapter_path": "from_adapter",
+    "resume_adapter_file": "from_adapter",
+    "pretrained_adapter": "from_adapter",
     "load_in_4bit": "method",
     "dataset": "data",
     "datasets": "data",
@@ -125,6 +130,12 @@ class Recipe(BaseModel):
         description="Base chat model: a hub id, a local folder, or `demo` (SmolLM2-135M-Instruct).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    from_adapter: str | None = Field(
+        None,
+        description="Adapter that training starts from, instead of a new one: a run, its adapter "
+        "folder, a checkpoint, or a LoRA adapter of peft. `model` and the settings of the adapter "
+        "follow from it.",
+    )
     method: Literal["lora", "qlora"] = Field(
         "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
     )

@@ -75,6 +75,11 @@ class RunDir:
         return self.path / "base.json"
 
     @property
+    def start(self) -> Path:
+        """Record of the adapter that training started from."""
+        return self.path / "start.json"
+
+    @property
     def rows(self) -> Path:
         """Content hash of each training example's row, to name changed rows."""
         return self.path / "data_rows.npy"

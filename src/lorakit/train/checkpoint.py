@@ -206,7 +206,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Load a checkpoint's adapter into a PEFT model built from the same recipe.
+    """Load an adapter's weights into a PEFT model built from the same settings.
 
     Raises:
         RunError: a trained tensor is missing in the file, or the file has an unexpected one.
@@ -294,5 +294,5 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _unfit(folder: Path, mismatch: str) -> RunError:
     return RunError(
         f"{folder}: its adapter does not fit this recipe's model: {mismatch}",
-        hint="resume with the model and recipe of the run, or start a new run with --output",
+        hint="use the model and the adapter settings that it was trained with",
     )
