@@ -60,6 +60,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
+from lorakit.train.best_step import BestStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.gradient_sync import seed_per_rank
 from lorakit.train.oom import oom_as_error
@@ -109,6 +110,7 @@ class TrainResult:
     exit_code: int = 0
     ranks: int = 1
     unfit: str | None = None  # reason why engines cannot use the adapter on its base
+    best: BestStep | None = None  # of a run that compared steps
 
 
 def prepare_run(
@@ -160,7 +162,7 @@ def _prologue(
     tokenizer = load_tokenizer(recipe, tokenizer_location(resolved.recipe, location))
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
     steps = total_steps(resolved.recipe, len(prepared.train))
-    check_training_settings(resolved.recipe, device, steps)
+    check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
@@ -270,17 +272,21 @@ def _fit(
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
+    steps, sync = trainer.state.global_step, trainer.sync
+    stopped = sync.should_stop and steps < trainer.state.max_steps
+    best = None if stopped else trainer.load_best_step()
     model = trainer.close()
     final_loss = _final_loss(run) if ranks.is_main else None
-    steps, sync = trainer.state.global_step, trainer.sync
-    if sync.should_stop and steps < trainer.state.max_steps:
+    if stopped:
         return TrainResult(run, steps, seconds, final_loss, None, sync.exit_code, ranks.world_size)
     unfit = _save(run, model, start) if ranks.is_main else None
+    if best and ranks.is_main:
+        best.write(run)
     evaluation = None
     # A sharded base computes on all ranks; otherwise the other ranks wait for rank 0.
     if prepared.val and (ranks.is_main or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
-    return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit)
+    return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit, best=best)
 
 
 def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
@@ -360,6 +366,7 @@ def _write_run_files(
     """Write the files before training; return the folder of the checkpoint to resume from."""
     recipe, prepared = start.resolved.recipe, start.prepared
     steps = total_steps(recipe, len(prepared.train))
+    run.best.unlink(missing_ok=True)
     resumed = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
     if resumed is None:
         run.metrics.unlink(missing_ok=True)

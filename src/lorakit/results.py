@@ -141,6 +141,8 @@ def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> No
     else:
         console.print("no held-out rows: nothing was evaluated (val_size is 0)")
     console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")
+    if outcome.best:
+        console.print(f"best     {outcome.best.describe()}")
     console.print(f"adapter  {outcome.run.adapter}  (PEFT format)", soft_wrap=True)
     if outcome.unfit:
         console.print(f"         only for AutoModelForCausalLM and lorakit: {outcome.unfit}")

@@ -23,6 +23,7 @@ from lorakit.recipe.loader import suggest
 from lorakit.report.page import renew_report
 from lorakit.storage.atomic_dir import megabytes
 from lorakit.storage.run_dir import RunDir
+from lorakit.train.best_step import best_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,10 @@ def export_run(
     if options.get("merge_base") == "original":
         require_original(source)
     job = Job(source, target, console, **options)
+    if best := best_step(run):
+        console.print(f"best     {best.describe()}")
     facts = EXPORTERS[to].export(job)
+    facts |= {"step": best.step if best.used else best.steps} if best else {}
     # A folder elsewhere may have the name of another format; its path is not recorded.
     name = target.name if target.parent == run.export else f"{to}, elsewhere: {target.name}"
     record(run, name, {"format": to, **facts})

@@ -18,7 +18,7 @@ from lorakit.errors import ModelError, RecipeError, RunError
 from lorakit.model.untrusted import read_object
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, read_json
 
 CONFIG = "adapter_config.json"
 # Keys of the recipe by their names in adapter_config.json.
@@ -81,8 +81,8 @@ class StartAdapter:
         if self.run is not None:
             recipe = load_recipe(self.run.recipe).recipe
             found["recipe"] = recipe.model_dump(mode="json")
-            found["data"] = _read(self.run.data_report)
-            found["start"] = _read(self.run.start)
+            found["data"] = read_json(self.run.data_report)
+            found["start"] = read_json(self.run.start)
         return {key: value for key, value in found.items() if value}
 
 
@@ -288,10 +288,3 @@ def _same(own: Any, value: Any) -> bool:
 
 def _is_explicit(resolved: ResolvedRecipe, key: str) -> bool:
     return not resolved.origins.get(key, "default").startswith(("default", "derived"))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

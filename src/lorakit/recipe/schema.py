@@ -285,6 +285,19 @@ class Recipe(BaseModel):
     eval_every: Positive | None = Field(
         None, description="Steps between held-out losses in training; the end is always scored."
     )
+    metric_for_best_model: Literal["eval_loss"] = Field(
+        "eval_loss", description="What the best step is chosen by: the held-out loss."
+    )
+    load_best_model_at_end: bool | None = Field(
+        None,
+        description="Keep the step with the lowest held-out loss and make it the result. Needs "
+        "`eval_every`. Default: true with `early_stopping_patience`.",
+    )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="Stop after this many evaluations in a row without a lower held-out loss. "
+        "Needs `eval_every`.",
+    )
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="Trackers that also receive the metrics."
@@ -329,6 +342,23 @@ class Recipe(BaseModel):
         """Weight of each of `sources`."""
         entries = [self.data] if isinstance(self.data, str) else self.data
         return [1.0 if isinstance(entry, str) else entry.weight for entry in entries]
+
+    @property
+    def uses_best_step(self) -> bool:
+        """True if the result is the step with the lowest held-out loss."""
+        if self.load_best_model_at_end is not None:
+            return self.load_best_model_at_end
+        return self.early_stopping_patience is not None
+
+    @property
+    def compares_steps(self) -> bool:
+        """True if the step with the lowest held-out loss is kept."""
+        return self.uses_best_step or self.early_stopping_patience is not None
+
+    @property
+    def kept_checkpoints(self) -> int:
+        """Most checkpoints on the disk after a save: the newest ones, and the best one."""
+        return self.keep_checkpoints + self.compares_steps
 
     @property
     def memory_limit_bytes(self) -> int | None:

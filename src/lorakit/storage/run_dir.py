@@ -1,8 +1,8 @@
 """Paths of the files of a run, and functions to write and read them.
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
-                 data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
-                 export/<format>/ · export/verify.json · report.html
+                 data_rows.npy · start.json · metrics.jsonl · checkpoints/step_000100/ · best.json
+                 adapter/ · eval.json · export/<format>/ · export/verify.json · report.html
 
 This layout is the contract between commands: eval, chat and export need this folder only.
 """
@@ -78,6 +78,11 @@ class RunDir:
     def start(self) -> Path:
         """Record of the adapter that training started from."""
         return self.path / "start.json"
+
+    @property
+    def best(self) -> Path:
+        """The step with the lowest held-out loss, of a run that compared steps."""
+        return self.path / "best.json"
 
     @property
     def rows(self) -> Path:
@@ -167,6 +172,14 @@ def write_json(path: Path, value: Any) -> None:
         WorkError: the disk is full or the folder cannot be written.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
+from lorakit.train.best_step import EarlyStopping, SaveBestStep
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
@@ -104,6 +105,10 @@ class LoraTrainer(ResumableTrainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+        if recipe.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(recipe.early_stopping_patience, progress.note))
+        if recipe.compares_steps:
+            self.add_callback(SaveBestStep())
         if recipe.save_minutes is not None:
             self.add_callback(TimedCheckpoint(recipe.save_minutes, self.sync.agree_to_save))
         self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
