@@ -52,6 +52,7 @@ from lorakit.model.start_adapter import (
     tokenizer_location,
     weights_sha256,
 )
+from lorakit.model.trainable_tokens import check_token_rows, check_tokens_occur, token_rows
 from lorakit.model.untrusted import check_adapter, read_object
 from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
@@ -160,7 +161,9 @@ def _prologue(
     if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
     tokenizer = load_tokenizer(recipe, tokenizer_location(resolved.recipe, location))
+    check_token_rows(tokenizer, resolved.recipe, config)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
+    check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
     steps = total_steps(resolved.recipe, len(prepared.train))
     check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
     console.print(report_view(prepared.report))
@@ -310,7 +313,7 @@ def _model(start: PreparedRun, console: Console, fresh: bool) -> Any:
     with oom_as_error("loading the base model", OOM_HINT):
         base = load_base(recipe, start.location, device, start.plan.placement.base_offloaded)
         check_vocabulary(start.tokenizer, base)
-        model = add_adapter(base, recipe)
+        model = add_adapter(base, recipe, token_rows(start.tokenizer, recipe))
     if recipe.from_adapter and fresh:
         if start_folder(recipe) is None:
             raise RunError(

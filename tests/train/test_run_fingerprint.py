@@ -118,6 +118,7 @@ MAY_NOT_CHANGE = {
     "init_lora_weights": "gaussian",
     "bias": "all",
     "modules_to_save": ["lm_head"],
+    "trainable_tokens": ["<gate>"],
     "rank_pattern": {"q_proj": 4},
     "alpha_pattern": {"q_proj": 4.0},
     "exclude_modules": ["q_proj"],

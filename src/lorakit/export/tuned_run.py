@@ -201,7 +201,9 @@ def trained_class(config: Any) -> Any:
 
 def touches_embeddings(names: Sequence[str]) -> bool:
     """Return True if an adapter's tensors change the input or the output embedding."""
-    components = {component for name in names for component in name.split(".")}
+    # Rows of single tokens are changed in both, or each in its own matrix.
+    others = [name for name in names if "trainable_tokens_" not in name]
+    components = {component for name in others for component in name.split(".")}
     return bool(components & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
 

@@ -18,6 +18,7 @@ from lorakit.hardware import cap_finished_run, detect_device
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.safetensors_io import check_weights, read_header
+from lorakit.model.trainable_tokens import keep_tokens
 from lorakit.model.untrusted import (
     check_adapter,
     check_config,
@@ -125,7 +126,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
 
 
 def load_tokenizer(recipe: Recipe, location: str) -> Any:
-    """Load the model's tokenizer.
+    """Load the model's tokenizer, in which the recipe's `trainable_tokens` are tokens.
 
     Raises:
         ModelError: it is missing or cannot be read.
@@ -135,13 +136,15 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
     if Path(location).is_dir():
         check_tokenizer(Path(location), recipe)
     try:
-        return AutoTokenizer.from_pretrained(location, **_hub_arguments(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(location, **_hub_arguments(recipe))
     # tokenizer.json is parsed by Rust, which raises bare Exceptions.
     except Exception as error:
         raise ModelError(
             f"model: {recipe.model}: its tokenizer cannot be loaded: {first_line(error)}",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
+    keep_tokens(tokenizer, recipe.trainable_tokens)
+    return tokenizer
 
 
 def load_base(

@@ -238,6 +238,8 @@ def _settings(start: StartAdapter) -> dict[str, Any]:
     values, defaults = start.config, LoraConfig().to_dict()
     for key, value in values.items():
         plain = not value if key not in defaults else value in (defaults[key], None)
+        if key == "trainable_token_indices" and start.run is not None:
+            continue  # the run's recipe names the tokens
         if key not in KEYS and key not in NEUTRAL and not plain:
             raise ModelError(
                 f"{start.folder / CONFIG}: {key}: {json.dumps(value)[:60]}, which lorakit does not "
@@ -252,6 +254,8 @@ def _settings(start: StartAdapter) -> dict[str, Any]:
     for key in ("target_modules", "exclude_modules"):
         if isinstance(taken[key], list):
             taken[key] = sorted(taken[key])
+    if start.run is not None:
+        taken["trainable_tokens"] = list(load_recipe(start.run.recipe).recipe.trainable_tokens)
     scheme = taken["init_lora_weights"]
     if isinstance(scheme, str) and scheme.startswith(UNREPEATABLE):
         raise ModelError(

@@ -91,6 +91,10 @@ SYNONYMS: dict[str, str] = {
     "torch_dtype": "dtype",
     "train_on_inputs": "train_on",
     "sample_packing": "packing",
+    "trainable_token_indices": "trainable_tokens",
+    "special_tokens": "trainable_tokens",
+    "add_tokens": "trainable_tokens",
+    "add_special_tokens": "trainable_tokens",
     "padding_free": "packing",
     "column_mapping": "columns",
 }
@@ -196,6 +200,11 @@ class Recipe(BaseModel):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that train too.")
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained in full and saved with the adapter."
+    )
+    trainable_tokens: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default_factory=list,
+        description="Tokens, such as <gate>, that stay one token in turns and whose embedding rows "
+        "train. The base has a row for each (peft: trainable_token_indices).",
     )
     rank_pattern: dict[str, Positive] = Field(
         default_factory=dict, description="Rank for modules whose name matches a pattern."

@@ -236,7 +236,12 @@ _OTHER_FACTOR = {
 
 
 def _other_factor_is_zero(name: str, trained: dict[str, Tensor]) -> bool:
-    """True if a parameter is multiplied by a parameter that is still zero."""
+    """True if a parameter is multiplied by a parameter that is still zero, or is a row of tokens.
+
+    Tokens need not occur in the first step.
+    """
+    if ".trainable_tokens_" in name:
+        return True
     for factor, other in _OTHER_FACTOR.items():
         if factor in name and (partner := trained.get(name.replace(factor, other))) is not None:
             return not bool(partner.any())
