@@ -66,7 +66,7 @@ def check_token_rows(tokenizer: Any, recipe: Recipe, config: Any) -> None:
     if missing:
         raise RecipeError(
             f"trainable_tokens: {', '.join(missing)}: not in the tokenizer, and the base's "
-            f"embedding has no row left for {'it' if len(missing) == 1 else 'them'} (rows: {rows:,})",
+            f"embedding of {rows:,} rows has none left for {'it' if len(missing) == 1 else 'them'}",
             hint="enlarge the base once: tokenizer.add_tokens([...]); "
             "model.resize_token_embeddings(len(tokenizer)); save both to a folder",
         )
