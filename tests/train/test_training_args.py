@@ -87,7 +87,7 @@ def test_the_optimizer_is_the_one_asked_for(tmp_path, name, kind):
 
 
 def test_nothing_is_scored_between_steps_without_held_out_rows_or_without_asking(tmp_path):
-    for every, held_out in ((5, False), (None, True)):
+    for every, held_out in ((None, False), (None, True)):
         asked = recipe(eval_every=every)
         arguments = training_arguments(asked, CPU, RunDir(tmp_path), 10, held_out)
         assert arguments.eval_strategy == "no"
@@ -141,3 +141,10 @@ def test_a_warm_up_that_outlasts_the_run_is_refused():
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
 def test_a_warm_up_by_ratio_leaves_a_step_at_the_full_rate(steps):
     assert recipe(warmup_ratio=0.999).warmup_of(steps) < steps
+
+
+def test_scoring_without_held_out_rows_is_refused():
+    check_training_settings(recipe(eval_every=2), CPU, 10, held_out=True)
+    check_training_settings(recipe(), CPU, 10, held_out=False)
+    with pytest.raises(RecipeError, match="eval_every: 2 has no effect"):
+        check_training_settings(recipe(eval_every=2), CPU, 10, held_out=False)

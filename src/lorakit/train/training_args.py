@@ -55,6 +55,11 @@ def check_training_settings(
             )
     if recipe.compares_steps:
         _check_best_step(recipe, steps, held_out)
+    if recipe.eval_every and not held_out:
+        raise RecipeError(
+            f"eval_every: {recipe.eval_every} has no effect, because no rows are held out",
+            hint="set val_size or val_data, or leave eval_every out",
+        )
     warmup = recipe.warmup_steps or 0
     if warmup and recipe.lr_scheduler == "constant":
         raise RecipeError(
