@@ -136,8 +136,9 @@ def inspect(
     """
     from lorakit.data.inspection import inspect_prepared
     from lorakit.model.load import public_name
+    from lorakit.model.start_adapter import resolve_start
 
-    resolved = load_recipe(recipe, **settings)
+    resolved = resolve_start(load_recipe(recipe, **settings))
     tokenizer, prepared = _prepared(resolved, say=say, inspecting=True)
     name = public_name(resolved.recipe.model)
     return Inspected.of(inspect_prepared(prepared, tokenizer, resolved.recipe, name, examples))

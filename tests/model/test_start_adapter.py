@@ -77,10 +77,11 @@ def test_training_begins_with_the_adapters_weights(parent, more_data, tmp_path, 
     assert set(recipe.target_modules) == {"q_proj", "down_proj"}
 
 
-def test_the_tuned_model_is_the_parents(parent, more_data, tmp_path):
+def test_the_tuned_model_is_the_parents(parent, more_data, tmp_path, tiny_model_dir):
     run = go_on(more_data, tmp_path / "next", from_adapter=str(parent.path), lora_dropout=0.0)
-    inspected = inspect(load_recipe(run.recipe))
+    inspected = inspect(model=str(parent.path), data=str(more_data), offline=True)
     assert len(inspected.shown) == 3
+    assert inspected.model == tiny_model_dir.name
     losses = []
     _, prepared = _prepared(load_recipe(run.recipe))
     for each in (parent, run):
