@@ -19,17 +19,17 @@ def test_a_run_in_a_strange_place(tiny_model_dir, tiny_data, tmp_path):
     for pair in ("max_steps=2", "cutoff_len=64", "val_size=3", "learning_rate=2e-2"):
         command += ["--set", pair]
     strange = {"LC_ALL": "C", "HOME": "/dev/null", "TZ": "Nowhere/Else"}
-    strange["XDG_CACHE_HOME"] = str(place / "cache")  # where a message sends who has no home
     done = subprocess.run(
         command,
         cwd=place,
-        env={**os.environ, **strange},
+        env={**{k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}, **strange},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         preexec_fn=lambda: os.umask(0o077),
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"note: no cache in /dev/null/.cache/lorakit") == 1
     run = RunDir(place / "ein Lauf")
     assert [row["step"] for row in read_metrics(run)] == [1, 2]
     files = [run.recipe, run.metrics, run.eval, run.adapter / "adapter_config.json"]

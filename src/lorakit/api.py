@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.console import silence_libraries
+from lorakit.console import literal, plain_console, silence_libraries
 from lorakit.recipe.loader import RecipeInput, ResolvedRecipe, load_recipe
 from lorakit.results import Inspected, Plan
 from lorakit.run import Run
@@ -53,13 +53,17 @@ def finetune(
     from lorakit.results import show_outcome
 
     console = console or default_console()
-    with silence_libraries(resolved.recipe.offline):
-        outcome = fit(resolved, console, resume, force)
-    if outcome.exit_code:
-        console.print(f"stopped after step {outcome.steps}; a checkpoint was saved. Resume with:")
-        console.print(f'lorakit.finetune("{outcome.run.recipe}", resume=True)', soft_wrap=True)
-    else:
-        show_outcome(outcome, console, next_steps=False)
+    with literal(console):
+        with silence_libraries(resolved.recipe.offline):
+            outcome = fit(resolved, console, resume, force)
+        if outcome.exit_code:
+            console.print(
+                f"stopped after step {outcome.steps}; a checkpoint was saved. Resume with:"
+            )
+            recipe_file = str(outcome.run.recipe)
+            console.print(f"lorakit.finetune({recipe_file!r}, resume=True)", soft_wrap=True)
+        else:
+            show_outcome(outcome, console, next_steps=False)
     return Run(outcome.run.path)
 
 
@@ -91,12 +95,13 @@ def plan(
     from lorakit.hardware import detect_device
     from lorakit.model.lora_config import resolve_targets
     from lorakit.model.matching import check_adapter_settings
+    from lorakit.model.start_adapter import resolve_start
     from lorakit.planning.forecast import find_config, forecast
     from lorakit.planning.gpus import card_device, find_card, parse_memory, with_gpu_count
 
     if recipe is None:
         settings = {"data": "not read", **settings}
-    resolved = load_recipe(recipe, **settings)
+    resolved = resolve_start(load_recipe(recipe, **settings))
     card = find_card(gpu) if gpu else None
     size = parse_memory(memory) if memory else None
     with silence_libraries(resolved.recipe.offline):
@@ -131,8 +136,9 @@ def inspect(
     """
     from lorakit.data.inspection import inspect_prepared
     from lorakit.model.load import public_name
+    from lorakit.model.start_adapter import resolve_start
 
-    resolved = load_recipe(recipe, **settings)
+    resolved = resolve_start(load_recipe(recipe, **settings))
     tokenizer, prepared = _prepared(resolved, say=say, inspecting=True)
     name = public_name(resolved.recipe.model)
     return Inspected.of(inspect_prepared(prepared, tokenizer, resolved.recipe, name, examples))
@@ -174,19 +180,23 @@ def _prepared(
     """Tokenize the data of a recipe; return (tokenizer, data), the model's tokenizer by default."""
     from lorakit.data.prepare import prepare_data
     from lorakit.model.load import load_config, load_tokenizer, locate_model
+    from lorakit.model.start_adapter import resolve_start, tokenizer_location
 
+    resolved = resolve_start(resolved)
     folders = _folders(resolved)
     with silence_libraries(resolved.recipe.offline):
         if tokenizer is None:
             location = locate_model(resolved.recipe, folders, say)
             load_config(resolved.recipe, location)
-            tokenizer = load_tokenizer(resolved.recipe, location)
+            tokenizer = load_tokenizer(
+                resolved.recipe, tokenizer_location(resolved.recipe, location)
+            )
         return tokenizer, prepare_data(resolved.recipe, tokenizer, folders, inspecting)
 
 
 def default_console() -> Console:
     """Return a console for plain text on stdout, which a notebook keeps as one output."""
-    return Console(file=sys.stdout, force_jupyter=False, highlight=False, soft_wrap=True)
+    return plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)
 
 
 def _folders(resolved: ResolvedRecipe) -> list[Path]:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+
 from lorakit.redact import redacted
 
 LOGGERS = (
@@ -31,6 +33,8 @@ def quiet(offline: bool = False) -> None:
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # datasets sets the level of its logger when it is imported, from this variable.
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     _ignore_warnings()
@@ -79,6 +83,25 @@ def _network_switches() -> list[tuple[Any, str]]:
     modules = (huggingface_hub.constants, datasets.config)
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     return [(module, name) for module in modules for name in names if hasattr(module, name)]
+
+
+def plain_console(**settings: Any) -> Console:
+    """Console without markup and emoji codes: "[x]" and ":key:" in a path or an answer are text."""
+    return Console(highlight=False, markup=False, emoji=False, **settings)
+
+
+@contextmanager
+def literal(console: Console) -> Iterator[None]:
+    """Print on a caller's console as on a `plain_console`."""
+    names = [name for name in ("_markup", "_emoji") if hasattr(console, name)]
+    before = {name: getattr(console, name) for name in names}
+    try:
+        for name in names:
+            setattr(console, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(console, name, value)
 
 
 class SafeStream:

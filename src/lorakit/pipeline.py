@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,13 +45,26 @@ from lorakit.model.load import (
 )
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.matching import check_adapter_settings
+from lorakit.model.param_counts import count
+from lorakit.model.safetensors_io import check_weights
+from lorakit.model.start_adapter import (
+    find_start,
+    resolve_start,
+    start_folder,
+    tokenizer_location,
+    weights_sha256,
+)
+from lorakit.model.trainable_tokens import check_token_rows, check_tokens_occur, token_rows
+from lorakit.model.untrusted import check_adapter, read_object
 from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
+from lorakit.recipe.schema import Recipe
 from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
-from lorakit.train.checkpoint import require_space, save_adapter, saves_embeddings
+from lorakit.train.best_step import BestStep
+from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.gradient_sync import seed_per_rank
 from lorakit.train.oom import oom_as_error
 from lorakit.train.progress import TrainingProgress
@@ -65,7 +78,7 @@ from lorakit.train.resume import (
 )
 from lorakit.train.signals import catch_signals
 from lorakit.train.trainer import LoraTrainer
-from lorakit.train.training_args import total_steps
+from lorakit.train.training_args import check_training_settings, total_steps
 from lorakit.types import Device, EvalResult, MemoryPlan
 
 OOM_HINT = "stop other programs on this device, set method: qlora, or use a smaller model"
@@ -100,6 +113,7 @@ class TrainResult:
     exit_code: int = 0
     ranks: int = 1
     unfit: str | None = None  # reason why engines cannot use the adapter on its base
+    best: BestStep | None = None  # of a run that compared steps
 
 
 def prepare_run(
@@ -108,6 +122,7 @@ def prepare_run(
     force: bool = True,
     ranks: DistributedContext = SINGLE_PROCESS,
     gpus: int | None = None,
+    resume: bool = False,
 ) -> PreparedRun:
     """Prepare device, tokenizer, data and plan, with all checks that need no weights.
 
@@ -115,8 +130,10 @@ def prepare_run(
         force: continue even if the plan does not fit into memory.
         ranks: processes that share each step; rank 0 reads and caches before the others.
         gpus: plan for this many GPUs without starting them.
+        resume: the adapter that the run started from may be gone.
     """
     require_floors()
+    resolved = resolve_start(resolved, resume)
     local_device = measure_context(detect_device(resolved.recipe.dtype))
     device = shared_device(local_device, ranks)
     device = replace(device, ranks=gpus) if gpus else device
@@ -142,11 +159,18 @@ def _prologue(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
     check_adapter_settings(resolved.recipe, config)
-    tokenizer = load_tokenizer(recipe, location)
+    _check_start(resolved.recipe, location, count(config).modules, console)
+    if any(Path(location).glob("*.safetensors")):
+        check_weights(Path(location))
+    tokenizer = load_tokenizer(recipe, tokenizer_location(resolved.recipe, location))
+    check_token_rows(tokenizer, resolved.recipe, config)
     if recipe.template_date is None and prints_today(str(tokenizer.chat_template)):
         today = datetime.date.today().isoformat()
         resolved = resolved.derive("today, which the chat template prints", template_date=today)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
+    check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
+    steps = total_steps(resolved.recipe, len(prepared.train))
+    check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
@@ -176,6 +200,7 @@ def fit(
         LorakitError: the recipe, data or model cannot be used (raised before training starts), the
             disk is full, or the run diverged.
     """
+    resolved = resolve_start(resolved, resume)
     with init_distributed() as ranks:
         run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
         if ranks.is_main:
@@ -211,9 +236,11 @@ def _fit(
     force: bool,
     ranks: DistributedContext,
 ) -> TrainResult:
-    start = prepare_run(resolved, console, force, ranks)
+    start = prepare_run(resolved, console, force, ranks, resume=resume)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    fingerprint = run_fingerprint(recipe, prepared.train, start.tokenizer, ranks.world_size)
+    fingerprint = run_fingerprint(
+        recipe, prepared.train, start.tokenizer, ranks.world_size, _start_hash(run, recipe, resume)
+    )
     checkpoint = ranks.run_on_main_and_broadcast(
         lambda: _write_run_files(run, start, fingerprint, resume, console)
     )
@@ -221,7 +248,7 @@ def _fit(
     if start.plan.placement.shards > 1:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
-    model = _model(start, console)
+    model = _model(start, console, fresh=checkpoint is None)
     if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
     else:
@@ -253,17 +280,21 @@ def _fit(
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
+    steps, sync = trainer.state.global_step, trainer.sync
+    stopped = sync.should_stop and steps < trainer.state.max_steps
+    best = None if stopped else trainer.load_best_step()
     model = trainer.close()
     final_loss = _final_loss(run) if ranks.is_main else None
-    steps, sync = trainer.state.global_step, trainer.sync
-    if sync.should_stop and steps < trainer.state.max_steps:
+    if stopped:
         return TrainResult(run, steps, seconds, final_loss, None, sync.exit_code, ranks.world_size)
     unfit = _save(run, model, start) if ranks.is_main else None
+    if best and ranks.is_main:
+        best.write(run)
     evaluation = None
     # A sharded base computes on all ranks; otherwise the other ranks wait for rank 0.
     if prepared.val and (ranks.is_main or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks)
-    return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit)
+    return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit, best=best)
 
 
 def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
@@ -273,8 +304,12 @@ def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: PreparedRun, console: Console) -> Any:
-    """Load the base, on the GPU or in host memory as planned, and attach the adapter."""
+def _model(start: PreparedRun, console: Console, fresh: bool) -> Any:
+    """Load the base, on the GPU or in host memory as planned, and attach the adapter.
+
+    Args:
+        fresh: no checkpoint is loaded afterwards.
+    """
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
     if recipe.deterministic:
@@ -283,10 +318,38 @@ def _model(start: PreparedRun, console: Console) -> Any:
     with oom_as_error("loading the base model", OOM_HINT):
         base = load_base(recipe, start.location, device, start.plan.placement.base_offloaded)
         check_vocabulary(start.tokenizer, base)
-        model = add_adapter(base, recipe)
+        model = add_adapter(base, recipe, token_rows(start.tokenizer, recipe))
+    if recipe.from_adapter and fresh:
+        if start_folder(recipe) is None:
+            raise RunError(
+                f"from_adapter: {recipe.from_adapter} is gone, and this run has no checkpoint yet",
+                hint="restore the adapter, or start a new run with --output",
+            )
+        load_adapter(model, Path(recipe.from_adapter))
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     return model
+
+
+def _check_start(recipe: Recipe, location: str, modules: Sequence[str], console: Console) -> None:
+    """Check the adapter that training starts from, if any, and that it belongs to this base."""
+    folder, start = start_folder(recipe), find_start(recipe) if start_folder(recipe) else None
+    if folder is None or start is None:
+        return
+    check_adapter(folder, modules)
+    if start.run is not None:
+        check_base(start.run, recipe, location)
+    console.print(f"start    from the adapter {start.name}{start.trained_on()}")
+
+
+def _start_hash(run: RunDir, recipe: Recipe, resume: bool) -> str | None:
+    """Hash of the weights that training starts from; on a resume the recorded one if absent."""
+    if not recipe.from_adapter:
+        return None
+    if start_folder(recipe):
+        return weights_sha256(Path(recipe.from_adapter))
+    recorded = read_object(run.start)["sha256"] if resume and run.start.exists() else None
+    return None if recorded is None else str(recorded)
 
 
 def _check_shared_filesystem(
@@ -311,11 +374,14 @@ def _write_run_files(
     """Write the files before training; return the folder of the checkpoint to resume from."""
     recipe, prepared = start.resolved.recipe, start.prepared
     steps = total_steps(recipe, len(prepared.train))
+    run.best.unlink(missing_ok=True)
     resumed = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
     if resumed is None:
         run.metrics.unlink(missing_ok=True)
         remember_base(run, recipe, start.location)
         remember_rows(run, prepared.train)
+        if found := find_start(recipe):
+            write_json(run.start, found.record())
     else:
         check_base(run, recipe, start.location)
         truncate_metrics(run, resumed.step)

@@ -130,7 +130,7 @@ def show_examples(tokenizer: Any, examples: Sequence[Any], console: Console) -> 
 
 def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> None:
     """Print the result of a run, its files, and the next commands."""
-    run = outcome.run.path
+    run = outcome.run
     if outcome.exit_code:
         console.print(f"stopped after step {outcome.steps}; a checkpoint was saved")
         command = outcome.run.going_on(outcome.ranks, program())
@@ -141,18 +141,19 @@ def show_outcome(outcome: TrainResult, console: Console, next_steps: bool) -> No
     else:
         console.print("no held-out rows: nothing was evaluated (val_size is 0)")
     console.print(f"trained {outcome.steps} steps in {outcome.train_seconds:.0f} s")
-    console.print(f"adapter  {outcome.run.adapter}  (PEFT format)")
+    if outcome.best:
+        console.print(f"best     {outcome.best.describe()}")
+    console.print(f"adapter  {outcome.run.adapter}  (PEFT format)", soft_wrap=True)
     if outcome.unfit:
         console.print(f"         only for AutoModelForCausalLM and lorakit: {outcome.unfit}")
-    console.print(f"metrics  {outcome.run.metrics}")
+    console.print(f"metrics  {outcome.run.metrics}", soft_wrap=True)
     if outcome.run.report.exists():
-        console.print(f"report   {outcome.run.report}")
+        console.print(f"report   {outcome.run.report}", soft_wrap=True)
     if next_steps:
         console.print("next:")
-        console.print(f"  {program()} chat {run}", soft_wrap=True)
-        console.print(f"  {program()} eval {run} --data FILE.jsonl", soft_wrap=True)
         form = "gguf" if outcome.unfit else "merged"
-        console.print(f"  {program()} export {run} --to {form}", soft_wrap=True)
+        for words in (("chat",), ("eval", "--data", "FILE.jsonl"), ("export", "--to", form)):
+            console.print(f"  {run.command(*words, program=program())}", soft_wrap=True)
 
 
 def program() -> str:

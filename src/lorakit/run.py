@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorakit.console import silence_libraries
+from lorakit.console import literal, plain_console, silence_libraries
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.results import Evaluation
@@ -165,14 +165,9 @@ class Run:
 
         folder = find_run(self.path)
         self.close()
-        with silence_libraries(self.recipe.offline):
-            return export_run(
-                folder,
-                to,
-                Path(output) if output else None,
-                console or Console(file=sys.stdout, force_jupyter=False, highlight=False),
-                **options,
-            )
+        console = console or plain_console(file=sys.stdout, force_jupyter=False)
+        with silence_libraries(self.recipe.offline), literal(console):
+            return export_run(folder, to, Path(output) if output else None, console, **options)
 
     def report(self, output: str | Path | None = None) -> Path:
         """Write the run's HTML report and return its path, by default `report.html` in its folder.

@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-from rich.console import Console
 from tests.in_process import exit_code
 
 from lorakit.cli import app, inspect, main, run_commands, train
+from lorakit.console import plain_console
 
 
 def run_cli(monkeypatch, capsys, *words):
@@ -21,6 +21,6 @@ def run_cli(monkeypatch, capsys, *words):
 def lorakit(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for place in (main, app, inspect, train, run_commands):
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console = plain_console(stderr=True, soft_wrap=True)
         monkeypatch.setattr(place, "log", console)
     return lambda *words: run_cli(monkeypatch, capsys, *words)

@@ -1,8 +1,13 @@
 """Training from the command line: one clear error and no traceback for bad input."""
 
+import io
 import json
+import shlex
 
 import pytest
+from rich.console import Console
+
+from lorakit.api import finetune
 
 
 def test_train_prints_one_json_object(lorakit, tiny_model_dir, tiny_data):
@@ -85,3 +90,49 @@ def test_a_run_that_cannot_fit_is_refused_unless_forced(lorakit, tiny_model_dir,
         plan = json.load(file)
     assert plan["tokens_per_second"] > 0
     assert not plan["fits"]
+
+
+STRANGE = "my run [x] :key: [/bold] it's $(touch pwned)"
+
+
+def test_every_path_and_command_works_when_pasted(lorakit, tmp_path, tiny_model_dir, tiny_data):
+    words = ["train", "--model", tiny_model_dir, "--data", tiny_data, "--output", STRANGE]
+    for pair in ("max_steps=1", "cutoff_len=64", "val_size=2"):
+        words += ["--set", pair]
+    code, out, err = lorakit(*words)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert f"adapter  {STRANGE}/adapter  (PEFT format)" in lines
+    assert f"metrics  {STRANGE}/metrics.jsonl" in lines
+    commands = [shlex.split(line) for line in lines[lines.index("next:") + 1 :]]
+    assert [words[1:3] for words in commands] == [
+        [verb, STRANGE] for verb in ("chat", "eval", "export")
+    ]
+    code, out, err = lorakit("report", STRANGE)
+    assert code == 0, err
+    assert out == f"{STRANGE}/report.html\n"
+    code, out, err = lorakit("train", f"{STRANGE}/recipe.yaml", "--resume")
+    assert code == 0, err
+    assert f"resuming {STRANGE} from step 1" in err
+    code, _, err = lorakit("export", STRANGE, "--to", "vllm")
+    assert code == 0, err
+    line = next(line for line in err.splitlines() if line.startswith("vLLM: "))
+    words = shlex.split(line.removeprefix("vLLM: "))
+    assert words[:2] == ["vllm", "serve"]
+    assert f"{STRANGE}/export/vllm/chat_template.jinja" in words
+    code, _, err = lorakit("chat", "[x]")
+    assert "error: [x]: no such run directory" in err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_path_is_printed_literally_on_the_callers_console(
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    console = Console(file=io.StringIO(), width=200)
+    recipe = tiny_recipe(tiny_model_dir, tiny_data, "[x] :key:", max_steps=1).recipe
+    finetune(recipe, console=console)
+    text = console.file.getvalue()
+    assert "adapter  [x] :key:/adapter" in text
+    console.print("[bold]again[/bold]")
+    assert console.file.getvalue().endswith("again\n")

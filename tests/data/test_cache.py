@@ -1,5 +1,6 @@
 """An entry is written once for a key, found again, made again when damaged, and bounded."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -151,11 +152,26 @@ def test_folders_of_killed_processes_and_old_versions_go_after_a_day(home):
     assert names(home) == [".making-new", "a.arrow", "a.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_without_a_cache_the_folder_is_made_elsewhere_once(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cache, "cache_home", lambda: tmp_path / "file" / "data")
-    with pytest.raises(WorkError, match="cannot be kept") as caught:
-        cached("key", writer("x", []))
+    written = []
+    entries = [cached("key", writer("x", written)) for _ in range(2)]
+    assert written == ["x"]
+    assert [entry.table["text"][:] for entry in entries] == [["x"], ["x"]]
+    assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [
+        f"note: no cache in {tmp_path}/file/data"
+    ]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "cache_home", lambda: tmp_path / "data")
+
+    def full(_folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WorkError, match=r"cannot be kept .* No space left") as caught:
+        cached("key", full)
     assert "XDG_CACHE_HOME" in caught.value.hint
 
 

@@ -44,6 +44,8 @@ def test_a_process_of_torchrun_starts_no_others(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not launched()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not launched()  # a leftover
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert launched()
 
 

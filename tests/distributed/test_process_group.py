@@ -9,6 +9,7 @@ import pytest
 
 from lorakit.distributed import process_group
 from lorakit.distributed.heartbeat import Beat
+from lorakit.distributed.launch_env import REQUIRED
 from lorakit.distributed.process_group import (
     SINGLE_PROCESS,
     DistributedContext,
@@ -24,7 +25,7 @@ H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", "sdpa", {"kind": "card"})
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in (*process_group.TORCHRUN_ENV_VARS, process_group._OWN_ENV, "CUDA_VISIBLE_DEVICES"):
+    for name in (*REQUIRED, process_group._OWN_ENV, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
     def put(**values):
@@ -48,6 +49,7 @@ def test_a_process_by_itself_is_alone(environment):
     [(None, "1", "1"), ("4,6", "1", "6"), ("4,6", "2", ""), ("6", "1", "6"), ("", "1", "")],
 )
 def test_each_rank_sees_its_own_card(environment, shown, local, then):
+    environment(RANK=local, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
     environment(LOCAL_RANK=local, LOCAL_WORLD_SIZE="2")
     if shown is not None:
         environment(CUDA_VISIBLE_DEVICES=shown)

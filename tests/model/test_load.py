@@ -57,9 +57,59 @@ def test_an_uncached_hub_model_offline_says_what_to_do():
     assert caught.value.hint
 
 
+def cached_model(monkeypatch, home, tiny_model_dir, left_out=()):
+    """A hub cache with branch main of org/tiny."""
+    snapshot = home / "models--org--tiny" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(tiny_model_dir, snapshot, ignore=shutil.ignore_patterns(*left_out))
+    refs = home / "models--org--tiny" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123456789abcdef")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(home))
+
+
+def test_a_revision_that_is_not_cached_is_named_with_those_that_are(
+    monkeypatch, tmp_path, tiny_model_dir
+):
+    cached_model(monkeypatch, tmp_path, tiny_model_dir)
+    load_config(recipe("org/tiny"), "org/tiny")
+    with pytest.raises(ModelError, match=r"revision: nope of org/tiny is not .*cached: main\)"):
+        load_config(recipe("org/tiny", revision="nope"), "org/tiny")
+
+
+def test_a_model_that_is_cached_in_part_is_told(monkeypatch, tmp_path, tiny_model_dir):
+    cached_model(monkeypatch, tmp_path, tiny_model_dir, left_out=("config.json",))
+    with pytest.raises(ModelError, match="org/tiny: the local cache holds only a part"):
+        load_config(recipe("org/tiny"), "org/tiny")
+
+
+def test_a_revision_of_what_has_none_is_refused(tiny_model_dir):
+    for model in (str(tiny_model_dir), "demo"):
+        with pytest.raises(ModelError, match="revision: v2 has no effect"):
+            locate_model(recipe(model, revision="v2"))
+
+
+def test_a_hub_cache_that_cannot_be_written_is_not_called_a_missing_network(monkeypatch):
+    import transformers
+
+    def fail(*_, **__):
+        try:
+            raise PermissionError(13, "Permission denied", "/root/.cache/huggingface")
+        except PermissionError as error:
+            raise OSError("There was a problem when trying to write in your cache") from error
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", fail)
+    with pytest.raises(ModelError, match=r"/root/.cache/huggingface: Permission denied") as caught:
+        load_config(recipe("org/name"), "org/name")
+    assert "HF_HOME" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("cause", "says", "hint"),
     [
+        ("v9 is not a valid git identifier (branch name, tag name or", "revision: main", "cached"),
         ("You are trying to access a gated repo. 403 Forbidden", "gated", "hf auth login"),
         ("404 Client Error: not a valid model identifier", "no such model", "spelling"),
         ("Connection refused", "cannot be reached", "--model demo"),

@@ -6,7 +6,7 @@ import torch
 from lorakit.errors import RecipeError
 from lorakit.hardware import detect_device
 from lorakit.model.load import load_base, load_config
-from lorakit.model.lora_config import add_adapter, count_parameters, linear_names, resolve_targets
+from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.recipe.loader import load_recipe
 
 
@@ -84,11 +84,10 @@ def test_targets_auto_is_resolved_once_and_kept_otherwise(tiny_model_dir):
     assert resolve_targets(own, config) is own
 
 
-def test_a_target_that_matches_nothing_lists_the_layers(tiny_model_dir):
-    with pytest.raises(RecipeError) as caught:
+def test_what_peft_refuses_is_one_error_without_a_hint_about_names(tiny_model_dir):
+    with pytest.raises(RecipeError, match=r"the adapter cannot be attached: .*query") as caught:
         tuned(tiny_model_dir, target_modules=["query"])
-    assert "q_proj" in caught.value.hint
-    assert "query" in caught.value.message
+    assert caught.value.hint is None
 
 
 def test_saved_config_names_no_path_of_this_machine(tiny_model_dir):
@@ -99,4 +98,3 @@ def test_saved_config_names_no_path_of_this_machine(tiny_model_dir):
 def test_parameter_counts_see_through_four_bit_storage(tiny_model_dir):
     lora, qlora = tuned(tiny_model_dir, lora_r=4), tuned(tiny_model_dir, method="qlora", lora_r=4)
     assert count_parameters(lora) == count_parameters(qlora)
-    assert linear_names(lora.get_base_model())[:2] == ["base_layer", "default"]

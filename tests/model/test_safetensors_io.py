@@ -115,3 +115,19 @@ def test_an_index_that_is_wrong_or_reaches_out(tmp_path, index, reason):
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(ModelError, match="cannot be read: No such file"):
         read_header(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model-00001-of-00002", "model-00002-of-00002"], "index.json: missing .found"),
+        (["model-00002-of-00003"], "index.json: missing, and 2 of 3 shards"),
+        (["model-00001-of-00001"], "index.json: missing .found"),
+        (["pytorch_model-00001-of-00002"], "index.json: missing, and 1 of 2 shards"),
+    ],
+)
+def test_shards_without_their_index_are_named(tmp_path, names, message):
+    for name in names:
+        save_file({"w": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ModelError, match=message):
+        check_weights(tmp_path)

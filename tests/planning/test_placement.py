@@ -88,7 +88,7 @@ def test_an_optimizer_of_cards_stays_there():
         (
             {"sharding": "on", "ranks": 2, "modules_to_save": ["lm_head"]},
             True,
-            "modules_to_save do not go",
+            "modules_to_save and trainable_tokens do not go",
             "sharding: auto",
         ),
     ],

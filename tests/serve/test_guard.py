@@ -13,8 +13,8 @@ GOOD = {"model": "plain", "messages": [{"role": "user", "content": "Hi"}]}
 HEADERS = {"host": "127.0.0.1:8000", "authorization": "Bearer secret"}
 
 
-def ask(monkeypatch, body=b"", path=CHAT, method="POST", headers=(), **settings):
-    """(status, error or answer, the body that the server behind saw)."""
+def exchange(monkeypatch, body=b"", path=CHAT, method="POST", headers=(), **settings):
+    """(events that the client gets, bodies that the server behind saw)."""
     monkeypatch.setenv(ENV, json.dumps({**SETTINGS, **settings}))
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     half = len(body) // 2
@@ -38,6 +38,12 @@ def ask(monkeypatch, body=b"", path=CHAT, method="POST", headers=(), **settings)
     pairs = [(k.encode(), v.encode()) for k, v in {**HEADERS, **dict(headers)}.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": pairs}
     asyncio.run(Guard(server)(scope, receive, send))
+    return sent, seen
+
+
+def ask(monkeypatch, body=b"", path=CHAT, method="POST", headers=(), **settings):
+    """(status, error or answer, the body that the server behind saw)."""
+    sent, seen = exchange(monkeypatch, body, path, method, headers, **settings)
     answer = json.loads(sent[1]["body"])
     return sent[0]["status"], answer.get("error", answer), seen
 
@@ -107,3 +113,71 @@ def test_only_three_routes_are_open(monkeypatch):
     no_key = {"authorization": ""}
     assert ask(monkeypatch, path="/v1/models", method="GET", headers=no_key)[0] == 401
     assert ask(monkeypatch, path="/health", method="GET", headers=no_key)[0] == 200
+
+
+@pytest.mark.parametrize("name", ["fruit", "plain"])
+def test_one_model_is_retrieved_by_its_name(monkeypatch, name):
+    status, found, seen = ask(monkeypatch, path=f"/v1/models/{name}", method="GET")
+    assert (status, found["id"], found["object"], seen) == (200, name, "model", [])
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "", "fruit/more", "fruit "])
+def test_another_model_is_not_found(monkeypatch, name):
+    status, error, _ = ask(monkeypatch, path=f"/v1/models/{name}", method="GET")
+    assert status == 404
+    assert "there is: fruit, plain" in error["message"]
+    status, _, _ = ask(
+        monkeypatch, path="/v1/models/fruit", method="GET", headers={"authorization": "Bearer x"}
+    )
+    assert status == 401
+
+
+PAGE = "http://localhost:3000"
+
+
+def headers_of(event):
+    return {name.decode(): value.decode() for name, value in event["headers"]}
+
+
+def test_a_page_of_this_machine_is_answered_after_its_preflight(monkeypatch):
+    asked = {
+        "origin": PAGE,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os",
+    }
+    # A browser sends the preflight without the key.
+    (start, _), seen = exchange(
+        monkeypatch, method="OPTIONS", headers={**asked, "authorization": ""}
+    )
+    told = headers_of(start)
+    assert (start["status"], seen) == (204, [])
+    assert told["access-control-allow-origin"] == PAGE
+    assert "POST" in told["access-control-allow-methods"]
+    assert "x-stainless-os" in told["access-control-allow-headers"]
+    (start, _), (body,) = exchange(monkeypatch, GOOD, headers={"origin": PAGE})
+    assert (start["status"], json.loads(body)["model"]) == (200, "plain")
+    assert headers_of(start)["access-control-allow-origin"] == PAGE
+    # The page can read why it was refused.
+    (start, _), _ = exchange(monkeypatch, {**GOOD, "mirostat": 2}, headers={"origin": PAGE})
+    assert start["status"] == 400
+    assert headers_of(start)["access-control-allow-origin"] == PAGE
+    assert headers_of(start)["vary"] == "Origin"
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example"]
+)
+@pytest.mark.parametrize("method", ["OPTIONS", "POST"])
+def test_pages_of_other_hosts_are_refused_in_both(monkeypatch, origin, method):
+    (start, _), seen = exchange(monkeypatch, GOOD, method=method, headers={"origin": origin})
+    assert (start["status"], seen) == (403, [])
+    assert "access-control-allow-origin" not in headers_of(start)
+
+
+def test_without_a_page_and_on_an_open_network_nothing_is_allowed(monkeypatch):
+    (start, _), _ = exchange(monkeypatch, GOOD)
+    assert "access-control-allow-origin" not in headers_of(start)
+    (start, _), _ = exchange(monkeypatch, GOOD, headers={"origin": PAGE}, loopback=False)
+    assert "access-control-allow-origin" not in headers_of(start)
+    (start, _), seen = exchange(monkeypatch, method="OPTIONS", loopback=False)
+    assert (start["status"], seen) == (404, [])

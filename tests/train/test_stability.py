@@ -218,6 +218,26 @@ def test_adapters_without_a_gradient_are_told(run):
     assert "layers.1.self_attn.q_proj.lora_B" in said(trainer)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"target_modules": ["q_proj", "embed_tokens"]}, {"use_dora": True}, {"bias": "lora_only"}],
+)
+def test_a_factor_without_gradient_by_construction_is_no_alarm(run, values):
+    """lora_embedding_B is multiplied by a matrix of zeros in the first step."""
+    trainer = run(max_steps=2, **values)
+    trainer.train()
+    assert "no gradient" not in said(trainer)
+
+
+def test_an_embedding_without_a_gradient_is_told(run):
+    trainer = run(max_steps=2, target_modules=["q_proj", "embed_tokens"])
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_embedding_A" in name:
+            parameter.register_hook(torch.zeros_like)
+    trainer.train()
+    assert "lora_embedding_A" in said(trainer)
+
+
 def test_a_model_that_learns_reaches_all():
     model = torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()

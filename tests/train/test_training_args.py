@@ -7,7 +7,7 @@ from lorakit.errors import DependencyError, RecipeError
 from lorakit.hardware import detect_device
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.training_args import total_steps, training_arguments
+from lorakit.train.training_args import check_training_settings, total_steps, training_arguments
 from lorakit.types import Device
 
 CPU = detect_device("float32", prefer="cpu")
@@ -87,7 +87,7 @@ def test_the_optimizer_is_the_one_asked_for(tmp_path, name, kind):
 
 
 def test_nothing_is_scored_between_steps_without_held_out_rows_or_without_asking(tmp_path):
-    for every, held_out in ((5, False), (None, True)):
+    for every, held_out in ((None, False), (None, True)):
         asked = recipe(eval_every=every)
         arguments = training_arguments(asked, CPU, RunDir(tmp_path), 10, held_out)
         assert arguments.eval_strategy == "no"
@@ -124,3 +124,27 @@ def test_precision_follows_the_device(tmp_path):
     assert (arguments.bf16, arguments.fp16) == (False, False)
     if torch.cuda.is_available():
         assert training_arguments(recipe(), t4, RunDir(tmp_path), 1).fp16
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused():
+    message = r"warmup_steps: 100, but the run has 4 steps: .* 3% of 0.0001"
+    with pytest.raises(RecipeError, match=message):
+        check_training_settings(recipe(warmup_steps=100), CPU, 4)
+    with pytest.raises(RecipeError, match="0% of"):
+        check_training_settings(recipe(warmup_steps=1), CPU, 1)
+    with pytest.raises(RecipeError, match="no effect with lr_scheduler: constant"):
+        check_training_settings(recipe(warmup_steps=3, lr_scheduler="constant"), CPU, 10)
+    for steps, values in ((5, {"warmup_steps": 4}), (1, {"warmup_steps": 0}), (1, {})):
+        check_training_settings(recipe(**values), CPU, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
+def test_a_warm_up_by_ratio_leaves_a_step_at_the_full_rate(steps):
+    assert recipe(warmup_ratio=0.999).warmup_of(steps) < steps
+
+
+def test_scoring_without_held_out_rows_is_refused():
+    check_training_settings(recipe(eval_every=2), CPU, 10, held_out=True)
+    check_training_settings(recipe(), CPU, 10, held_out=False)
+    with pytest.raises(RecipeError, match="eval_every: 2 has no effect"):
+        check_training_settings(recipe(eval_every=2), CPU, 10, held_out=False)

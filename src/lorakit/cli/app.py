@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from lorakit.console import quiet
+from lorakit.console import plain_console, quiet
 
 __all__ = [
     "Gpus",
@@ -37,8 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-log = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False)
+log = plain_console(stderr=True, soft_wrap=True)
+out = plain_console()
 
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run directory, such as runs/demo-lora.")
@@ -82,4 +80,6 @@ def on_gpus(gpus: int) -> None:
 
 def first_rank() -> bool:
     """Return True on rank 0, read from the environment before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+    from lorakit.distributed.launch_env import launched_rank
+
+    return launched_rank() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def import_(
     if as_json:
         print_json(as_dict(imported))
     else:
-        log.print("\n".join(_report(imported, output)), markup=False)
+        log.print("\n".join(_report(imported, output)))
     raise typer.Exit(1 if imported.left else 0)
 
 
@@ -62,7 +63,8 @@ def _report(imported: Imported, output: Path | None) -> Iterator[str]:
         yield f"  {key}: {note}"
     count = len(imported.left)
     end = f"{count} key{'' if count == 1 else 's'} not translated" if count else "all translated"
-    written = f"; written to {output}. Check it: lorakit train {output} --dry-run" if output else ""
+    check = shlex.join(["lorakit", "train", str(output), "--dry-run"])
+    written = f"; written to {output}. Check it: {check}" if output else ""
     yield f"\n{end}{written}"
 
 

@@ -59,7 +59,7 @@ def inspect(
     else:
         out.print(inspection)
     if html:
-        log.print(f"page     {html}", markup=False)
+        log.print(f"page     {html}")
     raise typer.Exit(1 if inspection.stopping else 0)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from lorakit.cli import doctor, import_recipe, inspect, plan, run_commands, train
 from lorakit.cli.app import app, log
 from lorakit.console import keep_streams_going
+from lorakit.distributed.launch_env import launched_rank
 from lorakit.distributed.process_group import set_cuda_device_from_local_rank
 from lorakit.errors import LorakitError
 
@@ -15,24 +15,32 @@ from lorakit.errors import LorakitError
 __all__ = ["doctor", "import_recipe", "inspect", "main", "plan", "run_commands", "train"]
 
 
+WINDOWS = (
+    "lorakit is developed and tested on Linux; use WSL 2 if something fails here "
+    "(learn.microsoft.com/windows/wsl/install)"
+)
+
+
 def main() -> None:
     """Run a command; print a LorakitError as one message, and keep the traceback of bugs."""
     keep_streams_going()
     set_cuda_device_from_local_rank()
-    rank = os.environ.get("RANK", "0")
-    prefix = "" if rank == "0" else f"rank {rank}: "
+    rank = launched_rank()
+    prefix = f"rank {rank}: " if rank else ""
+    if sys.platform == "win32":
+        log.print(f"note: {WINDOWS}")
     try:
         app()
     except LorakitError as error:
-        log.print(f"error: {prefix}{error.message}", markup=False)
+        log.print(f"error: {prefix}{error.message}")
         if error.hint:
-            log.print(f"hint: {error.hint}", markup=False)
+            log.print(f"hint: {error.hint}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         log.print("stopped")
         sys.exit(130)
     except MemoryError as error:
-        log.print(f"error: {prefix}out of memory: {error or 'the allocation failed'}", markup=False)
+        log.print(f"error: {prefix}out of memory: {error or 'the allocation failed'}")
         log.print(
             "hint: run `lorakit plan` for the memory of each command; partial files were removed"
         )

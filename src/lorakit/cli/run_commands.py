@@ -46,6 +46,14 @@ def evaluate_run(
         out.print(evaluation_view(result))
 
 
+def best_title(run: Any) -> str:
+    """Name the step of the adapter, if the run compared steps, for the title of a chat."""
+    from lorakit.train.best_step import best_step
+
+    best = best_step(run)
+    return f" (best step: {best.describe()})" if best else ""
+
+
 @app.command()
 def chat(
     run: RunArgument,
@@ -71,7 +79,8 @@ def chat(
     several = MultiAdapterModel.of(opened, tuple(find_run(path) for path in adapter or ()))
     code = run_chat(
         several,
-        title=f"{several.base_name} + {several.active} on {several.loaded.device.name}",
+        title=f"{several.base_name} + {several.active} on {several.loaded.device.name}"
+        + best_title(opened),
         system=system,
         settings=GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature),
         as_json=as_json,
@@ -172,4 +181,4 @@ def report(
     if as_json:
         print_json({"report": str(target)})
     else:
-        out.print(str(target), markup=False, soft_wrap=True)
+        out.print(str(target), soft_wrap=True)

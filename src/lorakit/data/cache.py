@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from datasets import Dataset
 
 from lorakit.errors import WorkError
+from lorakit.storage.user_cache import user_cache, writable_cache
 
 # A million chats of 210 characters take about 1.2 GB.
 MOST_BYTES = 20 * 2**30
@@ -56,13 +58,15 @@ def cached(key: str | None, write: Callable[[Path], dict[str, Any]]) -> CacheEnt
             with it; if it raises, nothing is kept.
 
     Raises:
-        WorkError: the cache cannot be written. Other errors of `write` are passed on.
+        WorkError: the disk is full. Other errors of `write` are passed on.
     """
     home = cache_home()
     if key and (entry := _intact(home / f"{key}.arrow")):
         return entry
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home = writable_cache(home)
+        if key and (entry := _intact(home / f"{key}.arrow")):
+            return entry
         with tempfile.TemporaryDirectory(prefix=_MAKING, dir=home) as folder:
             data, record = Path(folder) / "data.arrow", Path(folder) / "data.json"
             meta = write(data)
@@ -83,8 +87,7 @@ def cached(key: str | None, write: Callable[[Path], dict[str, Any]]) -> CacheEnt
 
 def cache_home() -> Path:
     """Folder of the cache of prepared data."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "lorakit" / "data"
+    return user_cache() / "data"
 
 
 def _intact(path: Path) -> CacheEntry | None:
@@ -93,7 +96,8 @@ def _intact(path: Path) -> CacheEntry | None:
         record = json.loads(path.with_suffix(".json").read_text())
         if record["sha256"] != _sha256(path, record["meta"]):
             return None
-        os.utime(path)
+        with suppress(OSError):  # a cache that another user shares can be read only
+            os.utime(path)
         return CacheEntry(Dataset.from_file(str(path)), record["meta"], path.stem)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -20,12 +20,13 @@ from typing import Any
 
 import psutil
 
+from lorakit.distributed.launch_env import launch_environment
 from lorakit.errors import WorkError
 
 
 def launched() -> bool:
     """True if torchrun has already started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ or bool(launch_environment())
 
 
 def launch_processes(arguments: Sequence[str], gpus: int) -> int:
@@ -60,8 +61,12 @@ def launch_processes(arguments: Sequence[str], gpus: int) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
         config["signals_to_handle"] = "SIGQUIT"
-    before = {s: signal.signal(s, _forward_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as in a single process
+    before: dict[Any, Any] = {
+        s: signal.signal(s, _forward_signal) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        # As in a single process.
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         elastic_launch(LaunchConfig(**config), sys.executable)("-m", "lorakit", *arguments)
     except ChildFailedError as failed:

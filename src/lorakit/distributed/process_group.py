@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from lorakit.dependencies import installed_version
 from lorakit.distributed.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Beat, Heartbeat, key
+from lorakit.distributed.launch_env import hidden_launch_variables, launch_environment
 from lorakit.errors import WorkError
 from lorakit.types import Device
 
@@ -29,8 +30,6 @@ COMPARED = ("lorakit", "torch", "transformers", "peft")
 _OWN_ENV = "LORAKIT_CARD_OF_RANK"
 # A script may train several times: each run has its own prefix in the store.
 _RENDEZVOUS_COUNT = itertools.count()
-# Read by transformers, accelerate and trl, which would divide the work again.
-TORCHRUN_ENV_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 class DistributedContext:
@@ -158,17 +157,16 @@ def init_distributed() -> Iterator[DistributedContext]:
 
     Raises:
         WorkError: a rank does not join, or its GPU cannot be reached; the message names it.
+        RunError: the environment holds a part of a launcher's variables.
     """
     set_cuda_device_from_local_rank()
-    env = {name: os.environ.pop(name) for name in TORCHRUN_ENV_VARS if name in os.environ}
-    try:
-        if int(env.get("WORLD_SIZE", "1")) == 1:
+    env = launch_environment(strict=True)
+    with hidden_launch_variables():
+        if not env:
             yield SINGLE_PROCESS
         else:
             with _ranks(env) as ranks:
                 yield ranks
-    finally:
-        os.environ.update(env)  # for another run in the same process
 
 
 @contextmanager
@@ -283,9 +281,10 @@ def set_cuda_device_from_local_rank() -> None:
 
     Launchers that already show each process one GPU (Ray) are left alone.
     """
-    local = os.environ.get("LOCAL_RANK")
-    if local is None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or _OWN_ENV in os.environ:
+    env = launch_environment()
+    if not env or int(env["LOCAL_WORLD_SIZE"]) == 1 or _OWN_ENV in os.environ:
         return
+    local = env["LOCAL_RANK"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible is not None else None
     if names is None:

@@ -31,8 +31,8 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
     console.print(table)
     problems = [f for f in findings if f.command]
     for finding in problems:
-        console.print(f"\n{finding.check}: {finding.found}", markup=False, soft_wrap=True)
-        console.print(f"    {finding.command}", style="bold", markup=False, soft_wrap=True)
+        console.print(f"\n{finding.check}: {finding.found}", soft_wrap=True)
+        console.print(f"    {finding.command}", style="bold", soft_wrap=True)
     broken = sum(f.state == "broken" for f in findings)
     summary = "nothing is broken" if not broken else f"{broken} broken"
     console.print(f"\n{summary}, {len(problems) - broken} to know" if problems else f"\n{summary}")

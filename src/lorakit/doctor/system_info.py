@@ -70,7 +70,7 @@ def collect_system_info(model: str | None = None, offline: bool = False) -> Syst
     memory = psutil.virtual_memory()
     cache = cache_folder()
     probed = run_import_probe()
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))  # stays ~ for a user without a home directory
     return SystemInfo(
         python=sys.version_info[:3],
         system=sys.platform,
@@ -140,7 +140,7 @@ def installed_versions() -> dict[str, str]:
 
 def cache_folder() -> Path:
     """Folder in which huggingface_hub caches models."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 

@@ -77,6 +77,8 @@ def beyond_updates(source: TunedRun) -> str | None:
         return "DoRA scales the complete weight, not only its update"
     if config.get("modules_to_save"):
         return f"modules_to_save: {', '.join(config['modules_to_save'])} were trained in full"
+    if config.get("trainable_token_indices"):
+        return "rows of single tokens were trained"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "it trained biases"
     if source.base_changing_init:

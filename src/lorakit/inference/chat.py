@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from lorakit.errors import LorakitError
+from lorakit.errors import DataError, LorakitError
 from lorakit.inference.generate import GenerationSettings, base_answers, stream_reply
 from lorakit.model.multi_adapter import MultiAdapterModel
 from lorakit.recipe.loader import suggest
@@ -54,6 +55,7 @@ class ChatSession:
         self.system = several.tuned[several.active].system if system is None else system
         self.turns: list[Message] = []
         self.ended = False
+        self.fault: LorakitError | None = None  # of the last question
 
     @property
     def model(self) -> Any:
@@ -73,10 +75,14 @@ class ChatSession:
         """Yield pieces of the answer to a question, or the output of a command."""
         # Arguments and pipes of another encoding may contain lone surrogates.
         line = line.strip().encode(errors="replace").decode()
+        self.fault = None
         if not line:
             return
         if len(line) > LONGEST_LINE:
-            yield f"the line has more than {LONGEST_LINE:,} characters and is ignored"
+            self.fault = DataError(
+                f"the line has more than {LONGEST_LINE:,} characters and is ignored"
+            )
+            yield str(self.fault)
             return
         if not line.startswith("/"):
             self.turns.append(Message("user", line))
@@ -99,6 +105,7 @@ class ChatSession:
                 yield piece
         except LorakitError as error:
             self.turns.pop()
+            self.fault = error
             yield str(error)
             return
         finally:
@@ -116,8 +123,12 @@ class ChatSession:
         if question is None:
             yield "nothing to ask the base yet"
             return
-        with base_answers(self.model):
-            yield from stream_reply(self.model, self.tokenizer, question, self.settings)
+        try:
+            with base_answers(self.model):
+                yield from stream_reply(self.model, self.tokenizer, question, self.settings)
+        except LorakitError as error:
+            self.fault = error
+            yield str(error)
 
     def _last_question(self) -> list[Message] | None:
         positions = [i for i, m in enumerate(self.messages) if m.role == "user"]
@@ -199,7 +210,7 @@ class ChatSession:
         except (OSError, ValueError, RuntimeError) as error:  # unknown home folder, NUL in the name
             yield f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}"
             return
-        yield f"added to {path}; train on it with --data {path}"
+        yield f"added to {path}; train on it with --data {shlex.quote(str(path))}"
 
     def _help(self, _: str) -> Iterator[str]:
         yield HELP
@@ -220,24 +231,33 @@ def run(
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
 ) -> int:
-    """Chat in the terminal, answer the lines of a pipe, or answer one `question`; return 0."""
+    """Chat in the terminal, answer the lines of a pipe, or answer one `question`.
+
+    Returns:
+        0, or the exit code of the last question of a pipe that could not be answered.
+
+    Raises:
+        LorakitError: `question` could not be answered.
+    """
     stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
     for stream in (stdin, stdout):
         if hasattr(stream, "reconfigure"):
             # Undecodable bytes and characters unknown to the terminal must not end the chat.
             stream.reconfigure(errors="replace")
     session = ChatSession(several, system, settings)
+    code = 0
     if question is not None:
-        _answer_line(session, question, stdout, as_json)
+        _answer_line(session, question, stdout, as_json, alone=True)
     elif stdin.isatty():
         talk(session, title, stdout)
     else:
         # One line of a pipe is one turn of one conversation.
         for line in _lines(stdin):
             _answer_line(session, line, stdout, as_json)
+            code = session.fault.exit_code if session.fault else code
             if session.ended:
                 break
-    return 0
+    return code
 
 
 def _lines(stdin: TextIO) -> Iterator[str]:
@@ -249,16 +269,24 @@ def _lines(stdin: TextIO) -> Iterator[str]:
         yield line
 
 
-def _answer_line(session: ChatSession, line: str, stdout: TextIO, as_json: bool) -> None:
+def _answer_line(
+    session: ChatSession, line: str, stdout: TextIO, as_json: bool, alone: bool = False
+) -> None:
+    """Print the answer to one line; the fault of a question asked `alone` is raised."""
     if not line.strip():
         return
     pieces = session.handle(line)
     if as_json:
-        row = {"question": line.strip(), "answer": "".join(pieces).strip()}
+        text = "".join(pieces).strip()
+        row = {"question": line.strip(), "error" if session.fault else "answer": text}
         pieces = iter([] if session.ended else [json.dumps(row, ensure_ascii=False)])
     for piece in pieces:
+        if alone and session.fault:
+            break
         stdout.write(piece)
         stdout.flush()
+    if alone and session.fault:
+        raise session.fault
     if not session.ended:
         stdout.write("\n")
         stdout.flush()

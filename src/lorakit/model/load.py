@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lorakit.hardware import cap_finished_run, detect_device
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.safetensors_io import check_weights, read_header
+from lorakit.model.trainable_tokens import keep_tokens
 from lorakit.model.untrusted import (
     check_adapter,
     check_config,
@@ -29,6 +31,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 from lorakit.types import Device
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 BITSANDBYTES_INSTALL = "pip install 'bitsandbytes>=0.50.2'"
 
 
@@ -66,6 +69,12 @@ def locate_model(
         ModelError: `model` looks like a path and the folder does not exist.
     """
     reference = recipe.model
+    local = reference == "demo" or any((f / reference).is_dir() for f in folders)
+    if recipe.revision and local:
+        raise ModelError(
+            f"revision: {recipe.revision} has no effect on {reference}, which is not a hub model",
+            hint="leave revision out, or name the model by its hub id",
+        )
     if reference == "demo":
         return str(demo_model_dir(say, recipe.offline))
     path = Path(reference).expanduser()
@@ -106,7 +115,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
     except LorakitError:
         raise
     except Exception as error:
-        raise _load_error(recipe.model, location, error) from error
+        raise _load_error(recipe, location, error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
         names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
         raise ModelError(
@@ -117,7 +126,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
 
 
 def load_tokenizer(recipe: Recipe, location: str) -> Any:
-    """Load the model's tokenizer.
+    """Load the model's tokenizer, in which the recipe's `trainable_tokens` are tokens.
 
     Raises:
         ModelError: it is missing or cannot be read.
@@ -127,13 +136,15 @@ def load_tokenizer(recipe: Recipe, location: str) -> Any:
     if Path(location).is_dir():
         check_tokenizer(Path(location), recipe)
     try:
-        return AutoTokenizer.from_pretrained(location, **_hub_arguments(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(location, **_hub_arguments(recipe))
     # tokenizer.json is parsed by Rust, which raises bare Exceptions.
     except Exception as error:
         raise ModelError(
             f"model: {recipe.model}: its tokenizer cannot be loaded: {first_line(error)}",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
+    keep_tokens(tokenizer, recipe.trainable_tokens)
+    return tokenizer
 
 
 def load_base(
@@ -178,7 +189,7 @@ def load_base(
             location, attn_implementation=device.attention, use_safetensors=True, **arguments
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _load_error(recipe.model, location, error) from error
+        raise _load_error(recipe, location, error) from error
     guard_quantized_cpu_weights(model)
     # Router logits only serve the load-balancing loss, which lorakit does not train.
     text = model.config.get_text_config()
@@ -340,13 +351,38 @@ def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _load_error(reference: str, location: str, error: Exception) -> ModelError:
+def cached_revisions(repository: str) -> list[str]:
+    """Branches and tags of a hub model in the local cache, else its commits."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    refs, snapshots = folder / "refs", folder / "snapshots"
+    names = [p.relative_to(refs).as_posix() for p in refs.rglob("*") if p.is_file()]
+    commits = [p.name[:12] for p in snapshots.iterdir()] if snapshots.is_dir() else []
+    return sorted(names) or sorted(commits)
+
+
+def _no_revision(recipe: Recipe, problem: str) -> ModelError:
+    cached = ", ".join(cached_revisions(recipe.model)) or "none"
+    return ModelError(
+        f"revision: {recipe.revision or 'main'} of {recipe.model} {problem} (cached: {cached})",
+        hint="set revision to a cached one, or run once without --offline",
+    )
+
+
+def _load_error(recipe: Recipe, location: str, error: Exception) -> ModelError:
     """Translate an error of transformers to one line with a hint."""
+    reference = recipe.model
     text = f"{error} {error.__cause__ or ''}"
     if "gated" in text.lower() or "401" in text or "403" in text:
         return ModelError(
             f"model: {reference}: the repository is gated and this machine has no access",
             hint="request access on the model's page, then log in with: hf auth login",
+        )
+    if (unwritable := _unwritable(error)) and not Path(location).is_dir():
+        return ModelError(
+            f"model: {reference}: the hub's cache cannot be written: {unwritable}",
+            hint="set HF_HOME to a folder that this user can write into",
         )
     if Path(location).is_dir():
         return ModelError(
@@ -358,15 +394,35 @@ def _load_error(reference: str, location: str, error: Exception) -> ModelError:
             f"model: {reference}: no *.safetensors weights; pickles are not read",
             hint="a pickle runs code when it is loaded: choose a revision with *.safetensors",
         )
+    if "valid git identifier" in text or "RevisionNotFound" in text:
+        return _no_revision(recipe, "does not exist on the hub")
     if "not a valid model identifier" in text or "404" in text:
         return ModelError(
             f"model: {reference}: no such model on the hub or local folder",
             hint="check the spelling; a private model needs: hf auth login",
         )
+    cached = cached_revisions(reference)
+    if cached and (recipe.revision or "main") not in cached:
+        return _no_revision(recipe, "is not in the local cache")
+    if cached:
+        return ModelError(
+            f"model: {reference}: the local cache holds only a part of it and the hub cannot be "
+            "reached",
+            hint="run once without --offline to finish the download, or give a local folder",
+        )
     return ModelError(
         f"model: {reference}: the hub cannot be reached and the model is not in the local cache",
         hint="connect, give a local folder, or try `--model demo`",
     )
+
+
+def _unwritable(error: BaseException | None) -> str | None:
+    """Folder and reason of an error, or of its cause, about a file that cannot be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            return f"{error.filename}: {error.strerror}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_vocabulary(tokenizer: Any, base: Any) -> None:

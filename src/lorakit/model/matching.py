@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.errors import RecipeError, first_line
+from lorakit.model.adapter_init import init_faults
 from lorakit.model.param_counts import ParamCounts, count, ends, is_named, is_target, layer_number
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.loader import suggest
@@ -33,8 +34,10 @@ def check_adapter_settings(recipe: Recipe, config: Any) -> None:
     check_patterns(recipe, counted.modules)
     faults = [*_targets(recipe, counted), *_others(recipe, counted)]
     if faults:
-        message = "\n".join(faults)
+        message = "\n".join([*faults, *init_faults(recipe, counted)])
         raise RecipeError(message, hint=f"layers of this model: {_listed(counted.adaptable)}")
+    if faults := list(init_faults(recipe, counted)):
+        raise RecipeError("\n".join(faults))
     _try_on(recipe, config, counted)
 
 
@@ -112,10 +115,7 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
         settings = replace(lora_config(recipe), init_lora_weights=True)
         get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise RecipeError(
-            f"the adapter cannot be attached: {first_line(error)}",
-            hint=f"layers of this model: {_listed(counted.adaptable)}",
-        ) from error
+        raise RecipeError(f"the adapter cannot be attached: {first_line(error)}") from error
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

@@ -88,9 +88,9 @@ class MultiAdapterModel:
                 hint="adapters that share a model need the same base and method",
             )
         check_base(run, recipe, base)
-        if recipe.bias != "none" or recipe.modules_to_save:
+        if recipe.bias != "none" or recipe.modules_to_save or recipe.trainable_tokens:
             raise ModelError(
-                f"{run.path}: it trained biases or complete modules, which cannot be switched",
+                f"{run.path}: it trained biases, modules or tokens, which cannot be switched",
                 hint="serve this run alone",
             )
         inner = self.model.get_base_model().named_modules()

@@ -36,6 +36,7 @@ class ParamCounts:
     embedding: int
     head: int  # 0 if tied to the embedding
     experts: int
+    width: int  # of an embedding row
     layers: tuple[LayerWidths, ...]  # one per decoder layer
 
     @property
@@ -82,16 +83,18 @@ def layer_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def rank_of(recipe: Recipe, name: str) -> int:
+    """Rank of the adapter of the layer of this name."""
+    fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(fits, recipe.lora_r)
+
+
 def count_trainable(recipe: Recipe, counted: ParamCounts) -> int:
     """Count trainable elements: two matrices per target, and the modules in `modules_to_save`."""
-
-    def rank(name: str) -> int:
-        fits = (r for key, r in recipe.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name))
-        return next(fits, recipe.lora_r)
-
-    pairs = sum(rank(n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
+    pairs = sum(rank_of(recipe, n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
     full_modules = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
-    return pairs + sum(full_modules.get(name, 0) for name in recipe.modules_to_save or [])
+    rows = len(set(recipe.trainable_tokens)) * (1 + (counted.head > 0)) * counted.width
+    return pairs + rows + sum(full_modules.get(name, 0) for name in recipe.modules_to_save or [])
 
 
 def count(config: Any) -> ParamCounts:
@@ -144,5 +147,6 @@ def _count(keyed: _Keyed) -> ParamCounts:
         0 if embedding is None else embedding.weight.numel(),
         0 if tied else head.weight.numel(),
         experts,
+        0 if embedding is None else int(embedding.weight.shape[-1]),
         layer_widths(model),
     )

@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from typing import Any
 from lorakit.errors import ModelError, first_line
 
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 # Peak memory of an export is about one shard and one tensor in float32.
 SHARD_BYTES = 2 * 10**9
@@ -25,8 +27,8 @@ def weight_files(folder: Path) -> list[Path]:
     """List the files that the index names, else all; some repositories hold a second copy.
 
     Raises:
-        ModelError: the folder has only pickles or no weights, or a shard is missing or outside
-            the folder.
+        ModelError: the folder has only pickles or no weights, a shard is missing or outside the
+            folder, or several shards have no index.
     """
     index = folder / INDEX
     if index.exists():
@@ -34,6 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if files:
+        _check_unindexed(folder, files)
         return files
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
@@ -46,6 +49,20 @@ def weight_files(folder: Path) -> list[Path]:
         )
     raise ModelError(
         f"{folder}: holds no *.safetensors file", hint="check that the download finished"
+    )
+
+
+def _check_unindexed(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse shards without the index that says which tensor is in which of them."""
+    shards = [match for path in files if (match := _SHARD.search(path.name))]
+    if not shards:
+        return
+    present, expected = {int(shard[1]) for shard in shards}, int(shards[0][2])
+    missing = sorted(set(range(1, expected + 1)) - present)
+    also = f", and {len(missing)} of {expected} shards" if missing else ""
+    raise ModelError(
+        f"{folder / INDEX}: missing{also} (found: {files[0].name})",
+        hint=f"fetch {INDEX} from the model's source, or copy it from where these files came from",
     )
 
 

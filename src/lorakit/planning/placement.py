@@ -35,11 +35,11 @@ def check_placement(sizes: RankWorkload, engine: bool) -> None:
             hint="set one of them to auto",
         )
     for key in requested:
-        if not (engine and recipe.modules_to_save is None):
+        if not engine or recipe.modules_to_save is not None or recipe.trainable_tokens:
             raise RecipeError(
                 f"{key}: on needs the fast layers, and they do not serve this recipe (model family "
                 f"{sizes.config.model_type}, fused_layers: {recipe.fused_layers}; DoRA, trained "
-                "biases and modules_to_save do not go with them)",
+                "biases, modules_to_save and trainable_tokens do not go with them)",
                 hint=f"set {key}: auto, and memory_limit if it must fit",
             )
     if "sharding" in requested and sizes.per_node == 1:
@@ -71,9 +71,9 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
     for level in range(3):
         for more in range(1, layers + 1):
             yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
-    if sizes.cuda and not sizes.config.tie_word_embeddings:
+    if sizes.cuda and not sizes.config.tie_word_embeddings and not recipe.trainable_tokens:
         yield (3,) * layers, Placement(embedding_on_host=True)
-    if not sizes.cuda or recipe.modules_to_save is not None:
+    if not sizes.cuda or recipe.modules_to_save is not None or recipe.trainable_tokens:
         return
     if recipe.sharding == "auto" and sizes.per_node > 1:
         yield from _layerwise(sizes, (False,), sizes.per_node)

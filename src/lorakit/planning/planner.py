@@ -58,7 +58,8 @@ def _recomputed(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     if recomputed.fits or device.kind != "cuda" or recipe.weight_offload == "off":
         return recomputed
     served = engine_supported(streamed, config.get_text_config(), device.fast)
-    if not served or recipe.modules_to_save is not None or recipe.sharding == "on":
+    whole = recipe.modules_to_save is not None or bool(recipe.trainable_tokens)
+    if not served or whole or recipe.sharding == "on":
         return recomputed
     plan = plan_memory(streamed, config, device)
     return plan if plan.fits else recomputed

@@ -130,8 +130,8 @@ def disk_parts(recipe: Recipe, config: Any, local: bool) -> dict[str, int]:
     state = int(adapter / 4 * OPTIMIZER_BYTES[recipe.optimizer])
     return {
         "download (16-bit weights)": 0 if local else 2 * counted.total,
-        f"checkpoints ({recipe.keep_checkpoints}, and one being written)": (adapter + state)
-        * (recipe.keep_checkpoints + 1),
+        f"checkpoints ({recipe.kept_checkpoints}, and one being written)": (adapter + state)
+        * (recipe.kept_checkpoints + 1),
         "adapter": adapter,
         "merged export (16-bit)": 2 * counted.total,
     }

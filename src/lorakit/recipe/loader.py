@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,9 @@ def load_recipe(
             values[key] = value
             origins[key] = f"flag --{key.replace('_dir', '')}"
     _take(settings, values, origins)
+    if "model" not in values and isinstance(values.get("from_adapter"), str):
+        # The adapter names its base, see `model/start_adapter.py`.
+        values["model"], origins["model"] = values["from_adapter"], origins["from_adapter"]
     recipe = _validate(values, origins, faults, name)
     method_keys = METHOD_DEFAULTS[recipe.method]
     for key in Recipe.model_fields:
@@ -193,7 +197,8 @@ def _validate(
         hint = "`lorakit schema` lists every key with its type, bound and default"
         other = any(line.partition("unknown key")[0].endswith(_OTHER_TOOLS) for line in faults)
         if other and source.endswith((".yaml", ".yml")):
-            hint = f"for a recipe of another tool: lorakit import {source} -o recipe.yaml"
+            command = shlex.join(["lorakit", "import", source, "-o", "recipe.yaml"])
+            hint = f"for a recipe of another tool: {command}"
         count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
         raise RecipeError(
             f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults),

@@ -48,6 +48,11 @@ SYNONYMS: dict[str, str] = {
     "model_id": "model",
     "adapter": "method",
     "finetuning_type": "method",
+    "lora_model_dir": "from_adapter",
+    "adapter_name_or_path": "from_adapter",
+    "adapter_path": "from_adapter",
+    "resume_adapter_file": "from_adapter",
+    "pretrained_adapter": "from_adapter",
     "load_in_4bit": "method",
     "dataset": "data",
     "datasets": "data",
@@ -87,6 +92,10 @@ SYNONYMS: dict[str, str] = {
     "torch_dtype": "dtype",
     "train_on_inputs": "train_on",
     "sample_packing": "packing",
+    "trainable_token_indices": "trainable_tokens",
+    "special_tokens": "trainable_tokens",
+    "add_tokens": "trainable_tokens",
+    "add_special_tokens": "trainable_tokens",
     "padding_free": "packing",
     "column_mapping": "columns",
 }
@@ -126,6 +135,12 @@ class Recipe(BaseModel):
         description="Base chat model: a hub id, a local folder, or `demo` (SmolLM2-135M-Instruct).",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    from_adapter: str | None = Field(
+        None,
+        description="Adapter that training starts from, instead of a new one: a run, its adapter "
+        "folder, a checkpoint, or a LoRA adapter of peft. `model` and the settings of the adapter "
+        "follow from it.",
+    )
     method: Literal["lora", "qlora"] = Field(
         "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
     )
@@ -200,6 +215,11 @@ class Recipe(BaseModel):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Biases that train too.")
     modules_to_save: list[str] | None = Field(
         None, description="Modules trained in full and saved with the adapter."
+    )
+    trainable_tokens: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default_factory=list,
+        description="Tokens, such as <gate>, that stay one token in turns and whose embedding rows "
+        "train. The base has a row for each (peft: trainable_token_indices).",
     )
     rank_pattern: dict[str, Positive] = Field(
         default_factory=dict, description="Rank for modules whose name matches a pattern."
@@ -289,6 +309,19 @@ class Recipe(BaseModel):
     eval_every: Positive | None = Field(
         None, description="Steps between held-out losses in training; the end is always scored."
     )
+    metric_for_best_model: Literal["eval_loss"] = Field(
+        "eval_loss", description="What the best step is chosen by: the held-out loss."
+    )
+    load_best_model_at_end: bool | None = Field(
+        None,
+        description="Keep the step with the lowest held-out loss and make it the result. Needs "
+        "`eval_every`. Default: true with `early_stopping_patience`.",
+    )
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="Stop after this many evaluations in a row without a lower held-out loss. "
+        "Needs `eval_every`.",
+    )
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="Trackers that also receive the metrics."
@@ -342,6 +375,23 @@ class Recipe(BaseModel):
         return [1.0 if isinstance(entry, str) else entry.weight for entry in entries]
 
     @property
+    def uses_best_step(self) -> bool:
+        """True if the result is the step with the lowest held-out loss."""
+        if self.load_best_model_at_end is not None:
+            return self.load_best_model_at_end
+        return self.early_stopping_patience is not None
+
+    @property
+    def compares_steps(self) -> bool:
+        """True if the step with the lowest held-out loss is kept."""
+        return self.uses_best_step or self.early_stopping_patience is not None
+
+    @property
+    def kept_checkpoints(self) -> int:
+        """Most checkpoints on the disk after a save: the newest ones, and the best one."""
+        return self.keep_checkpoints + self.compares_steps
+
+    @property
     def memory_limit_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
         if self.memory_limit is None:
@@ -361,7 +411,7 @@ class Recipe(BaseModel):
         """Count the warm-up steps of a run of `steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return round(self.warmup_ratio * steps)
+        return min(round(self.warmup_ratio * steps), max(0, steps - 1))
 
     @property
     def examples_per_step(self) -> int:

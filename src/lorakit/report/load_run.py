@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,10 +15,11 @@ from lorakit.errors import RunError
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir, read_metrics
+from lorakit.train.best_step import BestStep, best_step
 
 ReportRow = dict[str, Any]
 LARGEST = 1e100  # an axis of matplotlib overflows near 1e308
-PATHS = ("model", "data", "val_data", "output_dir")
+PATHS = ("model", "from_adapter", "data", "val_data", "output_dir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Record:
     evaluation: dict[str, Any] | None
     exports: dict[str, dict[str, Any]]
     finished: bool
+    best: BestStep | None = None
+    start: dict[str, Any] = field(default_factory=dict)
 
     def column(self, key: str) -> list[tuple[float, float | None]]:
         """(step, value) of each row that has the key; None for values that are not finite."""
@@ -87,6 +90,8 @@ def read_run(run: RunDir) -> Record:
         evaluation=_read(run.eval) or None,
         exports=_read(run.export / "verify.json"),
         finished=run.has_adapter(),
+        best=best_step(run),
+        start=_read(run.start),
     )
 
 

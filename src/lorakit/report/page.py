@@ -14,7 +14,7 @@ from lorakit.display.charts import Chart, Series, line_chart, trend
 from lorakit.errors import LorakitError, RunError
 from lorakit.model.load import public_name
 from lorakit.report.html import render_page
-from lorakit.report.load_run import PATHS, Record, finite, read_run
+from lorakit.report.load_run import PATHS, Record, finite, read_run, without_path
 from lorakit.storage.run_dir import RunDir, write_text
 
 GIB = 2**30
@@ -95,6 +95,8 @@ def loss_series(record: Record) -> list[Series]:
     held = [(row["step"], finite(row["eval_loss"])) for row in record.held]
     if record.evaluation and record.finished and record.steps:
         last = record.steps[-1]["step"]
+        if record.best and record.best.used:
+            last = record.best.step
         held = [p for p in held if p[0] != last] + [
             (last, finite(record.evaluation["tuned"]["loss"]))
         ]
@@ -132,11 +134,28 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     if record.steps:
         tiles.append(("optimizer steps", f"{record.steps[-1]['step']:,}"))
         tiles.append(("spent in steps", duration(record.seconds)))
+    if record.best:
+        used = "" if record.best.used else ", not the result"
+        tiles.append(("lowest held-out loss", f"step {record.best.step:,}{used}"))
+    if record.start:
+        tiles.append(("started from the adapter", _start_of(record.start)))
     if tokens and record.seconds:
         tiles.append(("tokens a second", f"{tokens / record.seconds:,.0f}"))
     if memory:
         tiles.append(("largest memory", f"{max(memory) * 1e9 / GIB:.2f} GiB"))
     return tiles
+
+
+def _start_of(start: dict[str, Any]) -> str:
+    """Name an adapter and the data that it was trained on before, as far back as recorded."""
+    names = [str(start.get("adapter", "?"))]
+    while start:
+        given = (start.get("recipe") or {}).get("data") or []
+        for source in [given] if isinstance(given, str) else given:
+            path = source["source"] if isinstance(source, dict) else str(source)
+            names.append(str(without_path(path)))
+        start = start.get("start") or {}
+    return names[0] + (f" (on {', '.join(names[1:])})" if names[1:] else "")
 
 
 def _charts(record: Record) -> dict[str, Chart | None]:

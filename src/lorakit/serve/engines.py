@@ -84,7 +84,7 @@ def choose_engine(
     except ModelError as error:
         if asked != "auto" or engine != "llama.cpp":
             raise
-        console.print(f"not llama.cpp: {error.message}", markup=False)
+        console.print(f"not llama.cpp: {error.message}")
     return "transformers", _start("transformers", models, place, folder, console)
 
 
@@ -101,7 +101,7 @@ def choose(models: Models, asked: str, console: Console) -> str:
         reason = why_not(engine, list(models.values()), asked == "auto")
         if reason is None:
             return engine
-        console.print(f"not {engine}: {reason}", markup=False)
+        console.print(f"not {engine}: {reason}")
     package = "vllm" if asked == "vllm" else "'lorakit[serve]'"
     raise DependencyError(
         f"--engine {asked}: {reason}",
@@ -202,7 +202,7 @@ def _stage(source: TunedRun, folder: Path) -> None:
     if source.folder is None:
         raise ModelError(
             f"{source.base_name}: its files are not on this machine",
-            hint=f"fetch them: lorakit eval {source.run.path}",
+            hint=f"fetch them: {source.run.command('eval')}",
         )
     folder.mkdir()
     write_config(source, folder, source.device.dtype, tied=source.tied)

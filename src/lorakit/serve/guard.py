@@ -13,8 +13,8 @@ import os
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ENV = "LORAKIT_SERVE"  # settings as JSON: vLLM makes its middleware without arguments
@@ -45,36 +45,63 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer with OpenAI's form of an error."""
-        if scope["type"] == "http":
-            try:
-                receive = await self._passed(scope, receive)
-            except Refusal as refusal:
-                await refusal.response(scope, receive, send)
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":  # a websocket is not accepted
+                await self.app(scope, receive, send)
+            return
+        try:
+            origin = self._checked_origin(Headers(scope=scope))
+            if origin:
+                send = _readable_by(origin, send)
+                if scope["method"] == "OPTIONS":
+                    await _preflight(scope)(scope, receive, send)
+                    return
+            receive = await self._passed(scope, receive)
+            if scope["method"] == "GET" and scope["path"] != HEALTH:
+                await JSONResponse(self._models(scope["path"]))(scope, receive, send)
                 return
-        elif scope["type"] != "lifespan":
-            return  # a websocket is not accepted
-        if scope.get("path") == MODELS:
-            about = {"object": "model", "created": 0, "owned_by": "lorakit"}
-            data = [{"id": name, **about} for name in self.settings["models"]]
-            await JSONResponse({"object": "list", "data": data})(scope, receive, send)
+        except Refusal as refusal:
+            await refusal.response(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _checked_origin(self, headers: Headers) -> str | None:
+        """Return the origin of a page of this machine, which may read the answer; None without one.
+
+        Raises:
+            Refusal: the host or the page is another machine's, where only this one is answered.
+        """
+        if not self.settings["loopback"]:
+            return None
+        if _host(f"//{headers.get('host', '')}") not in LOOPBACK:
+            raise Refusal(403, "Host names another machine; this server is 127.0.0.1 only")
+        origin = headers.get("origin")
+        if origin is not None and _host(origin) not in LOOPBACK:
+            raise Refusal(403, "Origin: web pages of other hosts are not answered")
+        return origin
+
+    def _models(self, path: str) -> dict[str, Any]:
+        """Return the list of models, or the one that the path names."""
+        about = {"object": "model", "created": 0, "owned_by": "lorakit"}
+        models = self.settings["models"]
+        if path == MODELS:
+            return {"object": "list", "data": [{"id": name, **about} for name in models]}
+        name = path.removeprefix(f"{MODELS}/")
+        if name not in models:
+            words = f"model {name[:80]!a} is not served; there is: {', '.join(models)}"
+            raise Refusal(404, words, "model")
+        return {"id": name, **about}
 
     async def _passed(self, scope: Scope, receive: Receive) -> Receive:
         """Check one request and return the `receive` that passes its body on to the server."""
         headers, route = Headers(scope=scope), (scope["method"], scope["path"])
-        if self.settings["loopback"]:
-            if _host(f"//{headers.get('host', '')}") not in LOOPBACK:
-                raise Refusal(403, "Host names another machine; this server is 127.0.0.1 only")
-            if "origin" in headers and _host(headers["origin"]) not in LOOPBACK:
-                raise Refusal(403, "Origin: web pages of other hosts are not answered")
         if route == ("GET", HEALTH):
             return receive
         key, given = self.settings["api_key"], headers.get("authorization", "")
         given = given.removeprefix("Bearer ")
         if key and not hmac.compare_digest(given.encode(), key.encode()):
             raise Refusal(401, "wrong or missing API key")
-        if route == ("GET", MODELS):
+        if route[0] == "GET" and (route[1] == MODELS or route[1].startswith(f"{MODELS}/")):
             return receive
         if route != ("POST", CHAT):
             raise Refusal(404, f"no {ascii(route)[:80]}; there are POST {CHAT} and GET {MODELS}")
@@ -104,6 +131,34 @@ class Guard:
             turns = [{"role": "system", "content": models[name]}, *turns]
         given = {key: value for key, value in body.items() if value is not None}
         return {**self.settings["defaults"], **given, "messages": turns}
+
+
+def _preflight(scope: Scope) -> Response:
+    """Answer a browser that asks whether a page may send a request; the request is checked then."""
+    asked = Headers(scope=scope)
+    return Response(
+        status_code=204,
+        headers={
+            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-headers": asked.get(
+                "access-control-request-headers", "authorization, content-type"
+            ),
+            "access-control-max-age": "600",
+        },
+    )
+
+
+def _readable_by(origin: str, send: Send) -> Send:
+    """Allow a page of this machine to read the response."""
+
+    async def with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["access-control-allow-origin"] = origin
+            headers.add_vary_header("Origin")
+        await send(message)
+
+    return with_headers
 
 
 async def _read(receive: Receive) -> Any:

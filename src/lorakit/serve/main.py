@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakit.errors import RecipeError, RunError, WorkError
+from lorakit.errors import DependencyError, RecipeError, RunError, WorkError
 from lorakit.export.tuned_run import TunedRun, checked_prompts, open_source
 from lorakit.serve import engines
 from lorakit.serve.engines import Place
@@ -60,6 +60,11 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
             f"--host {place.host} lets other machines in, and there is no key",
             hint="give one with --api-key-file FILE, or stay on 127.0.0.1",
         )
+    if not hasattr(os, "killpg"):
+        raise DependencyError(
+            "serve ends the engine's processes by signals that Windows does not have",
+            hint="run it in WSL 2, or export the model and start an engine of your own",
+        )
     place = checked_port(place)
     # transformers reads what follows "@" as a revision.
     models = {s.name.replace("@", "-"): s for s in map(open_source, runs)}
@@ -74,9 +79,9 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
             for name, wanted in expected.items():
                 child.compare(name, wanted)
             shown = ", ".join(f"{name} = {source.run.path}" for name, source in models.items())
-            console.print(f"models   {shown}", markup=False)
-            console.print(f"keys     {', '.join(start.keys)}; others are refused", markup=False)
-            console.print(f"serving  {place.url}/v1 by {chosen} (Ctrl-C stops)", markup=False)
+            console.print(f"models   {shown}")
+            console.print(f"keys     {', '.join(start.keys)}; others are refused")
+            console.print(f"serving  {place.url}/v1 by {chosen} (Ctrl-C stops)")
             child.wait()
     console.print("stopped")
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from lorakit.errors import WorkError
@@ -137,12 +138,14 @@ def remove_leftovers(place: Path) -> None:
     """Delete folders in `place` that killed processes left half-written or half-deleted."""
     for entry in os.scandir(place) if place.is_dir() else ():
         match = _LEFTOVER.match(entry.name)
-        if match and (int(match[1]) == os.getpid() or not _runs(int(match[1]))):
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
     """Flush the bytes of a file, or the names in a folder, to the disk."""
+    if os.name == "nt":  # Windows opens no folders, and flushes only files open for writing
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -268,16 +271,6 @@ def _sha256(path: Path) -> str:
 
 def _temporary(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}-{os.getpid()}")
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _is_write_fault(error: BaseException) -> bool:

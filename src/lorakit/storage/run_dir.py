@@ -1,8 +1,8 @@
 """Paths of the files of a run, and functions to write and read them.
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
-                 data_rows.npy · metrics.jsonl · checkpoints/step_000100/ · adapter/ · eval.json
-                 export/<format>/ · export/verify.json · report.html
+                 data_rows.npy · start.json · metrics.jsonl · checkpoints/step_000100/ · best.json
+                 adapter/ · eval.json · export/<format>/ · export/verify.json · report.html
 
 This layout is the contract between commands: eval, chat and export need this folder only.
 """
@@ -75,6 +75,16 @@ class RunDir:
         return self.path / "base.json"
 
     @property
+    def start(self) -> Path:
+        """Record of the adapter that training started from."""
+        return self.path / "start.json"
+
+    @property
+    def best(self) -> Path:
+        """The step with the lowest held-out loss, of a run that compared steps."""
+        return self.path / "best.json"
+
+    @property
     def rows(self) -> Path:
         """Content hash of each training example's row, to name changed rows."""
         return self.path / "data_rows.npy"
@@ -99,10 +109,14 @@ class RunDir:
         folders = [p for p in self.checkpoints.iterdir() if p.is_dir() and _STEP.match(p.name)]
         return sorted(folders, key=lambda p: int(p.name.split("_")[1]))
 
+    def command(self, verb: str, *options: str, program: str = "lorakit") -> str:
+        """Format a command line for this run that works when it is pasted into a shell."""
+        return shlex.join([program, verb, pasted(self.path), *options])
+
     def going_on(self, gpus: int = 1, program: str = "lorakit") -> str:
         """Format the command line that resumes this run."""
-        command = f"{program} train {shlex.quote(str(self.recipe))} --resume"
-        return command if gpus == 1 else f"{command} --gpus {gpus}"
+        more = [] if gpus == 1 else ["--gpus", str(gpus)]
+        return shlex.join([program, "train", pasted(self.recipe), "--resume", *more])
 
     def has_run(self) -> bool:
         """True if the folder belongs to a run: it contains a recipe."""
@@ -115,6 +129,11 @@ class RunDir:
     def has_adapter(self) -> bool:
         """True if training has saved its adapter."""
         return (self.adapter / ADAPTER_WEIGHTS).exists()
+
+
+def pasted(path: str | Path) -> str:
+    """Path as an argument that no program takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def find_run(path: str | Path, trained: bool = True) -> RunDir:
@@ -153,6 +172,14 @@ def write_json(path: Path, value: Any) -> None:
         WorkError: the disk is full or the folder cannot be written.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

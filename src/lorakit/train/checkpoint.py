@@ -54,7 +54,7 @@ def newest_whole(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     notes: list[str] = []
     for folder in reversed(run.list_checkpoints()):
         try:
-            return _read(folder), notes
+            return read_checkpoint(folder), notes
         except CorruptedError as fault:
             notes.append(f"{folder.name} is damaged ({fault}); trying an older one")
     return None, notes
@@ -77,14 +77,15 @@ def require_checkpoint(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     return checkpoint, notes
 
 
-def rotate(run: RunDir, keep: int, step: int) -> None:
-    """Delete all but the newest `keep` checkpoints up to `step`, which was just saved.
+def rotate(run: RunDir, keep: int, step: int, best: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, which was just saved, and `best`.
 
     Later ones did not verify when the run was resumed, so they are not counted.
     """
     past = [p for p in run.list_checkpoints() if checkpoint_step(p) <= step]
     for folder in past[:-keep]:
-        discard(folder)
+        if checkpoint_step(folder) != best:
+            discard(folder)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -105,7 +106,7 @@ def require_space(run: RunDir, recipe: Recipe, trainable: int) -> None:
     """
     one = checkpoint_bytes(recipe, trainable)
     # A new one is written before the oldest is deleted.
-    more = max(1, recipe.keep_checkpoints + 1 - len(run.list_checkpoints()))
+    more = max(1, recipe.kept_checkpoints + 1 - len(run.list_checkpoints()))
     needs, free = more * one + trainable * 4 + SMALL_FILES, free_bytes(run.path)
     if free < needs:
         raise WorkError(
@@ -147,7 +148,12 @@ def saves_embeddings(recipe: Recipe) -> bool:
     return any(n in ("embed_tokens", "lm_head", "wte") for n in names)
 
 
-def _read(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a checkpoint's manifest and read its facts.
+
+    Raises:
+        CorruptedError: a file is missing or differs from what was saved.
+    """
     facts, step = verified(folder), checkpoint_step(folder)
     if facts.get("step") != step:
         raise CorruptedError(f"it was saved after step {facts.get('step')}")
@@ -171,7 +177,7 @@ def _check_learned(model: Any) -> None:
                 f"the adapter holds NaN or infinity ({name}); it was not saved",
                 hint="lower learning_rate, or resume from the last checkpoint",
             )
-    starts_at_zero = [p for n, p in trained.items() if "lora_B" in n]
+    starts_at_zero = [p for n, p in trained.items() if "lora_B" in n or "lora_embedding_A" in n]
     if starts_at_zero and not any(bool(p.any()) for p in starts_at_zero):
         raise WorkError(
             "training changed nothing: every lora_B is still zero; the adapter was not saved",
@@ -206,7 +212,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Load a checkpoint's adapter into a PEFT model built from the same recipe.
+    """Load an adapter's weights into a PEFT model built from the same settings.
 
     Raises:
         RunError: a trained tensor is missing in the file, or the file has an unexpected one.
@@ -294,5 +300,5 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _unfit(folder: Path, mismatch: str) -> RunError:
     return RunError(
         f"{folder}: its adapter does not fit this recipe's model: {mismatch}",
-        hint="resume with the model and recipe of the run, or start a new run with --output",
+        hint="use the model and the adapter settings that it was trained with",
     )

@@ -13,15 +13,18 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from trl import SFTTrainer
 
 from lorakit.distributed.process_group import DistributedContext
+from lorakit.errors import WorkError
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.atomic_dir import atomic_directory
+from lorakit.storage.atomic_dir import CorruptedError, atomic_directory
 from lorakit.storage.run_dir import RunDir
+from lorakit.train.best_step import BestStep, evaluations_without_improvement
 from lorakit.train.checkpoint import (
     checkpoint_bytes,
     checkpoint_step,
     load_adapter,
     load_state,
     random_state,
+    read_checkpoint,
     restore_random,
     restore_schedule,
     rotate,
@@ -56,11 +59,19 @@ class ResumableTrainer(SFTTrainer):
         transformers would train one step beyond the last one.
         """
         folder = Path(checkpoint) if checkpoint else None
-        if folder is None or checkpoint_step(folder) < self.args.max_steps:
+        if folder is None or not self._is_last(folder):
             self.train(resume_from_checkpoint=checkpoint)
             return
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+
+    def _is_last(self, folder: Path) -> bool:
+        """True for a checkpoint of the last step, or of the step where training stopped early."""
+        if checkpoint_step(folder) >= self.args.max_steps:
+            return True
+        patience = self.recipe.early_stopping_patience
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        return patience is not None and evaluations_without_improvement(state) >= patience
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, weights = self.state.global_step, self.accelerator.unwrap_model(self.model)
@@ -79,13 +90,42 @@ class ResumableTrainer(SFTTrainer):
                 scaler = self.accelerator.scaler
                 save_state(folder, self.optimizer, self.lr_scheduler, scaler, randoms)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-            rotate(self.run, self.recipe.keep_checkpoints, step)
+            best = self.state.best_global_step if self.recipe.compares_steps else None
+            rotate(self.run, self.recipe.keep_checkpoints, step, best)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def load_best_step(self) -> BestStep | None:
+        """Make the step with the lowest held-out loss the model, if the recipe asks for it.
+
+        Returns:
+            The best step, or None if the run did not compare steps.
+
+        Raises:
+            WorkError: the checkpoint of the best step is damaged.
+        """
+        best, last = self.state.best_global_step, self.state.global_step
+        if not self.recipe.compares_steps or not best or self.state.best_metric is None:
+            return None
+        used = self.recipe.uses_best_step or best == last
+        if used and best != last:
+            folder = self.run.checkpoint(best)
+            try:
+                read_checkpoint(folder)
+            except CorruptedError as fault:
+                raise WorkError(
+                    f"{folder}: the checkpoint of the best step is damaged: {fault}",
+                    hint="resume with --set load_best_model_at_end=false to keep the last step",
+                ) from fault
+            self._load_adapter(folder)
+        return BestStep(best, float(self.state.best_metric), last, used)
+
+    def _load_adapter(self, folder: Path) -> None:
         engine = self.attached.engine
         if engine is not None and engine.host_adapters is not None:
             engine.host_adapters.point_to_host()  # load values and state into host memory
-        load_adapter(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        load_adapter(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._load_adapter(Path(resume_from_checkpoint))
         self.loaded = load_state(Path(resume_from_checkpoint))
 
     def _init_training_state(self, max_steps: int, *more: Any) -> Any:

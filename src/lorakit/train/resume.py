@@ -135,8 +135,9 @@ def write_run_files(
         ],
         "output_dir": run.path.name,
     }
-    if resolved.recipe.val_data:
-        portable["val_data"] = _portable(resolved.recipe.val_data, resolved, run)
+    for key in ("val_data", "from_adapter"):
+        if value := getattr(resolved.recipe, key):
+            portable[key] = _portable(value, resolved, run)
     origins = dict(resolved.origins)
     saved = resolved.derive("", **portable)
     write_json(run.data_report, report)
@@ -213,6 +214,7 @@ def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
 # micro-batch may shrink after an OOM if a step keeps its examples.
 CHANGEABLE_ON_RESUME = {
     "model",
+    "from_adapter",
     "data",
     "val_data",
     "output_dir",
@@ -228,6 +230,9 @@ CHANGEABLE_ON_RESUME = {
     "save_every",
     "keep_checkpoints",
     "eval_every",
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "early_stopping_patience",
     "log_every",
     "report_to",
     "offline",
@@ -238,9 +243,13 @@ VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bits
 
 
 def run_fingerprint(
-    recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1
+    recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1, start: str | None = None
 ) -> dict[str, Any]:
-    """Build the fingerprint from JSON values; it contains no path of this machine."""
+    """Build the fingerprint from JSON values; it contains no path of this machine.
+
+    Args:
+        start: hash of the weights of the adapter that training started from.
+    """
     settings = recipe.model_dump(mode="json")
     return {
         "settings": {key: settings[key] for key in sorted(settings.keys() - CHANGEABLE_ON_RESUME)},
@@ -250,6 +259,7 @@ def run_fingerprint(
             "examples": len(train),
             "tokens": int(train.lengths.sum()),
         },
+        **({"start": start} if start else {}),
         "tokenizer": tokenizer_key(tokenizer),
         "versions": library_versions(),
         "ranks": ranks,
@@ -280,6 +290,8 @@ def check_resume_compatible(
             f"micro_batch_size x gradient_accumulation_steps: was {before['examples per step']} "
             f"examples a step, is now {now['examples per step']}"
         )
+    if before.get("start") != now.get("start"):
+        lines.append("from_adapter: the adapter is not the one that this run started from")
     if lines:
         raise RunError(
             f"{run.path}: these settings would alter steps already taken:\n"

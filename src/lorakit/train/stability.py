@@ -201,14 +201,14 @@ class StepGuard(TrainerCallback, ExportableState):
 def params_without_grad(model: Any, step: int) -> str | None:
     """Describe the adapters without a gradient in the first step; None if all have one.
 
-    lora_A has no gradient while its lora_B is zero, so only other parameters are checked.
+    A factor has no gradient while the other factor of its product is zero (lora_A at the start,
+    lora_embedding_B of an embedding), so only other parameters are checked.
 
     Raises:
         WorkError: no parameter has a gradient.
     """
-    checked = [
-        (n, p) for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n
-    ]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    checked = [(n, p) for n, p in trained.items() if not _other_factor_is_zero(n, trained)]
     grads = [p.grad for _, p in checked if p.grad is not None]
     norms = iter(torch.stack(torch._foreach_norm(grads)).tolist() if grads else [])
     without = [n for n, p in checked if p.grad is None or next(norms) == 0]
@@ -225,6 +225,27 @@ def params_without_grad(model: Any, step: int) -> str | None:
         f"step {step}: no gradient reaches {len(without)} of {len(checked)} trained tensors "
         f"(first: {without[0]}); they stay unchanged until one does"
     )
+
+
+_OTHER_FACTOR = {
+    ".lora_A.": ".lora_B.",
+    ".lora_B.": ".lora_A.",
+    ".lora_embedding_A.": ".lora_embedding_B.",
+    ".lora_embedding_B.": ".lora_embedding_A.",
+}
+
+
+def _other_factor_is_zero(name: str, trained: dict[str, Tensor]) -> bool:
+    """True if a parameter is multiplied by a parameter that is still zero, or is a row of tokens.
+
+    Tokens need not occur in the first step.
+    """
+    if ".trainable_tokens_" in name:
+        return True
+    for factor, other in _OTHER_FACTOR.items():
+        if factor in name and (partner := trained.get(name.replace(factor, other))) is not None:
+            return not bool(partner.any())
+    return False
 
 
 def format_row_origins(examples: Sequence[Example]) -> str:

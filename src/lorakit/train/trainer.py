@@ -26,6 +26,7 @@ from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
+from lorakit.train.best_step import EarlyStopping, SaveBestStep
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
@@ -103,10 +104,7 @@ class LoraTrainer(ResumableTrainer):
                 StopOnSignal(self.sync),
             ],
         )
-        self.remove_callback(PrinterCallback)
-        if recipe.save_minutes is not None:
-            self.add_callback(TimedCheckpoint(recipe.save_minutes, self.sync.agree_to_save))
-        self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
+        self._add_callbacks()
         for name, parameter in self.model.named_parameters():
             if name in masters:
                 parameter.data = masters[name]
@@ -131,6 +129,18 @@ class LoraTrainer(ResumableTrainer):
             loss_scaler=self.args.fp16,
             ranks=ranks.world_size,
         )
+
+    def _add_callbacks(self) -> None:
+        """Add the callbacks that the recipe asks for, and isolate trackers."""
+        recipe, progress = self.recipe, self.progress
+        self.remove_callback(PrinterCallback)
+        if recipe.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(recipe.early_stopping_patience, progress.note))
+        if recipe.compares_steps:
+            self.add_callback(SaveBestStep())
+        if recipe.save_minutes is not None:
+            self.add_callback(TimedCheckpoint(recipe.save_minutes, self.sync.agree_to_save))
+        self.callback_handler.callbacks = shelter(self.callback_handler.callbacks, progress)
 
     @property
     def layout(self) -> Layout:

@@ -29,6 +29,66 @@ def total_steps(recipe: Recipe, examples: int) -> int:
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
+def check_training_settings(
+    recipe: Recipe, device: Device, steps: int, held_out: bool = True
+) -> None:
+    """Refuse settings that cannot work or have no effect in a run of `steps` steps.
+
+    Args:
+        held_out: rows are held out.
+
+    Raises:
+        RecipeError: an optimizer for other devices, a warm-up that outlasts the run, or a best step
+            without held-out losses.
+        DependencyError: a tracker is not installed.
+    """
+    if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
+        raise RecipeError(
+            f"optimizer: {recipe.optimizer} needs a CUDA GPU, this run is on {device.kind}",
+            hint="set optimizer: adamw",
+        )
+    for tracker in recipe.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise DependencyError(
+                f"report_to: {tracker}: the package is not installed",
+                hint=f"pip install {tracker}, or take it out of report_to",
+            )
+    if recipe.compares_steps:
+        _check_best_step(recipe, steps, held_out)
+    if recipe.eval_every and not held_out:
+        raise RecipeError(
+            f"eval_every: {recipe.eval_every} has no effect, because no rows are held out",
+            hint="set val_size or val_data, or leave eval_every out",
+        )
+    warmup = recipe.warmup_steps or 0
+    if warmup and recipe.lr_scheduler == "constant":
+        raise RecipeError(
+            f"warmup_steps: {warmup} has no effect with lr_scheduler: constant",
+            hint="set lr_scheduler: constant_with_warmup, or leave warmup_steps out",
+        )
+    if warmup >= max(steps, 1):
+        raise RecipeError(
+            f"warmup_steps: {warmup}, but the run has {steps} step{'s' * (steps != 1)}: the "
+            f"learning rate would end at {(steps - 1) / warmup:.0%} of {recipe.learning_rate:g}",
+            hint=f"set warmup_steps below {steps}, or raise epochs or max_steps",
+        )
+
+
+def _check_best_step(recipe: Recipe, steps: int, held_out: bool) -> None:
+    key = "early_stopping_patience" if recipe.early_stopping_patience else "load_best_model_at_end"
+    if not held_out:
+        raise RecipeError(
+            f"{key} needs held-out rows, and this run has none",
+            hint="set val_size or val_data",
+        )
+    if recipe.eval_every is None or recipe.eval_every >= steps:
+        found = f"eval_every is {recipe.eval_every}" if recipe.eval_every else "none is asked for"
+        raise RecipeError(
+            f"{key} compares held-out losses during training, but {found} in {steps} steps",
+            hint=f"set eval_every below {steps}, such as {max(1, steps // 10)}",
+        )
+
+
 class NoDevicePlacementConfig(SFTConfig):
     """SFTConfig with which neither transformers nor accelerate move the model."""
 
@@ -47,17 +107,7 @@ def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
 ) -> NoDevicePlacementConfig:
     """Convert the recipe; override every TRL default that would change data or learning rate."""
-    if recipe.optimizer.endswith("8bit") and device.kind != "cuda":
-        raise RecipeError(
-            f"optimizer: {recipe.optimizer} needs a CUDA GPU, this run is on {device.kind}",
-            hint="set optimizer: adamw",
-        )
-    for tracker in recipe.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise DependencyError(
-                f"report_to: {tracker}: the package is not installed",
-                hint=f"pip install {tracker}, or take it out of report_to",
-            )
+    check_training_settings(recipe, device, steps, held_out)
     return NoDevicePlacementConfig(
         output_dir=str(run.path),
         # One batch of the loader is one optimizer step; `training_step` splits it.
@@ -84,6 +134,9 @@ def training_arguments(
         save_steps=steps if isinstance(recipe.save_every, str) else recipe.save_every,
         eval_strategy="steps" if recipe.eval_every and held_out else "no",
         eval_steps=recipe.eval_every,
+        # `load_best_step` loads it: transformers demands equal intervals of saving and scoring.
+        metric_for_best_model=recipe.metric_for_best_model if recipe.compares_steps else None,
+        greater_is_better=False,
         report_to=list(recipe.report_to),
         run_name=run.path.name,
         disable_tqdm=True,

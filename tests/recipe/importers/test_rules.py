@@ -96,6 +96,17 @@ TRANSLATED = [
     ),
     ("llama_factory", {"pissa_init": True}, {"init_lora_weights": "pissa_niter_16"}),
     ("llama_factory", {"mask_history": True}, {"train_on": "last"}),
+    ("llama_factory", {"adapter_name_or_path": "saves/a"}, {"from_adapter": "saves/a"}),
+    (
+        "axolotl",
+        {"lora_model_dir": "out/a", "early_stopping_patience": 3, "load_best_model_at_end": True},
+        {"from_adapter": "out/a", "early_stopping_patience": 3, "load_best_model_at_end": True},
+    ),
+    (
+        "trl",
+        {"metric_for_best_model": "loss", "load_best_model_at_end": True},
+        {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True},
+    ),
     ("llama_factory", {"stage": "pt", "packing": False}, {"documents": "completion"}),
     ("llama_factory", {"lora_target": "q_proj"}, {"target_modules": ["q_proj"]}),
     ("llama_factory", {"additional_target": "lm_head"}, {"modules_to_save": ["lm_head"]}),

@@ -171,7 +171,8 @@ def _encode_one(
     if not isinstance(drafted, Draft):
         raise drafted or RowError("no answer", item.origin, "nothing to train")
     if drafted.guard.active:
-        log.add("special token written in a turn", item.origin, "kept as plain text")
+        action = "kept as plain text (trainable_tokens keeps it one token)"
+        log.add("special token written in a turn", item.origin, action)
     for kind, action in dict.fromkeys(drafted.notes):
         log.add(kind, item.origin, action)
     examples = _examples(tokenizer, drafted, rules.train_on, tokenized)

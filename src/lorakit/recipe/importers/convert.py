@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -69,7 +70,8 @@ def import_recipe(path: Path) -> Imported:
         if source.keys() >= set(marks["all_of"]) and source.keys() & set(marks["any_of"]):
             return translate(source, tool, path)
     if {"model", "data"} <= source.keys():
-        raise RecipeError(f"{path}: this is a lorakit recipe already", hint=f"lorakit train {path}")
+        command = shlex.join(["lorakit", "train", str(path)])
+        raise RecipeError(f"{path}: this is a lorakit recipe already", hint=command)
     raise RecipeError(
         f"{path}: no known tool's recipe; its keys are {short(', '.join(source), 100) or '(none)'}",
         hint=f"lorakit import reads {READS}; `lorakit schema` lists our own keys",
