@@ -66,10 +66,90 @@ FAMILIES = {
     },
 }  # fmt: skip
 
+ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = {
+    **ROUTED,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+QWEN_VISION = {
+    **VISION,
+    "depth": 2,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+SIGLIP = {**VISION, "num_hidden_layers": 2, "image_size": 16, "vision_use_head": False}
+PIXTRAL = {
+    **VISION,
+    "model_type": "pixtral",
+    "num_hidden_layers": 2,
+    "image_size": 16,
+    "head_dim": 16,
+}
+# Families with Llama's shapes, and wrappers around text models as the hub has them.
+MORE = {
+    "llama": {}, "mistral": {}, "ministral3": {}, "qwen2": {}, "gemma": {}, "granite": {},
+    "cohere2": {}, "smollm3": {}, "olmo3": {}, "exaone4": {}, "glm4": {}, "phi3": {},
+    "seed_oss": {}, "hunyuan_v1_dense": {}, "starcoder2": {},
+    "gemma3_text": MIXED,
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+    "glm4_moe": {**ROUTED, "first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 1},
+    "nemotron_h": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "moe", "attention", "mamba"],
+        "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2,
+        "chunk_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+    },
+    "qwen3_vl": {"text_config": {**TINY, "rope_parameters": MROPE}, "tie_word_embeddings": True,
+                 "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0, 1]}},
+    "gemma3": {"text_config": {**TINY, **MIXED}, "vision_config": SIGLIP,
+               "mm_tokens_per_image": 4},
+    "mistral3": {"text_config": {**TINY, "model_type": "ministral3"}, "vision_config": PIXTRAL,
+                 "image_token_index": 10, "tie_word_embeddings": False},
+    "mistral3_small": {"text_config": {**TINY, "model_type": "mistral"}, "vision_config": PIXTRAL,
+                       "image_token_index": 10, "tie_word_embeddings": False},
+    "llama4": {
+        "text_config": {**TINY, "num_hidden_layers": 4, "intermediate_size": 32,
+                        "intermediate_size_mlp": 128, "num_local_experts": 4,
+                        "attention_chunk_size": 64},
+        "vision_config": {**SIGLIP, "vision_output_dim": 32, "projector_input_dim": 32,
+                          "projector_output_dim": 32},
+    },
+    "muse_glimmer": {
+        "text_config": {**TINY, "num_hidden_layers": 4, "sliding_window": 32},
+        "vision_config": {**VISION, "num_hidden_layers": 2, "pos_emb_height": 4, "pos_emb_width": 4,
+                          "max_position_embeddings": 16},
+        "out_hidden_size": 128, "projector_hidden_size": 64,
+    },
+    # E2B's kind with its audio tower, which has no sdpa in transformers 5.23.
+    "gemma4_audio": {
+        **FAMILIES["gemma4"],
+        "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                         "output_proj_dims": 32, "subsampling_conv_channels": [8, 8]},
+    },
+}  # fmt: skip
+# Rows that are another form of the model type.
+FORMS = {"gemma4_moe": "gemma4", "gemma4_audio": "gemma4", "mistral3_small": "mistral3"}
+
 
 def tiny_config(name, **changes):
     """The config of this family with `changes` to its text model."""
-    kind, values = "gemma4" if name == "gemma4_moe" else name, FAMILIES[name]
+    kind, values = FORMS.get(name, name), {**FAMILIES, **MORE}[name]
     if "text_config" in values:
         values = {**values, "text_config": {**values["text_config"], **changes}}
         return AutoConfig.for_model(kind, **values)

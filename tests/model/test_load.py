@@ -117,7 +117,7 @@ def test_qlora_without_working_bitsandbytes_names_the_install_line(monkeypatch):
 
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
     with pytest.raises(DependencyError, match="no kernel image") as caught:
-        nf4_config(CPU)
+        nf4_config(CPU, set())
     assert "pip install 'bitsandbytes" in caught.value.hint
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.chat_template.select import thinking_set
-from lorakit.export.tuned_run import TunedRun, generation_config, trained_class
+from lorakit.export.tuned_run import TunedRun, generation_config
+from lorakit.model.base_class import base_class
 
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
 
@@ -31,7 +32,7 @@ def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None
             nested["tie_word_embeddings"] = False
     text = source.config.get_text_config()
     _spell_rope(nested if isinstance(nested, dict) else values, text)
-    if trained := trained_class(source.config):
+    if trained := base_class(source.config):
         values.setdefault("architectures", [trained.__name__])
     values["eos_token_id"] = _stops(source)
     _write(folder / "config.json", values)
@@ -90,7 +91,8 @@ def _spell_rope(values: dict[str, Any], config: Any) -> None:
     if "rope_theta" in local:
         values.setdefault("rope_local_base_freq", local["rope_theta"])
     rope_type = full.get("rope_type", "default")
-    if rope_type != "default" and not values.get("rope_scaling"):
+    # transformers 5 prefers `rope_scaling`, which cannot differ by kind of layer (Gemma 4).
+    if rope_type != "default" and full is rope and not values.get("rope_scaling"):
         scaling = {k: v for k, v in full.items() if k != "rope_theta"}
         values["rope_scaling"] = {**scaling, "type": rope_type}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,13 @@ from safetensors import SafetensorError
 
 from lorakit.errors import DependencyError, LorakitError, ModelError, first_line
 from lorakit.hardware import cap_finished_run, detect_device
+from lorakit.model.base_class import (
+    any_attention,
+    auto_class,
+    base_class,
+    empty_base,
+    kept_in_16_bits,
+)
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.safetensors_io import check_weights, read_header
@@ -86,13 +93,13 @@ def locate_model(
 
 
 def load_config(recipe: Recipe, location: str) -> Any:
-    """Load the model's config and check that it is a causal language model.
+    """Load the model's config and check that it has a text decoder.
 
     Raises:
         ModelError: config.json is missing, the repository is gated or unreachable, or the model
-            is not a causal language model.
+            is no causal language model, alone or as part of a multimodal one.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     say_trust(recipe)
     try:
@@ -107,7 +114,9 @@ def load_config(recipe: Recipe, location: str) -> Any:
         raise
     except Exception as error:
         raise _load_error(recipe.model, location, error) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
+    known = base_class(config)
+    decoder_only = known and not getattr(config, "is_encoder_decoder", False)
+    if not decoder_only and not recipe.trust_remote_code:
         names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
         raise ModelError(
             f"model: {recipe.model}: not a causal language model (config.json names {names})",
@@ -147,22 +156,21 @@ def load_base(
 
     Args:
         on_host: keep the weights in host memory instead of on the device.
-        model_class: class of transformers to build instead of AutoModelForCausalLM's choice.
+        model_class: class of transformers to build instead of the one that config.json names.
 
     Raises:
         ModelError: weights missing or unreadable.
         DependencyError: `method: qlora` without a working bitsandbytes.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = load_config(recipe, location)
+    config = any_attention(load_config(recipe, location))
     if Path(location).is_dir():
         check_weights(Path(location))
     arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}
     quantized = getattr(config, "quantization_config", None)
     if recipe.method == "qlora" and quantized is None:
-        arguments["quantization_config"] = nf4_config(device)
+        arguments["quantization_config"] = nf4_config(device, kept_in_16_bits(empty_base(config)))
     elif quantized is not None and recipe.method == "lora":
         raise ModelError(
             f"model: {recipe.model}: its weights are already quantized",
@@ -171,11 +179,9 @@ def load_base(
     # Without a device map transformers puts quantized weights on a CUDA GPU, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
-    if model_class is not None:
-        arguments["config"] = config
     try:
-        model = (model_class or AutoModelForCausalLM).from_pretrained(
-            location, attn_implementation=device.attention, use_safetensors=True, **arguments
+        model = (model_class or auto_class(config)).from_pretrained(
+            location, config=config, use_safetensors=True, **arguments
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
@@ -191,8 +197,11 @@ def load_base(
     return model
 
 
-def nf4_config(device: Device) -> Any:
+def nf4_config(device: Device, kept: Collection[str]) -> Any:
     """Configure 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314, section 3).
+
+    Args:
+        kept: names of modules that stay in 16 bits.
 
     Raises:
         DependencyError: bitsandbytes is absent or does not work on this device.
@@ -217,6 +226,7 @@ def nf4_config(device: Device) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, device.dtype),
+        llm_int8_skip_modules=sorted(kept),
     )
 
 

@@ -23,6 +23,7 @@ from lorakit.engine.attach import Engine, attach_engine, unfused_reason
 from lorakit.engine.attention import Segments
 from lorakit.errors import WorkError
 from lorakit.model.architectures import changes_logits, transform_logits
+from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.types import ON_CARD, Placement
@@ -181,7 +182,7 @@ def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **input
     embeds = inputs.get("inputs_embeds")
     length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     if engine is None or not engine.supports(segments.longest if segments else length):
-        hidden: Tensor = base.get_decoder()(**inputs)[0]
+        hidden: Tensor = text_decoder(base)(**inputs)[0]
         return hidden
     # Rows are padded on the right: causal attention never reads the padding, so no mask is needed.
     return engine(inputs, segments)
@@ -197,7 +198,7 @@ def _verified_head(
         with evaluating(base):
             own = own_forward(base, input_ids=probe, use_cache=False).logits.float()
             head = SupervisedHead(base)
-            ours = head(base.get_decoder()(input_ids=probe, use_cache=False)[0]).float()
+            ours = head(text_decoder(base)(input_ids=probe, use_cache=False)[0]).float()
             # The same operations on the same numbers: equal except for the order of one reduction.
             same = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-2, atol=1e-2)
     except PROBE_ERRORS as error:
@@ -214,7 +215,7 @@ def _isolates_packed_documents(base: Any) -> str:
     position_ids = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
     try:
         with evaluating(base):
-            run = base.get_decoder()
+            run = text_decoder(base)
             packed = run(
                 input_ids=documents.unsqueeze(0), position_ids=position_ids, use_cache=False
             )[0]

@@ -1,0 +1,161 @@
+"""Every family, tiny and random, as the hub has it: what is written fits the class it declares.
+
+One row per model type: load, targets, two steps, and the same logits from plain peft and from the
+merged folder, both in the class that config.json names.
+"""
+
+import functools
+import json
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tests.families import FAMILIES, MORE, tiny_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+from lorakit.export.checkpoint_keys import adapter_keys, folder_keys
+from lorakit.export.merge_weights import STREAMED, write_merged
+from lorakit.export.tuned_run import open_source
+from lorakit.hardware import detect_device
+from lorakit.model.base_class import base_class, text_decoder
+from lorakit.model.base_fingerprint import remember_base
+from lorakit.model.load import load_base, load_config
+from lorakit.model.lora_config import add_adapter, resolve_targets
+from lorakit.model.matching import check_adapter_settings
+from lorakit.model.param_counts import count, lora_target_layers
+from lorakit.recipe.loader import load_recipe
+from lorakit.storage.run_dir import RunDir
+from lorakit.train.checkpoint import save_adapter
+from lorakit.train.loss import attach_loss, detach_loss
+
+WORDS = 320
+ADAPTED = {  # number of layers with an adapter
+    **dict.fromkeys(("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma"), 14),
+    **dict.fromkeys(("granite", "cohere2", "smollm3", "olmo3", "exaone4"), 14),
+    **dict.fromkeys(("seed_oss", "hunyuan_v1_dense", "mistral3", "mistral3_small"), 14),
+    **dict.fromkeys(("qwen3_vl",), 14),
+    **dict.fromkeys(("glm4", "starcoder2"), 12),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma3"), 28),
+    "muse_glimmer": 32,  # its attention has a gate, too
+}
+
+
+def declared(config):
+    """The class that the hub's config.json names for this model type."""
+    auto = AutoModelForMultimodalLM if hasattr(config, "text_config") else AutoModelForCausalLM
+    return auto._model_mapping[type(config)]
+
+
+def save_tokenizer(folder):
+    words = {f"w{i}": i for i in range(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", pad_token="w3"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.content + ' w2 ' }}{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def make_base(name, folder):
+    """A base folder of this family as on the hub, with tensors that transformers leaves out."""
+    config = tiny_config(name)
+    torch.manual_seed(0)
+    model = declared(config)(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "norm" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    if name.startswith("qwen3_5") and hasattr(config, "text_config"):
+        path = folder / "model.safetensors"
+        more = {"mtp.fc.weight": torch.randn(64, 128), "mtp.norm.weight": torch.randn(64)}
+        save_file({**load_file(path), **more}, path, metadata={"format": "pt"})
+    save_tokenizer(folder)
+    return folder
+
+
+def train(name, folder, method="lora", **values):
+    """Two steps on random tokens; the run, its base and its tuned logits."""
+    base = make_base(name, folder / "base")
+    flags = {"model": str(base), "data": "none.jsonl", "offline": True, "dtype": "float32"}
+    flags |= {"method": method, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.05, **values}
+    resolved = load_recipe(None, [], flags)
+    config = load_config(resolved.recipe, str(base))
+    resolved = resolve_targets(resolved, config)
+    recipe = resolved.recipe
+    check_adapter_settings(recipe, config)
+    model = add_adapter(load_base(recipe, str(base), detect_device("float32", "cpu")), recipe)
+    attach_loss(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=30.0)
+    for step in range(2):
+        torch.manual_seed(step)
+        ids = torch.randint(4, WORDS, (2, 12))
+        targets, positions = ids[:, 1:].flatten(), torch.arange(24).view(2, 12)[:, :-1].flatten()
+        loss = model(input_ids=ids, targets=targets, positions=positions, use_cache=False).loss_sum
+        (loss / len(targets)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert dead == []
+        optimizer.zero_grad()
+    detach_loss(model)
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    run.recipe.write_text(resolved.to_yaml())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    save_adapter(model, tokenizer, run.adapter, False)
+    remember_base(run, recipe, str(base))
+    return run, base, model.eval(), recipe
+
+
+@functools.cache
+def question():
+    return torch.arange(20).unsqueeze(0) * 31 % WORDS
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=question(), use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_a_family_is_trained_and_exported_as_the_class_it_declares(name, tmp_path):
+    run, base, model, recipe = train(name, tmp_path)
+    config = load_config(recipe, str(base))
+    model_class = getattr(transformers, config.architectures[0])
+    assert type(model.get_base_model()) is base_class(config) is model_class
+
+    adapted = {n for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    decoder = [n for n, m in model.get_base_model().named_modules() if m is text_decoder(model)]
+    assert all(n.startswith(f"{decoder[0]}.") for n in adapted)
+    assert adapted == {n for n, _, _ in lora_target_layers(recipe, count(config))}
+    assert len(adapted) == ADAPTED.get(name, len(adapted)) > 0
+    assert not any("router" in n or ".experts" in n or n.endswith(".gate") for n in adapted)
+
+    tuned = logits(model)
+    keys = adapter_keys(run, config, model_class)
+    assert (keys.missing, keys.unexpected) == ((), ())
+    plain = model_class.from_pretrained(base, dtype="float32")
+    untuned = logits(plain)
+    assert (tuned - untuned).abs().max() > 1e-3
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, run.adapter)), tuned)
+
+    source, folder = open_source(run), tmp_path / "merged"
+    folder.mkdir()
+    assert write_merged(source, folder, "quantized", "float32") == STREAMED
+    keys = folder_keys(folder, model_class)
+    assert (keys.missing, keys.unexpected) == ((), ())
+    merged = model_class.from_pretrained(folder, dtype="float32")
+    torch.testing.assert_close(logits(merged), tuned, rtol=1e-3, atol=1e-3)
+
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    changed = {n for n in before if not torch.equal(before[n], after.get(n))}
+    assert before.keys() == after.keys()
+    assert len(changed) == len(adapted)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["architectures"] == [model_class.__name__]
