@@ -20,7 +20,7 @@ from lorakit.export.checkpoint_keys import adapter_keys, folder_keys
 from lorakit.export.merge_weights import STREAMED, write_merged
 from lorakit.export.tuned_run import open_source
 from lorakit.hardware import detect_device
-from lorakit.model.base_class import base_class, text_decoder
+from lorakit.model.base_class import base_class, name_of, text_decoder
 from lorakit.model.base_fingerprint import remember_base
 from lorakit.model.load import load_base, load_config
 from lorakit.model.lora_config import add_adapter, resolve_targets
@@ -159,3 +159,23 @@ def test_a_family_is_trained_and_exported_as_the_class_it_declares(name, tmp_pat
     assert len(changed) == len(adapted)
     written = json.loads((folder / "config.json").read_text())
     assert written["architectures"] == [model_class.__name__]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3", "llama4", "qwen3_moe", "nemotron_h"])
+def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, tmp_path):
+    run, base, model, recipe = train(name, tmp_path, "qlora")
+    plain = model.get_base_model()
+    quantized = {n for n, m in plain.named_modules() if type(m).__name__ == "Linear4bit"}
+    decoder = name_of(plain, text_decoder(plain))
+    inside = {n.removesuffix(".base_layer") for n in quantized}
+    assert inside == {n for n, _, _ in count(load_config(recipe, str(base))).linear}
+    assert all(n.startswith(f"{decoder}.") and "router" not in n for n in quantized)
+
+    source, folder = open_source(run), tmp_path / "merged"
+    folder.mkdir()
+    assert write_merged(source, folder, "quantized", "float32") == STREAMED
+    merged = base_class(source.config).from_pretrained(folder, dtype="float32")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
+    before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    assert len(before) - len(same) == len(inside)  # 4-bit values, with an adapter or without
