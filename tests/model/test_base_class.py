@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from lorakit.model.base_class import (
-    any_attention,
     auto_class,
     base_class,
     empty_base,
+    frozen_config,
     is_inside,
     kept_in_16_bits,
     name_of,
@@ -92,7 +92,20 @@ def test_qlora_leaves_head_towers_and_routers_in_16_bits():
 def test_each_part_takes_the_attention_that_its_class_has(name, attention):
     config = tiny_config(name)
     config._attn_implementation = "eager"
-    assert any_attention(config)._attn_implementation is None
+    assert frozen_config(config)._attn_implementation is None
     model = empty_base(config)
     assert text_decoder(model).config._attn_implementation == attention
     assert config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("seed_oss", ["attention_dropout", "residual_dropout"]), ("gemma3", ["attention_dropout"])],
+)
+def test_a_frozen_base_has_no_dropout_of_its_own(name, keys):
+    config = tiny_config(name, **dict.fromkeys(keys, 0.1))
+    text = frozen_config(config).get_text_config()
+    assert [getattr(text, key) for key in keys] == [0.0] * len(keys)
+    assert getattr(config.get_text_config(), keys[0]) == 0.1
+    model = empty_base(config)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))

@@ -40,13 +40,19 @@ def _mapped(auto: Any, config: Any) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
-def any_attention(config: Any) -> Any:
-    """Copy a config with no attention implementation: each part takes sdpa if its class has it.
+def frozen_config(config: Any) -> Any:
+    """Copy a config for a frozen base: without dropout, and with each class's own attention.
 
-    gpt-oss, Gemma 2 and Gemma 4's audio tower have no sdpa in transformers and take eager.
+    Dropout belongs to the adapters; Seed-OSS's config has 0.1 for the base's activations, too.
+    Without an attention implementation each part takes sdpa if its class has it: gpt-oss, Gemma 2
+    and Gemma 4's audio tower have none in transformers and take eager.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = None
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key, value in list(vars(part).items()) if part is not None else ():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     return config
 
 
@@ -55,7 +61,7 @@ def empty_base(config: Any, **options: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        return auto_class(config).from_config(any_attention(config), **options)
+        return auto_class(config).from_config(frozen_config(config), **options)
 
 
 def text_decoder(model: Any) -> Any:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from lorakit.errors import DependencyError, LorakitError, ModelError, first_line
 from lorakit.hardware import cap_finished_run, detect_device
 from lorakit.model.base_class import (
-    any_attention,
     auto_class,
     base_class,
     empty_base,
+    frozen_config,
     kept_in_16_bits,
 )
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
@@ -164,7 +164,7 @@ def load_base(
     """
     import torch
 
-    config = any_attention(load_config(recipe, location))
+    config = frozen_config(load_config(recipe, location))
     if Path(location).is_dir():
         check_weights(Path(location))
     arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}

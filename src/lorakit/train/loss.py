@@ -209,18 +209,38 @@ def _verified_head(
 
 
 def _isolates_packed_documents(base: Any) -> str:
-    """PACKED if the model's own attention isolates documents separated by position ids."""
-    config = base.config.get_text_config()
-    documents = torch.arange(12, device=base.device) * 31 % config.vocab_size
+    """PACKED if the model's own layers isolate documents separated by position ids.
+
+    The second document has to be as it is alone, and must not depend on the first one.
+    """
+    vocabulary = base.config.get_text_config().vocab_size
+    ids = torch.arange(17, device=base.device) * 31 % vocabulary
+    first, other, second = ids[:5], ids[5:10], ids[10:]
     position_ids = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
+    decoder = text_decoder(base)
+
+    def after(document: Tensor) -> Tensor:
+        packed = torch.cat([document, second]).unsqueeze(0)
+        states: Tensor = decoder(input_ids=packed, position_ids=position_ids, use_cache=False)[0]
+        return states[:, 5:]
+
     try:
         with evaluating(base):
-            run = text_decoder(base)
-            packed = run(
-                input_ids=documents.unsqueeze(0), position_ids=position_ids, use_cache=False
-            )[0]
-            alone = run(input_ids=documents[5:].unsqueeze(0), use_cache=False)[0]
+            packed, exchanged = after(first), after(other)
+            alone = decoder(input_ids=second.unsqueeze(0), use_cache=False)[0]
     except PROBE_ERRORS as error:
         return f"off: {type(error).__name__} with packed documents"
-    difference = float((packed[:, 5:] - alone).float().norm() / alone.float().norm())
-    return PACKED if difference < 3e-2 else "off: this model's attention mixes packed documents"
+    difference, leak = _distance(packed, alone), _distance(packed, exchanged)
+    # Without a leak, float32 differs by 5e-7 at most (order of sums over experts). Convolutions of
+    # LFM2 and Falcon-H1 leak 1e-3 to 5e-3, as little as 16-bit rounding.
+    exact = packed.dtype == torch.float32 or _has_convolution(decoder)
+    isolated = difference < 3e-2 and leak < (1e-5 if exact else 1e-2)
+    return PACKED if isolated else "off: this model's layers mix packed documents"
+
+
+def _distance(states: Tensor, reference: Tensor) -> float:
+    return float((states - reference).float().norm() / reference.float().norm())
+
+
+def _has_convolution(decoder: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules())
