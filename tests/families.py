@@ -1,6 +1,6 @@
 """Tiny configs laid out as the hub has them, of families whose layers are not Llama's."""
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 TINY = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -143,8 +143,32 @@ MORE = {
                          "output_proj_dims": 32, "subsampling_conv_channels": [8, 8]},
     },
 }  # fmt: skip
+# Models on the hub, by row.
+HUB = {
+    "qwen3_5": "Qwen3.5, Qwen3.6, Qwen3.8", "qwen3_5_moe": "Qwen3.6-35B-A3B",
+    "qwen3_moe": "Qwen3-30B-A3B", "qwen3_next": "Qwen3-Next-80B-A3B", "qwen3_vl": "Qwen3-VL",
+    "gemma3": "Gemma 3 4B to 27B", "gemma3_text": "Gemma 3 1B", "gemma4_audio": "Gemma 4 E2B, E4B",
+    "gemma4": "Gemma 4 without its audio tower", "gemma4_moe": "Gemma 4 26B-A4B",
+    "gemma3n_text": "Gemma 3n, text model", "mistral3": "Ministral 3",
+    "mistral3_small": "Mistral Small 3", "ministral3": "Ministral 3, text model",
+    "llama4": "Llama 4 Scout", "gpt_oss": "gpt-oss-20b in bfloat16", "glm4_moe": "GLM-4.5, GLM-4.6",
+    "glm4_moe_lite": "GLM-4.7-Flash", "deepseek_v3": "DeepSeek-V3", "granite": "Granite 3",
+    "granitemoehybrid": "Granite 4.0-H", "nemotron_h": "Nemotron 3 Nano", "lfm2": "LFM2",
+    "falcon_h1": "Falcon-H1", "muse_glimmer": "Muse Glimmer", "cohere2": "Command R7B",
+    "seed_oss": "Seed-OSS-36B", "llama": "Llama 2, 3", "mistral": "Mistral 7B, Nemo",
+    "qwen2": "Qwen2.5", "qwen3": "Qwen3", "phi3": "Phi-3.5", "olmo3": "OLMo 3", "glm4": "GLM-4",
+    "exaone4": "EXAONE 4.0", "smollm3": "SmolLM3", "hunyuan_v1_dense": "Hunyuan",
+    "starcoder2": "StarCoder2", "gemma": "Gemma", "gemma2": "Gemma 2",
+    "qwen3_5_text": "Qwen3.5, text model",
+}  # fmt: skip
 # Rows that are another form of the model type.
 FORMS = {"gemma4_moe": "gemma4", "gemma4_audio": "gemma4", "mistral3_small": "mistral3"}
+
+
+def declared_class(config):
+    """The class that config.json names on the hub for this model type."""
+    auto = AutoModelForMultimodalLM if hasattr(config, "text_config") else AutoModelForCausalLM
+    return auto._model_mapping[type(config)]
 
 
 def tiny_config(name, **changes):

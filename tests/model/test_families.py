@@ -12,9 +12,8 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests.families import FAMILIES, MORE, tiny_config
+from tests.families import FAMILIES, MORE, declared_class, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from lorakit.export.checkpoint_keys import adapter_keys, folder_keys
 from lorakit.export.merge_weights import STREAMED, write_merged
@@ -47,12 +46,6 @@ ADAPTED = {  # number of layers with an adapter
 }
 
 
-def declared(config):
-    """The class that the hub's config.json names for this model type."""
-    auto = AutoModelForMultimodalLM if hasattr(config, "text_config") else AutoModelForCausalLM
-    return auto._model_mapping[type(config)]
-
-
 def save_tokenizer(folder):
     words = {f"w{i}": i for i in range(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -68,7 +61,7 @@ def make_base(name, folder):
     """A base folder of this family as on the hub, with tensors that transformers leaves out."""
     config = tiny_config(name)
     torch.manual_seed(0)
-    model = declared(config)(config)
+    model = declared_class(config)(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 and "norm" in key:
@@ -170,7 +163,7 @@ def test_a_family_is_trained_and_exported_as_the_class_it_declares(name, tmp_pat
 def test_only_families_that_isolate_documents_are_packed(name, dtype):
     config = tiny_config(name)
     torch.manual_seed(0)
-    model = declared(config)(config).to(dtype)
+    model = declared_class(config)(config).to(dtype)
     assert (attach_loss(model).packing == PACKED) == (name not in MIXES)
 
 

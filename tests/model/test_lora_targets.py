@@ -1,8 +1,8 @@
 """Targets come from the family and lie in the text decoder; unknown families say so."""
 
 import pytest
-from tests.families import FAMILIES, MORE, tiny_config
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from tests.families import FAMILIES, MORE, declared_class, tiny_config
+from transformers import AutoConfig
 
 from lorakit.errors import RecipeError
 from lorakit.model import lora_targets as module
@@ -18,8 +18,7 @@ LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 def declaring(name):
     """The family's config with the class that the hub's config.json names."""
     config = tiny_config(name)
-    if hasattr(config, "text_config"):
-        config.architectures = [AutoModelForMultimodalLM._model_mapping[type(config)].__name__]
+    config.architectures = [declared_class(config).__name__]
     return config
 
 
