@@ -8,6 +8,7 @@ tokenizer_config.json. Readers that miss them fall back silently (RoPE base 1000
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lorakit.data.chat_template.select import thinking_set
 from lorakit.export.tuned_run import TunedRun, generation_config
 from lorakit.model.base_class import base_class
 
+# llama.cpp's converter reads this file for these families, and transformers 5 does not write it.
+SENTENCEPIECE, SENTENCEPIECE_FAMILIES = "tokenizer.model", {"phi3", "gemma", "gemma2"}
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
 
 
@@ -47,8 +50,15 @@ def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None
 def write_tokenizer(source: TunedRun, folder: Path) -> None:
     """Write the run's tokenizer and template, with the end-of-turn token as end of sequence."""
     source.tokenizer.save_pretrained(folder)
+    pieces = source.folder / SENTENCEPIECE if source.folder else None
+    if pieces and pieces.is_file() and source.config.model_type in SENTENCEPIECE_FAMILIES:
+        shutil.copyfile(pieces, folder / SENTENCEPIECE)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
+    if (folder / SENTENCEPIECE).exists():
+        # Unless it is written, llama.cpp begins every text of these families with it.
+        first = source.tokenizer("a")["input_ids"][0]
+        values["add_bos_token"] = first == source.tokenizer.bos_token_id
     for key in LOCAL_KEYS:
         values.pop(key, None)
     values["eos_token"] = source.end_of_turn()
