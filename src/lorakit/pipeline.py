@@ -43,6 +43,7 @@ from lorakit.model.load import (
 )
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.matching import check_adapter_settings
+from lorakit.model.param_counts import count
 from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
@@ -139,6 +140,8 @@ def _prologue(
     console.print(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
+    if sides := count(config).sides:
+        console.print(f"frozen   {', '.join(sides)}: beside the text decoder; trained on text only")
     check_adapter_settings(resolved.recipe, config)
     tokenizer = load_tokenizer(recipe, location)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)

@@ -53,12 +53,13 @@ def add_adapter(base: Any, recipe: Recipe) -> Any:
 
     check_patterns(recipe, (name for name, _ in base.named_modules() if name))
     biases = copy_biases(base) if recipe.bias != "none" else {}
+    names = ", ".join(linear_names(base))
     try:
         model = get_peft_model(base, lora_config(recipe), autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
             f"the adapter cannot be attached: {first_line(error)}",
-            hint=f"linear layers of this model: {', '.join(linear_names(base))}",
+            hint=f"linear layers of this model: {names}",
         ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -124,6 +124,8 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
                 "target_modules names experts, which PEFT adapts only with lora_dropout: 0; "
                 "target_modules: auto leaves them out"
             )
+        elif "Mamba" in str(error):
+            hint = "target_modules: auto leaves this layer out"
         raise RecipeError(
             f"the adapter cannot be attached: {first_line(error)}", hint=hint
         ) from error
