@@ -75,9 +75,11 @@ def make_base(name, folder):
     return folder
 
 
-def train(name, folder, method="lora", **values):
-    """Two steps on random tokens; the run, its base and its tuned logits."""
+def train(name, folder, method="lora", change=None, **values):
+    """Two steps on random tokens; the run, its base, the tuned model and the recipe."""
     base = make_base(name, folder / "base")
+    if change:
+        change(base)
     flags = {"model": str(base), "data": "none.jsonl", "offline": True, "dtype": "float32"}
     flags |= {"method": method, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.05, **values}
     resolved = load_recipe(None, [], flags)
@@ -185,3 +187,32 @@ def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, t
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
     same = {n for n in before if torch.equal(before[n], after[n])}
     assert len(before) - len(same) == len(inside)  # 4-bit values, with an adapter or without
+
+
+def pack_experts(base):
+    """Replace a gpt-oss base's experts by random MXFP4 ones, as the hub has them."""
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        groups = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*groups, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full(groups, 122, dtype=torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    values = json.loads((base / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "mxfp4"}
+    (base / "config.json").write_text(json.dumps(values))
+
+
+def test_mxfp4_experts_are_dequantized_and_the_merged_folder_is_plain(tmp_path):
+    run, _, model, _ = train("gpt_oss", tmp_path, change=pack_experts)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    source, folder = open_source(run), tmp_path / "merged"
+    folder.mkdir()
+    assert "quantized on the disk" in write_merged(source, folder, "quantized", "float32")
+    written = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in written
+    keys = folder_keys(folder, base_class(source.config))
+    assert (keys.missing, keys.unexpected) == ((), ())
+    merged = base_class(source.config).from_pretrained(folder, dtype="float32")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)

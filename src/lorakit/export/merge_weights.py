@@ -24,6 +24,7 @@ from lorakit.export.hub_names import loaded_names, stored_names
 from lorakit.export.tuned_run import TunedRun, float32_model
 from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, name_of, text_decoder
 from lorakit.model.safetensors_io import Stored, stored_tensors, write_shards
+from lorakit.model.stored_quantization import stored_quantization
 
 Entry = tuple[str, int, Callable[[], Any]]
 STREAMED = "shard by shard"
@@ -89,7 +90,7 @@ def _reason_against_streaming(source: TunedRun) -> str | None:
     """Reason why the base's files cannot be merged one tensor at a time, or None."""
     if source.folder is None or not list(source.folder.glob("*.safetensors")):
         return "the base is not in safetensors"
-    if getattr(source.config, "quantization_config", None) is not None:
+    if stored_quantization(source.config):
         return "the base is quantized on the disk"
     if source.base_changing_init:
         return f"{source.base_changing_init} changes the base as it loads"
@@ -299,6 +300,8 @@ def _in_memory(source: TunedRun, merge_base: str, dtype: str, wider: str) -> lis
         return finite.cast(name, value, target, wider).cpu().contiguous()
 
     state = {n: v for n, v in merged.state_dict().items() if not (tied and n == f"{head}.weight")}
+    if stored_quantization(source.config):  # its loader's names are those of the packed tensors
+        merged._weight_conversions = None
     entries: list[Entry] = [
         (name, value.numel() * BYTES[dtype], partial(cast, name, value))
         for name, value in stored_names(merged, state).items()
@@ -311,7 +314,7 @@ def _in_memory(source: TunedRun, merge_base: str, dtype: str, wider: str) -> lis
 
 def _beyond_the_model(source: TunedRun, model: Any) -> dict[str, Stored]:
     """Tensors of the base's files that are no part of the model (Qwen3.5's MTP head)."""
-    quantized = getattr(source.config, "quantization_config", None) is not None
+    quantized = stored_quantization(source.config)
     if source.folder is None or quantized or not list(source.folder.glob("*.safetensors")):
         return {}
     stored = stored_tensors(source.folder)

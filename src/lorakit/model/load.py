@@ -24,6 +24,11 @@ from lorakit.model.base_class import (
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.safetensors_io import check_weights, read_header
+from lorakit.model.stored_quantization import (
+    dequantizing,
+    require_trainable_weights,
+    stored_quantization,
+)
 from lorakit.model.untrusted import (
     check_adapter,
     check_config,
@@ -97,7 +102,8 @@ def load_config(recipe: Recipe, location: str) -> Any:
 
     Raises:
         ModelError: config.json is missing, the repository is gated or unreachable, or the model
-            is no causal language model, alone or as part of a multimodal one.
+            is no causal language model, alone or as part of a multimodal one, or its weights are
+            quantized in a way that cannot be trained.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -122,6 +128,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
             f"model: {recipe.model}: not a causal language model (config.json names {names})",
             hint="lorakit trains decoder-only chat models such as Llama, Mistral, Qwen or Gemma",
         )
+    require_trainable_weights(recipe, config)
     return config
 
 
@@ -168,14 +175,9 @@ def load_base(
     if Path(location).is_dir():
         check_weights(Path(location))
     arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}
-    quantized = getattr(config, "quantization_config", None)
-    if recipe.method == "qlora" and quantized is None:
+    arguments |= dequantizing(config)
+    if recipe.method == "qlora" and not stored_quantization(config):
         arguments["quantization_config"] = nf4_config(device, kept_in_16_bits(empty_base(config)))
-    elif quantized is not None and recipe.method == "lora":
-        raise ModelError(
-            f"model: {recipe.model}: its weights are already quantized",
-            hint="set method: qlora, or name the 16-bit original of this model",
-        )
     # Without a device map transformers puts quantized weights on a CUDA GPU, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
