@@ -187,6 +187,8 @@ def load_base(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe.model, location, error) from error
+    if dequantizing(config):  # transformers 5.17 leaves them in bfloat16
+        model = model.to(arguments["dtype"])
     guard_quantized_cpu_weights(model)
     # Router logits only serve the load-balancing loss, which lorakit does not train.
     text = model.config.get_text_config()
