@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lorakit.export.checkpoint_keys import adapter_keys, folder_keys
 from lorakit.export.merge_weights import STREAMED, write_merged
 from lorakit.export.tuned_run import open_source
+from lorakit.export.verify_tensors import compare_tensors
 from lorakit.hardware import detect_device
 from lorakit.model.base_class import base_class, name_of, text_decoder
 from lorakit.model.base_fingerprint import remember_base
@@ -147,6 +148,7 @@ def test_a_family_is_trained_and_exported_as_the_class_it_declares(name, tmp_pat
     source, folder = open_source(run), tmp_path / "merged"
     folder.mkdir()
     assert write_merged(source, folder, "quantized", "float32") == STREAMED
+    assert compare_tensors(source, folder, "quantized")["update_kept"] > 0.999
     keys = folder_keys(folder, model_class)
     assert (keys.missing, keys.unexpected) == ((), ())
     merged = model_class.from_pretrained(folder, dtype="float32")
@@ -158,6 +160,15 @@ def test_a_family_is_trained_and_exported_as_the_class_it_declares(name, tmp_pat
     assert len(changed) == len(adapted)
     written = json.loads((folder / "config.json").read_text())
     assert written["architectures"] == [model_class.__name__]
+
+
+def test_the_engine_runs_the_decoder_of_a_wrapper(tmp_path):
+    _, _, model, _ = train("mistral3_small", tmp_path)
+    own = logits(model)
+    attached = attach_loss(model, "on")
+    assert attached.engine is not None, attached.layers
+    assert attached.packs
+    torch.testing.assert_close(logits(model), own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,6 +193,7 @@ def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, t
     source, folder = open_source(run), tmp_path / "merged"
     folder.mkdir()
     assert write_merged(source, folder, "quantized", "float32") == STREAMED
+    assert compare_tensors(source, folder, "quantized")["update_kept"] > 0.999
     merged = base_class(source.config).from_pretrained(folder, dtype="float32")
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
