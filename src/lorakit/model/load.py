@@ -120,9 +120,9 @@ def load_config(recipe: Recipe, location: str) -> Any:
         raise
     except Exception as error:
         raise _load_error(recipe.model, location, error) from error
-    known = base_class(config)
-    decoder_only = known and not getattr(config, "is_encoder_decoder", False)
-    if not decoder_only and not recipe.trust_remote_code:
+    parts = (config, config.get_text_config())
+    has_encoder = any(getattr(part, "is_encoder_decoder", False) for part in parts)
+    if (base_class(config) is None or has_encoder) and not recipe.trust_remote_code:
         names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
         raise ModelError(
             f"model: {recipe.model}: not a causal language model (config.json names {names})",
