@@ -10,6 +10,7 @@ timer, or by itself at a random one of its file operations. tests/test_crash.py 
 import argparse
 import collections
 import contextlib
+import gc
 import itertools
 import json
 import mmap
@@ -183,6 +184,8 @@ def start(world, folder, spec, phase, die_at=None, prepare=None, job=None):
         return process
     code = 99
     try:
+        # Otherwise each collection visits the million objects of the parent's imports.
+        gc.freeze()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
@@ -447,7 +450,10 @@ class Campaign:
 def import_everything():
     """What children need, loaded once; nothing here may start a thread."""
     import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+    import peft.utils.transformers_weight_conversion  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lorakit.pipeline  # noqa: F401
     from lorakit.cli.app import quiet

@@ -2,6 +2,7 @@
 
     python benchmarks/fuzz.py recipes --inputs 20000 --out benchmarks/results/fuzz_recipes.json
     python benchmarks/fuzz.py data --inputs 10000 --out benchmarks/results/fuzz_data.json
+    python benchmarks/fuzz.py exports --inputs 10000 --out benchmarks/results/fuzz_exports.json
     python benchmarks/fuzz.py chat --inputs 1000 --out benchmarks/results/fuzz_chat.json
     python benchmarks/fuzz.py report --inputs 2000 --out benchmarks/results/fuzz_report.json
 
@@ -27,7 +28,7 @@ from lorakit.hardware import detect_device
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS.parent))  # the tests import from one another
-COUNTS = {"recipes": 20_000, "data": 10_000, "chat": 1_000, "report": 2_000}
+COUNTS = {"recipes": 20_000, "data": 10_000, "exports": 10_000, "chat": 1_000, "report": 2_000}
 
 
 def load(path):
@@ -60,7 +61,7 @@ def fuzz_recipes(folder, count):
     return load(TESTS / "test_fuzz_recipe.py").campaign(folder, count, flags)
 
 
-def fuzz_data(folder, count):
+def demo_tokenizer():
     from transformers import AutoTokenizer
 
     from lorakit.data.chat_template.select import resolve_template
@@ -68,7 +69,16 @@ def fuzz_data(folder, count):
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
     resolve_template(tokenizer, "demo")
-    return load(TESTS / "data" / "test_fuzz.py").campaign(tokenizer, folder / "case", count)
+    return tokenizer
+
+
+def fuzz_data(folder, count):
+    return load(TESTS / "data" / "test_fuzz.py").campaign(demo_tokenizer(), folder / "case", count)
+
+
+def fuzz_exports(folder, count):
+    campaign = load(TESTS / "data" / "test_fuzz_exports.py").campaign
+    return campaign(demo_tokenizer(), folder / "case", count)
 
 
 def fuzz_chat(folder, count):

@@ -177,7 +177,8 @@ def finish(tiny_model_dir, tiny_data, tmp_path_factory):
         key = (method, repr(sorted(values.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp("runs") / f"tiny-{method}"
-            resolved = _tiny_recipe(tiny_model_dir, tiny_data, folder, method=method, **values)
+            given = {"model": str(tiny_model_dir), "method": method, **values}
+            resolved = _tiny_recipe(data=tiny_data, folder=folder, **given)
             made[key] = fit(resolved, Console(stderr=True, quiet=True))
         return made[key]
 

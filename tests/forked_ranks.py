@@ -8,6 +8,7 @@ each step (rows_0.jsonl ...).  `fails` lets a rank run out of memory while it lo
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -24,8 +25,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
 def import_everything():
     """Nothing here may start a thread."""
     import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+    import peft.utils.transformers_weight_conversion  # noqa: F401
     import torch.distributed  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401
@@ -91,6 +95,8 @@ def run(job):
         if not child:
             code = 99
             try:
+                # Otherwise each collection visits the million objects of the parent's imports.
+                gc.freeze()
                 code = rank(job, number, port)
             finally:
                 sys.stdout.flush()

@@ -7,6 +7,7 @@ Stages exchange records (`types.py`) and files of the run directory (`storage/ru
 
 from __future__ import annotations
 
+import datetime
 import io
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakit.data.chat_template.defaults import prints_today
 from lorakit.data.dataset import write_validation
 from lorakit.data.inspection import measure_prepared
 from lorakit.data.prepare import Prepared, prepare_data
@@ -144,6 +146,9 @@ def _prologue(
         console.print(f"frozen   {', '.join(sides)}: beside the text decoder; trained on text only")
     check_adapter_settings(resolved.recipe, config)
     tokenizer = load_tokenizer(recipe, location)
+    if recipe.template_date is None and prints_today(str(tokenizer.chat_template)):
+        today = datetime.date.today().isoformat()
+        resolved = resolved.derive("today, which the chat template prints", template_date=today)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example

@@ -270,6 +270,16 @@ def test_a_window_shorter_than_the_rows_is_left_to_the_model():
     assert engine is None or not engine.supports(9)
 
 
+def test_detaching_frees_the_gradient_buffers_of_every_layer():
+    engine, _ = attach_engine(tiny().get_base_model(), torch.device("cpu"))
+    assert len(engine.groups) == 4 * len(engine.layers) == 12
+    for group in engine.groups:
+        group.a_grad_buffer, group.b_grad_buffer = torch.empty(1), torch.empty(1)
+    engine.detach()
+    kept = [(g.a_grad_buffer, g.b_grad_buffer) for g in engine.groups]
+    assert kept == [(None, None)] * 12
+
+
 def test_names_and_files_are_peft_own_and_detaching_frees_the_weights(tmp_path):
     model = tiny()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -28,8 +28,11 @@ def card(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# Interpreted kernels take seconds: each family in one dtype.
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("qwen3", torch.float16), ("gemma", torch.float16)],
+)
 def test_kernels_give_the_gradients_of_plain_torch(card, family, dtype):
     model = tiny(family, dtype=dtype, lora_dropout=0.2)
     engine, path = attach_engine(model.get_base_model(), CPU)
@@ -104,6 +107,19 @@ def test_a_kernel_that_does_not_run_on_this_card_is_no_end(card, monkeypatch):
         "the kernels do not run on this GPU (RuntimeError: PassManager::run failed): its own layers"
     )
     assert model(torch.arange(5).unsqueeze(0)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("comparison", "said"),
+    [("of_layers", "the probe differs by nan"), ("of_gradients", "gradients differ by nan")],
+)
+def test_a_difference_that_is_no_number_is_a_difference(monkeypatch, comparison, said):
+    monkeypatch.setattr(self_test, "has_kernels", lambda _: True)
+    monkeypatch.setattr(self_test, "of_gradients", lambda *_: 0.0)
+    monkeypatch.setattr(self_test, comparison, lambda *_: float("nan"))
+    engine, path = attach_engine(tiny().get_base_model(), CPU)
+    assert engine is None
+    assert said in path
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_fault_of_the_kernels(monkeypatch):

@@ -9,7 +9,7 @@ import gguf
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lorakit.data.chat_template.select import thinking_set
+from lorakit.data.chat_template.defaults import with_thinking_fixed
 from lorakit.errors import DependencyError, ModelError, RecipeError, WorkError
 from lorakit.export import gguf as exporter
 from lorakit.export import llama_cpp, merged
@@ -134,7 +134,7 @@ def test_the_end_of_turn_and_the_template_are_in_the_file(heard):
     _, path, _, source, _ = heard["merged", "several stops"]
     assert value_of(path, "tokenizer.ggml.eos_token_id") == 2
     template = value_of(path, "tokenizer.chat_template")
-    assert template == thinking_set(source.tokenizer.chat_template)
+    assert template == with_thinking_fixed(source.tokenizer.chat_template)
     assert template == "{% set enable_thinking = false %}" + THINKING
 
 

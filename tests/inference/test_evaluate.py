@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 from peft.tuners.lora import LoraLayer
 from tests.engine.engine_models import tiny
 from tests.made_runs import answer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit.errors import DataError
 from lorakit.inference import evaluate as module
@@ -108,10 +110,24 @@ def test_each_sample_has_the_question_the_reference_and_the_answer_of_each_model
     assert asked == [(off, prompts, [(), tool]) for off in (False, True)]
 
 
-def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tiny_model_dir):
+def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tokenizer, tmp_path):
     """Switching the adapter off leaves trained biases on; the base's own must come back."""
-    plain, biased = finish(), finish(bias="all")
-    assert biased.evaluation.base.loss == pytest.approx(plain.evaluation.base.loss, rel=1e-6)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain, biased = finish(model=str(tmp_path)), finish(model=str(tmp_path), bias="all")
+    loss = plain.evaluation.base.loss
+    assert biased.evaluation.base.loss == pytest.approx(loss, rel=1e-6)
+    loaded = load_run(biased.run)
+    trained = [p.data for n, p in loaded.model.named_parameters() if n.endswith("bias")]
+    assert trained
+    assert all(p.abs().max() > 1e-3 for p in trained)
+    assert evaluate_loaded(loaded, None, 1, print).base.loss == pytest.approx(loss, rel=1e-6)
 
 
 def test_nothing_to_evaluate_on_is_said(finish):

@@ -1,6 +1,7 @@
 """Tiny training runs, and faults made in them on purpose: no memory, numbers that are none."""
 
 import io
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -29,8 +30,12 @@ def examples(lengths, source="rows.jsonl"):
     return made
 
 
-def trainer_of(model_dir, folder, rows, val=(), **values):
-    """A trainer of the tiny model in `folder`; what it says is read with `said`."""
+def trainer_of(model_dir, folder, rows, val=(), shards=1, **values):
+    """A trainer of the tiny model in `folder`; what it says is read with `said`.
+
+    Args:
+        shards: GPUs over which the plan shards the base.
+    """
     values = {
         "target_modules": ["q_proj", "v_proj", "down_proj"],
         "lora_dropout": 0.1,
@@ -47,6 +52,7 @@ def trainer_of(model_dir, folder, rows, val=(), **values):
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(file=io.StringIO(), width=1000)
     plan = plan_memory(recipe, model.get_base_model().config, CPU)
+    plan = replace(plan, placement=replace(plan.placement, shards=shards))
     return LoraTrainer(
         model,
         load_tokenizer(recipe, str(model_dir)),

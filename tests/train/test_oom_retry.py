@@ -178,9 +178,8 @@ def test_a_probe_of_several_ranks_holds_what_one_of_them_gets(run):
 
 def test_ranks_that_gather_a_base_do_not_begin_a_step_again(run):
     """One alone would wait for the others' layers for ever."""
-    trainer = run("r", micro_batch_size=4, gradient_accumulation_steps=1)
+    trainer = run("r", shards=2, micro_batch_size=4, gradient_accumulation_steps=1)
     layout = trainer.layout
-    trainer.oom_retry.alone = False
     failures = memory_ends(trainer, lambda step, micro, h: step == 2)
     with pytest.raises(WorkError, match=r"out of memory at step 2: .*; there is no ch") as error:
         trainer.train()

@@ -1,5 +1,6 @@
 """Where a run may write, what may change on resume, and that nothing of this machine is written."""
 
+import datetime
 import json
 import os
 import shutil
@@ -352,3 +353,30 @@ def test_environment_lists_versions():
     values = environment(detect_device(prefer="cpu"))
     assert values["versions"]["torch"]
     assert json.loads(json.dumps(values)) == values
+
+
+def test_a_template_that_prints_the_date_prints_the_runs_first_day(
+    tiny_model_dir, tiny_data, tiny_recipe, tmp_path, monkeypatch
+):
+    """Resumed on another day, the rows are those that were trained."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + template.read_text())
+    recipe = tiny_recipe(model, tiny_data, tmp_path / "run", max_steps=2, save_every=2)
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date(2033, 3, 3)
+
+    first = fit(recipe, QUIET)
+    today = load_recipe(first.run.recipe).recipe.template_date
+    assert today == datetime.date.today().isoformat()
+    monkeypatch.setattr("lorakit.pipeline.datetime.date", Tomorrow)
+    longer = tiny_recipe(model, tiny_data, tmp_path / "run", max_steps=4, save_every=2)
+    assert fit(longer, QUIET, resume=True).steps == 4
+    assert load_recipe(first.run.recipe).recipe.template_date == today
+    saved = (first.run.adapter / "chat_template.jinja").read_text()
+    assert "strftime_now" not in saved
+    assert today[:4] in saved

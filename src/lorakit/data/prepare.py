@@ -124,7 +124,9 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     elif recipe.held_out and len(items) == 1:
         items, held_items = _split_single_document(items, recipe.held_out, log)
     thinking = items.thinking or (held_items is not None and held_items.thinking)
-    info = resolve_template(tokenizer, recipe.model, thinking)
+    info = resolve_template(
+        tokenizer, recipe.model, thinking, recipe.template_kwargs, recipe.template_date
+    )
     encode = _Encoder(recipe, tokenizer, inspecting, log)
     side = encode(items)
     report_duplicates(*side.hashes_and_signatures, side.origin, log)
@@ -134,7 +136,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
             _report_tail(train, held, log)
         report_overlap(train.hashes_and_signatures, held.hashes_and_signatures, held.origin, log)
     else:
-        out = _split(side, recipe, log)
+        out = _split(side, recipe, log, inspecting)
         train, held = (_Split(side.dataset, side.chosen[mask]) for mask in (~out, out))
         _report_large_share(train, held, log)
     examples = train.examples(_times(train, recipe, log))
@@ -158,10 +160,15 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
     return Prepared(examples, val, train.items, held.items, report)
 
 
-def _split(side: _Split, recipe: Recipe, log: IssueLog) -> NDArray[np.bool_]:
+def _split(side: _Split, recipe: Recipe, log: IssueLog, inspecting: bool) -> NDArray[np.bool_]:
+    """True for the items to hold out, bool [chosen items]."""
     try:
         return split(side.hashes_and_signatures[0], recipe.held_out, recipe.seed)
     except DataError as error:
+        if inspecting and len(side.chosen):
+            # A look at a single row is no reason to stop.
+            log.add("no row held out", side.origin(0), f"train would stop: {error.message}")
+            return np.zeros(len(side.chosen), bool)
         if not log.rows_left_out:
             raise
         # Few rows are left because others were left out: the message names their faults.

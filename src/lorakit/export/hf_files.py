@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.chat_template.select import thinking_set
+from lorakit.data.chat_template.defaults import with_thinking_fixed
 from lorakit.export.tuned_run import TunedRun, generation_config
 from lorakit.model.base_class import base_class
 
@@ -71,7 +71,7 @@ def write_tokenizer(source: TunedRun, folder: Path) -> None:
 
 def set_thinking(source: TunedRun, folder: Path) -> None:
     """Set the template of a llama.cpp folder to the run's default thinking mode."""
-    template = thinking_set(str(source.tokenizer.chat_template))
+    template = with_thinking_fixed(str(source.tokenizer.chat_template))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))

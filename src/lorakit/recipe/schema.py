@@ -7,6 +7,7 @@ reference page are derived from it. Loading a recipe reports all its mistakes at
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -153,6 +154,20 @@ class Recipe(BaseModel):
         "responses",
         description="Tokens that carry loss: every answer, the last answer only, or all tokens.",
     )
+    train_on_thoughts: bool = Field(
+        True,
+        description="Whether the thoughts of an answer carry loss, or only what follows them.",
+    )
+    template_kwargs: dict[str, str | bool | int | float] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, for training and every later use: "
+        "{enable_thinking: true, reasoning_effort: low}.",
+    )
+    template_date: str | None = Field(
+        None,
+        description="Date that a template which prints today's writes instead, as 2026-01-31. "
+        "Default: the day on which the run begins.",
+    )
     cutoff_len: int = Field(2048, ge=8, le=LARGEST, description="Longest example in tokens.")
     on_overlength: Literal["drop_oldest_turns", "split", "drop", "error"] = Field(
         "drop_oldest_turns",
@@ -298,6 +313,13 @@ class Recipe(BaseModel):
             raise ValueError("val_data and val_size both choose the held-out rows; keep one")
         if isinstance(self.val_size, float) and 1 <= self.val_size != int(self.val_size):
             raise ValueError("val_size must be a share below 1 or a whole number of rows")
+        if self.template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(
+                    f"template_date is {self.template_date!r}, expected a day as 2026-01-31"
+                ) from None
         return self
 
     @property

@@ -21,9 +21,9 @@ from rich.console import Console
 from lorakit.data.dataset import Examples
 from lorakit.data.tokenize.batch_tokenizer import tokenizer_key
 from lorakit.dependencies import installed_version
-from lorakit.errors import RunError, WorkError
+from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.model.load import public_name
-from lorakit.recipe.loader import ResolvedRecipe
+from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.recipe.schema import RENAMED, Recipe
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
@@ -58,7 +58,18 @@ def resolve_run_dir(resolved: ResolvedRecipe, resume: bool) -> tuple[RunDir, Res
             hint="name the run's folder with --output, or start without --resume",
         )
     _check_writable(run)
+    if resume and recipe.template_date is None:
+        # On another day a template that prints the date would render other prompts.
+        resolved = resolved.derive("the day on which the run began", template_date=_date_of(run))
     return run, resolved
+
+
+def _date_of(run: RunDir) -> str | None:
+    """The `template_date` of a run; None if its recipe is not written yet, or cannot be read."""
+    try:
+        return load_recipe(run.recipe).recipe.template_date
+    except RecipeError:
+        return None
 
 
 def prepare_resume(

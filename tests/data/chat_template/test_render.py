@@ -278,3 +278,38 @@ def test_plain_turns_are_rendered_as_the_tokenizer_itself_does(family, name):
             chat[:count], tokenize=False, add_generation_prompt=prompt
         )
         assert render_chat(tokenizer, chat[:count], prompt) == expected
+
+
+def turn_based(smollm, user, assistant):
+    """A template with one mark a role and no end of turn."""
+    tokenizer = copy.deepcopy(smollm)
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|ask|>", "<|say|>", "<|call|>")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}" + user + "{{ m.content }}"
+        "{% elif m.role == 'assistant' %}" + assistant + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|say|>{% endif %}"
+    )
+    return tokenizer
+
+
+def test_the_mark_of_the_next_question_ends_an_answer_but_a_bos_does_not(smollm):
+    answer = "<|say|>{{ m.content }}"
+    assert template_capabilities(turn_based(smollm, "<|ask|>", answer)).stop_texts == ("<|ask|>",)
+    bos = smollm.bos_token
+    assert template_capabilities(turn_based(smollm, bos + "<|ask|>", answer)).stop_texts == ()
+
+
+@pytest.mark.parametrize(
+    ("call", "stops"),
+    [
+        ("{{ m.tool_calls[0].function | tojson }}<|call|>", ["<|im_end|>", "<|call|>"]),
+        # A mark before the call does not end it.
+        ("<|call|>{{ m.tool_calls[0].function | tojson }}", ["<|im_end|>"]),
+    ],
+)
+def test_a_call_ends_at_the_mark_that_follows_it(smollm, call, stops):
+    answer = (
+        "<|say|>{{ m.content }}{% if m.tool_calls %}" + call + "{% else %}<|im_end|>{% endif %}"
+    )
+    tokenizer = turn_based(smollm, "<|ask|>", answer)
+    assert list(template_capabilities(tokenizer).stop_texts) == stops

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lorakit.data.chat_template.select import resolve_template, thinking_set
+from lorakit.data.chat_template.defaults import with_thinking_fixed
+from lorakit.data.chat_template.select import resolve_template
 from lorakit.data.tokenize.encode import encode, prompt_ids
 from lorakit.errors import ModelError
 
@@ -74,7 +75,7 @@ def test_thinking_set_outright_listens_to_no_request(load_family, thinks, end):
     own = tokenizer.chat_template
     try:
         resolve_template(tokenizer, "qwen3", thinking=thinks)
-        tokenizer.chat_template = thinking_set(tokenizer.chat_template)
+        tokenizer.chat_template = with_thinking_fixed(tokenizer.chat_template)
         for asked in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": "Hi"}],
@@ -85,7 +86,7 @@ def test_thinking_set_outright_listens_to_no_request(load_family, thinks, end):
             assert text.endswith(end)
     finally:
         tokenizer.chat_template = own
-    assert thinking_set(own) == own
+    assert with_thinking_fixed(own) == own
 
 
 @pytest.mark.parametrize(("thinking", "end"), [(True, "assistant\n"), (False, "</think>\n\n")])

@@ -1,10 +1,17 @@
 """Unusable cells become faults that name row and column; usable spellings become turns."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.formats.messages import RowFields, parse_messages
+from lorakit.data.formats.messages import (
+    RowFields,
+    parse_messages,
+    parse_tool_calls,
+    parse_tools,
+)
 from lorakit.data.formats.row_formats import guess_format, to_conversation
 from lorakit.data.issues import RowError
 from lorakit.types import Conversation, Document, Origin, Row
@@ -248,3 +255,12 @@ def test_any_json_in_a_column_gives_turns_or_a_row_fault(columns, data):
         item = fault
     named = isinstance(item, RowError) and item.message.startswith("rows.jsonl:17: ")
     assert named or isinstance(item, Conversation | Document)
+
+
+def test_schemas_and_calls_may_be_json_text_one_by_one():
+    schema = {"name": "find", "parameters": {"type": "object", "properties": {}}}
+    made = parse_tools([json.dumps(schema), schema], ValueError)
+    assert made[0] == made[1] == {"type": "function", "function": schema}
+    call = {"name": "find", "arguments": {"q": "x"}}
+    first, second = parse_tool_calls([json.dumps(call), call], "turn 1", ValueError)
+    assert first == second == {"type": "function", "function": call}

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lorakit.data.formats.columns import ColumnWatch
 from lorakit.data.formats.row_formats import FORMATS, guess_format, to_conversation
 from lorakit.data.issues import RowError
 from lorakit.errors import DataError
@@ -232,3 +233,33 @@ def test_a_row_with_an_image_is_refused_by_name_and_one_without_is_not(column):
     for empty in (None, [], ""):
         row = Row({"messages": TURNS, column: empty}, Origin("rows.jsonl", 4))
         assert to_conversation(row, guess, None).messages[-1].content == SAY
+
+
+def test_messages_of_people_are_not_taken_for_plain_texts():
+    slack = {"type": "message", "text": "Hi", "user": "U1", "ts": "1.0", "client_msg_id": "x"}
+    for values, said in ((slack, "export of Slack"), ({"sender": "A", "text": "Hi"}, "one turn a")):
+        rows = [Row(values, Origin("chat.json", 1))]
+        with pytest.raises(DataError) as caught:
+            guess_format(rows)
+        assert said in caught.value.hint
+        assert "missing )" not in caught.value.message
+        assert guess_format(rows, {"text": "text"}).name == "text"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"system": "S", "chat": "USER: a ASSISTANT: b"}, "rows of Glaive: split `chat`"),
+        ({"id": "1", "data": ["Why?", "So."]}, "data is a list of texts without roles"),
+    ],
+)
+def test_well_known_rows_without_a_format_are_named(values, said):
+    with pytest.raises(DataError) as caught:
+        guess_format([Row(values, Origin("rows.jsonl", 1))])
+    assert said in caught.value.hint
+
+
+def test_a_column_without_a_name_is_listed_as_such():
+    watch = ColumnWatch(("q", "a"), None)
+    watch.check(Row({"q": "x", "a": "y", "": "7", "note": "z"}, Origin("x.csv", 2)))
+    assert watch.unused == ["(no name)", "note"]

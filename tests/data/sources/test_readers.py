@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import re
+import shutil
+import subprocess
 import tracemalloc
 
 import pytest
@@ -339,3 +342,33 @@ def test_several_lists_of_rows_are_named(tmp_path):
     data = json.dumps({"authors": [{"text": "Ada"}], "rows": [{"q": "1"}, {"q": "2"}], "v": 1})
     with pytest.raises(DataError, match=r"several lists of rows .*authors \(1\), rows \(2\)"):
         list(read_rows(write(tmp_path, "a.json", data)))
+
+
+JSON_FORMS = {
+    "a comma after each line": ('{"q": 1},\n{"q": 2},\n', "sed 's/, *$//' "),
+    "comments": ('// mine\n[\n{"q": 1} // first\n]\n', "begins with // or #"),
+    "comments of Python": ('# mine\n{"q": 1}\n', "begins with // or #"),
+    "rows over several lines": ('{\n"q": 1\n}\n{\n"q": 2\n}\n', "jq -c . "),
+    "JSON in a text": ('"{\\"q\\": 1}"\n"{\\"q\\": 2}"\n', "jq -c fromjson "),
+    "lists of turns": ('[{"role": "user"}]\n[{"role": "user"}]\n', "jq -c '{messages: .}' "),
+    "a list of them": ('[[{"role": "user"}], [{"role": "user"}]]', "jq -c '.[] | {messages: .}' "),
+    "pandas by column": ('{"q": {"0": "a", "1": "b"}, "a": {"0": "c", "1": "d"}}', "'records'"),
+    "pandas by index": ('{"0": {"q": "a"}, "1": {"q": "b"}}', "jq -c '.[]' "),
+    "quotes of a word processor": ("{“q”: “a”}\n{“q”: “b”}\n", "sed 's/[“”„]/\"/g' "),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_json_as_hands_and_editors_make_it_is_named_with_a_command_that_works(tmp_path, form):
+    text, advice = JSON_FORMS[form]
+    path = tmp_path / ("rows.json" if "pandas" in form else "rows.jsonl")
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(str(path)))
+    assert advice in caught.value.hint
+    command = re.search(r"(sed|jq) .*", caught.value.hint)
+    if command and shutil.which(command[1]):
+        done = subprocess.run(command[0], shell=True, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert len(list(read_rows(str(tmp_path / "rows_fixed.jsonl")))) == 2
+    assert path.read_text() == text

@@ -96,3 +96,9 @@ def test_the_key_of_a_tokenizer_follows_its_template_and_words(smollm, load_fami
     assert one == tokenizer_key(smollm) != tokenizer_key(load_family("qwen3"))
     smollm.chat_template += " "
     assert tokenizer_key(smollm) != one
+
+
+def test_the_tail_of_a_prompt_begins_at_its_last_mark_however_long_it_is(smollm):
+    """A long tail, such as a template's instructions before the answer, is not the whole prompt."""
+    tail = "<|im_start|>assistant\n" + "Answer in the language of the question. " * 10
+    assert borders_of(smollm).tail("<|im_start|>user\nWhy?<|im_end|>\n" + tail) == tail

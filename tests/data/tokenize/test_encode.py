@@ -390,3 +390,37 @@ def test_the_next_turns_token_ends_an_answer_where_nothing_else_does(marked, cha
 def test_a_lost_end_of_turn_is_not_taken_for_that(marked, template):
     with pytest.raises(ModelError, match="writes no end-of-turn token"):
         marked(template)
+
+
+def test_split_makes_one_example_where_only_the_last_answer_is_trained(smollm, chat, trained_runs):
+    talk = chat("a?", "one " * 20, "b?", "two " * 20, "c?", "three")
+    log, rules = IssueLog(), EncodeConfig("last", cutoff_len=60, on_overlength="split")
+    ((_, made),) = encode_many(smollm, [talk], rules, log)
+    assert trained_runs(smollm, made) == ["three<|im_end|>"]
+    assert [(f.kind, f.action) for f in log.faults()] == [("too long", "oldest turns dropped")]
+
+
+def test_earlier_answers_are_kept_where_the_last_exchange_alone_is_too_long(
+    smollm, chat, trained_runs
+):
+    talk = chat("a?", "one", "b?", "two", "c " * 80, "three", "d " * 80, "four")
+    rules = {"cutoff_len": 60, "on_overlength": "drop_oldest_turns"}
+    made, faults = all_examples(smollm, talk, **rules)
+    assert trained_runs(smollm, made) == ["one<|im_end|>", "two<|im_end|>"]
+    assert faults == {("too long", "that answer left out, the others kept"): 2}
+    with pytest.raises(RowError, match="even its last question and answer"):
+        encode(smollm, talk, "last", cutoff_len=60)
+    with pytest.raises(RowError, match="over cutoff_len 60"):
+        encode(smollm, talk, cutoff_len=60, on_overlength="drop")
+
+
+def test_spaces_that_a_template_cuts_from_an_answer_are_said(family, chat):
+    def notes(name, answer):
+        log = IssueLog()
+        encode(family(name), chat("def f():", answer), log=log)
+        return [(f.kind, f.action) for f in log.faults()]
+
+    cut = ("spaces at the start of an answer", "removed by the chat template")
+    assert notes("llama3", "    return 1\n") == [cut]
+    assert notes("llama3", "return 1\n") == []
+    assert notes("smollm2", "    return 1\n") == []

@@ -216,11 +216,33 @@ def test_several_blocks_in_one_answer_leave_what_is_between_them_out(smollm, cha
     assert trained_runs(tokenizer, [example]) == ["Well", "one<|im_end|>"]
 
 
+def test_what_a_block_leaves_out_is_part_of_its_own_answer(smollm, chat):
+    """Blocks of earlier answers do not count."""
+    answer = "Note: {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    drafted = find_spans(blocks(smollm, answer), chat("a?", "one", "b?", "two"), "responses")
+    spans = [span for group in drafted.groups for span in group]
+    assert len(spans) == 2
+    for span in spans:
+        assert [span.text[begin:end] for begin, end in span.gaps] == ["Note: "]
+
+
+def test_a_block_within_a_block_is_trained_with_all_around_it(smollm, chat, trained_runs):
+    answer = (
+        "{% generation %}Well{% generation %} then{% endgeneration %}: {{ m.content }}<|im_end|>"
+        "{% endgeneration %}"
+    )
+    (example,) = encode(blocks(smollm, answer), chat("a?", "one"))
+    assert trained_runs(smollm, [example]) == ["Well then: one<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     "answer",
     [
         "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>",
         "{{ m.content }}<|im_end|>{% generation %}{% endgeneration %}",
+        # Its end of turn is in two parts, of which one is outside.
+        "{% generation %}{{ m.content }}{% endgeneration %}<|im_{% generation %}end|>"
+        "{% endgeneration %}",
     ],
 )
 def test_a_block_without_the_end_of_turn_is_refused_by_name(smollm, chat, answer):

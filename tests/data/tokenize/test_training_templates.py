@@ -12,9 +12,10 @@ from importlib.resources import files
 import pytest
 from transformers import AddedToken, AutoTokenizer
 
+from lorakit.data.chat_template.render import template_capabilities
 from lorakit.data.chat_template.select import resolve_template
 from lorakit.data.issues import FatalRowError, IssueLog, RowError
-from lorakit.data.tokenize.encode import encode, prompt_ids
+from lorakit.data.tokenize.encode import EncodeConfig, encode, encode_many, prompt_ids
 from lorakit.types import IGNORE, Conversation, Message, Origin
 
 TEMPLATES = files("trl") / "chat_templates"
@@ -243,3 +244,29 @@ def test_the_same_thoughts_twice_are_written_once(tokenizer_of):
     twice = Message("assistant", "<think>\na\n</think>\n\n42.", {"reasoning_content": "a"})
     (example,) = encode(tokenizer, Conversation((PLAIN[0], twice), AT))
     assert runs(tokenizer, example) == ["<think>\na\n</think>\n\n42.<|im_end|>"]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - PARTS_ONLY))
+def test_thoughts_can_be_left_out_of_the_loss(tokenizer_of, family):
+    tokenizer = tokenizer_of(family, True)
+    if template_capabilities(tokenizer).thoughts is None:
+        pytest.skip("this template does not write reasoning_content")
+
+    def made(train_on_thoughts):
+        rules = EncodeConfig("responses", 512, "drop", train_on_thoughts=train_on_thoughts)
+        chats = [Conversation(CHATS[name], AT) for name in ("thoughts", "plain")]
+        return [row for _, rows in encode_many(tokenizer, chats, rules, IssueLog()) for row in rows]
+
+    (example, plain), (complete, same) = made(False), made(True)
+    assert plain == same
+    assert example.input_ids == complete.input_ids
+    ours, all_of_it = (
+        trained_text(tokenizer, e.input_ids, [t != IGNORE for t in e.labels])
+        for e in (example, complete)
+    )
+    assert "six sevens" in all_of_it
+    assert all_of_it.endswith(ours)
+    stop = template_capabilities(tokenizer).stop_texts
+    answer = ours.strip()
+    assert answer.startswith("42.")
+    assert answer.removeprefix("42.").lstrip().startswith(stop)

@@ -69,6 +69,18 @@ class Program:
 
 
 @functools.cache
+def variables_of(text: str) -> set[str]:
+    """Names of the variables that a template reads and does not set before."""
+    from jinja2 import TemplateError, meta
+
+    environment = _plain_environment()
+    try:
+        # Its functions, such as raise_exception and strftime_now, are no variables.
+        return meta.find_undeclared_variables(environment.parse(text)) - set(environment.globals)
+    except (TemplateError, RecursionError):
+        return set()  # reported when it is rendered
+
+
 def _plain_environment() -> Any:
     """Environment of transformers, compiled for an empty template, not for an untrusted one."""
     from transformers.utils.chat_template_utils import _compile_jinja_template

@@ -249,7 +249,8 @@ def _probe_tools(tokenizer: Any) -> _ToolCapabilities:
     specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {""}
     stop = max((s for s in specials if s in turn), key=turn.rfind, default="")
     # Gemma 4 writes <|"|> around every text of a call: such a token does not end the call.
-    stop = stop if turn.count(stop) == 1 and turn.find(stop) > turn.find(_VALUE) else ""
+    ends = _VALUE in turn and turn.count(stop) == 1 and turn.find(stop) > turn.find(_VALUE)
+    stop = stop if ends else ""
     closer = ""
     if text and with_result and with_result.startswith(text):
         after = with_result[len(text) :]

@@ -8,10 +8,20 @@ would add, and whether the model thinks, which it should if the answers contain 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
+from lorakit.data.chat_template.defaults import (
+    Value,
+    default_for,
+    has_default,
+    prints_today,
+    with_date,
+    with_defaults,
+)
 from lorakit.data.chat_template.render import (
     PROBE_ASSISTANT,
     PROBE_SYSTEM,
@@ -24,8 +34,6 @@ from lorakit.data.chat_template.render import (
 from lorakit.data.tokenize.spans import OPENED
 from lorakit.errors import ModelError
 
-_THINKING = "{% if enable_thinking is not defined %}{% set enable_thinking = "
-_THINKING_IS = {on: _THINKING + f"{str(on).lower()} %}}{{% endif %}}" for on in (False, True)}
 _WITH_BOS = "{{ bos_token }}"
 
 
@@ -37,15 +45,24 @@ class TemplateInfo:
     text: str
 
 
-def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) -> TemplateInfo:
+def resolve_template(
+    tokenizer: Any,
+    model_name: str,
+    thinking: bool = False,
+    variables: Mapping[str, Value] = MappingProxyType({}),
+    date: str | None = None,
+) -> TemplateInfo:
     """Choose the chat template and set it on `tokenizer`, so that chat and export use the same.
 
     Args:
         thinking: the answers to train contain <think> parts. It becomes the default of a template
             that can switch thinking; the template of a run, which has the default already, is kept.
+        variables: the recipe's `template_kwargs`; the template of a run has them already.
+        date: written where the template prints today's, as YYYY-MM-DD.
 
     Raises:
         ModelError: the template cannot render a plain chat, or the tokenizer lacks an eos token.
+        RecipeError: the template does not read one of `variables`.
     """
     templates = tokenizer.chat_template
     if templates:
@@ -56,7 +73,15 @@ def resolve_template(tokenizer: Any, model_name: str, thinking: bool = False) ->
     tokenizer.chat_template = text
     _probe(tokenizer, model_name, PROBE_USER, PROBE_ASSISTANT)
     text = _begin_with_bos(tokenizer, text, notes)
-    text = _switch_thinking(tokenizer, text, thinking, notes)
+    if date and prints_today(text):
+        text = with_date(text, date)
+        notes.append(f"it prints today's date, which is fixed to {date}")
+    if not all(has_default(text, name) for name in variables):
+        text = with_defaults(text, variables)
+        given = ", ".join(f"{name}={value!r}" for name, value in sorted(variables.items()))
+        notes.append(f"rendered with {given}")
+    if "enable_thinking" not in variables:
+        text = _switch_thinking(tokenizer, text, thinking, notes)
     tokenizer.chat_template = text
     capabilities = template_capabilities(tokenizer)
     default = _default_system(tokenizer)
@@ -163,7 +188,7 @@ def _begin_with_bos(tokenizer: Any, text: str, notes: list[str]) -> str:
 
 
 def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]) -> str:
-    if "enable_thinking" not in text or text.startswith(_THINKING):
+    if "enable_thinking" not in text or has_default(text, "enable_thinking"):
         return text
     ask = [{"role": "user", "content": PROBE_USER}]
     on, off = (render_chat(tokenizer, ask, prompt=True, enable_thinking=v) for v in (True, False))
@@ -172,19 +197,7 @@ def _switch_thinking(tokenizer: Any, text: str, thinking: bool, notes: list[str]
     holds = "holds" if thinking else "holds no"
     state = "on" if thinking else "off"
     notes.append(f"thinking {state} by default, since the data {holds} <think> parts")
-    return _THINKING_IS[thinking] + text
-
-
-def thinking_set(template: str) -> str:
-    """Fix the thinking default of a template, so that a request cannot change it.
-
-    llama.cpp, and therefore Ollama, define `enable_thinking` as true in every request.
-    """
-    for on, default in _THINKING_IS.items():
-        if template.startswith(default):
-            fixed = f"{{% set enable_thinking = {str(on).lower()} %}}"
-            return fixed + template.removeprefix(default)
-    return template
+    return default_for("enable_thinking", thinking) + text
 
 
 def _default_system(tokenizer: Any) -> str:

@@ -71,7 +71,7 @@ class ColumnWatch:
     @property
     def unused(self) -> list[str]:
         """Unused columns so far, in order of appearance."""
-        return list(self._seen)
+        return [column.strip() or "(no name)" for column in self._seen]
 
     def check(self, row: Row) -> None:
         """Record the columns of `row`.

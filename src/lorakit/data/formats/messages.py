@@ -126,8 +126,10 @@ def _turns(cells: RowFields, turn: Any, path: str) -> list[Message]:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise cells.fault(
-            "unknown role", f"{path} has the role {shown_value(name)}; known: {', '.join(ROLES)}"
-        )
+            "unknown role", f"{path} has the role {shown_value(name)}; known: {', '.join(ROLES)}",
+            "in a chat between people (Telegram, for example) choose whose turns are the answers: "
+            "call them assistant, and the others user" if "from_id" in turn else None,
+        )  # fmt: skip
     path = f"{path} ({role})"
     content = next((turn[key] for key in ("content", "value", "parts") if key in turn), None)
     extra = _extra(cells, turn, role, path)

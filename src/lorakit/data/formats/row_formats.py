@@ -194,7 +194,8 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
     if 2 * pairs > len(rows):
         raise preference_data(rows, source)
-    if not name:
+    # Messages of people have a column `text` too, which alone would be trained as plain text.
+    if not name or (name == "text" and not columns and _known_form(present)):
         raise _no_format(rows, present, columns, source)
     fmt, share = _BY_NAME[name], scores[name]
     rest = f"all of the first {len(rows)} rows"
@@ -335,16 +336,22 @@ def _no_format(
     if not have.intersection(nearest.needs):
         nearest = _BY_NAME["instruction/response"]
     missing = ", ".join(n for n in nearest.needs if n not in have)
-    close = f"; nearest format: {nearest.name}, missing {missing}"
+    close = f"; nearest format: {nearest.name}, missing {missing}" if missing else ""
     message = f"{source}: no known format: the columns are {', '.join(present) or '(none)'}{close}"
     if rows[0].origin.row == 2 and any(re.search(r"[?.!]$|^\d+$|.{40}", c) for c in present):
         return DataError(
             message,
             "if the first line is a row already, add a header above it: instruction,response",
         )
-    for keys, known in KNOWN_FORMS:
-        if keys <= set(present):
-            return DataError(message, hint=known)
+    if known := _known_form(present):
+        return DataError(message, hint=known)
+    for column, value in rows[0].values.items():
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
+            return DataError(
+                message,
+                hint=f"{column} is a list of texts without roles: write them in turn as user and "
+                'assistant: {"messages": [{"role": "user", "content": "..."}, ...]}',
+            )
     suggested = next((s for s in _candidates(rows[0]) if _works(rows[0], s)), None)
     if suggested is None:
         return DataError(
@@ -358,6 +365,11 @@ def _no_format(
         hint=f"name the column of each part in the recipe: columns: {shown} "
         f"(or with --set 'columns={shown}')",
     )
+
+
+def _known_form(present: Sequence[str]) -> str:
+    """Return what rows of a well-known form are and what to do with them, or ""."""
+    return next((known for keys, known in KNOWN_FORMS if keys <= set(present)), "")
 
 
 # Columns of well-known forms that are no rows of turns -> what they are, and what to do.
@@ -395,6 +407,16 @@ KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
         frozenset({"columns", "index", "data"}),
         "a table written by pandas with orient='split': write it with "
         "to_json('rows.jsonl', orient='records', lines=True)",
+    ),
+    (
+        frozenset({"system", "chat"}),
+        "rows of Glaive: split `chat` at USER: and ASSISTANT: into the turns of `messages`, with "
+        "`system` as the first",
+    ),
+    (
+        frozenset({"ts", "text"}),
+        "an export of Slack: one message a row. Gather the messages of a thread (`thread_ts`) in a "
+        "list under `messages`, with a role for each `user`",
     ),
     (
         frozenset({"context", "question", "answers"}),

@@ -108,8 +108,15 @@ def items_of(file: DataFile) -> Iterator[Any]:
             problem = "no comma" if sign else "the list breaks off"
             raise _here(window, file, f"{problem} after item {number}")
     window.at += 1
-    if window.sign():
-        raise _here(window, file, "Extra data")
+    if sign := window.sign():
+        error = _here(window, file, "Extra data")
+        raise DataError(error.message, hint=turn_lists(file, "") if sign == "[" else error.hint)
+
+
+def turn_lists(file: DataFile, items: str) -> str:
+    """Advise on lists of turns without a name; `items` selects them in a jq query."""
+    command = file.rewritten_by(f"jq -c '{items}{{messages: .}}'")
+    return f"a list of turns has no name: give it one with: {command}"
 
 
 def _item(window: _Window, file: DataFile, number: int) -> Any:
@@ -170,10 +177,18 @@ def _advice(error: json.JSONDecodeError, problem: str, file: DataFile, row: int)
         return "single quotes are Python's spelling: write the rows with json.dumps"
     if re.match(r"(None|True|False)\b", error.doc[error.pos :][:6]):
         return "this is Python's spelling (JSON: null, true, false): write with json.dumps"
+    if here and here in "\u201c\u201d\u201e\u2018\u2019":
+        return "a word processor's quotes: " + file.rewritten_by("sed 's/[“”„]/\"/g'")
+    if error.doc.strip() in ("{", "[") or error.doc.strip().rstrip(",") in ("}", "]"):
+        return "a row is on one line: " + file.rewritten_by("jq -c .")
+    if problem == "Extra data" and error.doc[error.pos :].strip() == ",":
+        command = file.rewritten_by("sed 's/, *$//'")
+        return f"remove the comma at the end of each line: {command}"
     if here in ("]", "}") and error.doc[: error.pos].rstrip().endswith(","):
         return f"remove the comma before {here}"
     if problem == "Extra data" and "\r" in error.doc.rstrip() and "\n" not in error.doc.rstrip():
-        return f"its lines end with \\r: tr '\\r' '\\n' < {file.typed} > lines.jsonl"
+        return "its lines end with \\r: " + file.rewritten_by("tr '\\r' '\\n' <")
     if problem == "Extra data":
-        return f"one value a line, or all in one list [..., ...]: jq -c . {file.typed} > rows.jsonl"
+        command = file.rewritten_by("jq -c .")
+        return f"one value a line, or all in one list [..., ...]: {command}"
     return f"show the line with: sed -n {row}p {file.typed}"

@@ -54,6 +54,10 @@ class DataFile:
         """The file quoted for a shell, valid in any folder."""
         return shlex.quote(self.name if self.remote else self.path)
 
+    def rewritten_by(self, command: str) -> str:
+        """A shell command that runs `command` on the file and writes a new one, never the same."""
+        return f"{command} {self.typed} > {shlex.quote(Path(self.name).stem + '_fixed.jsonl')}"
+
     @property
     def remote(self) -> bool:
         """True for an address, False for a path."""

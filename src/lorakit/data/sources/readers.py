@@ -33,7 +33,7 @@ from lorakit.data.sources.files import (
 )
 from lorakit.data.sources.http import open_url
 from lorakit.data.sources.hub_datasets import read_hub
-from lorakit.data.sources.json_stream import first_sign, items_of, parse
+from lorakit.data.sources.json_stream import first_sign, items_of, parse, turn_lists
 from lorakit.data.sources.locate import SUFFIXES, DataFile, HubData, kind_of, locate
 from lorakit.errors import DataError, LorakitError, first_line
 from lorakit.types import Origin, Row
@@ -108,6 +108,11 @@ def _read_json(file: DataFile) -> Iterator[Row]:
     if sign == "[":
         yield from _listed(items_of(file), file)
         return
+    if sign in "/#":
+        raise DataError(
+            f"{file.name}: begins with a comment, and JSON has none",
+            hint="remove what begins with // or #, to the end of its line",
+        )
     if file.kind == ".json" and _is_one_object(file):
         yield from _listed(_wrapped(file), file)
         return
@@ -131,11 +136,21 @@ def _no_row(line: str, file: DataFile, number: int) -> DataError:
         value = parse(line.rstrip("\r\n"), file, number, last=not line.endswith("\n"))
     except DataError as error:
         return error
+    hint = 'write each row as {"instruction": "...", "response": "..."}'
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        hint = f"each line is a text that holds JSON: {file.rewritten_by('jq -c fromjson')}"
+    if _is_turns(value):
+        hint = turn_lists(file, "")
     return DataError(
         f"{file.name}:{number}: {_type_name(value)} where an object {{...}} is expected: "
         f"{_cut(line.strip())}",
-        hint='write each row as {"instruction": "...", "response": "..."}',
+        hint=hint,
     )
+
+
+def _is_turns(value: Any) -> bool:
+    """True for a list of objects: the turns of one conversation."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
 def _is_one_object(file: DataFile) -> bool:
@@ -168,12 +183,30 @@ def _wrapped(file: DataFile) -> list[Any]:
         raise DataError(
             f"{file.name}: several lists of rows in one file: "
             f"{', '.join(f'{name} ({len(value[name])})' for name in inner[:6])}",
-            hint=f"write the list to train on to a separate file: jq -c '{query}' {file.typed} "
-            "> rows.jsonl",
+            hint="write the list to train on to a separate file: "
+            + file.rewritten_by(f"jq -c '{query}'"),
         )
+    _refuse_tables(value, file)
     # A single object with a list of objects is a wrapper: {"data": [...]}.
     rows: list[Any] = value[inner[0]] if len(inner) == 1 else [value]
     return rows
+
+
+def _refuse_tables(value: dict[str, Any], file: DataFile) -> None:
+    """Refuse the forms of pandas' to_json in which a table is one object."""
+    if not value or not all(isinstance(inner, dict) and inner for inner in value.values()):
+        return
+    if all(name.isdigit() for name in value):
+        raise DataError(
+            f"{file.name}: a table with a number for each row, as pandas' to_json writes it with "
+            "orient='index'",
+            hint="write the rows alone: " + file.rewritten_by("jq -c '.[]'"),
+        )
+    if all(name.isdigit() for inner in value.values() for name in inner):
+        raise DataError(
+            f"{file.name}: a table written column by column, as pandas' to_json does",
+            hint="write it with to_json('rows.jsonl', orient='records', lines=True)",
+        )
 
 
 def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
@@ -190,7 +223,9 @@ def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
 
 def _no_object(item: Any, file: DataFile, position: int) -> DataError:
     fault = f"item {position} is {_type_name(item)}, expected an object {{...}}"
-    return DataError(f"{file.name}: {fault}")
+    return DataError(
+        f"{file.name}: {fault}", hint=turn_lists(file, ".[] | ") if _is_turns(item) else None
+    )
 
 
 def _read_csv(file: DataFile) -> Iterator[Row]:

@@ -45,12 +45,19 @@ class EncodeConfig:
     on_overlength: str
     documents: str = "completion"
     overlap: int = 0
+    train_on_thoughts: bool = True
 
     @classmethod
     def of(cls, recipe: Recipe) -> EncodeConfig:
         """Take the settings from a recipe."""
-        texts = recipe.documents, recipe.document_overlap
-        return cls(recipe.train_on, recipe.cutoff_len, recipe.on_overlength, *texts)
+        return cls(
+            recipe.train_on,
+            recipe.cutoff_len,
+            recipe.on_overlength,
+            recipe.documents,
+            recipe.document_overlap,
+            recipe.train_on_thoughts,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -120,8 +127,7 @@ def encode_many(
     Texts are tokenized in blocks, on all cores, while the next block is rendered.
     """
     blocks = (
-        [(item, _try_draft(tokenizer, item, rules.train_on)) for item in block]
-        for block in _blocks(items)
+        [(item, _try_draft(tokenizer, item, rules)) for item in block] for block in _blocks(items)
     )
     tail = borders_of(tokenizer).tail
 
@@ -142,12 +148,12 @@ def encode_many(
 
 
 def _try_draft(
-    tokenizer: Any, item: Conversation | Document, train_on: str
+    tokenizer: Any, item: Conversation | Document, rules: EncodeConfig
 ) -> Draft | RowError | None:
     if isinstance(item, Document):
         return None
     try:
-        return find_spans(tokenizer, item, train_on)
+        return find_spans(tokenizer, item, rules.train_on, rules.train_on_thoughts)
     except RowError as fault:
         return fault
 
@@ -185,6 +191,8 @@ def _encode_one(
             raise
         except RowError as fault:
             faults.append(fault)
+    if not fitting and rules.on_overlength == "drop_oldest_turns" and rules.train_on != "last":
+        fitting = _earlier_answers(tokenizer, item, rules, log)
     if not fitting:
         raise faults[0]
     for _ in faults:
@@ -192,6 +200,24 @@ def _encode_one(
     for example in fitting:
         verify_example(tokenizer, example, rules.train_on)
     return fitting
+
+
+def _earlier_answers(
+    tokenizer: Any, conversation: Conversation, rules: EncodeConfig, log: IssueLog
+) -> list[Example]:
+    """Encode a conversation without its last exchange, which alone is too long."""
+    messages = conversation.messages
+    last = max((i for i, m in enumerate(messages) if m.role == "user"), default=0)
+    earlier = replace(conversation, messages=messages[:last])
+    if not any(m.role == "assistant" for m in earlier.messages):
+        return []
+    try:
+        drafted = _try_draft(tokenizer, earlier, rules)
+        return _encode_one(tokenizer, earlier, drafted, rules, {}, log)
+    except FatalRowError:
+        raise
+    except RowError:
+        return []
 
 
 def _encode_pieces(
@@ -202,7 +228,10 @@ def _encode_pieces(
 
     def tried(piece: Conversation) -> tuple[list[Example], RowError | None]:
         try:
-            piece_log, drafted = IssueLog(), find_spans(tokenizer, piece, rules.train_on)
+            piece_log, drafted = (
+                IssueLog(),
+                find_spans(tokenizer, piece, rules.train_on, rules.train_on_thoughts),
+            )
             examples = _encode_one(tokenizer, piece, drafted, single, {}, piece_log)
             lost = any(fault.kind == "too long" for fault in piece_log.faults())
             error = RowError("too long", piece.origin, "an answer would be left out")
@@ -355,7 +384,7 @@ def _shorten(
         middle = (low + high) // 2
         rest = replace(conversation, messages=messages[:head] + messages[questions[middle] :])
         try:
-            drafted = find_spans(tokenizer, rest, rules.train_on)
+            drafted = find_spans(tokenizer, rest, rules.train_on, rules.train_on_thoughts)
         except RowError:  # the remaining turns have no trained answer
             high = middle - 1
             continue

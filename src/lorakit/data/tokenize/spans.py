@@ -23,7 +23,7 @@ from lorakit.data.chat_template.render import (
     shared_start,
     template_capabilities,
 )
-from lorakit.data.chat_template.thoughts import OPEN_TAG, never_ends, split_thoughts
+from lorakit.data.chat_template.thoughts import CLOSE_TAG, OPEN_TAG, never_ends, split_thoughts
 from lorakit.data.issues import FatalRowError, RowError
 from lorakit.types import Conversation, Message, Origin
 
@@ -38,7 +38,8 @@ _OTHER = "\u2060"
 class Span:
     """One answer: `prompt` is the text before it, `text` includes it up to its end of turn.
 
-    `gaps` are character ranges in `text` that the template does not mark as the model's output.
+    `gaps` are character ranges in `text` that are not trained: what the template does not mark as
+    the model's output, and thoughts under `train_on_thoughts: false`.
     `turn` is the index of the message in the conversation.
     """
 
@@ -71,8 +72,13 @@ class Draft:
         return prompts + [group[-1].text for group in self.groups] + gaps
 
 
-def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Draft:
+def find_spans(
+    tokenizer: Any, conversation: Conversation, train_on: str, train_on_thoughts: bool = True
+) -> Draft:
     """Find the answers of `conversation` to train, by `train_on` and the `train` of each turn.
+
+    Args:
+        train_on_thoughts: False leaves the thoughts of an answer out of its loss mask.
 
     Raises:
         RowError: no answer is left, or the template refuses or rewrites the turns.
@@ -98,7 +104,7 @@ def find_spans(tokenizer: Any, conversation: Conversation, train_on: str) -> Dra
         _check_thoughts(conversation.messages[turn], turn, origin)
     try:
         guard = SpecialTokenEscaper(capabilities, conversation.messages, conversation.tools)
-        finder = _SpanFinder(tokenizer, capabilities, conversation, guard)
+        finder = _SpanFinder(tokenizer, capabilities, conversation, guard, train_on_thoughts)
         spans = [finder.span(turn) for turn in chosen]
         untrained = [finder.span(turn) for turn in left_out]
     except TemplateRefusal as error:
@@ -185,8 +191,10 @@ class _SpanFinder:
         capabilities: TemplateCapabilities,
         conversation: Conversation,
         guard: SpecialTokenEscaper,
+        train_on_thoughts: bool,
     ) -> None:
         self.tokenizer, self.capabilities, self.guard = tokenizer, capabilities, guard
+        self.train_on_thoughts = train_on_thoughts
         self.conversation = conversation
         self.messages = guard.messages(conversation.messages)
         self.shift = len(conversation.messages) - len(self.messages)  # 1 if system was merged
@@ -219,12 +227,12 @@ class _SpanFinder:
         stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
         complete = text[: end + len(stop)]
+        gaps = self._thought_range(self.messages[answer], text[:end], len(prompt))
         # Marks of {% generation %} are positions in the text as it was rendered.
-        if text_differs:
-            return Span(turn, prompt, complete)
-        gaps = self._untrained_ranges(
-            self.messages[: answer + 1], len(prompt), complete, stop, turn
-        )
+        if not text_differs:
+            gaps += self._untrained_ranges(
+                self.messages[: answer + 1], len(prompt), complete, stop, turn
+            )
         return Span(turn, prompt, complete, gaps)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
@@ -309,6 +317,10 @@ class _SpanFinder:
                 f"the chat template does not write the complete answer: {content[:60]!r} became "
                 f"{written[:60]!r}",
             )
+        indented = message["content"].strip("\n").rstrip()
+        if visible == content and indented != content and indented not in written:
+            kind = "spaces at the start of an answer"
+            self.notes.append((kind, "removed by the chat template"))
         if _thoughts(message) not in written:
             self.notes.append(
                 ("thoughts not written by the chat template", "only the answer is trained")
@@ -322,6 +334,23 @@ class _SpanFinder:
                     self.conversation.origin,
                     f"the chat template does not write the call of {name}: {written[:60]!r}",
                 )
+
+    def _thought_range(
+        self, message: dict[str, Any], text: str, start: int
+    ) -> tuple[tuple[int, int], ...]:
+        """Character range of the thoughts of an answer, with their marks, if they are not trained.
+
+        Args:
+            text: the rendered text up to the end of the answer, which begins at `start`.
+        """
+        thoughts, form = _thoughts(message), self.capabilities.thoughts
+        if self.train_on_thoughts or not thoughts or (at := text.find(thoughts, start)) < 0:
+            return ()
+        end = at + len(thoughts)
+        closing = (form.closing if form else CLOSE_TAG).strip()
+        if closing and (close := text.find(closing, end)) >= 0:
+            end = close + len(closing)
+        return ((start, end),)
 
     def _untrained_ranges(
         self, messages: list[dict[str, Any]], start: int, text: str, stop: str, turn: int
