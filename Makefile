@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs fmt schema bench notebooks audit licenses clean
+.PHONY: demo test check docs fmt schema bench notebooks audit licenses models clean
 .DEFAULT_GOAL = help
 
 help:
@@ -60,6 +60,9 @@ notebooks: $(VENV)/.ready
 
 licenses: $(VENV)/.ready
 	$(BIN)/python docs/make_licenses.py > docs/licenses.md
+
+models: $(VENV)/.ready
+	$(BIN)/python docs/make_models.py > docs/reference/models.md
 
 # Apart from `check`: it needs the service, and an answer of today. --strict, since pip-audit ends
 # with 0 where the index gave no answer at all.

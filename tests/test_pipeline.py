@@ -61,7 +61,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finish, tiny_mod
     ours = load_run(outcome.run)
     arguments = {"dtype": getattr(torch, ours.device.dtype), "device_map": {"": ours.device.kind}}
     if method == "qlora":
-        arguments["quantization_config"] = nf4_config(ours.device)
+        arguments["quantization_config"] = nf4_config(ours.device, {"lm_head"})
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, **arguments)
     plain = PeftModel.from_pretrained(base, outcome.run.adapter)
     ids = torch.tensor([[5, 99, 1000, 7]], device=ours.device.kind)

@@ -9,9 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ModelError, WorkError
-from lorakit.export import checkpoint_keys
+from lorakit.export import checkpoint_keys, merge_weights
 from lorakit.export.adapter import export_adapter
 from lorakit.export.checkpoint_keys import (
+    causal_class,
     check_checkpoint_keys,
     check_predictions,
     declared_class,
@@ -23,8 +24,9 @@ from lorakit.export.merge_weights import write_merged
 from lorakit.export.merged import export_merged
 from lorakit.export.push_to_hub import export_hub
 from lorakit.export.serving import export_vllm
-from lorakit.export.tuned_run import float32_model, open_source, trained_class
+from lorakit.export.tuned_run import float32_model, open_source
 from lorakit.export.verify_outputs import make_reference
+from lorakit.model.base_class import base_class
 
 from .conftest import SHAPE, VARIANTS, make_base, make_run, read_json
 
@@ -65,45 +67,70 @@ def renamed(tokenizer, tmp_path):
 
 def test_the_class_that_is_named_counts_only_where_it_is_another_one(variant_run, wrapped):
     assert declared_class(open_source(variant_run("rslora")).config) is None
+    assert causal_class(open_source(variant_run("rslora")).config) is None
     config = open_source(wrapped).config
-    assert declared_class(config) is transformers.Qwen3_5ForConditionalGeneration
-    assert trained_class(config) is transformers.Qwen3_5ForCausalLM
+    assert declared_class(config) is None
+    assert base_class(config) is transformers.Qwen3_5ForConditionalGeneration
+    assert causal_class(config) is transformers.Qwen3_5ForCausalLM
+    config.architectures = ["Qwen3_5Model"]
+    assert declared_class(config) is transformers.Qwen3_5Model
     for names in (None, [], ["NoSuchForCausalLM"], ["AutoConfig"]):
         config.architectures = names
         assert declared_class(config) is None
 
 
+def test_a_wrapper_is_trained_and_exported_as_itself_and_causal_classes_read_it(wrapped, job):
+    adapter, merged = export_adapter(job(wrapped, "a")), export_merged(job(wrapped, "m"))
+    assert adapter["base_kl_per_token"] > 1e-3
+    assert merged["other_class"] == "Qwen3_5ForCausalLM"
+    assert merged["other_class_kl_per_token"] < 1e-3
+    assert merged["written"] == "shard by shard"
+    assert misfit(wrapped, open_source(wrapped).config) is None
+
+
+def test_a_wrapper_that_is_merged_in_memory_keeps_its_names_too(wrapped, tmp_path, monkeypatch):
+    source = open_source(wrapped)
+    monkeypatch.setattr(merge_weights, "_reason_against_streaming", lambda _: "a test")
+    assert write_merged(source, tmp_path, "quantized", "float32") == "in memory (a test)"
+    written = load_file(tmp_path / "model.safetensors")
+    base = load_file(source.folder / "model.safetensors")
+    assert written.keys() == base.keys()
+    assert all(torch.equal(written[n], base[n]) for n in base if "visual" in n or "mtp" in n)
+    assert sum(not torch.equal(written[n], base[n]) for n in base) == 14
+
+
 @pytest.mark.parametrize("way", [export_adapter, export_merged, export_vllm, export_hub])
 @pytest.mark.parametrize("verify", [True, False])
 def test_what_the_declared_class_cannot_use_is_refused_before_writing(
-    wrapped, job, tmp_path, way, verify
+    renamed, nested, job, tmp_path, way, verify
 ):
-    with pytest.raises(ModelError, match="names Qwen3_5ForConditionalGeneration") as caught:
-        way(job(wrapped, repo="someone/something", verify=verify))
-    assert "trained as Qwen3_5ForCausalLM, does not fit it: 0 of 28 tensors" in str(caught.value)
+    run = renamed("NestedForCausalLM")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ModelError, match="names NestedForCausalLM") as caught:
+        way(job(run, repo="someone/something", verify=verify))
+    assert "trained as MistralForCausalLM, does not fit it: 0 of 28 tensors" in str(caught.value)
     assert "first: base_model.model.model.layers.0." in caught.value.message
     assert "--to gguf" in caught.value.hint
-    assert list(tmp_path.iterdir()) == []
+    assert set(tmp_path.iterdir()) == before
 
 
-def test_the_merged_folder_of_such_a_run_misses_what_the_class_has(wrapped, tmp_path):
-    source = open_source(wrapped)
-    write_merged(source, tmp_path, "quantized", "float32")
-    keys = folder_keys(tmp_path, trained_class(source.config))
+def test_a_merged_folder_misses_what_such_a_class_has(renamed, nested, tmp_path):
+    source = open_source(renamed("NestedForCausalLM"))
+    (tmp_path / "merged").mkdir()
+    write_merged(source, tmp_path / "merged", "quantized", "float32")
+    keys = folder_keys(tmp_path / "merged", base_class(source.config))
     assert (keys.missing, keys.unexpected) == ((), ())
-    with pytest.raises(WorkError, match="does not fit Qwen3_5ForConditionalGeneration: 0 of") as e:
-        check_checkpoint_keys(tmp_path, trained_class(source.config), declared_class(source.config))
-    assert "model.language_model.layers.0" in str(
-        folder_keys(tmp_path, declared_class(source.config)).missing
-    )
-    assert "nothing was kept" in e.value.message
+    with pytest.raises(WorkError, match=r"does not fit NestedForCausalLM: 0 of 21") as caught:
+        check_checkpoint_keys(source, tmp_path / "merged", nested)
+    assert "21 of the class's own are missing" in caught.value.message
+    assert "nothing was kept" in caught.value.message
 
 
 @pytest.mark.parametrize("change", ["lost", "more", "renamed"])
 def test_one_tensor_too_few_or_too_many_is_enough(variant_run, tmp_path, change):
     source = open_source(variant_run("rslora"))
     shutil.copytree(source.folder, tmp_path / "m")
-    check_checkpoint_keys(tmp_path / "m", trained_class(source.config), None)
+    check_checkpoint_keys(source, tmp_path / "m", base_class(source.config), None)
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     value = tensors[name] if change == "more" else tensors.pop(name)
@@ -112,7 +139,7 @@ def test_one_tensor_too_few_or_too_many_is_enough(variant_run, tmp_path, change)
     save_file(tensors, tmp_path / "m" / "model.safetensors")
     named = name if change == "lost" else "model.layers.1.mlp.other.weight"
     with pytest.raises(WorkError, match=f"does not fit LlamaForCausalLM: .*first: {named}"):
-        check_checkpoint_keys(tmp_path / "m", trained_class(source.config))
+        check_checkpoint_keys(source, tmp_path / "m", base_class(source.config))
 
 
 @pytest.fixture
@@ -131,13 +158,30 @@ def other(monkeypatch):
     return build
 
 
+@pytest.fixture
+def nested(monkeypatch):
+    """One more class of transformers, with Mistral one module deeper."""
+
+    class NestedForCausalLM(transformers.MistralPreTrainedModel, transformers.GenerationMixin):
+        def __init__(self, config):
+            super().__init__(config)
+            self.inner = transformers.MistralForCausalLM(config)
+            self.post_init()
+
+        def get_input_embeddings(self):
+            return self.inner.model.embed_tokens
+
+    monkeypatch.setattr("transformers.NestedForCausalLM", NestedForCausalLM, raising=False)
+    return NestedForCausalLM
+
+
 def test_another_class_that_computes_the_same_is_used(renamed, other, job):
     other(lambda logits: logits)
     run = renamed("OtherForCausalLM")
     adapter, merged = export_adapter(job(run, "a")), export_merged(job(run, "m"))
-    assert adapter["declared_class"] == merged["declared_class"] == "OtherForCausalLM"
-    assert adapter["declared_class_kl_per_token"] < 1e-9
-    assert merged["declared_class_kl_per_token"] < 1e-6
+    assert adapter["other_class"] == merged["other_class"] == "OtherForCausalLM"
+    assert adapter["other_class_kl_per_token"] < 1e-9
+    assert merged["other_class_kl_per_token"] < 1e-6
 
 
 def test_another_class_that_computes_something_else_is_refused(renamed, other, tmp_path):
@@ -149,8 +193,9 @@ def test_another_class_that_computes_something_else_is_refused(renamed, other, t
     write_merged(source, tmp_path / "merged", "quantized", "float32")
     require_fit(source)
     for folder, expected in ((source.run.adapter, None), (tmp_path / "merged", 0.0)):
-        with pytest.raises(WorkError, match=r"OtherForCausalLM, which .*, predicts something else"):
-            check_predictions(source, reference, folder, expected)
+        with pytest.raises(WorkError, match=r"OtherForCausalLM predicts something else"):
+            other_class = declared_class(source.config)
+            check_predictions(source, reference, folder, other_class, expected)
 
 
 def test_a_class_that_cannot_be_built_is_refused(renamed, job):

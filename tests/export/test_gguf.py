@@ -1,5 +1,6 @@
 """Every variant as GGUF, run by llama.cpp itself, predicts what the adapter does; or is refused."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -290,3 +291,20 @@ def test_without_the_engine_the_file_is_written_and_that_is_said(
     order = job(variant_run("rslora"), quant="Q8_0", verify=False)
     assert export_gguf(order)["skipped"] == "xllamacpp is not installed"
     assert list(order.target.glob("*-Q8_0.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_model_in_place_of_an_adapter_is_not_kept(tmp_path, kind):
+    from gguf import GGUFWriter
+
+    from lorakit.export.gguf import require_adapter_file
+
+    writer = GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = pytest.raises(WorkError, match="wrote a model, expected an adapter")
+    with expected if kind == "model" else contextlib.nullcontext():
+        require_adapter_file(tmp_path / "adapter.gguf")

@@ -95,3 +95,19 @@ def test_sampling_defaults_do_not_stop_the_writing(variant_run, tmp_path):
     assert read_json(tmp_path / "out" / "generation_config.json")["do_sample"] is True
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out"))
     assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(("model_type", "carried"), [("phi3", True), ("llama", False)])
+def test_pieces_are_carried_along_where_the_converter_of_gguf_reads_them(
+    tokenizer, tmp_path, model_type, carried
+):
+    base = make_base(tmp_path / "base", tokenizer, model_type, {})
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    source = open_source(make_run(tmp_path / "run", base))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(source, tmp_path / "out")
+    copy = tmp_path / "out" / "tokenizer.model"
+    assert (copy.read_bytes() if copy.exists() else None) == (b"pieces" if carried else None)
+    # SmolLM2's tokenizer begins no text with a token of its own, and no reader may assume one.
+    written = read_json(tmp_path / "out" / "tokenizer_config.json")
+    assert written.get("add_bos_token") == (False if carried else None)

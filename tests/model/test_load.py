@@ -134,10 +134,11 @@ def test_a_folder_without_config_or_of_another_kind_is_refused(tmp_path, tiny_mo
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         load_config(recipe(tmp_path), str(tmp_path))
-    values = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"not a causal language model .*T5"):
-        load_config(recipe(tmp_path), str(tmp_path))
+    for kind in ("T5", "Florence2", "CLIP"):
+        values = {"model_type": kind.lower(), "architectures": [f"{kind}ForConditionalGeneration"]}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ModelError, match=rf"not a causal language model .*{kind}"):
+            load_config(recipe(tmp_path), str(tmp_path))
     values = json.loads((tiny_model_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(ModelError, match="run its own Python code"):
@@ -167,7 +168,7 @@ def test_qlora_without_working_bitsandbytes_names_the_install_line(monkeypatch):
 
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
     with pytest.raises(DependencyError, match="no kernel image") as caught:
-        nf4_config(CPU)
+        nf4_config(CPU, set())
     assert "pip install 'bitsandbytes" in caught.value.hint
 
 

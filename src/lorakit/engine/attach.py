@@ -29,6 +29,7 @@ from lorakit.engine.lora_linear import Scratch, Unsupported, refresh
 from lorakit.engine.self_test import self_test
 from lorakit.engine.weight_streaming import StreamedBase
 from lorakit.model.architectures import FAST_FAMILIES
+from lorakit.model.base_class import text_decoder
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.dropout_mask import draw_keys
 from lorakit.types import ON_CARD, Placement
@@ -221,7 +222,7 @@ def attach_engine(
     config = base.config.get_text_config()
     if config.model_type not in FAST_FAMILIES:
         return None, f"model family {config.model_type}: no fast path"
-    decoder = base.get_decoder()
+    decoder = text_decoder(base)
     scratch: Scratch = {}
     try:
         _check_shape(decoder, config)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import WorkError
-from lorakit.export.checkpoint_keys import check_predictions, require_fit
+from lorakit.export.checkpoint_keys import check_predictions, declared_class, require_fit
 from lorakit.export.finite import DAMAGED, require_finite
 from lorakit.export.hf_files import write_tokenizer
 from lorakit.export.merged import memory_missing
@@ -137,4 +137,8 @@ def _verify(source: TunedRun, folder: Path) -> dict[str, Any]:
             hint="check the disk, then export again",
         )
     del live
-    return {**result.as_dict(), **check_predictions(source, reference, folder)}
+    facts = result.as_dict()
+    if other := declared_class(source.config):
+        kl = check_predictions(source, reference, folder, other)
+        facts |= {"other_class": other.__name__, "other_class_kl_per_token": kl}
+    return facts

@@ -1,21 +1,22 @@
-"""Check that the model class named in config.json can load an exported model or adapter.
+"""Check that every class that may be built for a model can load its exported weights or adapter.
 
-Engines build the class that config.json names (`architectures`), transformers' AutoModelForCausalLM
-may build another one. For Qwen3.5 and Llama 4 it builds only the text model, whose tensors have
-other names. The declared class finds none of them, and then runs as the untuned base or on random
-weights, with at most a warning.
+lorakit trains the class that config.json names (`architectures`), as engines build it
+(`model/base_class.py`). If transformers knows that class but not as one with a text decoder, its
+names may differ; it then runs as the untuned base or on random weights, with at most a warning.
+AutoModelForCausalLM builds another class than the declared one for Qwen3.5 and Llama 4.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError, WorkError
-from lorakit.export.tuned_run import TunedRun, float32_model, trained_class
+from lorakit.export.tuned_run import TunedRun, float32_model
 from lorakit.export.verify_outputs import Reference, agreement
+from lorakit.model.base_class import base_class
 from lorakit.model.load import adapter_names, unmatched
 from lorakit.model.safetensors_io import stored_tensors
 from lorakit.storage.run_dir import RunDir
@@ -48,9 +49,17 @@ def declared_class(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or [""]
-    declared, trained = getattr(transformers, names[0], None), trained_class(config)
+    declared, trained = getattr(transformers, names[0], None), base_class(config)
     known = isinstance(declared, type) and issubclass(declared, transformers.PreTrainedModel)
     return declared if known and trained and declared is not trained else None
+
+
+def causal_class(config: Any) -> Any:
+    """Return the class that AutoModelForCausalLM builds if it is not the trained one, else None."""
+    from transformers import AutoModelForCausalLM
+
+    causal = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return causal if causal is not base_class(config) else None
 
 
 def adapter_keys(run: RunDir, config: Any, model_class: Any) -> Keys:
@@ -101,7 +110,7 @@ def misfit(run: RunDir, config: Any) -> str | None:
         return f"{start}that cannot be built from it: {type(error).__name__}: {error}"
     if not keys.unexpected:
         return None
-    trained = trained_class(config).__name__
+    trained = base_class(config).__name__
     return f"{start}the adapter, trained as {trained}, does not fit it: {keys}"
 
 
@@ -116,12 +125,14 @@ def require_fit(source: TunedRun) -> None:
         raise ModelError(
             f"{source.run.adapter}: {reason}",
             hint="lorakit export RUN --to gguf for llama.cpp and Ollama; lorakit chat and serve; "
-            "in Python, PeftModel on AutoModelForCausalLM",
+            "or correct `architectures` in the base's config.json",
         )
 
 
-def check_checkpoint_keys(folder: Path, *classes: Any) -> None:
+def check_checkpoint_keys(source: TunedRun, folder: Path, *classes: Any) -> None:
     """Refuse a merged folder from which a class would not load every tensor.
+
+    A tensor that the class does not load from the base either (an MTP head) may stay unused.
 
     Args:
         classes: the classes to check; None entries are skipped.
@@ -131,6 +142,9 @@ def check_checkpoint_keys(folder: Path, *classes: Any) -> None:
     """
     for model_class in filter(None, classes):
         keys = folder_keys(folder, model_class)
+        if keys.unexpected and not keys.missing and source.folder:
+            unused = set(folder_keys(source.folder, model_class).unexpected)
+            keys = replace(keys, unexpected=tuple(n for n in keys.unexpected if n not in unused))
         if keys.missing or keys.unexpected:
             raise WorkError(
                 f"the merged model does not fit {model_class.__name__}: {keys}; nothing was kept",
@@ -139,36 +153,36 @@ def check_checkpoint_keys(folder: Path, *classes: Any) -> None:
 
 
 def check_predictions(
-    source: TunedRun, reference: Reference, folder: Path, expected: float | None = None
-) -> dict[str, Any]:
-    """Load the written files with the declared class and compare its predictions.
+    source: TunedRun,
+    reference: Reference,
+    folder: Path,
+    other: Any,
+    expected: float | None = None,
+) -> float:
+    """Load the written files with another class than the trained one and compare predictions.
 
     Args:
-        expected: KL of the same merged folder in AutoModelForCausalLM; None for an adapter.
+        expected: KL of the same merged folder in the trained class; None for an adapter.
 
     Returns:
-        Class name and KL for the record; empty if the declared class is the trained one.
+        KL in nats per token, for the record.
 
     Raises:
-        WorkError: the declared class predicts something else.
+        WorkError: the other class predicts something else.
     """
-    other = declared_class(source.config)
-    if other is None:
-        return {}
     if expected is None:
         model = float32_model(source, model_class=other, adapter=folder)
     else:
         model = other.from_pretrained(folder, dtype="auto").to(source.device.kind).float().eval()
-    label = f"{other.__name__}, which config.json names,"
-    kl = agreement(reference, model, label).kl_per_token
+    kl = agreement(reference, model, other.__name__).kl_per_token
     limit = min(LARGEST_KL, LARGEST_SHARE * reference.base_kl)
     if not abs(kl - (expected or 0.0)) <= limit:
         raise WorkError(
-            f"{label} predicts something else than {trained_class(source.config).__name__} (KL "
-            f"{kl:.3g} nats per token from the adapter); nothing was kept",
+            f"{other.__name__} predicts something else than {base_class(source.config).__name__} "
+            f"(KL {kl:.3g} nats per token from the adapter); nothing was kept",
             hint="correct `architectures` in the base's config.json",
         )
-    return {"declared_class": other.__name__, "declared_class_kl_per_token": kl}
+    return float(kl)
 
 
 def _config_for(model_class: Any, config: Any) -> Any:

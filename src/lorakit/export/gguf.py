@@ -344,6 +344,7 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
             jobs.append(Conversion(base, base_file, "F16", source.base_name.split("/")[-1]))
         convert_all(jobs, job.console.print, source.recipe.offline)
         path.chmod(0o644)
+        require_adapter_file(path)
         _check_no_path(path, source)
         facts: dict[str, Any] = {"file": path.name, "bytes": path.stat().st_size}
         short = memory_missing(source)
@@ -362,6 +363,22 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
             "merge_base": merge_base,
             **run_gguf(job, reference, base_file, path, "F16"),
         }
+
+
+def require_adapter_file(path: Path) -> None:
+    """Refuse a file that is no adapter: for Mistral 3 the converter writes the base instead.
+
+    Raises:
+        WorkError: gives the type that the file has.
+    """
+    from gguf import GGUFReader
+
+    kind = GGUFReader(path).fields["general.type"].contents()
+    if kind != "adapter":
+        raise WorkError(
+            f"{path.name}: llama.cpp's converter wrote a {kind}, expected an adapter; not kept",
+            hint="export the merged model: lorakit export RUN --to gguf",
+        )
 
 
 def link_weights(folder: Path, target: Path) -> None:

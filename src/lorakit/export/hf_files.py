@@ -8,12 +8,16 @@ tokenizer_config.json. Readers that miss them fall back silently (RoPE base 1000
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.chat_template.defaults import with_thinking_fixed
-from lorakit.export.tuned_run import TunedRun, generation_config, trained_class
+from lorakit.export.tuned_run import TunedRun, generation_config
+from lorakit.model.base_class import base_class
 
+# llama.cpp's converter reads this file for these families, and transformers 5 does not write it.
+SENTENCEPIECE, SENTENCEPIECE_FAMILIES = "tokenizer.model", {"phi3", "gemma", "gemma2"}
 LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
 
 
@@ -31,7 +35,7 @@ def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None
             nested["tie_word_embeddings"] = False
     text = source.config.get_text_config()
     _spell_rope(nested if isinstance(nested, dict) else values, text)
-    if trained := trained_class(source.config):
+    if trained := base_class(source.config):
         values.setdefault("architectures", [trained.__name__])
     values["eos_token_id"] = _stops(source)
     _write(folder / "config.json", values)
@@ -46,8 +50,15 @@ def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None
 def write_tokenizer(source: TunedRun, folder: Path) -> None:
     """Write the run's tokenizer and template, with the end-of-turn token as end of sequence."""
     source.tokenizer.save_pretrained(folder)
+    pieces = source.folder / SENTENCEPIECE if source.folder else None
+    if pieces and pieces.is_file() and source.config.model_type in SENTENCEPIECE_FAMILIES:
+        shutil.copyfile(pieces, folder / SENTENCEPIECE)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
+    if (folder / SENTENCEPIECE).exists():
+        # Unless it is written, llama.cpp begins every text of these families with it.
+        first = source.tokenizer("a")["input_ids"][0]
+        values["add_bos_token"] = first == source.tokenizer.bos_token_id
     for key in LOCAL_KEYS:
         values.pop(key, None)
     values["eos_token"] = source.end_of_turn()
@@ -90,7 +101,8 @@ def _spell_rope(values: dict[str, Any], config: Any) -> None:
     if "rope_theta" in local:
         values.setdefault("rope_local_base_freq", local["rope_theta"])
     rope_type = full.get("rope_type", "default")
-    if rope_type != "default" and not values.get("rope_scaling"):
+    # transformers 5 prefers `rope_scaling`, which cannot differ by kind of layer (Gemma 4).
+    if rope_type != "default" and full is rope and not values.get("rope_scaling"):
         scaling = {k: v for k, v in full.items() if k != "rope_theta"}
         values["rope_scaling"] = {**scaling, "type": rope_type}
 

@@ -10,9 +10,9 @@ Quantizing the sum to 4 bits again would erase the update: it is about 0.6% of a
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from typing import Any
 from lorakit.errors import ModelError, WorkError
 from lorakit.export import finite
 from lorakit.export.hf_files import write_config, write_tokenizer
+from lorakit.export.hub_names import loaded_names, stored_names
 from lorakit.export.tuned_run import TunedRun, float32_model
+from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, name_of, text_decoder
 from lorakit.model.safetensors_io import Stored, stored_tensors, write_shards
+from lorakit.model.stored_quantization import stored_quantization
 
 Entry = tuple[str, int, Callable[[], Any]]
 STREAMED = "shard by shard"
@@ -87,34 +90,35 @@ def _reason_against_streaming(source: TunedRun) -> str | None:
     """Reason why the base's files cannot be merged one tensor at a time, or None."""
     if source.folder is None or not list(source.folder.glob("*.safetensors")):
         return "the base is not in safetensors"
-    if getattr(source.config, "quantization_config", None) is not None:
+    if stored_quantization(source.config):
         return "the base is quantized on the disk"
     if source.base_changing_init:
         return f"{source.base_changing_init} changes the base as it loads"
     if source.adapter.get("trainable_token_indices"):
         return "single tokens were trained"
-    known = set(skeleton(source).state_dict())
-    stored = {n for n in stored_tensors(source.folder) if not n.endswith(".inv_freq")}
-    missing = {n for n in known - stored if not (source.tied and "embed" not in n and "head" in n)}
-    return (
-        "the base's tensors have other names than its layers" if stored - known or missing else None
-    )
+    if source.adapter.get("target_parameters"):
+        return "raw tensors have adapters"
+    changed = {f"{name}.weight" for name in adapted_modules(source)} | set(trained_whole(source))
+    renamed, _ = loaded_names(skeleton(source), stored_tensors(source.folder))
+    missing = changed - set(renamed.values())
+    head = {n for n in missing if "head" in n or "embed_out" in n} if source.tied else set()
+    return f"the base's files have no {min(missing - head)}" if missing - head else None
+
+
+def adapted_modules(source: TunedRun) -> set[str]:
+    """Names of the base's modules with a low-rank adapter."""
+    names = (name.removeprefix("base_model.model.") for name in source.names)
+    return {name.partition(".lora_")[0] for name in names if ".lora_" in name}
 
 
 def skeleton(source: TunedRun) -> Any:
     """Build the base's modules on the "meta" device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    # A copy, because the model keeps its config and this one may be untied.
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
+    return empty_base(source.config)
 
 
 def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list[Entry]:
-    assert source.folder is not None
     empty = skeleton(source)
-    stored, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, merge_base)
+    base, four_bit = base_tensors(source, empty), four_bit_modules(source, empty, merge_base)
     if source.unties:
         import torch
 
@@ -125,23 +129,47 @@ def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list
     merger = _Merger(source, model, dtype, four_bit, trained_whole(source), wider)
     width = BYTES[dtype]
     return [
-        (name, s.size * (width if s.floating else 8), partial(merger.tensor, name, s))
-        for name, s in stored.items()
+        (
+            name,
+            t.stored.size * (width if t.stored.floating else 8),
+            partial(merger.tensor, name, t),
+        )
+        for name, t in base.items()
     ]
 
 
-def base_tensors(source: TunedRun, empty: Any) -> dict[str, Stored]:
-    """Base tensors by the names under which the merged ones are written."""
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """A tensor of the base's files; `place`: its name in the model, "" if it passes unchanged."""
+
+    stored: Stored
+    place: str
+
+    @property
+    def module(self) -> str:
+        """Name of the module whose weight it is, or ""."""
+        module, _, leaf = self.place.rpartition(".")
+        return module if leaf == "weight" else ""
+
+
+def base_tensors(source: TunedRun, empty: Any) -> dict[str, BaseTensor]:
+    """Base tensors by the names in its files, under which the merged ones are written."""
     assert source.folder is not None
     stored = stored_tensors(source.folder)
     stored = {n: s for n, s in stored.items() if not n.endswith(".inv_freq")}
+    renamed, _ = loaded_names(empty, stored)
+    tensors = {name: BaseTensor(s, renamed.get(name, "")) for name, s in stored.items()}
     if source.tied:
-        head, table = empty.get_output_embeddings(), empty.get_input_embeddings()
-        names = {module: name for name, module in empty.named_modules()}
-        stored.pop(f"{names[head]}.weight", None)
+        head = f"{name_of(empty, empty.get_output_embeddings())}.weight"
+        table = f"{name_of(empty, empty.get_input_embeddings())}.weight"
+        heads = [name for name, t in tensors.items() if t.place == head]
+        for name in heads:
+            del tensors[name]
         if source.unties:
-            stored[f"{names[head]}.weight"] = stored[f"{names[table]}.weight"]
-    return stored
+            embedding = next(t for t in tensors.values() if t.place == table)
+            name = heads[0] if heads else next(iter(stored_names(empty, {head: embedding})))
+            tensors[name] = BaseTensor(embedding.stored, head)
+    return tensors
 
 
 def _with_adapter(empty: Any, source: TunedRun) -> Any:
@@ -189,23 +217,26 @@ class _Merger:
         self.model, self.four_bit, self.whole = model.get_base_model(), four_bit, whole
         self.dtype, self.wider = getattr(torch, dtype), wider
         self.compute, self.place = getattr(torch, source.device.dtype), source.device.kind
+        self.decoder = name_of(self.model, text_decoder(self.model))
 
-    def tensor(self, name: str, stored: Stored) -> Any:
+    def tensor(self, name: str, base: BaseTensor) -> Any:
         """Return the merged tensor of this name in the output dtype, in host memory."""
-        value = self.whole[name] if name in self.whole else stored.read()
-        if name not in self.whole and value.is_floating_point():
-            value = self._merged(name, value.to(self.place))
+        whole = self.whole.get(base.place)
+        value = base.stored.read() if whole is None else whole
+        if whole is None and value.is_floating_point():
+            value = self._merged(base, value.to(self.place))
+        if not base.place.startswith(self.decoder) and not finite.is_finite(value):
+            return value.to(self.dtype).cpu()  # no limit of a tower's activations (Gemma 4's audio)
         return finite.cast(name, value, self.dtype, self.wider).cpu().contiguous()
 
-    def _merged(self, name: str, value: Any) -> Any:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
+    def _merged(self, base: BaseTensor, value: Any) -> Any:
         value = value.to(self.compute)  # the dtype in which training loaded the base
-        if leaf == "weight" and path in self.four_bit:
+        if not base.module:
+            return value
+        if base.module in self.four_bit:
             value = nf4_round_trip(value)
-        if leaf == "weight" and hasattr(module, "lora_A"):
-            return _merge_one(module, value.float())
-        return value
+        module = self.model.get_submodule(base.module)
+        return _merge_one(module, value.float()) if hasattr(module, "lora_A") else value
 
 
 def _merge_one(module: Any, weight: Any) -> Any:
@@ -229,12 +260,12 @@ def four_bit_modules(source: TunedRun, empty: Any, merge_base: str) -> set[str]:
         merge_base: "quantized", or "original", which has none in 4 bits.
     """
     import torch
-    from transformers.quantizers.base import get_keys_to_not_convert
 
     if source.recipe.method != "qlora" or merge_base != "quantized":
         return set()
     linear = {n for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
-    return linear - set(get_keys_to_not_convert(empty))
+    kept = kept_in_16_bits(empty)
+    return {name for name in linear if not is_inside(name, kept)}
 
 
 def nf4_round_trip(weight: Any) -> Any:
@@ -262,14 +293,31 @@ def _in_memory(source: TunedRun, merge_base: str, dtype: str, wider: str) -> lis
 
     merged = float32_model(source, merge_base).merge_and_unload()
     target = getattr(torch, dtype)
-    tied = bool(merged.config.get_text_config().tie_word_embeddings)
-    head = next(n for n, m in merged.named_modules() if m is merged.get_output_embeddings())
+    output = merged.get_output_embeddings()
+    tied, head = output.weight is merged.get_input_embeddings().weight, name_of(merged, output)
 
     def cast(name: str, value: Any) -> Any:
         return finite.cast(name, value, target, wider).cpu().contiguous()
 
-    return [
+    state = {n: v for n, v in merged.state_dict().items() if not (tied and n == f"{head}.weight")}
+    if stored_quantization(source.config):  # its loader's names are those of the packed tensors
+        merged._weight_conversions = None
+    entries: list[Entry] = [
         (name, value.numel() * BYTES[dtype], partial(cast, name, value))
-        for name, value in merged.state_dict().items()
-        if not (tied and name == f"{head}.weight")
+        for name, value in stored_names(merged, state).items()
     ]
+    for name, entry in _beyond_the_model(source, merged).items():
+        value = entry.read()
+        entries.append((name, entry.size * BYTES[dtype], partial(cast, name, value)))
+    return entries
+
+
+def _beyond_the_model(source: TunedRun, model: Any) -> dict[str, Stored]:
+    """Tensors of the base's files that are no part of the model (Qwen3.5's MTP head)."""
+    quantized = stored_quantization(source.config)
+    if source.folder is None or quantized or not list(source.folder.glob("*.safetensors")):
+        return {}
+    stored = stored_tensors(source.folder)
+    renamed, converted = loaded_names(model, stored)
+    known = {*renamed, *converted}
+    return {n: s for n, s in stored.items() if n not in known and not n.endswith(".inv_freq")}

@@ -9,6 +9,7 @@ import psutil
 
 from lorakit.errors import WorkError
 from lorakit.export.checkpoint_keys import (
+    causal_class,
     check_checkpoint_keys,
     check_predictions,
     declared_class,
@@ -17,7 +18,7 @@ from lorakit.export.checkpoint_keys import (
 from lorakit.export.divergence import compare
 from lorakit.export.finite import require_finite
 from lorakit.export.merge_weights import STREAMED, WIDER, check_space, parameters, write_merged
-from lorakit.export.tuned_run import Job, TunedRun, compared_bytes, float32_model, trained_class
+from lorakit.export.tuned_run import Job, TunedRun, compared_bytes, float32_model
 from lorakit.export.verify_outputs import (
     Agreement,
     Reference,
@@ -28,6 +29,7 @@ from lorakit.export.verify_outputs import (
 )
 from lorakit.export.verify_tensors import compare_tensors
 from lorakit.inference.evaluate import encode_held_out
+from lorakit.model.base_class import auto_class, base_class
 from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.train.eval_loss import score
 from lorakit.train.trainer import pad_token_id
@@ -56,10 +58,11 @@ def export_merged(job: Job) -> dict[str, Any]:
     check_space(source, job.target, dtype)
     with atomic_directory(job.target) as folder:
         facts, reference = fill_merged(job, folder, dtype)
-        check_checkpoint_keys(folder, declared_class(source.config))
-        if reference:
-            kl = facts["kl_per_token"]
-            facts |= check_predictions(source, reference, folder, expected=kl)
+        declared, causal = declared_class(source.config), causal_class(source.config)
+        check_checkpoint_keys(source, folder, declared, causal)
+        if reference and (other := declared or causal):
+            kl = check_predictions(source, reference, folder, other, facts["kl_per_token"])
+            facts |= {"other_class": other.__name__, "other_class_kl_per_token": kl}
     off, effect = facts.get("kl_per_token", 0.0), facts.get("base_kl_per_token", 0.0)
     lost = off > min(NOTABLE_ROUNDING, NOTABLE_SHARE * effect)
     if job.merge_base == "original":
@@ -75,7 +78,7 @@ def export_merged(job: Job) -> dict[str, Any]:
             "the adapter itself"
         )
     job.next_steps.append(
-        f"load it with: AutoModelForCausalLM.from_pretrained({str(job.target)!r})"
+        f"load it with: {auto_class(source.config).__name__}.from_pretrained({str(job.target)!r})"
     )
     return facts
 
@@ -97,7 +100,7 @@ def fill_merged(
     )
     job.console.print(f"merging onto {base_label}, float32 arithmetic, one cast to {dtype}")
     method = write_merged(source, folder, job.merge_base, dtype, wider)
-    check_checkpoint_keys(folder, trained_class(source.config))
+    check_checkpoint_keys(source, folder, base_class(source.config))
     check_exported_tokenizer(source, folder)
     facts: dict[str, Any] = {"dtype": dtype, "merge_base": job.merge_base, "written": method}
     if not job.verify:
@@ -151,7 +154,6 @@ def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement,
             adapter.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     live = float32_model(source)
     reference = make_reference(source, live)
@@ -169,7 +171,7 @@ def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement,
     expected = merged
     if merge_base == "original":
         expected = float32_model(source, merge_base).merge_and_unload()
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(source.device.kind)
+    written = written_model(source, folder)
     weights = expected.state_dict()
     for name, parameter in written.state_dict().items():
         if not torch.equal(parameter, weights[name].to(parameter.dtype)):
@@ -189,16 +191,20 @@ def _verify(source: TunedRun, folder: Path, merge_base: str) -> tuple[Agreement,
     return result, reference
 
 
+def written_model(source: TunedRun, folder: Path) -> Any:
+    """Load a merged folder as the trained class, in the dtype of its files."""
+    auto = auto_class(source.config)
+    return auto.from_pretrained(folder, dtype="auto").to(source.device.kind)
+
+
 def _both_losses(source: TunedRun, folder: Path) -> dict[str, float]:
     """Held-out loss of the adapter on its training base, and of the written model."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     rows = source.conversations[:SCORED_ROWS]
     examples = encode_held_out(source.tokenizer, rows, source.recipe)
     pad = pad_token_id(source.tokenizer)
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float()
-    written.to(source.device.kind)
+    written = written_model(source, folder).float()
     original = score(written, examples, pad).loss
     del written
     trained = score(float32_model(source), examples, pad).loss

@@ -17,6 +17,7 @@ from lorakit.errors import RecipeError, WorkError
 from lorakit.export.adapter import export_adapter
 from lorakit.export.merged import export_merged
 from lorakit.export.tuned_run import Job, TunedRun
+from lorakit.model.base_class import auto_class
 from lorakit.storage.run_dir import write_text
 
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -106,11 +107,12 @@ def card(source: TunedRun, repository: str, merged: bool) -> str:
 
 
 def _usage(repository: str, merged: bool, source: TunedRun) -> str:
+    auto = auto_class(source.config).__name__
     if merged:
-        code = f'model = AutoModelForCausalLM.from_pretrained("{repository}")'
+        code = f'model = {auto}.from_pretrained("{repository}")'
     else:
         code = (
-            f'base = AutoModelForCausalLM.from_pretrained("{source.base_name}")\n'
+            f'base = {auto}.from_pretrained("{source.base_name}")\n'
             f'model = PeftModel.from_pretrained(base, "{repository}")'
         )
     return f"```python\n{code}\n```\n"

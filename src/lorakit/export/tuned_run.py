@@ -59,7 +59,7 @@ class TunedRun:
     @property
     def tied(self) -> bool:
         """True if the base's input and output embeddings are one tensor."""
-        return bool(self.config.get_text_config().tie_word_embeddings)
+        return count(self.config).head == 0
 
     @property
     def base_name(self) -> str:
@@ -192,13 +192,6 @@ def generation_config(source: TunedRun) -> Any:
         return GenerationConfig.from_model_config(source.config)
 
 
-def trained_class(config: Any) -> Any:
-    """Return the class that AutoModelForCausalLM builds; None for a model with remote code."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM._model_mapping.get(type(config), None)
-
-
 def touches_embeddings(names: Sequence[str]) -> bool:
     """Return True if an adapter's tensors change the input or the output embedding."""
     # Rows of single tokens are changed in both, or each in its own matrix.
@@ -218,7 +211,7 @@ def float32_model(
     Args:
         merge_base: "quantized", the base as in training (dequantized NF4 for a QLoRA run), or
             "original".
-        model_class: class of the base, if not AutoModelForCausalLM's choice.
+        model_class: class of the base, if not the trained one.
         adapter: folder of the adapter, if not the run's.
 
     Raises:

@@ -80,6 +80,8 @@ def _same(found: Any, expected: Any, noise: float) -> bool:
 
     if not found.is_floating_point():
         return bool(torch.equal(found, expected))
+    if torch.equal(found, expected.to(found.dtype)):
+        return True
     unit = torch.finfo(found.dtype)
     rounded, expected = expected.to(found.dtype), expected.float()
     bound = expected.abs() * (0.51 * unit.eps) + (noise + unit.smallest_normal)
@@ -105,16 +107,16 @@ class ExpectedTensors:
 
     def of(self, name: str) -> tuple[Any, Any]:
         """Return (base, float32 sum) of this name; (base, base) if nothing is added."""
-        base = self.base[name].read()
-        if name in self.whole:
-            return base, self.whole[name].float()
+        found = self.base[name]
+        base, module = found.stored.read(), found.module
+        if found.place in self.whole:
+            return base, self.whole[found.place].float()
         if not base.is_floating_point():
             return base, base
         base = base.to(self.compute)
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in self.four_bit:
+        if module in self.four_bit:
             base = nf4_round_trip(base)
-        update = self._update(module) if leaf == "weight" else None
+        update = self._update(module) if module else None
         if update is None:
             return base, base
         merged = base.float() + update

@@ -1,57 +1,85 @@
 """Known facts about each model family: default LoRA targets and logit scaling.
 
-A family is one row of FAMILIES, keyed by `config.model_type`. Models of an unknown family get
-adapters on all linear layers, and the run reports it.
+A family is one row of FAMILIES, keyed by the `model_type` of the text model's config. A family
+without a row gets adapters on all linear layers of its text decoder, and the run reports it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-_LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "ministral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE,
-    "gemma3_text": _LLAMA_LIKE,
-    "smollm3": _LLAMA_LIKE,
-    "granite": _LLAMA_LIKE,
-    "cohere": _LLAMA_LIKE,
-    "olmo": _LLAMA_LIKE,
-    "olmo2": _LLAMA_LIKE,
-    "stablelm": _LLAMA_LIKE,
-    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
-    "gpt2": ("c_attn", "c_proj", "c_fc"),
-    "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-    "falcon": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-    "starcoder2": (*_ATTENTION, "c_fc", "c_proj"),
-    # Experts are raw parameters or hundreds of small layers, so only attention gets adapters.
-    "mixtral": _ATTENTION,
-    "qwen2_moe": _ATTENTION,
-    "qwen3_moe": _ATTENTION,
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Linear layers of the decoder that get adapters by default, and those that get none."""
+
+    targets: tuple[str, ...]  # last components of names; one that a model lacks is left out
+    without: str = ""  # layers without an adapter, and why
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_LLAMA_LIKE = Family((*_ATTENTION, *_MLP))
+# DeepSeek's attention: projections to a narrow space and back.
+_LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+_EXPERTS = "experts and router get none"
+# peft 0.21 (`_convert_peft_config_moe`) turns every `gate_proj`, `up_proj` and `down_proj` of these
+# families into their fused experts; dense and shared MLPs cannot be chosen without them.
+_ALL_MLPS = "experts get none; nor do dense and shared MLPs, by whose names PEFT adapts the experts"
+# PEFT refuses it for Falcon-H1 and Nemotron-H for this reason.
+_MAMBA = "Mamba's out_proj gets none: its kernels multiply by the weight, past an adapter"
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
+            *("gemma3_text", "smollm3", "granite", "cohere", "cohere2", "olmo", "olmo2", "olmo3"),
+            *("stablelm", "exaone4", "seed_oss", "hunyuan_v1_dense", "muse_glimmer_text"),
+            *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "gemma3n_text"),
+        ),
+        _LLAMA_LIKE,
+    ),
+    "phi3": Family(("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "phi": Family(("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
+    "glm4": Family((*_ATTENTION, "gate_up_proj", "down_proj")),
+    "gpt2": Family(("c_attn", "c_proj", "c_fc")),
+    "gpt_neox": Family(("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+    "falcon": Family(("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+    "starcoder2": Family((*_ATTENTION, "c_fc", "c_proj")),
+    # Three layers of gated delta rule to one of softmax attention. The delta rule's two gates
+    # (in_proj_a, in_proj_b) have one output per head.
+    "qwen3_5_text": Family((*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj", *_MLP)),
+    "lfm2": Family(("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3")),
+    # Mixtures of experts; transformers 5 keeps the experts of a layer in raw tensors.
+    "mixtral": Family(_ATTENTION, _EXPERTS),
+    "qwen2_moe": Family(_ATTENTION, _ALL_MLPS),
+    "qwen3_moe": Family(_ATTENTION, _EXPERTS),
+    "qwen3_vl_moe_text": Family(_ATTENTION, _EXPERTS),
+    "qwen3_next": Family((*_ATTENTION, "in_proj_qkvz", "out_proj"), _ALL_MLPS),
+    "qwen3_5_moe_text": Family(
+        (*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj", *_MLP), _EXPERTS
+    ),
+    "gpt_oss": Family(_ATTENTION, _EXPERTS),
+    "gemma4_text": Family((*_ATTENTION, *_MLP), _EXPERTS),
+    "llama4_text": Family((*_ATTENTION, *_MLP), _EXPERTS),
+    "glm4_moe": Family(_ATTENTION, _ALL_MLPS),
+    "glm4_moe_lite": Family(_LATENT, _ALL_MLPS),
+    "deepseek_v2": Family(_LATENT, _ALL_MLPS),
+    "deepseek_v3": Family(_LATENT, _ALL_MLPS),
+    # State space layers, some beside attention.
+    "falcon_h1": Family((*_ATTENTION, *_MLP, "in_proj"), _MAMBA),
+    "granitemoehybrid": Family(
+        (*_ATTENTION, "input_linear", "output_linear", "in_proj"), f"{_EXPERTS}; {_MAMBA}"
+    ),
+    # `up_proj` and `down_proj` are those of shared experts; the routed ones are raw tensors.
+    "nemotron_h": Family((*_ATTENTION, "up_proj", "down_proj", "in_proj"), f"{_EXPERTS}; {_MAMBA}"),
 }
 
 # Families with Llama's decoder layer, for which `engine/decoder_layer.py` has hand-written
 # gradients; a self-test compares them before training.
 FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"}
-
-
-def lora_targets(config: Any) -> tuple[str | list[str], str]:
-    """Target modules for `target_modules: auto`, and a short reason."""
-    family = getattr(config, "model_type", "")
-    if family in FAMILIES:
-        return list(FAMILIES[family]), f"model family {family}"
-    return (
-        "all-linear",
-        f"model family {family or 'unknown'} is not in the table: all linear layers",
-    )
 
 
 def changes_logits(config: Any) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.model.base_class import text_decoder
+
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "experts_per_token", "moe_topk", "moe_k")
 # Names of attention's output projection.
@@ -70,7 +72,7 @@ def decoder_layers(model: Any) -> Any:
     import torch
 
     layer_count = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    lists = (m for m in text_decoder(model).modules() if isinstance(m, torch.nn.ModuleList))
     return next((m for m in lists if len(m) == layer_count), None)
 
 
@@ -78,7 +80,7 @@ def layer_widths(model: Any) -> tuple[LayerWidths, ...]:
     """Widths of each decoder layer in order; one entry for all if the model has no layer list."""
     config, layers = model.config.get_text_config(), decoder_layers(model)
     head = model.get_output_embeddings()
-    blocks = [model.get_decoder()] if layers is None else list(layers)
+    blocks = [text_decoder(model)] if layers is None else list(layers)
     return tuple(_widths(block, config, head) for block in blocks)
 
 

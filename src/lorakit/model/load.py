@@ -6,7 +6,7 @@ import difflib
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,21 @@ from safetensors import SafetensorError
 
 from lorakit.errors import DependencyError, LorakitError, ModelError, first_line
 from lorakit.hardware import cap_finished_run, detect_device
+from lorakit.model.base_class import (
+    auto_class,
+    base_class,
+    empty_base,
+    frozen_config,
+    kept_in_16_bits,
+)
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.safetensors_io import check_weights, read_header
+from lorakit.model.stored_quantization import (
+    dequantizing,
+    require_trainable_weights,
+    stored_quantization,
+)
 from lorakit.model.trainable_tokens import keep_tokens
 from lorakit.model.untrusted import (
     check_adapter,
@@ -95,13 +107,14 @@ def locate_model(
 
 
 def load_config(recipe: Recipe, location: str) -> Any:
-    """Load the model's config and check that it is a causal language model.
+    """Load the model's config and check that it has a text decoder.
 
     Raises:
         ModelError: config.json is missing, the repository is gated or unreachable, or the model
-            is not a causal language model.
+            is no causal language model, alone or as part of a multimodal one, or its weights are
+            quantized in a way that cannot be trained.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     say_trust(recipe)
     try:
@@ -116,12 +129,15 @@ def load_config(recipe: Recipe, location: str) -> Any:
         raise
     except Exception as error:
         raise _load_error(recipe, location, error) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not recipe.trust_remote_code:
+    parts = (config, config.get_text_config())
+    has_encoder = any(getattr(part, "is_encoder_decoder", False) for part in parts)
+    if (base_class(config) is None or has_encoder) and not recipe.trust_remote_code:
         names = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
         raise ModelError(
             f"model: {recipe.model}: not a causal language model (config.json names {names})",
             hint="lorakit trains decoder-only chat models such as Llama, Mistral, Qwen or Gemma",
         )
+    require_trainable_weights(recipe, config)
     return config
 
 
@@ -158,38 +174,32 @@ def load_base(
 
     Args:
         on_host: keep the weights in host memory instead of on the device.
-        model_class: class of transformers to build instead of AutoModelForCausalLM's choice.
+        model_class: class of transformers to build instead of the one that config.json names.
 
     Raises:
         ModelError: weights missing or unreadable.
         DependencyError: `method: qlora` without a working bitsandbytes.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = load_config(recipe, location)
+    config = frozen_config(load_config(recipe, location))
     if Path(location).is_dir():
         check_weights(Path(location))
     arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}
-    quantized = getattr(config, "quantization_config", None)
-    if recipe.method == "qlora" and quantized is None:
-        arguments["quantization_config"] = nf4_config(device)
-    elif quantized is not None and recipe.method == "lora":
-        raise ModelError(
-            f"model: {recipe.model}: its weights are already quantized",
-            hint="set method: qlora, or name the 16-bit original of this model",
-        )
+    arguments |= dequantizing(config)
+    if recipe.method == "qlora" and not stored_quantization(config):
+        arguments["quantization_config"] = nf4_config(device, kept_in_16_bits(empty_base(config)))
     # Without a device map transformers puts quantized weights on a CUDA GPU, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
-    if model_class is not None:
-        arguments["config"] = config
     try:
-        model = (model_class or AutoModelForCausalLM).from_pretrained(
-            location, attn_implementation=device.attention, use_safetensors=True, **arguments
+        model = (model_class or auto_class(config)).from_pretrained(
+            location, config=config, use_safetensors=True, **arguments
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe, location, error) from error
+    if dequantizing(config):  # transformers 5.17 leaves them in bfloat16
+        model = model.to(arguments["dtype"])
     guard_quantized_cpu_weights(model)
     # Router logits only serve the load-balancing loss, which lorakit does not train.
     text = model.config.get_text_config()
@@ -202,8 +212,11 @@ def load_base(
     return model
 
 
-def nf4_config(device: Device) -> Any:
+def nf4_config(device: Device, kept: Collection[str]) -> Any:
     """Configure 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314, section 3).
+
+    Args:
+        kept: names of modules that stay in 16 bits.
 
     Raises:
         DependencyError: bitsandbytes is absent or does not work on this device.
@@ -228,6 +241,7 @@ def nf4_config(device: Device) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, device.dtype),
+        llm_int8_skip_modules=sorted(kept),
     )
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorakit.errors import RecipeError, first_line
-from lorakit.model.architectures import lora_targets
 from lorakit.model.load import copy_biases, public_name, remember_biases
+from lorakit.model.lora_targets import all_linear, in_decoder, lora_targets
+from lorakit.model.param_counts import count, ends
 from lorakit.model.regex_limits import check_patterns
 from lorakit.model.trainable_tokens import token_indices
 from lorakit.recipe.loader import ResolvedRecipe
@@ -18,11 +19,27 @@ from lorakit.recipe.schema import Recipe
 
 
 def resolve_targets(resolved: ResolvedRecipe, config: Any) -> ResolvedRecipe:
-    """Replace `target_modules: auto` by the family's list; the reason becomes its origin."""
-    if resolved.recipe.target_modules != "auto":
+    """Replace `target_modules` by layers of the text decoder; the reason becomes its origin.
+
+    `auto` gives the family's list, `all-linear` all linear layers. A list stays as it is unless
+    towers have layers of these names too.
+    """
+    wanted = resolved.recipe.target_modules
+    targets: str | list[str]
+    if isinstance(wanted, list):
+        counted = count(config)
+        inside = [name for name, _, _ in counted.linear]
+        # A name that matches nothing stays, so that `check_adapter_settings` reports it.
+        matched = all(any(ends(layer, [name]) for layer in inside) for name in wanted)
+        targets = in_decoder(wanted, counted) if matched else wanted
+        reason = f"{', '.join(wanted)} of the text decoder"
+    elif wanted == "auto":
+        targets, reason = lora_targets(config)
+    elif wanted == "all-linear":
+        targets, reason = all_linear(config)
+    else:
         return resolved
-    targets, reason = lora_targets(config)
-    return resolved.derive(reason, target_modules=targets)
+    return resolved if targets == wanted else resolved.derive(reason, target_modules=targets)
 
 
 def add_adapter(base: Any, recipe: Recipe, rows: Sequence[int] = ()) -> Any:

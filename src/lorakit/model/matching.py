@@ -13,6 +13,7 @@ from typing import Any
 
 from lorakit.errors import RecipeError, first_line
 from lorakit.model.adapter_init import init_faults
+from lorakit.model.base_class import empty_base, is_inside
 from lorakit.model.param_counts import ParamCounts, count, ends, is_named, is_target, layer_number
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.loader import suggest
@@ -59,6 +60,14 @@ def _targets(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
             f"target_modules: {head[0]} is the head, which cannot get an adapter; "
             "train it in full with modules_to_save: [lm_head]"
         )
+    frozen = [
+        n for n in counted.adaptable if is_inside(n, set(counted.sides)) and is_target(recipe, n)
+    ]
+    if frozen:
+        yield (
+            f"target_modules: {frozen[0]} is outside the text decoder ({counted.decoder}); no text "
+            "passes through it, so its adapter would never train"
+        )
     if recipe.layers_to_transform is not None:
         named = (name for name in counted.adaptable if is_named(wanted, name))
         layers = sorted({n for n in map(layer_number, named) if n is not None})
@@ -102,20 +111,27 @@ def _unmatched(key: str, name: str, counted: ParamCounts) -> Iterator[str]:
 
 def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     """Attach the adapter to a model without weights, so that peft refuses before loading."""
-    import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from lorakit.model.lora_config import lora_config
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_base(config)
     try:
         # Initialization from the weights (PiSSA) would need them.
         settings = replace(lora_config(recipe), init_lora_weights=True)
         get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise RecipeError(f"the adapter cannot be attached: {first_line(error)}") from error
+        hint = None
+        if "ParamWrapper" in str(error):  # peft's adapter of raw tensors
+            hint = (
+                "target_modules names experts, which PEFT adapts only with lora_dropout: 0; "
+                "target_modules: auto leaves them out"
+            )
+        elif "Mamba" in str(error):
+            hint = "target_modules: auto leaves this layer out"
+        raise RecipeError(
+            f"the adapter cannot be attached: {first_line(error)}", hint=hint
+        ) from error
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

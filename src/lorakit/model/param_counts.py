@@ -13,6 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.model.base_class import (
+    empty_base,
+    is_inside,
+    kept_in_16_bits,
+    name_of,
+    side_modules,
+    text_decoder,
+)
 from lorakit.model.layer_widths import LayerWidths, expert_elements, layer_widths
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.schema import Recipe
@@ -28,7 +36,9 @@ class ParamCounts:
     peft's `target_modules` finds them, so QLoRA keeps them in 16 bits.
     """
 
-    linear: tuple[Shape, ...]  # (name, D_in, D_out) of every linear layer except the head
+    # (name, D_in, D_out) of the decoder's linear layers that QLoRA quantizes: not the head, towers
+    # or routers
+    linear: tuple[Shape, ...]
     modules: tuple[str, ...]  # names of all modules
     adaptable: tuple[str, ...]  # names of modules that peft has LoRA layers for
     heads: tuple[str, ...]  # names of modules that map hidden states to logits
@@ -38,6 +48,8 @@ class ParamCounts:
     experts: int
     width: int  # of an embedding row
     layers: tuple[LayerWidths, ...]  # one per decoder layer
+    decoder: str  # name of the module with the text model's layers
+    sides: tuple[str, ...]  # names of towers and projectors beside it, which stay frozen
 
     @property
     def in_linear(self) -> int:
@@ -120,20 +132,21 @@ class _Keyed:
 @functools.lru_cache(maxsize=8)
 def _count(keyed: _Keyed) -> ParamCounts:
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(keyed.config)
+    model = empty_base(keyed.config)
+    kept = kept_in_16_bits(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     adaptable = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *convolutions)
     linear: list[Shape] = []
     experts = 0
     for name, module in model.named_modules():
+        if is_inside(name, kept):
+            continue
         if isinstance(module, Conv1D):  # GPT-2's, which bitsandbytes quantizes too
             linear.append((name, module.weight.shape[0], module.weight.shape[1]))
-        elif isinstance(module, torch.nn.Linear) and module is not head:
+        elif isinstance(module, torch.nn.Linear):
             linear.append((name, module.in_features, module.out_features))
         else:
             experts += expert_elements(name, module)
@@ -149,4 +162,6 @@ def _count(keyed: _Keyed) -> ParamCounts:
         experts,
         0 if embedding is None else int(embedding.weight.shape[-1]),
         layer_widths(model),
+        name_of(model, text_decoder(model)),
+        tuple(side_modules(model)),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorakit.model.base_class import frozen_config
 from lorakit.types import Device
 
 
@@ -18,19 +19,15 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
         four_bit: quantize linear layers to NF4.
         on_host: make the layers on the device one by one and keep them in host memory.
     """
-    import copy
-
     import torch
     from torch import nn
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, device.dtype)
-    first = copy.deepcopy(config)
+    first = frozen_config(config)
     first.num_hidden_layers = 1
     with torch.device(device.kind):
-        model = AutoModelForCausalLM.from_config(
-            first, dtype=dtype, attn_implementation=device.attention
-        )
+        model = AutoModelForCausalLM.from_config(first, dtype=dtype)
     layer_type = type(model.model.layers[0])
     model.model.layers = nn.ModuleList()
     for index in range(config.num_hidden_layers):

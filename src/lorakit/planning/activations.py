@@ -9,7 +9,6 @@ of each kind are run and the others are extrapolated from them: 0.2 s for a 7B m
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import logging
@@ -18,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.model.base_class import empty_base, text_decoder
 from lorakit.model.layer_widths import decoder_layers
 from lorakit.planning.fake_pass import fake_pass
 from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
@@ -181,7 +181,7 @@ def _loss(model: Any, head: Any, ids: Any, targets: Any) -> Any:
 
     from lorakit.ops.cross_entropy import summed_cross_entropy
 
-    hidden = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False)[0]
+    hidden = text_decoder(model.get_base_model())(input_ids=ids, use_cache=False)[0]
     picked = hidden.flatten(0, 1).index_select(0, torch.arange(len(targets)))
     return summed_cross_entropy(picked, targets, head)
 
@@ -190,19 +190,14 @@ def _model(question: _Question, layers: int) -> Any:
     """The PEFT model on the meta device, `layers` deep, in training mode."""
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from lorakit.model.lora_config import lora_config
 
     recipe = question.recipe
-    config = copy.deepcopy(question.config)
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    # Gemma 2 caps its attention scores, which sdpa does not support.
-    attention = _unmasked_attention() if model_class._supports_sdpa else "eager"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=_type(question.device), attn_implementation=attention
-        )
+    model = empty_base(question.config, dtype=_type(question.device))
+    decoder_config = text_decoder(model).config
+    if decoder_config._attn_implementation == "sdpa":
+        decoder_config._attn_implementation = _unmasked_attention()
     all_layers = decoder_layers(model)
     if all_layers is not None:
         del all_layers[layers:]

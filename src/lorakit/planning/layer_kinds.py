@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from lorakit.model.base_class import empty_base
 from lorakit.model.layer_widths import decoder_layers
 
 
 def layer_kinds(config: Any) -> list[Hashable]:
     """Key of each decoder layer's kind: its modules and the shapes of its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = decoder_layers(model) or ()
+    layers = decoder_layers(empty_base(config)) or ()
     return [
         (
             tuple(type(module).__name__ for module in layer.modules()),

@@ -71,7 +71,7 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
     for level in range(3):
         for more in range(1, layers + 1):
             yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
-    if sizes.cuda and not sizes.config.tie_word_embeddings and not recipe.trainable_tokens:
+    if sizes.cuda and sizes.counted.head and not recipe.trainable_tokens:
         yield (3,) * layers, Placement(embedding_on_host=True)
     if not sizes.cuda or recipe.modules_to_save is not None or recipe.trainable_tokens:
         return
@@ -99,7 +99,7 @@ def _layerwise(
                 (3,) * sizes.layers,
                 Placement(
                     layerwise=True,
-                    embedding_on_host=not sizes.config.tie_word_embeddings,
+                    embedding_on_host=sizes.counted.head > 0,
                     base_on_host=on_host,
                     adapters_on_host=adapters_on_host,
                     tokens_at_once=min(tokens, sizes.step_tokens),

@@ -223,6 +223,18 @@ def test_content_parts_system_and_tools_of_the_usual_forms():
     assert item.tools[0]["function"]["name"] == "find"
 
 
+@pytest.mark.parametrize("column", ["image", "images", "video", "audios"])
+def test_a_row_with_an_image_is_refused_by_name_and_one_without_is_not(column):
+    row = Row({"messages": TURNS, column: ["cat.jpg"]}, Origin("rows.jsonl", 3))
+    guess = guess_format([row])
+    with pytest.raises(RowError, match=rf"rows.jsonl:3.*{column} holds \['cat.jpg'\]") as caught:
+        to_conversation(row, guess, None)
+    assert f"remove {column}" in caught.value.hint
+    for empty in (None, [], ""):
+        row = Row({"messages": TURNS, column: empty}, Origin("rows.jsonl", 4))
+        assert to_conversation(row, guess, None).messages[-1].content == SAY
+
+
 def test_messages_of_people_are_not_taken_for_plain_texts():
     slack = {"type": "message", "text": "Hi", "user": "U1", "ts": "1.0", "client_msg_id": "x"}
     for values, said in ((slack, "export of Slack"), ({"sender": "A", "text": "Hi"}, "one turn a")):

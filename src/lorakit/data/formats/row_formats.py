@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorakit.data.formats.cells import RowFields
+from lorakit.data.formats.cells import RowFields, shown_value
 from lorakit.data.formats.columns import preference_data
 from lorakit.data.formats.messages import (
     history_of,
@@ -27,6 +27,8 @@ from lorakit.errors import DataError
 from lorakit.types import Conversation, Document, Message, Role, Row
 
 GUESS_ROWS = 100
+# Columns of data for models with other inputs than text (LLaVA, TRL's vision format).
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 
 # Column names seen in data sets, by the part they play: used for suggestions only.
 SYNONYMS: dict[str, str] = {
@@ -248,6 +250,7 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
     cells = RowFields(_rename(row.values, guess.columns), row.origin, guess.columns)
     fmt = _BY_NAME[guess.name]
     _refuse_other_format(cells, fmt)
+    _refuse_media(cells)
     content = fmt.convert(cells)
     if isinstance(content, str):
         return Document(content, row.origin)
@@ -284,6 +287,17 @@ def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
             f"this row is of format {other}, the file of format {fmt.name}",
             "put the rows of each format into a separate file; a folder of both can be trained",
         )
+
+
+def _refuse_media(cells: RowFields) -> None:
+    """Refuse a row with an image, video or sound: without it the answer is about nothing."""
+    for column in MEDIA & cells.values.keys():
+        if cells.values[column]:
+            raise cells.fault(
+                "not text",
+                f"column {column} holds {shown_value(cells.values[column])}; only text is trained",
+                f"leave the row out, or remove {column} to train on its text alone",
+            )
 
 
 def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""Choose the class of a base model, and find the text decoder in it.
+
+The class that config.json names is built, as engines do: adapters and merged weights then have its
+names. For Qwen3.5 and Llama 4 AutoModelForCausalLM builds only the text model, whose layers have
+other names; adapters trained in it match nothing in the class that the base declares.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that builds this config's base.
+
+    It is AutoModelForCausalLM, unless config.json names the class with other inputs (images,
+    audio), or transformers knows no other class for this config.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    causal = _mapped(AutoModelForCausalLM, config)
+    multimodal = _mapped(AutoModelForMultimodalLM, config)
+    named = (getattr(config, "architectures", None) or [None])[0]
+    if multimodal is not None and (causal is None or multimodal.__name__ == named):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
+
+
+def base_class(config: Any) -> Any:
+    """The class that is built for this config; None if transformers has none (remote code)."""
+    return _mapped(auto_class(config), config)
+
+
+def _mapped(auto: Any, config: Any) -> Any:
+    if type(config) not in auto._model_mapping:
+        return None
+    found = auto._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def frozen_config(config: Any) -> Any:
+    """Copy a config for a frozen base: without dropout, and with each class's own attention.
+
+    Dropout belongs to the adapters; Seed-OSS's config has 0.1 for the base's activations, too.
+    Without an attention implementation each part takes sdpa if its class has it: gpt-oss, Gemma 2
+    and Gemma 4's audio tower have none in transformers and take eager.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key, value in list(vars(part).items()) if part is not None else ():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def empty_base(config: Any, **options: Any) -> Any:
+    """Build the base on the meta device, without weights."""
+    import torch
+
+    with torch.device("meta"):
+        return auto_class(config).from_config(frozen_config(config), **options)
+
+
+def text_decoder(model: Any) -> Any:
+    """The module with the text model's layers: ids to hidden states, without the head."""
+    decoder = model.get_decoder()
+    # Llama 4's answer is a causal language model with its head.
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
+def name_of(model: Any, wanted: Any) -> str:
+    """Name of a module in the model; "" if it is the model itself or not in it."""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def side_modules(model: Any) -> list[str]:
+    """Names of the parts beside text decoder and head: towers and projectors."""
+    text = {id(text_decoder(model)), id(model.get_output_embeddings())}
+    if id(model) in text:
+        return []
+    return list(_beside(model, "", text))
+
+
+def _beside(parent: Any, path: str, text: set[int]) -> Iterator[str]:
+    for name, module in parent.named_children():
+        inside = {id(m) for m in module.modules()}
+        if id(module) in text or next(module.parameters(), None) is None:
+            continue
+        if inside & text:
+            yield from _beside(module, f"{path}{name}.", text)
+        else:
+            yield f"{path}{name}"
+
+
+def kept_in_16_bits(model: Any) -> set[str]:
+    """Names of modules that QLoRA does not quantize: head, towers, routers, special linear layers.
+
+    bitsandbytes would replace a subclass of Linear, and with it its own forward (Llama 4's router).
+    """
+    import torch
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    special = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (type(module) is not torch.nn.Linear or "router" in name.split("."))
+    }
+    return {*get_keys_to_not_convert(model), *side_modules(model), *special}
+
+
+def is_inside(name: str, parents: set[str]) -> bool:
+    """True if a module is one of `parents` or part of one."""
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
