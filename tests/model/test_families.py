@@ -6,6 +6,7 @@ merged folder, both in the class that config.json names.
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lorakit.export.verify_tensors import compare_tensors
 from lorakit.hardware import detect_device
 from lorakit.model.base_class import base_class, name_of, text_decoder
 from lorakit.model.base_fingerprint import remember_base
+from lorakit.model.kernel_check import use_plain_torch
 from lorakit.model.load import load_base, load_config
 from lorakit.model.lora_config import add_adapter, resolve_targets
 from lorakit.model.matching import check_adapter_settings
@@ -113,6 +115,11 @@ def train(name, folder, method="lora", change=None, **values):
     return run, base, model.eval(), recipe
 
 
+def source_of(run):
+    """The run on the CPU, where it was trained: a GPU would quantize a few blocks otherwise."""
+    return replace(open_source(run), device=detect_device("float32", "cpu"))
+
+
 @functools.cache
 def question():
     return torch.arange(20).unsqueeze(0) * 31 % WORDS
@@ -145,7 +152,7 @@ def test_a_family_is_trained_and_exported_as_the_class_it_declares(name, tmp_pat
     assert (tuned - untuned).abs().max() > 1e-3
     torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, run.adapter)), tuned)
 
-    source, folder = open_source(run), tmp_path / "merged"
+    source, folder = source_of(run), tmp_path / "merged"
     folder.mkdir()
     assert write_merged(source, folder, "quantized", "float32") == STREAMED
     assert compare_tensors(source, folder, "quantized")["update_kept"] > 0.999
@@ -177,6 +184,7 @@ def test_only_families_that_isolate_documents_are_packed(name, dtype):
     config = tiny_config(name)
     torch.manual_seed(0)
     model = declared_class(config)(config).to(dtype)
+    use_plain_torch(model)
     assert (attach_loss(model).packing == PACKED) == (name not in MIXES)
 
 
@@ -190,7 +198,7 @@ def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, t
     assert inside == {n for n, _, _ in count(load_config(recipe, str(base))).linear}
     assert all(n.startswith(f"{decoder}.") and "router" not in n for n in quantized)
 
-    source, folder = open_source(run), tmp_path / "merged"
+    source, folder = source_of(run), tmp_path / "merged"
     folder.mkdir()
     assert write_merged(source, folder, "quantized", "float32") == STREAMED
     assert compare_tensors(source, folder, "quantized")["update_kept"] > 0.999
@@ -219,7 +227,7 @@ def pack_experts(base):
 def test_mxfp4_experts_are_dequantized_and_the_merged_folder_is_plain(tmp_path):
     run, _, model, _ = train("gpt_oss", tmp_path, change=pack_experts)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    source, folder = open_source(run), tmp_path / "merged"
+    source, folder = source_of(run), tmp_path / "merged"
     folder.mkdir()
     assert "quantized on the disk" in write_merged(source, folder, "quantized", "float32")
     written = json.loads((folder / "config.json").read_text())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import hub_kernels
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from lorakit.model.kernel_check import check_kernels, kernel_functions
+from lorakit.model.kernel_check import check_kernels, kernel_functions, use_plain_torch
 
 NAME = "torch_chunk_gated_delta_rule"
 
@@ -106,3 +106,17 @@ def test_layers_on_another_device_are_not_run(model, bind):
 
     bind(kernel)
     assert check_kernels(model, "cuda") is None
+
+
+def test_a_model_on_the_cpu_runs_no_kernel(model, bind):
+    """On a machine with a GPU and fla they are bound, and cannot read its tensors."""
+
+    def kernel(*_args, **_kwargs):
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    plain = bind(kernel)
+    with pytest.raises(ValueError, match="Pointer argument"):
+        model(torch.arange(8).unsqueeze(0))
+    use_plain_torch(model)
+    assert getattr(qwen, NAME) is plain
+    assert model(torch.arange(8).unsqueeze(0)).logits.isfinite().all()

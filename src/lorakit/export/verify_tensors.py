@@ -102,7 +102,7 @@ class ExpectedTensors:
         self.whole = trained_whole(source)
         self.parts = {n.removeprefix(PREFIX): t for n, t in source.adapter_tensors().items()}
         self.config = source.adapter
-        self.compute = getattr(torch, source.device.dtype)
+        self.compute, self.device = getattr(torch, source.device.dtype), source.device.kind
         self.four_bit = four_bit_modules(source, empty, merge_base)
 
     def of(self, name: str) -> tuple[Any, Any]:
@@ -115,7 +115,8 @@ class ExpectedTensors:
             return base, base
         base = base.to(self.compute)
         if module in self.four_bit:
-            base = nf4_round_trip(base)
+            # Where training quantized it: a sum in another order moves a block's scale by one code.
+            base = nf4_round_trip(base.to(self.device)).cpu()
         update = self._update(module) if module else None
         if update is None:
             return base, base

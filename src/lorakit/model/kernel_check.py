@@ -56,6 +56,15 @@ def kernel_functions(model: Any) -> list[KernelFunction]:
     return functions
 
 
+def use_plain_torch(model: Any) -> None:
+    """Unbind the kernels of a model on the CPU: Triton's cannot read its tensors.
+
+    On a machine with a GPU they are bound at import, whatever device the model is loaded on.
+    """
+    for function in kernel_functions(model):
+        function.use_plain()
+
+
 def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
     """Compare the bound kernels with plain torch on this GPU, and unbind them if they differ.
 
