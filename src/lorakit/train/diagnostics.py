@@ -5,13 +5,12 @@ Messages state measured values, and the likeliest cause as such. Each is reporte
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.run_dir import RunDir
+from lorakit.storage.run_dir import RunDir, read_json
 
 # The loss is judged over this many steps after the warm-up, by the means of its two ends.
 FLAT_STEPS = 100
@@ -26,10 +25,7 @@ SLOW = 0.5
 
 def planned_rate(run: RunDir) -> float | None:
     """Tokens/s that the run's plan.json expects; None if it has no estimate."""
-    try:
-        rate = json.loads(run.plan.read_text(encoding="utf-8")).get("tokens_per_second")
-    except (OSError, ValueError):
-        return None
+    rate = (read_json(run.plan) or {}).get("tokens_per_second")
     return None if rate is None else float(rate)
 
 

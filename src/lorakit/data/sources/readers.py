@@ -139,7 +139,7 @@ def _no_row(line: str, file: DataFile, number: int) -> DataError:
     hint = 'write each row as {"instruction": "...", "response": "..."}'
     if isinstance(value, str) and value.lstrip().startswith("{"):
         hint = f"each line is a text that holds JSON: {file.rewritten_by('jq -c fromjson')}"
-    if _is_turns(value):
+    if _is_list_of_objects(value):
         hint = turn_lists(file, "")
     return DataError(
         f"{file.name}:{number}: {_type_name(value)} where an object {{...}} is expected: "
@@ -148,8 +148,8 @@ def _no_row(line: str, file: DataFile, number: int) -> DataError:
     )
 
 
-def _is_turns(value: Any) -> bool:
-    """True for a list of objects: the turns of one conversation."""
+def _is_list_of_objects(value: Any) -> bool:
+    """True for a list with objects only: rows, or the turns of one conversation."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
@@ -174,8 +174,7 @@ def _wrapped(file: DataFile) -> list[Any]:
     inner = [
         name
         for name, items in value.items()
-        if isinstance(items, list) and items and name not in _INSIDE_ROWS
-        if all(isinstance(item, dict) for item in items)
+        if name not in _INSIDE_ROWS and _is_list_of_objects(items)
     ]
     if len(inner) > 1 and not _INSIDE_ROWS & value.keys():
         longest = max(inner, key=lambda name: len(value[name]))
@@ -224,7 +223,8 @@ def _listed(items: Iterable[Any], file: DataFile) -> Iterator[Row]:
 def _no_object(item: Any, file: DataFile, position: int) -> DataError:
     fault = f"item {position} is {_type_name(item)}, expected an object {{...}}"
     return DataError(
-        f"{file.name}: {fault}", hint=turn_lists(file, ".[] | ") if _is_turns(item) else None
+        f"{file.name}: {fault}",
+        hint=turn_lists(file, ".[] | ") if _is_list_of_objects(item) else None,
     )
 
 
