@@ -23,7 +23,7 @@ from lorakit.export.verify_tensors import compare_tensors
 from lorakit.hardware import detect_device
 from lorakit.model.base_class import base_class, name_of, text_decoder
 from lorakit.model.base_fingerprint import remember_base
-from lorakit.model.kernel_check import use_plain_torch
+from lorakit.model.kernel_check import use_plain_torch_on_cpu
 from lorakit.model.load import load_base, load_config
 from lorakit.model.lora_config import add_adapter, resolve_targets
 from lorakit.model.matching import check_adapter_settings
@@ -184,7 +184,7 @@ def test_only_families_that_isolate_documents_are_packed(name, dtype):
     config = tiny_config(name)
     torch.manual_seed(0)
     model = declared_class(config)(config).to(dtype)
-    use_plain_torch(model)
+    use_plain_torch_on_cpu(model)
     assert (attach_loss(model).packing == PACKED) == (name not in MIXES)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import hub_kernels
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from lorakit.model.kernel_check import check_kernels, kernel_functions, use_plain_torch
+from lorakit.model.kernel_check import check_kernels, kernel_functions, use_plain_torch_on_cpu
 
 NAME = "torch_chunk_gated_delta_rule"
 
@@ -114,9 +114,14 @@ def test_a_model_on_the_cpu_runs_no_kernel(model, bind):
     def kernel(*_args, **_kwargs):
         raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
 
-    plain = bind(kernel)
+    bind(kernel)
     with pytest.raises(ValueError, match="Pointer argument"):
         model(torch.arange(8).unsqueeze(0))
-    use_plain_torch(model)
-    assert getattr(qwen, NAME) is plain
+    use_plain_torch_on_cpu(model)
+    use_plain_torch_on_cpu(model)
     assert model(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
+    # A model that is loaded on a GPU later in this process keeps its kernels.
+    on_gpu = [torch.zeros(1, 4, 2, 8, device="meta")] * 3
+    with pytest.raises(ValueError, match="Pointer argument"):
+        getattr(qwen, NAME)(*on_gpu, g=on_gpu[0], beta=on_gpu[0])
+    assert [function.plain for function in kernel_functions(model) if function.name == NAME]

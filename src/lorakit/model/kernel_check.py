@@ -8,6 +8,7 @@ Triton 3.4 to 3.7.0, since the gradients would be wrong.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
@@ -56,13 +57,29 @@ def kernel_functions(model: Any) -> list[KernelFunction]:
     return functions
 
 
-def use_plain_torch(model: Any) -> None:
-    """Unbind the kernels of a model on the CPU: Triton's cannot read its tensors.
+class PlainOnCPU:
+    """A bound function that calls its torch implementation for tensors on the CPU.
 
-    On a machine with a GPU they are bound at import, whatever device the model is loaded on.
+    Triton's kernels cannot read these, and on a machine with a GPU they are bound at import,
+    whatever device a model is loaded on.
     """
+
+    def __init__(self, bound: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, plain)
+        self.bound, self.plain = bound, plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = next(tensors, None)
+        on_cpu = first is not None and first.device.type == "cpu"
+        return (self.plain if on_cpu else self.bound)(*args, **kwargs)
+
+
+def use_plain_torch_on_cpu(model: Any) -> None:
+    """Let the model's kernel-bound functions call plain torch for tensors on the CPU."""
     for function in kernel_functions(model):
-        function.use_plain()
+        if not isinstance(function.bound, PlainOnCPU):
+            function.namespace[function.name] = PlainOnCPU(function.bound, function.plain)
 
 
 def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
@@ -144,6 +161,8 @@ def _definition(bound: Any) -> Any:
     """Torch implementation of a kernel-bound function; None for any other object."""
     from transformers.integrations import hub_kernels
 
+    if isinstance(bound, PlainOnCPU):
+        return bound.plain
     if isinstance(bound, nn.Module):  # the package `kernels` wraps each in a module
         bound = inspect.getclosurevars(type(bound).forward).nonlocals.get("func")
     code = getattr(bound, "__code__", None)

@@ -23,7 +23,7 @@ from lorakit.model.base_class import (
     kept_in_16_bits,
 )
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
-from lorakit.model.kernel_check import check_kernels, use_plain_torch
+from lorakit.model.kernel_check import check_kernels, use_plain_torch_on_cpu
 from lorakit.model.safetensors_io import check_weights, read_header
 from lorakit.model.stored_quantization import (
     dequantizing,
@@ -206,7 +206,7 @@ def load_base(
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False
     if device.kind == "cpu":
-        use_plain_torch(model)
+        use_plain_torch_on_cpu(model)
     else:
         check_kernels(model)
     if on_host:
