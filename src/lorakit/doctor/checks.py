@@ -1,6 +1,6 @@
 """Check the facts about this machine, with a Finding and a fix for each problem.
 
-A check is one function and one row of CHECKS; its texts are in `doctor/known_issues.py`.
+A check is one function and one row of CHECKS; its texts are in `doctor/known_issues.yaml`.
 """
 
 from __future__ import annotations
