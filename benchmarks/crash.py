@@ -456,7 +456,7 @@ def import_everything():
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lorakit.pipeline  # noqa: F401
-    from lorakit.cli.app import quiet
+    from lorakit.console import quiet
 
     quiet(offline=True)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -105,7 +104,7 @@ def plan(
     card = find_card(gpu) if gpu else None
     size = parse_memory(memory) if memory else None
     with silence_libraries(resolved.recipe.offline):
-        config, source, local = find_config(resolved.recipe, _folders(resolved))
+        config, source, local = find_config(resolved.recipe, resolved.folders)
     final = resolve_targets(resolved, config).recipe
     check_adapter_settings(final, config)
     device = card_device(card, size, final.dtype) if card or size else detect_device(final.dtype)
@@ -183,7 +182,7 @@ def _prepared(
     from lorakit.model.start_adapter import resolve_start, tokenizer_location
 
     resolved = resolve_start(resolved)
-    folders = _folders(resolved)
+    folders = resolved.folders
     with silence_libraries(resolved.recipe.offline):
         if tokenizer is None:
             location = locate_model(resolved.recipe, folders, say)
@@ -197,7 +196,3 @@ def _prepared(
 def default_console() -> Console:
     """Return a console for plain text on stdout, which a notebook keeps as one output."""
     return plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)
-
-
-def _folders(resolved: ResolvedRecipe) -> list[Path]:
-    return [Path(), *([resolved.folder] if resolved.folder else [])]

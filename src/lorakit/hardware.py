@@ -138,22 +138,18 @@ def _from_recipe(dtype: str) -> tuple[str, str] | None:
 
 def _cpu_flags() -> set[str]:
     """CPU feature flags listed by Linux; empty on other systems, which means float32."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return set()
-    for line in info.read_text(errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
+    return set(_cpu_info("flags", "Features").split())
 
 
 def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(*names: str) -> str:
+    """First value of one of these names in /proc/cpuinfo; "" on other systems than Linux."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith(names)), "")
 
 
 MIB = 2**20

@@ -151,7 +151,7 @@ def _prologue(
     resolved: ResolvedRecipe, console: Console, force: bool, device: Device
 ) -> PreparedRun:
     recipe = resolved.recipe
-    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    folders = resolved.folders
     location = locate_model(recipe, folders, console.print)
     config = load_config(recipe, location)
     resolved = resolve_targets(resolved, config).derive(device.reasons["dtype"], dtype=device.dtype)

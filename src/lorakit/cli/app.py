@@ -10,24 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.console import plain_console, quiet
+from lorakit.console import plain_console
 
-__all__ = [
-    "Gpus",
-    "Json",
-    "Method",
-    "Offline",
-    "Output",
-    "RunArgument",
-    "Set",
-    "app",
-    "first_rank",
-    "log",
-    "on_gpus",
-    "out",
-    "print_json",
-    "quiet",
-]
 app = typer.Typer(
     name="lorakit",
     no_args_is_help=True,

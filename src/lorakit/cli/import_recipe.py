@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -70,19 +69,16 @@ def _report(imported: Imported, output: Path | None) -> Iterator[str]:
 
 def _write_new(path: Path, text: str) -> None:
     """Write a new file; an existing recipe may have been edited and is never overwritten."""
+    created = False
     try:
-        handle = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w")
+        with path.open("x", encoding="utf-8") as handle:
+            created = True
+            handle.write(text)
     except FileExistsError:
         raise RecipeError(f"{path}: already exists", hint="set another name with -o") from None
     except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be written: {error.strerror}", hint="set another path with -o"
-        ) from error
-    try:
-        with handle:
-            handle.write(text)
-    except OSError as error:
-        path.unlink(missing_ok=True)
+        if created:
+            path.unlink(missing_ok=True)
         raise RecipeError(
             f"{path}: cannot be written: {error.strerror}", hint="set another path with -o"
         ) from error

@@ -21,8 +21,8 @@ from lorakit.cli.app import (
     on_gpus,
     out,
     print_json,
-    quiet,
 )
+from lorakit.console import quiet
 from lorakit.errors import RecipeError
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.app import Json, Method, Offline, Set, app, out, print_json, quiet
+from lorakit.cli.app import Json, Method, Offline, Set, app, out, print_json
+from lorakit.console import quiet
 
 
 @app.command()

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.app import Json, Offline, Output, RunArgument, app, log, out, print_json, quiet
+from lorakit.cli.app import Json, Offline, Output, RunArgument, app, log, out, print_json
+from lorakit.console import quiet
 
 
 def _is_offline(run: Any) -> bool:

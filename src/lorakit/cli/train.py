@@ -23,8 +23,8 @@ from lorakit.cli.app import (
     on_gpus,
     out,
     print_json,
-    quiet,
 )
+from lorakit.console import quiet
 
 
 @app.command()

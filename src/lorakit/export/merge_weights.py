@@ -10,7 +10,6 @@ Quantizing the sum to 4 bits again would erase the update: it is about 0.6% of a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from lorakit.export.tuned_run import TunedRun, float32_model
 from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, name_of, text_decoder
 from lorakit.model.safetensors_io import Stored, stored_tensors, write_shards
 from lorakit.model.stored_quantization import stored_quantization
+from lorakit.storage.atomic_dir import free_bytes
 
 Entry = tuple[str, int, Callable[[], Any]]
 STREAMED = "shard by shard"
@@ -66,11 +66,7 @@ def check_space(source: TunedRun, target: Path, dtype: str, extra: float = 0.0) 
         WorkError: gives the needed and the free space.
     """
     needed = int(parameters(source) * (BYTES[dtype] + extra) * 1.05)
-    existing = target
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    if (free := free_bytes(target)) < needed:
         raise WorkError(
             f"{target}: this export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             hint="free some space, or set another folder with --output",

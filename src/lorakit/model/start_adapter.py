@@ -123,7 +123,7 @@ def resolve_start(resolved: ResolvedRecipe, resume: bool = False) -> ResolvedRec
         ModelError, RunError: see `find_start`.
     """
     recipe = resolved.recipe
-    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    folders = resolved.folders
     if resume and recipe.from_adapter and _adapter_at(recipe.from_adapter, folders) is None:
         return resolved
     start = find_start(recipe, folders)
@@ -197,7 +197,7 @@ def _base(start: StartAdapter, recipe: Recipe, resolved: ResolvedRecipe) -> dict
         RecipeError: the adapter was trained on a base of another precision.
         ModelError: nothing names the base.
     """
-    folders = [Path(), *([resolved.folder] if resolved.folder else [])]
+    folders = resolved.folders
     named = _adapter_at(recipe.model, folders) is None
     settings: dict[str, Any] = {}
     if start.run is None:

@@ -33,6 +33,11 @@ class ResolvedRecipe:
     origins: dict[str, str]
     folder: Path | None = None
 
+    @property
+    def folders(self) -> list[Path]:
+        """Folders in which relative paths are looked up: the current one, and the recipe's."""
+        return [Path(), *([self.folder] if self.folder else [])]
+
     def derive(self, reason: str, **values: Any) -> ResolvedRecipe:
         """Copy the recipe with `values` set and their origin `derived: reason`."""
         changed = Recipe.model_validate({**_explicit(self), **values})

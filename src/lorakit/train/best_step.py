@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -36,15 +36,7 @@ class BestStep:
 
     def write(self, run: RunDir) -> None:
         """Write `best.json`."""
-        write_json(
-            run.best,
-            {
-                "step": self.step,
-                "eval_loss": self.eval_loss,
-                "steps": self.steps,
-                "used": self.used,
-            },
-        )
+        write_json(run.best, asdict(self))
 
 
 def best_step(run: RunDir) -> BestStep | None:

@@ -25,6 +25,7 @@ from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.recipe.schema import RENAMED, Recipe
+from lorakit.storage.atomic_dir import existing_parent
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
 from lorakit.train.checkpoint import Checkpoint, require_checkpoint
@@ -188,9 +189,7 @@ def _is_empty(path: Path) -> bool:
 
 def _check_writable(run: RunDir) -> None:
     """Check without creating anything: a run that fails on its input must not leave a folder."""
-    ancestor = run.path.absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
+    ancestor = existing_parent(run.path.absolute())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         problem = "read-only" if ancestor.is_dir() else "a file"
         raise WorkError(
@@ -203,7 +202,7 @@ def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
     """A local path relative to the run directory; names of hub repositories are unchanged."""
     if text.split(":")[0] == "demo":
         return text
-    for folder in (Path(), *([resolved.folder] if resolved.folder else [])):
+    for folder in resolved.folders:
         path = folder / Path(text).expanduser()
         if path.exists():
             return os.path.relpath(path.resolve(), run.path.resolve())

@@ -22,6 +22,7 @@ Status = Literal["translated", "not_needed", "untranslated", "default"]
 # Columns that lorakit recognizes by name, besides those named after their part.
 USUAL_COLUMNS = {("response", "output"), ("messages", "conversations")}
 LARGEST_INFO = 2**24
+OFF = ("", "false", "no", "off", "none", "null", "0", "[]", "{}")
 SCHEMA = Recipe.model_json_schema()["properties"]
 
 
@@ -187,17 +188,7 @@ def holds(condition: str, source: Mapping[str, Any]) -> bool:
 
 def is_on(value: Any) -> bool:
     """Return False for empty, null, no and 0, which are treated as absent."""
-    return normalized_value(value) not in (
-        "",
-        "false",
-        "no",
-        "off",
-        "none",
-        "null",
-        "0",
-        "[]",
-        "{}",
-    )
+    return normalized_value(value) not in OFF
 
 
 def matches(value: Any, patterns: Sequence[Any]) -> bool:
