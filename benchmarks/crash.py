@@ -24,6 +24,9 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.in_process import import_libraries
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -449,12 +452,7 @@ class Campaign:
 
 def import_everything():
     """What children need, loaded once; nothing here may start a thread."""
-    import bitsandbytes  # noqa: F401
-    import matplotlib.backends.backend_svg
-    import matplotlib.figure  # noqa: F401
-    import peft.utils.transformers_weight_conversion  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
+    import_libraries()
     import lorakit.pipeline  # noqa: F401
     from lorakit.console import quiet
 

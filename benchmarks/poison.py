@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.train.faults import Around
 
 STEPS = 8
 # A spike is one against the median of 20 steps at least.
@@ -37,19 +40,6 @@ KINDS = (
     "data nan",
     "data inf",
 )
-
-
-class Around:
-    """A step runner that calls `work(runner, micro_batches, scale)` in place of the runner."""
-
-    def __init__(self, runner, work):
-        self.runner, self.work = runner, work
-
-    def __call__(self, micro_batches, scale):
-        return self.work(self.runner, micro_batches, scale)
-
-    def __getattr__(self, name):
-        return getattr(self.runner, name)
 
 
 def poisoned_run(number, model_dir, data, folder):

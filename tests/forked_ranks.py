@@ -16,7 +16,10 @@ import socket
 import sys
 from pathlib import Path
 
-from in_process import exit_code  # this file runs as a script: its folder is on the path
+from in_process import (  # this file runs as a script: its folder is on the path
+    exit_code,
+    import_libraries,
+)
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
@@ -24,12 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
 
 def import_everything():
     """Nothing here may start a thread."""
-    import bitsandbytes  # noqa: F401
-    import matplotlib.backends.backend_svg
-    import matplotlib.figure  # noqa: F401
-    import peft.utils.transformers_weight_conversion  # noqa: F401
+    import_libraries()
     import torch.distributed  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401

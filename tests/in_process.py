@@ -1,10 +1,19 @@
-"""A command's entry point enters; the exit code leaves that a process of its own would have had."""
+"""Run a command in this process, and import what forked children need."""
 
 
 def exit_code(main):
-    """Of `main()`; what it is asked stands in sys.argv."""
+    """Exit code that a process of its own would have had; the command line is sys.argv."""
     try:
         main()
     except SystemExit as stop:
         return stop.code or 0
     return 0
+
+
+def import_libraries():
+    """Import the libraries of a run before a fork, so that a child starts in a second."""
+    import bitsandbytes  # noqa: F401
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+    import peft.utils.transformers_weight_conversion  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401

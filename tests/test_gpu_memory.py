@@ -14,8 +14,8 @@ from lorakit.train.oom import run_catching_oom
 from lorakit.types import Device
 
 GIB = 2**30
-GPU = Device("cuda", "NVIDIA H200", 139 * GIB, "bfloat16", "sdpa")
-CPU = Device("cpu", "x", 8 * GIB, "float32", "sdpa")
+GPU = Device("cuda", "NVIDIA H200", 139 * GIB, "bfloat16")
+CPU = Device("cpu", "x", 8 * GIB, "float32")
 
 
 @pytest.fixture

@@ -36,9 +36,10 @@ from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import environment
 from lorakit.train.signals import StopRequest
 from lorakit.train.trainer import LoraTrainer
+from lorakit.train.training_args import check_training_settings
 from lorakit.types import IGNORE, Device, Example, MemoryPlan, Origin
+from lorakit.units import GIB
 
-GIB = 2**30
 SAMPLE_SECONDS = 0.01
 # Kernels are chosen and caches filled in the first steps.
 UNTIMED_STEPS = 3
@@ -107,6 +108,7 @@ def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _
     device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
     config = shape_config(resolved.recipe.model)
     recipe = resolve_targets(resolved, config).recipe
+    check_training_settings(recipe, device, recipe.max_steps or 1, held_out=False)
     plan = plan_training(recipe, config, device)
     return _Job(recipe, config, device, plan, lengths, ranks)
 

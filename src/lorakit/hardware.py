@@ -21,6 +21,7 @@ import psutil
 
 from lorakit.errors import RecipeError
 from lorakit.types import Device
+from lorakit.units import MIB
 
 # Instruction sets that multiply bf16 natively. Without them bf16 on a CPU is emulated and slower
 # than float32; with AVX512_BF16 a SmolLM2 step took 1.4 s against 2.8 s in float32.
@@ -45,7 +46,7 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
         chosen, why = _from_recipe(dtype) or ("float16", "Apple GPUs have no fast bfloat16 matmul")
         memory = psutil.virtual_memory().total
         reasons = {"kind": "Apple GPU", "dtype": why}
-        return Device("mps", platform.processor(), memory, chosen, "sdpa", reasons)
+        return Device("mps", platform.processor(), memory, chosen, reasons)
     return _cpu(dtype)
 
 
@@ -76,9 +77,7 @@ def _cuda(dtype: str) -> Device:
             else ("float16", f"{name} lacks bfloat16 (needs capability 8.0); with loss scaling")
         )
         chosen, reasons["dtype"] = _from_recipe(dtype) or automatic
-    return Device(
-        "cuda", name, memory, chosen, "sdpa", reasons, kernels=runs_kernels((major, minor))
-    )
+    return Device("cuda", name, memory, chosen, reasons, kernels=runs_kernels((major, minor)))
 
 
 def runs_kernels(capability: tuple[int, int]) -> bool:
@@ -116,7 +115,7 @@ def _cpu(dtype: str) -> Device:
         )
     chosen, why = _from_recipe(dtype) or automatic
     reasons = {"kind": "no CUDA device found", "dtype": why}
-    return Device("cpu", _cpu_name(), host_memory(), chosen, "sdpa", reasons)
+    return Device("cpu", _cpu_name(), host_memory(), chosen, reasons)
 
 
 def host_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -152,7 +151,6 @@ def _cpu_info(*names: str) -> str:
     return next((x.partition(":")[2].strip() for x in lines if x.startswith(names)), "")
 
 
-MIB = 2**20
 # Context, kernels and library handles of an H100, used if they cannot be measured.
 CUDA_CONTEXT_BYTES = 840 * MIB
 # Kernels and library handles are loaded at first use: 233 to 259 MiB on an H200.

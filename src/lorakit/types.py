@@ -150,7 +150,6 @@ class Device:
     name: str
     memory_bytes: int
     dtype: str
-    attention: str
     reasons: dict[str, str] = field(default_factory=dict)
     ranks: int = 1
     nodes: int = 1

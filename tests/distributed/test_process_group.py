@@ -20,7 +20,7 @@ from lorakit.distributed.process_group import (
 from lorakit.errors import WorkError
 from lorakit.types import Device
 
-H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", "sdpa", {"kind": "card"})
+H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", {"kind": "card"})
 
 
 @pytest.fixture

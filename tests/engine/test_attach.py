@@ -304,7 +304,7 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give(inner):
     from lorakit.model.random_init import _quantize
     from lorakit.types import Device
 
-    device = Device("cpu", "cpu", 2**34, "float32", "sdpa")
+    device = Device("cpu", "cpu", 2**34, "float32")
     torch.manual_seed(1)
     config = AutoConfig.for_model(
         "llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=inner,

@@ -68,7 +68,7 @@ def test_four_bit_weights_travel_packed_with_their_scales():
     from lorakit.planning.known_models import shape_config
     from lorakit.types import Device
 
-    device = Device("cpu", "x", 2**30, "float32", "sdpa")
+    device = Device("cpu", "x", 2**30, "float32")
     base = random_model(shape_config("tiny"), device, four_bit=True).requires_grad_(False)
     layers = [FastLayer(x, i, base.config, {}, CPU) for i, x in enumerate(base.model.layers)]
     before = [layer.gate_up.weight().clone() for layer in layers]

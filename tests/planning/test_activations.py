@@ -18,8 +18,8 @@ from lorakit.planning.memory import plan_memory
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
-H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", "sdpa")
-CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16")
+CPU = Device("cpu", "CPU", 16 * 2**30, "float32")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -17,7 +17,7 @@ from lorakit.planning.known_models import shape_config
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
-CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+CPU = Device("cpu", "CPU", 16 * 2**30, "float32")
 
 
 def recipe(**values):

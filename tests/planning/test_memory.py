@@ -21,7 +21,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.train.training_args import OPTIMIZERS
 from lorakit.types import ON_CARD, OPTIMIZER_BYTES, Device, Placement
 
-H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", "sdpa")
+H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # Names of fields in results that were measured before they were renamed.
@@ -57,7 +57,7 @@ def test_nf4_takes_about_a_quarter_of_bf16():
 
 
 def test_tied_embeddings_are_counted_once_and_small_cards_are_refused():
-    small = Device("cuda", "small", 2**30, "bfloat16", "sdpa")
+    small = Device("cuda", "small", 2**30, "bfloat16")
     plan = plan_memory(recipe(), shape_config("smollm2-135m"), small)
     weights = plan.parts["frozen weights"] + plan.parts["embeddings, head and norms"]
     assert weights == 2 * 134_515_008
@@ -270,7 +270,7 @@ def test_streaming_is_had_on_request_and_kept_away_on_request():
     for changes in ({"use_dora": True}, {"fused_layers": "off"}, {"modules_to_save": ["lm_head"]}):
         with pytest.raises(RecipeError, match="weight_offload: on needs the fast layers"):
             plan_memory(recipe(weight_offload="on", **changes), config, H100)
-    on_cpu = Device("cpu", "x", 64 * 2**30, "float32", "sdpa")
+    on_cpu = Device("cpu", "x", 64 * 2**30, "float32")
     assert plan_memory(recipe(weight_offload="on"), config, on_cpu).placement.base_on_host
     never = recipe(gradient_checkpointing="auto", weight_offload="off", memory_limit="9GiB")
     assert not plan_memory(never, config, H100).fits
@@ -295,7 +295,7 @@ def test_runs_within_a_budget_stay_within_it_and_near_the_plan(path):
 
 
 def ranks(count, nodes=1, gib=80, kind="cuda"):
-    return Device(kind, "x", gib * 2**30, "bfloat16", "sdpa", ranks=count, nodes=nodes)
+    return Device(kind, "x", gib * 2**30, "bfloat16", ranks=count, nodes=nodes)
 
 
 def auto(method="lora", **changes):

@@ -38,7 +38,7 @@ def test_one_gpu_has_no_scale():
     ],
 )
 def test_the_split_is_told(examples, ranks, said):
-    assert split_in_words(examples, Device("cuda", "x", 1, "bfloat16", "sdpa", ranks=ranks)) == said
+    assert split_in_words(examples, Device("cuda", "x", 1, "bfloat16", ranks=ranks)) == said
 
 
 def test_idle_time():

@@ -12,7 +12,7 @@ from lorakit.types import ON_CARD, Device
 
 def sizes(ranks=1, nodes=1, kind="cuda", shape="llama-2-7b", **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
-    device = Device(kind, "x", 80 * 2**30, "bfloat16", "sdpa", ranks=ranks, nodes=nodes)
+    device = Device(kind, "x", 80 * 2**30, "bfloat16", ranks=ranks, nodes=nodes)
     return RankWorkload.of(recipe, shape_config(shape), device)
 
 

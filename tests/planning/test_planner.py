@@ -17,8 +17,8 @@ from lorakit.types import Device
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_accuracy.py"
 RESULTS = SCRIPT.parent / "results"
-CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
-CARD = Device("cuda", "card", 24 * 2**30, "bfloat16", "sdpa")
+CPU = Device("cpu", "CPU", 16 * 2**30, "float32")
+CARD = Device("cuda", "card", 24 * 2**30, "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -10,7 +10,7 @@ from lorakit.types import Device
 
 def sizes(ranks=1, **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
-    device = Device("cuda", "x", 2**30, "bfloat16", "sdpa", ranks=ranks)
+    device = Device("cuda", "x", 2**30, "bfloat16", ranks=ranks)
     return RankWorkload.of(recipe, shape_config("llama-2-7b"), device)
 
 

@@ -79,7 +79,7 @@ def test_what_does_not_come_and_go_is_in_every_phase():
 
 def test_on_a_cpu_python_stands_beside_every_phase():
     asked, config = recipe(), shape_config("smollm2-135m")
-    cpu = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+    cpu = Device("cpu", "CPU", 16 * 2**30, "float32")
     found = phases(asked, config, cpu, plan_training(asked, config, cpu))
     assert {parts["Python and libraries"] for parts in found.values()} == {LIBRARIES_BYTES}
 

@@ -126,7 +126,7 @@ def test_nothing_is_said_of_an_unknown_card():
     assert expected_speed(asked, config, device, plan_training(asked, config, device), None) is None
 
 
-CPU = Device("cpu", "CPU", 16 * 2**30, "float32", "sdpa")
+CPU = Device("cpu", "CPU", 16 * 2**30, "float32")
 H100 = card_device(GPUS["h100"], None, "auto")
 PLAN = MemoryPlan({}, 2**40, True, keep=(0,) * 4)
 

@@ -15,8 +15,7 @@ from lorakit.planning.multi_gpu import Scale
 from lorakit.planning.stages import Parts
 from lorakit.planning.suggestions import Suggestion
 from lorakit.redact import visible
-
-GIB = 2**30
+from lorakit.units import GIB
 
 
 def plan_view(found: Forecast) -> Group:

@@ -12,8 +12,7 @@ from lorakit.errors import RecipeError
 from lorakit.hardware import KERNELS_FROM
 from lorakit.recipe.loader import suggest
 from lorakit.types import Device
-
-GIB = 2**30
+from lorakit.units import GIB, parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def card_device(card: Gpu | None, memory_bytes: int | None, dtype: str) -> Devic
         chosen = "bfloat16" if bf16 else "float16"
     reasons = {"kind": "asked for", "dtype": "the card"}
     kernels = card is None or card.capability >= KERNELS_FROM
-    return Device("cuda", name, memory, chosen, "sdpa", reasons, kernels=kernels)
+    return Device("cuda", name, memory, chosen, reasons, kernels=kernels)
 
 
 def with_gpu_count(
@@ -152,7 +151,7 @@ def parse_memory(text: str) -> int:
     Raises:
         RecipeError: the text has another form.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB|MB)", text.strip())
-    if match is None or not float(match[1]):
+    size = parse_size(text)
+    if size is None:
         raise RecipeError(f"--memory {text}: not a size", hint="such as 12GB or 15GiB")
-    return int(float(match[1]) * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[match[2]])
+    return size

@@ -10,8 +10,7 @@ from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import Speed, Traffic, expected_speed, traffic
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device, MemoryPlan
-
-GIB = 2**30
+from lorakit.units import GIB
 
 
 @dataclass(frozen=True, slots=True)

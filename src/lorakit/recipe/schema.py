@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lorakit.units import parse_size
+
 # The defaults differ because QLoRA's 4-bit base leaves memory for larger batches, and a higher rank
 # and learning rate compensate its quantization error.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -394,11 +396,7 @@ class Recipe(BaseModel):
     @property
     def memory_limit_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
-        if self.memory_limit is None:
-            return None
-        units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
-        unit = next(u for u in units if self.memory_limit.endswith(u))
-        return int(float(self.memory_limit.removesuffix(unit)) * units[unit])
+        return None if self.memory_limit is None else parse_size(self.memory_limit)
 
     @property
     def save_minutes(self) -> int | None:
