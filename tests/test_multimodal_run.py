@@ -35,7 +35,7 @@ def test_towers_stay_frozen_and_the_row_with_an_image_is_left_out(outcome):
     done, _, log = outcome
     assert done.steps == 1
     assert done.unfit is None
-    assert "model.vision_tower, model.multi_modal_projector: beside the text decoder" in log
+    assert "model.vision_tower, model.multi_modal_projector: outside the text decoder" in log
     assert "1 x not text: left out (rows.jsonl:9)" in log
     names = load_file(done.run.adapter / "adapter_model.safetensors")
     assert len(names) == 28

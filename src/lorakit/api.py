@@ -150,7 +150,7 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
     not its weights.
 
     Args:
-        recipe: a YAML file, a dict of settings or a recipe; None when `settings` say everything.
+        recipe: a YAML file, a dict of settings or a recipe; None if `settings` are complete.
         tokenizer: used instead of the model's; its chat template may be set or replaced.
         settings: keys of a recipe; `model` and `data` are enough.
 

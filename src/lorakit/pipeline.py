@@ -159,7 +159,9 @@ def _prologue(
         f"adapters {resolved.recipe.target_modules}: {resolved.origins['target_modules']}"
     )
     if sides := count(config).sides:
-        console.print(f"frozen   {', '.join(sides)}: beside the text decoder; trained on text only")
+        console.print(
+            f"frozen   {', '.join(sides)}: outside the text decoder; trained on text only"
+        )
     check_adapter_settings(resolved.recipe, config)
     _check_start(resolved.recipe, location, count(config).modules, console)
     if any(Path(location).glob("*.safetensors")):

@@ -16,7 +16,7 @@ WELL = SystemInfo(
         "version": "2.13.0+cu130",
         "cuda": "13.0",
         "available": True,
-        "card": "Tesla T4",
+        "gpu": "Tesla T4",
         "capability": [7, 5],
         "architectures": ["sm_75", "sm_80", "sm_90", "compute_120"],
     },
@@ -54,7 +54,7 @@ FAULTS = {
 }
 NOTES = {
     "no_bf16": {},
-    "card_in_use": {"driver": replace(T4, cards=(("Tesla T4", 15360, 9000),))},
+    "gpu_in_use": {"driver": replace(T4, gpus=(("Tesla T4", 15360, 9000),))},
     "ram": {"free_ram_bytes": 2 * GIB},
     "home": {"home_writable": False, "home": "/home/me"},
     "colab_cpu": {"colab": True, "driver": None, "torch": CPU_TORCH},
@@ -101,7 +101,7 @@ def test_a_model_too_large_for_the_cache_is_told_before_the_download():
 
 
 @pytest.mark.parametrize(
-    ("card", "built", "fine"),
+    ("capability", "built", "fine"),
     [
         ([9, 0], ["sm_90a"], True),
         ([8, 9], ["sm_80"], True),
@@ -110,6 +110,6 @@ def test_a_model_too_large_for_the_cache_is_told_before_the_download():
         ([7, 0], ["sm_75", "compute_90"], False),
     ],
 )
-def test_kernels_run_on_their_own_major_number_or_are_compiled(card, built, fine):
-    facts = replace(WELL, torch={**WELL.torch, "capability": card, "architectures": built})
+def test_kernels_run_on_their_own_major_number_or_are_compiled(capability, built, fine):
+    facts = replace(WELL, torch={**WELL.torch, "capability": capability, "architectures": built})
     assert ("capability" not in {f.trouble for f in examine(facts)}) == fine

@@ -69,7 +69,7 @@ def test_the_trained_system_text_is_added_where_a_request_has_none(monkeypatch):
      ({**GOOD, "model": ["plain"]}, 404, "is not served"),
      ({"messages": []}, 404, "model 'None' is not served"),
      ({**GOOD, "messages": "Hi"}, 400, "takes a list"),
-     ([], 400, "no JSON object"),
+     ([], 400, "not a JSON object"),
      (b"{", 400, "not valid JSON"),
      (b"\xff\xfe", 400, "not valid JSON"),
      (b"[" * 100_000, 400, "not valid JSON"),

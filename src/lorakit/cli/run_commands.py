@@ -102,7 +102,7 @@ def serve(
     engine: Annotated[str, typer.Option(help="auto, vllm, llama.cpp or transformers.")] = "auto",
     offline: Offline = False,
 ) -> None:
-    """Start a server with OpenAI's routes, check its answers; for this machine unless told."""
+    """Start a server with OpenAI's routes and check its answers; for this machine by default."""
     from lorakit.storage.run_dir import find_run
 
     opened = [find_run(run) for run in runs]

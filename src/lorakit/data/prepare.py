@@ -158,7 +158,7 @@ def _split(side: _Split, recipe: Recipe, log: IssueLog, inspecting: bool) -> NDA
         return split(side.items.content_hashes, recipe.held_out, recipe.seed)
     except DataError as error:
         if inspecting and len(side.items):
-            # A look at a single row is no reason to stop.
+            # Inspecting a single row is not a reason to stop.
             log.add("no row held out", side.items.origin(0), f"train would stop: {error.message}")
             return np.zeros(len(side.items), bool)
         if not log.rows_left_out:

@@ -66,7 +66,7 @@ def driver(facts: SystemInfo) -> Iterator[Finding]:
     elif smi.error:
         yield _bad("driver", "driver", found=smi.error)
     else:
-        gpus = ", ".join(f"{name} {total / 1024:.0f} GiB" for name, total, _ in smi.cards)
+        gpus = ", ".join(f"{name} {total / 1024:.0f} GiB" for name, total, _ in smi.gpus)
         yield Finding("driver", "ok", f"{smi.version}, CUDA {smi.cuda}: {gpus}")
 
 
@@ -76,10 +76,10 @@ def torch(facts: SystemInfo) -> Iterator[Finding]:
     if "error" in probed:
         yield _bad("torch", "torch", found=probed["error"])
         return
-    gpu = smi.cards[0][0] if smi and smi.cards else None
+    gpu = smi.gpus[0][0] if smi and smi.gpus else None
     if gpu and not probed["cuda"]:
         cuda = smi.cuda if smi else ""
-        yield _bad("torch", "cpu_torch", found=probed["version"], card=gpu, cuda=cuda)
+        yield _bad("torch", "cpu_torch", found=probed["version"], gpu=gpu, cuda=cuda)
     elif gpu and smi and _numbers(probed["cuda"])[:1] > _numbers(smi.cuda)[:1]:
         yield _bad("torch", "old_driver", found=probed["cuda"], cuda=smi.cuda)
     elif gpu and not probed["available"] and facts.visible in ("", "-1"):
@@ -98,7 +98,7 @@ def capability(facts: SystemInfo) -> Iterator[Finding]:
         return
     major, minor = probed["capability"]
     built = probed["architectures"]
-    values = {"card": probed["card"], "found": f"{major}.{minor}", "sm": f"{major}{minor}"}
+    values = {"gpu": probed["gpu"], "found": f"{major}.{minor}", "sm": f"{major}{minor}"}
     # A kernel runs on its major version from its minor version on; "compute_" is compiled at start.
     same = [a for a in built if a.startswith("sm_") and _version(a)[0] == major]
     newer = [a for a in built if a.startswith("compute_") and _version(a) <= (major, minor)]
@@ -107,7 +107,7 @@ def capability(facts: SystemInfo) -> Iterator[Finding]:
     elif major < 8:
         yield _bad("bfloat16", "no_bf16", "note", **values)
     else:
-        yield Finding("bfloat16", "ok", f"{probed['card']}: bfloat16 and flash attention")
+        yield Finding("bfloat16", "ok", f"{probed['gpu']}: bfloat16 and flash attention")
 
 
 def bitsandbytes(facts: SystemInfo) -> Iterator[Finding]:
@@ -132,12 +132,12 @@ def triton(facts: SystemInfo) -> Iterator[Finding]:
 
 def gpu_memory(facts: SystemInfo) -> Iterator[Finding]:
     """Check that other processes do not use the GPU's memory."""
-    for index, (name, total, used) in enumerate(facts.driver.cards if facts.driver else ()):
+    for index, (name, total, used) in enumerate(facts.driver.gpus if facts.driver else ()):
         if used > 0.1 * total:
             text = (
                 f"others hold {used / 1024:.1f} of {total / 1024:.1f} GiB of GPU {index} ({name})"
             )
-            yield _bad("GPU memory", "card_in_use", "note", found=text)
+            yield _bad("GPU memory", "gpu_in_use", "note", found=text)
         else:
             free = (total - used) / 1024
             yield Finding("GPU memory", "ok", f"{free:.1f} GiB free on GPU {index}")
@@ -221,7 +221,7 @@ def colab(facts: SystemInfo) -> Iterator[Finding]:
     """Check that Colab has a GPU and a mounted drive."""
     if not facts.colab:
         return
-    if not facts.driver or not facts.driver.cards:
+    if not facts.driver or not facts.driver.gpus:
         yield _bad("Colab", "colab_cpu", "note")
     if not facts.drive_mounted:
         yield _bad("Colab", "colab_drive", "note")

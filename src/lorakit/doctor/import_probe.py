@@ -30,7 +30,7 @@ def _torch() -> dict[str, Any]:
     facts: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
     facts["available"] = torch.cuda.is_available()
     if facts["available"]:
-        facts["card"] = torch.cuda.get_device_name()
+        facts["gpu"] = torch.cuda.get_device_name()
         facts["capability"] = list(torch.cuda.get_device_capability())
         facts["architectures"] = torch.cuda.get_arch_list()
         (torch.ones(2, device="cuda") + 1).sum().item()

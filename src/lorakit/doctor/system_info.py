@@ -31,11 +31,11 @@ PROBE_SECONDS = 180
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """Output of nvidia-smi; `cards` has (name, total MiB, used MiB) of each GPU."""
+    """Output of nvidia-smi; `gpus` has (name, total MiB, used MiB) of each GPU."""
 
     version: str = ""
     cuda: str = ""
-    cards: tuple[tuple[str, int, int], ...] = ()
+    gpus: tuple[tuple[str, int, int], ...] = ()
     error: str | None = None
 
 
@@ -104,13 +104,13 @@ def read_driver() -> Driver | None:
         return Driver(error=error)
     head, _ = _output([program])
     cuda = head.partition("CUDA Version:")[2].split() or [""]
-    cards, version = [], ""
+    gpus, version = [], ""
     for row in rows.splitlines():
         fields = [field_text.strip() for field_text in row.split(",")]
         if len(fields) == 4 and fields[2].isdigit():
             version = fields[0]
-            cards.append((fields[1], int(fields[2]), int(fields[3]) if fields[3].isdigit() else 0))
-    return Driver(version, cuda[0], tuple(cards), None if cards else "it lists no GPU")
+            gpus.append((fields[1], int(fields[2]), int(fields[3]) if fields[3].isdigit() else 0))
+    return Driver(version, cuda[0], tuple(gpus), None if gpus else "it lists no GPU")
 
 
 def run_import_probe() -> dict[str, dict[str, Any]]:

@@ -236,7 +236,7 @@ def _check_distance(job: Job, kl: float, base_kl: float, kind: str, file: Path) 
     far = f"(KL {kl:.2g} nats per token; the untuned base: {base_kl:.2g})"
     if file.name == ADAPTER_FILE:
         raise WorkError(
-            f"{file.name}: with it llama.cpp is no nearer to the tuned model than its base {far}; "
+            f"{file.name}: with it llama.cpp is not nearer to the tuned model than its base {far}; "
             "it was not kept",
             hint="export the merged model: lorakit export RUN --to gguf",
         )
@@ -366,7 +366,7 @@ def fill_gguf_adapter(job: Job, folder: Path, keep_base: str | None = None) -> d
 
 
 def require_adapter_file(path: Path) -> None:
-    """Refuse a file that is no adapter: for Mistral 3 the converter writes the base instead.
+    """Refuse a file that is not an adapter: for Mistral 3 the converter writes the base instead.
 
     Raises:
         WorkError: gives the type that the file has.

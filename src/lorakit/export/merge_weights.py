@@ -309,7 +309,7 @@ def _in_memory(source: TunedRun, merge_base: str, dtype: str, wider: str) -> lis
 
 
 def _beyond_the_model(source: TunedRun, model: Any) -> dict[str, Stored]:
-    """Tensors of the base's files that are no part of the model (Qwen3.5's MTP head)."""
+    """Tensors of the base's files that are not part of the model (Qwen3.5's MTP head)."""
     quantized = stored_quantization(source.config)
     if source.folder is None or quantized or not list(source.folder.glob("*.safetensors")):
         return {}

@@ -77,7 +77,7 @@ def name_of(model: Any, wanted: Any) -> str:
 
 
 def side_modules(model: Any) -> list[str]:
-    """Names of the parts beside text decoder and head: towers and projectors."""
+    """Names of the parts other than text decoder and head: towers and projectors."""
     text = {id(text_decoder(model)), id(model.get_output_embeddings())}
     if id(model) in text:
         return []

@@ -111,7 +111,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
 
     Raises:
         ModelError: config.json is missing, the repository is gated or unreachable, or the model
-            is no causal language model, alone or as part of a multimodal one, or its weights are
+            is not a causal language model, alone or as part of a multimodal one, or its weights are
             quantized in a way that cannot be trained.
     """
     from transformers import AutoConfig, PretrainedConfig

@@ -36,7 +36,7 @@ def lora_targets(config: Any) -> tuple[str | list[str], str]:
 
 
 def all_linear(config: Any) -> tuple[str | list[str], str]:
-    """Target modules for `all-linear`: the text decoder's linear layers, and what that leaves out.
+    """Target modules for `all-linear`: linear layers of the text decoder, and the omitted ones.
 
     Routers, experts, and layers that peft refuses or exchanges for experts get no adapter.
     """
@@ -100,7 +100,7 @@ def _accepted_by_peft(config: Any, counted: ParamCounts, leaves: Iterable[str]) 
 
 
 def _in_state_space(model: Any, leaf: str) -> bool:
-    """True for `out_proj` of a module whose class or name says Mamba."""
+    """True for `out_proj` of a module whose class or name contains Mamba."""
     if leaf != "out_proj":
         return False
     modules = dict(model.named_modules())

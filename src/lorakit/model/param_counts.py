@@ -49,7 +49,7 @@ class ParamCounts:
     width: int  # of an embedding row
     layers: tuple[LayerWidths, ...]  # one per decoder layer
     decoder: str  # name of the module with the text model's layers
-    sides: tuple[str, ...]  # names of towers and projectors beside it, which stay frozen
+    sides: tuple[str, ...]  # names of other parts (towers, projectors), which stay frozen
 
     @property
     def in_linear(self) -> int:

@@ -53,7 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_unindexed(folder: Path, files: Sequence[Path]) -> None:
-    """Refuse shards without the index that says which tensor is in which of them."""
+    """Refuse shards without the index, which maps each tensor to its shard."""
     shards = [match for path in files if (match := _SHARD.search(path.name))]
     if not shards:
         return

@@ -91,7 +91,7 @@ def find_start(recipe: Recipe, folders: Sequence[Path] = (Path(),)) -> StartAdap
 
     Raises:
         RecipeError: both `model` and `from_adapter` name an adapter.
-        ModelError: `from_adapter` is no LoRA adapter.
+        ModelError: `from_adapter` is not a LoRA adapter.
         RunError: the run has no adapter yet.
     """
     of_model = _adapter_at(recipe.model, folders)

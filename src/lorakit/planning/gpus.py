@@ -116,13 +116,13 @@ def match_gpu(name: str, memory_bytes: int | None = None) -> Gpu | None:
 
 def card_device(card: Gpu | None, memory_bytes: int | None, dtype: str) -> Device:
     """The Device that `hardware.py` would detect with this GPU in the machine."""
-    name = card.name.upper() if card else "a card"
+    name = card.name.upper() if card else "a GPU"
     memory = memory_bytes or int((card.memory_gib if card else 0) * GIB)
     bf16 = card is None or card.bf16
     chosen = dtype
     if dtype == "auto" or (dtype == "bfloat16" and not bf16):
         chosen = "bfloat16" if bf16 else "float16"
-    reasons = {"kind": "asked for", "dtype": "the card"}
+    reasons = {"kind": "asked for", "dtype": "the GPU"}
     kernels = card is None or card.capability >= KERNELS_FROM
     return Device("cuda", name, memory, chosen, reasons, kernels=kernels)
 

@@ -115,7 +115,7 @@ def _own_layers(recipe: Recipe, config: Any, device: Device, recompute: bool) ->
     if device.kind != "cuda":
         layers = simulate(micro, config, device, recompute=False)
         if layers is not None:
-            parts["holes in the heap"] = int(
+            parts["gaps in the heap"] = int(
                 (HEAP_GAPS_RECOMPUTED if recompute else HEAP_GAPS) * layers.in_heap
             )
         parts = _process(parts)

@@ -312,7 +312,7 @@ class Recipe(BaseModel):
         None, description="Steps between held-out losses in training; the end is always scored."
     )
     metric_for_best_model: Literal["eval_loss"] = Field(
-        "eval_loss", description="What the best step is chosen by: the held-out loss."
+        "eval_loss", description="Measure by which the best step is chosen: the held-out loss."
     )
     load_best_model_at_end: bool | None = Field(
         None,

@@ -35,8 +35,8 @@ KEYS += ["stop", "stream", "stream_options", "logit_bias"]
 MORE = ["presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "response_format"]
 MORE += ["top_k", "min_p", "ignore_eos"]
 TOOLS = ["tools", "tool_choice", "parallel_tool_calls"]
-# Of a request that does not say it. The servers' own are others: llama.cpp's are temperature 0.8,
-# top_p 0.95, top_k 40 and min_p 0.05, vLLM's and transformers' those of the base's author.
+# Values of keys that a request does not set. The servers' own differ: llama.cpp's are temperature
+# 0.8, top_p 0.95, top_k 40 and min_p 0.05, vLLM's and transformers' those of the base's author.
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 
 Models = dict[str, TunedRun]  # by the name that requests use

@@ -1,7 +1,7 @@
 """ASGI middleware that refuses requests which a server must not answer or would misread.
 
-vLLM, transformers and llama.cpp look at no Host or Origin header, leave routes open beside the
-key's (model loading, cache reset), and drop keys of a request that they do not know. A web page can
+vLLM, transformers and llama.cpp look at no Host or Origin header, leave routes open that need no
+key (model loading, cache reset), and drop keys of a request that they do not know. A web page can
 post to 127.0.0.1, or have its own name point there (DNS rebinding).
 """
 
@@ -115,7 +115,7 @@ class Guard:
 
     def _checked(self, body: Any) -> dict[str, Any]:
         if not isinstance(body, dict):
-            raise Refusal(400, "the body is no JSON object")
+            raise Refusal(400, "the body is not a JSON object")
         keys, models = self.settings["keys"], self.settings["models"]
         if unknown := sorted(set(body) - set(keys)):
             words = f"{unknown[0][:80]!a}: has no effect in this server; known: {', '.join(keys)}"

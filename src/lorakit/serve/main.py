@@ -90,7 +90,7 @@ def checked_port(place: Place) -> Place:
     """Address with a free port; port 0 becomes any free one.
 
     Raises:
-        RunError: it is taken, or the host is no address of this machine.
+        RunError: it is taken, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -102,7 +102,7 @@ def require_space(run: RunDir, recipe: Recipe, trainable: int) -> None:
     """Check before the first step that all checkpoints and the adapter fit on the disk.
 
     Raises:
-        WorkError: space is missing; the message says how much.
+        WorkError: the disk is too small; gives the missing space.
     """
     one = checkpoint_bytes(recipe, trainable)
     # A new one is written before the oldest is deleted.

@@ -108,7 +108,7 @@ def test_with_tools_the_prompt_is_how_the_training_ids_begin(family, templated, 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3"])
 def test_a_template_that_writes_no_tools_is_refused_by_name(family, name):
-    with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool schemas and tool calls"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*omits tool schemas and tool calls"):
         encode(family(name), WITH_TOOLS)
     without = Conversation(WITH_TOOLS.messages, AT)
     with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool calls"):
@@ -126,7 +126,7 @@ def test_a_template_that_drops_tool_results_refuses_the_rows_that_have_some(smol
         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(RowError, match=r"rows.jsonl:7: .*template leaves out tool results\n"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*template omits tool results\n"):
         encode(smollm, WITH_TOOLS)
     calls = Conversation(WITH_TOOLS.messages[:3], AT, (TOOL,))
     (run,) = trained_runs(smollm, encode(smollm, calls))

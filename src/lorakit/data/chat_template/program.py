@@ -75,7 +75,7 @@ def variables_of(text: str) -> set[str]:
 
     environment = _plain_environment()
     try:
-        # Its functions, such as raise_exception and strftime_now, are no variables.
+        # Its functions, such as raise_exception and strftime_now, are not variables.
         return meta.find_undeclared_variables(environment.parse(text)) - set(environment.globals)
     except (TemplateError, RecursionError):
         return set()  # reported when it is rendered

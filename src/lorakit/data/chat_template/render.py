@@ -56,7 +56,7 @@ class TemplateCapabilities:
     special_texts: tuple[str, ...]
     has_generation_blocks: bool  # marks the model's output with {% generation %}
     arguments_as_text: bool  # of tool calls; most templates take an object
-    unsupported: tuple[str, ...]  # tool schemas, calls or results that the template leaves out
+    unsupported: tuple[str, ...]  # tool schemas, calls or results that the template omits
     splits_tags: bool  # looks for </think> in an answer
     thoughts: ThoughtsFormat | None  # how `reasoning_content` is written, if it is
     prompt_fits: bool  # a plain answer begins with the generation prompt

@@ -170,8 +170,7 @@ def _probe(tokenizer: Any, model_name: str, *contents: str) -> None:
     missing = [c for c in contents if c not in text]
     if missing:
         raise ModelError(
-            f"model: {model_name}: its chat template leaves out the turns: a chat became "
-            f"{text[:80]!r}"
+            f"model: {model_name}: its chat template omits the turns: a chat became {text[:80]!r}"
         )
 
 

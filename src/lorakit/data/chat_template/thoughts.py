@@ -1,4 +1,4 @@
-"""Tell the thoughts of an answer from the answer itself."""
+"""Separate the thoughts of an answer from the answer itself."""
 
 from __future__ import annotations
 

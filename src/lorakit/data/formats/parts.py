@@ -28,7 +28,7 @@ def read_parts(cells: RowFields, parts: Sequence[Any], role: Role, path: str) ->
     """Sort the parts of a turn by what they are.
 
     Raises:
-        RowError: a part is no text, thought, call or result (an image, a file), or it is a call
+        RowError: a part is not a text, thought, call or result (an image, a file), or it is a call
             or thought outside of an assistant turn.
     """
     found = Parts()

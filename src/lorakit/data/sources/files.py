@@ -92,7 +92,7 @@ class _Recoded(io.RawIOBase):
         return size
 
 
-# First bytes of files that are no text -> what they are, and what to do.
+# First bytes of files that are not text -> their description, and what to do.
 _BINARY = {
     b"PK\x03\x04": ("a ZIP archive or an Excel workbook", "unpack it, or save the sheet as CSV"),
     b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save the sheet as CSV (UTF-8)"),

@@ -78,7 +78,7 @@ def find_spans(
     """Find the answers of `conversation` to train, by `train_on` and the `train` of each turn.
 
     Args:
-        train_on_thoughts: False leaves the thoughts of an answer out of its loss mask.
+        train_on_thoughts: False excludes the thoughts of an answer from its loss mask.
 
     Raises:
         RowError: no answer is left, or the template refuses or rewrites the turns.
@@ -153,7 +153,7 @@ def _refuse_unwritten_tools(conversation: Conversation, capabilities: TemplateCa
         raise RowError(
             f"{missing[0]} not written by the chat template",
             conversation.origin,
-            f"this model's chat template leaves out {' and '.join(missing)}",
+            f"this model's chat template omits {' and '.join(missing)}",
             "choose a model whose template writes tools (Qwen3 or Llama-3.1, for example), or put "
             "them into the texts of the turns yourself",
         )
