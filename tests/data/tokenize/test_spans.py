@@ -111,10 +111,10 @@ def test_a_template_that_writes_no_tools_is_refused_by_name(family, name):
     with pytest.raises(RowError, match=r"rows.jsonl:7: .*omits tool schemas and tool calls"):
         encode(family(name), WITH_TOOLS)
     without = Conversation(WITH_TOOLS.messages, AT)
-    with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool calls"):
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*omits tool calls"):
         encode(family(name), without)
     schemas = Conversation((Message("user", "a"), Message("assistant", "b")), AT, (TOOL,))
-    with pytest.raises(RowError, match=r"rows.jsonl:7: .*leaves out tool schemas") as caught:
+    with pytest.raises(RowError, match=r"rows.jsonl:7: .*omits tool schemas") as caught:
         encode(family(name), schemas)
     assert "Qwen3" in caught.value.hint
 
