@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import random
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,7 +35,8 @@ VALUES = {
 
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak of this process; getrusage would count the parent's memory at the fork too."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def own_items(path):
@@ -163,9 +164,6 @@ def main():
     if args.one:
         print(json.dumps(MEASURES[args.one[0]][0](args.one[1])))
         return
-    from lorakit.bench import provenance
-    from lorakit.hardware import detect_device
-
     result, versions = {}, {}
     for measure, (_, names) in MEASURES.items():
         for name in names:
@@ -176,6 +174,9 @@ def main():
             result.setdefault(measure, {})[name] = json.loads(done.stdout.splitlines()[-1])
             if name != "ours":
                 versions[name] = importlib.metadata.version(name)
+    from lorakit.bench import provenance
+    from lorakit.hardware import detect_device
+
     facts = provenance(detect_device(prefer="cpu"), "python benchmarks/libraries.py")
     result |= {"libraries": versions, "cpu": detect_device(prefer="cpu").name, **facts}
     text = json.dumps(result, indent=2, ensure_ascii=False)
