@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -148,14 +149,8 @@ def token_texts(tokenizer: Any, example: Example) -> Iterator[Piece]:
 
 def runs(parts: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
     """Group consecutive pieces into (trained, pieces) runs."""
-    run: list[Piece] = []
-    for piece in parts:
-        if run and run[-1].trained != piece.trained:
-            yield run[-1].trained, run
-            run = []
-        run.append(piece)
-    if run:
-        yield run[-1].trained, run
+    for trained, run in itertools.groupby(parts, key=lambda piece: piece.trained):
+        yield trained, list(run)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

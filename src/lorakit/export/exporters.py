@@ -28,44 +28,25 @@ from lorakit.train.best_step import best_step
 
 @dataclass(frozen=True, slots=True)
 class ExportFormat:
-    """One export format: its function, a description, and the options of the command it uses."""
+    """One export format: its function, and the options of the command that it uses."""
 
     export: Callable[[Job], dict[str, Any]]
-    gives: str
-    options: frozenset[str] = frozenset()
+    options: frozenset[str]
 
 
-def _options(*names: str) -> frozenset[str]:
-    return frozenset({"verify", *names})
+def _format(export: Callable[[Job], dict[str, Any]], *options: str) -> ExportFormat:
+    return ExportFormat(export, frozenset({"verify", *options}))
 
 
 EXPORTERS: dict[str, ExportFormat] = {
-    "adapter": ExportFormat(export_adapter, "PEFT folder with tokenizer and template", _options()),
-    "merged": ExportFormat(
-        export_merged, "one plain transformers folder", _options("merge_base", "dtype")
-    ),
-    "gguf": ExportFormat(
-        export_gguf, "one file for llama.cpp", _options("quant", "merge_base", "dtype")
-    ),
-    "gguf-adapter": ExportFormat(export_gguf_adapter, "the adapter for llama.cpp", _options()),
-    "ollama": ExportFormat(
-        export_ollama,
-        "Modelfile and GGUF",
-        _options("quant", "merge_base", "dtype", "adapter"),
-    ),
-    "vllm": ExportFormat(
-        export_vllm, "folder and `vllm serve` line", _options("merge_base", "dtype", "merged")
-    ),
-    "llama.cpp": ExportFormat(
-        export_llama_cpp,
-        "GGUF and `llama-server` line",
-        _options("quant", "merge_base", "dtype"),
-    ),
-    "hub": ExportFormat(
-        export_hub,
-        "upload with a model card",
-        _options("merge_base", "dtype", "repo", "public", "merged"),
-    ),
+    "adapter": _format(export_adapter),
+    "merged": _format(export_merged, "merge_base", "dtype"),
+    "gguf": _format(export_gguf, "quant", "merge_base", "dtype"),
+    "gguf-adapter": _format(export_gguf_adapter),
+    "ollama": _format(export_ollama, "quant", "merge_base", "dtype", "adapter"),
+    "vllm": _format(export_vllm, "merge_base", "dtype", "merged"),
+    "llama.cpp": _format(export_llama_cpp, "quant", "merge_base", "dtype"),
+    "hub": _format(export_hub, "merge_base", "dtype", "repo", "public", "merged"),
 }
 # Options of a job that the command did not set.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Job) if f.default is not MISSING}

@@ -7,7 +7,6 @@ writes.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -18,7 +17,7 @@ from lorakit.export.adapter import export_adapter
 from lorakit.export.merged import export_merged
 from lorakit.export.tuned_run import Job, TunedRun
 from lorakit.model.base_class import auto_class
-from lorakit.storage.run_dir import write_text
+from lorakit.storage.run_dir import read_json, write_text
 
 REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 # Settings in the model card.
@@ -119,7 +118,7 @@ def _usage(repository: str, merged: bool, source: TunedRun) -> str:
 
 
 def _data_lines(source: TunedRun) -> list[str]:
-    report = _read(source.run.data_report)
+    report = read_json(source.run.data_report)
     if not report:
         return []
     return [
@@ -133,7 +132,7 @@ def _data_lines(source: TunedRun) -> list[str]:
 
 
 def _metric_lines(source: TunedRun) -> list[str]:
-    scores = _read(source.run.eval)
+    scores = read_json(source.run.eval)
     if not scores:
         return []
     base, tuned = scores["base"], scores["tuned"]
@@ -146,10 +145,3 @@ def _metric_lines(source: TunedRun) -> list[str]:
         f"| tuned | {tuned['loss']:.4f} | {tuned['perplexity']:.2f} |",
         "",
     ]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values

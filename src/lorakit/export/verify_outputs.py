@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.data.chat_template.render import shared_length
 from lorakit.data.tokenize.encode import prompt_ids
 from lorakit.errors import WorkError
 from lorakit.export.divergence import compare
@@ -148,8 +149,7 @@ def same_prompt(tokenizer: Any, found: Sequence[int], wanted: Sequence[int], mes
         sides = [" ".join(map(str, tokenizer.convert_ids_to_tokens(i))) for i in (found, wanted)]
     else:
         sides = list(texts)
-    pairs = zip(*sides, strict=False)
-    index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text) for text in sides))
+    index = shared_length(*sides)
     window, trained_window = (text[max(0, index - AROUND) : index + AROUND] for text in sides)
     raise WorkError(
         f"{message}: from character {index} on {window!r}, in training {trained_window!r}; "

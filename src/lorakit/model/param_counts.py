@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.model.base_class import (
@@ -120,13 +120,7 @@ class _Keyed:
     """A config that compares by its contents."""
 
     key: str
-    config: Any
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and self.key == other.key
+    config: Any = field(compare=False)
 
 
 @functools.lru_cache(maxsize=8)

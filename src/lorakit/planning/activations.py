@@ -14,7 +14,7 @@ import json
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.model.base_class import empty_base, text_decoder
@@ -72,16 +72,10 @@ class _Question:
     """Cache key of a simulation: two are equal if the values in `key` are."""
 
     key: str
-    recipe: Recipe
-    config: Any
-    device: Device
-    recompute: bool
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Question) and self.key == other.key
+    recipe: Recipe = field(compare=False)
+    config: Any = field(compare=False)
+    device: Device = field(compare=False)
+    recompute: bool = field(compare=False)
 
 
 @functools.lru_cache(maxsize=64)

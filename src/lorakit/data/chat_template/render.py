@@ -184,16 +184,16 @@ def _probe_thoughts(tokenizer: Any) -> ThoughtsFormat | None:
         if thoughts and PROBE_ASSISTANT in after:
             # What both begin with, up to the end of a token: <|channel>thought, not the role.
             start = before.rfind("<", before.find(PROBE_USER) + 1)
-            shared = len(shared_start(before, plain))
+            shared = shared_length(before, plain)
             opening = before[shared:] or before[start:]
             return ThoughtsFormat(opening, after.partition(PROBE_ASSISTANT)[0])
     return None
 
 
-def shared_start(one: str, other: str) -> str:
-    """The characters that two texts begin with alike."""
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Number of characters or ids with which two sequences begin alike."""
     pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _prompt_fits(tokenizer: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from lorakit.data.chat_template.render import (
     SpecialTokenEscaper,
     render_chat,
+    shared_length,
     template_capabilities,
     to_ids,
 )
@@ -348,9 +349,7 @@ def _masked(
 
     def tokens_before(text: str) -> int:
         """Count tokens of `ids` up to the end of `text`, without one that extends beyond it."""
-        other = to_ids(tokenizer, text, guard, known=tokenized)
-        pairs = enumerate(zip(ids, other, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
+        return shared_length(ids, to_ids(tokenizer, text, guard, known=tokenized))
 
     labels = [IGNORE, *ids[1:]] if train_on == "all" else [IGNORE] * len(ids)
     if train_on != "all":

@@ -20,7 +20,7 @@ from lorakit.data.chat_template.render import (
     TemplateRefusal,
     generated_parts,
     render_chat,
-    shared_start,
+    shared_length,
     template_capabilities,
 )
 from lorakit.data.chat_template.thoughts import CLOSE_TAG, OPEN_TAG, never_ends, split_thoughts
@@ -303,7 +303,7 @@ class _SpanFinder:
         if probe.get("reasoning_content"):
             probe["reasoning_content"] = _OTHER + probe["reasoning_content"]
         other = self._render([*messages[:-1], probe], prompt=False)
-        at = shared_start(text, other).rfind(role)
+        at = text.rfind(role, 0, shared_length(text, other))
         return at + len(role) if role and at >= 0 else None
 
     def _check_written(self, message: dict[str, Any], written: str) -> None:
