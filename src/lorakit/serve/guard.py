@@ -13,8 +13,9 @@ import os
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ENV = "LORAKIT_SERVE"  # settings as JSON: vLLM makes its middleware without arguments
@@ -42,6 +43,13 @@ class Guard:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.settings = app, json.loads(os.environ[ENV])
+        # `_other_caller` refuses all pages but those of this machine, which may read answers.
+        self.for_pages = CORSMiddleware(
+            self._answer,
+            allow_origin_regex=".*",
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer with OpenAI's form of an error."""
@@ -49,13 +57,14 @@ class Guard:
             if scope["type"] == "lifespan":  # a websocket is not accepted
                 await self.app(scope, receive, send)
             return
+        loopback = self.settings["loopback"]
+        if loopback and (refusal := _other_caller(Headers(scope=scope))):
+            await refusal.response(scope, receive, send)
+            return
+        await (self.for_pages if loopback else self._answer)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            origin = self._checked_origin(Headers(scope=scope))
-            if origin:
-                send = _readable_by(origin, send)
-                if scope["method"] == "OPTIONS":
-                    await _preflight(scope)(scope, receive, send)
-                    return
             receive = await self._passed(scope, receive)
             if scope["method"] == "GET" and scope["path"] != HEALTH:
                 await JSONResponse(self._models(scope["path"]))(scope, receive, send)
@@ -64,21 +73,6 @@ class Guard:
             await refusal.response(scope, receive, send)
             return
         await self.app(scope, receive, send)
-
-    def _checked_origin(self, headers: Headers) -> str | None:
-        """Return the origin of a page of this machine, which may read the answer; None without one.
-
-        Raises:
-            Refusal: the host or the page is another machine's, where only this one is answered.
-        """
-        if not self.settings["loopback"]:
-            return None
-        if _host(f"//{headers.get('host', '')}") not in LOOPBACK:
-            raise Refusal(403, "Host names another machine; this server is 127.0.0.1 only")
-        origin = headers.get("origin")
-        if origin is not None and _host(origin) not in LOOPBACK:
-            raise Refusal(403, "Origin: web pages of other hosts are not answered")
-        return origin
 
     def _models(self, path: str) -> dict[str, Any]:
         """Return the list of models, or the one that the path names."""
@@ -133,32 +127,13 @@ class Guard:
         return {**self.settings["defaults"], **given, "messages": turns}
 
 
-def _preflight(scope: Scope) -> Response:
-    """Answer a browser that asks whether a page may send a request; the request is checked then."""
-    asked = Headers(scope=scope)
-    return Response(
-        status_code=204,
-        headers={
-            "access-control-allow-methods": "GET, POST",
-            "access-control-allow-headers": asked.get(
-                "access-control-request-headers", "authorization, content-type"
-            ),
-            "access-control-max-age": "600",
-        },
-    )
-
-
-def _readable_by(origin: str, send: Send) -> Send:
-    """Allow a page of this machine to read the response."""
-
-    async def with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["access-control-allow-origin"] = origin
-            headers.add_vary_header("Origin")
-        await send(message)
-
-    return with_headers
+def _other_caller(headers: Headers) -> Refusal | None:
+    """Return a refusal if the host or the page is another machine's; only this one is answered."""
+    if _host(f"//{headers.get('host', '')}") not in LOOPBACK:
+        return Refusal(403, "Host names another machine; this server is 127.0.0.1 only")
+    if "origin" in headers and _host(headers["origin"]) not in LOOPBACK:
+        return Refusal(403, "Origin: web pages of other hosts are not answered")
+    return None
 
 
 async def _read(receive: Receive) -> Any:
