@@ -64,7 +64,7 @@ def encode_document(
 
 
 def as_instructions(
-    tokenizer: Any, document: Document, room: int, overlap: int = 0
+    tokenizer: Any, document: Document, limit: int, overlap: int = 0
 ) -> list[Conversation]:
     """Cut the text into pieces, and make each piece the answer to a request.
 
@@ -72,7 +72,7 @@ def as_instructions(
     the last `overlap` tokens before, to go on from, or asks for the beginning of the text.
 
     Args:
-        room: longest piece in tokens.
+        limit: longest piece in tokens.
 
     Raises:
         RowError: the text is blank.
@@ -80,7 +80,7 @@ def as_instructions(
     title = re.sub(r"\.(txt|md)(\.gz)?$", "", document.origin.source).rsplit("/", 1)[-1]
     conversations: list[Conversation] = []
     before = ""
-    for ids, piece in _windows(tokenizer, document.text, room, eos=False):
+    for ids, piece in _windows(tokenizer, document.text, limit, eos=False):
         if piece.strip():
             request = _request(title, piece, before, first=not conversations)
             turns = (Message("user", request), Message("assistant", piece.strip()))
