@@ -397,10 +397,9 @@ def _write_run_files(
 
 
 def _evaluate(run: RunDir, model: Any, start: PreparedRun, ranks: DistributedContext) -> EvalResult:
-    label = start.resolved.recipe.val_data or f"{start.resolved.recipe.held_out} of the data"
-    result = evaluate(
-        model, start.tokenizer, start.prepared.val, start.prepared.val_conversations, label
-    )
+    rows = start.prepared.val_conversations
+    label = start.resolved.recipe.val_data or f"{len(rows)} row{'s' * (len(rows) > 1)} of the data"
+    result = evaluate(model, start.tokenizer, start.prepared.val, rows, label)
     if ranks.is_main:
         write_json(run.eval, result.as_dict())
     return result
