@@ -12,7 +12,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -389,7 +389,7 @@ def _write_run_files(
     else:
         check_base(run, recipe, start.location)
         truncate_metrics(run, resumed.step)
-    lengths = measure_prepared(prepared, recipe).as_dict()
+    lengths = asdict(measure_prepared(prepared, recipe))
     report, plan = {**prepared.report.as_dict(), "lengths": lengths}, start.plan_as_dict()
     write_run_files(run, start.resolved, report, plan, start.device)
     write_validation(run.validation, prepared.val_conversations)

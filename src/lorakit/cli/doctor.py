@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ def doctor(
     findings = examine(collect_system_info(model, offline))
     broken = any(f.state == "broken" for f in findings)
     if as_json:
-        print_json({"well": not broken, "findings": [f.as_dict() for f in findings]})
+        print_json({"well": not broken, "findings": [asdict(f) for f in findings]})
     else:
         show_findings(findings, out)
     raise typer.Exit(1 if broken else 0)

@@ -78,7 +78,7 @@ class Inspection:
             "model": self.model,
             "spoils": bool(self.stopping),
             "report": self.report.as_dict(),
-            "lengths": self.lengths.as_dict(),
+            "lengths": asdict(self.lengths),
             "examples": examples,
         }
 
@@ -198,10 +198,6 @@ class Lengths:
     padding: float
     packed: float
     packing: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
 
 
 def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ class _Encoder:
     def __call__(self, items: ConversationDataset) -> _Split:
         rules = EncodeConfig.of(self.recipe)
         tokenizer = tokenizer_key(self.tokenizer)
-        parts = "examples", items.key, tokenizer, rules.as_dict()
+        parts = "examples", items.key, tokenizer, asdict(rules)
         encode_log = IssueLog()
 
         def write(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -32,10 +32,6 @@ class Finding:
     found: str
     command: str = ""
     trouble: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
 
 
 def examine(facts: SystemInfo) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class Forecast:
             "changes": [change.as_dict() for change in self.changes],
             "smallest_card": self.smallest_card,
             "fewest_gpus": self.fewest_gpus,
-            "scale": self.scale.as_dict() if self.scale else None,
+            "scale": asdict(self.scale) if self.scale else None,
             "context": self.context,
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.planning.gpus import Gpu
@@ -35,10 +35,6 @@ class Scale:
     one_gpu_choices: str | None
     efficiency: float | None
     warnings: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
 
 
 def scale(

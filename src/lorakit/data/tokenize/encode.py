@@ -12,7 +12,7 @@ Shapes: T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakit.data.chat_template.render import (
@@ -59,10 +59,6 @@ class EncodeConfig:
             recipe.document_overlap,
             recipe.train_on_thoughts,
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
 
 
 def _blocks(items: Iterable[Conversation | Document]) -> Iterator[list[Conversation | Document]]:
