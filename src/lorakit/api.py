@@ -51,7 +51,8 @@ def finetune(
     from lorakit.pipeline import fit
     from lorakit.results import show_outcome
 
-    console = console or default_console()
+    # A notebook keeps plain text on stdout as one output.
+    console = console or plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)
     with literal(console):
         with silence_libraries(resolved.recipe.offline):
             outcome = fit(resolved, console, resume, force)
@@ -191,8 +192,3 @@ def _prepared(
                 resolved.recipe, tokenizer_location(resolved.recipe, location)
             )
         return tokenizer, prepare_data(resolved.recipe, tokenizer, folders, inspecting)
-
-
-def default_console() -> Console:
-    """Return a console for plain text on stdout, which a notebook keeps as one output."""
-    return plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)

@@ -76,7 +76,9 @@ def read_run(run: RunDir) -> Record:
         tuple(row for row in read_metrics(run, held_out) if _is_step(row.get("step")))
         for held_out in (False, True)
     )
-    shown = {k: without_path(v) if k in PATHS else v for k, v in _plain(recipe).items()}
+    shown = {
+        k: without_path(v) if k in PATHS else v for k, v in recipe.model_dump(mode="json").items()
+    }
     return Record(
         name=run.path.resolve().name,
         recipe=recipe,
@@ -114,10 +116,6 @@ def without_path(value: Any) -> Any:
         return {key: without_path(entry) for key, entry in value.items()}
     local = isinstance(value, str) and value.startswith(("/", ".", "~"))
     return PurePosixPath(value).name or value if local else value
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json")
 
 
 def _origins(path: Path) -> dict[str, str]:

@@ -94,14 +94,12 @@ class RunMonitor:
         norms = [r["grad_norm"] for r in self.rows if r["grad_norm"] is not None]
         self.rows = self.rows[:1]
         if last > first * (1 + RISE_THRESHOLD):
-            return _message(row, f"rose from {first:.3f} to {last:.3f}", steps, self._rising())
+            cause = f"learning_rate is too high ({self.recipe.learning_rate:g})"
+            return _message(row, f"rose from {first:.3f} to {last:.3f}", steps, cause)
         if first > CONVERGED_LOSS and last > first * (1 - FLAT):
             norm = statistics.median(norms) if norms else None
             return _message(row, f"stays at {first:.3f} ({last:.3f})", steps, self._flat(norm))
         return None
-
-    def _rising(self) -> str:
-        return f"learning_rate is too high ({self.recipe.learning_rate:g})"
 
     def _flat(self, norm: float | None) -> str:
         recipe = self.recipe
