@@ -50,13 +50,6 @@ def detect_device(dtype: str = "auto", prefer: Literal["auto", "cpu"] = "auto") 
     return _cpu(dtype)
 
 
-def cards() -> int:
-    """Count the CUDA GPUs that this process can use."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def _cuda(dtype: str) -> Device:
     import torch
 

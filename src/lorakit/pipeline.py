@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorakit.data.chat_template.defaults import prints_today
@@ -32,7 +33,7 @@ from lorakit.distributed.process_group import (
 )
 from lorakit.errors import LorakitError, RunError
 from lorakit.export.checkpoint_keys import misfit
-from lorakit.hardware import MemoryCap, cards, detect_device, measure_context
+from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.inference.evaluate import evaluate
 from lorakit.model.base_fingerprint import check_base, remember_base
 from lorakit.model.load import (
@@ -138,8 +139,9 @@ def prepare_run(
     device = shared_device(local_device, ranks)
     device = replace(device, ranks=gpus) if gpus else device
     console.print(f"device   {device.name} ({device.reasons['kind']})")
-    if device.kind == "cuda" and ranks.world_size == 1 and not gpus and cards() > 1:
-        console.print(f"         one of {cards()} GPUs; --gpus {cards()} uses all of them")
+    visible = torch.cuda.device_count() if device.kind == "cuda" else 0
+    if visible > 1 and ranks.world_size == 1 and not gpus:
+        console.print(f"         one of {visible} GPUs; --gpus {visible} uses all of them")
     if ranks.world_size > 1:
         console.print(f"ranks    {ranks.world_size} share each step: {device.reasons['ranks']}")
     console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
