@@ -141,7 +141,7 @@ class Campaign:
 
     def trial(self, number, resume):
         from lorakit.storage.run_dir import RunDir
-        from lorakit.train.checkpoint import newest_whole
+        from lorakit.train.checkpoint import newest_intact
 
         folder, canary = self.place / f"trial-{number}", self.place / f"canary-{number}"
         shutil.copytree(self.whole, folder)
@@ -151,7 +151,7 @@ class Campaign:
         damaged = damage_some(self.rng, run, canary)
         self.kinds.update(damaged.values())
         left = max((s for s in steps if s not in damaged), default=None)
-        found, notes = newest_whole(run)
+        found, notes = newest_intact(run)
         if (found.step if found else None) != left:
             self.failures.append(f"{number}: {damaged}: took {found}, not step {left}")
         elif len(notes) != len(damaged):

@@ -320,10 +320,10 @@ def result_of(folder):
 def steps_at_risk(folder):
     """(whole checkpoints, steps that were logged beyond the newest of them)."""
     from lorakit.storage.run_dir import RunDir, read_metrics
-    from lorakit.train.checkpoint import newest_whole
+    from lorakit.train.checkpoint import newest_intact
 
     run = RunDir(folder)
-    newest, notes = newest_whole(run)
+    newest, notes = newest_intact(run)
     logged = max((row["step"] for row in read_metrics(run)), default=0)
     whole = len(run.list_checkpoints()) - len(notes)
     return whole, max(0, logged - (newest.step if newest else 0))

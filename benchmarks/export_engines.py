@@ -20,7 +20,7 @@ import torch
 
 from lorakit.export import llama_cpp
 from lorakit.export.adapter import fold_adapter
-from lorakit.export.gguf import compare_heard, end_of_turn
+from lorakit.export.gguf import compare_output, end_of_turn
 from lorakit.export.gguf_convert import Conversion, convert_all
 from lorakit.export.gguf_quantize import quantize_gguf
 from lorakit.export.hf_files import write_config, write_tokenizer
@@ -82,8 +82,8 @@ def measure(source, work: Path, asked: argparse.Namespace) -> dict:
         adapter = adapter and str(adapter)
         asks = reference.prompts, reference.answers, end_of_turn(source)
         task = llama_cpp.Task(str(model), *asks, adapter, top=TOP)
-        (heard,) = llama_cpp.ask_all([task])
-        found = compare_heard(source, reference, heard)
+        (heard,) = llama_cpp.run_tasks([task])
+        found = compare_output(source, reference, heard)
         seconds = round(time.perf_counter() - began, 1)
         rows[name] = {**found.as_dict(), "bytes": model.stat().st_size, "seconds": seconds}
         print(name, rows[name], file=sys.stderr)

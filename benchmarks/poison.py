@@ -124,7 +124,7 @@ def poisoned_run(number, model_dir, data, folder):
 def judge(kind, trainer, stopped, said, folder):
     """The figures of one run: what was applied, saved and named."""
     from lorakit.storage.run_dir import RunDir
-    from lorakit.train.checkpoint import newest_whole
+    from lorakit.train.checkpoint import newest_intact
 
     done, bad = trainer.state.global_step, sorted(trainer.bad)
     applied = [s for s in bad if s <= done and trainer.weights_of[s] != trainer.weights_of[s - 1]]
@@ -141,7 +141,7 @@ def judge(kind, trainer, stopped, said, folder):
     files = [f / "adapter_model.safetensors" for f in [run.adapter, *run.list_checkpoints()]]
     saved = [load_file(f) for f in files if f.exists()]
     broken = [w for w in saved if not all(torch.isfinite(t).all() for t in w.values())]
-    whole = newest_whole(run)[0]
+    whole = newest_intact(run)[0]
     return {
         "kind": kind,
         "end": "stopped" if stopped else "finished",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.batching import best_fit, packing_words, saved_share
+from lorakit.data.batching import best_fit, decide_packing, saved_share
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -66,6 +66,6 @@ def test_padding_is_what_each_micro_batch_takes_over_its_tokens(lengths, rows):
     ],
 )
 def test_whether_a_run_packs_is_said_with_its_reason(share, wanted, cpu, packs, said):
-    found, words = packing_words(share, wanted, cpu)
+    found, words = decide_packing(share, wanted, cpu)
     assert found == packs
     assert said in words

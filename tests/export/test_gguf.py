@@ -16,7 +16,7 @@ from lorakit.export import llama_cpp, merged
 from lorakit.export.adapter import fold_adapter
 from lorakit.export.gguf import (
     ADAPTER_FILE,
-    compare_heard,
+    compare_output,
     end_of_turn,
     export_gguf,
     export_gguf_adapter,
@@ -99,8 +99,8 @@ def heard(variant_run, demo_model, tokenizer, tmp_path_factory):
     chats = tuple([{"role": r, "content": t} for r, t in chat[:-1]] for chat in CHATS[:2])
     tasks = [task_of(*references[v], m, a and str(a), chats) for (_, v), (m, a) in files.items()]
     return {
-        key: (compare_heard(*references[key[1]], said, chats), *files[key], *references[key[1]])
-        for key, said in zip(files, llama_cpp.ask_all(tasks), strict=True)
+        key: (compare_output(*references[key[1]], said, chats), *files[key], *references[key[1]])
+        for key, said in zip(files, llama_cpp.run_tasks(tasks), strict=True)
     }
 
 
@@ -125,9 +125,9 @@ def test_characters_of_several_tokens_are_compared_place_by_place(heard, tokeniz
 
 def test_an_engine_that_does_not_stop_at_the_end_of_turn_is_refused(variant_run):
     source = open_source(variant_run("rslora"))
-    deaf = llama_cpp.Heard(places=[], stops=False, chat_ids=[])
+    deaf = llama_cpp.LlamaOutput(places=[], stops=False, chat_ids=[])
     with pytest.raises(WorkError, match=r"does not stop at '<\|im_end\|>'"):
-        compare_heard(source, Reference([], [], [], frozenset([2]), 1.0), deaf)
+        compare_output(source, Reference([], [], [], frozenset([2]), 1.0), deaf)
 
 
 def test_the_end_of_turn_and_the_template_are_in_the_file(heard):

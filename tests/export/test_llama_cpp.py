@@ -10,7 +10,7 @@ import torch
 from lorakit.errors import WorkError
 from lorakit.export import llama_cpp
 from lorakit.export.divergence import summed
-from lorakit.export.llama_cpp import Task, ask_all, scored
+from lorakit.export.llama_cpp import Task, run_tasks, scored
 
 
 def place(*pairs):
@@ -73,23 +73,23 @@ def test_fewer_predictions_than_tokens_are_an_error(monkeypatch):
     one = [[7, -0.1]]
     task = Task("x.gguf", [[1], [2]], [[5], [6, 7, 8]], 2)
     answering(monkeypatch, [[one], [one, one, one]])
-    assert ask_all([task])[0].places[1] == [one, one, one]
+    assert run_tasks([task])[0].places[1] == [one, one, one]
     for lost in ([one, one], [one, [], one]):
         answering(monkeypatch, [[one], lost])
         with pytest.raises(WorkError, match="2 of the 3 tokens of the answer to held-out prompt 2"):
-            ask_all([task])
+            run_tasks([task])
 
 
 def test_an_engine_that_breaks_after_its_last_answer_is_not_believed(monkeypatch):
     answering(monkeypatch, [[[[7, -0.1]]]], code=-11)
     with pytest.raises(WorkError, match=r"cannot run a file \(exit -11\): it broke"):
-        ask_all([Task("x.gguf", [[1]], [[5]], 2)])
+        run_tasks([Task("x.gguf", [[1]], [[5]], 2)])
 
 
 def test_a_file_that_is_no_model_is_one_clear_error(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(WorkError, match=r"llama.cpp cannot run x.gguf"):
-        ask_all([Task(str(tmp_path / "x.gguf"), [[1]], [[2]], 2)])
+        run_tasks([Task(str(tmp_path / "x.gguf"), [[1]], [[2]], 2)])
 
 
 def test_the_engine_is_there():

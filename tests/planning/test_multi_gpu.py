@@ -8,7 +8,7 @@ import pytest
 from lorakit.planning.forecast import forecast
 from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
-from lorakit.planning.multi_gpu import idle_share, split_in_words
+from lorakit.planning.multi_gpu import describe_split, idle_share
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
@@ -38,7 +38,7 @@ def test_one_gpu_has_no_scale():
     ],
 )
 def test_the_split_is_told(examples, ranks, said):
-    assert split_in_words(examples, Device("cuda", "x", 1, "bfloat16", ranks=ranks)) == said
+    assert describe_split(examples, Device("cuda", "x", 1, "bfloat16", ranks=ranks)) == said
 
 
 def test_idle_time():

@@ -12,7 +12,7 @@ from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import (
     checkpoint_bytes,
     checkpoint_step,
-    newest_whole,
+    newest_intact,
     require_checkpoint,
     require_space,
     rotate,
@@ -41,7 +41,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(tmp_path, damage):
         victim.write_text("")
     else:
         victim.unlink()
-    found, notes = newest_whole(run)
+    found, notes = newest_intact(run)
     assert (found.folder, found.step) == (run.checkpoint(1), 1)
     assert len(notes) == 1
     assert "step_000002 is damaged" in notes[0]
@@ -55,7 +55,7 @@ def test_a_checkpoint_under_another_steps_name_is_passed_over(tmp_path):
     make(run, 1)
     make(run, 2)
     run.checkpoint(2).rename(run.checkpoint(3))
-    found, notes = newest_whole(run)
+    found, notes = newest_intact(run)
     assert found.step == 1
     assert "it was saved after step 2" in notes[0]
 
@@ -79,7 +79,7 @@ def test_rotation_never_counts_what_is_damaged_and_newer(tmp_path):
         make(run, step)
     (run.checkpoint(60) / "a.bin").write_text("torn")
     rotate(run, 1, 55)
-    assert newest_whole(run)[0].step == 55
+    assert newest_intact(run)[0].step == 55
     assert [checkpoint_step(p) for p in run.list_checkpoints()] == [55, 60]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit.data.batching import Layout, step_batches
-from lorakit.train.oom import longest_scored, room_for_optimizer, worst_step
+from lorakit.train.oom import longest_scored, reserve_optimizer_memory, worst_step
 from lorakit.types import MemoryPlan
 
 from .faults import examples
@@ -44,4 +44,4 @@ def test_the_batch_scored_first_is_the_heaviest():
 
 def test_on_a_cpu_no_room_is_held():
     plan = MemoryPlan({"optimizer state": 10}, 100, True)
-    assert room_for_optimizer(None, plan, torch.device("cpu")) is None
+    assert reserve_optimizer_memory(None, plan, torch.device("cpu")) is None

@@ -12,7 +12,7 @@ from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import read_metrics
-from lorakit.train.checkpoint import newest_whole
+from lorakit.train.checkpoint import newest_intact
 from lorakit.train.oom import OomRetry
 
 from .faults import Around, ask_for_a_petabyte, examples, memory_ends, said, trained, trainer_of
@@ -138,7 +138,7 @@ def test_one_example_too_many_stops_with_a_checkpoint_of_the_step_before(run):
     assert row.endswith(f" with {LENGTHS[longest - 1]} tokens")
     assert kept == "  step_000002 is the last checkpoint"
     assert "method: qlora" in error.value.hint
-    assert newest_whole(cut.run)[1] == []
+    assert newest_intact(cut.run)[1] == []
     resumed = run("cut", **values)
     resumed.train(resume_from_checkpoint=str(cut.run.checkpoint(2)))
     assert resumed.layout.rows == 1

@@ -158,7 +158,7 @@ def saved_share(
     return 1 - int(order.sum()) / padded
 
 
-def packing_words(share: float, wanted: bool, cpu: bool) -> tuple[bool, str]:
+def decide_packing(share: float, wanted: bool, cpu: bool) -> tuple[bool, str]:
     """Decide whether a run packs if `share` of its tokens would be padding, with the reason."""
     if not wanted:
         return False, "off (packing: false)"

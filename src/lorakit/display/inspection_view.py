@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.data.batching import PAYS_ABOVE, packing_words
+from lorakit.data.batching import PAYS_ABOVE, decide_packing
 from lorakit.data.inspection import Inspection, Lengths, Piece, Shown, runs, token_texts
 from lorakit.display.rich_output import bar_text
 from lorakit.redact import visible
@@ -172,7 +172,7 @@ def length_lines(lengths: Lengths) -> list[str]:
     unpacked = f"{_batches(-(-lengths.step // rows))} of {rows} example{'s' * (rows > 1)}{shares}"
     packed = f"{_batches(lengths.packed)} of up to {rows * lengths.cutoff_len:,} tokens"
     step = f"a step of {lengths.step} examples is {unpacked}"
-    if lengths.packing and packing_words(lengths.padding, True, cpu=True)[0]:
+    if lengths.packing and decide_packing(lengths.padding, True, cpu=True)[0]:
         step = f"a step of {lengths.step} examples is {packed}, packed; unpacked, {unpacked}"
     elif lengths.packing:
         step += f" on a CPU; on a GPU {packed}, packed (a CPU packs above {PAYS_ABOVE:.0%} padding)"

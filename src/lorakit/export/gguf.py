@@ -207,13 +207,13 @@ def run_gguf(
         context=longest * 2 + 2 * ANSWER_TOKENS + 512,
     )
     job.console.print(f"running {model.name} in llama.cpp")
-    (heard,) = llama_cpp.ask_all([task])
+    (output,) = llama_cpp.run_tasks([task])
     if reference is None:
-        _same_chats(job.source, heard.chat_ids, chats)
+        _same_chats(job.source, output.chat_ids, chats)
         reason = "llama.cpp runs it and reads chats as training did; predictions are not compared"
         job.console.print(reason)
         return {"skipped": reason}
-    result = compare_heard(job.source, reference, heard, chats)
+    result = compare_output(job.source, reference, output, chats)
     _check_distance(job, result.kl_per_token, reference.base_kl, kind, adapter or model)
     return result.as_dict()
 
@@ -250,10 +250,10 @@ def end_of_turn(source: TunedRun) -> int:
     return int(source.tokenizer.convert_tokens_to_ids(source.end_of_turn()))
 
 
-def compare_heard(
+def compare_output(
     source: TunedRun,
     reference: Reference,
-    heard: llama_cpp.Heard,
+    output: llama_cpp.LlamaOutput,
     chats: tuple[list[dict[str, Any]], ...] = (),
 ) -> Agreement:
     """Compare llama.cpp's predictions along the adapter's answers, and its tokens of the chats.
@@ -262,30 +262,30 @@ def compare_heard(
         WorkError: its template or tokenizer makes other prompts than in training, it does not stop
             at the end of turn, or it predicts NaN.
     """
-    _same_chats(source, heard.chat_ids, chats)
-    if not heard.stops:
+    _same_chats(source, output.chat_ids, chats)
+    if not output.stops:
         raise WorkError(
             f"llama.cpp does not stop at {source.end_of_turn()!r}, which ends an answer; "
             "nothing was kept",
             hint="please report this model's tokenizer",
         )
-    pairs = zip(reference.predictions, heard.places, strict=True)
+    pairs = zip(reference.predictions, output.places, strict=True)
     scored = [llama_cpp.scored(rows, places) for rows, places in pairs]
     kl, same, equal, positions = summed(scored, "the file in llama.cpp")
-    count = len(heard.places)
+    count = len(output.places)
     notes = {"engine": "llama.cpp (xllamacpp)", "stops_at": source.end_of_turn()}
     return Agreement(kl, same, equal, positions, count, notes)
 
 
 def _same_chats(
-    source: TunedRun, heard: Sequence[list[int]], chats: Sequence[list[dict[str, Any]]]
+    source: TunedRun, actual: Sequence[list[int]], chats: Sequence[list[dict[str, Any]]]
 ) -> None:
     """Check that llama.cpp tokenizes each chat as in training.
 
     Raises:
         WorkError: a chat has other tokens.
     """
-    for index, (ids, turns) in enumerate(zip(heard, chats, strict=True), 1):
+    for index, (ids, turns) in enumerate(zip(actual, chats, strict=True), 1):
         expected = prompt_ids(source.tokenizer, [Message(t["role"], t["content"]) for t in turns])
         message = f"llama.cpp reads held-out chat {index} otherwise than in training"
         same_prompt(source.tokenizer, ids, expected, message)

@@ -53,7 +53,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class LlamaOutput:
     """Predictions of one file along the answers, and its tokens of the chats."""
 
     places: list[list[TokenLogits]]  # for each answer, for each of its tokens
@@ -66,7 +66,7 @@ def installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def ask_all(tasks: Sequence[Task]) -> list[Heard]:
+def run_tasks(tasks: Sequence[Task]) -> list[LlamaOutput]:
     """Run all tasks in one subprocess.
 
     Raises:
@@ -93,7 +93,7 @@ def ask_all(tasks: Sequence[Task]) -> list[Heard]:
     replies = [json.loads(line) for line in lines]
     for task, values in zip(tasks, replies, strict=True):
         _check_counts(task, values["places"])
-    return [Heard(v["places"], v["stops"], v["chat_ids"]) for v in replies]
+    return [LlamaOutput(v["places"], v["stops"], v["chat_ids"]) for v in replies]
 
 
 def _check_counts(task: Task, found: list[list[TokenLogits]]) -> None:
@@ -152,10 +152,10 @@ def _classes(row: Any, position: TokenLogits) -> tuple[Any, Any]:
 
 def _main() -> None:
     for task in json.load(sys.stdin):
-        print("LORAKIT " + json.dumps(_ask(task)), flush=True)
+        print("LORAKIT " + json.dumps(_run_task(task)), flush=True)
 
 
-def _ask(task: dict[str, Any]) -> dict[str, Any]:
+def _run_task(task: dict[str, Any]) -> dict[str, Any]:
     import xllamacpp
 
     settings = server_settings(task["model"], task["context"])

@@ -94,7 +94,7 @@ def _reason_against_streaming(source: TunedRun) -> str | None:
         return "single tokens were trained"
     if source.adapter.get("target_parameters"):
         return "raw tensors have adapters"
-    changed = {f"{name}.weight" for name in adapted_modules(source)} | set(trained_whole(source))
+    changed = {f"{name}.weight" for name in adapted_modules(source)} | set(trained_in_full(source))
     renamed, _ = loaded_names(skeleton(source), stored_tensors(source.folder))
     missing = changed - set(renamed.values())
     head = {n for n in missing if "head" in n or "embed_out" in n} if source.tied else set()
@@ -122,7 +122,7 @@ def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list
         empty.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(shape, device="meta"))
         empty.config.tie_word_embeddings = False
     model = _with_adapter(empty, source)
-    merger = _Merger(source, model, dtype, four_bit, trained_whole(source), wider)
+    merger = _Merger(source, model, dtype, four_bit, trained_in_full(source), wider)
     width = BYTES[dtype]
     return [
         (
@@ -272,7 +272,7 @@ def nf4_round_trip(weight: Any) -> Any:
     return functional.dequantize_4bit(packed, state)
 
 
-def trained_whole(source: TunedRun) -> dict[str, Any]:
+def trained_in_full(source: TunedRun) -> dict[str, Any]:
     """Complete tensors of the adapter file: `modules_to_save` and trained biases."""
     tensors = {}
     for name, tensor in source.adapter_tensors().items():

@@ -18,7 +18,7 @@ from lorakit.export.merge_weights import (
     four_bit_modules,
     nf4_round_trip,
     skeleton,
-    trained_whole,
+    trained_in_full,
 )
 from lorakit.export.tuned_run import TunedRun, scale_of
 from lorakit.model.safetensors_io import stored_tensors
@@ -99,7 +99,7 @@ class ExpectedTensors:
 
         empty = skeleton(source)
         self.base = base_tensors(source, empty)
-        self.whole = trained_whole(source)
+        self.whole = trained_in_full(source)
         self.parts = {n.removeprefix(PREFIX): t for n, t in source.adapter_tensors().items()}
         self.config = source.adapter
         self.compute, self.device = getattr(torch, source.device.dtype), source.device.kind

@@ -10,7 +10,7 @@ from lorakit.data.dataset import Item, read_validation
 from lorakit.data.issues import IssueLog, RowError
 from lorakit.data.prepare import prepare_data
 from lorakit.data.tokenize.encode import EncodeConfig, encode_many
-from lorakit.data.tokenize.spans import told
+from lorakit.data.tokenize.spans import answer_text
 from lorakit.errors import DataError
 from lorakit.inference.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
@@ -72,7 +72,7 @@ def _answer(
     with base_answers(model):
         base = replies(model, tokenizer, prompts, settings, tools)
     return tuple(
-        Sample(c.messages[-2].content, told(c.messages[-1]), b, t)
+        Sample(c.messages[-2].content, answer_text(c.messages[-1]), b, t)
         for c, b, t in zip(questions, base, tuned, strict=True)
     )
 

@@ -81,16 +81,16 @@ def side_modules(model: Any) -> list[str]:
     text = {id(text_decoder(model)), id(model.get_output_embeddings())}
     if id(model) in text:
         return []
-    return list(_beside(model, "", text))
+    return list(_side_names(model, "", text))
 
 
-def _beside(parent: Any, path: str, text: set[int]) -> Iterator[str]:
+def _side_names(parent: Any, path: str, text: set[int]) -> Iterator[str]:
     for name, module in parent.named_children():
         inside = {id(m) for m in module.modules()}
         if id(module) in text or next(module.parameters(), None) is None:
             continue
         if inside & text:
-            yield from _beside(module, f"{path}{name}.", text)
+            yield from _side_names(module, f"{path}{name}.", text)
         else:
             yield f"{path}{name}"
 

@@ -36,7 +36,7 @@ from lorakit.model.untrusted import (
     check_config,
     check_folder,
     check_tokenizer,
-    say_trust,
+    warn_remote_code,
 )
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
@@ -116,7 +116,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    say_trust(recipe)
+    warn_remote_code(recipe)
     try:
         if Path(location).is_dir():
             check_folder(Path(location), recipe)

@@ -176,7 +176,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def say_trust(recipe: Recipe) -> None:
+def warn_remote_code(recipe: Recipe) -> None:
     """Warn, once for each model, that its Python code will run."""
     if recipe.trust_remote_code and recipe.model not in _warned:
         _warned.add(recipe.model)

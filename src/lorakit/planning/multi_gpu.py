@@ -56,7 +56,7 @@ def scale(
     if speed is not None and rate is not None:
         efficiency = speed.tokens_per_second / rate.tokens_per_second / device.ranks
     examples = recipe.examples_per_step
-    split, idle = split_in_words(examples, device), idle_share(examples, device.ranks)
+    split, idle = describe_split(examples, device), idle_share(examples, device.ranks)
     return Scale(
         ranks=device.ranks,
         nodes=device.nodes,
@@ -85,7 +85,7 @@ def idle_share(examples: int, ranks: int) -> float:
     return 1 - examples / (ranks * -(-examples // ranks))
 
 
-def split_in_words(examples: int, device: Device) -> str:
+def describe_split(examples: int, device: Device) -> str:
     """Describe how a step's examples are divided among ranks."""
     ranks, each = device.ranks, examples // device.ranks
     summary = f"{examples} example{'s' * (examples != 1)} a step over {ranks} {_units(device)}"
@@ -115,14 +115,16 @@ def _base(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan) -> str:
             else f"all {device.per_node} {_units(device)}"
         )
         scheme = "FSDP's full shard" + (", replicas across nodes: HSDP" if device.nodes > 1 else "")
-        why = _why_spread(recipe, config, device)
+        why = _why_sharded(recipe, config, device)
         return f"sharded over {where}, 1/{placement.shards} each ({scheme}): {why}"
     if placement.base_on_host:
-        return f"in host memory, once for every {unit}, streamed: {_why_not_spread(recipe, device)}"
+        return (
+            f"in host memory, once for every {unit}, streamed: {_why_not_sharded(recipe, device)}"
+        )
     return f"on every {unit} in full (as DDP): it {'fits' if plan.fits else 'does not fit'} one"
 
 
-def _why_spread(recipe: Recipe, config: Any, device: Device) -> str:
+def _why_sharded(recipe: Recipe, config: Any, device: Device) -> str:
     if recipe.sharding == "on":
         return "sharding: on"
     unsharded = recipe.model_copy(update={"sharding": "off", "weight_offload": "off"})
@@ -133,7 +135,7 @@ def _why_spread(recipe: Recipe, config: Any, device: Device) -> str:
     return f"with all of it one {_unit(device)} needs {least:.1f} GiB, and {has}"
 
 
-def _why_not_spread(recipe: Recipe, device: Device) -> str:
+def _why_not_sharded(recipe: Recipe, device: Device) -> str:
     if recipe.weight_offload == "on":
         return "weight_offload: on"
     if recipe.sharding == "off":

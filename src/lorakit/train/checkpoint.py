@@ -49,7 +49,7 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def newest_whole(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
+def newest_intact(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose manifest verifies, and a note for each newer one skipped."""
     notes: list[str] = []
     for folder in reversed(run.list_checkpoints()):
@@ -66,7 +66,7 @@ def require_checkpoint(run: RunDir) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         RunError: checkpoints exist, but none is complete.
     """
-    checkpoint, notes = newest_whole(run)
+    checkpoint, notes = newest_intact(run)
     if checkpoint is None and notes:
         raise RunError(
             f"{run.path}: no complete checkpoint to resume from"

@@ -44,7 +44,7 @@ class RunMonitor:
         self.rates: list[float] = []
         self.last_rate: float | None = None
         self.judged = False
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
 
     def start(self, total: int) -> None:
         """Reset for a run of `total` steps."""
@@ -58,8 +58,8 @@ class RunMonitor:
             "slow": self._slow(row),
             "loss": self._not_falling(row),
         }
-        new = {k: message for k, message in messages.items() if message and k not in self.said}
-        self.said |= set(new)
+        new = {k: message for k, message in messages.items() if message and k not in self.reported}
+        self.reported |= set(new)
         return list(new.values())
 
     def _ended_early(self, row: dict[str, Any]) -> str | None:

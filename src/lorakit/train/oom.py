@@ -334,7 +334,9 @@ def longest_scored(examples: Sequence[Example], batch_tokens: int) -> list[Examp
     return [examples[i] for i in order[: max(1, batch_tokens // sizes[order[0]])]]
 
 
-def room_for_optimizer(optimizer: Any, plan: MemoryPlan, device: torch.device) -> Tensor | None:
+def reserve_optimizer_memory(
+    optimizer: Any, plan: MemoryPlan, device: torch.device
+) -> Tensor | None:
     """Reserve the memory of the first update; None if it is already allocated."""
     if device.type != "cuda" or optimizer is None or optimizer.state:
         return None

@@ -56,7 +56,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.norms: deque[float] = deque(maxlen=HISTORY)
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.overflows: deque[bool] = deque(maxlen=OVERFLOWS_OF)
-        self.overflows_told = self.reached = False
+        self.overflows_reported = self.reached = False
         self.spikes = 0
         self.steps = self.skipped = self.without_loss = 0  # since the last row of metrics
         self.spiked = False
@@ -151,8 +151,8 @@ class StepGuard(TrainerCallback, ExportableState):
     def _overflow(self, step: int, overflown: bool) -> None:
         self.overflows.append(overflown)
         count = sum(self.overflows)
-        if 2 * count > OVERFLOWS_OF and not self.overflows_told:
-            self.overflows_told = True
+        if 2 * count > OVERFLOWS_OF and not self.overflows_reported:
+            self.overflows_reported = True
             self.note(
                 f"step {step}: {count} of the last {OVERFLOWS_OF} steps overflowed in float16 and "
                 "changed nothing; set dtype: float32, or lower learning_rate"

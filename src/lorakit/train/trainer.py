@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback
 
-from lorakit.data.batching import Batch, Layout, packing_words, saved_share
+from lorakit.data.batching import Batch, Layout, decide_packing, saved_share
 from lorakit.data.dataset import as_dataset, lengths_of
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.decoder_layer import SavedActivations
@@ -37,7 +37,7 @@ from lorakit.train.oom import (
     describe_oom,
     free_caches,
     longest_scored,
-    room_for_optimizer,
+    reserve_optimizer_memory,
     worst_step,
 )
 from lorakit.train.progress import TrainingProgress
@@ -197,7 +197,7 @@ class LoraTrainer(ResumableTrainer):
             self.runner,
             worst_step(self.train_rows, self.layout, per_step),
             self.state.global_step + 1,
-            lambda: room_for_optimizer(self.optimizer, self.plan, device),
+            lambda: reserve_optimizer_memory(self.optimizer, self.plan, device),
             score,
             device,
         )
@@ -218,7 +218,7 @@ class LoraTrainer(ResumableTrainer):
         """Decide whether documents share micro-batches, with the reason."""
         rows, seed = self.recipe.micro_batch_size, self.recipe.seed
         saved = saved_share(lengths_of(train), rows, seed)
-        packed, reason = packing_words(saved, self.recipe.packing, device.kind == "cpu")
+        packed, reason = decide_packing(saved, self.recipe.packing, device.kind == "cpu")
         if packed and not self.attached.packs:
             return False, self.attached.packing
         return packed, reason

@@ -7,7 +7,7 @@ import pytest
 from lorakit.data.chat_template.select import resolve_template
 from lorakit.data.issues import FatalRowError, IssueLog, RowError
 from lorakit.data.tokenize.encode import encode, prompt_ids, stop_token_ids
-from lorakit.data.tokenize.spans import find_spans, told
+from lorakit.data.tokenize.spans import answer_text, find_spans
 from lorakit.types import IGNORE, Conversation, Message, Origin
 
 AT = Origin("rows.jsonl", 7)
@@ -405,6 +405,6 @@ def test_a_draft_says_which_texts_it_needs(smollm, chat):
 
 
 def test_an_answer_is_told_to_people_with_its_calls():
-    assert told(Message("assistant", "Hi")) == "Hi"
-    call = told(Message("assistant", "", {"tool_calls": CALLS}))
+    assert answer_text(Message("assistant", "Hi")) == "Hi"
+    call = answer_text(Message("assistant", "", {"tool_calls": CALLS}))
     assert call == "get_weather({'city': 'Zürich'})"

@@ -26,7 +26,7 @@ from markupsafe import Markup
 SECONDS = 2.0  # of processor time, so that a busy machine does not reject a template
 TURNS = 2**21  # loop iterations and calls
 LONGEST = 2**20  # characters of one text that a template makes; an item of a list counts as 8
-ROOM = 2**24  # characters of all texts and lists together
+MOST_TEXT = 2**24  # characters of all texts and lists together
 LONGEST_SOURCE = 200_000  # the longest template that trl ships has 19,572 characters
 OPERATIONS, IN_ONE_EXPRESSION = 1000, 64  # that template has 12 sums in one expression
 LARGEST_NUMBER, LARGEST_RANGE = 10_000, 10_000
@@ -204,7 +204,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def begin(self, values: Mapping[str, Any]) -> None:
         """Reset the budget for a rendering with these values."""
         self._values = values
-        self._turns, self._room, self._longest = TURNS, ROOM, LONGEST
+        self._turns, self._left, self._longest = TURNS, MOST_TEXT, LONGEST
         self._widened = False
         self._ends = time.thread_time() + SECONDS
 
@@ -232,11 +232,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         Raises:
             LimitReached: it is too long, or the budget is spent.
         """
-        if (size > self._longest or size > self._room) and not self._widen(size):
+        if (size > self._longest or size > self._left) and not self._widen(size):
             noun = "a text or list" if size > self._longest else "texts and lists"
-            limit = self._longest if size > self._longest else ROOM
+            limit = self._longest if size > self._longest else MOST_TEXT
             raise LimitReached(f"made {noun} of more than {limit:,} characters")
-        self._room -= size
+        self._left -= size
 
     def _widen(self, size: int) -> bool:
         """Raise the limits for a large row, whose size is computed only when they are exceeded."""
@@ -244,8 +244,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self._widened = True
             row_size = size_of(list(self._values.values()), 2**32)
             self._longest = max(LONGEST, 4 * row_size)
-            self._room += max(0, 64 * row_size - ROOM)
-        return size <= self._longest and size <= self._room
+            self._left += max(0, 64 * row_size - MOST_TEXT)
+        return size <= self._longest and size <= self._left
 
     def joined(self, pieces: Iterable[str]) -> str:
         """Join the pieces to one text, which is measured before it is made."""

@@ -382,7 +382,7 @@ def _thoughts(message: dict[str, Any]) -> str:
     return str(message.get("reasoning_content") or inside or "").strip()
 
 
-def told(message: Message) -> str:
+def answer_text(message: Message) -> str:
     """Text of an answer for display, with its tool calls."""
     calls = [c["function"] for c in message.extra.get("tool_calls", ())]
     return "\n".join([message.content, *(f"{c['name']}({c['arguments']})" for c in calls)]).strip()
