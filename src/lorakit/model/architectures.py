@@ -68,7 +68,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": Family(_LATENT, _ALL_MLPS),
     "deepseek_v2": Family(_LATENT, _ALL_MLPS),
     "deepseek_v3": Family(_LATENT, _ALL_MLPS),
-    # State space layers, some next to attention.
+    # State space layers, some beside attention.
     "falcon_h1": Family((*_ATTENTION, *_MLP, "in_proj"), _MAMBA),
     "granitemoehybrid": Family(
         (*_ATTENTION, "input_linear", "output_linear", "in_proj"), f"{_EXPERTS}; {_MAMBA}"

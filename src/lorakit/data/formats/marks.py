@@ -25,12 +25,12 @@ MARKS: dict[str, bool] = {
 # Written on every turn by tools with one schema for all roles.
 _ON_ALL_TURNS = ("loss_mask", "masked")
 _VALUES = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-# Numbers and flags that do not concern the loss.
+# Numbers and flags that say nothing about the loss.
 _NEUTRAL = ("id", "index", "idx", "turn", "time", "date", "token", "created", "length", "count")
 
 
 def is_trained(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str) -> bool:
-    """Return False for a turn that a mark excludes from the loss.
+    """Return False for a turn that a mark leaves out of the loss.
 
     Raises:
         RowError: a mark has another value, or two marks contradict each other.

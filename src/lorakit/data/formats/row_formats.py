@@ -234,7 +234,7 @@ def _aliases(rows: Sequence[Row], fmt: RowFormat, present: Sequence[str]) -> dic
             continue
         for column in present:
             values = [row.values.get(column) for row in rows]
-            # A level ("high") or a flag under such a name is not a text.
+            # A level ("high") or a flag under such a name is no text.
             said = any(isinstance(v, list) or (isinstance(v, str) and len(v) > 8) for v in values)
             if column.lower() in names and said:
                 found.setdefault(part, column)
@@ -372,7 +372,7 @@ def _known_form(present: Sequence[str]) -> str:
     return next((known for keys, known in KNOWN_FORMS if keys <= set(present)), "")
 
 
-# Columns of well-known forms that are not rows of turns -> their description, and what to do.
+# Columns of well-known forms that are no rows of turns -> what they are, and what to do.
 _GATHER = "one turn a row: gather the turns of each conversation in a list under `messages`"
 KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"role", "content"}), _GATHER),
@@ -423,7 +423,7 @@ KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
         "rows of SQuAD: write the first of answers.text as a column `answer`",
     ),
 )
-# Columns that describe a row, and are not a question or an answer.
+# Columns that are about a row, and are no question or answer.
 _ABOUT = re.compile(
     r"(^|_)(id|uuid|date|time|timestamp|url|uri|role|sender|from|model|name|title|source|language|"
     r"lang|created|updated|method|hash|index|node|system)(_|$)|_at$|Id$",
