@@ -18,7 +18,6 @@ from typing import Any
 from lorakit.data.chat_template.render import (
     SpecialTokenEscaper,
     render_chat,
-    shared_length,
     template_capabilities,
     to_ids,
 )
@@ -345,7 +344,9 @@ def _masked(
 
     def tokens_before(text: str) -> int:
         """Count tokens of `ids` up to the end of `text`, without one that extends beyond it."""
-        return shared_length(ids, to_ids(tokenizer, text, guard, known=tokenized))
+        other = to_ids(tokenizer, text, guard, known=tokenized)
+        pairs = enumerate(zip(ids, other, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
 
     labels = [IGNORE, *ids[1:]] if train_on == "all" else [IGNORE] * len(ids)
     if train_on != "all":

@@ -78,7 +78,7 @@ def find_spans(
     """Find the answers of `conversation` to train, by `train_on` and the `train` of each turn.
 
     Args:
-        train_on_thoughts: False excludes the thoughts of an answer from its loss mask.
+        train_on_thoughts: False leaves the thoughts of an answer out of its loss mask.
 
     Raises:
         RowError: no answer is left, or the template refuses or rewrites the turns.
