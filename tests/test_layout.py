@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder or module may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "types", "redact", "console", "units"},
+    {"errors", "types", "redact", "console"},
     {"dependencies", "hardware", "recipe", "storage"},
     {"data", "distributed", "doctor", "model", "ops"},
     {"engine"},

@@ -32,13 +32,13 @@ from lorakit.planning.planner import plan_training
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
+from lorakit.storage.units import GIB
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resume import environment
 from lorakit.train.signals import StopRequest
 from lorakit.train.trainer import LoraTrainer
 from lorakit.train.training_args import check_training_settings
 from lorakit.types import IGNORE, Device, Example, MemoryPlan, Origin
-from lorakit.units import GIB
 
 SAMPLE_SECONDS = 0.01
 # Kernels are chosen and caches filled in the first steps.

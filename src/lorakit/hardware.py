@@ -20,8 +20,8 @@ from typing import Any, Literal
 import psutil
 
 from lorakit.errors import RecipeError
+from lorakit.storage.units import MIB
 from lorakit.types import Device
-from lorakit.units import MIB
 
 # Instruction sets that multiply bf16 natively. Without them bf16 on a CPU is emulated and slower
 # than float32; with AVX512_BF16 a SmolLM2 step took 1.4 s against 2.8 s in float32.

@@ -15,7 +15,7 @@ from lorakit.planning.multi_gpu import Scale
 from lorakit.planning.stages import Parts
 from lorakit.planning.suggestions import Suggestion
 from lorakit.redact import visible
-from lorakit.units import GIB
+from lorakit.storage.units import GIB
 
 
 def plan_view(found: Forecast) -> Group:

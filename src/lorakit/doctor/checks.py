@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from lorakit.dependencies import too_old
 from lorakit.doctor.known_issues import TROUBLES
 from lorakit.doctor.system_info import SystemInfo
-from lorakit.units import GIB
+from lorakit.storage.units import GIB
 
 OLDEST_PYTHON = (3, 11)
 LITTLE_RAM, LITTLE_DISK = 6 * GIB, 5 * GIB

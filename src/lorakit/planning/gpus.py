@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from lorakit.errors import RecipeError
 from lorakit.hardware import KERNELS_FROM
 from lorakit.recipe.loader import suggest
+from lorakit.storage.units import GIB, parse_size
 from lorakit.types import Device
-from lorakit.units import GIB, parse_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from lorakit.planning.gpus import Gpu
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import Speed, Traffic, expected_speed, traffic
 from lorakit.recipe.schema import Recipe
+from lorakit.storage.units import GIB
 from lorakit.types import Device, MemoryPlan
-from lorakit.units import GIB
 
 
 @dataclass(frozen=True, slots=True)

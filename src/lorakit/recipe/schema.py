@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorakit.units import parse_size
+from lorakit.storage.units import parse_size
 
 # The defaults differ because QLoRA's 4-bit base leaves memory for larger batches, and a higher rank
 # and learning rate compensate its quantization error.

@@ -16,7 +16,7 @@ from lorakit.model.load import public_name
 from lorakit.report.html import render_page
 from lorakit.report.load_run import PATHS, Record, finite, read_run, without_path
 from lorakit.storage.run_dir import RunDir, write_text
-from lorakit.units import GIB
+from lorakit.storage.units import GIB
 
 
 def write_report(run: RunDir, output: Path | None = None) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.units import parse_size
+from lorakit.storage.units import parse_size
 
 
 @pytest.mark.parametrize(
