@@ -223,11 +223,11 @@ def finish(tiny_model_dir, tiny_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def talker(tokenizer, tmp_path_factory):
+def talker(smollm2_tokenizer, tmp_path_factory):
     """Folder of a model whose answers are certain; see `made_runs`."""
     from tests.made_runs import make_talker
 
-    return make_talker(tokenizer, tmp_path_factory.mktemp("talker"))
+    return make_talker(smollm2_tokenizer, tmp_path_factory.mktemp("talker"))
 
 
 @pytest.fixture(scope="session")
