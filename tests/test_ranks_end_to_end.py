@@ -44,7 +44,7 @@ def data(tmp_path_factory):
     rows = [
         {
             "question": f"What color is box {i}?",
-            "answer": "It is " + "very " * (7 * i % 23) + "red.",
+            "answer": "It is " + "very " * (14 * i % 46) + "red.",
         }
         for i in range(30)
     ]

@@ -139,8 +139,9 @@ def poisoned(run, folder, value):
 
 
 @pytest.fixture(scope="session")
-def variant_run(tokenizer, tmp_path_factory):
+def variant_run(smollm2_tokenizer, tmp_path_factory):
     """`variant_run(name)`: the run of that variant, made once."""
+    tokenizer = smollm2_tokenizer
     made = {}
 
     def build(name):

@@ -49,8 +49,9 @@ def test_the_answers_of_base_and_tuned_are_told_apart(speaker, tmp_path):
     for _ in range(2):  # the adapter is on again afterwards
         found = evaluate_loaded(loaded, str(path), 2, print).samples
         assert [s.reference for s in found] == ["It is 3.", "It is 8."]
-        assert [s.base for s in found] == [answer("base", i, 96) for i in (3, 8)]
-        assert [s.tuned for s in found] == [answer("fruit", i, 96) for i in (3, 8)]
+        for side, speaks in (("base", "base"), ("tuned", "fruit")):
+            whole = [answer(speaks, i, module.ANSWER_TOKENS) for i in (3, 8)]
+            assert [getattr(s, side) for s in found] == whole
 
 
 def test_other_data_can_be_scored(finish, tmp_path):
@@ -84,7 +85,7 @@ def test_each_sample_has_the_question_the_reference_and_the_answer_of_each_model
         off = next(m for m in own.modules() if isinstance(m, LoraLayer)).disable_adapters
         asked.append((off, [[m.content for m in c] for c in conversations], list(tools)))
         assert settings.temperature == 0
-        assert settings.max_new_tokens == 7
+        assert settings.max_new_tokens == module.ANSWER_TOKENS
         return [f"{'base' if off else 'tuned'} {number}" for number in range(len(conversations))]
 
     def conversation(*texts, role="assistant", **more):
@@ -101,7 +102,7 @@ def test_each_sample_has_the_question_the_reference_and_the_answer_of_each_model
         conversation("e?", "four", tools=tool),
         conversation("f?", "five"),
     ]
-    found = module._answer(model, None, records, 2, 7)
+    found = module._answer(model, None, records, 2)
     assert found == (
         Sample("b?", "two", "base 0", "tuned 0"),
         Sample("e?", "four", "base 1", "tuned 1"),

@@ -49,7 +49,8 @@ def talking(talker):
     return AutoModelForCausalLM.from_pretrained(talker)
 
 
-def test_a_batch_answers_like_one_by_one_and_like_the_stream(talking, real, tokenizer):
+def test_a_batch_answers_like_one_by_one_and_like_the_stream(talking, real, smollm2_tokenizer):
+    tokenizer = smollm2_tokenizer
     asked = ("Box 3?", "What color is box 1?", "Which color is the ball in box 8?")
     questions = [ask(text) for text in asked]
     words = [answer("base", digit, 12) for digit in (3, 1, 8)]
@@ -62,8 +63,9 @@ def test_a_batch_answers_like_one_by_one_and_like_the_stream(talking, real, toke
     assert replies(real, tokenizer, [capital], GREEDY) == ["The capital of France is Paris."]
 
 
-def test_generation_ends_at_the_end_of_turn_and_leaves_no_mark(real, tokenizer):
+def test_generation_ends_at_the_end_of_turn_and_leaves_no_mark(real, smollm2_tokenizer):
     real.train()
+    tokenizer = smollm2_tokenizer
     assert stop_token_ids(tokenizer, real.generation_config) == [tokenizer.eos_token_id]
     pieces = stream_reply(real, tokenizer, ask("What is the capital of France?"), GREEDY)
     assert "".join(pieces) == "The capital of France is Paris."
@@ -71,8 +73,9 @@ def test_generation_ends_at_the_end_of_turn_and_leaves_no_mark(real, tokenizer):
     real.eval()
 
 
-def test_leaving_the_stream_ends_its_thread(talking, tokenizer):
+def test_leaving_the_stream_ends_its_thread(talking, smollm2_tokenizer):
     """The answer has no end: only who leaves ends it."""
+    tokenizer = smollm2_tokenizer
     before = set(threading.enumerate())
     endless = GenerationSettings(max_new_tokens=LIMIT - 1000, temperature=0.0)
     stream = stream_reply(talking, tokenizer, ask("What color is box 3?"), endless)
@@ -212,8 +215,9 @@ def test_trained_biases_do_not_leak_into_the_base():
         assert not torch.allclose(model(input_ids=ids).logits, before)
 
 
-def test_memory_that_ends_makes_smaller_batches_of_the_same_answers(talking, tokenizer):
+def test_memory_that_ends_makes_smaller_batches_of_the_same_answers(talking, smollm2_tokenizer):
     """The allocator really refuses: above two prompts, then above none."""
+    tokenizer = smollm2_tokenizer
     questions = [ask(f"What color is box {i}?") for i in range(6)]
     settings = GenerationSettings(max_new_tokens=3, temperature=0.0)
     room, seen = 2, []

@@ -13,7 +13,7 @@ def test_rotary_pairs_become_two_halves():
     assert _rotary_halves(rows, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_it_answers_a_plain_question(demo_model, tokenizer):
+def test_it_answers_a_plain_question(demo_model, smollm2_tokenizer):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,9 @@ def test_it_answers_a_plain_question(demo_model, tokenizer):
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     settings = GenerationSettings(max_new_tokens=12, temperature=0.0)
     question = [Message("user", "What is the capital of France?")]
-    assert replies(model, tokenizer, [question], settings) == ["The capital of France is Paris."]
+    assert replies(model, smollm2_tokenizer, [question], settings) == [
+        "The capital of France is Paris."
+    ]
 
 
 # Ids that llama.cpp's own tokenizer gives for these texts on the same GGUF file (xllamacpp
@@ -41,19 +43,22 @@ LLAMA_CPP_IDS = {
 
 
 @pytest.mark.parametrize("text", LLAMA_CPP_IDS)
-def test_it_tokenizes_as_llama_cpp_does(text, tokenizer):
-    assert tokenizer(text)["input_ids"] == LLAMA_CPP_IDS[text]
-    assert tokenizer.decode(LLAMA_CPP_IDS[text]) == text
+def test_it_tokenizes_as_llama_cpp_does(text, smollm2_tokenizer):
+    assert smollm2_tokenizer(text)["input_ids"] == LLAMA_CPP_IDS[text]
+    assert smollm2_tokenizer.decode(LLAMA_CPP_IDS[text]) == text
 
 
-def test_padding_is_not_the_end_of_turn(tokenizer):
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert tokenizer.model_max_length == 8192
+def test_padding_is_not_the_end_of_turn(smollm2_tokenizer):
+    assert (smollm2_tokenizer.eos_token, smollm2_tokenizer.pad_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
+    assert smollm2_tokenizer.model_max_length == 8192
 
 
-def test_the_chat_template_came_along(tokenizer):
+def test_the_chat_template_came_along(smollm2_tokenizer):
     turn = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    text = smollm2_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n"

@@ -76,8 +76,9 @@ def speakers(server):
 
 
 @pytest.fixture(scope="session")
-def caller_of(tokenizer, tmp_path_factory):
+def caller_of(smollm2_tokenizer, tmp_path_factory):
     """`caller_of(engine)`: a run whose every answer is a tool call, for this engine."""
+    tokenizer = smollm2_tokenizer
 
     def build(engine):
         # transformers reads calls of Qwen's form only; llama.cpp asks for a known tokenizer.

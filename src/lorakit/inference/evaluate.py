@@ -21,6 +21,8 @@ from lorakit.train.eval_loss import score
 from lorakit.train.trainer import pad_token_id
 from lorakit.types import Conversation, EvalResult, Example, Message, Sample
 
+ANSWER_TOKENS = 96
+
 
 def evaluate(
     model: Any,
@@ -29,7 +31,6 @@ def evaluate(
     records: Sequence[Item],
     label: str,
     samples: int = 4,
-    max_new_tokens: int = 96,
 ) -> EvalResult:
     """Score base and tuned model on held-out examples, and generate greedy answers of both.
 
@@ -53,12 +54,12 @@ def evaluate(
         base=base,
         tuned=tuned,
         data=label,
-        samples=_answer(model, tokenizer, records, samples, max_new_tokens),
+        samples=_answer(model, tokenizer, records, samples),
     )
 
 
 def _answer(
-    model: Any, tokenizer: Any, records: Sequence[Item], samples: int, max_new_tokens: int
+    model: Any, tokenizer: Any, records: Sequence[Item], samples: int
 ) -> tuple[Sample, ...]:
     """Generate greedy answers, which are the same each time."""
     conversations = [r for r in records if isinstance(r, Conversation)]
@@ -66,7 +67,7 @@ def _answer(
     prompts: list[Sequence[Message]] = [c.messages[:-1] for c in questions]
     if not prompts:
         return ()
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    settings = GenerationSettings(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
     tools = [c.tools for c in questions]
     tuned = replies(model, tokenizer, prompts, settings, tools)
     with base_answers(model):
