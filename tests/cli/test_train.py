@@ -56,7 +56,7 @@ def test_bad_models_and_recipes_are_one_clear_error(lorakit, tmp_path, tiny_data
         (["--model", "./none"], "no such folder"),
         (["--model", tmp_path / "folder"], "no config.json"),
         (["--model", "org/none", "--offline"], "hub"),
-        (["--model", "demo", "--set", "lora_rank=3"], "did you mean lora_r?"),
+        (["--model", "demo", "--set", "rank=3"], "did you mean lora_r?"),
         (["--model", "demo", "--set", "lora_r=0"], "greater than or equal to 1"),
         (["--model", "demo", "--method", "full"], "'lora' or 'qlora'"),
     ]
