@@ -51,8 +51,6 @@ Optimizer = Literal[
     "adamw_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
-    "adamw_torch_4bit",
-    "adamw_torch_8bit",
     "adafactor",
     "adagrad",
     "ademamix",

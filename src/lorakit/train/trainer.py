@@ -67,6 +67,7 @@ class LoraTrainer(ResumableTrainer):
         stop: StopRequest,
         fingerprint: Mapping[str, Any] | None = None,
         ranks: DistributedContext = SINGLE_PROCESS,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.sync, self.ranks = GradientSync(ranks, stop), ranks
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
@@ -102,6 +103,7 @@ class LoraTrainer(ResumableTrainer):
                 self.oom_retry,
                 MetricsCallback(self, progress, monitor),
                 StopOnSignal(self.sync),
+                *callbacks,
             ],
         )
         self._add_callbacks()
