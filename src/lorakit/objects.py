@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorakit.data import cache
-from lorakit.data.sources.objects import write_rows
+from lorakit.data.sources.python_rows import write_rows
 from lorakit.errors import LorakitError, ModelError, RecipeError
 from lorakit.model.loaded_base import settings_of
 from lorakit.recipe.aliases import LORA_KEYS, TRAINING_KEYS

@@ -226,6 +226,11 @@ class Recipe(BaseModel):
     )
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(description="Peak learning rate.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1e4)] | None = Field(
+        None,
+        description="LoRA+: the rate of lora_B is `learning_rate` times this, such as 16 "
+        "(arXiv 2402.12354). Default: one rate.",
+    )
     lr_scheduler: Scheduler = Field(
         "cosine", description="Shape of the rate after warm-up, by transformers' names."
     )
