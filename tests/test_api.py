@@ -106,10 +106,10 @@ def test_keywords_go_over_the_recipe_and_defaults_follow_the_method():
 
 def test_a_wrong_keyword_is_told_as_in_a_file():
     with pytest.raises(RecipeError) as caught:
-        lorakit.finetune(model="demo", data="d", lr=3.0, epochs="many")
+        lorakit.finetune(model="demo", data="d", rank=3.0, epochs="many")
     text = str(caught.value)
     assert "arguments: 2 faults" in text
-    assert "lr: unknown key (found: 3.0); did you mean learning_rate?" in text
+    assert "rank: unknown key (found: 3.0); did you mean lora_r?" in text
     assert "epochs: input should be a valid number" in text
     shown = caught.value._render_traceback_()
     assert "\n".join(shown) == f"RecipeError: {text}"

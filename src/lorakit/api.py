@@ -12,7 +12,8 @@ The command line calls the same functions.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,14 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     console: Console | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    peft_config: Any = None,
+    training_args: Any = None,
+    callbacks: Sequence[Any] = (),
+    metrics: Mapping[str, Callable[[str, str], float]] | None = None,
     **settings: Any,
 ) -> Run:
     """Train a model with a recipe and return its run.
@@ -41,21 +50,47 @@ def finetune(
         resume: continue from the run's last checkpoint.
         force: train even if the plan does not fit into memory.
         console: prints progress; `Console(quiet=True)` is silent.
-        settings: keys of a recipe, such as `model`, `data`, `method`, `epochs`.
+        model: name of the base, or a loaded model of transformers: a base, which gets the adapter's
+            layers, or a PeftModel, whose adapter training starts from.
+        tokenizer: used instead of the model's, and saved with the adapter.
+        train_dataset: rows in the same formats as files: a `datasets.Dataset` or `IterableDataset`,
+            or a list of dicts. They are written to the cache of prepared data.
+        eval_dataset: held-out rows of the same kinds.
+        peft_config: a LoraConfig; each of its values becomes a setting.
+        training_args: SFTConfig, TrainingArguments or a dict of their fields. Of an object every
+            value that changes rows or steps becomes a setting, also one with TRL's default.
+        callbacks: transformers' TrainerCallback objects.
+        metrics: functions of (answer, reference) by name, which give a number for an answer. The
+            means over held-out conversations, of base and tuned, are in `run.evaluation.metrics`.
+        settings: keys of a recipe, such as `data`, `method`, `epochs`.
 
     Raises:
-        LorakitError: the recipe, the data or the model cannot be used, the run does not fit or
-            diverged, or the disk is full. Its hint gives the fix.
+        LorakitError: the recipe, an object, the data or the model cannot be used, the run does not
+            fit or diverged, or the disk is full. Its hint gives the fix.
     """
-    resolved = load_recipe(recipe, **settings)
+    if isinstance(model, str | Path):
+        settings["model"], model = str(model), None
+    from lorakit.objects import take_objects
     from lorakit.pipeline import fit
     from lorakit.results import show_outcome
+
+    objects, taken = take_objects(
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        model=model,
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+        training_args=training_args,
+        callbacks=callbacks,
+        metrics=metrics,
+    )
+    resolved = load_recipe(recipe, objects=taken, **settings)
 
     # A notebook keeps plain text on stdout as one output.
     console = console or plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)
     with literal(console):
         with silence_libraries(resolved.recipe.offline):
-            outcome = fit(resolved, console, resume, force)
+            outcome = fit(resolved, console, resume, force, objects)
         if outcome.exit_code:
             console.print(
                 f"stopped after step {outcome.steps}; a checkpoint was saved. Resume with:"
@@ -118,6 +153,8 @@ def inspect(
     *,
     examples: int = 3,
     say: Callable[[str], None] | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
     **settings: Any,
 ) -> Inspected:
     """Prepare the data as training does and show examples with their loss mask, and every fault.
@@ -129,6 +166,8 @@ def inspect(
         recipe: a YAML file, a dict of settings or a recipe; None if `settings` are complete.
         examples: number of examples to show token by token.
         say: called with a line about each download.
+        train_dataset: rows of a Python program, as in `finetune`.
+        eval_dataset: held-out rows of a Python program.
         settings: keys of a recipe; `model` and `data` are enough.
 
     Raises:
@@ -138,13 +177,20 @@ def inspect(
     from lorakit.model.load import public_name
     from lorakit.model.start_adapter import resolve_start
 
-    resolved = resolve_start(load_recipe(recipe, **settings))
+    resolved = resolve_start(_with_datasets(recipe, train_dataset, eval_dataset, settings))
     tokenizer, prepared = _prepared(resolved, say=say, inspecting=True)
     name = public_name(resolved.recipe.model)
     return Inspected.of(inspect_prepared(prepared, tokenizer, resolved.recipe, name, examples))
 
 
-def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: Any) -> Any:
+def prepare(
+    recipe: RecipeInput = None,
+    *,
+    tokenizer: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    **settings: Any,
+) -> Any:
     """Tokenize the data with its loss mask, for a training script of your own.
 
     The same rows as `finetune` trains, refused for the same faults. Needs the model's tokenizer,
@@ -153,6 +199,8 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
     Args:
         recipe: a YAML file, a dict of settings or a recipe; None if `settings` are complete.
         tokenizer: used instead of the model's; its chat template may be set or replaced.
+        train_dataset: rows of a Python program, as in `finetune`.
+        eval_dataset: held-out rows of a Python program.
         settings: keys of a recipe; `model` and `data` are enough.
 
     Returns:
@@ -166,9 +214,19 @@ def prepare(recipe: RecipeInput = None, *, tokenizer: Any = None, **settings: An
     """
     from datasets import DatasetDict
 
-    _, prepared = _prepared(load_recipe(recipe, **settings), tokenizer)
+    resolved = _with_datasets(recipe, train_dataset, eval_dataset, settings)
+    _, prepared = _prepared(resolved, tokenizer)
     parts = {"train": prepared.train, "validation": prepared.val}
     return DatasetDict({name: part.dataset for name, part in parts.items() if len(part)})
+
+
+def _with_datasets(
+    recipe: RecipeInput, train_dataset: Any, eval_dataset: Any, settings: Mapping[str, Any]
+) -> ResolvedRecipe:
+    from lorakit.objects import take_objects
+
+    _, taken = take_objects(train_dataset=train_dataset, eval_dataset=eval_dataset)
+    return load_recipe(recipe, objects=taken, **settings)
 
 
 def _prepared(

@@ -44,6 +44,7 @@ from lorakit.model.load import (
     locate_model,
     seed_everything,
 )
+from lorakit.model.loaded_base import take_base
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.matching import check_adapter_settings
 from lorakit.model.param_counts import count
@@ -57,6 +58,7 @@ from lorakit.model.start_adapter import (
 )
 from lorakit.model.trainable_tokens import check_token_rows, check_tokens_occur, token_rows
 from lorakit.model.untrusted import check_adapter, read_object
+from lorakit.objects import NO_OBJECTS, Objects
 from lorakit.planning.forecast import planned_speed, require_plan_fits
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
@@ -124,6 +126,7 @@ def prepare_run(
     ranks: DistributedContext = SINGLE_PROCESS,
     gpus: int | None = None,
     resume: bool = False,
+    tokenizer: Any = None,
 ) -> PreparedRun:
     """Prepare device, tokenizer, data and plan, with all checks that need no weights.
 
@@ -132,6 +135,7 @@ def prepare_run(
         ranks: processes that share each step; rank 0 reads and caches before the others.
         gpus: plan for this many GPUs without starting them.
         resume: the adapter that the run started from may be gone.
+        tokenizer: used instead of the model's.
     """
     require_floors()
     resolved = resolve_start(resolved, resume)
@@ -146,11 +150,11 @@ def prepare_run(
         console.print(f"ranks    {ranks.world_size} share each step: {device.reasons['ranks']}")
     console.print(f"dtype    {device.dtype}: {device.reasons['dtype']}; adapters float32")
     with ranks.main_process_first():
-        return _prologue(resolved, console, force, device)
+        return _prologue(resolved, console, force, device, tokenizer)
 
 
 def _prologue(
-    resolved: ResolvedRecipe, console: Console, force: bool, device: Device
+    resolved: ResolvedRecipe, console: Console, force: bool, device: Device, tokenizer: Any
 ) -> PreparedRun:
     recipe = resolved.recipe
     folders = resolved.folders
@@ -168,7 +172,8 @@ def _prologue(
     _check_start(resolved.recipe, location, count(config).modules, console)
     if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
-    tokenizer = load_tokenizer(recipe, tokenizer_location(resolved.recipe, location))
+    if tokenizer is None:
+        tokenizer = load_tokenizer(recipe, tokenizer_location(resolved.recipe, location))
     check_token_rows(tokenizer, resolved.recipe, config)
     if recipe.template_date is None and prints_today(str(tokenizer.chat_template)):
         today = datetime.date.today().isoformat()
@@ -194,13 +199,18 @@ def _prologue(
 
 
 def fit(
-    resolved: ResolvedRecipe, console: Console, resume: bool = False, force: bool = False
+    resolved: ResolvedRecipe,
+    console: Console,
+    resume: bool = False,
+    force: bool = False,
+    objects: Objects = NO_OBJECTS,
 ) -> TrainResult:
     """Train, save and evaluate one run; Ctrl-C and SIGTERM save a checkpoint and return.
 
     Args:
         resume: continue from the last checkpoint.
         force: train even if the plan does not fit into memory.
+        objects: of a Python program, used instead of what the recipe names.
 
     Raises:
         LorakitError: the recipe, data or model cannot be used (raised before training starts), the
@@ -211,9 +221,9 @@ def fit(
         run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
         if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
-                return _fit(run, resolved, console, resume, force, ranks)
+                return _fit(run, resolved, console, resume, force, ranks, objects)
         silent = Console(file=io.StringIO(), quiet=True)
-        return _fit(run, resolved, silent, resume, force, ranks)
+        return _fit(run, resolved, silent, resume, force, ranks, objects)
 
 
 def _written(path: Path) -> int | None:
@@ -241,8 +251,9 @@ def _fit(
     resume: bool,
     force: bool,
     ranks: DistributedContext,
+    objects: Objects,
 ) -> TrainResult:
-    start = prepare_run(resolved, console, force, ranks, resume=resume)
+    start = prepare_run(resolved, console, force, ranks, resume=resume, tokenizer=objects.tokenizer)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
     fingerprint = run_fingerprint(
         recipe, prepared.train, start.tokenizer, ranks.world_size, _start_hash(run, recipe, resume)
@@ -254,7 +265,7 @@ def _fit(
     if start.plan.placement.shards > 1:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
-    model = _model(start, console, fresh=checkpoint is None)
+    model = _model(start, console, checkpoint is None, objects.base)
     if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
     else:
@@ -276,6 +287,7 @@ def _fit(
             stop,
             fingerprint,
             ranks,
+            objects.callbacks,
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
@@ -299,7 +311,7 @@ def _fit(
     evaluation = None
     # A sharded base computes on all ranks; otherwise the other ranks wait for rank 0.
     if prepared.val and (ranks.is_main or trainer.sharded):
-        evaluation = _evaluate(run, model, start, ranks)
+        evaluation = _evaluate(run, model, start, ranks, objects, console)
     return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit, best=best)
 
 
@@ -310,11 +322,12 @@ def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: PreparedRun, console: Console, fresh: bool) -> Any:
+def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None) -> Any:
     """Load the base, on the GPU or in host memory as planned, and attach the adapter.
 
     Args:
         fresh: no checkpoint is loaded afterwards.
+        given: a loaded base.
     """
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
@@ -322,7 +335,11 @@ def _model(start: PreparedRun, console: Console, fresh: bool) -> Any:
         console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        base = load_base(recipe, start.location, device, start.plan.placement.base_offloaded)
+        on_host = start.plan.placement.base_offloaded
+        if given is None:
+            base = load_base(recipe, start.location, device, on_host)
+        else:
+            base = take_base(given, recipe, start.location, device, on_host)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe, token_rows(start.tokenizer, recipe))
     if recipe.from_adapter and fresh:
@@ -398,10 +415,25 @@ def _write_run_files(
     return str(resumed.folder) if resumed else None
 
 
-def _evaluate(run: RunDir, model: Any, start: PreparedRun, ranks: DistributedContext) -> EvalResult:
+def _evaluate(
+    run: RunDir,
+    model: Any,
+    start: PreparedRun,
+    ranks: DistributedContext,
+    objects: Objects,
+    console: Console,
+) -> EvalResult:
     rows = start.prepared.val_conversations
     label = start.resolved.recipe.val_data or f"{len(rows)} row{'s' * (len(rows) > 1)} of the data"
-    result = evaluate(model, start.tokenizer, start.prepared.val, rows, label)
+    result = evaluate(
+        model,
+        start.tokenizer,
+        start.prepared.val,
+        rows,
+        label,
+        metrics=objects.metrics,
+        note=console.print,
+    )
     if ranks.is_main:
         write_json(run.eval, result.as_dict())
     return result

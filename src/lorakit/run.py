@@ -18,6 +18,8 @@ from lorakit.storage.run_dir import RunDir, find_run, read_metrics
 from lorakit.types import EvalScore, Message, Sample
 
 if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
+
     from lorakit.model.multi_adapter import MultiAdapterModel
 
 
@@ -51,6 +53,21 @@ class Run:
         return self.folder.adapter
 
     @property
+    def adapter_path(self) -> str:
+        """Path of the adapter's folder as text, as Hugging Face's functions take it."""
+        return str(self.folder.adapter)
+
+    @property
+    def trainer_state(self) -> TrainerState | None:
+        """transformers' TrainerState of the last checkpoint; None before the first one."""
+        from transformers.trainer_callback import TrainerState
+
+        kept = self.folder.list_checkpoints()
+        if not kept:
+            return None
+        return TrainerState.load_from_json(str(kept[-1] / "trainer_state.json"))
+
+    @property
     def finished(self) -> bool:
         """True if training has saved its adapter."""
         return self.folder.has_adapter()
@@ -78,7 +95,7 @@ class Run:
         value = json.loads(self.folder.eval.read_text(encoding="utf-8"))
         samples = tuple(Sample(**sample) for sample in value["samples"])
         base, tuned = EvalScore(**value["base"]), EvalScore(**value["tuned"])
-        return Evaluation(base, tuned, value["data"], samples)
+        return Evaluation(base, tuned, value["data"], samples, value.get("metrics", {}))
 
     def evaluate(self, data: str | Path | None = None, samples: int = 4) -> Evaluation:
         """Compare base and tuned: held-out loss, perplexity and answers.
@@ -168,6 +185,10 @@ class Run:
         console = console or plain_console(file=sys.stdout, force_jupyter=False)
         with silence_libraries(self.recipe.offline), literal(console):
             return export_run(folder, to, Path(output) if output else None, console, **options)
+
+    def push_to_hub(self, repo: str, **options: Any) -> dict[str, Any]:
+        """Upload the adapter to a hub repository, "OWNER/NAME"; see `export` for the options."""
+        return self.export("hub", repo=repo, **options)
 
     def report(self, output: str | Path | None = None) -> Path:
         """Write the run's HTML report and return its path, by default `report.html` in its folder.

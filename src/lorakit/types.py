@@ -12,11 +12,27 @@ from typing import Any, Literal
 IGNORE = -100
 # Bytes of optimizer state per trained weight.
 OPTIMIZER_BYTES = {
+    "adafactor": 0.5,
+    "adagrad": 4.0,
     "adamw": 8.0,
     "adamw_8bit": 2.0,
+    "ademamix": 12.0,
+    "ademamix_8bit": 3.0,
+    "grokadamw": 12.0,
+    "lion_32bit": 4.0,
+    "lion_8bit": 1.0,
+    "paged_adamw_32bit": 8.0,
     "paged_adamw_8bit": 2.0,
-    "adafactor": 0.5,
+    "paged_ademamix_32bit": 12.0,
+    "paged_ademamix_8bit": 3.0,
+    "paged_lion_32bit": 4.0,
+    "paged_lion_8bit": 1.0,
+    "rmsprop": 4.0,
+    "schedule_free_adamw": 8.0,
+    "schedule_free_radam": 8.0,
+    "schedule_free_sgd": 4.0,
     "sgd": 0.0,
+    "stable_adamw": 8.0,
 }
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -293,6 +309,7 @@ class EvalResult:
     tuned: EvalScore
     data: str
     samples: tuple[Sample, ...] = ()
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, as printed by `lorakit eval --json`."""

@@ -75,7 +75,7 @@ def test_the_guides_example_is_what_is_printed(lorakit, monkeypatch):
         (("--model", "llama2-7b", "--offline"), "did you mean llama-2-7b"),
         (("--model", "llama-2-7b", "--gpu", "rtx4900"), "--gpu rtx4900: not in the table"),
         (("--model", "llama-2-7b", "--memory", "lots"), "--memory lots: not a size"),
-        (("--model", "llama-2-7b", "--set", "lora_rank=4"), "did you mean lora_r"),
+        (("--model", "llama-2-7b", "--set", "rank=4"), "did you mean lora_r"),
         (("--model", "llama-2-7b", "--gpus", "0"), "--gpus"),
         (("--model", "llama-2-7b", "--gpus", "2", "--network", "10"), "--network 10: there is one"),
         (("--model", "llama-2-7b", "--set", "sharding=on"), "needs several GPUs in a machine"),

@@ -56,7 +56,7 @@ def test_bad_models_and_recipes_are_one_clear_error(lorakit, tmp_path, tiny_data
         (["--model", "./none"], "no such folder"),
         (["--model", tmp_path / "folder"], "no config.json"),
         (["--model", "org/none", "--offline"], "hub"),
-        (["--model", "demo", "--set", "lora_rank=3"], "did you mean lora_r?"),
+        (["--model", "demo", "--set", "rank=3"], "did you mean lora_r?"),
         (["--model", "demo", "--set", "lora_r=0"], "greater than or equal to 1"),
         (["--model", "demo", "--method", "full"], "'lora' or 'qlora'"),
     ]
@@ -136,3 +136,47 @@ def test_a_path_is_printed_literally_on_the_callers_console(
     assert "adapter  [x] :key:/adapter" in text
     console.print("[bold]again[/bold]")
     assert console.file.getvalue().endswith("again\n")
+
+
+def test_keys_may_be_words_and_options(lorakit, tmp_path, tiny_model_dir, tiny_data):
+    (tmp_path / "my.yaml").write_text(f"model: {tiny_model_dir}\ndata: {tiny_data}\nlora_r: 2\n")
+    forms = [
+        ["my.yaml", "lr=3e-4", "--lora-alpha", "8", "--lora.lora_bias", "--dry-run"],
+        ["--learning-rate=3e-4", "my.yaml", "lora_alpha=8", "--lora.lora_bias=true", "--dry-run"],
+        ["my.yaml", "--set", "lr=3e-4", "alpha=8", "lora.lora_bias=true", "--dry-run"],
+        ["--dry-run", "lr=3e-4", "alpha=8", "lora.lora_bias=true", "my.yaml"],
+    ]
+    for words in forms:
+        code, out, err = lorakit("train", *words, "--json", "--offline")
+        assert code == 0, err
+        recipe = json.loads(out)["recipe"]
+        found = [recipe[key] for key in ("lora_r", "learning_rate", "lora_alpha", "lora")]
+        assert found == [2, 3e-4, 8, {"lora_bias": True}], words
+    code, out, _ = lorakit("plan", "my.yaml", "lora_r=4", "--gpu", "t4", "--json")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--resme"], "No such option: --resme Did you mean --resume?"),
+        (["--lorar", "3"], "No such option: --lorar"),
+        (["a.yaml", "b.yaml"], "Got unexpected argument b.yaml, expected key=value"),
+        (["--model", "demo", "--data", "demo", "--lora-r", "x"], "lora_r: input should be a valid"),
+        (["none.yaml", "lora_r=3"], "none.yaml: no such recipe"),
+    ],
+)
+def test_a_word_that_is_no_key_is_one_message(lorakit, words, said):
+    code, _, err = lorakit("train", *words)
+    assert code == 2
+    assert said in err
+
+
+def test_other_names_of_commands(lorakit, tiny_model_dir, tiny_data):
+    words = ["--model", tiny_model_dir, "--data", tiny_data, "--dry-run", "--json"]
+    code, out, _ = lorakit("sft", *words)
+    assert (code, json.loads(out)["recipe"]["model"]) == (0, str(tiny_model_dir))
+    code, _, err = lorakit("merge", "none")
+    assert (code, "no such run" in err) == (2, True)
+    _, out, _ = lorakit("--help")
+    assert "sft" not in out

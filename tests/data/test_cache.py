@@ -125,7 +125,7 @@ def test_a_killed_writer_leaves_no_entry(home):
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -9
     (left,) = names(home)
-    assert left.startswith(cache._MAKING)
+    assert left.startswith(cache.MAKING)
     assert cached("key", writer("one", [])).table["text"][:] == ["one"]
 
 

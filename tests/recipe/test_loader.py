@@ -21,16 +21,16 @@ def write(tmp_path, text):
 def test_every_fault_comes_at_once_with_its_line(tmp_path):
     path = write(
         tmp_path,
-        "model: demo\ndata: x\nlora_rank: 16\nlora_dropout: 1.5\nmethod: quora\n",
+        "model: demo\ndata: x\nbatch_size: 16\nlora_dropout: 1.5\nmethod: quora\n",
     )
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path, ["lr=3", "nonsense"])
+        load_recipe(path, ["rank=3", "nonsense"])
     text = str(caught.value)
     assert "5 faults" in text
-    assert "line 3: lora_rank: unknown key (found: 16); did you mean lora_r?" in text
+    assert "line 3: batch_size: unknown key (found: 16); did you mean micro_batch_size?" in text
     assert "line 4: lora_dropout: input should be less than 1 (found: 1.5)" in text
     assert "line 5: method: input should be 'lora' or 'qlora' (found: \"quora\")" in text
-    assert "--set: lr: unknown key (found: 3); did you mean learning_rate?" in text
+    assert "--set: rank: unknown key (found: 3); did you mean lora_r?" in text
     assert "--set nonsense: expected key=value" in text
 
 
@@ -94,9 +94,9 @@ def test_one_key_of_a_mapping_is_set_and_the_others_stay(given, overrides, expec
 @pytest.mark.parametrize(
     ("given", "overrides", "flags", "said"),
     [
-        ({"lora_rank": 16}, [], {}, "lora_rank: unknown key (found: 16); did you mean lora_r?"),
-        ({}, ["lora_rank=16"], {}, "--set: lora_rank: unknown key"),
-        ({}, [], {"lora_rank": 16}, "flag --lora_rank: lora_rank: unknown key"),
+        ({"rank": 16}, [], {}, "rank: unknown key (found: 16); did you mean lora_r?"),
+        ({}, ["rank=16"], {}, "--set: rank: unknown key"),
+        ({}, [], {"rank": 16}, "flag --rank: rank: unknown key"),
         ({}, ["lora_r"], {}, "--set lora_r: expected key=value"),
         ({"system": "a\0b"}, [], {}, "system: holds a NUL"),
     ],

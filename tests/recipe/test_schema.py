@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from lorakit.recipe.schema import METHOD_DEFAULTS, SYNONYMS, Recipe
+from lorakit.recipe.aliases import LORA_KEYS, SYNONYMS, TRAINING_KEYS
+from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,8 @@ def test_recipe_is_frozen():
 
 
 def test_tables_name_real_keys():
-    assert set(SYNONYMS.values()) <= set(Recipe.model_fields)
+    keys = {*SYNONYMS.values(), *LORA_KEYS.values(), *TRAINING_KEYS.values()}
+    assert keys <= set(Recipe.model_fields)
     assert not set(SYNONYMS) & set(Recipe.model_fields)
     for values in METHOD_DEFAULTS.values():
         assert set(values) <= set(Recipe.model_fields)

@@ -138,6 +138,9 @@ MAY_NOT_CHANGE = {
     "dtype": "float32",
     "seed": 7,
     "deterministic": True,
+    "lora": {"lora_bias": True},
+    "loraplus_lr_ratio": 4.0,
+    "training_args": {"adam_beta2": 0.9},
 }
 # Their product may not change.
 TOGETHER = {"micro_batch_size", "gradient_accumulation_steps"}

@@ -241,3 +241,18 @@ def test_layers_that_the_plan_was_not_made_for_keep_as_little_as_they_can(
     assert trainer.attached.engine is None
     layers = trainer.model.get_base_model().model.layers
     assert all(layer.gradient_checkpointing is recomputes for layer in layers)
+
+
+def test_lora_plus_gives_lora_b_a_rate_of_its_own(tiny_model_dir, tmp_path):
+    values = {"learning_rate": 1e-4, "loraplus_lr_ratio": 16.0, "weight_decay": 0.1}
+    trainer = trainer_of(tiny_model_dir, tmp_path, examples([20] * 4), max_steps=2, **values)
+    optimizer = trainer.create_optimizer()
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(trainer.trained) == 8
+    for name, rate in rates.items():
+        assert rate == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4), name
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["params"]} == {0.1}
+    trainer.take_steps(None)
+    assert trainer.lr_scheduler.get_last_lr()[0] < 1e-4
+    assert [row["step"] for row in read_metrics(RunDir(tmp_path))] == [1, 2]

@@ -1,14 +1,27 @@
 """TRL's arguments say what the recipe says; none of its own defaults gets in."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 import torch
+from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import SFTConfig
 
 from lorakit.errors import DependencyError, RecipeError
 from lorakit.hardware import detect_device
+from lorakit.recipe.aliases import TRAINING_KEYS
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.training_args import check_training_settings, total_steps, training_arguments
-from lorakit.types import Device
+from lorakit.train.training_args import (
+    FORWARDED,
+    OPTIMIZERS,
+    check_training_settings,
+    total_steps,
+    training_arguments,
+)
+from lorakit.types import OPTIMIZER_BYTES, Device
 
 CPU = detect_device("float32", prefer="cpu")
 
@@ -148,3 +161,64 @@ def test_scoring_without_held_out_rows_is_refused():
     check_training_settings(recipe(), CPU, 10, held_out=False)
     with pytest.raises(RecipeError, match="eval_every: 2 has no effect"):
         check_training_settings(recipe(eval_every=2), CPU, 10, held_out=False)
+
+
+def test_further_fields_reach_trl_as_they_are(tmp_path):
+    values = {
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.7,
+        "adam_epsilon": 1e-5,
+        "lr_scheduler_kwargs": {"num_cycles": 2.0},
+        "optim_args": "a=1",
+        "eval_delay": 3,
+        "logging_first_step": True,
+        "run_name": "mine",
+        "project": "ours",
+    }
+    arguments = training_arguments(recipe(training_args=values), CPU, RunDir(tmp_path), 100)
+    assert {name: getattr(arguments, name) for name in values} == values
+    assert set(values) <= set(FORWARDED)
+
+
+def test_fields_of_the_installed_sft_config(tmp_path):
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert set(TRAINING_KEYS) - {"warmup_ratio"} <= known
+    for name in known - set(FORWARDED) - set(TRAINING_KEYS):
+        with pytest.raises(RecipeError, match=f"{name} is not passed on"):
+            check_training_settings(recipe(training_args={name: 1}), CPU, 10)
+
+
+@pytest.mark.parametrize("name", get_args(Recipe.model_fields["optimizer"].annotation))
+def test_each_optimizer_is_one_of_transformers_with_a_size(tmp_path, name):
+    arguments = SFTConfig(str(tmp_path), optim=OPTIMIZERS.get(name, name), use_cpu=True)
+    assert OPTIMIZER_BYTES[name] >= 0
+    try:
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError):  # its package is not installed
+        with pytest.raises(DependencyError, match=f"optimizer: {name}: the package is not"):
+            check_training_settings(recipe(optimizer=name), CPU, 10)
+        return
+    layer = torch.nn.Linear(64, 128)
+    optimizer = kind(layer.parameters(), **values)
+    layer(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    found = sum(t.numel() * t.element_size() for t in state) / (64 * 128 + 128)
+    # Quantized states have maps and scales of their own.
+    assert OPTIMIZER_BYTES[name] == pytest.approx(found, abs=0.5)
+
+
+@pytest.mark.parametrize("name", get_args(Recipe.model_fields["lr_scheduler"].annotation))
+def test_each_schedule_is_one_of_transformers(name):
+    needs = {"min_lr": 1e-6} if name.endswith("min_lr") else {}
+    needs |= {"num_decay_steps": 3} if name == "warmup_stable_decay" else {}
+    given = recipe(lr_scheduler=name, training_args={"lr_scheduler_kwargs": needs})
+    check_training_settings(given, CPU, 10)
+    if needs:
+        with pytest.raises(RecipeError, match=f"lr_scheduler: {name}: "):
+            check_training_settings(recipe(lr_scheduler=name), CPU, 10)
+
+
+def test_each_tracker_is_one_of_transformers():
+    (names,) = get_args(Recipe.model_fields["report_to"].annotation)
+    assert set(get_args(names)) <= set(INTEGRATION_TO_CALLBACK)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,47 @@ Method = Annotated[str | None, typer.Option(help="lora or qlora.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write into.")]
 Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs of this machine that share each step.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")]
+# Settings of a command with keys of the recipe as words, for `recipe_and_overrides`.
+KEYS_AS_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def recipe_and_overrides(
+    context: typer.Context, recipe: Path | None, given: Sequence[str] | None
+) -> tuple[Path | None, list[str]]:
+    """Divide a command's further words into a recipe file and `key=value` overrides.
+
+    Keys of a recipe may be written as `key=value`, `--key value` and `--key=value`, too; a word
+    after `--key` is its value unless it begins with `--`, and without one it is true.
+
+    Args:
+        recipe: the first word, which need not be a file.
+        given: values of `--set`.
+    """
+    from lorakit.recipe.aliases import SYNONYMS
+    from lorakit.recipe.schema import Recipe
+
+    words = [*([str(recipe)] if recipe else []), *context.args]
+    files, pairs = [], list(given or [])
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            if key.partition(".")[0] not in {*Recipe.model_fields, *SYNONYMS}:
+                options = [each for option in context.command.params for each in option.opts]
+                near = difflib.get_close_matches(f"--{name}", options, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                context.fail(f"No such option: --{name}{hint}")
+            if not equals:
+                value = "true" if not words or words[0].startswith("--") else words.pop(0)
+            pairs.append(f"{key}={value}")
+        elif "=" in word and not Path(word).exists():
+            pairs.append(word)
+        else:
+            files.append(word)
+    if len(files) > 1:
+        context.fail(f"Got unexpected argument {files[1]}, expected key=value")
+    return (Path(files[0]) if files else None), pairs
 
 
 def _show_version(requested: bool) -> None:

@@ -10,14 +10,25 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.app import Json, Method, Offline, Set, app, out, print_json
+from lorakit.cli.app import (
+    KEYS_AS_WORDS,
+    Json,
+    Method,
+    Offline,
+    Set,
+    app,
+    out,
+    print_json,
+    recipe_and_overrides,
+)
 from lorakit.console import quiet
 
 
-@app.command()
+@app.command(context_settings=KEYS_AS_WORDS)
 def plan(
+    context: typer.Context,
     recipe: Annotated[
-        Path | None, typer.Argument(help="Recipe (YAML); flags may replace it.")
+        Path | None, typer.Argument(help="Recipe (YAML); flags and key=value may replace it.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-7b.")
@@ -50,9 +61,10 @@ def plan(
     from lorakit.recipe.loader import load_recipe
 
     flags: dict[str, Any] = {"model": model, "method": method, "cutoff_len": seq}
+    recipe, overrides = recipe_and_overrides(context, recipe, set_)
     flags["data"] = data or (None if recipe else "not read")
     flags["offline"] = True if offline else None
-    resolved = load_recipe(recipe, set_ or [], flags)
+    resolved = load_recipe(recipe, overrides, flags)
     quiet(resolved.recipe.offline)
     from lorakit.api import plan as plan_recipe
 

@@ -114,6 +114,7 @@ def serve(
     serve_runs(opened, Place(host, port, read_key(api_key, api_key_file)), engine, log)
 
 
+@app.command("merge", hidden=True)
 @app.command()
 def export(
     run: RunArgument,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakit.cli.app import (
+    KEYS_AS_WORDS,
     Gpus,
     Json,
     Method,
@@ -23,6 +24,7 @@ from lorakit.cli.app import (
     on_gpus,
     out,
     print_json,
+    recipe_and_overrides,
 )
 from lorakit.console import quiet
 
@@ -37,10 +39,12 @@ def demo(method: Method = "lora", output: Output = None, as_json: Json = False) 
     )
 
 
-@app.command()
+@app.command("sft", hidden=True, context_settings=KEYS_AS_WORDS)
+@app.command(context_settings=KEYS_AS_WORDS)
 def train(
+    context: typer.Context,
     recipe: Annotated[
-        Path | None, typer.Argument(help="Recipe (YAML); flags may replace it.")
+        Path | None, typer.Argument(help="Recipe (YAML); flags and key=value may replace it.")
     ] = None,
     set_: Set = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or `demo`.")] = None,
@@ -68,7 +72,8 @@ def train(
     flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
     flags["data"] = data[0] if data and len(data) == 1 else data or None
     flags["offline"] = True if offline else None
-    resolved = load_recipe(recipe, set_ or [], flags)
+    recipe, overrides = recipe_and_overrides(context, recipe, set_)
+    resolved = load_recipe(recipe, overrides, flags)
     if gpus and gpus > 1 and not dry_run:
         on_gpus(gpus)
     if dry_run:

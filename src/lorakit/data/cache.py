@@ -30,7 +30,7 @@ from lorakit.storage.user_cache import user_cache, writable_cache
 # A million chats of 210 characters take about 1.2 GB.
 MOST_BYTES = 20 * 2**30
 MOST_ENTRIES = 200
-_MAKING = ".making-"
+MAKING = ".making-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def cached(key: str | None, write: Callable[[Path], dict[str, Any]]) -> CacheEnt
         home = writable_cache(home)
         if key and (entry := _intact(home / f"{key}.arrow")):
             return entry
-        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=home) as folder:
+        with tempfile.TemporaryDirectory(prefix=MAKING, dir=home) as folder:
             data, record = Path(folder) / "data.arrow", Path(folder) / "data.json"
             meta = write(data)
             checksum = _sha256(data, meta)
@@ -115,7 +115,7 @@ def _prune(home: Path, keep: str) -> None:
     for path in home.iterdir():
         try:
             facts = path.stat()
-            if path.suffix == ".arrow":
+            if path.suffix in (".arrow", ".jsonl"):  # rows of Python objects are JSON lines
                 entries.append((facts.st_mtime, facts.st_size, path))
             elif path.is_dir() and facts.st_mtime < time.time() - 86400:
                 # Of a killed process, or of a version that kept folders.

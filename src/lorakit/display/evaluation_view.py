@@ -13,12 +13,16 @@ from lorakit.types import EvalResult
 def evaluation_view(result: EvalResult) -> Group:
     """Render the scores, then one table of answers for each question."""
     scores = Table()
-    for column in ("", "loss", "perplexity"):
+    for column in ("", "loss", "perplexity", *map(visible, result.metrics)):
         scores.add_column(column, justify="right" if column else "left")
+    means = list(result.metrics.values())
     for name, value in (("base", result.base), ("tuned", result.tuned)):
-        scores.add_row(name, f"{value.loss:.4f}", f"{value.perplexity:,.2f}")
+        own = [f"{mean[name]:.4g}" for mean in means]
+        scores.add_row(name, f"{value.loss:.4f}", f"{value.perplexity:,.2f}", *own)
     change = result.tuned.perplexity / result.base.perplexity - 1
-    scores.add_row("change", f"{result.tuned.loss - result.base.loss:+.4f}", f"{change:+.1%}")
+    changes = [f"{mean['tuned'] - mean['base']:+.4g}" for mean in means]
+    loss = f"{result.tuned.loss - result.base.loss:+.4f}"
+    scores.add_row("change", loss, f"{change:+.1%}", *changes)
     head = f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)"
     views: list[Text | Table] = [Text(visible(head)), scores]
     for sample in result.samples:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lorakit.data.issues import IssueLog, RowError
 from lorakit.data.prepare import prepare_data
 from lorakit.data.tokenize.encode import EncodeConfig, encode_many
 from lorakit.data.tokenize.spans import answer_text
-from lorakit.errors import DataError
+from lorakit.errors import DataError, first_line
 from lorakit.inference.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
 from lorakit.recipe.schema import Recipe
@@ -22,6 +23,7 @@ from lorakit.train.trainer import pad_token_id
 from lorakit.types import Conversation, EvalResult, Example, Message, Sample
 
 ANSWER_TOKENS = 96
+METRIC_ROWS = 64  # conversations that metrics score; each takes an answer of base and of tuned
 
 
 def evaluate(
@@ -31,6 +33,8 @@ def evaluate(
     records: Sequence[Item],
     label: str,
     samples: int = 4,
+    metrics: Mapping[str, Callable[[str, str], float]] | None = None,
+    note: Callable[[str], None] = print,
 ) -> EvalResult:
     """Score base and tuned model on held-out examples, and generate greedy answers of both.
 
@@ -40,6 +44,9 @@ def evaluate(
         records: the first `samples` conversations provide the questions, and their last answers
             the references.
         label: name of the data in the result.
+        metrics: functions of (answer, reference) by name; each gives a number for a conversation,
+            and the result has the mean over the first `METRIC_ROWS` of `records`.
+        note: called with a line about a metric that failed; the others are computed.
     """
     if not examples:
         raise DataError(
@@ -50,12 +57,42 @@ def evaluate(
     tuned = score(model, examples, pad_id)
     with base_answers(model):
         base = score(model, examples, pad_id)
+    asked = max(samples, METRIC_ROWS) if metrics else samples
+    answers = _answer(model, tokenizer, records, asked)
+    means = {name: _means(name, metric, answers, note) for name, metric in (metrics or {}).items()}
     return EvalResult(
         base=base,
         tuned=tuned,
         data=label,
-        samples=_answer(model, tokenizer, records, samples),
+        samples=answers[:samples],
+        metrics={name: found for name, found in means.items() if found is not None},
     )
+
+
+def _means(
+    name: str,
+    metric: Callable[[str, str], float],
+    answers: Sequence[Sample],
+    note: Callable[[str], None],
+) -> dict[str, float] | None:
+    """Mean of a metric for base and tuned; None, with a note, if it gives no numbers."""
+    if not answers:
+        note(f"metric {name}: no held-out conversation to score")
+        return None
+    sums = {"base": 0.0, "tuned": 0.0}
+    for number, sample in enumerate(answers, 1):
+        for side in sums:
+            try:
+                value = float(metric(getattr(sample, side), sample.reference))
+            except Exception as error:  # a function of the user may raise anything
+                problem = f"{type(error).__name__}: {first_line(error)}"
+            else:
+                problem = "" if math.isfinite(value) else f"gave {value}"
+            if problem:
+                note(f"metric {name} is left out: {problem} (held-out conversation {number})")
+                return None
+            sums[side] += value
+    return {side: total / len(answers) for side, total in sums.items()} | {"rows": len(answers)}
 
 
 def _answer(

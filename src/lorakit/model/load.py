@@ -200,6 +200,15 @@ def load_base(
         raise _load_error(recipe, location, error) from error
     if dequantizing(config):  # transformers 5.17 leaves them in bfloat16
         model = model.to(arguments["dtype"])
+    finish_base(model, device)
+    if on_host:
+        # accelerate refuses to train 4-bit models with a device map on the CPU.
+        model.__dict__.pop("hf_device_map", None)
+    return model
+
+
+def finish_base(model: Any, device: Device) -> Any:
+    """Prepare a loaded base for training on `device`, in place; return it."""
     guard_quantized_cpu_weights(model)
     # Router logits only serve the load-balancing loss, which lorakit does not train.
     text = model.config.get_text_config()
@@ -209,9 +218,6 @@ def load_base(
         use_plain_torch_on_cpu(model)
     else:
         check_kernels(model)
-    if on_host:
-        # accelerate refuses to train 4-bit models with a device map on the CPU.
-        model.__dict__.pop("hf_device_map", None)
     return model
 
 

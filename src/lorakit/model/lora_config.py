@@ -5,7 +5,8 @@ LoRA (arXiv 2106.09685, eq. 3): h = W x + (alpha / r) B A x, with A [R, D_in], B
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 from lorakit.errors import RecipeError, first_line
@@ -14,8 +15,19 @@ from lorakit.model.lora_targets import all_linear, in_decoder, lora_targets
 from lorakit.model.param_counts import count, ends
 from lorakit.model.regex_limits import check_patterns
 from lorakit.model.trainable_tokens import token_indices
-from lorakit.recipe.loader import ResolvedRecipe
+from lorakit.recipe.aliases import LORA_KEYS
+from lorakit.recipe.loader import ResolvedRecipe, suggest
 from lorakit.recipe.schema import Recipe
+
+# Fields of LoraConfig without a key of the recipe that training, export and its check support.
+SUPPORTED_FIELDS = ("lora_bias",)
+_REASONS = {
+    "base_model_name_or_path": "model names the base",
+    "revision": "it is a key of the recipe",
+    "trainable_token_indices": "trainable_tokens names the tokens",
+    "target_parameters": "experts get no adapters yet",
+    "layer_replication": "the trained model would have other layers than its base",
+}
 
 
 def resolve_targets(resolved: ResolvedRecipe, config: Any) -> ResolvedRecipe:
@@ -92,7 +104,21 @@ def lora_config(recipe: Recipe) -> Any:
         alpha_pattern=dict(recipe.alpha_pattern),
         exclude_modules=recipe.exclude_modules,
         layers_to_transform=recipe.layers_to_transform,
+        **recipe.lora,
     )
+
+
+def field_faults(recipe: Recipe) -> Iterator[str]:
+    """Yield the fields in `lora` that LoraConfig does not have, or that are not supported."""
+    from peft import LoraConfig
+
+    known = [*LORA_KEYS, *(field.name for field in fields(LoraConfig))]
+    for name in recipe.lora:
+        if name not in known:
+            yield f"lora: {name}: peft's LoraConfig has no such field{suggest(name, known)}"
+        elif name not in SUPPORTED_FIELDS:
+            reason = _REASONS.get(name, "training with it is not verified by an export")
+            yield f"lora: {name} is not supported: {reason}"
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from lorakit.errors import RecipeError, first_line
 from lorakit.model.adapter_init import init_faults
 from lorakit.model.base_class import empty_base, is_inside
+from lorakit.model.lora_config import field_faults, lora_config
 from lorakit.model.param_counts import ParamCounts, count, ends, is_named, is_target, layer_number
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.loader import suggest
@@ -37,7 +38,7 @@ def check_adapter_settings(recipe: Recipe, config: Any) -> None:
     if faults:
         message = "\n".join([*faults, *init_faults(recipe, counted)])
         raise RecipeError(message, hint=f"layers of this model: {_listed(counted.adaptable)}")
-    if faults := list(init_faults(recipe, counted)):
+    if faults := [*field_faults(recipe), *init_faults(recipe, counted)]:
         raise RecipeError("\n".join(faults))
     _try_on(recipe, config, counted)
 
@@ -112,8 +113,6 @@ def _unmatched(key: str, name: str, counted: ParamCounts) -> Iterator[str]:
 def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     """Attach the adapter to a model without weights, so that peft refuses before loading."""
     from peft import get_peft_model
-
-    from lorakit.model.lora_config import lora_config
 
     model = empty_base(config)
     try:

@@ -15,27 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError, RecipeError, RunError
+from lorakit.model.lora_config import SUPPORTED_FIELDS
 from lorakit.model.untrusted import read_object
+from lorakit.recipe.aliases import LORA_KEYS
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, read_json
 
 CONFIG = "adapter_config.json"
 # Keys of the recipe by their names in adapter_config.json.
-KEYS = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "target_modules": "target_modules",
-    "exclude_modules": "exclude_modules",
-    "layers_to_transform": "layers_to_transform",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "modules_to_save": "modules_to_save",
-    "bias": "bias",
-    "use_dora": "use_dora",
-    "use_rslora": "use_rslora",
-    "init_lora_weights": "init_lora_weights",
-}
+KEYS = {name: key for name, key in LORA_KEYS.items() if name != "lora_dropout"}
 # Not part of what is trained, or written by other versions.
 NEUTRAL = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
@@ -240,13 +229,14 @@ def _settings(start: StartAdapter) -> dict[str, Any]:
         plain = not value if key not in defaults else value in (defaults[key], None)
         if key == "trainable_token_indices" and start.run is not None:
             continue  # the run's recipe names the tokens
-        if key not in KEYS and key not in NEUTRAL and not plain:
+        if key not in (*KEYS, *NEUTRAL, *SUPPORTED_FIELDS) and not plain:
             raise ModelError(
                 f"{start.folder / CONFIG}: {key}: {json.dumps(value)[:60]}, which lorakit does not "
                 "train",
                 hint="merge this adapter into its base with peft, and train on the result",
             )
     taken = {ours: values.get(theirs, defaults[theirs]) for theirs, ours in KEYS.items()}
+    taken["lora"] = {key: values[key] for key in SUPPORTED_FIELDS if values.get(key)}
     for key in ("rank_pattern", "alpha_pattern"):
         taken[key] = taken[key] or {}
     if isinstance(taken["layers_to_transform"], int):

@@ -17,6 +17,8 @@ from lorakit.types import ON_CARD, Placement
 LONG_ROW = 32768
 
 Choice = tuple[tuple[int, ...], Placement]
+# Optimizers that can update adapters in host memory; bitsandbytes' are made for GPUs.
+_ON_HOST = ("adamw", "adafactor", "adagrad", "rmsprop", "sgd")
 
 
 def check_placement(sizes: RankWorkload, engine: bool) -> None:
@@ -86,8 +88,7 @@ def _layerwise(
 ) -> Iterator[Choice]:
     """Yield layer-by-layer placements with less and less on the GPU and fewer tokens at once."""
     recipe = sizes.recipe
-    # bitsandbytes' optimizers work on GPUs only.
-    adapters = (False,) if recipe.optimizer.endswith("8bit") else (False, True)
+    adapters = (False, True) if recipe.optimizer in _ON_HOST else (False,)
     heads = getattr(sizes.config, "num_key_value_heads", None) or sizes.config.num_attention_heads
     if recipe.cutoff_len >= LONG_ROW:
         heads = max(1, heads * LONG_ROW // (2 * recipe.cutoff_len))

@@ -17,12 +17,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit.errors import RecipeError
+from lorakit.recipe.aliases import SYNONYMS, apply_aliases
 from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
-from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, SYNONYMS, Recipe
+from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, Recipe
 from lorakit.storage.run_dir import RunDir
 
-# Unknown keys of recipes written for Axolotl, LLaMA-Factory, TRL or Unsloth.
-_OTHER_TOOLS = ("base_model: ", "model_name_or_path: ", "model_name: ")
+# Other tools' names of `model`: recipes written for Axolotl, LLaMA-Factory, TRL or Unsloth.
+_OTHER_TOOLS = ("(base_model)", "(model_name_or_path)", "(model_name)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +60,40 @@ def load_recipe(
     given: RecipeInput = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    objects: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> ResolvedRecipe:
     """Read, merge and check a recipe: method defaults < `given` < `--set` < flags < settings.
+
+    Other tools' names of our keys are accepted, see `recipe/aliases.py`.
 
     Args:
         given: a YAML file, a dict of settings, a recipe, or None if the other arguments suffice.
         overrides: `key=value` strings; the value is read as YAML, `a.b=c` sets a key of a mapping.
         flags: values of the common flags of the command line; None means not given.
+        objects: settings taken from Python objects, by the name of the argument; a fault where the
+            recipe has another value.
         settings: keys of a recipe, as in `load_recipe(model="demo", data="my.jsonl")`.
 
     Raises:
         RecipeError: the recipe has faults; lists all of them, one per line.
     """
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    faults: list[str] = []
+    merged = _Merged({}, {}, [])
     name, folder = "command line" if flags else "arguments", None
     if isinstance(given, str | Path):
         name, folder = str(given), Path(given).parent
-        _read_file(Path(given), values, origins)
+        merged.add(*_read_file(Path(given)))
     elif given is not None:
         folder = given.folder if isinstance(given, ResolvedRecipe) else None
-        _take(given, values, origins)
+        merged.add(*_taken(given))
     for pair in overrides:
-        _apply_override(pair, values, origins, faults)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            values[key] = value
-            origins[key] = f"flag --{key.replace('_dir', '')}"
-    _take(settings, values, origins)
+        merged.override(pair)
+    given_flags = {key: value for key, value in (flags or {}).items() if value is not None}
+    merged.add(given_flags, {key: f"flag --{key.replace('_dir', '')}" for key in given_flags})
+    merged.add(*_taken(settings))
+    for argument, taken in (objects or {}).items():
+        merged.add(dict(taken), dict.fromkeys(taken, f"argument {argument}"), replaces=False)
+    values, origins, faults = merged.values, merged.origins, merged.faults
     if "model" not in values and isinstance(values.get("from_adapter"), str):
         # The adapter names its base, see `model/start_adapter.py`.
         values["model"], origins["model"] = values["from_adapter"], origins["from_adapter"]
@@ -126,58 +131,82 @@ def _explicit(resolved: ResolvedRecipe) -> dict[str, Any]:
     return {key: dumped[key] for key in resolved.recipe.model_fields_set}
 
 
-def _take(
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """Values of all layers so far, the origin of each, and the faults found."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    faults: list[str]
+
+    def add(
+        self, values: dict[str, Any], origins: dict[str, str], *, replaces: bool = True
+    ) -> None:
+        """Merge a layer, which replaces the values of earlier ones.
+
+        Args:
+            replaces: False makes another value for the same key a fault.
+        """
+        apply_aliases(values, origins, self.faults, set(Recipe.model_fields))
+        for key, value in values.items():
+            if not replaces and key in self.values and self.values[key] != value:
+                self.faults.append(
+                    f"{key}: {_show(self.values[key])} ({self.origins[key]}), and {origins[key]} "
+                    f"is {_show(value)}; keep one"
+                )
+        self.values.update(values)
+        self.origins.update(origins)
+
+    def override(self, pair: str) -> None:
+        """Merge a `key=value` string."""
+        key, equals, text = pair.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            self.faults.append(f"--set {pair}: expected key=value")
+            return
+        try:
+            value = plain(read_yaml(text))
+        except YamlFault as fault:
+            if fault.hint:  # valid YAML that a recipe may not use
+                self.faults.append(f"--set {pair[:80]}: {fault.what}")
+                return
+            value = text
+        head, dot, tail = key.partition(".")
+        if dot:
+            current = self.values.get(head)
+            value = {**(current if isinstance(current, dict) else {}), tail: value}
+        self.add({head: value}, {head: "--set"})
+
+
+def _taken(
     given: Mapping[str, Any] | Recipe | ResolvedRecipe,
-    values: dict[str, Any],
-    origins: dict[str, str],
-) -> None:
-    """Merge the values that were set; defaults of a recipe are skipped, to follow the method."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values that were set; defaults of a recipe are skipped, to follow the method."""
     if isinstance(given, Mapping):
-        values.update({str(key): plain(value) for key, value in given.items()})
-        origins.update(dict.fromkeys(map(str, given), "argument"))
-        return
+        values = {str(key): plain(value) for key, value in given.items()}
+        return values, dict.fromkeys(values, "argument")
     recipe, earlier = (given, {}) if isinstance(given, Recipe) else (given.recipe, given.origins)
     defaults, dumped = METHOD_DEFAULTS[recipe.method], recipe.model_dump()
+    values, origins = {}, {}
     for key in recipe.model_fields_set:
         value, origin = dumped[key], earlier.get(key, "argument")
         if origin.startswith("default") or (key not in earlier and defaults.get(key) == value):
             continue
         values[key], origins[key] = value, origin
+    return values, origins
 
 
-def _read_file(path: Path, values: dict[str, Any], origins: dict[str, str]) -> None:
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     hint = "begin with: model: demo; `lorakit train --help` shows how to do without a recipe"
     loaded = read_yaml_file(path, hint)
     of_a_run = RunDir(path.parent).environment.exists()
+    values, origins = {}, {}
     for key, value in loaded.items():
         # The recipe in a run directory keeps the key names of the version that wrote it.
         name = RENAMED.get(str(key), str(key)) if of_a_run else str(key)
         values[name] = plain(value)
         origins[name] = f"{path.name}:{loaded.lc.key(key)[0] + 1}"
-
-
-def _apply_override(
-    pair: str, values: dict[str, Any], origins: dict[str, str], faults: list[str]
-) -> None:
-    key, equals, text = pair.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        faults.append(f"--set {pair}: expected key=value")
-        return
-    try:
-        value = plain(read_yaml(text))
-    except YamlFault as fault:
-        if fault.hint:  # valid YAML that a recipe may not use
-            faults.append(f"--set {pair[:80]}: {fault.what}")
-            return
-        value = text
-    head, dot, tail = key.partition(".")
-    if dot:
-        current = values.get(head)
-        values[head] = {**(current if isinstance(current, dict) else {}), tail: value}
-    else:
-        values[head] = value
-    origins[head] = "--set"
+    return values, origins
 
 
 def _validate(
@@ -200,7 +229,7 @@ def _validate(
         faults.extend(_fault_lines(error, origins))
     if recipe is None or faults:
         hint = "`lorakit schema` lists every key with its type, bound and default"
-        other = any(line.partition("unknown key")[0].endswith(_OTHER_TOOLS) for line in faults)
+        other = origins.get("model", "").endswith(_OTHER_TOOLS)
         if other and source.endswith((".yaml", ".yml")):
             command = shlex.join(["lorakit", "import", source, "-o", "recipe.yaml"])
             hint = f"for a recipe of another tool: {command}"

@@ -42,72 +42,61 @@ RENAMED = {
     "streaming": "weight_offload",
     "too_long": "on_overlength",
 }
-# Names of our keys in other tools, used to suggest the right name, never accepted.
-SYNONYMS: dict[str, str] = {
-    "base_model": "model",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "model_id": "model",
-    "adapter": "method",
-    "finetuning_type": "method",
-    "lora_model_dir": "from_adapter",
-    "adapter_name_or_path": "from_adapter",
-    "adapter_path": "from_adapter",
-    "resume_adapter_file": "from_adapter",
-    "pretrained_adapter": "from_adapter",
-    "load_in_4bit": "method",
-    "dataset": "data",
-    "datasets": "data",
-    "train_file": "data",
-    "dataset_path": "data",
-    "lora_rank": "lora_r",
-    "rank": "lora_r",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "lora_target": "target_modules",
-    "lora_target_modules": "target_modules",
-    "lr": "learning_rate",
-    "batch_size": "micro_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "grad_accum": "gradient_accumulation_steps",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "max_length": "cutoff_len",
-    "max_seq_length": "cutoff_len",
-    "sequence_len": "cutoff_len",
-    "max_seq_len": "cutoff_len",
-    "output": "output_dir",
-    "val_set_size": "val_size",
-    "test_size": "val_size",
-    "eval_data": "val_data",
-    "system_prompt": "system",
-    "optim": "optimizer",
-    "lr_scheduler_type": "lr_scheduler",
-    "save_steps": "save_every",
-    "eval_steps": "eval_every",
-    "logging_steps": "log_every",
-    "save_total_limit": "keep_checkpoints",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "torch_dtype": "dtype",
-    "train_on_inputs": "train_on",
-    "sample_packing": "packing",
-    "trainable_token_indices": "trainable_tokens",
-    "special_tokens": "trainable_tokens",
-    "add_tokens": "trainable_tokens",
-    "add_special_tokens": "trainable_tokens",
-    "padding_free": "packing",
-    "column_mapping": "columns",
-}
-
 # Upper bound of numbers: 400 digits do not fit a float or a numpy seed.
 LARGEST = 10**9
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+# Names of transformers. Left out are optimizers of full matrices (GaLore, APOLLO, LOMO) and of
+# other hardware, and schedules that follow a metric, which a resumed run could not repeat.
+Optimizer = Literal[
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adafactor",
+    "adagrad",
+    "ademamix",
+    "ademamix_8bit",
+    "grokadamw",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
+    "sgd",
+    "stable_adamw",
+]
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "inverse_sqrt",
+    "polynomial",
+    "warmup_stable_decay",
+]
+Tracker = Literal[
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
 
 
 class Source(BaseModel):
@@ -233,9 +222,20 @@ class Recipe(BaseModel):
     layers_to_transform: list[int] | None = Field(
         None, description="Only these layer numbers get an adapter."
     )
+    lora: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of peft's LoraConfig: {lora_bias: true}.",
+    )
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(description="Peak learning rate.")
-    lr_scheduler: Scheduler = Field("cosine", description="Shape of the rate after warm-up.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1e4)] | None = Field(
+        None,
+        description="LoRA+: the rate of lora_B is `learning_rate` times this, such as 16 "
+        "(arXiv 2402.12354). Default: one rate.",
+    )
+    lr_scheduler: Scheduler = Field(
+        "cosine", description="Shape of the rate after warm-up, by transformers' names."
+    )
     warmup_ratio: Share = Field(0.03, description="Share of all steps spent warming up.")
     warmup_steps: Annotated[int, Field(ge=0, le=LARGEST)] | None = Field(
         None, description="Steps spent warming up; replaces `warmup_ratio`."
@@ -243,7 +243,9 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm clip.")
     optimizer: Optimizer = Field(
-        "adamw", description="`paged_adamw_8bit` saves adapter memory on CUDA GPUs."
+        "adamw",
+        description="`adamw`, or another one by transformers' name. `paged_adamw_8bit` saves "
+        "adapter memory on CUDA GPUs.",
     )
     epochs: Annotated[float, Field(gt=0, le=LARGEST)] = Field(
         3.0, description="Passes over the data."
@@ -325,8 +327,13 @@ class Recipe(BaseModel):
         "Needs `eval_every`.",
     )
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
-        default_factory=list, description="Trackers that also receive the metrics."
+    report_to: list[Tracker] = Field(
+        default_factory=list,
+        description="Trackers that also receive the metrics, by transformers' names.",
+    )
+    training_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of TRL's SFTConfig: {adam_beta2: 0.95, run_name: first}.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that ships with the model. Off: it can do anything."

@@ -71,6 +71,10 @@ def report_page(record: Record) -> str:
         sources=[s["source"] if isinstance(s, dict) else s for s in sources],
         trained=adapter_bytes and adapter_bytes / 4,
         change=_change(evaluation) if evaluation else {},
+        metrics=[
+            (name, f"{mean['base']:.4g}", f"{mean['tuned']:.4g}", f"{mean['rows']:,}")
+            for name, mean in ((evaluation or {}).get("metrics") or {}).items()
+        ],
         tiles=_tiles(record),
         charts=_charts(record) if record.steps else {},
         memory=_memory(record),

@@ -29,6 +29,7 @@ from lorakit.storage.atomic_dir import existing_parent
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
 from lorakit.train.checkpoint import Checkpoint, require_checkpoint
+from lorakit.train.training_args import FORWARDED
 from lorakit.types import Device
 
 
@@ -250,6 +251,8 @@ def run_fingerprint(
         start: hash of the weights of the adapter that training started from.
     """
     settings = recipe.model_dump(mode="json")
+    forwarded = settings["training_args"]
+    settings["training_args"] = {k: v for k, v in forwarded.items() if FORWARDED.get(k, True)}
     return {
         "settings": {key: settings[key] for key in sorted(settings.keys() - CHANGEABLE_ON_RESUME)},
         "examples per step": recipe.examples_per_step,

@@ -67,6 +67,7 @@ class LoraTrainer(ResumableTrainer):
         stop: StopRequest,
         fingerprint: Mapping[str, Any] | None = None,
         ranks: DistributedContext = SINGLE_PROCESS,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.sync, self.ranks = GradientSync(ranks, stop), ranks
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
@@ -102,6 +103,7 @@ class LoraTrainer(ResumableTrainer):
                 self.oom_retry,
                 MetricsCallback(self, progress, monitor),
                 StopOnSignal(self.sync),
+                *callbacks,
             ],
         )
         self._add_callbacks()
@@ -146,6 +148,19 @@ class LoraTrainer(ResumableTrainer):
     def layout(self) -> Layout:
         """Layout of the next step's micro-batches."""
         return self.oom_retry.layout
+
+    def create_optimizer(self, *args: Any) -> Any:
+        """Create the optimizer, with a higher rate for lora_B where the recipe asks for LoRA+."""
+        optimizer = super().create_optimizer(*args)
+        if self.recipe.loraplus_lr_ratio is not None:
+            rate = self.recipe.learning_rate * self.recipe.loraplus_lr_ratio
+            b_factors = {id(p) for n, p in self.model.named_parameters() if "lora_B" in n}
+            for group in list(optimizer.param_groups):
+                ours = [p for p in group["params"] if id(p) in b_factors]
+                if ours:
+                    group["params"] = [p for p in group["params"] if id(p) not in b_factors]
+                    optimizer.add_param_group({**group, "params": ours, "lr": rate})
+        return optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Run forward and backward of one optimizer step's micro-batches; return its mean loss.

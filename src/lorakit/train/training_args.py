@@ -4,20 +4,66 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import fields
+from typing import Any
 
 from trl import SFTConfig
 
-from lorakit.errors import DependencyError, RecipeError
+from lorakit.errors import DependencyError, RecipeError, first_line
+from lorakit.recipe.aliases import TRAINING_KEYS
+from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.types import Device
 
-OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
+# transformers' names, where they differ from ours.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+# Packages of optimizers: the name to import, and the name to install.
+_PACKAGES = {
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free_adamw": ("schedulefree", "schedulefree"),
+    "schedule_free_radam": ("schedulefree", "schedulefree"),
+    "schedule_free_sgd": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+}
+# Modules of trackers whose name differs.
+_TRACKER_MODULES = {"azure_ml": "azureml"}
+# Fields of SFTConfig that are passed on as they are, and if they change the steps of a run.
+FORWARDED = {
+    "adam_beta1": True,
+    "adam_beta2": True,
+    "adam_epsilon": True,
+    "lr_scheduler_kwargs": True,
+    "neftune_noise_alpha": True,
+    "optim_args": True,
+    "tf32": True,
+    "eval_delay": False,
+    "eval_on_start": False,
+    "logging_first_step": False,
+    "project": False,
+    "run_name": False,
+    "trackio_bucket_id": False,
+    "trackio_space_id": False,
+    "trackio_static_space_id": False,
+}
+_REASONS = {
+    "activation_offloading": "weight_offload and the memory plan decide it",
+    "assistant_only_loss": "train_on decides which tokens carry loss",
+    "completion_only_loss": "train_on decides which tokens carry loss",
+    "dataloader_num_workers": "batches are prepared while the device computes",
+    "data_seed": "seed decides the order",
+    "deepspeed": "--gpus and sharding spread a run",
+    "eval_strategy": "eval_every decides it",
+    "fsdp": "--gpus and sharding spread a run",
+    "gradient_checkpointing_kwargs": "the memory plan decides what is recomputed",
+    "hub_model_id": "lorakit export --to hub uploads, once it is verified",
+    "label_smoothing_factor": "the loss is computed on the supervised tokens alone",
+    "loss_type": "the loss is computed on the supervised tokens alone",
+    "push_to_hub": "lorakit export --to hub uploads, once it is verified",
+    "save_only_model": "a checkpoint without optimizer state cannot resume exactly",
+    "save_strategy": "save_every decides it",
+    "torch_compile": "fused_layers decides it",
+    "use_liger_kernel": "fused_layers decides it",
 }
 
 
@@ -47,8 +93,16 @@ def check_training_settings(
             f"optimizer: {recipe.optimizer} needs a CUDA GPU, this run is on {device.kind}",
             hint="set optimizer: adamw",
         )
+    _check_forwarded(recipe)
+    _check_schedule(recipe, steps)
+    module, package = _PACKAGES.get(recipe.optimizer, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise DependencyError(
+            f"optimizer: {recipe.optimizer}: the package is not installed",
+            hint=f"pip install {package}, or set optimizer: adamw",
+        )
     for tracker in recipe.report_to:
-        if importlib.util.find_spec(tracker) is None:
+        if importlib.util.find_spec(_TRACKER_MODULES.get(tracker, tracker)) is None:
             raise DependencyError(
                 f"report_to: {tracker}: the package is not installed",
                 hint=f"pip install {tracker}, or take it out of report_to",
@@ -72,6 +126,47 @@ def check_training_settings(
             f"learning rate would end at {(steps - 1) / warmup:.0%} of {recipe.learning_rate:g}",
             hint=f"set warmup_steps below {steps}, or raise epochs or max_steps",
         )
+
+
+def _check_forwarded(recipe: Recipe) -> None:
+    """Refuse fields that SFTConfig does not have, or that have no effect here."""
+    known = [*TRAINING_KEYS, *(field.name for field in fields(SFTConfig))]
+    faults = []
+    for name in recipe.training_args:
+        if name not in known:
+            faults.append(f"{name}: SFTConfig has no such field{suggest(name, known)}")
+        elif name not in FORWARDED:
+            reason = _REASONS.get(name, "it has no effect on lorakit's training loop")
+            faults.append(f"{name} is not passed on: {reason}")
+    if faults:
+        raise RecipeError(
+            "\n".join(f"training_args: {fault}" for fault in faults),
+            hint=f"fields that are passed on: {', '.join(FORWARDED)}",
+        )
+    if recipe.training_args.get("neftune_noise_alpha") and recipe.packing:
+        raise RecipeError(
+            "training_args: neftune_noise_alpha scales its noise by the tokens of a row, and "
+            "packed rows have the tokens of several examples",
+            hint="set packing: false",
+        )
+
+
+def _check_schedule(recipe: Recipe, steps: int) -> None:
+    """Build the schedule once, so that missing or wrong arguments of it are found early."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
+    more = recipe.training_args.get("lr_scheduler_kwargs")
+    if not isinstance(more, dict | None):
+        raise RecipeError(f"training_args: lr_scheduler_kwargs: expected a mapping (found: {more})")
+    try:
+        get_scheduler(recipe.lr_scheduler, optimizer, recipe.warmup_of(steps), steps, more or {})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"lr_scheduler: {recipe.lr_scheduler}: {first_line(error)}",
+            hint="its arguments are set by training_args: {lr_scheduler_kwargs: {...}}",
+        ) from error
 
 
 def _check_best_step(recipe: Recipe, steps: int, held_out: bool) -> None:
@@ -107,44 +202,48 @@ def training_arguments(
     recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
 ) -> NoDevicePlacementConfig:
     """Convert the recipe; override every TRL default that would change data or learning rate."""
-    return NoDevicePlacementConfig(
-        output_dir=str(run.path),
+    arguments: dict[str, Any] = {
+        "output_dir": str(run.path),
         # One batch of the loader is one optimizer step; `training_step` splits it.
-        per_device_train_batch_size=recipe.examples_per_step,
-        gradient_accumulation_steps=1,
-        max_steps=steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=recipe.warmup_of(steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=OPTIMIZERS[recipe.optimizer],
+        "per_device_train_batch_size": recipe.examples_per_step,
+        "gradient_accumulation_steps": 1,
+        "max_steps": steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler,
+        "warmup_steps": recipe.warmup_of(steps),
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optim": OPTIMIZERS.get(recipe.optimizer, recipe.optimizer),
         # On a CPU with native bf16 autocast reduces a SmolLM2 step from 1.42 s to 1.24 s.
-        bf16=device.kind in ("cuda", "cpu") and device.dtype == "bfloat16",
-        fp16=device.kind == "cuda" and device.dtype == "float16",
-        use_cpu=device.kind == "cpu",
-        gradient_checkpointing=False,  # ours, without TRL's conversions
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # the default shows a NaN loss as 0.0
-        save_strategy="steps",
+        "bf16": device.kind in ("cuda", "cpu") and device.dtype == "bfloat16",
+        "fp16": device.kind == "cuda" and device.dtype == "float16",
+        "use_cpu": device.kind == "cpu",
+        "gradient_checkpointing": False,  # ours, without TRL's conversions
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "logging_steps": recipe.log_every,
+        "logging_nan_inf_filter": False,  # the default shows a NaN loss as 0.0
+        "save_strategy": "steps",
         # For saving by the clock see `TimedCheckpoint`; the last step is always saved.
-        save_steps=steps if isinstance(recipe.save_every, str) else recipe.save_every,
-        eval_strategy="steps" if recipe.eval_every and held_out else "no",
-        eval_steps=recipe.eval_every,
+        "save_steps": steps if isinstance(recipe.save_every, str) else recipe.save_every,
+        "eval_strategy": "steps" if recipe.eval_every and held_out else "no",
+        "eval_steps": recipe.eval_every,
         # `load_best_step` loads it: transformers demands equal intervals of saving and scoring.
-        metric_for_best_model=recipe.metric_for_best_model if recipe.compares_steps else None,
-        greater_is_better=False,
-        report_to=list(recipe.report_to),
-        run_name=run.path.name,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.kind == "cuda",
-        max_length=None,
-        packing=False,
+        "metric_for_best_model": recipe.metric_for_best_model if recipe.compares_steps else None,
+        "greater_is_better": False,
+        "report_to": list(recipe.report_to),
+        "run_name": run.path.name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.kind == "cuda",
+        "max_length": None,
+        "packing": False,
         # The router is frozen, so the load-balancing loss of experts would train nothing; its mask
         # does not fit batches of generation (an exception in evaluation).
-        router_aux_loss_coef=0.0,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+        "router_aux_loss_coef": 0.0,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    try:
+        return NoDevicePlacementConfig(**{**arguments, **recipe.training_args})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training_args: {first_line(error)}") from error

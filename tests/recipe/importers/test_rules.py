@@ -194,7 +194,7 @@ UNTRANSLATED = [
     ("llama_factory", "template", "alpaca"),
     ("llama_factory", "max_samples", 100),
     ("llama_factory", "neat_packing", True),
-    ("llama_factory", "loraplus_lr_ratio", 16.0),
+    ("llama_factory", "use_galore", True),
     ("llama_factory", "mix_strategy", "interleave_under"),
     ("llama_factory", "double_quantization", False),
     ("llama_factory", "use_badam", True),
@@ -204,7 +204,7 @@ UNTRANSLATED = [
     ("trl", "loss_type", "dft"),
     ("trl", "load_in_8bit", True),
     ("trl", "chat_template_path", "x.jinja"),
-    ("trl", "report_to", "comet_ml"),
+    ("trl", "report_to", "kubeflow"),
     ("peft", "task_type", "SEQ_2_SEQ_LM"),
     ("peft", "lora_bias", True),
 ]
