@@ -72,7 +72,7 @@ def _read_all(
             first = list(itertools.islice(group, GUESS_ROWS))
             guess = guess_format(first, recipe.columns)
             formats.setdefault(guess.name, guess.reason)
-            watch = ColumnWatch(guess.used, recipe.columns)
+            watch = ColumnWatch(guess.used, guess.columns, recipe.columns)
             for row in itertools.chain(first, group):
                 read += 1
                 watch.check(row)
