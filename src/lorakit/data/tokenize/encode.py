@@ -202,23 +202,24 @@ def _encode_one(
             raise
         except RowError as fault:
             faults.append(fault)
-    if not fitting and rules.on_overlength == "drop_oldest_turns" and rules.train_on != "last":
-        fitting = _earlier_answers(tokenizer, item, rules, log)
-    return _checked(tokenizer, fitting, faults, rules, log)
+    return _checked(tokenizer, item, fitting, faults, rules, log)
 
 
 def _checked(
     tokenizer: Any,
+    item: Conversation,
     fitting: list[Example],
     faults: list[RowError],
     rules: EncodeConfig,
     log: IssueLog,
 ) -> list[Example]:
     """Check the examples of a conversation, and count its answers that are left out."""
+    if not fitting and rules.on_overlength == "drop_oldest_turns" and rules.train_on != "last":
+        fitting = _earlier_answers(tokenizer, item, rules, log)
     if not fitting:
         raise faults[0]
-    for fault in faults:
-        log.add("too long", fault.origin, "that answer left out, the others kept")
+    for _ in faults:
+        log.add("too long", item.origin, "that answer left out, the others kept")
     for example in fitting:
         verify_example(tokenizer, example, rules.train_on)
     return fitting
@@ -235,17 +236,25 @@ def _encode_apart(
     messages = list(item.messages)
     read_only = [replace(m, train=False) if m.role == "assistant" else m for m in messages]
 
-    def up_to(group: list[int]) -> Conversation:
+    def up_to(group: list[int], begin: int = 0) -> Conversation:
         """Return the turns up to the last one of `group`, of which only the group is trained."""
-        end = group[-1] + 1
-        part = read_only[: group[0]] + messages[group[0] : end]
+        part = read_only[begin : group[0]] + messages[group[0] : group[-1] + 1]
         return replace(item, messages=tuple(part))
 
+    def parts(group: list[int]) -> list[list[int]]:
+        """Split a group if its prompts are no prefix of its ids, as `_examples` does."""
+        questions = (i for i in range(group[0], -1, -1) if messages[i].role == "user")
+        alone = up_to(group, next(questions, 0))
+        drafted = find_spans(tokenizer, alone, rules.train_on, rules.train_on_thoughts)
+        one = len(_examples(tokenizer, drafted, rules.train_on, {})) == 1
+        return [group] if one else [[turn] for turn in group]
+
+    groups = [part for group in drafted.apart for part in parts(group)]
     if rules.on_overlength == "split":
-        whole, _ = _longest_fitting(tokenizer, up_to(drafted.apart[-1]), rules, 0, 0)
+        whole, _ = _longest_fitting(tokenizer, up_to(groups[-1]), rules, 0, 0)
         if whole > 0:
             return _encode_pieces(tokenizer, item, rules, log)
-    for group in drafted.apart:
+    for group in groups:
         part = up_to(group)
         near, example = _longest_fitting(tokenizer, part, rules, 0, near)
         try:
@@ -257,7 +266,7 @@ def _encode_apart(
             raise
         except RowError as fault:
             faults.append(fault)
-    return _checked(tokenizer, fitting, faults, rules, log)
+    return _checked(tokenizer, item, fitting, faults, rules, log)
 
 
 def _earlier_answers(

@@ -246,7 +246,17 @@ class _SpanFinder:
         self.notes: list[tuple[str, str]] = []
 
     def in_windows(self, turns: list[int]) -> Windows | None:
-        """Locate many answers in linear time; None if a window is refused.
+        """Locate many answers in linear time; None if one is refused.
+
+        The message then comes from the first answer that is refused with all turns before it.
+        """
+        try:
+            return self._in_windows(turns)
+        except (RowError, TemplateRefusal):
+            return None
+
+    def _in_windows(self, turns: list[int]) -> Windows:
+        """Locate many answers window by window.
 
         Each window repeats the last answer of the window before it, which places it in the text of
         the last answer. That one and the middle one are rendered with all turns before them.
@@ -257,11 +267,7 @@ class _SpanFinder:
         for first in range(0, len(turns) - 1, WINDOW):
             window = turns[first : first + WINDOW + 1]
             finder = self._window(window[0], window[-1]) if groups else self
-            try:
-                located = [finder.span(turn) for turn in window]
-            except (RowError, TemplateRefusal):
-                return None  # the message comes from rendering it with all turns
-            local = _group(located)
+            local = _group([finder.span(turn) for turn in window])
             if groups and len(groups) == len(spans[:1]) == len(local):
                 spans += _placed(local[0], spans[-1], last.text)
             elif not groups and len(local) == 1 and last.text.startswith(local[0][0].text):
