@@ -107,7 +107,7 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
             "tool_calls" in m.extra for m in item.messages
         )
         if calls and has_null_arguments(row.values):
-            log.add("null argument of a tool call", row.origin, "left out")
+            log.add("null argument of a tool call", row.origin, "the row kept without it")
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:
         log.skip_row(fault)
