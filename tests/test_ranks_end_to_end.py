@@ -250,9 +250,11 @@ def test_each_row_is_computed_once_an_epoch_in_the_order_of_one_process(forked):
 def test_two_ranks_start_from_an_adapter_and_stop_at_the_best_step_as_one_does(forked, alone):
     one, two = forked["best step 1"], forked["best step 2"]
     assert one.codes + two.codes == [0, 0, 0], two.said(0)
-    best, steps = json.loads(two.run.best.read_text()), len(losses(two.run))
-    assert best["step"] + 2 == steps < 12, "the patience ended both ranks"
-    same(two.run, one.run)
+    best, other = (json.loads(ended.run.best.read_text()) for ended in (two, one))
+    assert best["step"] == other["step"] == len(losses(two.run)) - 2 < 10, "patience ended both"
+    # At this rate Adam makes more of the last bit of a gradient than `same` allows.
+    assert losses(two.run) == pytest.approx(losses(one.run), abs=1e-4)
+    assert best["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-4)
     started, first = (
         load_file(folder / ADAPTER_WEIGHTS) for folder in (alone.adapter, two.run.adapter)
     )

@@ -6,8 +6,10 @@ Families out of reach are skipped by name, and big ones unless LORAKIT_BIG_TOKEN
 from importlib.resources import files
 
 import pytest
+from transformers import AddedToken
 
 from lorakit.data.chat_template.select import resolve_template
+from lorakit.data.issues import IssueLog
 from lorakit.data.tokenize.encode import encode, prompt_ids
 from lorakit.types import Conversation, Message, Origin
 
@@ -29,6 +31,7 @@ CALLS = (
     Message("tool", "r", {"tool_call_id": "abcdefghi", "name": "get"}),
     Message("assistant", "A."),
 )
+PHI3 = ("assistant", "system", "end", "user")
 HERMES = '<tool_call>\n{"name": "get", "arguments": {"q": "x"}}\n</tool_call><|im_end|>'
 XML = (
     "<tool_call>\n<function=get>\n<parameter=q>\nx\n</parameter>\n</function>\n</tool_call>"
@@ -48,6 +51,7 @@ FAMILIES = {
     ("qwen3", "qwen3_5_think"): ("<|im_end|>", "", True, (XML, "A.<|im_end|>")),
     ("llama3", "llama3_2"): ("<|eot_id|>", "", True, (LLAMA, "A.<|eot_id|>")),
     ("llama3_1", "llama3_1"): ("<|eot_id|>", "", True, (LLAMA, "A.<|eot_id|>")),
+    ("llama2", "phi3"): ("<|end|>", "", True, ()),
     ("deepseek_v3", ""): ("<｜end▁of▁sentence｜>", "", False, ()),
     ("gemma3", ""): ("<end_of_turn>", "", True, ()),
     ("gptoss", "gptoss"): ("<|return|>", FINAL, False, HARMONY),
@@ -67,11 +71,16 @@ def real(request, loaded, fetch_tokenizer):
 
     name, template = request.param
     if name not in loaded:
-        folder = fetch_tokenizer(name, big=name not in ("qwen3", "llama3"))
+        folder = fetch_tokenizer(name, big=name not in ("qwen3", "llama3", "llama2"))
         loaded.clear()
         loaded[name] = AutoTokenizer.from_pretrained(folder)
         loaded["own"] = loaded[name].chat_template
     tokenizer = loaded[name]
+    if (
+        template == "phi3"
+    ):  # Llama 2's vocabulary, with marks that remove the white space after them
+        marks = [AddedToken(f"<|{mark}|>", rstrip=True, normalized=False) for mark in PHI3]
+        tokenizer.add_special_tokens({"additional_special_tokens": marks})
     tokenizer.chat_template = loaded["own"]
     if template:
         path = files("trl") / "chat_templates" / f"{template}.jinja"
@@ -86,7 +95,10 @@ def test_the_ids_are_those_of_transformers_and_only_answers_are_trained(real, tr
     if calls:
         cases.append((CALLS, (TOOL,), [run.removesuffix(stop) for run in calls]))
     for messages, tools, answers in cases:
-        examples = encode(tokenizer, Conversation(messages, AT, tools))
+        log = IssueLog()
+        examples = encode(tokenizer, Conversation(messages, AT, tools), log=log)
+        trimmed = [f for f in log.faults() if f.kind == "spaces at the start of an answer"]
+        assert bool(trimmed) == (trims and messages is CHAT)
         runs = trained_runs(tokenizer, examples)
         assert [run.removesuffix(stop) for run in runs] == answers
         assert all(run.endswith((stop, "<|call|>")) for run in runs)
@@ -95,6 +107,7 @@ def test_the_ids_are_those_of_transformers_and_only_answers_are_trained(real, tr
         )
         last = examples[-1].input_ids
         assert ids[: len(last)] == last
-        assert tokenizer.decode(ids[len(last) :]).strip() == ""
+        # Qwen's templates write a line end after the end of turn, Phi-3's the end of the text.
+        assert tokenizer.decode(ids[len(last) :]).strip() in ("", tokenizer.eos_token)
         asked = prompt_ids(tokenizer, messages[:-1], tools)
         assert last[: len(asked)] == asked

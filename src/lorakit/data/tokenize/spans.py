@@ -318,6 +318,8 @@ class _SpanFinder:
         end = min(ends)
         stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
+        if prompt.rstrip().endswith(self.capabilities.stripping) and text[len(prompt)] in " \t":
+            self.notes.append(("spaces at the start of an answer", "removed by the tokenizer"))
         complete = text[: end + len(stop)]
         gaps = self._thought_range(self.messages[answer], text[:end], len(prompt))
         # Marks of {% generation %} are positions in the text as it was rendered.
