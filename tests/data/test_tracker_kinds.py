@@ -166,7 +166,7 @@ def test_the_row_is_left_out_by_name(tmp_path, row, kind):
     # adeshpande3/Facebook-Messenger-Bot#59: as iOS and as Android write it
     ["[20.06.19, 15:58:{:02}] Loris: Welcome, all of you", "6/20/19, 15:{:02} - John: Thanks"],
 )
-def test_a_chat_of_whatsapp_is_told(tmp_path, line):
+def test_a_chat_of_whatsapp_is_reported(tmp_path, line):
     text = "".join(line.format(i) + "\n" for i in range(6))
     found, faults, _ = read(tmp_path, text, "chat.txt")
     assert (found, faults) == ([text], ["a chat between people (WhatsApp)"])
