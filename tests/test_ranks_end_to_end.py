@@ -158,6 +158,19 @@ def forked(recipe_file, alone, data, tmp_path_factory):
     add("one row", [path], run)
     path, run = recipe_file()
     add("no memory", [path], run, fails=1)
+    contrary = data.parent / "contrary.jsonl"  # its loss falls, then rises
+    answers = [f"What color is box {i}?" for i in range(4)]
+    contrary.write_text(
+        "".join(json.dumps({"question": q, "answer": "It is purple."}) + "\n" for q in answers)
+    )
+    stopping = {
+        "from_adapter": str(alone.path), "val_size": None, "val_data": str(contrary),
+        "eval_every": 1, "early_stopping_patience": 2, "learning_rate": 3e-2, "max_steps": 12,
+        "lr_scheduler": "constant",
+    }  # fmt: skip
+    for ranks in (1, 2):
+        path, run = recipe_file(**stopping)
+        add(f"best step {ranks}", [path], run, ranks=ranks)
     script = Path(__file__).with_name("forked_ranks.py")
     done = subprocess.run(
         [sys.executable, str(script), json.dumps({"jobs": jobs})],
@@ -232,6 +245,23 @@ def test_each_row_is_computed_once_an_epoch_in_the_order_of_one_process(forked):
         assert sorted(row for step in epoch for row in step) == list(range(1, 31))
     assert all(two.rows(0)), "both have a part of every step"
     assert all(two.rows(1))
+
+
+def test_two_ranks_start_from_an_adapter_and_stop_at_the_best_step_as_one_does(forked, alone):
+    one, two = forked["best step 1"], forked["best step 2"]
+    assert one.codes + two.codes == [0, 0, 0], two.said(0)
+    best, other = (json.loads(ended.run.best.read_text()) for ended in (two, one))
+    assert best["step"] == other["step"] == len(losses(two.run)) - 2 < 10, "patience ended both"
+    # At this rate Adam makes more of the last bit of a gradient than `same` allows.
+    assert losses(two.run) == pytest.approx(losses(one.run), abs=1e-4)
+    assert best["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-4)
+    started, first = (
+        load_file(folder / ADAPTER_WEIGHTS) for folder in (alone.adapter, two.run.adapter)
+    )
+    kept = load_file(two.run.checkpoint(best["step"]) / ADAPTER_WEIGHTS)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in first.items())
+    assert started.keys() == first.keys()
+    assert two.run.start.exists()
 
 
 def test_one_row_for_two_ranks_hangs_nobody(forked):

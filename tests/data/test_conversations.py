@@ -94,5 +94,6 @@ def test_a_null_argument_of_a_call_is_left_out_and_reported(tmp_path):
     found = [i.messages[1].extra["tool_calls"][0]["function"]["arguments"] for i in items]
     assert found == [{"a": 1, "b": {}}, {"a": 1}, {"a": None}]
     assert [(f.kind, f.count, f.action) for f in log.faults()] == [
-        ("null argument of a tool call", 1, "left out")
+        ("null argument of a tool call", 1, "the row kept without it")
     ]
+    assert log.rows_left_out == sum(f.count for f in log.faults() if f.action == "left out") == 0

@@ -72,7 +72,7 @@ def _read_all(
             first = list(itertools.islice(group, GUESS_ROWS))
             guess = guess_format(first, recipe.columns)
             formats.setdefault(guess.name, guess.reason)
-            watch = ColumnWatch(guess.used, recipe.columns)
+            watch = ColumnWatch(guess.used, guess.columns, recipe.columns)
             for row in itertools.chain(first, group):
                 read += 1
                 watch.check(row)
@@ -107,7 +107,7 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
             "tool_calls" in m.extra for m in item.messages
         )
         if calls and has_null_arguments(row.values):
-            log.add("null argument of a tool call", row.origin, "left out")
+            log.add("null argument of a tool call", row.origin, "the row kept without it")
         yield item if isinstance(item, Document) else check_turns(item, log)
     except RowError as fault:
         log.skip_row(fault)

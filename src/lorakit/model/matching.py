@@ -37,7 +37,10 @@ def check_adapter_settings(recipe: Recipe, config: Any) -> None:
     faults = [*_targets(recipe, counted), *_others(recipe, counted)]
     if faults:
         message = "\n".join([*faults, *init_faults(recipe, counted)])
-        raise RecipeError(message, hint=f"layers of this model: {_listed(counted.adaptable)}")
+        raise RecipeError(
+            message,
+            hint=f"layers of this model: {_listed(set(counted.adaptable) - set(counted.heads))}",
+        )
     if faults := [*field_faults(recipe), *init_faults(recipe, counted)]:
         raise RecipeError("\n".join(faults))
     _try_on(recipe, config, counted)

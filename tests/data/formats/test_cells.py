@@ -46,4 +46,4 @@ def test_a_nan_of_pandas_is_an_empty_cell():
 def test_rows_that_are_marked_as_bad_stop_even_if_all_are(name):
     row = Row({"prompt": "a", "completion": "b", name: False}, Origin("kto.jsonl", 1))
     with pytest.raises(DataError, match=f"column '{name}' judges the answers"):
-        ColumnWatch(("prompt", "completion"), None).check(row)
+        ColumnWatch(("prompt", "completion"), {}, None).check(row)

@@ -99,7 +99,7 @@ def test_a_judgment_that_never_differs_is_only_reported(smollm, tmp_path):
 
 
 def test_a_judgment_that_differs_after_hundreds_of_rows_is_found():
-    watch = ColumnWatch(("prompt", "completion"), None)
+    watch = ColumnWatch(("prompt", "completion"), {}, None)
     for i in range(1, 1000):
         watch.check(Row({"prompt": "a", "completion": "b", "label": True}, Origin("f", i)))
     with pytest.raises(DataError, match="f:1 has True, f:1000 has False"):

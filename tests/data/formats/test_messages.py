@@ -106,7 +106,7 @@ def test_each_name_of_a_role_is_read(name, role):
 @pytest.mark.parametrize(
     ("turns", "column", "expected"),
     [
-        ([("system", "A"), ("human", "q")], "B", [("system", "A"), ("user", "q")]),
+        ([("system", "A "), ("human", "q")], "A", [("system", "A "), ("user", "q")]),
         ([("system", " "), ("human", "q")], "B", [("system", "B"), ("user", "q")]),
         ([("human", "q")], "B", [("system", "B"), ("user", "q")]),
         ([("human", "q")], " ", [("user", "q")]),
@@ -116,6 +116,13 @@ def test_a_system_column_leads_the_turns_that_bring_none(turns, column, expected
     value = [{"from": role, "value": text} for role, text in turns]
     cells = RowFields({"conversations": value, "system": column}, Origin("a", 1), {})
     assert [(m.role, m.content) for m in parse_messages(cells, "conversations")] == expected
+
+
+def test_a_system_column_that_differs_from_the_first_turn_is_a_fault():
+    value = [{"from": "system", "value": "A"}, {"from": "human", "value": "q"}]
+    cells = RowFields({"conversations": value, "system": "B"}, Origin("a", 1), {})
+    with pytest.raises(RowError, match="a:1: column system has 'B', and the first turn 'A'"):
+        parse_messages(cells, "conversations")
 
 
 def test_content_parts_and_json_text_are_joined():

@@ -98,8 +98,10 @@ def test_the_other_columns_of_prompt_and_completion_are_read_in_either_form(prom
     assert turns(item) == [("system", "S"), ("user", "Hi"), ("assistant", "Hello"), *PLAIN]
     assert [tool["function"]["name"] for tool in item.tools] == ["find"]
     own = [{"role": "system", "content": "Own."}, *TURNS[:1]]
-    _, item = convert({"prompt": own, "completion": completion, "system": "S"})
+    _, item = convert({"prompt": own, "completion": completion, "system": "Own."})
     assert turns(item) == [("system", "Own."), *PLAIN]
+    with pytest.raises(RowError, match="column system has 'S', and the first turn"):
+        convert({"prompt": own, "completion": completion, "system": "S"})
 
 
 def test_optional_columns_may_be_null_or_empty():
@@ -260,6 +262,6 @@ def test_well_known_rows_without_a_format_are_named(values, said):
 
 
 def test_a_column_without_a_name_is_listed_as_such():
-    watch = ColumnWatch(("q", "a"), None)
+    watch = ColumnWatch(("q", "a"), {}, None)
     watch.check(Row({"q": "x", "a": "y", "": "7", "note": "z"}, Origin("x.csv", 2)))
     assert watch.unused == ["(no name)", "note"]

@@ -1,8 +1,10 @@
 """Addresses: only public https, s3 and gs; broken downloads, web pages and Drive links are told."""
 
 import gzip
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -20,6 +22,9 @@ ANSWERS = {
     "/page.jsonl": (200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>sign in</html>"),
     "/named?id=1": (200, {"Content-Disposition": 'attachment; filename="../a.csv"'}, b"q,a\n1,2\n"),
     "/unnamed": (200, {}, ROW),
+    "/notes.txt": (200, {}, b"One line.\n"),
+    "/rows.json": (200, {}, b"[" + ROW + b"]"),
+    "/rows.csv": (200, {}, b"q,a\n1,2\n"),
     "/secret.jsonl": (403, {}, b""),
     "/away.jsonl": (302, {"Location": "http://169.254.169.254/latest/meta-data"}, b""),
     "/away-file.jsonl": (302, {"Location": "file:///etc/passwd"}, b""),
@@ -31,7 +36,10 @@ ANSWERS = {
 
 
 class Handler(BaseHTTPRequestHandler):
+    asked: ClassVar = []
+
     def do_GET(self):
+        Handler.asked.append(self.path)
         status, headers, body = ANSWERS.get(self.path, (404, {}, b""))
         self.send_response(status)
         for name, value in headers.items():
@@ -67,6 +75,18 @@ def test_the_servers_name_tells_the_kind(server):
     assert [(r.values, str(r.origin)) for r in rows] == [({"q": "1", "a": "2"}, "a.csv:2")]
     with pytest.raises(DataError, match=r"unknown kind of file"):
         list(read_rows(f"{server}/unnamed"))
+
+
+@pytest.mark.parametrize("path", ["/notes.txt", "/rows.json", "/rows.csv", "/named?id=1"])
+def test_an_address_is_asked_once_and_its_copy_removed(server, path, monkeypatch, tmp_path):
+    """Links that expire, or count downloads, and files that change between two requests."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    Handler.asked.clear()
+    rows = read_rows(server + path)
+    assert next(rows).origin.source in (path[1:], "a.csv")
+    assert len(list(tmp_path.iterdir())) == 1
+    rows.close()
+    assert (Handler.asked, list(tmp_path.iterdir())) == ([path], [])
 
 
 @pytest.mark.parametrize(

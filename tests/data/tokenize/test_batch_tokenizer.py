@@ -34,7 +34,9 @@ def test_a_prompt_is_a_prefix_by_its_tail_only_where_it_is_one(family, name):
         for shift in (0, 1):
             ids = [tokenizer.bos_token_id or 0] * shift + plain(tokenizer, text)
             own = [tokenizer.bos_token_id or 0] * shift + plain(tokenizer, prompt)
-            found = borders.prompt_length(ids, text, prompt, plain(tokenizer, borders.tail(prompt)))
+            end = len(prompt)
+            tail = plain(tokenizer, borders.tail(text, end))
+            (found,) = borders.prompt_lengths(ids, text, [end], [tail])
             if found is not None:
                 assert ids[:found] == own
             elif "<" not in "".join(contents):
@@ -101,4 +103,5 @@ def test_the_key_of_a_tokenizer_follows_its_template_and_words(smollm, load_fami
 def test_the_tail_of_a_prompt_begins_at_its_last_mark_however_long_it_is(smollm):
     """A long tail, such as a template's instructions before the answer, is not the whole prompt."""
     tail = "<|im_start|>assistant\n" + "Answer in the language of the question. " * 10
-    assert borders_of(smollm).tail("<|im_start|>user\nWhy?<|im_end|>\n" + tail) == tail
+    text = "<|im_start|>user\nWhy?<|im_end|>\n" + tail + "In German<|im_end|>"
+    assert borders_of(smollm).tail(text, text.index("In")) == tail

@@ -60,6 +60,7 @@ class TemplateCapabilities:
     splits_tags: bool  # looks for </think> in an answer
     thoughts: ThoughtsFormat | None  # how `reasoning_content` is written, if it is
     prompt_fits: bool  # a plain answer begins with the generation prompt
+    stripping: tuple[str, ...]  # tokens that remove the white space after them (Phi-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ def template_capabilities(tokenizer: Any) -> TemplateCapabilities:
         splits_tags=CLOSE_TAG in template,
         thoughts=_probe_thoughts(tokenizer),
         prompt_fits=_prompt_fits(tokenizer),
+        stripping=tuple(str(t) for t in tokenizer.added_tokens_decoder.values() if t.rstrip),
     )
     _KNOWN[tokenizer] = capabilities
     return capabilities

@@ -1,7 +1,8 @@
-"""Find the columns that a format does not use, and refuse a column that judges the answers.
+"""Find the columns that a format does not use, and refuse those that change what a row means.
 
 A column of labels, votes or scores marks some answers as worse than others. Supervised fine-tuning
-learns from all of them alike, so such a column is not ignored silently.
+learns from all of them alike, so such a column is not ignored silently. Nor is one that assigns
+rows to the test split, lists the answers to choose from, or marks turns or tokens as not trained.
 """
 
 from __future__ import annotations
@@ -45,8 +46,20 @@ _JUDGING = frozenset(
         "liked",
         "weight",
         "weights",
+        "kto",
     }
 )
+# Values that judge an answer under any name, such as `status`.
+_VERDICTS = frozenset(
+    {
+        *("approved", "rejected", "accepted", "declined", "good", "bad", "correct", "incorrect"),
+        *("wrong", "passed", "failed", "pass", "fail", "valid", "invalid"),
+    }
+)
+_SPLIT = frozenset({"split", "splits", "partition", "fold"})
+_HELD_OUT = re.compile(r"(test|val|eval|dev|hold.?out)", re.IGNORECASE)
+_OPTIONS = frozenset({"options", "choices"})
+_MASK = frozenset({"mask", "masks", "weights"})
 _PREFERENCE = frozenset({"chosen", "rejected"})
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 # A judgment is a flag, a number or a short word; longer texts are content.
@@ -58,15 +71,19 @@ class ColumnWatch:
 
     Args:
         used: columns that the format reads.
+        parts: part -> column, where the names differ.
         chosen: `columns` of the recipe. If the user named the columns to train on, all others are
             reported and do not stop the run.
     """
 
-    def __init__(self, used: Sequence[str], chosen: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, used: Sequence[str], parts: Mapping[str, str], chosen: Mapping[str, str] | None
+    ) -> None:
         self._used, self._strict = frozenset(used), not chosen
+        self._part = {column: part for part, column in parts.items()}
         self._seen: dict[str, None] = {}
         self._first: dict[str, tuple[Any, Row]] = {}
-        self._judging: tuple[str, ...] = ()
+        self._meaning: dict[str, frozenset[str]] = {}
 
     @property
     def unused(self) -> list[str]:
@@ -77,15 +94,56 @@ class ColumnWatch:
         """Record the columns of `row`.
 
         Raises:
-            DataError: an unused column judges the answers: it ranks two of them, or it differs
-                between rows.
+            DataError: an unused column judges the answers (it ranks two of them, or it differs
+                between rows), holds this row out, or has options or a mask that would be lost.
         """
         if not (self._seen.keys() | self._used) >= row.values.keys():
             self._seen |= dict.fromkeys(str(c) for c in row.values if c not in self._used)
             if self._strict:
-                self._judging = tuple(c for c in self._seen if _words(c) & (_JUDGING | _PREFERENCE))
-        for column in self._judging:
-            self._compare(column, row)
+                self._meaning = {column: frozenset(_words(column)) for column in self._seen}
+        for column, words in self._meaning.items():
+            value = row.values.get(column)
+            verdict = isinstance(value, str) and value.strip().lower() in _VERDICTS
+            if verdict or words & (_JUDGING | _PREFERENCE):
+                self._compare(column, row)
+            if words & _SPLIT and isinstance(value, str) and _HELD_OUT.match(value.strip()):
+                raise self._lost(
+                    column, row, f"says {value!r}, and the row would be trained",
+                    "write the rows of each split to a file of its own, and name the others in "
+                    "val_data",
+                )  # fmt: skip
+            if words & _OPTIONS and not self._shown(value, row):
+                raise self._lost(
+                    column, row, "lists answers to choose from that the question does not show",
+                    "write the options into the question",
+                )  # fmt: skip
+            if words & _MASK and isinstance(value, list) and _flags(value):
+                raise self._lost(
+                    column, row, "marks turns or tokens, and is not read",
+                    "mark the turns themselves: train: false",
+                )  # fmt: skip
+
+    def _shown(self, value: Any, row: Row) -> bool:
+        """True if the texts of `value` are in the columns that are read."""
+        inner = value.values() if isinstance(value, Mapping) else value
+        texts = [inner] if isinstance(inner, str) else list(inner or ())
+        texts = [t for item in texts for t in (item if isinstance(item, list) else [item])]
+        read = " ".join(str(row.values.get(column)) for column in self._used)
+        return all(str(text) in read for text in texts)
+
+    def _lost(self, column: str, row: Row, problem: str, hint: str) -> DataError:
+        return DataError(
+            f"{row.origin}: column {column!r} {problem}",
+            f"{hint}; or {self._without(column, row)}",
+        )
+
+    def _without(self, column: str, row: Row) -> str:
+        read = [f"{self._part.get(c, c)}: {c}" for c in row.values if c in self._used]
+        used = "{" + ", ".join(read) + "}"
+        return (
+            f"name the columns to train on, and {column!r} is left out: columns: {used} "
+            f"(or --set 'columns={used}')"
+        )
 
     def _compare(self, column: str, row: Row) -> None:
         value = row.values.get(column)
@@ -103,12 +161,11 @@ class ColumnWatch:
         found = f"{row.origin} has {value!r}"
         if other is not row:
             found = f"{other.origin} has {first!r}, {found}"
-        used = "{" + ", ".join(f"{c}: {c}" for c in row.values if c in self._used) + "}"
         return DataError(
             f"{row.origin.source}: column {column!r} judges the answers ({found}), and training "
             "would learn from all rows alike",
-            hint="keep only the rows that are worth learning from; or name the columns to train "
-            f"on, and {column!r} is left out: columns: {used} (or --set 'columns={used}')",
+            hint="keep only the rows that are worth learning from; or "
+            + self._without(column, row),
         )
 
 
@@ -149,6 +206,10 @@ def _better_answers(rows: Sequence[Row]) -> str | None:
 
 def _words(column: str) -> set[str]:
     return {word.lower() for word in _WORD.findall(str(column))}
+
+
+def _flags(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(value, bool | int | float) for value in values)
 
 
 def _is_judgment(value: Any) -> bool:

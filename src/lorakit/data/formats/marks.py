@@ -25,6 +25,8 @@ MARKS: dict[str, bool] = {
 # Written on every turn by tools with one schema for all roles.
 _ON_ALL_TURNS = ("loss_mask", "masked")
 _VALUES = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+# Character ranges of a turn in axolotl.
+PARTIAL = "train_detail"
 # Numbers and flags that say nothing about the loss.
 _NEUTRAL = ("id", "index", "idx", "turn", "time", "date", "token", "created", "length", "count")
 
@@ -35,6 +37,12 @@ def is_trained(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str)
     Raises:
         RowError: a mark has another value, or two marks contradict each other.
     """
+    if turn.get(PARTIAL):
+        raise cells.fault(
+            "unknown weight",
+            f"{path}.{PARTIAL} marks parts of an answer, expected train: true or false",
+            "an answer is trained as a whole, or not at all: split it, or remove the marks",
+        )
     trained: set[bool] = set()
     for name, trained_value in MARKS.items():
         value = turn.get(name)
@@ -58,6 +66,34 @@ def is_trained(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str)
     return False not in trained
 
 
+def with_loss_mask(cells: RowFields, turns: list[Any]) -> list[Any]:
+    """Give each turn its mark from a column `loss_mask`, which has one for each turn or answer.
+
+    Raises:
+        RowError: the column has another length, or is no list.
+    """
+    mask = cells.values.get("loss_mask")
+    if mask is None:
+        return turns
+    answers = [i for i, turn in enumerate(turns) if _answers(turn)]
+    marks: dict[int, Any] = {}
+    if isinstance(mask, list) and len(mask) in (len(turns), len(answers)):
+        places = range(len(turns)) if len(mask) == len(turns) else answers
+        marks = dict(zip(places, mask, strict=True))
+    else:
+        raise cells.fault(
+            "unknown weight",
+            f"column loss_mask is {shown_value(mask)}, expected one mark for each of the "
+            f"{len(turns)} turns or {len(answers)} answers",
+            "mark the turns themselves: train: false",
+        )
+    return [{"loss_mask": marks[i], **turn} if i in marks else turn for i, turn in enumerate(turns)]
+
+
+def _answers(turn: Any) -> bool:
+    return isinstance(turn, dict) and str(turn.get("role", turn.get("from"))).lower() in _ANSWERING
+
+
 def unknown_flags(values: Mapping[str, Any]) -> Iterator[str]:
     """Names of flags and numbers of assistant turns that have no known meaning."""
     seen: set[str] = set()
@@ -72,4 +108,4 @@ def unknown_flags(values: Mapping[str, Any]) -> Iterator[str]:
                     yield str(name)
 
 
-_ANSWERING = ("assistant", "gpt", "model", "bot", "chatgpt", "ai")
+_ANSWERING = ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorakit.data.formats.cells import RowFields, shown_value
-from lorakit.data.formats.marks import is_trained
+from lorakit.data.formats.marks import is_trained, with_loss_mask
 from lorakit.data.formats.parts import read_parts
 from lorakit.data.formats.tool_turns import (
     ARGUMENTS,
@@ -31,10 +31,12 @@ ROLES: dict[str, Role] = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "chatgpt": "assistant",
     "ai": "assistant",
     "function_call": "assistant",
@@ -75,16 +77,18 @@ def parse_messages(cells: RowFields, column: str) -> list[Message]:
     if not value:
         raise cells.fault("no turns", f"column {column} is an empty list")
     turns: list[Message] = []
-    for index, turn in enumerate(value):
+    for index, turn in enumerate(with_loss_mask(cells, value)):
         turns += _turns(cells, turn, f"{column}[{index}]")
     # Chat exports write "" if no system text was set: such a turn is dropped.
     kept = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
     kept = pair_results(cells, merge_calls(kept))
-    return with_system(kept, cells.optional("system") if column not in _HALVES else "")
+    return with_system(cells, kept, system_of(cells) if column not in _HALVES else "")
 
 
+# Keys of messages between people.
+_SENDERS = {"from_id", "sender", "sender_name", "author", "user", "username", "speaker"}
 # The two columns of one conversation: a system text is added to both together.
-_HALVES = ("prompt", "completion")
+_HALVES = ("prompt", "completion", "history")
 
 
 def is_turn_list(value: Any) -> bool:
@@ -127,8 +131,9 @@ def _turns(cells: RowFields, turn: Any, path: str) -> list[Message]:
     if role is None:
         raise cells.fault(
             "unknown role", f"{path} has the role {shown_value(name)}; known: {', '.join(ROLES)}",
-            "in a chat between people (Telegram, for example) choose whose turns are the answers: "
-            "call them assistant, and the others user" if "from_id" in turn else None,
+            "in a chat between people (Telegram, Messenger, Discord) choose whose turns are the "
+            "answers: call their role assistant, and that of the others user"
+            if turn.keys() & _SENDERS else None,
         )  # fmt: skip
     path = f"{path} ({role})"
     content = next((turn[key] for key in ("content", "value", "parts") if key in turn), None)
@@ -183,6 +188,8 @@ def history_of(cells: RowFields) -> list[Message]:
     value = cells.values.get("history")
     if not value:
         return []
+    if is_turn_list(value):
+        return parse_messages(cells, "history")
     turns: list[Message] = []
     for index, pair in enumerate(value if isinstance(value, list) else [value]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -198,10 +205,32 @@ def history_of(cells: RowFields) -> list[Message]:
     return turns
 
 
-def with_system(turns: list[Message], system: str) -> list[Message]:
-    """Prepend a system turn, unless `system` is blank or the turns begin with one."""
-    present = bool(turns) and turns[0].role == "system"
-    return [Message("system", system), *turns] if system.strip() and not present else turns
+def system_of(cells: RowFields, column: str = "system") -> str:
+    """Text of a system column: a text, or parts as Anthropic and Bedrock write them."""
+    value = cells.values.get(column)
+    if isinstance(value, list):
+        return read_parts(cells, value, "system", f"column {column}").text
+    return cells.optional(column)
+
+
+def with_system(cells: RowFields, turns: list[Message], system: str) -> list[Message]:
+    """Prepend a system turn, unless `system` is blank or the turns begin with the same one.
+
+    Raises:
+        RowError: the turns begin with another system text.
+    """
+    if not system.strip():
+        return turns
+    if not turns or turns[0].role != "system":
+        return [Message("system", system), *turns]
+    if turns[0].content.strip() != system.strip():
+        raise cells.fault(
+            "two system texts",
+            f"column system has {shown_value(system)}, and the first turn "
+            f"{shown_value(turns[0].content)}",
+            "keep one of them",
+        )
+    return turns
 
 
 # (kind of fault, detail) -> the error of the row.

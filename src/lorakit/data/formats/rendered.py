@@ -12,12 +12,19 @@ _RENDERED = re.compile(
     r"<\|im_start\|>(system|user|assistant)|<\|start_header_id\|>|<start_of_turn>(user|model)"
     r"|\[INST\](.|\n)*?\[/INST\]|<\|(user|assistant)\|>|<｜(User|Assistant)｜>|<\|turn>"
     r"|###? (Human|Instruction|User|Prompt): ?(.|\n)*###? (Assistant|Response|Answer):"
-    r"|(?m:^)(USER|Human): (.|\n)*(?m:^)(ASSISTANT|Assistant): "
+    r"|(?m:^)(USER|User|Human): (.|\n)*(?m:^)(ASSISTANT|Assistant|AI): "
 )
+# [12.03.25, 10:01:00] Ada: ...   12/03/25, 10:01 - Ada: ...
+_WHATSAPP = re.compile(r"(?m:^)\u200e?\[?\d{1,4}[./-]\d{1,2}[./-]\d{1,4},? \d{1,2}:\d{2}.{0,20}?: ")
 _END = re.compile(
     r"(\s*(</s>|<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
     r"|<\|end_of_text\|>|<｜end▁of▁sentence｜>))+\s*$"
 )
+
+
+def is_rendered(text: str) -> bool:
+    """True if a text has the marks of a chat."""
+    return bool(_RENDERED.search(text))
 
 
 def note_rendered(item: Conversation | Document, log: IssueLog) -> Conversation | Document:
@@ -28,6 +35,13 @@ def note_rendered(item: Conversation | Document, log: IssueLog) -> Conversation 
                 "a chat that was rendered before",
                 item.origin,
                 "trained as plain text, its questions too: give `messages`, or question and answer",
+            )
+        elif len(_WHATSAPP.findall(item.text[:20_000])) > 2:
+            log.add(
+                "a chat between people (WhatsApp)",
+                item.origin,
+                "trained as plain text: to learn one person's answers, write their turns as "
+                "assistant in `messages`",
             )
         return item
     messages = tuple(_without_end(message) for message in item.messages)

@@ -19,9 +19,11 @@ from lorakit.data.formats.messages import (
     is_turn_list,
     parse_messages,
     parse_tools,
+    system_of,
     with_system,
 )
 from lorakit.data.formats.parts import read_parts
+from lorakit.data.formats.rendered import is_rendered
 from lorakit.data.issues import IssueLog, check_turns
 from lorakit.errors import DataError
 from lorakit.types import Conversation, Document, Message, Role, Row
@@ -32,8 +34,10 @@ MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 
 # Column names seen in data sets, by the part they play: used for suggestions only.
 SYNONYMS: dict[str, str] = {
-    "instruction": "question query prompt input task request user human source inputs ask",
-    "response": "answer output completion reply target label assistant gpt chosen targets result",
+    "instruction": "question query prompt input task request user human source inputs ask "
+    "dialogue article",
+    "response": "answer output completion reply target label assistant gpt chosen targets result "
+    "summary highlights translation",
     "messages": "conversation conversations chat dialog dialogue turns",
     "text": "content document body passage article",
 }
@@ -89,7 +93,7 @@ def _pair(question: str, answer: str, context: str = "") -> Callable[[RowFields]
             prompt = cells.text(question)
         turns = history_of(cells)
         turns += [Message("user", prompt), Message("assistant", cells.text(answer))]
-        return with_system(turns, cells.optional("system"))
+        return with_system(cells, turns, system_of(cells))
 
     return convert
 
@@ -104,7 +108,7 @@ def _turn_lists(cells: RowFields, question: str, answer: str) -> list[Message]:
 
     asked, given = turns_of(question, "user"), turns_of(answer, "assistant")
     asked = [replace(turn, train=False) if turn.role == "assistant" else turn for turn in asked]
-    return with_system([*history_of(cells), *asked, *given], cells.optional("system"))
+    return with_system(cells, [*history_of(cells), *asked, *given], system_of(cells))
 
 
 def _gemini(cells: RowFields) -> list[Message]:
@@ -112,14 +116,14 @@ def _gemini(cells: RowFields) -> list[Message]:
     system = cells.values.get("systemInstruction") or cells.values.get("system_instruction")
     parts = system.get("parts", ()) if isinstance(system, dict) else [system] if system else ()
     text = read_parts(cells, parts, "system", "systemInstruction").text
-    return with_system(turns, text)
+    return with_system(cells, turns, text)
 
 
 def _text(cells: RowFields) -> str:
     return cells.text("text")
 
 
-_CHAT = ("system", "tools", "thinking")
+_CHAT = ("system", "tools", "thinking", "loss_mask")
 _OPTIONAL = ("system", "history", "thinking")
 _GEMINI = ("systemInstruction", "system_instruction", "tools")
 FORMATS: tuple[RowFormat, ...] = (
@@ -234,8 +238,12 @@ def _aliases(rows: Sequence[Row], fmt: RowFormat, present: Sequence[str]) -> dic
             continue
         for column in present:
             values = [row.values.get(column) for row in rows]
-            # A level ("high") or a flag under such a name is no text.
-            said = any(isinstance(v, list) or (isinstance(v, str) and len(v) > 8) for v in values)
+            # A level of thoughts ("high") or a flag under such a name is no text.
+            shortest = 8 if part == "thinking" else 0
+            said = any(
+                isinstance(v, list) or (isinstance(v, str) and len(v.strip()) > shortest)
+                for v in values
+            )
             if column.lower() in names and said:
                 found.setdefault(part, column)
     return found
@@ -345,6 +353,14 @@ def _no_format(
         )
     if known := _known_form(present):
         return DataError(message, hint=known)
+    if turns := next(
+        (c for c, v in rows[0].values.items() if isinstance(v, str) and is_turn_list(v)), ""
+    ):
+        fix = "" if _works(rows[0], {"messages": turns}) else " after writing it with json.dumps"
+        return DataError(
+            message,
+            hint=f"{turns} is the text of a list of turns: columns: {{messages: {turns}}}{fix}",
+        )
     for column, value in rows[0].values.items():
         if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
             return DataError(
@@ -352,6 +368,11 @@ def _no_format(
                 hint=f"{column} is a list of texts without roles: write them in turn as user and "
                 'assistant: {"messages": [{"role": "user", "content": "..."}, ...]}',
             )
+    rendered = [c for c, v in rows[0].values.items() if isinstance(v, str) and is_rendered(v)]
+    if len(rendered) == 1:
+        return DataError(
+            message, f"{rendered[0]} is a chat written as one text: write its turns as `messages`"
+        )
     suggested = next((s for s in _candidates(rows[0]) if _works(rows[0], s)), None)
     if suggested is None:
         return DataError(
@@ -378,6 +399,42 @@ KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"role", "content"}), _GATHER),
     (frozenset({"from", "value"}), _GATHER),
     (frozenset({"sender", "text"}), _GATHER),
+    (frozenset({"role", "text"}), _GATHER),
+    (frozenset({"parent_id", "text"}), _GATHER),
+    (
+        frozenset({"input_ids"}),
+        "rows that are tokenized already: their ids belong to one tokenizer and template. Give the "
+        "texts they were made from",
+    ),
+    (
+        frozenset({"segments"}),
+        "segments of axolotl's input_output format: write them as the turns of `messages`, those "
+        "with label true as assistant",
+    ),
+    (
+        frozenset({"prompt", "reward_model"}),
+        "prompts for reinforcement learning, without answers: add the answer to learn as "
+        "`completion`",
+    ),
+    (
+        frozenset({"completions", "labels"}),
+        "judged steps for a process reward model: write the right steps as one `completion`",
+    ),
+    (
+        frozenset({"request", "response"}),
+        "results of a batch API: write the turns of `request` and the answer of `response` as "
+        "`messages`",
+    ),
+    (
+        frozenset({"question", "choices", "answerKey"}),
+        "questions with choices: write the choices into the question, and the right one as "
+        "`answer`",
+    ),
+    (
+        frozenset({"query", "answers", "tools"}),
+        "function calls of xLAM: write query as the user turn and answers as `tool_calls` of the "
+        "assistant turn in `messages`, and keep `tools`",
+    ),
     (
         frozenset({"mapping", "current_node"}),
         "an export of ChatGPT: its turns are a tree under `mapping`. Follow `parent` from "
@@ -436,7 +493,9 @@ def _candidates(row: Row) -> Iterator[dict[str, str]]:
     values = {str(k): v for k, v in row.values.items() if not _ABOUT.search(str(k))}
     yield from ({"messages": c} for c, v in values.items() if isinstance(v, list))
     texts = [c for c, v in values.items() if isinstance(v, str) and v.strip()]
-    if len(texts) == 1:
+    # A question alone, or a chat written as one text, is not to be trained as plain text.
+    asks = [c for c in texts if c.lower() in (*SYNONYMS["instruction"].split(), "instruction")]
+    if len(texts) == 1 and not asks and not is_rendered(values[texts[0]]):
         yield {"text": texts[0]}
     if len(texts) > 1:
         answer = max(texts[::-1], key=lambda c: _likeness(c, "response"))

@@ -1,6 +1,6 @@
 """Read a file as decompressed bytes, as lines or as pieces of text.
 
-Every failure of the disk, the network or the content is a message that names file and line. The
+Every failure of the disk or the content is a message that names file and line. The
 faults of the lines of a file are collected into one error that lists the first ten and counts the
 rest, so that a file with forty broken lines does not take forty runs to correct.
 """
@@ -20,7 +20,6 @@ from functools import partial
 from types import TracebackType
 from typing import IO, Any, cast
 
-from lorakit.data.sources.http import open_url
 from lorakit.data.sources.locate import DataFile
 from lorakit.errors import DataError
 
@@ -43,7 +42,7 @@ def open_file(file: DataFile) -> Iterator[IO[bytes]]:
     """Open `file` for reading bytes, decompressed if gzipped.
 
     Raises:
-        DataError: the gzip data is damaged, or the disk or network fails; names the file.
+        DataError: the gzip data is damaged, or the disk fails; names the file.
     """
     try:
         with _raw(file) as raw:
@@ -59,7 +58,7 @@ def open_file(file: DataFile) -> Iterator[IO[bytes]]:
 
 
 def _raw(file: DataFile) -> IO[bytes]:
-    return open_url(file.path)[0] if file.remote else open(file.path, "rb", buffering=0)
+    return open(file.copy or file.path, "rb", buffering=0)
 
 
 class _Recoded(io.RawIOBase):
@@ -265,7 +264,7 @@ def read_text(file: DataFile) -> str:
 
 
 def _packed_size(file: DataFile) -> int:
-    return BOMB_BYTES if file.remote else os.path.getsize(file.path)
+    return os.path.getsize(file.copy or file.path)
 
 
 SHOWN_FAULTS = 10

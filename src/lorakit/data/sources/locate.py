@@ -42,12 +42,13 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 class DataFile:
     """One file to read: its path or address, its short name for messages, and its kind (a suffix).
 
-    The kind is "" if only the server knows it.
+    The kind is "" if only the server knows it. `copy` is the path of a fetched address.
     """
 
     path: str
     name: str
     kind: str
+    copy: str = ""
 
     @property
     def typed(self) -> str:

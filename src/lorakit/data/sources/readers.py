@@ -8,7 +8,6 @@ its types in the file, and hub datasets are read with `datasets`.
 
 from __future__ import annotations
 
-import atexit
 import csv
 import hashlib
 import itertools
@@ -18,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from lorakit.data.sources.files import (
     LONGEST_LINE,
     LineErrors,
     lines_of,
-    open_file,
     pieces_of,
     read_text,
 )
@@ -63,21 +62,37 @@ def read_rows(source: str, folders: Sequence[Path] = (), *, offline: bool = Fals
     for file in located:
         if offline and file.remote:
             raise DataError(f"{source}: cannot be fetched offline", hint="download it first")
-        typed = file if file.kind else _with_server_kind(file)
-        yield from READERS[typed.kind](typed)
+        with _fetched(file) as local:
+            yield from READERS[local.kind](local)
 
 
-def _with_server_kind(file: DataFile) -> DataFile:
-    """Take the kind from the file name that the server gives: share links have no suffix."""
-    stream, name = open_url(file.path)
-    stream.close()
-    kind = kind_of(name)
-    if kind is None:
-        raise DataError(
-            f"{file.path}: unknown kind of file: the server calls it {name or 'nothing'!r}",
-            hint=f"share a file that ends in one of {' '.join(SUFFIXES)}, or download it first",
-        )
-    return replace(file, name=name, kind=kind)
+@contextmanager
+def _fetched(file: DataFile) -> Iterator[DataFile]:
+    """Copy an address to this disk while it is read: readers look at the start of a file first.
+
+    The kind may come from the file name that the server gives: share links have no suffix.
+    """
+    if not file.remote:
+        yield file
+        return
+    stream, served = open_url(file.path)
+    with stream, tempfile.TemporaryDirectory(prefix="lorakit-") as folder:
+        name, kind = (file.name, file.kind) if file.kind else (served, kind_of(served))
+        if kind is None:
+            raise DataError(
+                f"{file.path}: unknown kind of file: the server calls it {name or 'nothing'!r}",
+                hint=f"share a file that ends in one of {' '.join(SUFFIXES)}, or download it first",
+            )
+        copy = Path(folder, f"data{kind}")
+        try:
+            with copy.open("wb") as to:
+                shutil.copyfileobj(stream, to)
+        except OSError as error:
+            raise DataError(
+                f"{file.name}: cannot be copied to {folder}: {error.strerror or error}",
+                hint="free some space there, or set TMPDIR to a folder of a larger disk",
+            ) from error
+        yield replace(file, name=name, kind=kind, copy=str(copy))
 
 
 def content_key(source: str, folders: Sequence[Path] = ()) -> list[Any] | None:
@@ -171,6 +186,8 @@ def _wrapped(file: DataFile) -> list[Any]:
     value = parse(read_text(file), file, 1, last=False)
     if not isinstance(value, dict):
         raise DataError(f"{file.name}: {_type_name(value)} where a list of rows is expected")
+    if any(_is_list_of_objects(value.get(name)) for name in ("messages", "conversations")):
+        return [value]  # one conversation, with lists about it
     inner = [
         name
         for name, items in value.items()
@@ -376,7 +393,7 @@ def _read_arrow(file: DataFile) -> Iterator[Row]:
 
     try:
         # Streaming reads one row group at a time and does not write a copy into the cache.
-        path = _local_copy(file) if file.remote else file.path
+        path = file.copy or file.path
         # `datasets` also logs the error that it raises, with the complete path.
         logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
         rows = datasets.load_dataset(file.kind[1:], data_files=path, split="train", streaming=True)
@@ -393,17 +410,6 @@ def _read_arrow(file: DataFile) -> Iterator[Row]:
         ) from error
     if not number:
         raise DataError(f"{file.name}: the file is empty: no rows in it")
-
-
-def _local_copy(file: DataFile) -> str:
-    """Copy a remote Parquet file to this disk until the process ends, since its index is last."""
-    with (
-        open_file(file) as stream,
-        tempfile.NamedTemporaryFile(suffix=file.kind, delete=False) as to,
-    ):
-        atexit.register(Path(to.name).unlink, missing_ok=True)
-        shutil.copyfileobj(stream, to)
-        return to.name
 
 
 READERS: dict[str, Callable[[DataFile], Iterator[Row]]] = {

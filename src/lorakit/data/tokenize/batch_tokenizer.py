@@ -8,7 +8,9 @@ prompt begin the ids of the complete text, only the tail of the prompt is tokeni
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,42 +47,72 @@ class PromptBoundary:
             if (text := str(token)) in written
         }
 
-    def tail(self, prompt: str) -> str:
-        """Return the part of `prompt` from its last border on."""
-        return prompt[max(self._last(prompt)[0], 0) :]
+    def tail(self, text: str, end: int) -> str:
+        """Return the part of the prompt `text[:end]` from its last border on."""
+        return text[max(self._last(text, end)[0], 0) : end]
 
-    def prompt_length(
-        self, ids: list[int], text: str, prompt: str, tail: Sequence[int]
-    ) -> int | None:
-        """Count the ids of the prompt at the beginning of `ids`.
+    def tail_index(self, ids: list[int], text: str) -> Callable[[int], int | None]:
+        """Return a function: the end of a prompt -> the index in `ids` at which its tail begins.
 
         Args:
-            ids: ids of `text`, which begins with `prompt`; a BOS may precede them.
-            tail: ids of `self.tail(prompt)`.
+            ids: ids of `text`, which begins with the prompts; a BOS may precede them.
+
+        The function returns None if a prompt has no border, or if its border cannot be located.
+        """
+
+        @functools.cache
+        def borders(token: str) -> dict[int, int]:
+            """Offset of each border `token` in the text -> its index in the ids."""
+            offsets = [match.start() for match in re.finditer(re.escape(token), text)]
+            indices = indices_of(ids, self._tokens[token])
+            if len(indices) - len(offsets) == 1 and indices[0] == 0:
+                indices = indices[1:]  # the BOS
+            return dict(zip(offsets, indices, strict=True)) if len(offsets) == len(indices) else {}
+
+        def index(end: int) -> int | None:
+            begin, token = self._last(text, end)
+            return borders(token).get(begin) if begin >= 0 else None
+
+        return index
+
+    def prompt_lengths(
+        self, ids: list[int], text: str, ends: Sequence[int], tails: Sequence[list[int]]
+    ) -> list[int | None]:
+        """Count the ids of each prompt `text[:end]` at the beginning of `ids`, the ids of `text`.
+
+        Args:
+            tails: ids of `self.tail(text, end)` for each end.
 
         Returns:
             The number of ids, or None if the tail has other ids within `text`.
         """
-        begin, token = self._last(prompt)
-        if begin < 0:
-            at = next((shift for shift in (0, 1) if ids[shift : shift + len(tail)] == tail), None)
-            return None if at is None else at + len(tail)
-        token_id = self._tokens[token]
-        if ids.count(token_id) - text.count(token) not in (0, int(ids[0] == token_id)):
-            return None
-        at = -1 if ids.count(token_id) == text.count(token) else 0
-        for _ in range(prompt.count(token)):
-            at = ids.index(token_id, at + 1)
-        return at + len(tail) if ids[at : at + len(tail)] == tail else None
+        index = self.tail_index(ids, text)
+        lengths: list[int | None] = []
+        for end, tail in zip(ends, tails, strict=True):
+            at = index(end)
+            # Without a border the tail is the complete prompt, and a BOS may precede it.
+            at_start = (0, 1) if self._last(text, end)[0] < 0 else ()
+            begins = at_start if at is None else (at,)
+            fitting = [b for b in begins if ids[b : b + len(tail)] == tail]
+            lengths.append(fitting[0] + len(tail) if fitting else None)
+        return lengths
 
-    def _last(self, prompt: str) -> tuple[int, str]:
-        """Offset and text of the last border in `prompt`; (-1, "") without a border."""
+    def _last(self, text: str, end: int) -> tuple[int, str]:
+        """Offset and token of the last border before `end`; (-1, "") without a border."""
         # It is nearly always in the generation prompt: `<|im_start|>assistant\n`.
-        for begin in (max(0, len(prompt) - 64), 0):
-            last = max(((prompt.rfind(t, begin), t) for t in self._tokens), default=(-1, ""))
+        for begin in (max(0, end - 64), 0):
+            last = max(((text.rfind(t, begin, end), t) for t in self._tokens), default=(-1, ""))
             if last[0] >= 0:
                 break
         return last
+
+
+def indices_of(ids: list[int], token: int) -> list[int]:
+    """Indices at which `token` occurs in `ids`."""
+    indices = [-1]
+    for _ in range(ids.count(token)):
+        indices.append(ids.index(token, indices[-1] + 1))
+    return indices[1:]
 
 
 _BORDERS: WeakKeyDictionary[Any, PromptBoundary] = WeakKeyDictionary()

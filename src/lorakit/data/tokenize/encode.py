@@ -11,6 +11,7 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,11 @@ from lorakit.data.chat_template.render import stop_token_ids as stop_token_ids
 from lorakit.data.chat_template.select import TemplateInfo as TemplateInfo
 from lorakit.data.chat_template.select import resolve_template as resolve_template
 from lorakit.data.issues import FatalRowError, IssueLog, RowError
-from lorakit.data.tokenize.batch_tokenizer import borders_of, tokenize_in_background
+from lorakit.data.tokenize.batch_tokenizer import (
+    borders_of,
+    indices_of,
+    tokenize_in_background,
+)
 from lorakit.data.tokenize.documents import as_instructions, encode_document
 from lorakit.data.tokenize.example_checks import verify_example
 from lorakit.data.tokenize.spans import Draft, Span, find_spans
@@ -149,7 +154,9 @@ def _try_draft(
     if isinstance(item, Document):
         return None
     try:
-        return find_spans(tokenizer, item, rules.train_on, rules.train_on_thoughts)
+        return find_spans(
+            tokenizer, item, rules.train_on, rules.train_on_thoughts, may_be_apart=True
+        )
     except RowError as fault:
         return fault
 
@@ -171,6 +178,8 @@ def _encode_one(
         log.add("special token written in a turn", item.origin, action)
     for kind, action in dict.fromkeys(drafted.notes):
         log.add(kind, item.origin, action)
+    if drafted.apart:
+        return _encode_apart(tokenizer, drafted, rules, log)
     examples = _examples(tokenizer, drafted, rules.train_on, tokenized)
     long = any(len(example.input_ids) > rules.cutoff_len for _, example in examples)
     # If only the last answer is trained, there is one example, whatever its length.
@@ -182,12 +191,25 @@ def _encode_one(
         try:
             if len(example.input_ids) > rules.cutoff_len:
                 truncated = replace(item, messages=item.messages[: turn + 1])
-                example = _shorten(tokenizer, truncated, rules, example, log)
+                size = f"{len(example.input_ids)} tokens"
+                example = _shorten(tokenizer, truncated, rules, size, log)
             fitting.append(example)
         except FatalRowError:
             raise
         except RowError as fault:
             faults.append(fault)
+    return _checked(tokenizer, item, fitting, faults, rules, log)
+
+
+def _checked(
+    tokenizer: Any,
+    item: Conversation,
+    fitting: list[Example],
+    faults: list[RowError],
+    rules: EncodeConfig,
+    log: IssueLog,
+) -> list[Example]:
+    """Check the examples of a conversation, and count its answers that are left out."""
     if not fitting and rules.on_overlength == "drop_oldest_turns" and rules.train_on != "last":
         fitting = _earlier_answers(tokenizer, item, rules, log)
     if not fitting:
@@ -197,6 +219,50 @@ def _encode_one(
     for example in fitting:
         verify_example(tokenizer, example, rules.train_on)
     return fitting
+
+
+def _encode_apart(
+    tokenizer: Any, drafted: Draft, rules: EncodeConfig, log: IssueLog
+) -> list[Example]:
+    """Encode many answers, each with the turns before it that fit, without encoding them all."""
+    item, near = drafted.conversation, 0
+    fitting: list[Example] = []
+    faults: list[RowError] = []
+
+    messages = list(item.messages)
+    read_only = [replace(m, train=False) if m.role == "assistant" else m for m in messages]
+
+    def up_to(group: list[int], begin: int = 0) -> Conversation:
+        """Return the turns up to the last one of `group`, of which only the group is trained."""
+        part = read_only[begin : group[0]] + messages[group[0] : group[-1] + 1]
+        return replace(item, messages=tuple(part))
+
+    def parts(group: list[int]) -> list[list[int]]:
+        """Split a group if its prompts are no prefix of its ids, as `_examples` does."""
+        questions = (i for i in range(group[0], -1, -1) if messages[i].role == "user")
+        alone = up_to(group, next(questions, 0))
+        drafted = find_spans(tokenizer, alone, rules.train_on, rules.train_on_thoughts)
+        one = len(_examples(tokenizer, drafted, rules.train_on, {})) == 1
+        return [group] if one else [[turn] for turn in group]
+
+    groups = [part for group in drafted.apart for part in parts(group)]
+    if rules.on_overlength == "split":
+        whole, _ = _longest_fitting(tokenizer, up_to(groups[-1]), rules, 0, 0)
+        if whole > 0:
+            return _encode_pieces(tokenizer, item, rules, log)
+    for group in groups:
+        part = up_to(group)
+        near, example = _longest_fitting(tokenizer, part, rules, 0, near)
+        try:
+            if near > 0 or example is None:
+                size = f"more than {rules.cutoff_len} tokens"
+                example = _shorten(tokenizer, part, rules, size, log, example)
+            fitting.append(example)
+        except FatalRowError:
+            raise
+        except RowError as fault:
+            faults.append(fault)
+    return _checked(tokenizer, item, fitting, faults, rules, log)
 
 
 def _earlier_answers(
@@ -289,30 +355,25 @@ def _examples(
     """Make (turn of the last answer, example) pairs, of any length."""
     pairs = []
     guard, borders = drafted.guard, borders_of(tokenizer)
-
-    def start(ids: list[int], text: str, prompt: str) -> int | None:
-        if guard.active:
-            prefix = to_ids(tokenizer, prompt, guard)
-            return len(prefix) if ids[: len(prefix)] == prefix else None
-        short = borders.tail(prompt)
-        tail = tokenized.get(short) or to_ids(tokenizer, short, None, inside=True)
-        return borders.prompt_length(ids, text, prompt, tail)
-
     for group in drafted.groups:
-        text = group[-1].text
+        text = group[0].text
         ids = to_ids(tokenizer, text, guard, known=tokenized)
-        starts = [start(ids, text, span.prompt) for span in group]
+        tails = [
+            to_ids(tokenizer, borders.tail(text, s.start), guard, inside=True, known=tokenized)
+            for s in group
+        ]
+        starts = borders.prompt_lengths(ids, text, [s.start for s in group], tails)
         known_starts = [at for at in starts if at is not None]
         if len(known_starts) == len(group):
             pairs.append(_masked(tokenizer, drafted, group, ids, known_starts, train_on, tokenized))
             continue
         for span in group:
-            ids = to_ids(tokenizer, span.text, guard, known=tokenized)
-            prompt = to_ids(tokenizer, span.prompt, guard, known=tokenized)
+            ids = to_ids(tokenizer, text[: span.end], guard, known=tokenized)
+            prompt = to_ids(tokenizer, text[: span.start], guard)
             if ids[: len(prompt)] != prompt:
                 # A token across the border (": " + "Paris") never occurs in generation, so the
                 # answer is tokenized separately.
-                rest = span.text[len(span.prompt) :]
+                rest = text[span.start : span.end]
                 ids = prompt + to_ids(tokenizer, rest, guard, inside=True)
             pairs.append(
                 _masked(tokenizer, drafted, [span], ids, [len(prompt)], train_on, tokenized)
@@ -331,66 +392,102 @@ def _masked(
 ) -> tuple[int, Example]:
     """Train each answer from its start to its first stop token, by position, not by id."""
     origin, guard = drafted.conversation.origin, drafted.guard
+    text, borders = spans[-1].text[: spans[-1].end], borders_of(tokenizer)
     stops = template_capabilities(tokenizer).stops
+    ends = sorted(i + 1 for stop in stops for i in indices_of(ids, stop))
+    tail_index = borders.tail_index(ids, text)
 
     def end(start: int) -> int:
-        ends = [ids.index(stop, start) + 1 for stop in stops if stop in ids[start:]]
-        first = min(ends, default=0)
-        if not first:
+        following = bisect_right(ends, start)
+        if following == len(ends):
             raise FatalRowError(
                 "no end of turn", origin, "an answer has no end-of-turn token among its tokens"
             )
-        return first
+        return ends[following]
 
-    def tokens_before(text: str) -> int:
-        """Count tokens of `ids` up to the end of `text`, without one that extends beyond it."""
-        other = to_ids(tokenizer, text, guard, known=tokenized)
-        pairs = enumerate(zip(ids, other, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
+    def tokens_before(at: int) -> int:
+        """Count tokens of `ids` up to `text[:at]`, without one that extends beyond it."""
+        begin = tail_index(at)
+        tail = text[:at] if begin is None else borders.tail(text, at)
+        other = to_ids(tokenizer, tail, guard, inside=begin is not None, known=tokenized)
+        begin = begin or 0
+        pairs = enumerate(zip(ids[begin : begin + len(other)], other, strict=False))
+        return begin + next((i for i, (a, b) in pairs if a != b), min(len(ids) - begin, len(other)))
 
     labels = [IGNORE, *ids[1:]] if train_on == "all" else [IGNORE] * len(ids)
     if train_on != "all":
         for start in starts:
             labels[start : end(start)] = ids[start : end(start)]
-        for text, gap in ((span.text, gap) for span in spans for gap in span.gaps):
-            begin, until = (tokens_before(text[:at]) for at in gap)
+        for gap in (gap for span in spans for gap in span.gaps):
+            begin, until = map(tokens_before, gap)
             labels[begin:until] = [IGNORE] * (until - begin)
     for span in drafted.untrained:
-        start = tokens_before(span.prompt)
+        start = tokens_before(span.start)
         labels[start : end(start)] = [IGNORE] * (end(start) - start)
     return spans[-1].turn, Example(ids, labels, origin)
 
 
 def _shorten(
-    tokenizer: Any, conversation: Conversation, rules: EncodeConfig, example: Example, log: IssueLog
+    tokenizer: Any,
+    conversation: Conversation,
+    rules: EncodeConfig,
+    size: str,
+    log: IssueLog,
+    shortened: Example | None = None,
 ) -> Example:
-    """Drop as few of the oldest exchanges as needed to fit; the system turn is kept."""
-    origin = conversation.origin
-    size = f"{len(example.input_ids)} tokens, over cutoff_len {rules.cutoff_len}"
+    """Drop as few of the oldest exchanges as needed to fit; the system turn is kept.
+
+    Args:
+        shortened: the result, if it is known.
+    """
+    origin, size = conversation.origin, f"{size}, over cutoff_len {rules.cutoff_len}"
     hint = "raise cutoff_len, or set on_overlength: drop"
     if rules.on_overlength == "error":
         raise FatalRowError("too long", origin, f"too long: {size}", hint)
     if rules.on_overlength == "drop":
         raise RowError("too long", origin, size, "raise cutoff_len")
-    messages = conversation.messages
-    head = 1 if messages[0].role == "system" else 0
-    questions = [i for i, m in enumerate(messages) if m.role == "user"]
-    low, high = 1, len(questions) - 1
-    best: Example | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        rest = replace(conversation, messages=messages[:head] + messages[questions[middle] :])
-        try:
-            drafted = find_spans(tokenizer, rest, rules.train_on, rules.train_on_thoughts)
-        except RowError:  # the remaining turns have no trained answer
-            high = middle - 1
-            continue
-        candidate = _examples(tokenizer, drafted, rules.train_on, {})[-1][1]
-        if len(candidate.input_ids) <= rules.cutoff_len:
-            best, high = candidate, middle - 1
-        else:
-            low = middle + 1
-    if best is None:
+    if shortened is None:
+        last = sum(m.role == "user" for m in conversation.messages) - 1
+        _, shortened = _longest_fitting(tokenizer, conversation, rules, 1, last)
+    if shortened is None:
         raise RowError("too long", origin, f"even its last question and answer: {size}", hint)
     log.add("too long", origin, "oldest turns dropped")
-    return best
+    return shortened
+
+
+def _longest_fitting(
+    tokenizer: Any, conversation: Conversation, rules: EncodeConfig, first: int, near: int
+) -> tuple[int, Example | None]:
+    """Find the smallest number of oldest exchanges to drop, from `first` on, and the example.
+
+    Args:
+        near: the number to try first. From there the steps double, and are halved at the end: the
+            work grows with the turns that fit, not with all of them.
+
+    Returns:
+        The number, and None if not even the last exchange fits.
+    """
+    messages = conversation.messages
+    head = messages[:1] if messages[0].role == "system" else ()
+    questions = [i for i, m in enumerate(messages) if m.role == "user"]
+    low, high, best, dropped = first, max(len(questions) - 1, first), None, len(questions)
+    middle, step, forward = min(near, high), 1, None
+    while low <= high and (first == 0 or len(questions) > 1):
+        rest = conversation
+        if middle:
+            rest = replace(conversation, messages=head + messages[questions[middle] :])
+        try:
+            drafted = find_spans(tokenizer, rest, rules.train_on, rules.train_on_thoughts)
+            candidate = _examples(tokenizer, drafted, rules.train_on, {})[-1][1]
+        except RowError:  # the remaining turns have no trained answer
+            candidate = None
+        long = candidate is not None and len(candidate.input_ids) > rules.cutoff_len
+        if long:
+            low = middle + 1
+        else:
+            best, dropped, high = candidate or best, middle, middle - 1
+        step = 2 * step if forward in (None, long) else 0
+        forward = long
+        middle += step // 2 if long else -(step // 2)
+        middle = min(max(middle, low), high) if step else (low + high) // 2
+    return dropped, best

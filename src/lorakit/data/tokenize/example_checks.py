@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakit.data.chat_template.render import template_capabilities
 from lorakit.data.issues import FatalRowError
+from lorakit.data.tokenize.batch_tokenizer import indices_of
 from lorakit.types import IGNORE, Example
 
 
@@ -37,7 +38,7 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
         return
     # The first end-of-turn token after a trained token must be trained too.
     stops = template_capabilities(tokenizer).stops
-    ends = sorted(i for stop in stops for i in _indices(ids, stop))
+    ends = sorted(i for stop in stops for i in indices_of(ids, stop))
     for begin, end in pairwise([-1, *ends, len(ids)]):
         turn = labels[begin + 1 : end]
         closed = end < len(ids) and labels[end] != IGNORE
@@ -50,10 +51,3 @@ def verify_example(tokenizer: Any, example: Example, train_on: str = "responses"
                 "token: a model trained on it would not stop",
                 "the chat template must close each answer with a special token",
             )
-
-
-def _indices(ids: list[int], token: int) -> list[int]:
-    indices = [-1]
-    for _ in range(ids.count(token)):
-        indices.append(ids.index(token, indices[-1] + 1))
-    return indices[1:]

@@ -1,16 +1,21 @@
 """Find the answers of a conversation as spans of the text rendered by the chat template.
 
 For each answer the text is rendered up to the question, with the generation prompt (P), and up to
-the answer (R). The answer is the text that R adds to P, up to the end of its end-of-turn token.
+the answer (R). The answer is the text that R adds to P, up to the end of its end-of-turn token. If
+there are many answers, only the last and the middle one are rendered with all turns before them,
+the others in windows of a few turns: thousands of turns take linear time.
+
 This module checks that the template wrote the complete answer, with tool calls and tool results. If
 the template marks the model's output with {% generation %}, only that is trained.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,30 +37,41 @@ OPENED = re.compile(r"<think>\s*$")
 _EMPTY = re.compile(r"<think>\s*</think>\s*")
 # Begins the text of a probe, to find where an answer begins.
 _OTHER = "\u2060"
+# Answers of a window; a chat of at most two windows is rendered up to each answer.
+WINDOW = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One answer: `prompt` is the text before it, `text` includes it up to its end of turn.
+    """One answer: `text[start:end]`, with its end of turn, after the prompt `text[:start]`.
 
-    `gaps` are character ranges in `text` that are not trained: what the template does not mark as
-    the model's output, and thoughts under `train_on_thoughts: false`.
-    `turn` is the index of the message in the conversation.
+    `text` is that of the last span of its group. `gaps` are character ranges in `text` that are
+    not trained: what the template does not mark as the model's output, and thoughts under
+    `train_on_thoughts: false`. `turn` is the index of the message in the conversation.
     """
 
     turn: int
-    prompt: str
     text: str
+    start: int
+    end: int
     gaps: tuple[tuple[int, int], ...] = ()
+
+    def moved(self, text: str, by: int) -> Span:
+        """Return the same answer in a text in which it begins `by` characters later."""
+        gaps = tuple((begin + by, until + by) for begin, until in self.gaps)
+        return Span(self.turn, text, self.start + by, self.end + by, gaps)
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A conversation as rendered text.
 
-    `groups` are the spans to train: those of a group share one text, that of its last span. A
-    template that drops earlier thoughts begins a new group with each answer. `untrained` answers
-    are listed only if all tokens are trained.
+    `groups` are the spans to train: those of a group share one text. A template that drops earlier
+    thoughts begins a new group with each answer. `untrained` answers are listed only if all tokens
+    are trained; their text is that of the last group.
+
+    A chat of many answers whose template rewrites earlier turns has no `groups`: `apart` has the
+    turns of each group, to be rendered one at a time.
     """
 
     conversation: Conversation
@@ -63,22 +79,28 @@ class Draft:
     groups: list[list[Span]]
     untrained: list[Span] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    apart: list[list[int]] = field(default_factory=list)
 
-    def texts(self, tail: Callable[[str], str]) -> list[str]:
+    def texts(self, tail: Callable[[str, int], str]) -> list[str]:
         """List all texts to tokenize; of a prompt, only the tail."""
         spans = [span for group in self.groups for span in group]
-        gaps = [span.text[:at] for span in spans for gap in span.gaps for at in gap]
-        prompts = [tail(s.prompt) for s in spans] + [s.prompt for s in self.untrained]
-        return prompts + [group[-1].text for group in self.groups] + gaps
+        gaps = [tail(span.text, at) for span in spans for gap in span.gaps for at in gap]
+        prompts = [tail(span.text, span.start) for span in (*spans, *self.untrained)]
+        return prompts + [group[0].text for group in self.groups] + gaps
 
 
 def find_spans(
-    tokenizer: Any, conversation: Conversation, train_on: str, train_on_thoughts: bool = True
+    tokenizer: Any,
+    conversation: Conversation,
+    train_on: str,
+    train_on_thoughts: bool = True,
+    may_be_apart: bool = False,
 ) -> Draft:
     """Find the answers of `conversation` to train, by `train_on` and the `train` of each turn.
 
     Args:
         train_on_thoughts: False leaves the thoughts of an answer out of its loss mask.
+        may_be_apart: of many answers without a common text, return only the turns of each group.
 
     Raises:
         RowError: no answer is left, or the template refuses or rewrites the turns.
@@ -105,32 +127,39 @@ def find_spans(
     try:
         guard = SpecialTokenEscaper(capabilities, conversation.messages, conversation.tools)
         finder = _SpanFinder(tokenizer, capabilities, conversation, guard, train_on_thoughts)
-        spans = [finder.span(turn) for turn in chosen]
-        untrained = [finder.span(turn) for turn in left_out]
+        many = finder.in_windows(chosen) if len(chosen) > 2 * WINDOW else None
+        if many and not many.spans and may_be_apart:
+            return Draft(conversation, guard, [], notes=finder.notes, apart=many.groups)
+        spans = (many and many.spans) or [finder.span(turn) for turn in chosen]
+        many = finder.in_windows(left_out) if len(left_out) > 2 * WINDOW else None
+        untrained = (many and many.spans) or [finder.span(turn) for turn in left_out]
     except TemplateRefusal as error:
         kind = "refused by the chat template"
         if _uses_tools(conversation):
             kind = "tool calls refused by the chat template"
         raise RowError(kind, origin, str(error)) from error
     for span in untrained:
-        if not spans[-1].text.startswith(span.text):
+        if not spans[-1].text.startswith(span.text[: span.end]):
             raise RowError(
                 "train: false under train_on: all", origin,
                 f"the chat template rewrites turn {span.turn + 1} later on, so that its tokens "
                 "cannot be located",
                 "set train_on: responses",
             )  # fmt: skip
+    untrained = [span.moved(spans[-1].text, 0) for span in untrained]
     return Draft(conversation, guard, _group(spans), untrained, finder.notes)
 
 
 def _group(spans: list[Span]) -> list[list[Span]]:
+    """Group spans whose texts continue each other, and let them share the longest."""
     groups: list[list[Span]] = []
     for span in spans:
-        if groups and span.text.startswith(groups[-1][-1].text):
+        last = groups[-1][-1] if groups else None
+        if last and (span.text is last.text or span.text.startswith(last.text)):
             groups[-1].append(span)
         else:
             groups.append([span])
-    return groups
+    return [[span.moved(group[-1].text, 0) for span in group] for group in groups]
 
 
 def _uses_tools(conversation: Conversation) -> bool:
@@ -182,6 +211,22 @@ def _check_thoughts(message: Message, turn: int, origin: Origin) -> None:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Many answers: their spans in one text, if they have one, and the turns of each group."""
+
+    spans: list[Span]
+    groups: list[list[int]]
+
+
+def _placed(window: list[Span], known: Span, text: str) -> list[Span]:
+    """Move the spans of a window, which begins with a known one, to their places in `text`."""
+    local, begin, by = window[0].text, window[0].start, known.end - window[0].end
+    if not text.startswith(local[begin:], begin + by):
+        return []
+    return [span.moved(text, by) for span in window[1:]]
+
+
 class _SpanFinder:
     """Renders the answers of one conversation and checks the text that the template wrote."""
 
@@ -199,6 +244,53 @@ class _SpanFinder:
         self.messages = guard.messages(conversation.messages)
         self.shift = len(conversation.messages) - len(self.messages)  # 1 if system was merged
         self.notes: list[tuple[str, str]] = []
+
+    def in_windows(self, turns: list[int]) -> Windows | None:
+        """Locate many answers in linear time; None if one is refused.
+
+        The message then comes from the first answer that is refused with all turns before it.
+        """
+        try:
+            return self._in_windows(turns)
+        except (RowError, TemplateRefusal):
+            return None
+
+    def _in_windows(self, turns: list[int]) -> Windows:
+        """Locate many answers window by window.
+
+        Each window repeats the last answer of the window before it, which places it in the text of
+        the last answer. That one and the middle one are rendered with all turns before them.
+        """
+        last, middle = self.span(turns[-1]), self.span(turns[len(turns) // 2])
+        spans: list[Span] = []
+        groups: list[list[int]] = []
+        for first in range(0, len(turns) - 1, WINDOW):
+            window = turns[first : first + WINDOW + 1]
+            finder = self._window(window[0], window[-1]) if groups else self
+            local = _group([finder.span(turn) for turn in window])
+            if groups and len(groups) == len(spans[:1]) == len(local):
+                spans += _placed(local[0], spans[-1], last.text)
+            elif not groups and len(local) == 1 and last.text.startswith(local[0][0].text):
+                spans = [span.moved(last.text, 0) for span in local[0]]
+            more = [[span.turn for span in group] for group in local]
+            groups[-1:] = [[*groups[-1], *more[0][1:]], *more[1:]] if groups else more
+        half = len(turns) // 2
+        exact = len(spans) == len(turns) and (spans[-1], spans[half]) == (
+            last,
+            middle.moved(last.text, 0),
+        )
+        return Windows(spans if exact and last.text.startswith(middle.text) else [], groups)
+
+    def _window(self, first: int, last: int) -> _SpanFinder:
+        """Finder for messages `first` to `last`, with the system text and the question before."""
+        begin = first - self.shift
+        questions = (m for m in self.messages[begin::-1] if m["role"] == "user")
+        head = [m for m in self.messages[:1] if m["role"] == "system"]
+        head += itertools.islice(questions, 1)
+        finder = copy(self)
+        finder.messages = [*head, *self.messages[begin : last + 1 - self.shift]]
+        finder.shift = first - len(head)
+        return finder
 
     def span(self, turn: int) -> Span:
         """Render the answer in message `turn` and locate its end of turn."""
@@ -226,6 +318,8 @@ class _SpanFinder:
         end = min(ends)
         stop = next(s for s in self.capabilities.stop_texts if text.startswith(s, end))
         self._check_written(self.messages[answer], text[len(prompt) : end])
+        if prompt.rstrip().endswith(self.capabilities.stripping) and text[len(prompt)] in " \t":
+            self.notes.append(("spaces at the start of an answer", "removed by the tokenizer"))
         complete = text[: end + len(stop)]
         gaps = self._thought_range(self.messages[answer], text[:end], len(prompt))
         # Marks of {% generation %} are positions in the text as it was rendered.
@@ -233,7 +327,7 @@ class _SpanFinder:
             gaps += self._untrained_ranges(
                 self.messages[: answer + 1], len(prompt), complete, stop, turn
             )
-        return Span(turn, prompt, complete, gaps)
+        return Span(turn, complete, len(prompt), len(complete), gaps)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool, **options: Any) -> str:
         tools = self.guard.tools
