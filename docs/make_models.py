@@ -31,7 +31,7 @@ A family that is not listed gets adapters on all linear layers of its text decod
 so. Models with other inputs than text are trained on text: their towers are loaded and stay frozen,
 and rows with images are left out. `engine`: fused layers on GPUs with kernels; others train on
 PEFT's layers. Attention is `sdpa`, or `eager` where transformers' class has no `sdpa`. Packing
-is measured: exchanging the first document must not change the second.
+is measured: the gradient of a document by another one must be zero.
 
 | model | class | adapters by default | layers | attention | packing |
 |---|---|---|---|---|---|

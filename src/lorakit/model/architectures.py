@@ -81,6 +81,10 @@ FAMILIES: dict[str, Family] = {
 # gradients; a self-test compares them before training.
 FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"}
 
+# transformers 5.23 makes their attention masks without position ids, so packed documents need a
+# mask from lorakit. gpt-oss is not among them: its eager attention computes T * T scores.
+MASKS_WITHOUT_POSITIONS = {"granitemoehybrid"}
+
 
 def changes_logits(config: Any) -> bool:
     """Return True if `transform_logits` changes the logits of this family."""

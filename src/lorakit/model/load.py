@@ -23,7 +23,8 @@ from lorakit.model.base_class import (
     kept_in_16_bits,
 )
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
-from lorakit.model.kernel_check import check_kernels, use_plain_torch_on_cpu
+from lorakit.model.kernel_check import check_kernels
+from lorakit.model.kernel_functions import kernel_functions
 from lorakit.model.safetensors_io import check_weights, read_header
 from lorakit.model.stored_quantization import (
     dequantizing,
@@ -205,9 +206,8 @@ def load_base(
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False
-    if device.kind == "cpu":
-        use_plain_torch_on_cpu(model)
-    else:
+    kernel_functions(model)
+    if device.kind != "cpu":
         check_kernels(model)
     if on_host:
         # accelerate refuses to train 4-bit models with a device map on the CPU.
