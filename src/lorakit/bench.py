@@ -105,7 +105,7 @@ def run_bench(
 def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _Job:
     """Plan the measurement of a recipe whose model is the name of a shape."""
     device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
-    config = shape_config(resolved.recipe.model)
+    config = shape_config(resolved.recipe.model).get_text_config()
     recipe = resolve_targets(resolved, config).recipe
     plan = plan_training(recipe, config, device)
     return _Job(recipe, config, device, plan, lengths, ranks)
