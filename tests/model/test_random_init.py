@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from tests.families import tiny_config
 
 from lorakit.errors import RecipeError
