@@ -2,7 +2,7 @@
 
     python benchmarks/packed_hybrids.py --shape qwen3.5-4b --out result.json
 
-Random weights and ids, activations recomputed; lengths like those of instruction data. One optimizer
+Random weights and ids, activations recomputed; lengths like those of instruction data. One
 step's gradient is compared with that of padded rows, in nats and as a relative norm. "rounding" is
 the same comparison of two padded layouts: packing should be no further off. With kernels of
 flash-linear-attention or causal-conv1d installed, "plain" repeats both layouts without them.

@@ -67,8 +67,10 @@ def _gemma4(
 ) -> dict[str, Any]:
     text = _decoder("gemma4_text", sizes, 262144, context, True, head_dim=256, **more)
     small, large = _tower(768, 3072, 16, 12), _tower(1152, 4304, 27, head_dim=72, standardize=True)
-    towers = {"vision": small if audio else large, "audio_config": {} if audio else None}
-    return _wrapper("gemma4", "Gemma4ForConditionalGeneration", text, **towers)
+    vision = small if audio else large
+    heard: dict[str, Any] | None = {} if audio else None
+    name = "Gemma4ForConditionalGeneration"
+    return _wrapper("gemma4", name, text, vision, audio_config=heard)
 
 
 def _tower(width: int, inner: int, layers: int, heads: int = 16, **more: Any) -> dict[str, Any]:
@@ -99,6 +101,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": _decoder("mistral", (4096, 14336, 32, 32, 8), 32768, 32768, sliding_window=None),
     "qwen2.5-7b": _decoder("qwen2", (3584, 18944, 28, 28, 4), 152064, 32768),
     "qwen3-0.6b": _decoder("qwen3", (1024, 3072, 28, 16, 8), 151936, 40960, True, head_dim=128),
+    "qwen3-4b": _decoder("qwen3", (2560, 9728, 36, 32, 8), 151936, 40960, True, head_dim=128),
     "qwen3-8b": _decoder("qwen3", (4096, 12288, 36, 32, 8), 151936, 40960, head_dim=128),
     "qwen3-30b-a3b": _decoder(
         "qwen3_moe",
@@ -208,6 +211,8 @@ REPOSITORIES: dict[str, str] = {
     "Qwen/Qwen2.5-7B": "qwen2.5-7b",
     "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b",
     "Qwen/Qwen3-0.6B": "qwen3-0.6b",
+    "Qwen/Qwen3-4B": "qwen3-4b",
+    "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b",
     "Qwen/Qwen3-8B": "qwen3-8b",
     "Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b",
     "google/gemma-7b-it": "gemma-7b",
