@@ -33,8 +33,9 @@ from lorakit.train.checkpoint import save_adapter
 from lorakit.train.loss import PACKED, attach_loss, detach_loss
 
 WORDS = 320
-# transformers 5.23 makes gpt-oss's mask without the positions of packed documents.
-MIXES = {"gpt_oss"}
+# transformers 5.23 makes gpt-oss's mask without the positions of packed documents, and GLM-5's
+# indexer picks positions of other documents.
+MIXES = {"gpt_oss", "glm5_next"}
 ADAPTED = {  # number of layers with an adapter
     **dict.fromkeys(("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma"), 14),
     **dict.fromkeys(("granite", "cohere2", "smollm3", "olmo3", "exaone4"), 14),

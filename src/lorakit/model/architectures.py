@@ -68,6 +68,12 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": Family(_LATENT, _ALL_MLPS),
     "deepseek_v2": Family(_LATENT, _ALL_MLPS),
     "deepseek_v3": Family(_LATENT, _ALL_MLPS),
+    "mistral4": Family((*_LATENT, *_MLP), _EXPERTS),
+    # Kimi's delta rule, and latent attention over positions that an indexer picks.
+    "glm5_next_text": Family(
+        ("k_proj", "v_proj", *_LATENT, *_MLP),
+        f"{_EXPERTS}; nor does the indexer, whose choice has no gradient",
+    ),
     # State space layers, some beside attention.
     "falcon_h1": Family((*_ATTENTION, *_MLP, "in_proj"), _MAMBA),
     "granitemoehybrid": Family(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 LENGTHS = "document_lengths"
 # Arguments that have one entry per token, and their dimension of tokens.
 _PER_TOKEN = {
-    **dict.fromkeys(("query", "key", "value", "g", "beta"), 1),  # delta rule
+    **dict.fromkeys(("query", "key", "value", "g", "beta"), 1),  # delta rules
     **dict.fromkeys(("hidden_states", "dt", "B", "C"), 1),  # Mamba 2
 }
 _CONVOLUTION = {"hidden_states": 2}
@@ -35,6 +35,7 @@ _PAST_OUT_PROJ = "split_conv1d_scan_combined"
 
 # Packages with kernels, by the name of the torch implementation.
 _PACKAGES = {
+    "chunk_kimi_delta_attention": "flash-linear-attention",
     "torch_chunk_gated_delta_rule": "flash-linear-attention",
     "causal_conv1d_fn": "causal-conv1d",
     "mamba2_chunk_scan": "mamba-ssm",

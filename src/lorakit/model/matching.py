@@ -7,6 +7,7 @@ trains half of the intended layers. Here every name has to match, before weights
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -119,7 +120,8 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     try:
         # Initialization from the weights (PiSSA) would need them.
         settings = replace(lora_config(recipe), init_lora_weights=True)
-        tried = get_peft_model(model, settings, low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"):  # on patterns that match no expert
+            tried = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         hint = None
         if "ParamWrapper" in str(error):  # peft's adapter of raw tensors
