@@ -172,6 +172,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=64,
         num_local_experts=32,
         num_experts_per_tok=4,
+        quantization_config={"quant_method": "mxfp4"},
     ),
     "ministral-3-8b": _wrapper(
         "mistral3",
