@@ -122,3 +122,14 @@ def test_the_arguments_of_a_packed_row():
     assert given["cu_seq_lens_q"] is BORDERS
     assert given["seq_idx"].dtype == torch.int32
     assert given["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2]]
+
+
+def test_documents_are_known_by_their_numbers_alone():
+    """LFM2's layers in transformers 5.17 hand down `seq_idx` and nothing else."""
+    kernel_functions(model_of("lfm2"))
+    x, weight = torch.randn(1, 4, 12), torch.randn(4, 3)
+    numbers = document_arguments(BORDERS, LENGTHS_OF)["seq_idx"]
+    found = lfm2.causal_conv1d_fn(x, weight, None, seq_idx=numbers)
+    parts = [lfm2.causal_conv1d_fn(part, weight) for part in x.split(LENGTHS_OF, dim=2)]
+    torch.testing.assert_close(found, torch.cat(parts, dim=2))
+    assert not torch.allclose(found, lfm2.causal_conv1d_fn(x, weight))

@@ -65,6 +65,8 @@ class KernelFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lengths = kwargs.pop(LENGTHS, None)
+        if lengths is None and kwargs.get("seq_idx") is not None:  # LFM2 in transformers 5.17
+            lengths = torch.bincount(kwargs["seq_idx"].flatten()).tolist()
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next(tensors, None)
         unreadable = first is not None and first.device.type in self.plain_on
