@@ -31,6 +31,7 @@ from lorakit.model.stored_quantization import (
     require_trainable_weights,
     stored_quantization,
 )
+from lorakit.model.tied_head import untie_if_stored_apart
 from lorakit.model.trainable_tokens import keep_tokens
 from lorakit.model.untrusted import (
     check_adapter,
@@ -139,6 +140,8 @@ def load_config(recipe: Recipe, location: str) -> Any:
             hint="lorakit trains decoder-only chat models such as Llama, Mistral, Qwen or Gemma",
         )
     require_trainable_weights(recipe, config)
+    if Path(location).is_dir():
+        untie_if_stored_apart(config, Path(location))
     return config
 
 
