@@ -29,9 +29,10 @@ with the versions of `constraints.txt`.
 
 A family that is not listed gets adapters on all linear layers of its text decoder, and the run says
 so. Models with other inputs than text are trained on text: their towers are loaded and stay frozen,
-and rows with images are left out. `engine`: fused layers on GPUs with kernels; others train on
+and rows with images are left out. Gemma 3n as on the hub has a vision tower of the package timm and
+was not tried; its text model was. `engine`: fused layers on GPUs with kernels; others train on
 PEFT's layers. Attention is `sdpa`, or `eager` where transformers' class has no `sdpa`. Packing
-is measured: exchanging the first document must not change the second.
+is measured: the gradient of a document by another one must be zero.
 
 | model | class | adapters by default | layers | attention | packing |
 |---|---|---|---|---|---|

@@ -136,6 +136,17 @@ MORE = {
                           "max_position_embeddings": 16},
         "out_hidden_size": 128, "projector_hidden_size": 64,
     },
+    "mistral4": {"text_config": {**TINY, **LATENT, "model_type": "mistral4"},
+                 "vision_config": PIXTRAL, "image_token_index": 10, "tie_word_embeddings": False},
+    "glm5_next": {
+        "text_config": {**TINY, **LATENT, "layer_types": ["linear_attention", "full_attention"],
+                        "mlp_layer_types": ["dense", "sparse"], "head_dim": 0,
+                        "qk_rope_head_dim": 0, "index_head_dim": 16, "index_n_heads": 2,
+                        "linear_head_dim": 16, "linear_num_heads": 4,
+                        "hc_mult": 2, "hc_sinkhorn_iters": 2},
+        "vision_config": {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+                          "image_size": 16, "projection_intermediate_size": 64},
+    },
     # E2B's kind with its audio tower, which has no sdpa in transformers 5.23.
     "gemma4_audio": {
         **FAMILIES["gemma4"],
@@ -159,10 +170,16 @@ HUB = {
     "qwen2": "Qwen2.5", "qwen3": "Qwen3", "phi3": "Phi-3.5", "olmo3": "OLMo 3", "glm4": "GLM-4",
     "exaone4": "EXAONE 4.0", "smollm3": "SmolLM3", "hunyuan_v1_dense": "Hunyuan",
     "starcoder2": "StarCoder2", "gemma": "Gemma", "gemma2": "Gemma 2",
-    "qwen3_5_text": "Qwen3.5, text model",
+    "qwen3_5_text": "Qwen3.5, text model", "glm5_next": "GLM-5.3-Flash",
+    "mistral4": "Mistral Small 4",
 }  # fmt: skip
 # Rows that are another form of the model type.
-FORMS = {"gemma4_moe": "gemma4", "gemma4_audio": "gemma4", "mistral3_small": "mistral3"}
+FORMS = {
+    "gemma4_moe": "gemma4",
+    "gemma4_audio": "gemma4",
+    "mistral3_small": "mistral3",
+    "mistral4": "mistral3",
+}
 
 
 def declared_class(config):

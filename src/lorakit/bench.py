@@ -106,7 +106,7 @@ def run_bench(
 def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _Job:
     """Plan the measurement of a recipe whose model is the name of a shape."""
     device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
-    config = shape_config(resolved.recipe.model)
+    config = shape_config(resolved.recipe.model).get_text_config()
     recipe = resolve_targets(resolved, config).recipe
     check_training_settings(recipe, device, recipe.max_steps or 1, held_out=False)
     plan = plan_training(recipe, config, device)

@@ -1,9 +1,12 @@
 """The class that config.json names is built, if it has a text decoder; its towers are known."""
 
+import importlib.util
+
 import pytest
 import torch
 from tests.families import tiny_config
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     Gemma3ForConditionalGeneration,
@@ -14,6 +17,7 @@ from transformers import (
     T5Config,
 )
 
+from lorakit.errors import DependencyError
 from lorakit.model.base_class import (
     auto_class,
     base_class,
@@ -109,3 +113,14 @@ def test_a_frozen_base_has_no_dropout_of_its_own(name, keys):
     assert getattr(config.get_text_config(), keys[0]) == 0.1
     model = empty_base(config)
     assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_a_tower_of_a_package_that_is_not_installed_is_named():
+    if importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed")
+    text = tiny_config("gemma3n_text").to_dict()
+    config = AutoConfig.for_model("gemma3n", text_config=text)
+    config.architectures = ["Gemma3nForConditionalGeneration"]
+    with pytest.raises(DependencyError, match="gemma3n: TimmWrapperModel requires") as caught:
+        empty_base(config)
+    assert caught.value.hint == "pip install timm"

@@ -66,3 +66,20 @@ def test_all_faults_come_in_one_error():
         check(target_modules=["qproj", "kproj"], exclude_modules=["nothing_like_it"])
     for name in ("'qproj'", "'kproj'", "'nothing_like_it'"):
         assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["gate_proj", "up_proj", "down_proj"],
+        [f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")],
+        r".*\.shared_experts\.(gate|up|down)_proj",
+    ],
+)
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_shared_mlps_that_peft_turns_into_experts_are_refused(name, targets):
+    """With lora_dropout: 0 PEFT would adapt every routed expert, and no module that was named."""
+    with pytest.raises(RecipeError, match=r"PEFT adapts the routed experts \(down_proj, gate_up"):
+        check(name, target_modules=targets, lora_dropout=0.0)
+    with pytest.raises(RecipeError, match="ParamWrapper"):
+        check(name, target_modules=targets, lora_dropout=0.1)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tests.families import tiny_config
 
+from lorakit.errors import RecipeError
 from lorakit.hardware import detect_device
 from lorakit.model.random_init import random_model
 from lorakit.planning.known_models import shape_config
@@ -20,3 +22,16 @@ def test_a_random_model_has_all_its_layers_and_runs(four_bit):
     assert logits.shape == (1, 3, 512)
     assert torch.isfinite(logits).all()
     assert {layer.self_attn.layer_idx for layer in model.model.layers} == {0, 1}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "nemotron_h", "lfm2"])
+def test_layers_of_other_families_are_made_one_at_a_time(name):
+    config = tiny_config(name).get_text_config()
+    model = random_model(config, detect_device("float32", prefer="cpu"), four_bit=False)
+    assert model(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
+
+
+def test_layers_that_share_keys_are_refused():
+    config = tiny_config("gemma4").get_text_config()
+    with pytest.raises(RecipeError, match="gemma4_text cannot be made one at a time"):
+        random_model(config, detect_device("float32", prefer="cpu"), four_bit=False)

@@ -138,9 +138,10 @@ def test_layers_bound_to_a_package_are_counted_in_plain_torch(monkeypatch):
     called, bound = bound_to_a_package(monkeypatch)
     assert simulate(recipe(seed=2, cutoff_len=65), config, CPU, False).kept > plain.kept
     assert not called
-    assert qwen.torch_chunk_gated_delta_rule is bound
+    function = qwen.torch_chunk_gated_delta_rule
+    assert function.bound is bound
     with pytest.raises(AssertionError, match="launched"):  # a real run still takes it
-        bound(torch.zeros(1), key=1, value=1, g=1, beta=1)
+        function(torch.zeros(1, device="meta"), key=1, value=1, g=1, beta=1)
 
 
 def test_a_function_made_a_module_is_seen_through(monkeypatch):
@@ -152,10 +153,12 @@ def test_a_function_made_a_module_is_seen_through(monkeypatch):
             return func(*args, **kwargs)
 
     monkeypatch.setattr(qwen, "torch_chunk_gated_delta_rule", Func())
-    own = func.__wrapped__
     with fake_pass(model_of(qwen)):
-        assert qwen.torch_chunk_gated_delta_rule is own
-    assert isinstance(qwen.torch_chunk_gated_delta_rule, Func)
+        function = qwen.torch_chunk_gated_delta_rule
+        assert isinstance(function.bound, Func)
+        assert function.plain is func.__wrapped__
+        assert not function.use_kernel
+    assert function.use_kernel
     assert not called
 
 
@@ -166,10 +169,10 @@ def model_of(module):
 
 
 def test_bindings_come_back_after_an_error(monkeypatch):
-    _, bound = bound_to_a_package(monkeypatch)
+    bound_to_a_package(monkeypatch)
     with pytest.raises(ValueError, match="broken"), fake_pass(model_of(qwen)):
         raise ValueError("broken")
-    assert qwen.torch_chunk_gated_delta_rule is bound
+    assert qwen.torch_chunk_gated_delta_rule.use_kernel
     assert float(torch.ones(1)) == 1.0
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from lorakit.errors import ModelError, WorkError
+from lorakit.model.stored_quantization import UntrainableWeights
 from lorakit.planning import forecast as module
 from lorakit.planning.forecast import (
     find_config,
@@ -151,3 +152,26 @@ def test_speed_is_rounded_to_what_is_known():
     speed, why = planned_speed(asked, config, H100, plan_training(asked, config, H100))
     assert why == ""
     assert speed == float(f"{speed:.3g}")
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "openai/gpt-oss-20b"])
+def test_weights_that_the_method_cannot_train_are_refused_as_in_a_run(model):
+    with pytest.raises(UntrainableWeights, match="already quantized") as caught:
+        find_config(recipe(model=model, method="qlora", offline=True), [])
+    assert caught.value.hint == "set method: lora, which trains on the weights as bfloat16"
+    assert find_config(recipe(model=model, method="lora", offline=True), [])
+
+
+def test_quantized_weights_of_a_folder_are_refused_without_a_list_of_names(
+    tmp_path, tiny_model_dir
+):
+    values = json.loads((tiny_model_dir / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UntrainableWeights, match="gptq") as caught:
+        find_config(recipe(model=str(tmp_path), offline=True), [tmp_path])
+    assert "known without a network" not in caught.value.hint
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match="not a causal language model") as caught:
+        find_config(recipe(model=str(tmp_path), offline=True), [tmp_path])
+    assert "known without a network" not in caught.value.hint

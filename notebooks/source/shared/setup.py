@@ -4,15 +4,21 @@
 #
 # **The one choice.** `small` fine-tunes SmolLM2-135M, a real chat model of 135 million
 # parameters, on a plain CPU in about a minute; every cell of this page was executed that way.
-# `full` takes Llama-2-7b-chat, or any chat model you name, on a GPU. The cells are the same.
-# Read the page once with `small`, then set `full`, put your own data in, and run it again.
+# `full` takes `FULL_MODEL` on a GPU: Qwen3-4B, Llama-2-7b-chat, or any chat model you name. The
+# cells are the same. Read the page once with `small`, then set `full`, put your own data in, and
+# run it again.
+#
+# Qwen3-4B needs no login and suits a free T4: that GPU has no bfloat16, and Qwen3's layers run in
+# float16 with lorakit's kernels. For Qwen3.5 take a GPU with bfloat16 (L4, A100, newer).
 
 # %% tags=["setting"]
 PROFILE = "small"  # @param ["small", "full"]
 DATA_FROM = "example"  # @param ["example", "upload", "drive", "hub"]
 KEEP_IN_DRIVE = False  # @param {type:"boolean"}
 
-MODEL = {"small": "demo", "full": "meta-llama/Llama-2-7b-chat-hf"}[PROFILE]
+FULL_MODEL = "Qwen/Qwen3-4B-Instruct-2507"  # @param ["Qwen/Qwen3-4B-Instruct-2507", "meta-llama/Llama-2-7b-chat-hf"] {allow-input: true}
+
+MODEL = {"small": "demo", "full": FULL_MODEL}[PROFILE]
 SOURCE = "git+https://github.com/<your-username>/Auto-RL"  # where lorakit is installed from
 
 # %% [markdown]

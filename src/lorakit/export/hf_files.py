@@ -29,10 +29,9 @@ def write_config(source: TunedRun, folder: Path, dtype: str, tied: bool) -> None
     nested = values.get("text_config")
     for section in (values, nested) if isinstance(nested, dict) else (values,):
         section["dtype"] = section["torch_dtype"] = dtype
-    if source.tied and not tied:
-        values["tie_word_embeddings"] = False
-        if isinstance(nested, dict):
-            nested["tie_word_embeddings"] = False
+    for section in (values, nested) if isinstance(nested, dict) else (values,):
+        if not tied and (source.tied or section.get("tie_word_embeddings")):
+            section["tie_word_embeddings"] = False
     text = source.config.get_text_config()
     _spell_rope(nested if isinstance(nested, dict) else values, text)
     if trained := base_class(source.config):

@@ -68,6 +68,12 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": Family(_LATENT, _ALL_MLPS),
     "deepseek_v2": Family(_LATENT, _ALL_MLPS),
     "deepseek_v3": Family(_LATENT, _ALL_MLPS),
+    "mistral4": Family((*_LATENT, *_MLP), _EXPERTS),
+    # Kimi's delta rule, and latent attention over positions that an indexer picks.
+    "glm5_next_text": Family(
+        ("k_proj", "v_proj", *_LATENT, *_MLP),
+        f"{_EXPERTS}; nor does the indexer, whose choice has no gradient",
+    ),
     # State space layers, some beside attention.
     "falcon_h1": Family((*_ATTENTION, *_MLP, "in_proj"), _MAMBA),
     "granitemoehybrid": Family(
@@ -80,6 +86,10 @@ FAMILIES: dict[str, Family] = {
 # Families with Llama's decoder layer, for which `engine/decoder_layer.py` has hand-written
 # gradients; a self-test compares them before training.
 FAST_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"}
+
+# transformers 5.23 makes their attention masks without position ids, so packed documents need a
+# mask from lorakit. gpt-oss is not among them: its eager attention computes T * T scores.
+MASKS_WITHOUT_POSITIONS = {"granitemoehybrid"}
 
 
 def changes_logits(config: Any) -> bool:

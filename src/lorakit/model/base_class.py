@@ -8,8 +8,11 @@ other names; adapters trained in it match nothing in the class that the base dec
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
+
+from lorakit.errors import DependencyError
 
 
 def auto_class(config: Any) -> Any:
@@ -57,11 +60,22 @@ def frozen_config(config: Any) -> Any:
 
 
 def empty_base(config: Any, **options: Any) -> Any:
-    """Build the base on the meta device, without weights."""
+    """Build the base on the meta device, without weights.
+
+    Raises:
+        DependencyError: one of its towers is from a package that is not installed.
+    """
     import torch
 
-    with torch.device("meta"):
-        return auto_class(config).from_config(frozen_config(config), **options)
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(frozen_config(config), **options)
+    except ImportError as error:  # Gemma 3n's vision tower is from timm
+        package = re.search(r"pip install ([\w.-]+)", str(error))
+        raise DependencyError(
+            f"{config.model_type}: {' '.join(str(error).split()).partition('. ')[0]}",
+            hint=f"pip install {package[1]}" if package else None,
+        ) from error
 
 
 def text_decoder(model: Any) -> Any:

@@ -23,13 +23,15 @@ from lorakit.model.base_class import (
     kept_in_16_bits,
 )
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
-from lorakit.model.kernel_check import check_kernels, use_plain_torch_on_cpu
+from lorakit.model.kernel_check import check_kernels
+from lorakit.model.kernel_functions import kernel_functions
 from lorakit.model.safetensors_io import check_weights, read_header
 from lorakit.model.stored_quantization import (
     dequantizing,
     require_trainable_weights,
     stored_quantization,
 )
+from lorakit.model.tied_head import untie_if_stored_apart
 from lorakit.model.trainable_tokens import keep_tokens
 from lorakit.model.untrusted import (
     check_adapter,
@@ -138,6 +140,8 @@ def load_config(recipe: Recipe, location: str) -> Any:
             hint="lorakit trains decoder-only chat models such as Llama, Mistral, Qwen or Gemma",
         )
     require_trainable_weights(recipe, config)
+    if Path(location).is_dir():
+        untie_if_stored_apart(config, Path(location))
     return config
 
 
@@ -214,9 +218,8 @@ def finish_base(model: Any, device: Device) -> Any:
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False
-    if device.kind == "cpu":
-        use_plain_torch_on_cpu(model)
-    else:
+    kernel_functions(model)
+    if device.kind != "cpu":
         check_kernels(model)
     return model
 

@@ -7,6 +7,7 @@ adapters would get no gradient.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -94,7 +95,8 @@ def _accepted_by_peft(config: Any, counted: ParamCounts, leaves: Iterable[str]) 
     model = empty_base(config)
     names = [leaf for leaf in leaves if not _in_state_space(model, leaf)]
     settings = LoraConfig(r=1, target_modules=in_decoder(names, counted))
-    tried = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    with warnings.catch_warnings(action="ignore"):  # on names that become experts
+        tried = get_peft_model(model, settings, low_cpu_mem_usage=True)
     accepted = tried.peft_config["default"].target_modules
     return names if isinstance(accepted, str) else [leaf for leaf in names if leaf in accepted]
 

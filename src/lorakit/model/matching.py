@@ -7,6 +7,7 @@ trains half of the intended layers. Here every name has to match, before weights
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -121,7 +122,8 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     try:
         # Initialization from the weights (PiSSA) would need them.
         settings = replace(lora_config(recipe), init_lora_weights=True)
-        get_peft_model(model, settings, low_cpu_mem_usage=True)
+        with warnings.catch_warnings(action="ignore"):  # on patterns that match no expert
+            tried = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         hint = None
         if "ParamWrapper" in str(error):  # peft's adapter of raw tensors
@@ -134,6 +136,15 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
         raise RecipeError(
             f"the adapter cannot be attached: {first_line(error)}", hint=hint
         ) from error
+    # peft 0.21 maps the names of an MLP to raw tensors of the experts in some families, whatever
+    # module they are part of, and in a list of complete names or a regex as well.
+    experts = tried.peft_config["default"].target_parameters
+    if experts:
+        raise RecipeError(
+            f"target_modules: PEFT adapts the routed experts ({', '.join(sorted(experts))}) of "
+            f"{config.get_text_config().model_type} in place of dense and shared MLPs",
+            hint="leave gate_proj, up_proj and down_proj out, as target_modules: auto does",
+        )
 
 
 def _last_parts(names: Iterable[str]) -> list[str]:

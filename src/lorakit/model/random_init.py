@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorakit.errors import RecipeError
 from lorakit.model.base_class import frozen_config
+from lorakit.model.kernel_check import check_kernels
+from lorakit.model.kernel_functions import kernel_functions
 from lorakit.types import Device
 
 
@@ -18,6 +21,9 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
     Args:
         four_bit: quantize linear layers to NF4.
         on_host: make the layers on the device one by one and keep them in host memory.
+
+    Raises:
+        RecipeError: the layers depend on each other, so none can be made alone.
     """
     import torch
     from torch import nn
@@ -26,8 +32,14 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
     dtype = getattr(torch, device.dtype)
     first = frozen_config(config)
     first.num_hidden_layers = 1
-    with torch.device(device.kind):
-        model = AutoModelForCausalLM.from_config(first, dtype=dtype)
+    try:
+        with torch.device(device.kind):
+            model = AutoModelForCausalLM.from_config(first, dtype=dtype)
+    except IndexError as error:  # Gemma 4's layers share keys and values
+        raise RecipeError(
+            f"layers of {config.model_type} cannot be made one at a time, so there is no bench",
+            hint="`lorakit plan` estimates the speed of this shape",
+        ) from error
     layer_type = type(model.model.layers[0])
     model.model.layers = nn.ModuleList()
     for index in range(config.num_hidden_layers):
@@ -40,6 +52,9 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
         model.model.layers.append(layer.cpu() if on_host else layer)
     model.config.num_hidden_layers = config.num_hidden_layers
     model.is_loaded_in_4bit = four_bit
+    kernel_functions(model)
+    if device.kind != "cpu":
+        check_kernels(model)
     return model
 
 

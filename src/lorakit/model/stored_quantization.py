@@ -8,6 +8,10 @@ from lorakit.errors import ModelError
 from lorakit.recipe.schema import Recipe
 
 
+class UntrainableWeights(ModelError):
+    """The base's stored weights cannot be trained on with the recipe's method."""
+
+
 def stored_quantization(config: Any) -> dict[str, Any]:
     """Return the quantization that config.json names; empty for plain weights."""
     values = getattr(config, "quantization_config", None)
@@ -23,7 +27,7 @@ def require_trainable_weights(recipe: Recipe, config: Any) -> None:
     loading, for LoRA.
 
     Raises:
-        ModelError: names the quantization and what to set or choose instead.
+        UntrainableWeights: names the quantization and what to set or choose instead.
     """
     stored = stored_quantization(config)
     if not stored:
@@ -36,16 +40,16 @@ def require_trainable_weights(recipe: Recipe, config: Any) -> None:
         return
     found = f"model: {recipe.model}: its weights are already quantized ({kind})"
     if kind == "mxfp4":
-        raise ModelError(
+        raise UntrainableWeights(
             f"{found}, and qlora would not quantize its experts again",
             hint="set method: lora, which trains on the weights as bfloat16",
         )
     if four_bit:
-        raise ModelError(
+        raise UntrainableWeights(
             f"{found}, expected 16- or 32-bit weights for lora",
             hint="set method: qlora, or name the 16-bit original of this model",
         )
-    raise ModelError(
+    raise UntrainableWeights(
         f"{found}, expected 16- or 32-bit weights, or bitsandbytes' 4-bit ones for qlora",
         hint="name the 16-bit original of this model; method: qlora quantizes it while loading",
     )

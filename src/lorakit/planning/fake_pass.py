@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from lorakit.model.kernel_check import kernel_functions
+from lorakit.model.kernel_functions import kernel_functions
 
 
 @contextlib.contextmanager
@@ -36,10 +36,11 @@ def fake_pass(model: Any) -> Iterator[None]:
 def _plain_torch(model: Any) -> Iterator[None]:
     """Make the model's layers call their plain torch functions."""
     functions = kernel_functions(model)
+    used = [function.use_kernel for function in functions]
     try:
         for function in functions:
-            function.use_plain()
+            function.use_kernel = False
         yield
     finally:
-        for function in functions:
-            function.restore()
+        for function, use_kernel in zip(functions, used, strict=True):
+            function.use_kernel = use_kernel

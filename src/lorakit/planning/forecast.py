@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.errors import LorakitError, ModelError, WorkError
 from lorakit.hardware import host_memory
 from lorakit.model.param_counts import count
+from lorakit.model.stored_quantization import UntrainableWeights, require_trainable_weights
 from lorakit.planning.gpus import Gpu, match_gpu
 from lorakit.planning.known_models import REPOSITORIES, SHAPES, shape_config
 from lorakit.planning.memory import reserve_note
@@ -212,23 +213,32 @@ def find_config(recipe: Recipe, folders: Any) -> tuple[Any, str, bool]:
         (config, source of the config, True if the weights are on this machine).
 
     Raises:
-        ModelError: the folder or repository does not exist, or is unreachable and not in the table.
+        ModelError: the folder or repository does not exist, or is unreachable and not in the table;
+            or the recipe's method cannot train on its quantized weights.
     """
     from lorakit.model.load import load_config, locate_model
 
     if recipe.model in SHAPES:
-        return shape_config(recipe.model), "published values", False
+        config = shape_config(recipe.model)
+        require_trainable_weights(recipe, config)
+        return config, "published values", False
     known = REPOSITORIES.get(recipe.model)
     if recipe.model == "demo":
         return shape_config(REPOSITORIES["demo"]), "published values", False
     try:
         location = locate_model(recipe, folders)
         config = load_config(recipe, location)
+    except UntrainableWeights:
+        raise
     except ModelError as error:
+        if Path(recipe.model).is_dir():
+            raise
         if known is None:
             near = suggest(recipe.model, SHAPES)
             raise ModelError(error.message + near, _with_shapes(error)) from error
-        return shape_config(known), "published values (config.json is out of reach)", False
+        config = shape_config(known)
+        require_trainable_weights(recipe, config)
+        return config, "published values (config.json is out of reach)", False
     return config, "config.json", Path(location).is_dir()
 
 

@@ -26,11 +26,8 @@ from lorakit.model.architectures import changes_logits, transform_logits
 from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.ops.cross_entropy import summed_cross_entropy
+from lorakit.train.packing import PACKED, PROBE_ERRORS, PackedRows, isolates_documents
 from lorakit.types import ON_CARD, Placement
-
-PACKED = "documents share micro-batches without padding"
-# Raised by models whose modules have other names or signatures than a probe expects.
-PROBE_ERRORS = (AttributeError, TypeError, NotImplementedError, RuntimeError)
 
 
 @dataclass
@@ -77,7 +74,7 @@ class AttachResult:
     @functools.cached_property
     def packing(self) -> str:
         """PACKED or the reason why packing is off; computed (two passes) on first access."""
-        return PACKED if self.engine is not None else _isolates_packed_documents(self.base)
+        return PACKED if self.engine is not None else isolates_documents(self.base)
 
     @property
     def frozen_head(self) -> bool:
@@ -130,13 +127,16 @@ def attach_loss(
         )
     head, loss_path = _verified_head(base, own_forward, device)
 
-    base.forward = types.MethodType(_forward(own_forward, head, attached_engine), base)
+    base.forward = types.MethodType(_forward(base, own_forward, head, attached_engine), base)
     base.lorakit_engine = attached_engine
     return AttachResult(base, attached_engine, layers, loss_path, head)
 
 
-def _forward(own_forward: Any, head: SupervisedHead | None, engine: Engine | None) -> Any:
+def _forward(
+    base: Any, own_forward: Any, head: SupervisedHead | None, engine: Engine | None
+) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
+    rows = PackedRows(base)
 
     def forward(
         self: Any,
@@ -151,6 +151,8 @@ def _forward(own_forward: Any, head: SupervisedHead | None, engine: Engine | Non
         if targets is None or positions is None:
             return own_forward(self, *args, **kwargs)
         to_logits: Any = head
+        if borders is not None and engine is None:
+            kwargs |= rows.arguments(borders, lengths, kwargs["position_ids"])
         if head is None:
             states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
         else:
@@ -206,41 +208,3 @@ def _verified_head(
     if not same:
         return None, "loss over all positions (this model changes its logits after the head)"
     return head, "loss on supervised tokens only, gathered before the head"
-
-
-def _isolates_packed_documents(base: Any) -> str:
-    """PACKED if the model's own layers isolate documents separated by position ids.
-
-    The second document has to be as it is alone, and must not depend on the first one.
-    """
-    vocabulary = base.config.get_text_config().vocab_size
-    ids = torch.arange(17, device=base.device) * 31 % vocabulary
-    first, other, second = ids[:5], ids[5:10], ids[10:]
-    position_ids = torch.cat([torch.arange(5), torch.arange(7)]).to(base.device).unsqueeze(0)
-    decoder = text_decoder(base)
-
-    def after(document: Tensor) -> Tensor:
-        packed = torch.cat([document, second]).unsqueeze(0)
-        states: Tensor = decoder(input_ids=packed, position_ids=position_ids, use_cache=False)[0]
-        return states[:, 5:]
-
-    try:
-        with evaluating(base):
-            packed, exchanged = after(first), after(other)
-            alone = decoder(input_ids=second.unsqueeze(0), use_cache=False)[0]
-    except PROBE_ERRORS as error:
-        return f"off: {type(error).__name__} with packed documents"
-    difference, leak = _distance(packed, alone), _distance(packed, exchanged)
-    # Without a leak, float32 differs by 5e-7 at most (order of sums over experts). Convolutions of
-    # LFM2 and Falcon-H1 leak 1e-3 to 5e-3, as little as 16-bit rounding.
-    exact = packed.dtype == torch.float32 or _has_convolution(decoder)
-    isolated = difference < 3e-2 and leak < (1e-5 if exact else 1e-2)
-    return PACKED if isolated else "off: this model's layers mix packed documents"
-
-
-def _distance(states: Tensor, reference: Tensor) -> float:
-    return float((states - reference).float().norm() / reference.float().norm())
-
-
-def _has_convolution(decoder: torch.nn.Module) -> bool:
-    return any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules())

@@ -53,6 +53,17 @@ TRANSLATED = [
     ("axolotl", {}, {"method": "lora", "cutoff_len": 512, "val_size": 0, "warmup_ratio": 0.03}),
     ("axolotl", {"adapter": "qlora", "load_in_4bit": True}, {"method": "qlora"}),
     ("axolotl", {"load_in_4bit": True}, {"method": "qlora"}),
+    ("llama_factory", {"enable_thinking": False}, {"template_kwargs": {"enable_thinking": False}}),
+    (
+        "llama_factory",
+        {"chat_template_kwargs": {"reasoning_effort": "low"}, "enable_thinking": True},
+        {"template_kwargs": {"reasoning_effort": "low", "enable_thinking": True}},
+    ),
+    (
+        "axolotl",
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"template_kwargs": {"enable_thinking": True}},
+    ),
     ("axolotl", {"batch_size": 16, "micro_batch_size": 4}, {"gradient_accumulation_steps": 4}),
     (
         "axolotl",
@@ -179,6 +190,7 @@ def test_values(tool, keys, expected):
 
 # Tool and one key with a value that means something else here.
 UNTRANSLATED = [
+    ("axolotl", "chat_template_kwargs", {"documents": ["a", "b"]}),
     ("axolotl", "load_in_8bit", True),
     ("axolotl", "adapter", "llama-adapter"),
     ("axolotl", "batch_size", 15.5),

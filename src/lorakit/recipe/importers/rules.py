@@ -318,4 +318,14 @@ def _join(key: str, sources: list[Any], columns: list[Any], state: Imported) -> 
     return {ours: value for ours, value in values.items() if value}
 
 
-FUNCTIONS = {"data_sets": data_sets, "named_data_sets": named_data_sets}
+def template_variables(key: str, value: Any, state: Imported) -> dict[str, Any]:
+    """Add variables of the chat template: one by its name, or several of a mapping."""
+    given = value if isinstance(value, dict) else {key: value}
+    return {"template_kwargs": state.values.get("template_kwargs", {}) | given}
+
+
+FUNCTIONS = {
+    "data_sets": data_sets,
+    "named_data_sets": named_data_sets,
+    "template_variables": template_variables,
+}
