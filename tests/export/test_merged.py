@@ -181,8 +181,7 @@ def test_a_loss_that_is_no_number_is_not_reported(variant_run, monkeypatch):
 
 
 def test_too_small_a_disk_is_said_before_writing(variant_run, job, tmp_path, monkeypatch):
-    usage = type("U", (), {"free": 1000})
-    monkeypatch.setattr(merge_weights.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(merge_weights, "free_bytes", lambda _: 1000)
     with pytest.raises(WorkError, match="are free"):
         export_merged(job(variant_run("rslora")))
     assert list(tmp_path.iterdir()) == []

@@ -61,7 +61,8 @@ def test_a_prompt_that_differs_is_shown_where_it_does(tokenizer):
     assert len(caught.value.message) < 400
 
 
-def test_other_tokens_of_the_same_text_are_shown_as_tokens(tokenizer):
+def test_other_tokens_of_the_same_text_are_shown_as_tokens(smollm2_tokenizer):
+    tokenizer = smollm2_tokenizer
     one, two = (
         tokenizer.encode("Hello there"),
         tokenizer.encode("Hel") + tokenizer.encode("lo there"),

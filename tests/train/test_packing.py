@@ -6,9 +6,10 @@ from tests.families import declared_class, tiny_config
 
 from lorakit.data.batching import collate, pack
 from lorakit.model.base_class import text_decoder
+from lorakit.model.kernel_functions import kernel_functions
 from lorakit.train import packing
 from lorakit.train.loss import attach_loss
-from lorakit.train.packing import PACKED, PackedRows, isolates_documents
+from lorakit.train.packing import PACKED, PackedRows, in_turn_reason, isolates_documents
 from lorakit.types import Example, Origin
 
 HYBRIDS = [
@@ -104,3 +105,24 @@ def test_a_gradient_that_is_not_a_number_is_reported():
     with torch.no_grad():
         model.model.norm.weight[0] = float("inf")
     assert isolates_documents(model) == "off: the gradient of two packed documents is not finite"
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("qwen3_5_text", "flash-linear-attention"),
+        ("falcon_h1", "mamba-ssm"),
+        ("lfm2", None),  # convolutions only, which are cheap one by one
+        ("qwen3", None),
+    ],
+)
+def test_recurrent_layers_without_a_kernel_are_a_reason_against_packing(name, package, monkeypatch):
+    model = model_of(name)
+    reason = in_turn_reason(model)
+    assert (reason is None) == (package is None)
+    if package:
+        assert reason.startswith("off: recurrent layers without a kernel")
+        assert package in reason
+        for function in kernel_functions(model):
+            monkeypatch.setattr(function, "use_kernel", True)
+        assert in_turn_reason(model) is None

@@ -63,6 +63,11 @@ class KernelFunction:
         """The package that would bring the kernel, if it is not installed."""
         return None if self.has_kernel else _PACKAGES.get(self.name)
 
+    @property
+    def recurrent_in_torch(self) -> bool:
+        """True for a recurrent layer without a kernel, which takes packed documents in turn."""
+        return not self.use_kernel and _PACKAGES.get(self.name, "causal-conv1d") != "causal-conv1d"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lengths = kwargs.pop(LENGTHS, None)
         if lengths is None and kwargs.get("seq_idx") is not None:  # LFM2 in transformers 5.17

@@ -63,6 +63,20 @@ class PackedRows:
         return given
 
 
+def in_turn_reason(base: Any) -> str | None:
+    """Reason against packing on a GPU: recurrent layers that take documents one at a time.
+
+    Qwen3.5-4B on an H200: 1,103 tokens/s packed, 1,552 padded
+    (benchmarks/results/packed_hybrids_h200.json).
+    """
+    functions = [f for f in kernel_functions(base) if f.recurrent_in_torch]
+    if not functions:
+        return None
+    missing = sorted({package for f in functions if (package := f.missing_package)})
+    install = f"; pip install {' '.join(missing)}" if missing else ""
+    return f"off: recurrent layers without a kernel take documents one at a time{install}"
+
+
 def isolates_documents(base: Any) -> str:
     """PACKED, or the reason why the model's own layers cannot take packed documents.
 

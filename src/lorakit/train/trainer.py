@@ -40,6 +40,7 @@ from lorakit.train.oom import (
     reserve_optimizer_memory,
     worst_step,
 )
+from lorakit.train.packing import in_turn_reason
 from lorakit.train.progress import TrainingProgress
 from lorakit.train.resumable_trainer import ResumableTrainer
 from lorakit.train.signals import StopRequest
@@ -233,10 +234,13 @@ class LoraTrainer(ResumableTrainer):
         """Decide whether documents share micro-batches, with the reason."""
         rows, seed = self.recipe.micro_batch_size, self.recipe.seed
         saved = saved_share(lengths_of(train), rows, seed)
-        packed, reason = decide_packing(saved, self.recipe.packing, device.kind == "cpu")
+        packed, words = decide_packing(saved, self.recipe.packing, device.kind == "cpu")
         if packed and not self.attached.packs:
             return False, self.attached.packing
-        return packed, reason
+        if packed and device.kind == "cuda" and self.attached.engine is None:
+            reason = in_turn_reason(base_of(self.model))
+            return reason is None, reason or words
+        return packed, words
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
