@@ -185,13 +185,16 @@ def test_an_adapter_of_another_tool_names_its_base(foreign, more_data, tiny_mode
     found = resolve_start(load_recipe(None, [], settings(more_data, "x", model=str(folder))))
     assert found.recipe.model == str(tiny_model_dir)
     assert found.recipe.lora_r == 3
+    biased = foreign(base_model_name_or_path=str(tiny_model_dir), lora_bias=True)
+    found = resolve_start(load_recipe(None, [], settings(more_data, "x", model=str(biased))))
+    assert found.recipe.lora == {"lora_bias": True}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"base_model_name_or_path": None}, "names no base model"),
-        ({"lora_bias": True}, "lora_bias: true, which lorakit does not train"),
+        ({"use_qalora": True}, "use_qalora: true, which lorakit does not train"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"key_of_a_later_version": 3}, "key_of_a_later_version: 3"),
         ({"init_lora_weights": "corda"}, "cannot be repeated"),
