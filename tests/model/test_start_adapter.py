@@ -185,8 +185,11 @@ def test_an_adapter_of_another_tool_names_its_base(foreign, more_data, tiny_mode
     found = resolve_start(load_recipe(None, [], settings(more_data, "x", model=str(folder))))
     assert found.recipe.model == str(tiny_model_dir)
     assert found.recipe.lora_r == 3
-    biased = foreign(base_model_name_or_path=str(tiny_model_dir), lora_bias=True)
-    found = resolve_start(load_recipe(None, [], settings(more_data, "x", model=str(biased))))
+
+
+def test_biases_of_an_adapter_are_taken_over(foreign, more_data, tiny_model_dir):
+    folder = foreign(base_model_name_or_path=str(tiny_model_dir), lora_bias=True)
+    found = resolve_start(load_recipe(None, [], settings(more_data, "x", model=str(folder))))
     assert found.recipe.lora == {"lora_bias": True}
 
 
