@@ -48,6 +48,11 @@ def pytest_collection_finish():
     import lorakit.pipeline  # noqa: F401
 
 
+def pytest_unconfigure():
+    """Return the frozen objects, or Triton's bindings list each as leaked when the process ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap():
     """Take what earlier files made and still use out of the garbage collector's work."""
