@@ -116,8 +116,11 @@ def same(one, other):
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-5)
     mine, theirs = (load_file(run.adapter / ADAPTER_WEIGHTS) for run in (one, other))
     assert mine.keys() == theirs.keys()
+    # Not element by element: AdamW makes a step of full size from a gradient that is near zero, where
+    # another order of sums (another instruction set) changes its sign.
     for name, tensor in mine.items():
-        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-5), name
+        difference = float((tensor - theirs[name]).norm() / theirs[name].norm())
+        assert difference < 1e-4, name
     files = [sorted(p.name for p in run.adapter.iterdir()) for run in (one, other)]
     assert files[0] == files[1]
 
