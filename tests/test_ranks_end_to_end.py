@@ -116,8 +116,8 @@ def same(one, other):
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-5)
     mine, theirs = (load_file(run.adapter / ADAPTER_WEIGHTS) for run in (one, other))
     assert mine.keys() == theirs.keys()
-    # Not element by element: AdamW makes a step of full size from a gradient that is near zero, where
-    # another order of sums (another instruction set) changes its sign.
+    # Not element by element: AdamW makes a step of full size from a gradient that is near zero,
+    # where another order of sums (another instruction set) changes its sign.
     for name, tensor in mine.items():
         difference = float((tensor - theirs[name]).norm() / theirs[name].norm())
         assert difference < 1e-4, name
