@@ -64,12 +64,15 @@ def test_tied_embeddings_are_counted_once_and_small_cards_are_refused():
     assert not plan_memory(recipe(), shape_config("llama-2-7b"), small).fits
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZER_BYTES)
 def test_optimizer_state_is_that_of_the_real_optimizer(name, tmp_path):
     """One step of the class that the trainer takes, on a pair of rank 16 as wide as a 1B model."""
     pair = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 2048), (2048, 16))]
-    arguments = TrainingArguments(str(tmp_path), optim=OPTIMIZERS[name], use_cpu=True)
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    arguments = TrainingArguments(str(tmp_path), optim=OPTIMIZERS.get(name, name), use_cpu=True)
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"{name}: {str(error)[:60]}")
     optimizer = kind(pair, **settings)
     for parameter in pair:
         parameter.grad = torch.randn_like(parameter)
