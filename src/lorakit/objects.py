@@ -6,7 +6,6 @@ those of any run. Only what no file can hold is passed on as it is.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,8 +18,8 @@ from lorakit.data import cache
 from lorakit.data.sources.python_rows import write_rows
 from lorakit.errors import LorakitError, ModelError, RecipeError
 from lorakit.model.loaded_base import settings_of
+from lorakit.model.start_adapter import weights_sha256
 from lorakit.recipe.aliases import LORA_KEYS, TRAINING_KEYS
-from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 from lorakit.storage.user_cache import writable_cache
 
 Metric = Callable[[str, str], float]
@@ -103,9 +102,7 @@ def _save_adapter(model: Any) -> Path:
         model.save_pretrained(saved, selected_adapters=[model.active_adapter])
         inner = saved / model.active_adapter
         saved = inner if inner.is_dir() else saved
-        with (saved / ADAPTER_WEIGHTS).open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        folder = home / f"adapter-{digest[:16]}"
+        folder = home / f"adapter-{weights_sha256(saved)[:16]}"
         return folder if folder.exists() else saved.replace(folder)
 
 
@@ -186,23 +183,15 @@ def _training_settings(given: Any) -> dict[str, Any]:
         )
     if "output_dir" not in found and given.output_dir not in (None, "trainer_output"):
         found["output_dir"] = given.output_dir
-    for name in ("logging_dir", "do_eval", "eval_strategy", "save_strategy", "data_seed"):
-        _settle(name, found)
-    return {"training_args": found}
-
-
-def _settle(name: str, found: dict[str, Any]) -> None:
-    """Remove a field that follows from others, or that says what lorakit does anyway."""
-    value = found.get(name)
+    # Fields that follow from others, or that say what lorakit does anyway.
     implied = {
         "logging_dir": True,
         "do_eval": True,
-        "eval_strategy": value in ("steps", "no"),
-        "save_strategy": value == "steps",
-        "data_seed": value == found.get("seed"),
+        "eval_strategy": found.get("eval_strategy") in ("steps", "no"),
+        "save_strategy": found.get("save_strategy") == "steps",
+        "data_seed": found.get("data_seed") == found.get("seed"),
     }
-    if name in found and implied[name]:
-        del found[name]
+    return {"training_args": {k: v for k, v in found.items() if not implied.get(k)}}
 
 
 def _callbacks(callbacks: Sequence[Any]) -> Sequence[Any]:

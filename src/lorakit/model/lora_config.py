@@ -89,23 +89,9 @@ def lora_config(recipe: Recipe) -> Any:
     """Build peft's LoraConfig from the recipe's adapter settings."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.target_modules,
-        use_dora=recipe.use_dora,
-        use_rslora=recipe.use_rslora,
-        init_lora_weights=recipe.init_lora_weights,
-        bias=recipe.bias,
-        modules_to_save=recipe.modules_to_save,
-        rank_pattern=dict(recipe.rank_pattern),
-        alpha_pattern=dict(recipe.alpha_pattern),
-        exclude_modules=recipe.exclude_modules,
-        layers_to_transform=recipe.layers_to_transform,
-        **recipe.lora,
-    )
+    values = recipe.model_dump()
+    named = {field: values[key] for field, key in LORA_KEYS.items()}
+    return LoraConfig(task_type="CAUSAL_LM", **named, **values["lora"])
 
 
 def field_faults(recipe: Recipe) -> Iterator[str]:
