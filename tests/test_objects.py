@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
-from safetensors.torch import load_file
+from tests.finetuned import ROWS, adapter, same, trainer_in
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
@@ -17,28 +16,11 @@ from lorakit.errors import LorakitError, ModelError, RecipeError
 from lorakit.storage.run_dir import RunDir
 
 QUIET = Console(quiet=True)
-ROWS = [{"question": f"What color is box {i}?", "answer": "It is red."} for i in range(12)]
-PLAIN = {"max_steps": 1, "val_size": 2, "cutoff_len": 64, "lora_r": 4, "micro_batch_size": 2}
 
 
 @pytest.fixture
 def train(tiny_model_dir, tmp_path):
-    def run(name="run", model=str(tiny_model_dir), settings=PLAIN, **given):
-        given = {"train_dataset": ROWS, **settings, **given}
-        return lorakit.finetune(
-            model=model, output_dir=str(tmp_path / name), console=QUIET, **given
-        )
-
-    return run
-
-
-def adapter(run):
-    return load_file(run.adapter / "adapter_model.safetensors")
-
-
-def same(one, other):
-    mine, theirs = adapter(one), adapter(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    return trainer_in(tmp_path, tiny_model_dir)
 
 
 def test_a_dataset_trains_as_a_file_with_the_same_rows(train, tmp_path):

@@ -3,38 +3,17 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
-from safetensors.torch import load_file
+from tests.finetuned import same, trainer_in
 from transformers import AutoModelForCausalLM
 
-import lorakit
 from lorakit.errors import ModelError
 from lorakit.hardware import detect_device
 from lorakit.model.load import nf4_config
 
-QUIET = Console(quiet=True)
-ROWS = [{"question": f"What color is box {i}?", "answer": "It is red."} for i in range(12)]
-PLAIN = {"max_steps": 1, "val_size": 2, "cutoff_len": 64, "lora_r": 4, "micro_batch_size": 2}
-
 
 @pytest.fixture
 def train(tiny_model_dir, tmp_path):
-    def run(name="run", model=str(tiny_model_dir), settings=PLAIN, **given):
-        given = {"train_dataset": ROWS, **settings, **given}
-        return lorakit.finetune(
-            model=model, output_dir=str(tmp_path / name), console=QUIET, **given
-        )
-
-    return run
-
-
-def adapter(run):
-    return load_file(run.adapter / "adapter_model.safetensors")
-
-
-def same(one, other):
-    mine, theirs = adapter(one), adapter(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+    return trainer_in(tmp_path, tiny_model_dir)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,17 +189,24 @@ def _encode_one(
     fitting: list[Example] = []
     faults: list[RowError] = []
     for turn, example in examples:
-        try:
+        with _collected(faults):
             if len(example.input_ids) > rules.cutoff_len:
                 truncated = replace(item, messages=item.messages[: turn + 1])
                 size = f"{len(example.input_ids)} tokens"
                 example = _shorten(tokenizer, truncated, rules, size, log)
             fitting.append(example)
-        except FatalRowError:
-            raise
-        except RowError as fault:
-            faults.append(fault)
     return _checked(tokenizer, item, fitting, faults, rules, log)
+
+
+@contextlib.contextmanager
+def _collected(faults: list[RowError]) -> Iterator[None]:
+    """Append the fault of an answer, so that the others are still tried; fatal ones are raised."""
+    try:
+        yield
+    except FatalRowError:
+        raise
+    except RowError as fault:
+        faults.append(fault)
 
 
 def _checked(
@@ -253,15 +261,11 @@ def _encode_apart(
     for group in groups:
         part = up_to(group)
         near, example = _longest_fitting(tokenizer, part, rules, 0, near)
-        try:
+        with _collected(faults):
             if near > 0 or example is None:
                 size = f"more than {rules.cutoff_len} tokens"
                 example = _shorten(tokenizer, part, rules, size, log, example)
             fitting.append(example)
-        except FatalRowError:
-            raise
-        except RowError as fault:
-            faults.append(fault)
     return _checked(tokenizer, item, fitting, faults, rules, log)
 
 
