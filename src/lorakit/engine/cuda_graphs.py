@@ -44,6 +44,7 @@ class GraphedMicroSteps:
         parameters: all trained parameters; their .grad become views of one buffer.
         groups: the engine's groups, which add their gradients to that buffer directly.
         place: copies a padded micro-batch to the GPU.
+        compiled: the layers may be compiled at each new shape, which a capture cannot do.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class GraphedMicroSteps:
         parameters: Sequence[nn.Parameter],
         groups: Sequence[FusedLoraLinear],
         place: Callable[[Batch], Batch],
+        compiled: bool = False,
     ) -> None:
         self.forward_backward, self.place = forward_backward, place
+        self.compiled = compiled
         self.flat = FlatGradients(parameters, groups)
         self.scale = torch.zeros((), device=self.flat.flat.device)
         self.reset()
@@ -62,7 +65,7 @@ class GraphedMicroSteps:
         """Discard the captured graphs and their memory."""
         self.graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self.pool: Any = None
-        self.warm: set[bool] = set()
+        self.warm: set[Any] = set()
         self.failed: str | None = None
 
     @property
@@ -109,16 +112,19 @@ class GraphedMicroSteps:
         return captured.loss
 
     def _warm_up(self, micro: Batch) -> None:
-        """Compile kernels and create library handles on a few tokens: a capture cannot do that.
+        """Compile kernels and create library handles: a capture cannot do that.
+
+        A few tokens are enough, except for compiled layers.
 
         The random generator is restored, so a resumed run, which also warms up, draws equal masks.
         """
-        packed = "borders" in micro
-        if packed in self.warm:
+        kind = shape_key(micro) if self.compiled else "borders" in micro
+        if kind in self.warm:
             return
-        self.warm.add(packed)
+        self.warm.add(kind)
         before, generator = self.flat.flat.clone(), torch.cuda.get_rng_state()
-        self.forward_backward(first_tokens(micro, WARM_UP_TOKENS), self.scale)
+        few = micro if self.compiled else first_tokens(micro, WARM_UP_TOKENS)
+        self.forward_backward(few, self.scale)
         self.flat.flat.copy_(before)
         torch.cuda.set_rng_state(generator)
 

@@ -117,18 +117,19 @@ def kernel_functions(model: Any) -> list[KernelFunction]:
     return functions
 
 
-def document_arguments(borders: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+def document_arguments(borders: Tensor, tokens: int, lengths: Sequence[int] = ()) -> dict[str, Any]:
     """Arguments by which a decoder's convolutions and recurrent layers isolate documents.
 
     Args:
         borders: cumulative lengths int32 [n + 1] of the documents in one row.
-        lengths: the same on the host.
+        tokens: of all documents together.
+        lengths: the documents' lengths on the host, which torch implementations need.
     """
-    tokens = sum(lengths)
-    documents = torch.arange(len(lengths), dtype=torch.int32, device=borders.device)
+    documents = torch.arange(len(borders) - 1, dtype=torch.int32, device=borders.device)
     each = torch.repeat_interleave(documents, borders.diff(), output_size=tokens)
     # `cu_seq_lens_q`: transformers' name for what layers of linear attention hand to their kernel.
-    return {"seq_idx": each.unsqueeze(0), "cu_seq_lens_q": borders, LENGTHS: tuple(lengths)}
+    given = {"seq_idx": each.unsqueeze(0), "cu_seq_lens_q": borders}
+    return {**given, LENGTHS: tuple(lengths)} if lengths else given
 
 
 def _definition(bound: Any) -> Any:

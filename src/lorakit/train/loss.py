@@ -20,11 +20,14 @@ from transformers.utils import ModelOutput
 
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.attach import Engine, attach_engine, unfused_reason
+from lorakit.engine.attach_compiled import attach_compiled
 from lorakit.engine.attention import Segments
+from lorakit.engine.compiled_layers import CompiledLayers
 from lorakit.errors import WorkError
 from lorakit.model.architectures import changes_logits, transform_logits
 from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import device_of, evaluating
+from lorakit.ops.backend import has_matrix_kernels
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.train.packing import PACKED, PROBE_ERRORS, PackedRows, isolates_documents
 from lorakit.types import ON_CARD, Placement
@@ -70,16 +73,22 @@ class AttachResult:
     layers: str
     loss: str
     head: SupervisedHead | None
+    compiled: CompiledLayers | None = None
 
     @functools.cached_property
     def packing(self) -> str:
         """PACKED or the reason why packing is off; computed (two passes) on first access."""
-        return PACKED if self.engine is not None else isolates_documents(self.base)
+        return PACKED if self.engine is not None else isolates_documents(self.base, self.compiled)
 
     @property
     def frozen_head(self) -> bool:
         """True if the loss and its gradient are computed in one pass over the vocabulary."""
         return self.head is not None and self.head.frozen_weight is not None
+
+    @property
+    def own_layers(self) -> bool:
+        """True if training runs the model's own layers, neither fused nor compiled."""
+        return self.engine is None and self.compiled is None
 
     @property
     def packs(self) -> bool:
@@ -118,8 +127,11 @@ def attach_loss(
     # A placement that needs the engine overrules what is faster.
     asked = "on" if engine == "auto" and placement.layerwise else engine
     layers = unfused_reason(asked, device)
+    compiled: CompiledLayers | None = None
     if layers is None:
         attached_engine, layers = attach_engine(base, device, placement, ranks)
+        if attached_engine is None and not placement.layerwise:
+            compiled, layers = compile_layers(base, layers, asked)
     if placement.layerwise and attached_engine is None:
         raise WorkError(
             f"this run was planned layer by layer, which needs the fast layers ({layers})",
@@ -127,16 +139,30 @@ def attach_loss(
         )
     head, loss_path = _verified_head(base, own_forward, device)
 
-    base.forward = types.MethodType(_forward(base, own_forward, head, attached_engine), base)
-    base.lorakit_engine = attached_engine
-    return AttachResult(base, attached_engine, layers, loss_path, head)
+    replacement = attached_engine or compiled
+    base.forward = types.MethodType(_forward(base, own_forward, head, replacement), base)
+    base.lorakit_engine = replacement
+    return AttachResult(base, attached_engine, layers, loss_path, head, compiled)
+
+
+def compile_layers(base: Any, unfused: str, asked: str) -> tuple[CompiledLayers | None, str]:
+    """Compile the layers of a model without fused ones; (None, the reasons) if that fails.
+
+    Args:
+        asked: "auto" compiles on GPUs with matrix kernels, "on" on any device.
+    """
+    if asked == "auto" and not has_matrix_kernels(torch.empty(0, device=base.device)):
+        return None, unfused
+    compiled, layers = attach_compiled(base)
+    return compiled, layers if compiled is not None else f"{unfused}; {layers}"
 
 
 def _forward(
-    base: Any, own_forward: Any, head: SupervisedHead | None, engine: Engine | None
+    base: Any, own_forward: Any, head: SupervisedHead | None, engine: Engine | CompiledLayers | None
 ) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
-    rows = PackedRows(base)
+    compiled = engine if isinstance(engine, CompiledLayers) else None
+    rows = PackedRows(base, compiled)
 
     def forward(
         self: Any,
@@ -151,8 +177,8 @@ def _forward(
         if targets is None or positions is None:
             return own_forward(self, *args, **kwargs)
         to_logits: Any = head
-        if borders is not None and engine is None:
-            kwargs |= rows.arguments(borders, lengths, kwargs["position_ids"])
+        if borders is not None and not isinstance(engine, Engine):
+            kwargs |= rows.arguments(borders, lengths, kwargs["position_ids"], longest)
         if head is None:
             states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
         else:
@@ -179,8 +205,18 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _hidden(base: Any, engine: Engine | None, segments: Segments | None, **inputs: Any) -> Tensor:
+def _hidden(
+    base: Any,
+    engine: Engine | CompiledLayers | None,
+    segments: Segments | None,
+    **inputs: Any,
+) -> Tensor:
     """Hidden states [B, T, D]: the engine's if it supports this call, else the model's own."""
+    if isinstance(engine, CompiledLayers):
+        training = base.training and torch.is_grad_enabled()
+        if training and engine.supported:
+            return engine(inputs)
+        engine = None
     embeds = inputs.get("inputs_embeds")
     length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
     if engine is None or not engine.supports(segments.longest if segments else length):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.engine.compiled_layers import CompiledLayers
 from lorakit.model.architectures import MASKS_WITHOUT_POSITIONS
 from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import evaluating
@@ -31,24 +32,35 @@ _ROUNDING_16_BITS = 5e-2
 class PackedRows:
     """Arguments of a model's own layers for packed rows."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, compiled: CompiledLayers | None = None) -> None:
         self.config = base.config.get_text_config()
         self.borders = bool(kernel_functions(base))
-        self.mask = self.config.model_type in MASKS_WITHOUT_POSITIONS
+        # Compiled layers' own attention isolates documents by their borders, without a mask.
+        self.attends_by_borders = compiled is not None and not compiled.own_attention
+        masked = self.config.model_type in MASKS_WITHOUT_POSITIONS
+        self.mask = masked and not self.attends_by_borders
         self.dtype = base.dtype
 
     def arguments(
-        self, borders: Tensor, lengths: Sequence[int], position_ids: Tensor
+        self,
+        borders: Tensor,
+        lengths: Sequence[int],
+        position_ids: Tensor,
+        longest: int | None = None,
     ) -> dict[str, Any]:
         """Arguments of the decoder for one packed row.
 
         Args:
-            borders: cumulative lengths int32 [n + 1]; `lengths` are the same on the host.
+            borders: cumulative lengths int32 [n + 1]; `lengths` are the same on the host, or empty
+                if they were padded to a fixed number of documents.
             position_ids: [1, T], restarting at each document.
+            longest: length of the longest document; by default that of `lengths`.
         """
         given: dict[str, Any] = {"position_ids": position_ids}
+        if self.attends_by_borders:
+            given |= {"cu_seq_lens_q": borders, "max_length_q": longest or max(lengths)}
         if self.borders:
-            given |= document_arguments(borders, lengths)
+            given |= document_arguments(borders, position_ids.shape[1], lengths)
         if self.mask:
             from transformers.masking_utils import create_causal_mask
 
@@ -77,7 +89,7 @@ def in_turn_reason(base: Any) -> str | None:
     return f"off: recurrent layers without a kernel take documents one at a time{install}"
 
 
-def isolates_documents(base: Any) -> str:
+def isolates_documents(base: Any, compiled: CompiledLayers | None = None) -> str:
     """PACKED, or the reason why the model's own layers cannot take packed documents.
 
     The states of the second of two documents must not depend on the first: their gradient by its
@@ -92,10 +104,10 @@ def isolates_documents(base: Any) -> str:
     borders = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0)
     try:
-        packed = PackedRows(base).arguments(borders, lengths, positions)
+        packed = PackedRows(base, compiled).arguments(borders, lengths, positions)
         with evaluating(base), torch.enable_grad():
-            alone, expected = _states_and_gradient(base, ids[5:], {})
-            states, gradient = _states_and_gradient(base, ids, packed, 5)
+            alone, expected = _states_and_gradient(base, None, ids[5:], {})
+            states, gradient = _states_and_gradient(base, compiled, ids, packed, 5)
     except PROBE_ERRORS as error:
         return f"off: {type(error).__name__} with packed documents"
     if not gradient.isfinite().all():
@@ -109,7 +121,11 @@ def isolates_documents(base: Any) -> str:
 
 
 def _states_and_gradient(
-    base: Any, ids: Tensor, arguments: dict[str, Any], start: int = 0
+    base: Any,
+    compiled: CompiledLayers | None,
+    ids: Tensor,
+    arguments: dict[str, Any],
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """States from position `start` on, and the gradient of their sum by all embeddings."""
     decoder = text_decoder(base)
@@ -121,7 +137,9 @@ def _states_and_gradient(
 
     hook = decoder.get_input_embeddings().register_forward_hook(leaf)
     try:
-        states = decoder(input_ids=ids.unsqueeze(0), use_cache=False, **arguments)[0][:, start:]
+        inputs = {"input_ids": ids.unsqueeze(0), **arguments}
+        output = decoder(**inputs, use_cache=False)[0] if compiled is None else compiled(inputs)
+        states = output[:, start:]
     finally:
         hook.remove()
     (gradient,) = torch.autograd.grad(states.float().sum(), embedded[0])

@@ -114,12 +114,13 @@ def choose_step_runner(
     groups = [] if engine is None else engine.groups
     # Graphs need fixed shapes: packed documents in float32 attend one by one.
     if (
-        engine is not None
+        not attached.own_layers
         and attached.frozen_head
         and not loss_scaler
         and has_matrix_kernels(parameters[0])
-        and engine.layers[0].qkv.dtype != torch.float32
+        and attached.base.dtype != torch.float32
     ):
-        return GraphedMicroSteps(forward_backward, parameters, groups, place)
+        compiled = attached.compiled is not None
+        return GraphedMicroSteps(forward_backward, parameters, groups, place, compiled)
     flat = FlatGradients(parameters, groups) if ranks > 1 else None
     return MicroSteps(forward_backward, parameters, place, flat)

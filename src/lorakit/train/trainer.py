@@ -324,7 +324,7 @@ class LoraTrainer(ResumableTrainer):
             return "micro-batches were reduced after running out of memory"
         if self.runner.slow_reason:
             return self.runner.slow_reason
-        if self.args.device.type == "cuda" and self.attached.engine is None:
+        if self.args.device.type == "cuda" and self.attached.own_layers:
             return f"the fast layers are off ({self.attached.layers})"
         if not self.layout.packed and self.recipe.micro_batch_size > 1:
             return (
@@ -361,6 +361,8 @@ def recompute(model: Any, attached: AttachResult, plan: MemoryPlan, recipe: Reci
     """
     if attached.engine is not None:
         attached.engine.set_checkpointing([SavedActivations(level) for level in plan.keep])
+    elif attached.compiled is not None:
+        attached.compiled.recompute = any(plan.keep)
     elif any(plan.keep) or (plan.engine and recipe.gradient_checkpointing == "auto"):
         base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
