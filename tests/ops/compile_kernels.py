@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from lorakit.ops import (
     cross_entropy_triton,
     dropout_mask_triton,
+    gated_delta_rule_triton,
     glu_triton,
     lora_output_triton,
     lora_triton,
@@ -84,6 +85,17 @@ def launch_products(kind, rank, rows):
     rope_triton.rotate_qkv_triton_(make(rows, 3 * MODEL), (HEADS,) * 3, HEAD, angles, three)
 
 
+def launch_delta_rule(kind):
+    """Both ways, at the widths of Qwen3.5-9B."""
+    make = lambda *shape: torch.empty(shape, dtype=kind, device="meta")  # noqa: E731
+    q, v, beta = make(1, 2048, 16, 128), make(1, 2048, 32, 128), make(1, 2048, 32)
+    g = torch.empty(beta.shape, device="meta")
+    packed = torch.empty(1, 2048, dtype=torch.int32, device="meta")
+    for documents in (None, packed):
+        _, saved = gated_delta_rule_triton.delta_rule_triton(q, q, v, g, beta, documents, True)
+        gated_delta_rule_triton.delta_rule_backward_triton(v, v, beta, documents, True, saved)
+
+
 def launch_rest(kind):
     """Kernels that no rank goes into: all that a T4 runs."""
     make = lambda *shape: torch.empty(shape, dtype=kind, device="meta")  # noqa: E731
@@ -116,6 +128,8 @@ def main():
     kind = torch.bfloat16 if products else torch.float16
     for rank, rows in itertools.product(RANKS, ROWS) if products else ():
         launch_products(kind, rank, rows)
+    if products:
+        launch_delta_rule(kind)
     launch_rest(kind)
     print(json.dumps(made))
 
