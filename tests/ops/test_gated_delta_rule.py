@@ -58,7 +58,6 @@ def results(function, given, *more, weight=None):
 
 
 def assert_same(found, expected, limit=1e-9):
-    """Relative to the norm; the gradient of a strong decay is what is left of sums near one."""
     for name, ours, theirs in zip(("o", *NAMES), found, expected, strict=True):
         apart = float((ours.double() - theirs.double()).norm())
         assert (
@@ -129,3 +128,36 @@ def test_other_documents_have_exactly_no_part():
     changed[3] = torch.where((documents == 1).unsqueeze(-1), given[3], -7.7)
     same = gated_delta_rule(*changed, documents)[:, 30:80]
     assert torch.equal(same, gated_delta_rule(*given, documents)[:, 30:80])
+
+
+def test_the_recurrence_is_that_of_transformers():
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+    given = inputs(100, dtype=torch.float32)
+    q, k = (t.repeat_interleave(2, 2) for t in given[:2])
+    ours = gated_delta_rule(*given)
+    for name in ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"):
+        bound = getattr(qwen, name)
+        plain = getattr(bound, "plain", None) or bound.__wrapped__
+        g, beta = given[3:]
+        theirs, _ = plain(q, k, given[2], g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_keeps_it_as_one_operation_each_way():
+    given = inputs(70, batch=1, dtype=torch.float32)
+    documents = numbered((30, 40))
+
+    def layer(q, k, v, g, beta):
+        return gated_delta_rule(q * 2.0, k, v, -g.exp(), beta.sigmoid(), documents).square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(results(compiled, given), results(layer, given), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_shapes_without_data_are_those_with_data():
+    """torch's own check of the fake implementations and of autograd's registration."""
+    given = [t.requires_grad_() for t in inputs(70, batch=1, dtype=torch.float32)]
+    operation = torch.ops.lorakit.gated_delta_rule.default
+    torch.library.opcheck(operation, (*given, numbered((30, 40)), True))

@@ -20,7 +20,10 @@ With do, and dS' from the next chunk:
     dk = beta (-e (z S^T) + M k) + f (r dS'^T) + (D do r^T)^T q + (beta M)^T k
          M_ij = -D_ij (z_i . r_j)  for i > j
     dv = beta z                                    dbeta = v . z + k . (-e (z S^T) + M k)
-    dG = q . dq + k . (dk as read) - k . (dk as written)
+    dg_t = sum of W_ij for i >= t > j
+         + sum of e_i (q_i . (do_i S^T) - beta_i k_i . (z_i S^T)) for i >= t
+         + sum of f_j k_j . (r_j dS'^T) for j < t  + e_last S . dS'
+         W_ij = D_ij (q_i . k_j) (do_i . r_j) + beta_i M_ij (k_i . k_j) for i > j
 
 Only chunks are sequential, in one kernel each way; all else is parallel over chunks. `documents`
 numbers the documents of a packed row. G is summed within a document, and D, e and f are zero
@@ -236,7 +239,7 @@ def delta_rule_reference(
     out = e * (qc @ s) + ((qc @ kc.mT) * decay) @ r
     tokens = v.shape[1]
     saved = Saved(
-        queries.to(kind), keys.to(kind, copy=True), norms, gates, inverse.to(kind),
+        queries.to(kind), keys.to(kind, copy=True), norms, gates, inverse.to(kind).contiguous(),
         _tokens(r, tokens).to(kind), s.to(kind),
     )  # fmt: skip
     return _tokens(out, tokens).to(kind), saved
@@ -248,8 +251,7 @@ def delta_rule_backward_reference(
     """The definition: gradients of q, k, v, g and beta; that of g in the dtype of sums."""
     wide, groups, tokens = saved.gates.dtype, v.shape[2] // saved.k.shape[2], v.shape[1]
     total, rate, e, f = saved.gates.unflatten(-1, (-1, CHUNK)).unsqueeze(-1)
-    apart = _apart(documents, v.device)
-    decay = _decay(total, apart)
+    decay = _decay(total, _apart(documents, v.device))
     q, k = (_chunks(t.to(wide), groups) for t in (saved.q, saved.k))
     do, vc, r = (_chunks(t.to(wide)) for t in (dout, v, saved.written))
     s, turned = saved.states.to(wide), saved.inverse.to(wide).mT
@@ -266,16 +268,20 @@ def delta_rule_backward_reference(
         dstate = e[:, :, i, -1:] * dstate + reads[:, :, i] - erased[:, :, i] @ z
     z, ds = torch.stack(adjoints, 2), torch.stack(dstates, 2)
     x, m = (do @ r.mT) * decay, -((z @ r.mT) * decay).tril(-1)
-    dq = e * (do @ s.mT) + x @ k
-    read = m @ k - e * (z @ s.mT)
-    kept = f * (r @ ds.mT)
-    write = kept + x.mT @ q + (rate * m).mT @ k
-    dbeta = (vc * z).sum(-1) + (k * read).sum(-1)
-    read = rate * read
-    dtotal = (q * dq).sum(-1) + (k * (read - write)).sum(-1)
-    dtotal[..., -1] += e[..., -1, 0] * (s * ds).sum((-1, -2)) + (k * kept).sum((-1, -2))
-    since = torch.ones_like(decay, dtype=torch.bool).triu() & ~apart
-    dg = (since * dtotal.unsqueeze(-2)).sum(-1)
+    same_keys = m * (k @ k.mT)
+    past, kept = e * (do @ s.mT), f * (r @ ds.mT)
+    read = -e * (z @ s.mT)
+    erased_past = (k * read).sum(-1)
+    dbeta = (vc * z).sum(-1) + erased_past + same_keys.sum(-1)
+    # By pairs of tokens: a difference of sums would leave rounding where the decay is strong.
+    pairs = (x * (q @ k.mT)).tril(-1) + rate * same_keys
+    dg = pairs.flip(-2).cumsum(-2).flip(-2).tril(-1).sum(-1)
+    dg += ((q * past).sum(-1) + rate[..., 0] * erased_past).flip(-1).cumsum(-1).flip(-1)
+    stored = (k * kept).sum(-1)
+    dg += stored.cumsum(-1) - stored
+    dg += e[..., -1, :] * (s * ds).sum((-1, -2)).unsqueeze(-1)
+    dq = past + x @ k
+    read, write = rate * (read + m @ k), kept + x.mT @ q + (rate * m).mT @ k
     dq, dk = (_tokens(t, tokens).unflatten(2, (-1, groups)).sum(3) for t in (dq, read + write))
     queries, keys = saved.q.to(wide), saved.k.to(wide)
     scale = q.shape[-1] ** -0.5

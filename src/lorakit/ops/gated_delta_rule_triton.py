@@ -463,34 +463,39 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     f = _gate(gates, 3, pair, pairs, chunk, chunks, CHUNK)
     same = _same_document(documents, batch, chunk, tokens, DOCUMENTS, CHUNK)
     apart = total[:, None] - total[None, :]
-    x *= _decay(apart, same & (i[:, None] >= i[None, :]))
-    x_turned *= _decay(-apart, same & (i[:, None] <= i[None, :]))
-    m *= -_decay(apart, same & (i[:, None] > i[None, :]))
-    m_turned *= -rate[None, :] * _decay(-apart, same & (i[:, None] < i[None, :]))
+    before, after = i[:, None] > i[None, :], i[:, None] < i[None, :]
+    decay = _decay(apart, same & (i[:, None] >= i[None, :]))
+    x *= decay
+    m *= tl.where(before, -decay, 0.0)
+    decay = _decay(-apart, same & (i[:, None] <= i[None, :]))
+    x_turned *= decay
+    m_turned *= tl.where(after, -decay * rate[None, :], 0.0)
     key_stride: tl.constexpr = HEADS // GROUPS * K
     key_first = first * key_stride + head // GROUPS * K
     queries = _load_tokens(q, key_first, key_stride, key_column, count, CHUNK)
     keys = _load_tokens(k, key_first, key_stride, key_column, count, CHUNK)
-    query_grad = tl.dot(x.to(kind), keys, query_grad * e[:, None], input_precision="ieee")
+    keys32 = keys.to(tl.float32)
+    query_grad *= e[:, None]
+    read *= -e[:, None]
+    write *= f[:, None]
+    erased_past = tl.sum(keys32 * read, 1)
+    past = tl.sum(queries.to(tl.float32) * query_grad, 1) + rate * erased_past
+    stored = tl.sum(keys32 * write, 1)
+    pairs = m * tl.dot(keys, tl.trans(keys), input_precision="ieee")
+    rate_grad += erased_past + tl.sum(pairs, 1)
+    pairs *= rate[:, None]
+    products = x * tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    pairs = tl.cumsum(pairs + tl.where(before, products, 0.0), 0, reverse=True)
+    step_grad = tl.sum(tl.where(before, pairs + stored[None, :], past[None, :]), 1)
+    step_grad += carried * tl.sum(tl.where(i == CHUNK - 1, e, 0.0), 0)
+    query_grad = tl.dot(x.to(kind), keys, query_grad, input_precision="ieee")
     head_first = (first * HEADS + head) * K
     _store_tokens(dq, head_first, HEADS * K, key_column, count, query_grad, CHUNK)
-    total_grad = tl.sum(queries.to(tl.float32) * query_grad, 1)
-    read = tl.dot(m.to(kind), keys, read * -e[:, None], input_precision="ieee")
-    keys32 = keys.to(tl.float32)
-    projected = tl.sum(keys32 * read, 1)
-    rate_grad += projected
-    total_grad += rate * projected
-    write *= f[:, None]
-    carried *= tl.sum(tl.where(i == CHUNK - 1, e, 0.0), 0)
-    carried += tl.sum(tl.sum(keys32 * write, 1), 0)
+    read = tl.dot(m.to(kind), keys, read, input_precision="ieee")
     write = tl.dot(x_turned.to(kind), queries, write, input_precision="ieee")
     write = tl.dot(m_turned.to(kind), keys, write, input_precision="ieee")
-    total_grad -= tl.sum(keys32 * write, 1)
-    total_grad += tl.where(i == CHUNK - 1, carried, 0.0)
     key_grad = rate[:, None] * read + write
     _store_tokens(dk, head_first, HEADS * K, key_column, count, key_grad, CHUNK)
-    since = same & (i[:, None] <= i[None, :])
-    step_grad = tl.sum(tl.where(since, total_grad[None, :], 0.0), 1)
     at = (first + i) * HEADS + head
     tl.store(dg + at, step_grad, mask=i < count)
     tl.store(dbeta + at, rate_grad.to(dbeta.dtype.element_ty), mask=i < count)
