@@ -22,6 +22,8 @@ import torch
 
 from lorakit.bench import provenance
 from lorakit.hardware import detect_device
+from lorakit.model.kernel_functions import _definition
+from lorakit.ops import causal_conv, causal_conv_triton
 from lorakit.ops import gated_delta_rule as op
 from lorakit.ops import gated_delta_rule_triton as kernels
 
@@ -86,12 +88,13 @@ def errors(found, expected):
 
 
 def exact(given, dout, documents):
-    """Output and gradients in float64."""
+    """Output, gradients and what the backward reads, in float64."""
     wide = [t.double() for t in given]
     out, saved = op.delta_rule_reference(*wide, documents, True)
-    return out, *op.delta_rule_backward_reference(
+    grads = op.delta_rule_backward_reference(
         dout.double(), wide[2], wide[4], documents, True, saved
     )
+    return out, *grads, saved
 
 
 class Case:
@@ -120,8 +123,7 @@ def plain(case):
     """transformers' implementation: (times, results)."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-    function = qwen.torch_chunk_gated_delta_rule
-    function = getattr(function, "plain", None) or function.__wrapped__
+    function = _definition(qwen.torch_chunk_gated_delta_rule)
     groups = case.given[2].shape[2] // case.given[1].shape[2]
     leaves = [t.detach().clone().requires_grad_() for t in case.given]
     cuda = torch.cuda.is_available()
@@ -146,14 +148,17 @@ def plain(case):
 
 def measure(case, with_plain=False):
     expected = exact(case.given, case.dout, case.documents)
-    row = {"errors": errors(case.results(), expected)}
+    row = {"errors": errors(case.results(), expected[:6]), "saved_errors": {}}
+    for name, ours in case.saved._asdict().items():
+        theirs = getattr(expected[6], name)
+        row["saved_errors"][name] = float(f"{float((ours - theirs).norm() / theirs.norm()):.3g}")
     row["repeatable"] = all(map(torch.equal, case.results(), case.results()))
     row["forward_ms"] = milliseconds(case.forward)
     row["backward_ms"] = milliseconds(case.backward)
     row["layers_ms"] = LAYERS * (row["forward_ms"] + row["backward_ms"])
     if with_plain:
         row["plain"], results = plain(case)
-        row["plain"]["errors"] = errors(results, expected)
+        row["plain"]["errors"] = errors(results, expected[:6])
     return row
 
 
@@ -176,7 +181,7 @@ def per_kernel(case):
 def try_settings(case, deadline):
     """Each setting's time and largest error; the fastest right one stays."""
     expected = exact(case.given, case.dout, case.documents)
-    usual = max(errors(case.results(), expected).values())
+    usual = max(errors(case.results(), expected[:6]).values())
     found = {}
     for name, choices in CHOICES.items():
         settings = getattr(kernels, name)
@@ -190,7 +195,7 @@ def try_settings(case, deadline):
             settings.update(num_warps=warps, num_stages=stages)
             row = {"setting": [block, warps, stages]}
             try:
-                row["error"] = max(errors(case.results(), expected).values())
+                row["error"] = max(errors(case.results(), expected[:6]).values())
                 row["ms"] = round(milliseconds(function), 4)
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {error}"[:200]
@@ -204,6 +209,35 @@ def try_settings(case, deadline):
         settings.update(best[1])
         found[name] = {"tried": rows, "best": dict(settings)}
     return found
+
+
+def convolution(options):
+    """The convolution before the rule: ours, and torch's with its gradient."""
+    kind, device = options.where
+    channels = 2 * options.heads * options.width
+    x = torch.randn(1, options.tokens, channels, device=device, dtype=kind)
+    weight = torch.randn(channels, 4, device=device, dtype=kind)
+    given = (x, weight, None, True, packed(options))
+    dy = torch.randn_like(x)
+    leaf = x.transpose(1, 2).detach().requires_grad_()
+
+    def torchs():
+        out = torch.nn.functional.conv1d(leaf, weight.unsqueeze(1), padding=3, groups=channels)
+        out = torch.nn.functional.silu(out[:, :, : x.shape[1]])
+        return torch.autograd.grad(out, leaf, dy.transpose(1, 2))
+
+    def shifted():
+        out = causal_conv.causal_conv_reference(leaf, weight, None, True)
+        return torch.autograd.grad(out, leaf, dy.transpose(1, 2))
+
+    return {
+        "forward_ms": milliseconds(lambda: causal_conv_triton.causal_conv_triton(*given)),
+        "backward_ms": milliseconds(
+            lambda: causal_conv_triton.causal_conv_backward_triton(dy, *given)
+        ),
+        "torch_both_ms": milliseconds(torchs),
+        "shifted_both_ms": milliseconds(shifted),
+    }
 
 
 def packed(options):
@@ -223,27 +257,30 @@ def main():
     kind = torch.float32 if options.tiny else torch.bfloat16
     options.where = (kind, torch.device("cpu" if options.tiny else "cuda"))
 
-    result = {}
+    result = {"command": "python benchmarks/time_delta_rule.py"}
+
+    def note(name, value):
+        """Print and save what is known: a later kernel may lose the GPU."""
+        result[name] = value
+        print(name, json.dumps(value, indent=1), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+
     case = Case(1, options)
-    print(f"compiled after {time.monotonic() - deadline + options.seconds:.0f} s", flush=True)
-    result["1 x 2048"] = measure(case, with_plain=True)
-    print(json.dumps(result, indent=1), flush=True)
-    result["kernels_us"] = per_kernel(case)
-    print(json.dumps(result["kernels_us"], indent=1), flush=True)
-    result["1 x 2048 packed"] = measure(Case(1, options, packed(options)))
-    print(json.dumps(result["1 x 2048 packed"]), flush=True)
-    result["settings"] = try_settings(case, deadline)
-    result["1 x 2048 best"] = measure(case)
-    print(json.dumps(result["1 x 2048 best"]), flush=True)
-    result["kernels_us_best"] = per_kernel(case)
-    print(json.dumps(result["kernels_us_best"], indent=1), flush=True)
+    note("compiled after s", round(time.monotonic() - deadline + options.seconds, 1))
+    note("1 x 2048", measure(case, with_plain=True))
+    note("kernels_us", per_kernel(case))
+    note("1 x 2048 packed", measure(Case(1, options, packed(options))))
+    note("convolution", convolution(options))
+    note("settings", try_settings(case, deadline))
+    note("1 x 2048 best", measure(case))
+    note("kernels_us_best", per_kernel(case))
     del case
-    result["4 x 2048 best"] = measure(Case(4, options))
-    print(json.dumps(result["4 x 2048 best"]), flush=True)
+    note("4 x 2048 best", measure(Case(4, options)))
     device = detect_device("auto")
-    result |= {"gpu": device.name, **provenance(device, "python benchmarks/time_delta_rule.py")}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    note("gpu", device.name)
+    for name, value in provenance(device, result["command"]).items():
+        note(name, value)
 
 
 if __name__ == "__main__":

@@ -36,38 +36,16 @@ decreasing. H is a multiple of Hk: consecutive value heads share a key head.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops.backend import has_matrix_kernels
+from lorakit.ops.delta_rule_layout import CHUNK, EPS, DeltaRuleSaved, empty_saved, wide_dtype
 
-CHUNK = 64
-EPS = 1e-6
 WIDTHS = (16, 32, 64, 128)  # of heads; a wider state does not fit in registers
-
-
-class Saved(NamedTuple):
-    """What the backward reads.
-
-    Attributes:
-        q, k: normalized, in the input's dtype; q times the scale.
-        norms: 1 / norm of q and of k, float32 [2, B, T, Hk].
-        gates: G, beta, e and f, float32 [4, B, H, chunks * 64].
-        inverse: T [B, H, chunks, 64, 64].
-        written: r, of v's shape.
-        states: S at the start of each chunk [B, H, chunks, K, V].
-    """
-
-    q: Tensor
-    k: Tensor
-    norms: Tensor
-    gates: Tensor
-    inverse: Tensor
-    written: Tensor
-    states: Tensor
 
 
 def gated_delta_rule(
@@ -127,7 +105,7 @@ def _backward_op(
     normalize: bool,
     saved: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    given = (dout, v, beta, documents, normalize, Saved(*saved))
+    given = (dout, v, beta, documents, normalize, DeltaRuleSaved(*saved))
     if uses_delta_kernels(saved[1], v):
         from lorakit.ops.gated_delta_rule_triton import delta_rule_backward_triton
 
@@ -183,27 +161,6 @@ def _backward(ctx: Any, dout: Tensor | None, *_unused: Any) -> tuple[Tensor | No
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def empty_saved(q: Tensor, v: Tensor) -> Saved:
-    """Uninitialized tensors of the shapes that `Saved` describes."""
-    batch, tokens, heads, width = v.shape
-    chunks = -(-tokens // CHUNK)
-    wide = _wide(v.dtype)
-    return Saved(
-        v.new_empty(q.shape),
-        v.new_empty(q.shape),
-        v.new_empty((2, *q.shape[:3]), dtype=wide),
-        v.new_empty((4, batch, heads, chunks * CHUNK), dtype=wide),
-        v.new_empty((batch, heads, chunks, CHUNK, CHUNK)),
-        v.new_empty(v.shape),
-        v.new_empty((batch, heads, chunks, q.shape[-1], width)),
-    )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def delta_rule_reference(
     q: Tensor,
     k: Tensor,
@@ -212,9 +169,9 @@ def delta_rule_reference(
     beta: Tensor,
     documents: Tensor | None,
     normalize: bool,
-) -> tuple[Tensor, Saved]:
+) -> tuple[Tensor, DeltaRuleSaved]:
     """The definition: (o, saved)."""
-    wide, kind, groups = _wide(v.dtype), v.dtype, v.shape[2] // k.shape[2]
+    wide, kind, groups = wide_dtype(v.dtype), v.dtype, v.shape[2] // k.shape[2]
     queries, keys = q.to(wide), k.to(wide)
     norms = torch.stack([t.pow(2).sum(-1).add(EPS).rsqrt() for t in (queries, keys)])
     if normalize:
@@ -238,7 +195,7 @@ def delta_rule_reference(
     r, s = torch.stack(written, 2), torch.stack(states, 2)
     out = e * (qc @ s) + ((qc @ kc.mT) * decay) @ r
     tokens = v.shape[1]
-    saved = Saved(
+    saved = DeltaRuleSaved(
         queries.to(kind), keys.to(kind, copy=True), norms, gates, inverse.to(kind).contiguous(),
         _tokens(r, tokens).to(kind), s.to(kind),
     )  # fmt: skip
@@ -246,7 +203,12 @@ def delta_rule_reference(
 
 
 def delta_rule_backward_reference(
-    dout: Tensor, v: Tensor, beta: Tensor, documents: Tensor | None, normalize: bool, saved: Saved
+    dout: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    documents: Tensor | None,
+    normalize: bool,
+    saved: DeltaRuleSaved,
 ) -> tuple[Tensor, ...]:
     """The definition: gradients of q, k, v, g and beta; that of g in the dtype of sums."""
     wide, groups, tokens = saved.gates.dtype, v.shape[2] // saved.k.shape[2], v.shape[1]
@@ -331,7 +293,7 @@ def _decay(total: Tensor, apart: Tensor) -> Tensor:
 
 
 def _gates(g: Tensor, beta: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(`Saved.gates`, `_apart`)."""
+    """(`DeltaRuleSaved.gates`, `_apart`)."""
     gc, rate = _chunks(g), _chunks(beta)
     apart = _apart(documents, g.device)
     square = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=g.device)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorakit.ops.gated_delta_rule import CHUNK, EPS, Saved, empty_saved
+from lorakit.ops.delta_rule_layout import CHUNK, EPS, DeltaRuleSaved, empty_saved
 from lorakit.ops.kernel_launch import Settings, launch_kernel
 
 # BLOCK_N: columns of v that a program computes, or reads at a time (GRADS).
@@ -34,7 +34,7 @@ def delta_rule_triton(
     beta: Tensor,
     documents: Tensor | None,
     normalize: bool,
-) -> tuple[Tensor, Saved]:
+) -> tuple[Tensor, DeltaRuleSaved]:
     """See `gated_delta_rule.delta_rule_reference`."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     g, beta = g.contiguous(), beta.contiguous()
@@ -69,7 +69,12 @@ def delta_rule_triton(
 
 
 def delta_rule_backward_triton(
-    dout: Tensor, v: Tensor, beta: Tensor, documents: Tensor | None, normalize: bool, saved: Saved
+    dout: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    documents: Tensor | None,
+    normalize: bool,
+    saved: DeltaRuleSaved,
 ) -> tuple[Tensor, ...]:
     """See `gated_delta_rule.delta_rule_backward_reference`."""
     dout, v = dout.contiguous(), _rows(v)
@@ -285,7 +290,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What tokens write and the chunks' states, for some columns of v."""
+    """Tokens' writes and the chunks' states, for some columns of v."""
     pair, pairs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     batch, head = pair // HEADS, pair % HEADS
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -428,15 +433,11 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     count, first = tokens - chunk * CHUNK, batch * tokens + chunk * CHUNK
     kind = k.dtype.element_ty
     rate = _gate(gates, 1, pair, pairs, chunk, chunks, CHUNK)
-    query_grad = tl.zeros((CHUNK, K), dtype=tl.float32)
-    read = tl.zeros((CHUNK, K), dtype=tl.float32)
-    write = tl.zeros((CHUNK, K), dtype=tl.float32)
-    x = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
-    m = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
-    x_turned = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
-    m_turned = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
-    rate_grad = tl.zeros((CHUNK,), dtype=tl.float32)
-    carried = 0.0
+    wide = tl.zeros((CHUNK, K), dtype=tl.float32)
+    query_grad, read, write = wide, wide, wide
+    square = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
+    x, m, x_turned, m_turned = square, square, square, square
+    rate_grad, carried = tl.zeros((CHUNK,), dtype=tl.float32), 0.0
     value_first = (first * HEADS + head) * V
     v_first = batch * v_batch + (first - batch * tokens) * v_token + head * V
     for start in range(0, V, BLOCK_N):
@@ -463,39 +464,37 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     f = _gate(gates, 3, pair, pairs, chunk, chunks, CHUNK)
     same = _same_document(documents, batch, chunk, tokens, DOCUMENTS, CHUNK)
     apart = total[:, None] - total[None, :]
-    before, after = i[:, None] > i[None, :], i[:, None] < i[None, :]
+    before = i[:, None] > i[None, :]
     decay = _decay(apart, same & (i[:, None] >= i[None, :]))
     x *= decay
     m *= tl.where(before, -decay, 0.0)
     decay = _decay(-apart, same & (i[:, None] <= i[None, :]))
     x_turned *= decay
-    m_turned *= tl.where(after, -decay * rate[None, :], 0.0)
+    m_turned *= tl.where(i[:, None] < i[None, :], -decay * rate[None, :], 0.0)
     key_stride: tl.constexpr = HEADS // GROUPS * K
     key_first = first * key_stride + head // GROUPS * K
     queries = _load_tokens(q, key_first, key_stride, key_column, count, CHUNK)
     keys = _load_tokens(k, key_first, key_stride, key_column, count, CHUNK)
     keys32 = keys.to(tl.float32)
-    query_grad *= e[:, None]
-    read *= -e[:, None]
-    write *= f[:, None]
+    query_grad, read, write = query_grad * e[:, None], read * -e[:, None], write * f[:, None]
     erased_past = tl.sum(keys32 * read, 1)
     past = tl.sum(queries.to(tl.float32) * query_grad, 1) + rate * erased_past
     stored = tl.sum(keys32 * write, 1)
     pairs = m * tl.dot(keys, tl.trans(keys), input_precision="ieee")
     rate_grad += erased_past + tl.sum(pairs, 1)
-    pairs *= rate[:, None]
     products = x * tl.dot(queries, tl.trans(keys), input_precision="ieee")
-    pairs = tl.cumsum(pairs + tl.where(before, products, 0.0), 0, reverse=True)
-    step_grad = tl.sum(tl.where(before, pairs + stored[None, :], past[None, :]), 1)
+    products = tl.where(before, products + rate[:, None] * pairs, 0.0)
+    between = tl.cumsum(products, 0, reverse=True)
+    step_grad = tl.sum(tl.where(before, between + stored[None, :], past[None, :]), 1)
     step_grad += carried * tl.sum(tl.where(i == CHUNK - 1, e, 0.0), 0)
     query_grad = tl.dot(x.to(kind), keys, query_grad, input_precision="ieee")
-    head_first = (first * HEADS + head) * K
-    _store_tokens(dq, head_first, HEADS * K, key_column, count, query_grad, CHUNK)
+    at = (first * HEADS + head) * K
+    _store_tokens(dq, at, HEADS * K, key_column, count, query_grad, CHUNK)
     read = tl.dot(m.to(kind), keys, read, input_precision="ieee")
     write = tl.dot(x_turned.to(kind), queries, write, input_precision="ieee")
     write = tl.dot(m_turned.to(kind), keys, write, input_precision="ieee")
-    key_grad = rate[:, None] * read + write
-    _store_tokens(dk, head_first, HEADS * K, key_column, count, key_grad, CHUNK)
+    write += rate[:, None] * read
+    _store_tokens(dk, at, HEADS * K, key_column, count, write, CHUNK)
     at = (first + i) * HEADS + head
     tl.store(dg + at, step_grad, mask=i < count)
     tl.store(dbeta + at, rate_grad.to(dbeta.dtype.element_ty), mask=i < count)
