@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import hub_kernels
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
+from lorakit.model import kernel_check
 from lorakit.model.kernel_check import check_kernels
-from lorakit.model.kernel_functions import KernelFunction
+from lorakit.model.kernel_functions import KernelFunction, kernel_functions
+from lorakit.ops import backend
 
 NAME = "torch_chunk_gated_delta_rule"
 
@@ -97,9 +99,33 @@ def test_layers_on_another_device_are_not_run(model, bind):
     assert check_kernels(model, "cuda") is None
 
 
-def test_packages_that_would_bring_kernels_are_named(model, bind, caplog):
-    plain = bind(lambda *args, **kwargs: plain(*args, **kwargs))
+def test_packages_that_would_bring_kernels_are_named(caplog):
+    """Those whose kernels we have in our own operations are not."""
+    torch.manual_seed(0)
+    falcon = AutoModelForCausalLM.from_config(tiny_config("falcon_h1"))
+    with caplog.at_level(logging.WARNING, logger="lorakit"):
+        assert check_kernels(falcon, "cpu") is None
+    assert "FalconH1Mixer runs in plain torch, which is slower" in caplog.text
+    assert caplog.text.rstrip().endswith("pip install mamba-ssm")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_our_own_kernels_are_checked_too(model, monkeypatch, caplog, right):
+    def own(arguments):
+        if not kernel_check.has_kernels(arguments["value"]) or backend._kept_to_definitions:
+            return None
+        given = {k: v for k, v in arguments.items() if k != "kwargs"}
+        out, state = getattr(qwen, NAME).plain(**given)
+        return (out if right else 1.5 * out), state
+
+    kernel_functions(model)
+    function = getattr(qwen, NAME)
+    monkeypatch.setattr(function, "own", own)
+    monkeypatch.setattr(function, "use_own", True)
+    monkeypatch.setattr(kernel_check, "has_kernels", lambda _: True)
     with caplog.at_level(logging.WARNING, logger="lorakit"):
         assert check_kernels(model, "cpu") is None
-    assert "Qwen3_5GatedDeltaNet runs in plain torch, which is slower" in caplog.text
-    assert caplog.text.rstrip().endswith("pip install causal-conv1d")
+    assert function.use_own == right
+    assert ("our kernels for Qwen3_5GatedDeltaNet are replaced by" in caplog.text) != right
+    for other in kernel_functions(model):
+        other.use_own = other.own is not None

@@ -18,8 +18,10 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from lorakit.ops import (
+    causal_conv_triton,
     cross_entropy_triton,
     dropout_mask_triton,
+    gated_delta_rule_triton,
     glu_triton,
     lora_output_triton,
     lora_triton,
@@ -84,6 +86,16 @@ def launch_products(kind, rank, rows):
     rope_triton.rotate_qkv_triton_(make(rows, 3 * MODEL), (HEADS,) * 3, HEAD, angles, three)
 
 
+def launch_delta_rule(kind):
+    """Both ways, at the widths of Qwen3.5-9B."""
+    make = lambda *shape: torch.empty(shape, dtype=kind, device="meta")  # noqa: E731
+    q, v, beta = make(1, 2048, 16, 128), make(1, 2048, 32, 128), make(1, 2048, 32)
+    g = torch.empty(beta.shape, device="meta")
+    packed = torch.empty(1, 2048, dtype=torch.int32, device="meta")
+    _, saved = gated_delta_rule_triton.delta_rule_triton(q, q, v, g, beta, packed, True)
+    gated_delta_rule_triton.delta_rule_backward_triton(v, v, beta, packed, True, saved)
+
+
 def launch_rest(kind):
     """Kernels that no rank goes into: all that a T4 runs."""
     make = lambda *shape: torch.empty(shape, dtype=kind, device="meta")  # noqa: E731
@@ -99,6 +111,9 @@ def launch_rest(kind):
     rope_triton.unrotate_qkv_triton(heads, heads, heads, angles)
     rms_norm_triton.rms_norm_triton(x, weight, 1e-5)
     rms_norm_triton.rms_norm_backward_triton(x, x, weight, float32(512), residual=x)
+    rows, packed = make(1, 512, MODEL), torch.empty(1, 512, dtype=torch.int32, device="meta")
+    causal_conv_triton.causal_conv_triton(rows, make(MODEL, 4), None, True, packed)
+    causal_conv_triton.causal_conv_backward_triton(rows, rows, make(MODEL, 4), None, True, packed)
     targets = torch.empty(64, dtype=torch.int64, device="meta")
     cross_entropy_triton.cross_entropy_triton_(make(64, 32000), targets, True)
     bytes_of = lambda *shape: torch.empty(shape, dtype=torch.uint8, device="meta")  # noqa: E731
@@ -116,6 +131,8 @@ def main():
     kind = torch.bfloat16 if products else torch.float16
     for rank, rows in itertools.product(RANKS, ROWS) if products else ():
         launch_products(kind, rank, rows)
+    if products:
+        launch_delta_rule(kind)
     launch_rest(kind)
     print(json.dumps(made))
 

@@ -1,4 +1,4 @@
-"""Check the kernels of other packages that transformers binds to a model's functions.
+"""Check the kernels of a model's functions, those of other packages and our own, on this GPU.
 
 Only running such a kernel shows if it works on this GPU with this Triton: fla 0.6 refuses its
 backward on Hopper with Triton 3.4 to 3.7.0, since the gradients would be wrong.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import first_line
 from lorakit.model.kernel_functions import KernelFunction, kernel_functions
+from lorakit.ops.backend import definitions_only, has_kernels
 
 # Kernels and plain torch sum in a different order and differ by 1 to 2% in bfloat16. A wrong
 # gradient differs by far more.
@@ -23,54 +24,82 @@ _TOKENS = 128
 
 
 def check_kernels(model: Any, device_type: str = "cuda") -> str | None:
-    """Compare the bound kernels with plain torch on this GPU, and unbind them if they differ.
+    """Compare the kernels with plain torch on this GPU, and leave out those that differ.
 
-    One layer of each class runs forward and backward both ways, with the model's weights.
+    One layer of each class runs forward and backward each way, with the model's weights.
 
     Args:
         device_type: device of the kernels; layers on another device are not checked.
 
     Returns:
-        The reason plain torch is used, or None if the kernels agree or none is bound.
+        The reason other packages' kernels are not used, or None if they agree or none is bound.
     """
     functions = kernel_functions(model)
     modules = _layers_to_check(model, functions, device_type)
     missing = sorted({package for f in functions if (package := f.missing_package)})
+    logger = logging.getLogger("lorakit")
     if modules and missing:
-        logging.getLogger("lorakit").warning(
+        logger.warning(
             "note: %s runs in plain torch, which is slower; pip install %s",
             ", ".join(type(module).__name__ for module in modules),
             " ".join(missing),
         )
-    for module in modules:
-        weight = next(module.parameters())
-        generator = torch.Generator(weight.device).manual_seed(0)
-        shape = (1, _TOKENS, int(model.config.get_text_config().hidden_size))
-        hidden = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
-        try:
-            fast = _outputs(module, hidden)
-            for function in functions:
-                function.use_kernel = False
-            plain = _outputs(module, hidden)
-        except Exception as error:  # the package refuses, or a kernel does not compile
-            reason = first_line(error)
-        else:
-            worst = max(map(_difference, fast, plain))
-            if worst <= LARGEST_DIFFERENCE:
+    reason, hidden = None, int(model.config.get_text_config().hidden_size)
+    if any(function.use_kernel for function in functions):
+        for module in modules:
+            reason = _disagreement(module, hidden, functions)
+            if reason is not None:
                 for function in functions:
-                    function.use_kernel = function.has_kernel
-                continue
-            reason = f"its results differ from plain torch by {worst:.0%}"
+                    function.use_kernel = False
+                replacement = "our own" if _runs_own(module, functions) else "plain torch"
+                logger.warning(
+                    "note: the kernels bound to %s are replaced by %s, which is slower: %s",
+                    type(module).__name__,
+                    replacement,
+                    reason,
+                )
+                break
+    for module in modules:
+        if _runs_own(module, functions) and (ours := _disagreement(module, hidden, functions)):
+            for function in functions:
+                function.use_own = False
+            logger.warning(
+                "note: our kernels for %s are replaced by plain torch, which is slower: %s",
+                type(module).__name__,
+                ours,
+            )
+            break
+    return reason
+
+
+def _runs_own(module: nn.Module, functions: list[KernelFunction]) -> bool:
+    """True if our kernels compute a function of this module."""
+    own = any(function.use_own and not function.use_kernel for function in functions)
+    return own and has_kernels(next(module.parameters()))
+
+
+def _disagreement(module: nn.Module, width: int, functions: list[KernelFunction]) -> str | None:
+    """The reason why a layer's results with kernels are not those of plain torch, or None."""
+    weight = next(module.parameters())
+    generator = torch.Generator(weight.device).manual_seed(0)
+    shape = (1, _TOKENS, width)
+    hidden = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+    used = [function.use_kernel for function in functions]
+    try:
+        fast = _outputs(module, hidden)
         for function in functions:
             function.use_kernel = False
-        class_name = type(module).__name__
-        logging.getLogger("lorakit").warning(
-            "note: the kernels bound to %s are replaced by plain torch, which is slower: %s",
-            class_name,
-            reason,
-        )
-        return reason
-    return None
+        with definitions_only():
+            plain = _outputs(module, hidden)
+    except Exception as error:  # the package refuses, or a kernel does not compile
+        return first_line(error)
+    finally:
+        for function, use_kernel in zip(functions, used, strict=True):
+            function.use_kernel = use_kernel
+    worst = max(map(_difference, fast, plain))
+    if worst <= LARGEST_DIFFERENCE:
+        return None
+    return f"its results differ from plain torch by {worst:.0%}"
 
 
 def _layers_to_check(

@@ -2,11 +2,12 @@
 
 transformers binds functions of Qwen3.5, LFM2, Falcon-H1 and others at import to
 flash-linear-attention, causal-conv1d or mamba-ssm, if these are installed. Each is replaced by a
-`KernelFunction`, which calls the kernel or its torch implementation.
+`KernelFunction`, which calls the kernel, our own operation (`own_kernels`) or the torch
+implementation.
 
 Convolutions and recurrent layers read earlier tokens whatever a mask says, so a packed row needs
-the borders of its documents: kernels take them as `seq_idx` or `cu_seqlens`, and a torch
-implementation, which takes neither, is called once per document.
+the borders of its documents: kernels and our operations take them as `seq_idx` or `cu_seqlens`, and
+a torch implementation, which takes neither, is called once per document.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from lorakit.model.own_kernels import OWN
 
 # The layers hand unknown arguments down to their functions; this one has the documents' lengths.
 LENGTHS = "document_lengths"
@@ -43,7 +46,7 @@ _PACKAGES = {
 
 
 class KernelFunction:
-    """A function of a modeling module: its kernel where there is one, else plain torch.
+    """A function of a modeling module: its kernel where there is one, else ours or plain torch.
 
     Triton's kernels cannot read tensors on the CPU, and on a machine with a GPU they are bound at
     import, whatever device a model is loaded on.
@@ -57,16 +60,19 @@ class KernelFunction:
         self.bound, self.plain = bound, plain
         self.has_kernel = _has_kernel(bound) and _PAST_OUT_PROJ not in self.name
         self.use_kernel = self.has_kernel
+        self.own = OWN.get(self.name)
+        self.use_own = self.own is not None
 
     @property
     def missing_package(self) -> str | None:
-        """The package that would bring the kernel, if it is not installed."""
-        return None if self.has_kernel else _PACKAGES.get(self.name)
+        """The package that would bring the kernel, if it is not installed and we have none."""
+        return None if self.has_kernel or self.use_own else _PACKAGES.get(self.name)
 
     @property
     def recurrent_in_torch(self) -> bool:
         """True for a recurrent layer without a kernel, which takes packed documents in turn."""
-        return not self.use_kernel and _PACKAGES.get(self.name, "causal-conv1d") != "causal-conv1d"
+        recurrent = _PACKAGES.get(self.name, "causal-conv1d") != "causal-conv1d"
+        return recurrent and not (self.use_kernel or self.use_own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lengths = kwargs.pop(LENGTHS, None)
@@ -77,9 +83,14 @@ class KernelFunction:
         unreadable = first is not None and first.device.type in self.plain_on
         if self.use_kernel and not unreadable:
             return self.bound(*args, **kwargs)
-        if lengths is None:
-            return self.plain(*args, **kwargs)
-        return self._each_document(lengths, inspect.signature(self.plain).bind(*args, **kwargs))
+        call = inspect.signature(self.plain).bind(*args, **kwargs)
+        if self.own is not None and self.use_own:
+            found = self.own({**call.arguments, **call.arguments.get("kwargs", {})})
+            if found is not None:
+                return found
+        return (
+            self.plain(*args, **kwargs) if lengths is None else self._each_document(lengths, call)
+        )
 
     def _each_document(self, lengths: Sequence[int], call: inspect.BoundArguments) -> Any:
         """Call the torch implementation with one document at a time, and join its outputs."""
