@@ -8,6 +8,7 @@ variable-length FlashAttention-2, whose work shrinks with the window: with sdpa 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -19,14 +20,16 @@ from torch.nn import functional
 from lorakit.engine.lora_linear import Unsupported
 from lorakit.ops.backend import has_matrix_kernels
 
-NAME = "lorakit"
+# Names under which transformers finds the two implementations.
+KERNELS, DEFINITION = "lorakit", "lorakit_definition"
 # FlashAttention-2's widest head.
 WIDEST_HEAD = 256
 # Arguments of attention functions that change the result and that these kernels do not have.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
-def attention(
+def _attention(
+    varlen: bool,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -41,6 +44,7 @@ def attention(
     """Causal attention of a training pass: no cache, rows padded on the right or packed.
 
     Args:
+        varlen: use the kernel for windows and documents, else masks.
         query: [B, H, T, d]; key and value: [B, Hk, T, d].
         attention_mask: not used; a token never attends to padding on its right.
         sliding_window: tokens that each token attends to, itself included; None for all.
@@ -62,7 +66,7 @@ def attention(
             window = None
         if window is None:
             return _dense(query, key, value, scaling), None
-    if not has_matrix_kernels(query) or query.dtype == torch.float32:
+    if not varlen or query.dtype == torch.float32:
         return _masked(query, key, value, scaling, window, cu_seq_lens_q), None
     if query.shape[-1] > WIDEST_HEAD or (window is not None and not _WINDOWS):
         raise Unsupported(f"windows or packed documents with heads {query.shape[-1]} wide")
@@ -146,11 +150,17 @@ def _varlen(
     return out.view(rows, length, heads, width)  # type: ignore[no-any-return]
 
 
-def register() -> None:
-    """Make the function known to transformers; without a mask function it builds no masks."""
+def register(device: torch.device) -> str:
+    """Make attention for this device known to transformers, and return its name.
+
+    transformers builds no masks for a name without a mask function.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attention)
+    varlen = has_matrix_kernels(torch.empty(0, device=device))
+    name = KERNELS if varlen else DEFINITION
+    AttentionInterface.register(name, functools.partial(_attention, varlen))
+    return name
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.engine.compiled_attention import NAME, attention_of, register
+from lorakit.engine.compiled_attention import attention_of, register
 from lorakit.model.base_class import text_decoder
+from lorakit.model.kernel_functions import kernel_functions
 from lorakit.ops.dropout_mask import draw_keys
 from lorakit.ops.lora_linear import four_bit_parts, lora_linear
 
@@ -40,6 +41,7 @@ class CompiledLayers:
         self.base, self.decoder = base, text_decoder(base)
         self.config, self.own_attention = self.decoder.config, own_attention
         self.recompute = False
+        kernel_functions(base)  # puts our operations in place of loops in torch
         self.layers: list[Any] = list(self.decoder.layers)
         # Linear layers, their own classes, and classes whose forward is an operator.
         self.linear = _linear_layers(self.layers)
@@ -54,7 +56,7 @@ class CompiledLayers:
             if tensor is not None:
                 torch._dynamo.mark_static(tensor)  # parameters are static, other tensors not
         self.run = _compiled(backend)
-        register()
+        self.attention = self.config._attn_implementation if own_attention else register(device)
 
     def __call__(self, inputs: dict[str, Any]) -> Tensor:
         """Hidden states [B, T, D] of a training pass: rows padded on the right, or packed.
@@ -73,8 +75,7 @@ class CompiledLayers:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Make calls of the layers compiled ones."""
-        name = self.config._attn_implementation if self.own_attention else NAME
-        with attention_of(self.config, name):
+        with attention_of(self.config, self.attention):
             try:
                 _set_classes(self.linear)
                 for layer in self.layers:

@@ -61,6 +61,7 @@ class KernelFunction:
         self.has_kernel = _has_kernel(bound) and _PAST_OUT_PROJ not in self.name
         self.use_kernel = self.has_kernel
         self.own = OWN.get(self.name)
+        self.parameters = tuple(inspect.signature(plain).parameters)
         self.use_own = self.own is not None
 
     @property
@@ -76,6 +77,9 @@ class KernelFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         lengths = kwargs.pop(LENGTHS, None)
+        if self.own is not None and self.use_own and torch.compiler.is_compiling():
+            given = dict(zip(self.parameters, args, strict=False))
+            return self.own({**given, **kwargs})
         if lengths is None and kwargs.get("seq_idx") is not None:  # LFM2 in transformers 5.17
             lengths = torch.bincount(kwargs["seq_idx"].flatten()).tolist()
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
