@@ -1,8 +1,9 @@
 """Compile the decoder layers of a PEFT model, and compare them with the model's own.
 
-Each layer computes a probe twice from equal inputs: as it is, and compiled. Outputs and gradients,
-those of the adapters included, have to agree within rounding. The probe is longer than the model's
-attention windows, so that a window that is ignored shows.
+Each layer computes a probe twice from equal inputs and dropout masks: as it is, and compiled, by
+the code that training will run. Outputs and gradients, those of the adapters included, have to
+agree within rounding. The probe is longer than the model's attention windows, so that a window that
+is ignored shows.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakit.engine.compiled_layers import CompiledLayers
-from lorakit.engine.lora_linear import Unsupported
+from lorakit.engine.compiled_layers import CompiledLayers, shared_inputs
+from lorakit.engine.lora_linear import Unsupported, refresh
 from lorakit.engine.self_test import GRADIENT_TOLERANCE, TOLERANCE
 from lorakit.errors import first_line
+from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import evaluating
+from lorakit.ops.dropout_mask import draw_keys, keep_mask
 
 PROBE_TOKENS = 64
 # Longer windows are not probed: the probe's plain attention holds all pairs of tokens.
@@ -34,12 +37,18 @@ def attach_compiled(base: Any, backend: str = "inductor") -> tuple[CompiledLayer
     Returns:
         (compiled layers, or None; description of the path with the reason).
     """
-    reason = ""
+    reason, probe = "", probe_inputs(base)
+    decoder = text_decoder(base)
+    try:
+        with evaluating(base):
+            sharing = shared_inputs(decoder, lambda: decoder(**probe, use_cache=False))
+    except Unsupported as error:
+        return None, f"{error}: PEFT's own layers"
     for own_attention in (False, True):
         compiled = None
         try:
-            compiled = CompiledLayers(base, own_attention, backend)
-            states, gradients = compare(compiled, probe_inputs(base))
+            compiled = CompiledLayers(base, sharing, own_attention, backend)
+            states, gradients = compare(compiled, probe)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # from the compiler or the model's code: its type is unknown
@@ -77,7 +86,8 @@ def compare(compiled: CompiledLayers, inputs: dict[str, Tensor]) -> tuple[float,
     """
     calls = _own_calls(compiled, inputs)
     of_states, of_gradients = [], []
-    with _random_factors(compiled), evaluating(compiled.base):
+    with _random_factors(compiled), _equal_masks(compiled), _training(compiled.base):
+        refresh(compiled.groups, training=True)
         for layer, (args, kwargs) in zip(compiled.layers, calls, strict=True):
             own, expected = _gradients(layer, args, kwargs)
             if not compiled.own_attention:
@@ -144,3 +154,46 @@ def _random_factors(compiled: CompiledLayers) -> Iterator[None]:
     finally:
         for p, values in zip(factors, before, strict=True):
             p.data.copy_(values)
+
+
+@contextlib.contextmanager
+def _training(base: Any) -> Iterator[None]:
+    """The mode and dtype of a training pass."""
+    training, half = base.training, base.dtype in (torch.bfloat16, torch.float16)
+    base.train()
+    try:
+        with torch.autocast(base.device.type, base.dtype) if half else contextlib.nullcontext():
+            yield
+    finally:
+        base.train(training)
+
+
+@contextlib.contextmanager
+def _equal_masks(compiled: CompiledLayers) -> Iterator[None]:
+    """Give PEFT's dropout the masks that the compiled layers draw from their keys."""
+    replaced: list[Any] = []
+    if len(compiled.keys):
+        compiled.keys.copy_(draw_keys(len(compiled.keys), compiled.keys.device))
+    for group in compiled.linear:
+        slots = {
+            slot: module for module, slot in zip(group.modules, group.fused.slots, strict=True)
+        }
+        for slot, key in enumerate(group.keys if group.keys is not None else ()):
+            dropouts = slots[slot].lora_dropout
+            replaced.append((dropouts, dropouts["default"]))
+            dropouts["default"] = _KeyedDropout(key, group.fused.p)
+    try:
+        yield
+    finally:
+        for dropouts, own in replaced:
+            dropouts["default"] = own
+
+
+class _KeyedDropout(nn.Module):
+    def __init__(self, key: Tensor, p: float) -> None:
+        super().__init__()
+        self.key, self.p = key, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = keep_mask(self.key, x.shape[:-1].numel(), x.shape[-1], self.p)
+        return x * keep.view(x.shape) / (1 - self.p)
