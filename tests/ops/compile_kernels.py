@@ -16,7 +16,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
-
 from undefined_descriptors import undefined_descriptors
 
 from lorakit.ops import (

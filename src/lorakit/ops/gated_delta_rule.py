@@ -45,7 +45,7 @@ from torch import Tensor
 from lorakit.ops.backend import has_matrix_kernels
 from lorakit.ops.delta_rule_layout import CHUNK, EPS, DeltaRuleSaved, empty_saved, wide_dtype
 
-# Of heads. A wider state does not fit in registers; some kernels of narrower heads beside wide ones
+# Of heads. A wider state does not fit in registers; some kernels of narrow and wide heads together
 # are miscompiled for Hopper by ptxas 12.8, which Triton 3.6 brings.
 WIDTHS = (64, 128)
 

@@ -3,8 +3,8 @@
 No product takes the transpose of another product: Triton 3.4 to 3.7.0 compiles it wrongly for
 Hopper. Where both are needed, the transpose is a product of its own.
 
-ptxas 12.8, which Triton 3.6 brings, reads shared memory at an undefined address in the scans without
-a pipelined loop: with one stage, or with a constant number of chunks of one.
+ptxas 12.8, which Triton 3.6 brings, reads shared memory at an undefined address in scans without a
+pipelined loop: with one stage, or where the number of chunks is the constant one.
 """
 
 from __future__ import annotations
