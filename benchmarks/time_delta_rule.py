@@ -29,10 +29,11 @@ from lorakit.ops import gated_delta_rule_triton as kernels
 
 NAMES = ("q", "k", "v", "g", "beta")
 LAYERS = 24
-# Tried in this order until the time is over; the first of each is the present one.
+# Tried in this order until the time is over; the first of each is the present one. No scan has one
+# stage: Triton 3.6 miscompiles it (gated_delta_rule_triton.py).
 CHOICES = {
-    "SCAN": [(32, 4, 2), (32, 4, 1), (32, 4, 3), (16, 4, 2), (64, 4, 2), (64, 8, 2), (32, 8, 2)],
-    "SCAN_BACKWARD": [(32, 4, 2), (32, 4, 1), (32, 4, 3), (16, 4, 2), (64, 8, 2), (32, 8, 2)],
+    "SCAN": [(32, 4, 3), (32, 4, 2), (16, 4, 2), (64, 4, 2), (64, 8, 2), (32, 8, 2)],
+    "SCAN_BACKWARD": [(32, 4, 2), (32, 4, 3), (16, 4, 2), (64, 8, 2), (32, 8, 2)],
     "GRADS": [(64, 8, 1), (64, 8, 2), (32, 8, 2), (32, 8, 3), (32, 4, 2), (128, 8, 1)],
     "INVERSE": [(0, 4, 1), (0, 2, 1), (0, 8, 1)],
     "OUTPUT": [(128, 4, 1), (64, 4, 1), (128, 8, 1)],
@@ -199,8 +200,9 @@ def try_settings(case, deadline):
                 row["ms"] = round(milliseconds(function), 4)
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {error}"[:200]
-                if "illegal" in row["failed"]:
-                    raise
+                if "illegal" in row["failed"]:  # nothing runs in this process any more
+                    found[name] = {"tried": [*rows, row], "best": best[1]}
+                    return found
             else:
                 right = row["error"] < 2 * usual
                 best = min(best, (row["ms"], dict(settings)), key=lambda p: p[0]) if right else best
@@ -273,6 +275,8 @@ def main():
     note("1 x 2048 packed", measure(Case(1, options, packed(options))))
     note("convolution", convolution(options))
     note("settings", try_settings(case, deadline))
+    if any("illegal" in str(row) for row in result["settings"].values()):
+        sys.exit("a setting crashed the GPU context; remove it from CHOICES and run again")
     note("1 x 2048 best", measure(case))
     note("kernels_us_best", per_kernel(case))
     del case

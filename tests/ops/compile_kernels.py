@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
+from undefined_descriptors import undefined_descriptors
 
 from lorakit.ops import (
     causal_conv_triton,
@@ -41,7 +42,7 @@ MODEL, INNER, HEADS, HEAD = 4096, 11008, 32, 128
 
 def compile_only(capability, shared):
     """Every launch from here on compiles for this card and loads nothing; the list of them."""
-    made = []
+    made, checked = [], set()
     target = GPUTarget("cuda", capability, 32)
     driver.set_active(
         SimpleNamespace(
@@ -53,10 +54,15 @@ def compile_only(capability, shared):
     run = JITFunction.run
 
     def compiled(self, *args, grid, warmup, **options):
-        found = run(self, *args, grid=grid, warmup=True, **options).metadata
+        program = run(self, *args, grid=grid, warmup=True, **options)
+        found = program.metadata
         if found.shared > shared:
             raise OutOfResources(found.shared, shared, "shared memory")
         name = f"{self.fn.__module__}.{self.fn.__qualname__}"
+        if capability == 90 and program.hash not in checked:
+            checked.add(program.hash)
+            if undefined := undefined_descriptors(program.asm["cubin"]):
+                raise AssertionError(f"{name} {options}: undefined addresses in {undefined}")
         made.append({"kernel": name, "shared": found.shared})
 
     JITFunction.run = compiled
@@ -86,12 +92,12 @@ def launch_products(kind, rank, rows):
     rope_triton.rotate_qkv_triton_(make(rows, 3 * MODEL), (HEADS,) * 3, HEAD, angles, three)
 
 
-def launch_delta_rule(kind):
+def launch_delta_rule(kind, tokens):
     """Both ways, at the widths of Qwen3.5-9B."""
     make = lambda *shape: torch.empty(shape, dtype=kind, device="meta")  # noqa: E731
-    q, v, beta = make(1, 2048, 16, 128), make(1, 2048, 32, 128), make(1, 2048, 32)
+    q, v, beta = make(1, tokens, 16, 128), make(1, tokens, 32, 128), make(1, tokens, 32)
     g = torch.empty(beta.shape, device="meta")
-    packed = torch.empty(1, 2048, dtype=torch.int32, device="meta")
+    packed = torch.empty(1, tokens, dtype=torch.int32, device="meta")
     _, saved = gated_delta_rule_triton.delta_rule_triton(q, q, v, g, beta, packed, True)
     gated_delta_rule_triton.delta_rule_backward_triton(v, v, beta, packed, True, saved)
 
@@ -132,7 +138,8 @@ def main():
     for rank, rows in itertools.product(RANKS, ROWS) if products else ():
         launch_products(kind, rank, rows)
     if products:
-        launch_delta_rule(kind)
+        launch_delta_rule(kind, 2048)
+        launch_delta_rule(kind, 64)
     launch_rest(kind)
     print(json.dumps(made))
 

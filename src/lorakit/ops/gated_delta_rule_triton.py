@@ -2,6 +2,9 @@
 
 No product takes the transpose of another product: Triton 3.4 to 3.7.0 compiles it wrongly for
 Hopper. Where both are needed, the transpose is a product of its own.
+
+ptxas 12.8, which Triton 3.6 brings, reads shared memory at an undefined address in scans without a
+pipelined loop: with one stage, or where the number of chunks is the constant one.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ from lorakit.ops.delta_rule_layout import CHUNK, EPS, DeltaRuleSaved, empty_save
 from lorakit.ops.kernel_launch import Settings, launch_kernel
 
 # BLOCK_N: columns of v that a program computes, or reads at a time (GRADS).
-SCAN: Settings = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+SCAN: Settings = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 SCAN_BACKWARD: Settings = {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 OUTPUT: Settings = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
 LOCAL: Settings = {"BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
 GRADS: Settings = {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
 INVERSE: Settings = {"num_warps": 4, "num_stages": 1}
 ROWS = 16  # that a program normalizes
+# Compiled once for all lengths.
+COUNTS = ["tokens", "chunks"]
 
 
 def delta_rule_triton(
@@ -39,6 +44,7 @@ def delta_rule_triton(
     q, k, v = _rows(q), _rows(k), _rows(v)
     g, beta = g.contiguous(), beta.contiguous()
     batch, tokens, heads, width = v.shape
+    documents = _each_row(documents, batch)
     key_heads, key_width = k.shape[2:]
     saved, out = empty_saved(q, v), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     chunks, rows = saved.states.shape[2], batch * tokens * key_heads
@@ -78,7 +84,9 @@ def delta_rule_backward_triton(
 ) -> tuple[Tensor, ...]:
     """See `gated_delta_rule.delta_rule_backward_reference`."""
     dout, v = dout.contiguous(), _rows(v)
+    saved = DeltaRuleSaved(*(t.contiguous() for t in saved))
     batch, tokens, heads, width = v.shape
+    documents = _each_row(documents, batch)
     key_heads, key_width = saved.k.shape[2:]
     chunks, rows = saved.states.shape[2], batch * tokens * key_heads
     z, dstates = torch.empty_like(dout), torch.empty_like(saved.states)
@@ -124,6 +132,10 @@ def _columns(settings: Settings, width: int) -> Settings:
 def _rows(x: Tensor) -> Tensor:
     """x [B, T, H, d] with contiguous tokens, of any distance."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def _each_row(documents: Tensor | None, batch: int) -> Tensor | None:
+    return None if documents is None else documents.expand(batch, -1).contiguous()
 
 
 @triton.jit
@@ -220,7 +232,7 @@ def _decay(difference, where):  # type: ignore[no-untyped-def]
     return tl.where(where, tl.exp(tl.where(where, difference, 0.0)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _inverse_kernel(  # type: ignore[no-untyped-def]
     k, g, beta, documents, gates, inverse, tokens, chunks,
     DOCUMENTS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
@@ -284,7 +296,7 @@ def _inverse_kernel(  # type: ignore[no-untyped-def]
     tl.store(at + half * CHUNK + half, lower.to(kind))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_kernel(  # type: ignore[no-untyped-def]
     k, v, gates, inverse, written, states, tokens, chunks, v_batch, v_token,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
@@ -320,7 +332,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         state = tl.dot(tl.trans(keys), (f[:, None] * r).to(kind), state, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _output_kernel(  # type: ignore[no-untyped-def]
     q, k, gates, documents, written, states, out, tokens, chunks,
     DOCUMENTS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
@@ -351,7 +363,7 @@ def _output_kernel(  # type: ignore[no-untyped-def]
     _store_tokens(out, value_first, HEADS * V, column, count, value, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _local_kernel(  # type: ignore[no-untyped-def]
     q, k, gates, documents, dout, z, tokens, chunks,
     DOCUMENTS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
@@ -378,7 +390,7 @@ def _local_kernel(  # type: ignore[no-untyped-def]
     _store_tokens(z, value_first, HEADS * V, column, count, value, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _scan_backward_kernel(  # type: ignore[no-untyped-def]
     q, k, gates, inverse, dout, z, dstates, tokens, chunks,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
@@ -418,7 +430,7 @@ def _scan_backward_kernel(  # type: ignore[no-untyped-def]
         state = tl.dot(tl.trans(keys), erased.to(kind), state, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _grads_kernel(  # type: ignore[no-untyped-def]
     q, k, v, gates, documents, written, states, dout, z, dstates, dq, dk, dv, dg, dbeta,
     tokens, chunks, v_batch, v_token,
