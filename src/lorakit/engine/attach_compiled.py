@@ -23,7 +23,7 @@ from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import evaluating
 from lorakit.ops.dropout_mask import draw_keys, keep_mask
 
-PROBE_TOKENS = 64
+PROBE_TOKENS = 72
 # Longer windows are not probed: the probe's plain attention holds all pairs of tokens.
 LONGEST_WINDOW = 4096
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.engine.compiled_attention import attention_of, register
@@ -104,6 +105,7 @@ class CompiledLayers:
         if args and not args[0].requires_grad:
             # The first layer's input: without a gradient it would be compiled apart, for 10 s.
             args = (args[0].detach().requires_grad_(), *args[1:])
+        _mark_tokens(args[0].shape[1], (args, kwargs))
         if not self.recompute:
             return self.run(layer, *args, **kwargs)
         return checkpoint(
@@ -149,7 +151,16 @@ def _compiled(backend: str) -> Callable[..., Any]:
     # Gradients of a group's outputs are concatenated: as one pointwise kernel that computes both
     # branches of each element, a gate's backward took 174 us instead of 75 (H200, Gemma 3 12B).
     options = {"max_pointwise_cat_inputs": 0} if backend == "inductor" else None
-    return torch.compile(run, fullgraph=True, backend=backend, dynamic=True, options=options)
+    return torch.compile(run, fullgraph=True, backend=backend, options=options)
+
+
+def _mark_tokens(tokens: int, arguments: Any) -> None:
+    """Let compiled code serve any number of tokens and documents; all other sizes are fixed."""
+    for tensor in tree_leaves(arguments):
+        if isinstance(tensor, Tensor):
+            for dim, size in enumerate(tensor.shape):
+                if size == tokens or tensor.dim() == 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 class LinearGroup:
