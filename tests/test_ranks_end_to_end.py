@@ -336,7 +336,7 @@ def in_trouble(recipe_file):
 def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, fault):
     path, run, running, victim, said = in_trouble[fault]
     assert running.process.returncode == 1
-    assert "rank 1 (cpu:1 on" in said
+    assert "rank 1 (cpu:1 on" in said, said
     assert f"process {victim}" in said
     assert said.count("error:") == 1
     assert "Traceback" not in said

@@ -29,7 +29,6 @@ from lorakit.distributed.process_group import (
     SINGLE_PROCESS,
     DistributedContext,
     init_distributed,
-    shared_device,
 )
 from lorakit.errors import LorakitError, RunError
 from lorakit.export.checkpoint_keys import misfit
@@ -60,6 +59,7 @@ from lorakit.model.trainable_tokens import check_token_rows, check_tokens_occur,
 from lorakit.model.untrusted import check_adapter, read_object
 from lorakit.objects import NO_OBJECTS, Objects
 from lorakit.planning.forecast import planned_speed, require_plan_fits
+from lorakit.planning.multi_gpu import shared_device
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
 from lorakit.recipe.schema import Recipe

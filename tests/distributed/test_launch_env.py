@@ -11,7 +11,7 @@ from lorakit.distributed.launch_env import (
     launch_environment,
     launched_rank,
 )
-from lorakit.distributed.launcher import launched
+from lorakit.cli.launcher import launched
 from lorakit.distributed.process_group import init_distributed
 from lorakit.errors import RunError
 from lorakit.pipeline import fit

@@ -30,7 +30,7 @@ from lorakit.train.best_step import EarlyStopping, SaveBestStep
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
-from lorakit.train.gradient_sync import GradientSync, local_examples
+from lorakit.train.gradient_sync import GradientSync, keep_steps_complete, local_examples
 from lorakit.train.loss import AttachResult, attach_loss, base_of, detach_loss
 from lorakit.train.oom import (
     OomRetry,
@@ -112,6 +112,7 @@ class LoraTrainer(ResumableTrainer):
             if name in masters:
                 parameter.data = masters[name]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
         self.attached = attach_loss(
             self.model, recipe.fused_layers, torch.device(device.kind), plan.placement, ranks
