@@ -68,6 +68,7 @@ from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
 from lorakit.train.best_step import BestStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
+from lorakit.train.fsdp import check_launch, shard_base, with_launcher_settings
 from lorakit.train.gradient_sync import seed_per_rank
 from lorakit.train.oom import oom_as_error
 from lorakit.train.progress import TrainingProgress
@@ -182,6 +183,7 @@ def _prologue(
     check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
     steps = total_steps(resolved.recipe, len(prepared.train))
     check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
+    check_launch(resolved.recipe, device)
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
@@ -218,6 +220,7 @@ def fit(
     """
     resolved = resolve_start(resolved, resume)
     with init_distributed() as ranks:
+        resolved = with_launcher_settings(resolved)
         run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
         if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
@@ -262,10 +265,14 @@ def _fit(
         lambda: _write_run_files(run, start, fingerprint, resume, console)
     )
     _check_shared_filesystem(run, checkpoint, ranks)
-    if start.plan.placement.shards > 1:
+    if start.plan.placement.shards > 1 or recipe.fsdp is not None:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
     model = _model(start, console, checkpoint is None, objects.base)
+    if recipe.fsdp is not None:
+        with oom_as_error("sharding the base model", OOM_HINT):
+            shard_base(model, recipe.fsdp, device)
+        ranks.release_load_turn()
     if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
     else:
@@ -335,7 +342,7 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
         console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        on_host = start.plan.placement.base_offloaded
+        on_host = start.plan.placement.base_offloaded or recipe.fsdp is not None
         if given is None:
             base = load_base(recipe, start.location, device, on_host)
         else:

@@ -30,6 +30,7 @@ from lorakit.train.best_step import EarlyStopping, SaveBestStep
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
+from lorakit.train.fsdp import with_equal_micro_batches
 from lorakit.train.gradient_sync import GradientSync, keep_steps_complete, local_examples
 from lorakit.train.loss import AttachResult, attach_loss, base_of, detach_loss
 from lorakit.train.oom import (
@@ -115,7 +116,11 @@ class LoraTrainer(ResumableTrainer):
         keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
         self.attached = attach_loss(
-            self.model, recipe.fused_layers, torch.device(device.kind), plan.placement, ranks
+            self.model,
+            recipe.fused_layers if recipe.fsdp is None else "off",
+            torch.device(device.kind),
+            plan.placement,
+            ranks,
         )
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
@@ -279,7 +284,7 @@ class LoraTrainer(ResumableTrainer):
     @property
     def sharded(self) -> bool:
         """True if the ranks pass through the base together."""
-        return self.plan.placement.shards > 1
+        return self.plan.placement.shards > 1 or self.recipe.fsdp is not None
 
     def last_checkpoint(self) -> str:
         """Name the checkpoint to resume from, for messages."""
@@ -317,7 +322,10 @@ class LoraTrainer(ResumableTrainer):
         return {"ready": self.next_step}
 
     def _ready(self, rows: Sequence[dict[str, Any]]) -> StepInputs:
-        return step_inputs(rows, self.layout, self.ranks)
+        ready = step_inputs(rows, self.layout, self.ranks)
+        if self.recipe.fsdp is None:
+            return ready
+        return with_equal_micro_batches(ready, self.layout, self.ranks)
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""
