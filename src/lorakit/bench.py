@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lorakit.distributed.process_group import DistributedContext, init_distributed, select_device
+from lorakit.distributed.process_group import DistributedContext, init_distributed
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.model.load import seed_everything
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
@@ -79,7 +79,6 @@ def run_bench(
         "max_steps": steps,
         "memory_probe": False,  # the first step is a probe itself
     }
-    select_device()
     meter = _Meter()  # before init_distributed, which makes a context and NCCL's buffers
     with init_distributed() as ranks:
         console = console if ranks.is_main else Console(quiet=True)
@@ -321,7 +320,7 @@ class _Meter:
 
             return int(psutil.Process().memory_info().rss)
         try:
-            return int(torch.cuda.device_memory_used(torch.cuda.current_device()))
+            return int(torch.cuda.device_memory_used(0))
         except Exception:  # without NVML ask the CUDA runtime, which needs a context
             free, total = torch.cuda.mem_get_info()
             return total - free

@@ -19,7 +19,11 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from lorakit.dependencies import installed_version
-from lorakit.distributed.launch_env import hidden_launch_variables, launch_environment
+from lorakit.distributed.launch_env import (
+    hidden_launch_variables,
+    launch_environment,
+    prepare_rank,
+)
 from lorakit.distributed.rank_watch import LOST_SECONDS, Member, RankWatch
 from lorakit.errors import WorkError
 
@@ -132,6 +136,7 @@ def init_distributed() -> Iterator[DistributedContext]:
         WorkError: a rank does not join, or its GPU cannot be reached; the message names it.
         RunError: the environment holds a part of a launcher's variables.
     """
+    prepare_rank()
     if not launch_environment(strict=True):
         with hidden_launch_variables():
             yield SINGLE_PROCESS
@@ -144,15 +149,6 @@ def init_distributed() -> Iterator[DistributedContext]:
             ranks.watch.fail()
         raise
     ranks.run_on_main_and_broadcast(lambda: None)  # no rank ends before the others
-
-
-def select_device() -> None:
-    """Make the GPU of this process's local rank the current one."""
-    import torch
-
-    if torch.cuda.is_available():
-        local = int(launch_environment().get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local % torch.cuda.device_count())
 
 
 @functools.cache
@@ -168,8 +164,8 @@ def _join() -> DistributedContext:
     alarm = threading.Timer(JOIN_SECONDS, lambda: os.write(2, NO_ANSWER.encode()) and os._exit(1))
     alarm.daemon = True
     alarm.start()
-    select_device()
-    PartialState(cpu=not on_gpu, timeout=DEVICE_TIMEOUT if on_gpu else HOST_TIMEOUT)
+    more = {"device_id": torch.device("cuda", torch.cuda.current_device())} if on_gpu else {}
+    PartialState(cpu=not on_gpu, timeout=DEVICE_TIMEOUT if on_gpu else HOST_TIMEOUT, **more)
     ranks.cpu_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     members = ranks.all_gather_object(_this_member(rank))
     check_members(members)
@@ -206,7 +202,7 @@ def _this_member(rank: int) -> Member:
 
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     on_gpu = torch.cuda.is_available()
-    device = f"cuda:{torch.cuda.current_device()}" if on_gpu else f"cpu:{rank}"
+    device = f"cuda:{launch_environment()['LOCAL_RANK']}" if on_gpu else f"cpu:{rank}"
     versions = ", ".join(f"{name} {installed_version(name)}" for name in COMPARED)
     return Member(rank, device, socket.gethostname(), namespace, os.getpid(), versions)
 

@@ -54,7 +54,7 @@ class RankWatch(threading.Thread):
 
     Args:
         group: a gloo group used only here.
-        store: a connection used only here.
+        store: a connection to the launcher's store used only here.
     """
 
     def __init__(self, members: Sequence[Member], rank: int, group: Any, store: Any) -> None:
@@ -76,16 +76,16 @@ class RankWatch(threading.Thread):
 
     def fail(self) -> None:
         """Let the other ranks end silently, because this one prints an error."""
-        with suppress(RuntimeError):  # the store ended with its launcher
-            self.store.set("failed", "")
+        self._ask(lambda: self.store.set("failed", ""))
         self.last = 0
-        self.join(2 * GRACE_SECONDS)  # a thread inside the barrier would abort the interpreter
+        # A thread inside the barrier would abort the interpreter; the others read the store.
+        self.join(2 * GRACE_SECONDS)
 
     def run(self) -> None:
         import torch.distributed as dist
 
         while self._begins_round():
-            if self._told("failed"):
+            if self._ask(lambda: self.store.check(["failed"])):
                 self._abort("")
             try:
                 dist.monitored_barrier(self.group, SILENT, wait_all_ranks=True)
@@ -103,10 +103,18 @@ class RankWatch(threading.Thread):
             self.rounds += begins
             return begins
 
-    def _told(self, key: str) -> bool:
-        with suppress(RuntimeError):  # the store ended with its launcher
-            return bool(self.store.check([key]))
-        return False
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """Ask the store; None if it has ended, or is part of a stopped rank 0."""
+        answers: list[Any] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(GRACE_SECONDS)
+        return answers[0] if answers else None
 
     def _judge(self, error: str) -> None:
         """Name the ranks that missed a barrier: rank 0 knows them, the others miss rank 0."""
@@ -116,14 +124,11 @@ class RankWatch(threading.Thread):
             faulty = [int(number) for number in named[1].split(",")] if named else self._broken()
         else:
             time.sleep(GRACE_SECONDS)  # for the words of rank 0, if it lives
-        if self._told("failed"):
+        if self._ask(lambda: self.store.check(["failed"])):
             self._abort("")
-        try:
-            reports = self.store.add("reports", 1) == 1
-        except RuntimeError:  # the store ended with rank 0
-            reports = self.own.rank < 2
+        reports = self._ask(lambda: self.store.add("reports", 1)) or max(1, self.own.rank)
         members = [self.members[rank] for rank in faulty]
-        self._abort(self.message(members, error) if reports else "")
+        self._abort(self.message(members, error) if reports == 1 else "")
 
     def _broken(self) -> list[int]:
         """Ranks whose connection is closed, which the barrier's error does not name."""
@@ -143,11 +148,10 @@ class RankWatch(threading.Thread):
         lines = [f"error: {m} {self._fate(m)}, after step {self.step}" for m in faulty]
         if not faulty:
             lines = [f"error: a rank does not answer after step {self.step}: {error}"]
-        if self.folder is None:
-            remedy = "start the same command again"
-        elif len({member.host for member in self.members}) > 1:
-            remedy = "start the same command again on every machine, with --resume"
-        else:
+        remedy = "start the same command again"
+        if self.folder is not None and len({member.host for member in self.members}) > 1:
+            remedy += " on every machine, with --resume"
+        elif self.folder is not None:
             remedy = f"resume with: {RunDir(self.folder).going_on(len(self.members))}"
         cause = "check dmesg: the kernel kills what takes too much memory"
         return "\n".join([*lines, f"  {self.checkpoint_summary()}", f"hint: {cause}; {remedy}"])
@@ -164,14 +168,13 @@ class RankWatch(threading.Thread):
 
     def _abort(self, message: str) -> None:
         """End this process, though its main thread may be blocked; write its stacks."""
-        if self.folder is not None and self.folder.is_dir():
-            with suppress(OSError):
+        with suppress(OSError):
+            if self.folder is not None:
                 path = self.folder / f"stacks_rank{self.own.rank}.txt"
                 with path.open("w", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                 message += message and f"\n  stacks of each process: {self.folder}/stacks_rank*.txt"
         if message:
-            sys.stderr.write(f"\n{message}\n")
-            sys.stderr.flush()
+            os.write(2, f"\n{message}\n".encode())
         time.sleep(GRACE_SECONDS)
         os._exit(1)

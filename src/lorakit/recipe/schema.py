@@ -370,6 +370,11 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def layers(self) -> str:
+        """`fused_layers`, or "off" where FSDP shards the model's own layers."""
+        return self.fused_layers if self.fsdp is None else "off"
+
+    @property
     def held_out(self) -> float | int:
         """Share (below 1) or number of rows of `data` to hold out."""
         if self.val_size is not None:

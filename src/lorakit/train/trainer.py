@@ -116,11 +116,7 @@ class LoraTrainer(ResumableTrainer):
         keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
         self.attached = attach_loss(
-            self.model,
-            recipe.fused_layers if recipe.fsdp is None else "off",
-            torch.device(device.kind),
-            plan.placement,
-            ranks,
+            self.model, recipe.layers, torch.device(device.kind), plan.placement, ranks
         )
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
