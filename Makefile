@@ -6,13 +6,14 @@ TORCH_OLDEST ?= torch==2.10.0
 TORCH_NEWEST ?= torch
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest test-newest check docs fmt schema bench notebooks audit licenses models clean
+.PHONY: demo test test-oldest test-newest wheel-demo check docs fmt schema bench notebooks audit licenses models clean
 .DEFAULT_GOAL = help
 
 help:
 	@echo "make demo    fine-tune a real small chat model on this CPU and show what changed"
 	@echo "make test    run the tests"
 	@echo "make test-oldest, make test-newest  the same with other versions of the dependencies"
+	@echo "make wheel-demo  build the wheel, install it alone, and run the demo from it"
 	@echo "make check   lint, types, layout rules, words, what no source may do"
 	@echo "make docs    guides, concepts and reference as a site, into site/"
 	@echo "make audit   ask the advisory service of the package index about every pinned package"
@@ -56,6 +57,15 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 test-oldest test-newest: test-%: .venv-%/.ready
 	.venv-$*/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
+# An environment with nothing but the wheel and its dependencies, and a folder outside the sources.
+wheel-demo:
+	rm -rf build dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python $(PIP_INSTALL) $(TORCH)
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt dist/lorakit-*.whl
+	folder=$$(mktemp -d) && cd $$folder && $(CURDIR)/.venv-wheel/bin/lorakit demo
+
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,4 +107,4 @@ audit:
 	    "'connection', the advisory service was not reached and NOTHING was checked"; exit 1; }
 
 clean:
-	rm -rf $(VENV) .venv-audit .venv-oldest .venv-newest build dist site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-audit .venv-oldest .venv-newest .venv-wheel build dist site .pytest_cache .ruff_cache .mypy_cache
