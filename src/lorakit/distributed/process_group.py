@@ -164,8 +164,7 @@ def _join() -> DistributedContext:
     alarm = threading.Timer(JOIN_SECONDS, lambda: os.write(2, NO_ANSWER.encode()) and os._exit(1))
     alarm.daemon = True
     alarm.start()
-    more = {"device_id": torch.device("cuda", torch.cuda.current_device())} if on_gpu else {}
-    PartialState(cpu=not on_gpu, timeout=DEVICE_TIMEOUT if on_gpu else HOST_TIMEOUT, **more)
+    PartialState(cpu=not on_gpu, timeout=DEVICE_TIMEOUT if on_gpu else HOST_TIMEOUT)
     ranks.cpu_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     members = ranks.all_gather_object(_this_member(rank))
     check_members(members)
