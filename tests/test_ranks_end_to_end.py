@@ -289,9 +289,9 @@ def test_a_run_of_one_goes_on_with_fsdp_of_accelerate_launch(forked, alone):
 )
 def test_options_of_accelerate_launch_that_cannot_be_are_one_message(forked, name, words):
     ended = forked[name]
-    assert ended.codes == [2, 2] or ended.codes == [1, 1], ended.codes
+    assert ended.codes == [2, 1], "rank 0 names it, the other ends without words"
     assert words in " ".join(ended.said(0).split())
-    assert ended.said(0).count("error:") == 1
+    assert (ended.said(0) + ended.said(1)).count("error:") == 1
     assert not ended.run.path.exists()
 
 

@@ -220,8 +220,9 @@ def fit(
     """
     resolved = resolve_start(resolved, resume)
     with init_distributed() as ranks:
-        resolved = with_launcher_settings(resolved)
-        run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
+        run, resolved = ranks.run_on_main_and_broadcast(
+            lambda: resolve_run_dir(with_launcher_settings(resolved), resume)
+        )
         if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
                 return _fit(run, resolved, console, resume, force, ranks, objects)
