@@ -140,8 +140,8 @@ SCRIPT = """
             print("well")
 
     children = {}
-    ports = sys.argv[2:]
-    for fault, port in zip(("kill1", "kill0", "stop0", "fail2", "well0"), ports, strict=True):
+    faults = ("kill1", "kill0", "stop0", "fail2", "fail0", "well0")
+    for fault, port in zip(faults, sys.argv[2:], strict=True):
         for rank in range(3):
             child = os.fork()
             if not child:
@@ -177,7 +177,7 @@ def faults(tmp_path_factory):
             sys.executable,
             str(folder / "ranks.py"),
             str(folder),
-            *(str(free_port()) for _ in "12345"),
+            *(str(free_port()) for _ in "123456"),
         ],
         capture_output=True,
         text=True,
@@ -208,10 +208,12 @@ def test_a_lost_rank_is_named_by_one_of_the_others(faults, fault, victim, words)
     assert "after step 7" in said
 
 
-def test_a_rank_that_fails_ends_the_others_without_words(faults):
-    assert [faults[f"fail2_{rank}"][0] for rank in range(3)] == [1, 1, 1]
-    assert "the reason" in faults["fail2_2"][1]
-    assert "error: " not in "".join(faults[f"fail2_{rank}"][1] for rank in range(3))
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_fails_ends_the_others_without_words(faults, victim):
+    ended = [faults[f"fail{victim}_{rank}"] for rank in range(3)]
+    assert [code for code, _ in ended] == [1, 1, 1]
+    assert "the reason" in ended[victim][1]
+    assert "error: " not in "".join(said for _, said in ended)
 
 
 def test_ranks_that_are_well_end_together_though_one_is_late(faults):

@@ -66,6 +66,7 @@ class RankWatch(threading.Thread):
         self.gate, self.wake = threading.Lock(), threading.Event()
         self.rounds, self.last = 0, sys.maxsize
         self.parent = os.getppid()
+        self.failing = False
 
     def finish(self, gather: Callable[[int], list[int]]) -> None:
         """End the threads of all ranks after the same barrier."""
@@ -76,7 +77,10 @@ class RankWatch(threading.Thread):
 
     def fail(self) -> None:
         """Let the other ranks end silently, because this one prints an error."""
+        self.failing = True
         self._ask(lambda: self.store.set("failed", ""))
+        if self.own.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(2 * ROUND_SECONDS)  # the others read the store of this process
         self.last = 0
         # A thread inside the barrier would abort the interpreter; the others read the store.
         self.join(2 * GRACE_SECONDS)
@@ -85,11 +89,13 @@ class RankWatch(threading.Thread):
         import torch.distributed as dist
 
         while self._begins_round():
-            if self._ask(lambda: self.store.check(["failed"])):
+            if not self.failing and self._ask(lambda: self.store.check(["failed"])):
                 self._abort("")
             try:
                 dist.monitored_barrier(self.group, SILENT, wait_all_ranks=True)
             except RuntimeError as error:
+                if self.failing:
+                    return
                 self._judge(str(error))
             if os.getppid() != self.parent:
                 # The launcher has ended: finish the step, save and stop, once.
