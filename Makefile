@@ -50,8 +50,8 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 .venv-newest/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python $(PIP_INSTALL) --upgrade $(TORCH_NEWEST)
-	.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/python $(PIP_INSTALL) $(TORCH_NEWEST)
+	.venv-newest/bin/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready
