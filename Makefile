@@ -2,14 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TORCH_OLDEST ?= torch==2.10.0
+TORCH_NEWEST ?= torch
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs fmt schema bench notebooks audit licenses models clean
+.PHONY: demo test test-oldest test-newest wheel-demo check docs fmt schema bench notebooks audit licenses models clean
 .DEFAULT_GOAL = help
 
 help:
 	@echo "make demo    fine-tune a real small chat model on this CPU and show what changed"
 	@echo "make test    run the tests"
+	@echo "make test-oldest, make test-newest  the same with other versions of the dependencies"
+	@echo "make wheel-demo  build the wheel, install it alone, and run the demo from it"
 	@echo "make check   lint, types, layout rules, words, what no source may do"
 	@echo "make docs    guides, concepts and reference as a site, into site/"
 	@echo "make audit   ask the advisory service of the package index about every pinned package"
@@ -33,6 +37,34 @@ demo: $(VENV)/.ready
 # Files are begun in the order of tests/conftest.py, the longest first.
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The same suite with the lowest and with the newest versions that pyproject.toml allows; TORCH_OLDEST
+# and TORCH_NEWEST choose the build of torch, TESTS a part: make test-oldest TESTS=tests/recipe
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+.venv-oldest/.ready: pyproject.toml tests/lowest_versions.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python tests/lowest_versions.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python $(PIP_INSTALL) $(TORCH_OLDEST)
+	.venv-oldest/bin/python $(PIP_INSTALL) -c .venv-oldest/constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-newest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP_INSTALL) $(TORCH_NEWEST)
+	.venv-newest/bin/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# An environment with nothing but the wheel and its dependencies, and a folder outside the sources.
+wheel-demo:
+	rm -rf build dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python $(PIP_INSTALL) $(TORCH)
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt dist/lorakit-*.whl
+	folder=$$(mktemp -d) && cd $$folder && $(CURDIR)/.venv-wheel/bin/lorakit demo
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -75,4 +107,4 @@ audit:
 	    "'connection', the advisory service was not reached and NOTHING was checked"; exit 1; }
 
 clean:
-	rm -rf $(VENV) .venv-audit build dist site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-audit .venv-oldest .venv-newest .venv-wheel build dist site .pytest_cache .ruff_cache .mypy_cache

@@ -14,10 +14,10 @@ import statistics
 import time
 from pathlib import Path
 
-from lorakit.distributed.process_group import set_cuda_device_from_local_rank
+from lorakit.distributed.launch_env import prepare_rank
 
 # What follows asks CUDA for its cards while it is imported: NCCL then found both ranks on one.
-set_cuda_device_from_local_rank()
+prepare_rank()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -2,17 +2,15 @@
 
     python forked_ranks.py '{"jobs": [...]}'
 
-A job is {"name", "words": of the command line, "ranks", "folder", "fails": a rank or null}. Into
-`folder` goes what each rank said (said_0.txt ...), its exit code, and the rows that it computed at
-each step (rows_0.jsonl ...).  `fails` lets a rank run out of memory while it loads the base.
+A job is {"name", "words": of the command line, "ranks", "folder", "fails": a rank or null, "env":
+further variables}. Into `folder` goes what each rank said (said_0.txt ...), its exit code, and the
+rows that it computed at each step (rows_0.jsonl ...).  `fails` lets a rank run out of memory while
+it loads the base.
 """
 
-import contextlib
 import gc
 import json
 import os
-import random
-import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from in_process import (  # this file runs as a script: its folder is on the pat
     exit_code,
     import_libraries,
 )
+from rank_ports import free_port
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
@@ -32,15 +31,6 @@ def import_everything():
 
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401
-
-
-def free_port():
-    """Below those that connections of other programs are given until the ranks come to it."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        with socket.socket() as door, contextlib.suppress(OSError):
-            door.bind(("127.0.0.1", port))
-            return port
 
 
 def keep_rows(path):
@@ -74,7 +64,7 @@ def rank(job, number, port):
         count = str(job["ranks"])
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0"}
         os.environ |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **job["env"]}
     keep_rows(folder / f"rows_{number}.jsonl")
     if job["fails"] == number:
         from lorakit import pipeline

@@ -210,10 +210,10 @@ CLASSES = [
     ),
     Class(
         "one of several processes hangs, or has no data, and the others wait for ever",
-        "tests/distributed/test_heartbeat.py::test_a_silent_rank_is_named_with_its_last_step",
-        "distributed/heartbeat.py",
-        "elif now - self.changed[beat.rank][1] > SILENT_SECONDS:",
-        "elif False:",
+        "tests/distributed/test_rank_watch.py::test_the_others_name_rank_0_once_and_only_if_it_said_nothing",
+        "distributed/rank_watch.py",
+        "if reports == 1 else",
+        "if False else",
         "the judgment alone; a real process stopped, killed, failing at start or without a row: "
         "tests/test_ranks_end_to_end.py",
     ),

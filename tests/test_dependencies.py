@@ -58,3 +58,32 @@ def test_pyproject_asks_for_the_floors_or_higher(monkeypatch):
         assert floor.package in lowest, f"{floor.package} is used and must be asked for"
     monkeypatch.setattr(importlib.metadata, "version", lowest.__getitem__)
     assert too_old() == []
+
+
+def test_extras_name_what_the_code_asks_for():
+    import tomllib
+    from pathlib import Path
+
+    from lorakit.data.sources.http import PACKAGES
+    from lorakit.recipe.schema import Recipe
+
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    named = {key: {line.split(">")[0] for line in lines} for key, lines in extras.items()}
+    assert named["cloud"] == set(PACKAGES.values())
+    trackers = Recipe.model_json_schema()["properties"]["report_to"]["items"]["enum"]
+    assert named["track"] <= set(trackers)
+
+
+def test_the_lowest_versions_are_those_of_the_ranges():
+    from tests.lowest_versions import lowest
+
+    text = """
+        [project]
+        dependencies = ["torch>=2.10,<3", "peft>=0.21,<1", "x[y]>=1.2"]
+        [project.optional-dependencies]
+        serve = ["starlette>=0.50,<2", "lorakit[gguf]"]
+        gguf = ["protobuf>=5.26,<9"]
+    """
+    found = {"peft": "0.21", "x": "1.2", "starlette": "0.50", "protobuf": "5.26"}
+    assert lowest(text) == found

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,6 +46,7 @@ NAMES = {
     "_last_lr": "a resumed schedule's rate in the log",
     "_model_mapping": "the class that is built for a config",
     "_name_or_path": "the files of a model that a program loaded",
+    "_no_split_modules": "classes of the layers that FSDP shards one by one",
     "_parameters": "torch.nn.Module: all tensors of a layer",
     "_set_allocator_settings": "expandable segments after torch was imported",
     "_tokenizer": "added words of a tokenizer",
@@ -83,6 +85,11 @@ def test_names_are_there(tiny_model_dir):
     assert config._attn_implementation == "eager"
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     assert model.config._name_or_path == str(tiny_model_dir)
+    assert set(model._no_split_modules) == {"LlamaDecoderLayer"}
+    # `keep_steps_complete` replaces these on an instance.
+    arguments = inspect.signature(Accelerator.prepare_model).parameters
+    assert {"device_placement", "evaluation_mode"} <= set(arguments)
+    assert "device_placement" in inspect.signature(Accelerator.prepare_data_loader).parameters
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     assert tokenizer._tokenizer.token_to_id(tokenizer.eos_token) == tokenizer.eos_token_id
     from transformers.utils.chat_template_utils import _compile_jinja_template

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.rank_ports import free_port
 
 from lorakit.pipeline import fit
 from lorakit.recipe.loader import load_recipe
@@ -34,6 +35,22 @@ PLAIN = {
     "save_every": 3,
 }
 SHARDED = {"method": "qlora", "fused_layers": "on", "sharding": "on"}
+# One example a micro-batch: the ranks have unequal numbers of them.
+UNEQUAL = {
+    "gradient_checkpointing": True,
+    "packing": False,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+}
+# What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+ACCELERATE_FSDP = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "false",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}
 STREAMED = {"method": "qlora", "fused_layers": "on", "weight_offload": "on"}
 
 
@@ -139,18 +156,25 @@ def forked(recipe_file, alone, data, tmp_path_factory):
     """Runs of ranks that need no launcher of ours, in one go: {name: (run, rows, said, codes)}."""
     jobs, runs = [], {}
 
-    def add(name, words, run, ranks=2, fails=None):
+    def add(name, words, run, ranks=2, fails=None, env=None):
         folder = tmp_path_factory.mktemp(name)
         runs[name] = run, folder
         words = ["train", *map(str, words), "--offline"]
-        jobs.append(
-            {"name": name, "words": words, "ranks": ranks, "folder": str(folder), "fails": fails}
-        )
+        job = {"name": name, "words": words, "ranks": ranks, "folder": str(folder)}
+        jobs.append({**job, "fails": fails, "env": env or {}})
 
     resumed = from_step_3(alone, tmp_path_factory.mktemp("one-then-two"))
     add("one then two", [resumed.recipe, "--resume"], resumed)
     path, run = recipe_file(**SHARDED)
     add("spread", [path], run)
+    path, run = recipe_file(fsdp={}, **UNEQUAL)
+    add("fsdp", [path], run)
+    resumed = from_step_3(alone, tmp_path_factory.mktemp("one-then-fsdp"))
+    add("one then fsdp", [resumed.recipe, "--resume"], resumed, env=ACCELERATE_FSDP)
+    path, run = recipe_file(fsdp={"cpu_offload": True})
+    add("two sources", [path], run, env=ACCELERATE_FSDP)
+    path, run = recipe_file()
+    add("deepspeed", [path], run, env={"ACCELERATE_USE_DEEPSPEED": "true"})
     epochs = {"max_steps": None, "epochs": 2.0, "val_size": 0}
     for ranks in (1, 2):
         path, run = recipe_file(**epochs)
@@ -238,6 +262,39 @@ def test_a_base_spread_over_ranks_computes_as_one_that_is_streamed(recipe_file, 
     same(ended.run, whole)
 
 
+def test_a_base_sharded_by_fsdp_has_the_numbers_of_one_process(forked, alone):
+    ended = forked["fsdp"]
+    assert ended.codes == [0, 0], ended.said(0)
+    assert "all recomputed in 2 layers" in ended.said(0)
+    parts = json.loads(ended.run.plan.read_text())["parts"]
+    assert parts["two layers, gathered"] == 2 * parts["frozen weights"], "half of two layers each"
+    same(ended.run, alone)
+
+
+def test_a_run_of_one_goes_on_with_fsdp_of_accelerate_launch(forked, alone):
+    ended = forked["one then fsdp"]
+    assert ended.codes == [0, 0], ended.said(0)
+    recipe = ended.run.recipe.read_text()
+    assert 'fsdp: {"reshard_after_forward": false, "cpu_offload": false}' in recipe
+    assert "derived: accelerate launch" in recipe
+    same(ended.run, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("two sources", "fsdp has two sources: the recipe has {'cpu_offload': True}, accelerate"),
+        ("deepspeed", "ACCELERATE_USE_DEEPSPEED=true of accelerate launch is not supported: Deep"),
+    ],
+)
+def test_options_of_accelerate_launch_that_cannot_be_are_one_message(forked, name, words):
+    ended = forked[name]
+    assert ended.codes == [2, 1], "rank 0 names it, the other ends without words"
+    assert words in " ".join(ended.said(0).split())
+    assert (ended.said(0) + ended.said(1)).count("error:") == 1
+    assert not ended.run.path.exists()
+
+
 def test_each_row_is_computed_once_an_epoch_in_the_order_of_one_process(forked):
     one, two = forked["epochs 1"], forked["epochs 2"]
     assert one.codes + two.codes == [0, 0, 0], two.said(0)
@@ -289,9 +346,14 @@ def test_a_rank_without_memory_for_the_base_speaks_for_itself_and_ends_the_other
 class Running:
     """A run of two ranks in the background."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, launch=None):
+        words = [*launch, "-m", "lorakit", "train", *words] if launch else command(*words, gpus=2)
         self.process = subprocess.Popen(
-            command(*words, gpus=2), env=environment(), stderr=subprocess.PIPE, text=True
+            words,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def at_step(self, run, step):
@@ -307,25 +369,48 @@ class Running:
         raise AssertionError(f"no rank {number}")
 
     def ended(self):
-        # Without a heartbeat the others wait for ever: torch's own limit is 30 days (ranks.py).
+        # A collective waits for 30 days (`HOST_TIMEOUT`) for a rank that nobody names.
         _, said = self.process.communicate(timeout=300)
         return said
 
 
+def torchrun(node, port):
+    """The command of torchrun on one of two machines, with one rank each."""
+    place = ["--nnodes", "2", "--node-rank", node, "--nproc-per-node", "1"]
+    address = ["--master-addr", "127.0.0.1", "--master-port", port]
+    return [sys.executable, "-m", "torch.distributed.run", *place, *address]
+
+
 @pytest.fixture(scope="module")
 def in_trouble(recipe_file):
-    """Three runs of two ranks side by side; a rank, a rank and the launcher get a signal."""
+    """Four runs of two ranks side by side; a rank, a rank and the launcher get a signal.
+
+    The fourth is one of `accelerate launch`. The ranks of the run whose rank is killed are on two
+    "machines": each has a torchrun of its own.
+    """
+    path, run = recipe_file()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    accelerated = Running(path, "--offline", launch=[*launch, "--num_processes", "2"])
+    ends = {"accelerate": (path, run, accelerated, None)}
     started = {}
     for fault in (signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM):
         path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
-        started[fault] = path, run, Running(path)
+        if fault == signal.SIGKILL:
+            port = str(free_port())
+            first, second = (Running(path, launch=torchrun(node, port)) for node in "01")
+            started[fault] = path, run, first
+        else:
+            started[fault] = path, run, Running(path)
     victims = {}
     for fault, (_, run, running) in started.items():
         running.at_step(run, 5)
-        victim = running.process.pid if fault == signal.SIGTERM else running.rank(1)
-        os.kill(victim, fault)
-        victims[fault] = victim
-    ends = {}
+        if fault == signal.SIGTERM:
+            victims[fault] = running.process.pid
+        else:
+            victims[fault] = (second if fault == signal.SIGKILL else running).rank(1)
+        os.kill(victims[fault], fault)
+    assert "error: " not in second.ended()
+    ends["accelerate"] += (accelerated.ended(),)
     for fault in reversed(started):
         path, run, running = started[fault]
         ends[fault] = path, run, running, victims[fault], running.ended()
@@ -336,10 +421,11 @@ def in_trouble(recipe_file):
 def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, fault):
     path, run, running, victim, said = in_trouble[fault]
     assert running.process.returncode == 1
-    assert "rank 1 (cpu:1 on" in said
+    assert "rank 1 (cpu:1 on" in said, said
     assert f"process {victim}" in said
     assert said.count("error:") == 1
-    assert "Traceback" not in said
+    if fault == signal.SIGSTOP:  # torchrun adds the stack of its own exception
+        assert "Traceback" not in said
     assert not psutil.pid_exists(victim)
     assert (run.path / "stacks_rank0.txt").exists()
     assert f"{run.path}/stacks_rank*.txt" in said
@@ -347,6 +433,13 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, faul
     taken = len(losses(run))
     fit(load_recipe(path, [f"max_steps={taken + 2}"]), QUIET, resume=True)
     assert len(losses(run)) == taken + 2
+
+
+def test_accelerate_launch_trains_as_it_is(in_trouble, alone):
+    _, run, running, _, said = in_trouble["accelerate"]
+    assert running.process.returncode == 0, said
+    assert "ranks    2 share each step" in said
+    same(run, alone)
 
 
 def test_a_signal_to_the_launcher_saves_and_stops_all(in_trouble):

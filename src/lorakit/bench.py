@@ -22,12 +22,13 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lorakit.distributed.process_group import DistributedContext, init_distributed, shared_device
+from lorakit.distributed.process_group import DistributedContext, init_distributed
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.model.load import seed_everything
 from lorakit.model.lora_config import add_adapter, count_parameters, resolve_targets
 from lorakit.model.random_init import random_model
 from lorakit.planning.known_models import shape_config
+from lorakit.planning.multi_gpu import shared_device
 from lorakit.planning.planner import plan_training
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.recipe.schema import Recipe

@@ -29,7 +29,6 @@ from lorakit.distributed.process_group import (
     SINGLE_PROCESS,
     DistributedContext,
     init_distributed,
-    shared_device,
 )
 from lorakit.errors import LorakitError, RunError
 from lorakit.export.checkpoint_keys import misfit
@@ -60,6 +59,7 @@ from lorakit.model.trainable_tokens import check_token_rows, check_tokens_occur,
 from lorakit.model.untrusted import check_adapter, read_object
 from lorakit.objects import NO_OBJECTS, Objects
 from lorakit.planning.forecast import planned_speed, require_plan_fits
+from lorakit.planning.multi_gpu import shared_device
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
 from lorakit.recipe.schema import Recipe
@@ -68,6 +68,7 @@ from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
 from lorakit.train.best_step import BestStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
+from lorakit.train.fsdp import check_launch, shard_base, with_launcher_settings
 from lorakit.train.gradient_sync import seed_per_rank
 from lorakit.train.oom import oom_as_error
 from lorakit.train.progress import TrainingProgress
@@ -182,6 +183,7 @@ def _prologue(
     check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
     steps = total_steps(resolved.recipe, len(prepared.train))
     check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
+    check_launch(resolved.recipe, device)
     console.print(report_view(prepared.report))
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
@@ -218,7 +220,9 @@ def fit(
     """
     resolved = resolve_start(resolved, resume)
     with init_distributed() as ranks:
-        run, resolved = ranks.run_on_main_and_broadcast(lambda: resolve_run_dir(resolved, resume))
+        run, resolved = ranks.run_on_main_and_broadcast(
+            lambda: resolve_run_dir(with_launcher_settings(resolved), resume)
+        )
         if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
                 return _fit(run, resolved, console, resume, force, ranks, objects)
@@ -262,10 +266,14 @@ def _fit(
         lambda: _write_run_files(run, start, fingerprint, resume, console)
     )
     _check_shared_filesystem(run, checkpoint, ranks)
-    if start.plan.placement.shards > 1:
+    if start.plan.placement.shards > 1 or recipe.fsdp is not None:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
     model = _model(start, console, checkpoint is None, objects.base)
+    if recipe.fsdp is not None:
+        with oom_as_error("sharding the base model", OOM_HINT):
+            shard_base(model, recipe.fsdp, device)
+        ranks.release_load_turn()
     if ranks.is_main:
         require_space(run, recipe, count_parameters(model)[0])
     else:
@@ -335,7 +343,7 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
         console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        on_host = start.plan.placement.base_offloaded
+        on_host = start.plan.placement.base_offloaded or recipe.fsdp is not None
         if given is None:
             base = load_base(recipe, start.location, device, on_host)
         else:

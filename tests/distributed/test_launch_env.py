@@ -5,13 +5,13 @@ import os
 import pytest
 from rich.console import Console
 
+from lorakit.cli.launcher import launched
 from lorakit.distributed.launch_env import (
     REQUIRED,
     hidden_launch_variables,
     launch_environment,
     launched_rank,
 )
-from lorakit.distributed.launcher import launched
 from lorakit.distributed.process_group import init_distributed
 from lorakit.errors import RunError
 from lorakit.pipeline import fit

@@ -56,6 +56,15 @@ def test_what_a_card_runs(card, capability, kernels, products, words):
     assert has_kernels(OnACard()) is kernels
 
 
+def test_an_amd_gpu_runs_the_kernels_without_matrix_products(card, monkeypatch):
+    pytest.importorskip("triton", reason="the triton package is not installed")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    card((9, 4))  # an MI300
+    assert has_kernels(OnACard())
+    assert not has_matrix_kernels(OnACard())
+    assert kernels_reason("cuda").startswith("Triton kernels, matrix products by hipBLAS")
+
+
 def test_without_triton_there_are_no_kernels(card, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     card((9, 0))

@@ -1,14 +1,17 @@
 """What several GPUs make of a step: where the base lies and why, who waits, what is gained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
+from lorakit.errors import WorkError
 from lorakit.planning.forecast import forecast
 from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
-from lorakit.planning.multi_gpu import describe_split, idle_share
+from lorakit.planning.multi_gpu import describe_split, idle_share, shared_device
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
@@ -141,3 +144,28 @@ def test_nothing_is_said_of_unknown_wires():
     assert value.scale.traffic.gradients_bytes > 0
     assert value.scale.efficiency is None
     assert value.scale.waited_share is None
+
+
+H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16", {"kind": "card"})
+
+
+class Gathered(DistributedContext):
+    def __init__(self, found):
+        super().__init__(0, len(found), len(found))
+        self.found = found
+
+    def all_gather_object(self, thing):
+        return self.found
+
+
+def test_the_plan_is_for_the_smallest_card_of_all():
+    assert shared_device(H100, SINGLE_PROCESS) is H100
+    small = replace(H100, name="A100", memory_bytes=40 * 2**30)
+    device = shared_device(H100, Gathered([H100, small]))
+    assert device.memory_bytes == 40 * 2**30
+    assert device.ranks == 2
+    assert device.reasons["ranks"] == "1 x A100, 1 x H100"
+    with pytest.raises(
+        WorkError, match=r"different dtypes on the ranks: rank 0: bfloat16 on H100, rank 1"
+    ):
+        shared_device(H100, Gathered([H100, replace(H100, dtype="float16")]))

@@ -84,6 +84,7 @@ MAY_CHANGE = {
     "gradient_checkpointing": True,
     "memory_limit": "4GiB",
     "weight_offload": "off",
+    "fsdp": {},
     "sharding": "off",
     "save_every": "10min",
     "keep_checkpoints": 5,

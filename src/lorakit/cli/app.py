@@ -99,7 +99,7 @@ def print_json(value: Any) -> None:
 
 def on_gpus(gpus: int) -> None:
     """Run this command in `gpus` processes and exit with their code; return in such a process."""
-    from lorakit.distributed.launcher import launch_processes, launched, without_gpus
+    from lorakit.cli.launcher import launch_processes, launched, without_gpus
 
     if not launched():
         raise typer.Exit(launch_processes(without_gpus(sys.argv[1:]), gpus))

@@ -7,8 +7,7 @@ import sys
 from lorakit.cli import doctor, import_recipe, inspect, plan, run_commands, train
 from lorakit.cli.app import app, log
 from lorakit.console import keep_streams_going
-from lorakit.distributed.launch_env import launched_rank
-from lorakit.distributed.process_group import set_cuda_device_from_local_rank
+from lorakit.distributed.launch_env import launched_rank, prepare_rank
 from lorakit.errors import LorakitError
 
 # The commands register themselves when these are imported.
@@ -24,7 +23,7 @@ WINDOWS = (
 def main() -> None:
     """Run a command; print a LorakitError as one message, and keep the traceback of bugs."""
     keep_streams_going()
-    set_cuda_device_from_local_rank()
+    prepare_rank()
     rank = launched_rank()
     prefix = f"rank {rank}: " if rank else ""
     if sys.platform == "win32":

@@ -1,1 +1,1 @@
-"""Thin layer over torch.distributed: process group, launcher, heartbeat."""
+"""Ranks of a run: what a launcher started, their collective operations, and who is lost."""

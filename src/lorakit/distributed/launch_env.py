@@ -1,4 +1,4 @@
-"""Read the environment variables of a launcher, and hide them from other libraries.
+"""Read the environment variables of a launcher; hide leftovers of one from other libraries.
 
 Shells and batch jobs often keep variables of an earlier launcher (torchrun, MPI, `accelerate
 launch`). A process is a rank only if all variables of torchrun are there; other ones are ignored.
@@ -14,6 +14,7 @@ from lorakit.errors import RunError
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 REQUIRED = (*NUMBERS, "MASTER_ADDR", "MASTER_PORT")
+_SHOWN = "LORAKIT_GPU_OF_RANK"
 # Read by transformers, accelerate and trl, which would divide the work again or change its numbers.
 _HIDDEN = (*NUMBERS, "GROUP_RANK")
 _HIDDEN_PREFIXES = ("ACCELERATE_", "FSDP_", "MV2_", "OMPI_", "PARALLELISM_CONFIG_", "PMI_")
@@ -49,6 +50,26 @@ def launch_environment(strict: bool = False) -> dict[str, str]:
 def launched_rank() -> int:
     """Rank of this process; 0 if it is not one of several."""
     return int(launch_environment().get("RANK", "0"))
+
+
+def prepare_rank() -> None:
+    """Make only one GPU visible to this process, by its local rank, before torch is imported.
+
+    Threads that load weights start on the first visible GPU. Launchers that already show each
+    process one GPU (Ray) are left alone.
+    """
+    env = launch_environment()
+    if env:
+        # Stacks of C++ would surround the message that names a lost rank; read at torch's import.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    if not env or int(env["LOCAL_WORLD_SIZE"]) == 1 or _SHOWN in os.environ:
+        return
+    local = os.environ[_SHOWN] = env["LOCAL_RANK"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [local] if visible is None else visible.split(",")
+    if len(names) > 1:
+        names = names[int(local) : int(local) + 1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
 
 
 @contextmanager

@@ -1,35 +1,45 @@
-"""Process group of a run: rank, world size and collective operations.
+"""The ranks of a run: accelerate's state, and collective operations between them.
 
-Each rank runs a complete trainer over the same order of steps, computes its share of a step's
-examples, and adds its gradients to the others' once (`train/gradient_sync.py`). Each rank hides
-torchrun's environment variables so that transformers and accelerate behave as single-process.
+torchrun or `accelerate launch` starts the processes, accelerate's `PartialState` makes the process
+group. Each rank runs a complete trainer over the same order of steps, computes its share of a
+step's examples, and adds its gradients to the others' once (`train/gradient_sync.py`).
 """
 
 from __future__ import annotations
 
-import datetime
-import itertools
+import atexit
+import functools
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from lorakit.dependencies import installed_version
-from lorakit.distributed.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Beat, Heartbeat, key
-from lorakit.distributed.launch_env import hidden_launch_variables, launch_environment
+from lorakit.distributed.launch_env import (
+    hidden_launch_variables,
+    launch_environment,
+    prepare_rank,
+)
+from lorakit.distributed.rank_watch import LOST_SECONDS, Member, RankWatch
 from lorakit.errors import WorkError
-from lorakit.types import Device
 
 T = TypeVar("T")
-# Hung ranks are detected by the heartbeat; rank 0 may evaluate for an hour in the meantime.
-COLLECTIVE_TIMEOUT = datetime.timedelta(days=30)
-RENDEZVOUS_TIMEOUT_S = 120.0
+# Rank 0 may evaluate for an hour while the others wait on the host; `RankWatch` finds lost ranks.
+HOST_TIMEOUT = timedelta(days=30)
+# On GPUs the ranks meet only in steps, the latest after a checkpoint of rank 0.
+DEVICE_TIMEOUT = timedelta(hours=1)
+# For all ranks to join and to add one number, which takes seconds.
+JOIN_SECONDS = 120.0
 COMPARED = ("lorakit", "torch", "transformers", "peft")
-_OWN_ENV = "LORAKIT_CARD_OF_RANK"
-# A script may train several times: each run has its own prefix in the store.
-_RENDEZVOUS_COUNT = itertools.count()
+NO_ANSWER = (
+    f"error: the ranks do not answer each other within {JOIN_SECONDS:.0f} s\nhint: set NCCL_DEBUG="
+    "INFO for details; GPUs of one machine without peer access need NCCL_P2P_DISABLE=1, several "
+    "machines an open network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)\n"
+)
 
 
 class DistributedContext:
@@ -39,14 +49,12 @@ class DistributedContext:
         number: rank of this process. `count`: world size. `per_node`: ranks on each machine.
     """
 
-    def __init__(
-        self, number: int = 0, count: int = 1, per_node: int = 1, heartbeat: Any = None
-    ) -> None:
+    watch: RankWatch | None = None
+    node_group: Any = None
+    cpu_group: Any = None
+
+    def __init__(self, number: int = 0, count: int = 1, per_node: int = 1) -> None:
         self.rank, self.world_size, self.local_world_size = number, count, per_node
-        self.heartbeat: Heartbeat | None = heartbeat
-        self.store: Any = None
-        self.node_group: Any = None
-        self.cpu_group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -61,29 +69,21 @@ class DistributedContext:
     def all_reduce_(self, tensor: Any) -> None:
         """Sum `tensor` over all ranks in place; the result is bit-identical on each."""
         if self.world_size > 1:
-            import torch.distributed as dist
-
             group = self.cpu_group if tensor.device.type == "cpu" else None
-            self._run_collective(lambda: dist.all_reduce(tensor, group=group))
+            _collective("all_reduce", tensor, group=group)
 
     def all_gather_object(self, thing: T) -> list[T]:
         """Gather `thing` from every rank, in order of rank."""
-        if self.world_size == 1:
-            return [thing]
-        import torch.distributed as dist
-
-        gathered: list[Any] = [None] * self.world_size
-        self._run_collective(lambda: dist.all_gather_object(gathered, thing, group=self.cpu_group))
+        gathered: list[Any] = [thing] * self.world_size
+        if self.world_size > 1:
+            _collective("all_gather_object", gathered, thing, group=self.cpu_group)
         return gathered
 
     def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and broadcast its result."""
-        if self.world_size == 1:
-            return work()
-        import torch.distributed as dist
-
         box: list[Any] = [work() if self.is_main else None]
-        self._run_collective(lambda: dist.broadcast_object_list(box, src=0, group=self.cpu_group))
+        if self.world_size > 1:
+            _collective("broadcast_object_list", box, src=0, group=self.cpu_group)
         return box[0]
 
     @contextmanager
@@ -97,58 +97,35 @@ class DistributedContext:
 
     def wait_for_load_turn(self) -> None:
         """Wait until the preceding rank of this machine has released its turn to load the base."""
-        previous = self.rank - 1
-        while self.rank % self.local_world_size and not self.store.check([f"load_turn/{previous}"]):
-            time.sleep(0.2)
+        import torch
+
+        if self.rank % self.local_world_size:
+            _collective("recv", torch.empty(1), src=self.rank - 1, group=self.cpu_group)
 
     def release_load_turn(self) -> None:
         """Give the turn to load the base to the next rank of this machine."""
-        if self.world_size > 1:
-            self.store.set(f"load_turn/{self.rank}", "")
+        import torch
+
+        if (self.rank + 1) % self.local_world_size:
+            _collective("send", torch.zeros(1), dst=self.rank + 1, group=self.cpu_group)
 
     def at(self, step: int, kept: Callable[[], str], folder: Any = None) -> None:
         """Record the last step and kept work for the message at a sudden end."""
-        if self.heartbeat is not None:
-            self.heartbeat.set_step(step, kept, folder)
-
-    def _run_collective(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except RuntimeError:
-            # A rank is dead: the heartbeat names it, and ends this process.
-            time.sleep(SILENT_SECONDS + 5 * GRACE_SECONDS)
-            raise
+        if self.watch is not None:
+            self.watch.step, self.watch.checkpoint_summary, self.watch.folder = step, kept, folder
 
 
 SINGLE_PROCESS = DistributedContext()
 
 
-def shared_device(device: Device, ranks: DistributedContext) -> Device:
-    """The device that every rank plans for, with the smallest memory of all.
+def _collective(name: str, *arguments: Any, **more: Any) -> None:
+    import torch.distributed as dist
 
-    Raises:
-        WorkError: the base would have different dtypes on the ranks.
-    """
-    if ranks.world_size == 1:
-        return device
-    devices = ranks.all_gather_object(device)
-    dtypes = {other.dtype for other in devices}
-    if len(dtypes) > 1:
-        listed = ", ".join(f"rank {n}: {d.dtype} on {d.name}" for n, d in enumerate(devices))
-        raise WorkError(
-            f"the base would have different dtypes on the ranks: {listed}",
-            hint="set dtype to one that all of them support: float16 or float32",
-        )
-    names = [
-        f"{sum(d.name == name for d in devices)} x {name}" for name in {d.name for d in devices}
-    ]
-    on = f" on {ranks.nodes} machines" if ranks.nodes > 1 else ""
-    return replace(
-        min(devices, key=lambda other: other.memory_bytes),
-        ranks=ranks.world_size,
-        nodes=ranks.nodes,
-        reasons={**device.reasons, "ranks": ", ".join(sorted(names)) + on},
-    )
+    try:
+        getattr(dist, name)(*arguments, **more)
+    except RuntimeError:
+        time.sleep(LOST_SECONDS)  # a rank is lost: the watch names it, and ends this process
+        raise
 
 
 @contextmanager
@@ -159,168 +136,91 @@ def init_distributed() -> Iterator[DistributedContext]:
         WorkError: a rank does not join, or its GPU cannot be reached; the message names it.
         RunError: the environment holds a part of a launcher's variables.
     """
-    set_cuda_device_from_local_rank()
-    env = launch_environment(strict=True)
-    with hidden_launch_variables():
-        if not env:
+    prepare_rank()
+    if not launch_environment(strict=True):
+        with hidden_launch_variables():
             yield SINGLE_PROCESS
-        else:
-            with _ranks(env) as ranks:
-                yield ranks
-
-
-@contextmanager
-def _ranks(env: dict[str, str]) -> Iterator[DistributedContext]:
-    import torch.distributed as dist
-
-    ranks, store = _rendezvous(env)
-    assert ranks.heartbeat is not None
+        return
+    ranks = _join()
     try:
-        _init_groups(ranks, store)
         yield ranks
     except BaseException:
-        ranks.heartbeat.shutdown("failed")
+        if ranks.watch is not None:
+            ranks.watch.fail()
         raise
-    ranks.run_on_main_and_broadcast(lambda: None)  # the store must outlive all ranks
-    ranks.heartbeat.shutdown("left")
-    # A group that outlives this call may be destroyed after the interpreter: gloo aborts then.
-    ranks.cpu_group = ranks.node_group = ranks.store = ranks.heartbeat = None
-    dist.destroy_process_group()
+    ranks.run_on_main_and_broadcast(lambda: None)  # no rank ends before the others
 
 
-def _rendezvous(env: dict[str, str]) -> tuple[DistributedContext, Any]:
-    """Find all ranks and start the heartbeat; return (ranks, the launcher's store)."""
+@functools.cache
+def _join() -> DistributedContext:
+    """Join the other ranks, once for all runs of this process."""
     import torch
     import torch.distributed as dist
+    from accelerate import PartialState
 
-    rank, world_size, local, per_node = (
-        int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    on_gpu = torch.cuda.is_available()
-    is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-    rendezvous = next(_RENDEZVOUS_COUNT)
-
-    def connect(hosts: bool) -> Any:
-        wait = datetime.timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
-        store = dist.TCPStore(
-            *address, world_size=world_size, is_master=hosts, timeout=wait, wait_for_workers=False
-        )
-        return dist.PrefixStore(f"lorakit/{rendezvous}", store)
-
-    store = connect(is_host)
-    heartbeat = Heartbeat(
-        connect(False), rank, world_size, f"cuda:{local}" if on_gpu else f"cpu:{local}"
-    )
-    _wait_for_all(store, world_size)
-    heartbeat.start()
-    return DistributedContext(rank, world_size, per_node, heartbeat), store
-
-
-def _init_groups(ranks: DistributedContext, store: Any) -> None:
-    """Create the groups of collective operations, and test them."""
-    import torch
-    import torch.distributed as dist
-
-    assert ranks.heartbeat is not None
-    ranks.store = store
-    _require_same_device_type(ranks.heartbeat.read())
-    on_gpu = torch.cuda.is_available()
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=store,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=torch.device("cuda", 0) if on_gpu else None,
-    )
-    ranks.cpu_group = (
-        dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if on_gpu else dist.group.WORLD
-    )
-    for node in range(ranks.nodes):
-        members = list(range(node * ranks.local_world_size, (node + 1) * ranks.local_world_size))
-        group = (
-            dist.new_group(members, timeout=COLLECTIVE_TIMEOUT)
-            if ranks.nodes > 1
-            else dist.group.WORLD
-        )
-        if ranks.rank in members:
-            ranks.node_group = group
-    _preflight(ranks, "cuda" if on_gpu else "cpu")
-
-
-def _preflight(ranks: DistributedContext, device: str) -> None:
-    """Run one all-reduce and compare versions; the heartbeat names ranks that hang here."""
-    import torch
-
-    probe = torch.full((1,), float(ranks.rank), device=device)
+    env, on_gpu = launch_environment(), torch.cuda.is_available()
+    rank, count, per_node = (int(env[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    ranks = DistributedContext(rank, count, per_node)
+    alarm = threading.Timer(JOIN_SECONDS, lambda: os.write(2, NO_ANSWER.encode()) and os._exit(1))
+    alarm.daemon = True
+    alarm.start()
+    PartialState(cpu=not on_gpu, timeout=DEVICE_TIMEOUT if on_gpu else HOST_TIMEOUT)
+    ranks.cpu_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    members = ranks.all_gather_object(_this_member(rank))
+    check_members(members)
+    nodes = [list(range(first, first + per_node)) for first in range(0, count, per_node)]
+    ranks.node_group, _ = dist.new_subgroups_by_enumeration(nodes)
+    address, waits = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), timedelta(seconds=LOST_SECONDS)
+    store = dist.TCPStore(*address, timeout=waits, wait_for_workers=False)
+    watched = dist.new_group(backend="gloo", timeout=waits)
+    ranks.watch = RankWatch(members, rank, watched, dist.PrefixStore("lorakit", store))
+    ranks.watch.start()
+    probe = torch.full((1,), float(rank), device="cuda" if on_gpu else "cpu")
     ranks.all_reduce_(probe)
-    expected = ranks.world_size * (ranks.world_size - 1) / 2
-    if float(probe) != expected:
+    if float(probe) != count * (count - 1) / 2:
         raise WorkError(
-            f"an all-reduce over {ranks.world_size} ranks gave {float(probe):g}, expected "
-            f"{expected:g}",
+            f"an all-reduce of the numbers of {count} ranks gave {float(probe):g}",
             hint="faulty GPU or interconnect; try NCCL_P2P_DISABLE=1",
         )
-    all_versions = ranks.all_gather_object(
-        [f"{name} {installed_version(name)}" for name in COMPARED]
-    )
-    for rank, versions in enumerate(all_versions):
-        if versions != all_versions[0]:
-            raise WorkError(
-                f"rank {rank} has {', '.join(versions)}; rank 0 has {', '.join(all_versions[0])}",
-                hint="install the same versions on every machine",
-            )
-    assert ranks.heartbeat is not None
-    ranks.heartbeat.own_beat.state = "ready"
+    alarm.cancel()
+    atexit.register(_leave, ranks)
+    return ranks
 
 
-def set_cuda_device_from_local_rank() -> None:
-    """Make only one GPU visible to this process, by its local rank, before CUDA is initialized.
+def _leave(ranks: DistributedContext) -> None:
+    """End the watch and the groups: a group that outlives the interpreter may abort it."""
+    import torch.distributed as dist
 
-    Launchers that already show each process one GPU (Ray) are left alone.
-    """
-    env = launch_environment()
-    if not env or int(env["LOCAL_WORLD_SIZE"]) == 1 or _OWN_ENV in os.environ:
-        return
-    local = env["LOCAL_RANK"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible is not None else None
-    if names is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = local
-    elif len(names) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local)] if int(local) < len(names) else ""
-    os.environ[_OWN_ENV] = local
+    if ranks.watch is not None and ranks.watch.is_alive():
+        ranks.watch.finish(ranks.all_gather_object)
+        dist.destroy_process_group()
 
 
-def _require_same_device_type(beats: list[Beat]) -> None:
-    """Check that all ranks or none have a GPU.
+def _this_member(rank: int) -> Member:
+    import torch
+
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    on_gpu = torch.cuda.is_available()
+    device = f"cuda:{launch_environment()['LOCAL_RANK']}" if on_gpu else f"cpu:{rank}"
+    versions = ", ".join(f"{name} {installed_version(name)}" for name in COMPARED)
+    return Member(rank, device, socket.gethostname(), namespace, os.getpid(), versions)
+
+
+def check_members(members: Sequence[Member]) -> None:
+    """Check that all ranks have a GPU or none has, and the same versions.
 
     Raises:
-        WorkError: some ranks have a GPU and others do not.
+        WorkError: names the ranks that differ.
     """
-    without = [beat for beat in beats if not beat.device.startswith("cuda")]
-    if without and len(without) < len(beats):
+    without = [m for m in members if not m.device.startswith("cuda")]
+    if without and len(without) < len(members):
         raise WorkError(
             f"no CUDA GPU for {', '.join(map(str, without))}; the other ranks have one",
             hint="start as many processes on a machine as it has GPUs: --gpus, --nproc-per-node",
         )
-
-
-def _wait_for_all(store: Any, count: int) -> None:
-    """Wait for every rank's first heartbeat.
-
-    Raises:
-        WorkError: names the ranks that do not join in time.
-    """
-    until = time.monotonic() + RENDEZVOUS_TIMEOUT_S
-    while missing := [rank for rank in range(count) if not store.check([key(rank)])]:
-        if time.monotonic() > until:
-            names = ", ".join(map(str, missing))
+    for member in members:
+        if member.versions != members[0].versions:
             raise WorkError(
-                f"rank {names} of {count} did not join within {RENDEZVOUS_TIMEOUT_S:.0f} s",
-                hint="check its log for an earlier error, and that torchrun was started on every "
-                "machine with the same --nnodes and --rdzv-endpoint",
+                f"{member} has {member.versions}; rank 0 has {members[0].versions}",
+                hint="install the same versions on every machine",
             )
-        time.sleep(0.05)

@@ -2,7 +2,8 @@
 
 Plain torch is the definition of every op; the kernels are tested against it. On a T4 (compute
 capability 7.5) Triton does not use the matrix units: there cuBLAS computes the adapters' products,
-and kernels compute the rest. Older GPUs, Apple devices and CPUs use plain torch.
+and kernels compute the rest, and so on AMD GPUs (HIP), where no kernel's tiles were tuned. Older
+GPUs, Apple devices and CPUs use plain torch.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ _kept_to_definitions = False
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
-    """Compute capability of a GPU; (0, 0) if our kernels do not run on it."""
+    """Compute capability of a GPU; (0, 0) if our kernels do not run on it, a T4's under HIP."""
     capability = torch.cuda.get_device_capability(index)
-    return capability if runs_kernels(capability) else (0, 0)
+    if not runs_kernels(capability):
+        return (0, 0)
+    return KERNELS_FROM if torch.version.hip else capability
 
 
 def has_kernels(tensor: Tensor) -> bool:
@@ -65,6 +68,8 @@ def kernels_reason(device_kind: str) -> str:
         return f"plain torch (compute capability {present}; our kernels need {oldest})"
     if not runs_kernels(capability):
         return "plain torch (the triton package is missing)"
+    if torch.version.hip:
+        return "Triton kernels, matrix products by hipBLAS (not tried on an AMD GPU)"
     if capability < MATRIX_KERNELS_FROM:
         return f"Triton kernels, matrix products by cuBLAS (compute capability {present})"
     return "Triton kernels"

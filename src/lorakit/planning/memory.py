@@ -106,6 +106,8 @@ def engine_supported(recipe: Recipe, config: Any, fast: bool) -> bool:
         config: of the text model.
         fast: the device is a GPU with kernels, on which `auto` selects the engine.
     """
+    if recipe.fsdp is not None:
+        return False
     requested = fast or "on" in (recipe.fused_layers, recipe.weight_offload, recipe.sharding)
     plain = not recipe.use_dora and recipe.bias == "none"
     return (
@@ -118,12 +120,13 @@ def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dic
     recipe, width = sizes.recipe, sizes.width
     embedding = _embedding(sizes) if placement.embedding_on_host else 0
     layers, two_layers = sizes.layers, 2 * sizes.frozen_bytes // sizes.layers
-    shard = -(-sizes.frozen_bytes // placement.shards)
+    shards = placement.shards if recipe.fsdp is None else sizes.ranks
+    shard = -(-sizes.frozen_bytes // shards)
     parts = {
         "frozen weights": two_layers if placement.base_on_host else shard,
         "embeddings, head and norms": int((sizes.non_linear_params - embedding) * width),
     }
-    if placement.shards > 1:
+    if shards > 1:
         parts["two layers, gathered"] = two_layers
     if sizes.counted.experts:
         # Raw tensors, which bitsandbytes 0.50 does not quantize.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorakit.distributed.process_group import DistributedContext
+from lorakit.errors import WorkError
 from lorakit.planning.gpus import Gpu
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import Speed, Traffic, expected_speed, traffic
@@ -151,3 +153,31 @@ def _unit(device: Device) -> str:
 
 def _units(device: Device) -> str:
     return "processes" if device.kind == "cpu" else "GPUs"
+
+
+def shared_device(device: Device, ranks: DistributedContext) -> Device:
+    """The device that every rank plans for, with the smallest memory of all.
+
+    Raises:
+        WorkError: the base would have different dtypes on the ranks.
+    """
+    if ranks.world_size == 1:
+        return device
+    devices = ranks.all_gather_object(device)
+    dtypes = {other.dtype for other in devices}
+    if len(dtypes) > 1:
+        listed = ", ".join(f"rank {n}: {d.dtype} on {d.name}" for n, d in enumerate(devices))
+        raise WorkError(
+            f"the base would have different dtypes on the ranks: {listed}",
+            hint="set dtype to one that all of them support: float16 or float32",
+        )
+    names = [
+        f"{sum(d.name == name for d in devices)} x {name}" for name in {d.name for d in devices}
+    ]
+    on = f" on {ranks.nodes} machines" if ranks.nodes > 1 else ""
+    return replace(
+        min(devices, key=lambda other: other.memory_bytes),
+        ranks=ranks.world_size,
+        nodes=ranks.nodes,
+        reasons={**device.reasons, "ranks": ", ".join(sorted(names)) + on},
+    )

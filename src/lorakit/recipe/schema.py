@@ -276,6 +276,11 @@ class Recipe(BaseModel):
         description="With several GPUs, each holds a part of the frozen weights: `on`, `off`, or "
         "`auto` where one GPU cannot hold all. Exactly the same gradients.",
     )
+    fsdp: dict[str, Any] | None = Field(
+        None,
+        description="Shard the base with torch's FSDP2 over all ranks, for families without fused "
+        "layers: {} or {reshard_after_forward: true, cpu_offload: false}.",
+    )
     memory_probe: bool | Literal["auto"] = Field(
         "auto",
         description="Run the heaviest micro-batch once before step 1, so that memory runs out "
@@ -363,6 +368,11 @@ class Recipe(BaseModel):
                     f"template_date is {self.template_date!r}, expected a day as 2026-01-31"
                 ) from None
         return self
+
+    @property
+    def layers(self) -> str:
+        """`fused_layers`, or "off" where FSDP shards the model's own layers."""
+        return self.fused_layers if self.fsdp is None else "off"
 
     @property
     def held_out(self) -> float | int:

@@ -8,11 +8,14 @@ all ranks act after the same step.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import signal
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 
 from lorakit.distributed.process_group import DistributedContext
@@ -48,6 +51,30 @@ def local_examples(examples: Sequence[Example], ranks: DistributedContext) -> li
         return list(examples)
     lengths = [len(example.input_ids) for example in examples]
     return [examples[i] for i in partition_examples(lengths, ranks.world_size)[ranks.rank]]
+
+
+def keep_steps_complete(accelerator: Any, ranks: DistributedContext) -> None:
+    """Let accelerate hand each rank every row of a step, and the model without a DDP wrapper.
+
+    Ranks divide a step by tokens (`local_examples`) and sum its gradients once (`GradientSync`).
+    """
+    if ranks.world_size == 1:
+        return
+    settings = accelerator.dataloader_config
+
+    def every_row(loader: Any, device_placement: bool | None = None) -> Any:
+        return prepare_data_loader(
+            loader,
+            num_processes=1,
+            process_index=0,
+            use_seedable_sampler=settings.use_seedable_sampler,
+            data_seed=settings.data_seed,
+            non_blocking=settings.non_blocking,
+        )
+
+    accelerator.prepare_data_loader = every_row
+    # "Evaluation" prepares autocast alone.
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
 
 
 def seed_per_rank(seed: int, ranks: DistributedContext) -> None:

@@ -226,6 +226,7 @@ CHANGEABLE_ON_RESUME = {
     "gradient_checkpointing",
     "memory_limit",
     "weight_offload",
+    "fsdp",
     "sharding",
     "save_every",
     "keep_checkpoints",

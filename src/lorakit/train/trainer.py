@@ -30,7 +30,8 @@ from lorakit.train.best_step import EarlyStopping, SaveBestStep
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
-from lorakit.train.gradient_sync import GradientSync, local_examples
+from lorakit.train.fsdp import with_equal_micro_batches
+from lorakit.train.gradient_sync import GradientSync, keep_steps_complete, local_examples
 from lorakit.train.loss import AttachResult, attach_loss, base_of, detach_loss
 from lorakit.train.oom import (
     OomRetry,
@@ -112,9 +113,10 @@ class LoraTrainer(ResumableTrainer):
             if name in masters:
                 parameter.data = masters[name]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
         self.attached = attach_loss(
-            self.model, recipe.fused_layers, torch.device(device.kind), plan.placement, ranks
+            self.model, recipe.layers, torch.device(device.kind), plan.placement, ranks
         )
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
@@ -278,7 +280,7 @@ class LoraTrainer(ResumableTrainer):
     @property
     def sharded(self) -> bool:
         """True if the ranks pass through the base together."""
-        return self.plan.placement.shards > 1
+        return self.plan.placement.shards > 1 or self.recipe.fsdp is not None
 
     def last_checkpoint(self) -> str:
         """Name the checkpoint to resume from, for messages."""
@@ -316,7 +318,10 @@ class LoraTrainer(ResumableTrainer):
         return {"ready": self.next_step}
 
     def _ready(self, rows: Sequence[dict[str, Any]]) -> StepInputs:
-        return step_inputs(rows, self.layout, self.ranks)
+        ready = step_inputs(rows, self.layout, self.ranks)
+        if self.recipe.fsdp is None:
+            return ready
+        return with_equal_micro_batches(ready, self.layout, self.ranks)
 
     def _why_slow(self) -> str:
         """The likeliest reason for few tokens/s."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakit.distributed.launcher import _check_gpus, _killed, again, launched, without_gpus
+from lorakit.cli.launcher import _check_gpus, _killed, again, launched, without_gpus
 from lorakit.errors import WorkError
 
 
