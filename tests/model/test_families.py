@@ -185,7 +185,7 @@ def test_families_are_packed_if_they_isolate_documents(name, dtype):
     assert (attach_loss(model).packing == PACKED) == (name not in MIXES)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "gemma3", "llama4", "qwen3_moe", "nemotron_h"])
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, tmp_path):
     run, base, model, recipe = train(name, tmp_path, "qlora")
     plain = model.get_base_model()
