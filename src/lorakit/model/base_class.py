@@ -129,8 +129,7 @@ def kept_in_16_bits(model: Any) -> set[str]:
     special = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, Linear)
-        and (type(module) is not Linear or "router" in name)
+        if isinstance(module, Linear) and (type(module) is not Linear or "router" in name)
     }
     for path, module in model.named_modules():
         read = weights_read_by(type(module)) & {name for name, _ in module.named_children()}
