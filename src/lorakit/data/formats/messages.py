@@ -189,6 +189,8 @@ def _extra(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str) -> 
 def history_of(cells: RowFields) -> list[Message]:
     """Parse the earlier turns of query/response rows: [[question, answer], ...]."""
     value = cells.values.get("history")
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = _parsed(value, "history", cells.fault, "wrong type")
     if not value:
         return []
     if is_turn_list(value):

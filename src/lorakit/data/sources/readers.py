@@ -399,9 +399,25 @@ def _header(cells: list[str], file: DataFile, line: int) -> list[str]:
     return names
 
 
+# Columns by which a table that was saved as a text is known.
+_COLUMNS = {"instruction", "input", "output", "question", "answer", "prompt", "completion"}
+_COLUMNS |= {"response", "messages", "conversations"}
+
+
+def _is_table(start: str) -> bool:
+    """True if the first line of a text names two or more columns of rows."""
+    first = start.lstrip("\ufeff").partition("\n")[0].strip()
+    names = [cell.strip().strip('"') for cell in re.split(r"[,;\t|]", first)]
+    return len(_COLUMNS.intersection(names)) > 1 and all(re.fullmatch(r"\w*", n) for n in names)
+
+
 def _read_text(file: DataFile) -> Iterator[Row]:
-    if _is_json(_start(file)):  # JSON lines saved as .txt
+    start = _start(file)
+    if _is_json(start):  # JSON lines saved as .txt
         yield from _read_json(file)
+        return
+    if _is_table(start):
+        yield from _read_csv(file)
         return
     yield Row({"text": read_text(file)}, Origin(file.name, 1))
 
