@@ -22,10 +22,10 @@ from lorakit.train.loss import attach_loss  # noqa: E402
 HEAD = """\
 # Models
 
-Every row is trained for two steps, reloaded with plain PEFT and merged by
-`tests/model/test_families.py`, as a tiny random model with the tensor names of the hub. Adapter and
-merged folder give the same logits in the class that config.json names. Written by `make models`,
-with the versions of `constraints.txt`.
+Every row is planned, trained for two steps with LoRA and with QLoRA, reloaded with plain PEFT and
+merged by `tests/model/test_families.py`, as a tiny random model with the tensor names of the hub.
+Adapter and merged folder give the same logits in the class that config.json names. Written by
+`make models`, with the versions of `constraints.txt`.
 
 A family that is not listed gets adapters on all linear layers of its text decoder, and the run says
 so. Models with other inputs than text are trained on text: their towers are loaded and stay frozen,

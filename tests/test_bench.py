@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from tests.families import tiny_config
 
+from lorakit import bench
 from lorakit.bench import run_bench
 
 NEEDED = {
@@ -35,6 +37,14 @@ def test_a_row_is_complete_json(method):
     if not torch.cuda.is_available():  # on a card other tests of this process hold memory already
         assert row["peak_process_gib"] > 0.05
     assert "--output" not in row["command"]
+
+
+@pytest.mark.parametrize(("family", "method"), [("gemma4", "qlora"), ("mistral3", "lora")])
+def test_layers_that_share_keys_and_models_with_towers_are_measured(family, method, monkeypatch):
+    monkeypatch.setattr(bench, "shape_config", lambda _: tiny_config(family))
+    row = run_bench("tiny", method, 32, 1, 2, 4, [], None, Console(quiet=True))
+    assert row["tokens_per_second"] > 0
+    assert row["trainable_parameters"] > 0
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def run_bench(
 def _job(resolved: ResolvedRecipe, lengths: str, ranks: DistributedContext) -> _Job:
     """Plan the measurement of a recipe whose model is the name of a shape."""
     device = shared_device(measure_context(detect_device(resolved.recipe.dtype)), ranks)
-    config = shape_config(resolved.recipe.model).get_text_config()
+    config = shape_config(resolved.recipe.model)
     recipe = resolve_targets(resolved, config).recipe
     check_training_settings(recipe, device, recipe.max_steps or 1, held_out=False)
     plan = plan_training(recipe, config, device)
@@ -174,7 +174,9 @@ def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clo
     """Train and return the clock and the trainer."""
     recipe = job.recipe
     count = (recipe.max_steps or 1) * recipe.examples_per_step
-    examples = _random_examples(count, recipe.cutoff_len, job.config.vocab_size, job.lengths)
+    examples = _random_examples(
+        count, recipe.cutoff_len, job.config.get_text_config().vocab_size, job.lengths
+    )
     with tempfile.TemporaryDirectory() as folder, meter:
         run = RunDir(Path(folder))
         trainer = LoraTrainer(

@@ -77,6 +77,12 @@ def read(tmp_path, text, name="rows.jsonl"):
         # huggingface/datasets#4467: the text null is no missing value
         ({"prompt": "Null in German?", "completion": "null"},
          [("user", "Null in German?", True), ("assistant", "null", True)]),
+        # hiyouga/LLaMA-Factory's history, as a table or a log store keeps it
+        (
+            {"history": json.dumps([["Why?", "So."]]), "query": "Why?", "response": "So."},
+            [*PLAIN, *PLAIN],
+        ),
+        ({"history": "[]", "query": "Why?", "response": "So."}, PLAIN),
         # Options that the question shows need no column
         (
             OPTIONS | {"question": "Which is red, fire or ice?"},
@@ -118,6 +124,26 @@ def test_it_is_read_as_it_was_meant(tmp_path, row, expected):
             [{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}],
             "no known format",
             "write the choices into the question",
+        ),
+        # Names that say which is the question, and names of which the first one is
+        (
+            [{"human": "q?", "bot": "a."}],
+            "no known",
+            "columns: {instruction: human, response: bot}",
+        ),
+        ([{"target": "a.", "source": "q?"}], "no", "columns: {instruction: source, response: tar"),
+        ([{"en": "Why?", "de": "Warum?"}], "no", "columns: {instruction: en, response: de}"),
+        ([{"question": "q", "answers": ["a", "b"]}], "no", "answers is a list of texts: write the"),
+        # huggingface/trl's variables of the template, row by row
+        (
+            [CHAT | {"chat_template_kwargs": {"enable_thinking": False}}],
+            "rows.jsonl:1: column 'chat_template_kwargs' sets the chat template of this row",
+            "columns: {messages: messages}",
+        ),
+        (
+            [CHAT | {"enable_thinking": False}],
+            "'enable_thinking' sets",
+            "template_kwargs in the re",
         ),
         # Weights of turns that no format reads
         ([CHAT | {"turn_weights": [0, 1]}], "'turn_weights' marks turns or tokens", "train: false"),
@@ -206,3 +232,25 @@ def test_a_list_of_rows_in_a_txt_file_is_read_as_rows(tmp_path):
     """hiyouga/LlamaFactory#3018."""
     rows = [{"instruction": "Why?", "input": "", "output": "So."}]
     assert read(tmp_path, json.dumps(rows, indent=2), "rows.txt")[0] == [PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Q: Why?\nA: So.\n\nQ: Who?\nA: He.\n", "questions and answers in a text"),
+        ("\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n", "a web page"),
+    ],
+)
+def test_a_text_that_is_more_than_that_is_reported(tmp_path, text, kind):
+    found, faults, _ = read(tmp_path, text, "rows.txt")
+    assert (found, faults) == ([text], [kind])
+    assert read(tmp_path, "Q: one question?\nA: one.\n<html> is a tag\n", "rows.txt")[1] == []
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_saved_as_a_text_is_a_table(tmp_path, separator):
+    text = f"question{separator}answer\nWhy?{separator}So.\n"
+    assert read(tmp_path, text, "rows.txt")[0] == [PLAIN]
+    prose = "The question, the answer and the input of a function.\nMore.\n"
+    assert read(tmp_path, prose, "rows.txt")[0] == [prose]
+    assert read(tmp_path, "question, answer me\n", "rows.txt")[0] == ["question, answer me\n"]

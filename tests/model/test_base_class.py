@@ -28,6 +28,7 @@ from lorakit.model.base_class import (
     name_of,
     side_modules,
     text_decoder,
+    weights_read_by,
 )
 
 
@@ -88,6 +89,40 @@ def test_qlora_leaves_head_towers_and_routers_in_16_bits():
     assert is_inside("vision_model.layers.0.mlp.fc1", kept)
     assert not is_inside("vision_model_2.fc1", kept)
     assert not is_inside("language_model.model.layers.1.self_attn.q_proj", kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("gemma3n_text", {"prediction_coefs", "correction_coefs", "modality_router"}),
+        ("glm5_next", {"weights_proj"}),
+        ("falcon_h1", set()),  # the kernel that reads out_proj's weight is not used
+        ("qwen3_5_text", set()),  # a convolution's
+    ],
+)
+def test_qlora_leaves_layers_in_16_bits_whose_weight_is_read(name, layers):
+    """It would be packed bytes, which Gemma 3n clamps and GLM-5 takes as the type of its input."""
+    model = empty_base(tiny_config(name))
+    decoder = name_of(model, text_decoder(model))
+    kept = {n.rsplit(".")[-1] for n in kept_in_16_bits(model) if n.startswith(f"{decoder}.layers")}
+    assert kept == layers
+
+
+def test_reads_of_weights_are_found_in_decorated_and_inherited_methods():
+    class Read(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(1, 1) for _ in range(3))
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.c(x) @ self.a.weight.clamp(-1, 1) + self.c.bias
+
+    class Child(Read):
+        def other(self):
+            return torch.nn.functional.linear(1, weight=self.b.weight)
+
+    assert weights_read_by(Child) == {"a", "b"}
 
 
 @pytest.mark.parametrize(

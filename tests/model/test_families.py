@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.families import FAMILIES, MORE, declared_class, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,16 +21,19 @@ from lorakit.export.merge_weights import STREAMED, write_merged
 from lorakit.export.tuned_run import open_source
 from lorakit.export.verify_tensors import compare_tensors
 from lorakit.hardware import detect_device
-from lorakit.model.base_class import base_class, name_of, text_decoder
+from lorakit.model.base_class import base_class, empty_base, name_of, text_decoder
 from lorakit.model.base_fingerprint import remember_base
 from lorakit.model.load import load_base, load_config
-from lorakit.model.lora_config import add_adapter, resolve_targets
+from lorakit.model.lora_config import add_adapter, lora_config, resolve_targets
 from lorakit.model.matching import check_adapter_settings
 from lorakit.model.param_counts import count, lora_target_layers
+from lorakit.planning.forecast import forecast
+from lorakit.planning.gpus import GPUS, card_device
 from lorakit.recipe.loader import load_recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import save_adapter
 from lorakit.train.loss import PACKED, attach_loss, detach_loss
+from lorakit.types import Device
 
 WORDS = 320
 # transformers 5.23 makes gpt-oss's mask without the positions of packed documents, and GLM-5's
@@ -185,7 +188,7 @@ def test_families_are_packed_if_they_isolate_documents(name, dtype):
     assert (attach_loss(model).packing == PACKED) == (name not in MIXES)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "gemma3", "llama4", "qwen3_moe", "nemotron_h"])
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, tmp_path):
     run, base, model, recipe = train(name, tmp_path, "qlora")
     plain = model.get_base_model()
@@ -204,6 +207,37 @@ def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, t
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
     same = {n for n in before if torch.equal(before[n], after[n])}
     assert len(before) - len(same) == len(inside)  # 4-bit values, with an adapter or without
+
+
+# GLM-5's indexer picks positions by value, which fake tensors lack: its activations are estimated.
+ESTIMATED = {"glm5_next"}
+WEIGHTS = ("frozen weights", "embeddings, head and norms", "experts (not quantized)")
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+def test_every_family_is_planned_for_a_cpu_and_a_gpu_of_the_table(name):
+    config = tiny_config(name)
+    config.architectures = [declared_class(config).__name__]
+    base = empty_base(config)
+    parameters = sum(p.numel() for p in base.parameters())
+    flags = {"model": "m", "data": "d", "cutoff_len": 64, "lora_r": 4, "micro_batch_size": 1}
+    cpu = Device("cpu", "CPU", 16 * 2**30, "bfloat16")
+    t4 = card_device(GPUS["t4"], None, "auto")
+    for device, method in ((cpu, "lora"), (t4, "qlora")):
+        resolved = load_recipe(None, [], {**flags, "method": method})
+        recipe = resolve_targets(resolved, config).recipe
+        found = forecast(recipe, config, device)
+        assert found.fits
+        assert found.parameters == parameters
+        model = get_peft_model(empty_base(config), lora_config(recipe), low_cpu_mem_usage=True)
+        assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parts = found.training.parts
+        simulated = "activations (estimate)" not in parts
+        assert simulated == (name not in ESTIMATED)
+        assert parts["adapters (float32)"] == 4 * found.trainable
+        if method == "lora":
+            assert sum(parts.get(part, 0) for part in WEIGHTS) == 2 * parameters
+        assert (found.speed is None) == bool(found.no_speed)
 
 
 def pack_experts(base):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tests.families import tiny_config
+from tests.families import FAMILIES, MORE, declared_class, tiny_config
 
-from lorakit.errors import RecipeError
 from lorakit.hardware import detect_device
+from lorakit.model.base_class import empty_base
+from lorakit.model.param_counts import count
 from lorakit.model.random_init import random_model
 from lorakit.planning.known_models import shape_config
 
@@ -24,14 +25,20 @@ def test_a_random_model_has_all_its_layers_and_runs(four_bit):
     assert {layer.self_attn.layer_idx for layer in model.model.layers} == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "gpt_oss", "nemotron_h", "lfm2"])
-def test_layers_of_other_families_are_made_one_at_a_time(name):
-    config = tiny_config(name).get_text_config()
-    model = random_model(config, detect_device("float32", prefer="cpu"), four_bit=False)
+@pytest.mark.parametrize(
+    ("name", "four_bit"),
+    [*((name, True) for name in (*FAMILIES, *MORE)), ("gemma4", False), ("nemotron_h", False)],
+)
+def test_every_family_is_built_layer_by_layer_as_the_loader_builds_it(name, four_bit):
+    config = tiny_config(name)
+    config.architectures = [declared_class(config).__name__]
+    model = random_model(config, detect_device("float32", prefer="cpu"), four_bit)
     assert model(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
-
-
-def test_layers_that_share_keys_are_refused():
-    config = tiny_config("gemma4").get_text_config()
-    with pytest.raises(RecipeError, match="gemma4_text cannot be made one at a time"):
-        random_model(config, detect_device("float32", prefer="cpu"), four_bit=False)
+    empty = empty_base(config)
+    assert type(model) is type(empty)
+    quantized = {n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert quantized == ({n for n, _, _ in count(config).linear} if four_bit else set())
+    if not four_bit:
+        shapes = {n: p.shape for n, p in empty.named_parameters()}
+        assert {n: p.shape for n, p in model.named_parameters()} == shapes
+    assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"cpu"}

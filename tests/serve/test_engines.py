@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rich.console import Console
+from tests.made_runs import TOOL_TEMPLATE
 
 from lorakit.errors import DependencyError, ModelError
 from lorakit.export.tuned_run import open_source
@@ -72,15 +73,24 @@ def test_vllms_line_holds_all_adapters_and_no_key(speaker, monkeypatch):
     assert start.defaults["stop_token_ids"] == first.stops()
     # This template has no form for calls: `tools` would be read, and its answer be plain text.
     assert "--tool-call-parser" not in line
-    assert "tools" not in start.keys
+    assert all("tools" not in keys for keys in start.keys.values())
 
 
 def test_tools_are_taken_where_vllm_reads_the_templates_calls(speaker, monkeypatch):
     models = models_of(speaker("fruit"))
-    models["fruit"].tokenizer.chat_template += "{# <tool_call> #}"
+    models["fruit"].tokenizer.chat_template = TOOL_TEMPLATE
     start = vllm(models, monkeypatch)
     assert start.command[start.command.index("--tool-call-parser") + 1] == "hermes"
-    assert "tools" in start.keys
+    assert "tools" in start.keys["fruit"]
+
+
+def test_tools_are_refused_where_the_template_writes_none(speaker, monkeypatch):
+    models = models_of(speaker("fruit"), speaker("animal"))
+    models["animal"].tokenizer.chat_template = TOOL_TEMPLATE
+    monkeypatch.setattr(engines, "export_run", lambda *_: None)
+    monkeypatch.setattr(engines, "gguf_file", lambda s: s.run.adapter / "adapter_model.safetensors")
+    start = engines._start("llama.cpp", models, engines.Place(port=9), None, QUIET)
+    assert ("tools" in start.keys["animal"], "tools" in start.keys["fruit"]) == (True, False)
 
 
 def test_what_llama_cpp_cannot_convert_goes_to_transformers(speaker, monkeypatch, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 
 from lorakit.serve.guard import CHAT, ENV, Guard
 
-SETTINGS = {"models": {"fruit": "Be brief.", "plain": None}, "keys": ["model", "messages", "n"]}
+KEYS = ["model", "messages", "n"]
+SETTINGS = {"models": {"fruit": "Be brief.", "plain": None}}
+SETTINGS |= {"keys": {"fruit": [*KEYS, "tools"], "plain": KEYS}}
 SETTINGS |= {"defaults": {"stop_token_ids": [2]}, "api_key": "secret", "loopback": True}
 GOOD = {"model": "plain", "messages": [{"role": "user", "content": "Hi"}]}
 HEADERS = {"host": "127.0.0.1:8000", "authorization": "Bearer secret"}
@@ -57,7 +59,8 @@ def test_the_trained_system_text_is_added_where_a_request_has_none(monkeypatch):
     _, _, (seen,) = ask(monkeypatch, {**GOOD, "model": "fruit"})
     assert json.loads(seen)["messages"][0] == {"role": "system", "content": "Be brief."}
     own = [{"role": "developer", "content": "Be long."}, *GOOD["messages"]]
-    _, _, (seen,) = ask(monkeypatch, {**GOOD, "model": "fruit", "messages": own})
+    body = {**GOOD, "model": "fruit", "messages": own, "tools": []}  # a key of this model alone
+    _, _, (seen,) = ask(monkeypatch, body)
     assert json.loads(seen)["messages"] == own
 
 
@@ -65,6 +68,7 @@ def test_the_trained_system_text_is_added_where_a_request_has_none(monkeypatch):
     ("body", "status", "words"),
     [({**GOOD, "mirostat": 2}, 400, "'mirostat': has no effect"),
      ({**GOOD, "chat_template": "{{ 10**9 }}"}, 400, "'chat_template': has no effect"),
+     ({**GOOD, "tools": []}, 400, "'tools': has no effect"),
      ({**GOOD, "model": "gpt-4"}, 404, "there is: fruit, plain"),
      ({**GOOD, "model": ["plain"]}, 404, "is not served"),
      ({"messages": []}, 404, "model 'None' is not served"),

@@ -8,11 +8,18 @@ other names; adapters trained in it match nothing in the class that the base dec
 from __future__ import annotations
 
 import copy
+import dis
+import functools
+import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from lorakit.errors import DependencyError
+
+# Mixers whose fused kernels read `out_proj.weight` themselves, by the name of class or part.
+STATE_SPACE = re.compile(r"mamba|ssm", re.IGNORECASE)
 
 
 def auto_class(config: Any) -> Any:
@@ -113,17 +120,43 @@ def kept_in_16_bits(model: Any) -> set[str]:
     """Names of modules that QLoRA does not quantize: head, towers, routers, special linear layers.
 
     bitsandbytes would replace a subclass of Linear, and with it its own forward (Llama 4's router).
+    A layer whose weight its parent reads (Gemma 3n's coefficients, GLM-5's indexer) would get the
+    packed bytes of the 4-bit weight there.
     """
-    import torch
+    from torch.nn import Linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
     special = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (type(module) is not torch.nn.Linear or "router" in name.split("."))
+        if isinstance(module, Linear) and (type(module) is not Linear or "router" in name)
     }
+    for path, module in model.named_modules():
+        read = weights_read_by(type(module)) & {name for name, _ in module.named_children()}
+        if STATE_SPACE.search(f"{path} {type(module).__name__}"):
+            read -= {"out_proj"}  # for a kernel that is not used (model/kernel_functions.py)
+        special |= {f"{path}.{name}" for name in read if isinstance(getattr(module, name), Linear)}
     return {*get_keys_to_not_convert(model), *side_modules(model), *special}
+
+
+def weights_read_by(kind: type) -> set[str]:
+    """Names of the parts of a module class whose `weight` its own methods read."""
+    from torch.nn import Module
+
+    own = itertools.takewhile(lambda base: base is not Module, kind.__mro__)
+    return {name for base in own for name in _weights_read_in(base)}
+
+
+@functools.cache
+def _weights_read_in(kind: type) -> frozenset[str]:
+    read = set()
+    for method in filter(callable, vars(kind).values()):
+        code = getattr(inspect.unwrap(method), "__code__", None)
+        loads = [(i.opname, i.argval) for i in dis.get_instructions(code)] if code else []
+        for (operation, name), (_, attribute) in itertools.pairwise(loads):
+            if operation == "LOAD_ATTR" and attribute == "weight":
+                read.add(name)
+    return frozenset(read)
 
 
 def is_inside(name: str, parents: set[str]) -> bool:

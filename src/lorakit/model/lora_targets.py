@@ -12,11 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorakit.model.architectures import FAMILIES
-from lorakit.model.base_class import empty_base
+from lorakit.model.base_class import STATE_SPACE, empty_base
 from lorakit.model.param_counts import ParamCounts, count, ends
 
-# Mixers whose fused kernels read `out_proj.weight` themselves.
-_STATE_SPACE = re.compile(r"mamba|ssm", re.IGNORECASE)
 _GATES = {"gate", "shared_expert_gate"}
 
 
@@ -108,5 +106,5 @@ def _in_state_space(model: Any, leaf: str) -> bool:
     modules = dict(model.named_modules())
     parents = (name.rpartition(".")[0] for name in modules if ends(name, [leaf]))
     return any(
-        _STATE_SPACE.search(f"{parent} {type(modules[parent]).__name__}") for parent in parents
+        STATE_SPACE.search(f"{parent} {type(modules[parent]).__name__}") for parent in parents
     )

@@ -6,56 +6,77 @@ model and one 16-bit layer, not for two models.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from lorakit.errors import RecipeError
-from lorakit.model.base_class import frozen_config
+from lorakit.model.base_class import (
+    auto_class,
+    empty_base,
+    frozen_config,
+    is_inside,
+    kept_in_16_bits,
+    name_of,
+)
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.kernel_functions import kernel_functions
+from lorakit.model.layer_widths import decoder_layers
 from lorakit.types import Device
 
 
 def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = False) -> Any:
-    """Build a causal LM of this config with random weights in the device's dtype.
+    """Build the base of this config with random weights in the device's dtype.
 
     Args:
         four_bit: quantize linear layers to NF4.
         on_host: make the layers on the device one by one and keep them in host memory.
-
-    Raises:
-        RecipeError: the layers depend on each other, so none can be made alone.
     """
     import torch
-    from torch import nn
-    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, device.dtype)
-    first = frozen_config(config)
-    first.num_hidden_layers = 1
-    try:
-        with torch.device(device.kind):
-            model = AutoModelForCausalLM.from_config(first, dtype=dtype)
-    except IndexError as error:  # Gemma 4's layers share keys and values
-        raise RecipeError(
-            f"layers of {config.model_type} cannot be made one at a time, so there is no bench",
-            hint="`lorakit plan` estimates the speed of this shape",
-        ) from error
-    layer_type = type(model.model.layers[0])
-    model.model.layers = nn.ModuleList()
-    for index in range(config.num_hidden_layers):
-        # Made on "meta": a float32 layer first would fragment the GPU's memory.
-        with torch.device("meta"):
-            layer = layer_type(model.config, index).to(dtype)
-        layer.to_empty(device=device.kind)
+    empty = empty_base(config)
+    kept = kept_in_16_bits(empty)
+    with torch.device(device.kind), _on_meta({type(layer) for layer in decoder_layers(empty)}):
+        model = auto_class(config).from_config(frozen_config(config), dtype=dtype)
+    layers = decoder_layers(model)
+    path = name_of(model, layers)
+    for index, layer in enumerate(layers):
+        # A float32 layer first would fragment the GPU's memory.
+        layer = layer.to(dtype).to_empty(device=device.kind)
         _randomize(layer)
-        layer = _quantize(layer, device) if four_bit else layer
-        model.model.layers.append(layer.cpu() if on_host else layer)
-    model.config.num_hidden_layers = config.num_hidden_layers
+        layer = _quantize(layer, device, f"{path}.{index}", kept) if four_bit else layer
+        layers[index] = layer.cpu() if on_host else layer
+    if four_bit:
+        _quantize(model, device, "", kept)  # projections outside of the layers, as Gemma 4's
     model.is_loaded_in_4bit = four_bit
     kernel_functions(model)
     if device.kind != "cpu":
         check_kernels(model)
     return model
+
+
+@contextlib.contextmanager
+def _on_meta(kinds: set[type[Any]]) -> Iterator[None]:
+    """Make modules of these classes on the meta device, whatever the device of the others."""
+    import torch
+
+    def made(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def without_memory(*args: Any, **kwargs: Any) -> None:
+            with torch.device("meta"):
+                init(*args, **kwargs)
+
+        return without_memory
+
+    own = {kind: kind.__init__ for kind in kinds}
+    try:
+        for kind, init in own.items():
+            kind.__init__ = made(init)
+        yield
+    finally:
+        for kind, init in own.items():
+            kind.__init__ = init
 
 
 def _randomize(layer: Any) -> None:
@@ -64,18 +85,23 @@ def _randomize(layer: Any) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+        for buffer in layer.buffers():  # scales, as Gemma 4's of a layer
+            buffer.fill_(1)
 
 
-def _quantize(layer: Any, device: Device) -> Any:
-    """Replace each linear module of `layer` by an NF4 one with double quantization."""
+def _quantize(layer: Any, device: Device, path: str, kept: set[str]) -> Any:
+    """Replace the linear modules of `layer` by NF4 ones with double quantization, but `kept`."""
     import bitsandbytes as bnb
     import torch
 
     from lorakit.model.load import guard_quantized_cpu_weights
 
-    for parent in list(layer.modules()):
+    for inside, parent in list(layer.named_modules(prefix=path)):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, torch.nn.Linear):
+            full_name = f"{inside}.{name}".removeprefix(".")
+            if not isinstance(child, torch.nn.Linear) or is_inside(full_name, kept):
+                continue
+            if isinstance(child, bnb.nn.Linear4bit):
                 continue
             quantized = bnb.nn.Linear4bit(
                 child.in_features,

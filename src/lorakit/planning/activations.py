@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.model.base_class import empty_base, text_decoder
+from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, text_decoder
 from lorakit.model.layer_widths import decoder_layers
 from lorakit.planning.fake_pass import fake_pass
 from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
@@ -312,10 +312,11 @@ def _mark_four_bit(model: Any) -> None:
     import torch
     from bitsandbytes.nn import Linear4bit
 
-    head = model.get_output_embeddings()
-    for module in list(model.modules()):
+    kept = kept_in_16_bits(model)
+    for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child is not head:
+            full_name = f"{path}.{name}".removeprefix(".")
+            if type(child) is torch.nn.Linear and not is_inside(full_name, kept):
                 size = (child.in_features, child.out_features, child.bias is not None)
                 setattr(module, name, Linear4bit(*size, quant_type="nf4", device="meta"))
     for parameter in model.parameters():
@@ -339,6 +340,7 @@ def _dequantizing(layer: Any) -> Any:
 
     class FourBit(torch.nn.Module):
         in_features, out_features = layer.in_features, layer.out_features
+        weight = bias = None  # Mamba's layers hand them to a kernel that is not used
 
         def forward(self, x: Any) -> Any:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakit.data.chat_template.render import template_capabilities
 from lorakit.errors import DependencyError, ModelError, RecipeError, RunError
 from lorakit.export.exporters import export_run
 from lorakit.export.gguf import link_weights
@@ -59,10 +60,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A command, the request keys that its server reads, and their defaults."""
+    """A command, the request keys that its server reads for each model, and their defaults."""
 
     command: list[str]
-    keys: list[str]
+    keys: dict[str, list[str]]
     defaults: dict[str, Any]
     exact: bool = True  # the trained weights, not a quantization of them
 
@@ -147,10 +148,11 @@ def _vllm(models: Models, host: str, port: str) -> Start:
     line += ["--host", host, "--port", port, "--generation-config", "vllm"]
     line += ["--middleware", "lorakit.serve.guard.Guard", "--allowed-origins", "[]"]
     keys = [*KEYS, *MORE, "n", "repetition_penalty", "min_tokens", "stop_token_ids"]
-    keys += TOOLS if tool_parser(sources[0]) else []
+    # The runs have one template.
+    keys += TOOLS if tool_parser(sources[0]) and _writes_tools(sources[0]) else []
     # A run may end its answers with another token than its base.
     stops = sorted({token for source in sources for token in source.stops()})
-    return Start(line, keys, {**DEFAULTS, "stop_token_ids": stops})
+    return Start(line, dict.fromkeys(models, keys), {**DEFAULTS, "stop_token_ids": stops})
 
 
 def _llama_cpp(models: Models, line: list[str], console: Console) -> Start:
@@ -169,8 +171,14 @@ def _llama_cpp(models: Models, line: list[str], console: Console) -> Start:
         files.append(f"{name}={file.resolve()}")
     context = str(max(source.context for source in models.values()))
     exact = all(file.endswith(("F32.gguf", "F16.gguf")) for file in files)
-    keys = [*KEYS, *MORE, *TOOLS, "repeat_penalty"]
+    own = [*KEYS, *MORE, "repeat_penalty"]
+    # It gives the schemas to the template, which may write none of them.
+    keys = {name: own + (TOOLS if _writes_tools(s) else []) for name, s in models.items()}
     return Start([*line, context, *files], keys, {**DEFAULTS, "top_k": 0, "min_p": 0.0}, exact)
+
+
+def _writes_tools(source: TunedRun) -> bool:
+    return "tool schemas" not in template_capabilities(source.tokenizer).unsupported
 
 
 def gguf_file(source: TunedRun) -> Path | None:
@@ -195,7 +203,8 @@ def _transformers(models: Models, line: list[str], folder: Path) -> Start:
     # It reads calls out of answers of a few families only.
     configs = [(s.tokenizer, SimpleNamespace(config=s.config)) for s in sources]
     reads_calls = all(get_response_template(*pair) is not None for pair in configs)
-    return Start(line, [*KEYS, "tools"] if reads_calls else KEYS, DEFAULTS)
+    keys = [*KEYS, "tools"] if reads_calls else KEYS
+    return Start(line, dict.fromkeys(models, keys), DEFAULTS)
 
 
 def _stage(source: TunedRun, folder: Path) -> None:

@@ -36,9 +36,9 @@ class Refusal(Exception):
 class Guard:
     """Pass chat requests for known models with known keys, and answer for the model list.
 
-    Settings: `models` maps each name to its default system text; `keys` are those that have an
-    effect, `defaults` their values in requests without; `api_key`; `loopback` is true where only
-    names of this machine are answered to.
+    Settings: `models` maps each name to its default system text, and `keys` to the keys that have
+    an effect on its answers; `defaults` has values of keys that a request leaves out; `api_key`;
+    `loopback` is true where only names of this machine are answered to.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -110,14 +110,14 @@ class Guard:
     def _checked(self, body: Any) -> dict[str, Any]:
         if not isinstance(body, dict):
             raise Refusal(400, "the body is not a JSON object")
-        keys, models = self.settings["keys"], self.settings["models"]
-        if unknown := sorted(set(body) - set(keys)):
-            words = f"{unknown[0][:80]!a}: has no effect in this server; known: {', '.join(keys)}"
-            raise Refusal(400, words, unknown[0])
-        name = body.get("model")
+        name, models = body.get("model"), self.settings["models"]
         if not isinstance(name, str) or name not in models:
             words = f"model {str(name)[:80]!a} is not served; there is: {', '.join(models)}"
             raise Refusal(404, words, "model")
+        keys = self.settings["keys"][name]
+        if unknown := sorted(set(body) - set(keys)):
+            words = f"{unknown[0][:80]!a}: has no effect in this server; known: {', '.join(keys)}"
+            raise Refusal(400, words, unknown[0])
         turns = body.get("messages")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise Refusal(400, "messages: takes a list of objects", "messages")

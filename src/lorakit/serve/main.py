@@ -80,7 +80,9 @@ def serve(runs: Sequence[RunDir], place: Place, engine: str, console: Console) -
                 child.compare(name, wanted)
             shown = ", ".join(f"{name} = {source.run.path}" for name, source in models.items())
             console.print(f"models   {shown}")
-            console.print(f"keys     {', '.join(start.keys)}; others are refused")
+            for name, keys in start.keys.items():
+                of = "" if len(models) == 1 else f"of {name}: "
+                console.print(f"keys     {of}{', '.join(keys)}; others are refused")
             console.print(f"serving  {place.url}/v1 by {chosen} (Ctrl-C stops)")
             child.wait()
     console.print("stopped")

@@ -15,7 +15,9 @@ def test_a_system_text_in_a_column_leads_the_chat(name):
     assert turns(item)[0] == ("system", "You are a pirate.")
 
 
-@pytest.mark.parametrize("name", ["thinking", "reasoning", "Complex_CoT", "reasoning_content"])
+@pytest.mark.parametrize(
+    "name", ["thinking", "reasoning", "Complex_CoT", "reasoning_content", "rationale"]
+)
 def test_thoughts_in_a_column_are_the_thoughts_of_the_answer(name):
     item = convert({"question": "6x7?", name: "six times seven", "answer": "42"})
     assert item.messages[-1].extra == {"reasoning_content": "six times seven"}

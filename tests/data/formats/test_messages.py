@@ -40,6 +40,10 @@ def convert(values):
         ({"messages": []}, "empty list"),
         ({"messages": "hello"}, "column messages is 'hello', expected a list of turns"),
         ({"messages": "[broken"}, "is not JSON"),
+        (
+            {"messages": '[{"role": "user", "content": "a", "content": "b"}]'},
+            'column messages: the key "content" has two values: "a" and "b"',
+        ),
         ({"messages": ["hello"]}, r"messages\[0\] is 'hello', expected an object"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] \(user\) has no content"),
         ({"messages": [{"role": "user", "content": " "}]}, r"messages\[0\] \(user\) is empty"),

@@ -52,6 +52,10 @@ def test_ids_and_several_calls_are_kept_in_order():
             {"name": "f", "arguments": "{broken"},
             r"\[0\].arguments is '{broken': not JSON",
         ),
+        (
+            {"name": "f", "arguments": '{"q": 1, "q": 2}'},
+            r'\[0\].arguments: the key "q" has two values: 1 and 2',
+        ),
         (7, "expected {"),
     ],
 )
@@ -80,7 +84,8 @@ def test_schemas_are_wrapped_alike(value):
 def test_no_tools_and_broken_ones():
     for nothing in (None, "", [], "[]"):
         assert parse_tools(nothing, fault) == ()
-    for value in ("{", [3], [{"description": "x"}], {"function": 3}):
+    twice = '[{"name": "find", "name": "seek"}]'
+    for value in ("{", [3], [{"description": "x"}], {"function": 3}, twice):
         with pytest.raises(RowError, match=r"rows.jsonl:4"):
             parse_tools(value, fault)
 

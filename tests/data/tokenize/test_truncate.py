@@ -27,3 +27,16 @@ def test_each_exchange_stands_in_one_piece_and_no_more_would_fit(sizes, limit, s
         exchanges = (len(this.messages) - len(head)) // 2
         assert size(this) <= limit or exchanges == 1
         assert size(this) + len(following.messages[len(head)].content) > limit
+
+
+def test_pieces_of_like_length_take_few_trials():
+    turns = [Message(role, "word") for _ in range(400) for role in ("user", "assistant")]
+    trials = []
+
+    def fits(piece):
+        trials.append(piece)
+        return len(piece.messages) <= 2 * 50
+
+    found = list(split_conversation(Conversation(tuple(turns), Origin("x", 1)), fits))
+    assert [len(piece.messages) for piece in found] == [100] * 8
+    assert len(trials) <= 12 + 2 * 7  # the first piece is searched for, the others are confirmed

@@ -2,7 +2,8 @@
 
 A column of labels, votes or scores marks some answers as worse than others. Supervised fine-tuning
 learns from all of them alike, so such a column is not ignored silently. Nor is one that assigns
-rows to the test split, lists the answers to choose from, or marks turns or tokens as not trained.
+rows to the test split, lists the answers to choose from, marks turns or tokens as not trained, or
+sets the chat template of a row.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ _SPLIT = frozenset({"split", "splits", "partition", "fold"})
 _HELD_OUT = re.compile(r"(test|val|eval|dev|hold.?out)", re.IGNORECASE)
 _OPTIONS = frozenset({"options", "choices"})
 _MASK = frozenset({"mask", "masks", "weights"})
+# Variables of the template for one row, as TRL reads them.
+_TEMPLATE = frozenset({"chat_template_kwargs", "template_kwargs", "enable_thinking"})
 _PREFERENCE = frozenset({"chosen", "rejected"})
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 # A judgment is a flag, a number or a short word; longer texts are content.
@@ -95,7 +98,8 @@ class ColumnWatch:
 
         Raises:
             DataError: an unused column judges the answers (it ranks two of them, or it differs
-                between rows), holds this row out, or has options or a mask that would be lost.
+                between rows), holds this row out, or has options, a mask or variables of the
+                template that would be lost.
         """
         if not (self._seen.keys() | self._used) >= row.values.keys():
             self._seen |= dict.fromkeys(str(c) for c in row.values if c not in self._used)
@@ -117,6 +121,13 @@ class ColumnWatch:
                     column, row, "lists answers to choose from that the question does not show",
                     "write the options into the question",
                 )  # fmt: skip
+            if column.lower() in _TEMPLATE and value is not None:
+                problem = f"sets the chat template of this row ({value!r}), and is not read"
+                raise DataError(
+                    f"{row.origin}: column {column!r} {problem}",
+                    f"{self._without(column, row)}; template_kwargs in the recipe sets the "
+                    "template of all rows",
+                )
             if words & _MASK and isinstance(value, list) and _flags(value):
                 raise self._lost(
                     column, row, "marks turns or tokens, and is not read",

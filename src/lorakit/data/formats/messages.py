@@ -24,6 +24,7 @@ from lorakit.data.formats.tool_turns import (
     without_nulls,
 )
 from lorakit.data.issues import RowError
+from lorakit.data.json_values import TwoValuesError, loads
 from lorakit.types import Message, Role
 
 ROLES: dict[str, Role] = {
@@ -64,7 +65,9 @@ def parse_messages(cells: RowFields, column: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         # CSV and some Parquet files carry the list as JSON text.
         try:
-            value = json.loads(value)
+            value = loads(value)
+        except TwoValuesError as error:
+            raise cells.fault("broken turns", f"column {column}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise cells.fault(
                 "broken turns", f"column {column} is not JSON: {error}", _python_hint(value)
@@ -186,6 +189,8 @@ def _extra(cells: RowFields, turn: Mapping[str, Any], role: Role, path: str) -> 
 def history_of(cells: RowFields) -> list[Message]:
     """Parse the earlier turns of query/response rows: [[question, answer], ...]."""
     value = cells.values.get("history")
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = _parsed(value, "history", cells.fault, "wrong type")
     if not value:
         return []
     if is_turn_list(value):
@@ -308,8 +313,10 @@ def _parsed(value: Any, path: str, fault: MakeFault, kind: str) -> Any:
     """Parse JSON text; return other values unchanged if they can be written as JSON."""
     try:
         if isinstance(value, str):
-            value = json.loads(value)
+            value = loads(value)
         json.dumps(value, ensure_ascii=False).encode()
+    except TwoValuesError as error:
+        raise fault(kind, f"{path}: {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise fault(kind, f"{path} is {shown_value(value)}: not JSON: {error}") from error
     return value

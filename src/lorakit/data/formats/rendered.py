@@ -16,6 +16,8 @@ _RENDERED = re.compile(
 )
 # [12.03.25, 10:01:00] Ada: ...   12/03/25, 10:01 - Ada: ...
 _WHATSAPP = re.compile(r"(?m:^)\u200e?\[?\d{1,4}[./-]\d{1,2}[./-]\d{1,4},? \d{1,2}:\d{2}.{0,20}?: ")
+_QUESTIONS = re.compile(r"(?m:^)Q(uestion)?: .+\s+^A(nswer)?: .+", re.MULTILINE)
+_WEB_PAGE = re.compile(r"\s*<(!doctype html|html)\b", re.IGNORECASE)
 _END = re.compile(
     r"(\s*(</s>|<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
     r"|<\|end_of_text\|>|<｜end▁of▁sentence｜>))+\s*$"
@@ -36,6 +38,14 @@ def note_rendered(item: Conversation | Document, log: IssueLog) -> Conversation 
                 item.origin,
                 "trained as plain text, its questions too: give `messages`, or question and answer",
             )
+        elif len(_QUESTIONS.findall(item.text[:20_000])) > 1:
+            log.add(
+                "questions and answers in a text",
+                item.origin,
+                "trained as plain text, the questions too: give `question` and `answer`",
+            )
+        elif _WEB_PAGE.match(item.text):
+            log.add("a web page", item.origin, "trained as plain text, its tags too")
         elif len(_WHATSAPP.findall(item.text[:20_000])) > 2:
             log.add(
                 "a chat between people (WhatsApp)",

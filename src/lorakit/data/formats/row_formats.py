@@ -36,8 +36,8 @@ MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 SYNONYMS: dict[str, str] = {
     "instruction": "question query prompt input task request user human source inputs ask "
     "dialogue article",
-    "response": "answer output completion reply target label assistant gpt chosen targets result "
-    "summary highlights translation",
+    "response": "answer output completion reply target label assistant gpt bot chosen targets "
+    "result summary highlights translation",
     "messages": "conversation conversations chat dialog dialogue turns",
     "text": "content document body passage article",
 }
@@ -225,7 +225,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "tools": ("functions",),
     "thinking": (
         *("reasoning", "reasoning_content", "thought", "thoughts", "cot", "complex_cot"),
-        *("chain_of_thought", "thinking_trajectory"),
+        *("chain_of_thought", "thinking_trajectory", "thought_process", "rationale", "scratchpad"),
     ),
 }
 
@@ -363,6 +363,9 @@ def _no_format(
         )
     for column, value in rows[0].values.items():
         if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
+            if len(present) > 1 and _likeness(column, "response") > 1:
+                fix = f"{column} is a list of texts: write the one to learn as a text"
+                return DataError(message, hint=fix)
             return DataError(
                 message,
                 hint=f"{column} is a list of texts without roles: write them in turn as user and "
@@ -480,6 +483,7 @@ KNOWN_FORMS: tuple[tuple[frozenset[str], str], ...] = (
         "rows of SQuAD: write the first of answers.text as a column `answer`",
     ),
 )
+_SPELLED_ALIKE = 0.75
 # Columns that are about a row, and are no question or answer.
 _ABOUT = re.compile(
     r"(^|_)(id|uuid|date|time|timestamp|url|uri|role|sender|from|model|name|title|source|language|"
@@ -490,7 +494,9 @@ _ABOUT = re.compile(
 
 def _candidates(row: Row) -> Iterator[dict[str, str]]:
     """Possible `columns:` values for a row, the most likely first."""
-    values = {str(k): v for k, v in row.values.items() if not _ABOUT.search(str(k))}
+    pair = {"source", "target"}  # of a translation
+    pair = pair if pair <= row.values.keys() else set()
+    values = {str(k): v for k, v in row.values.items() if k in pair or not _ABOUT.search(str(k))}
     yield from ({"messages": c} for c, v in values.items() if isinstance(v, list))
     texts = [c for c, v in values.items() if isinstance(v, str) and v.strip()]
     # A question alone, or a chat written as one text, is not to be trained as plain text.
@@ -516,11 +522,9 @@ def _works(row: Row, columns: Mapping[str, str]) -> bool:
 
 
 def _likeness(column: str, part: str) -> float:
+    """Score a name for a part; of names that say nothing, the order of the columns decides."""
     synonyms = [part, *SYNONYMS[part].split()]
     name = column.lower()
     inside = max((len(w) / max(len(name), 1) for w in synonyms if w in name), default=0.0)
-    return (
-        1 + inside
-        if inside
-        else max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in synonyms)
-    )
+    alike = max(difflib.SequenceMatcher(a=name, b=w).ratio() for w in synonyms)
+    return 1 + inside if inside else alike if alike > _SPELLED_ALIKE else 0.0

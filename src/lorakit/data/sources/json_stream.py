@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.json_values import DECODER, TwoValuesError, loads
 from lorakit.data.sources.files import LONGEST_LINE, pieces_of
 from lorakit.data.sources.locate import DataFile
 from lorakit.errors import DataError
 
 _SHOWN = 30
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 # A piece may end inside an escape (\\u12ab) or a word (-Infinity), but not inside a longer token.
 _LOOSE_END = 16
+_KEEP_ONE = "keep one of the two, or give the other a name of its own"
 
 
 def parse(text: str, file: DataFile, line: int, last: bool) -> Any:
@@ -29,13 +30,16 @@ def parse(text: str, file: DataFile, line: int, last: bool) -> Any:
         DataError: not valid JSON; names file, line and column.
     """
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         cut_off = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated")
         problem = "the last line is cut off" if last and cut_off else error.msg
         raise _not_json(error, file, line, 0, problem) from error
     except RecursionError:
         raise DataError(f"{file.name}:{line}: nested too deeply to be a row") from None
+    except TwoValuesError as error:
+        place = "" if "\n" in text.strip() else f":{line}"  # of one line only
+        raise DataError(f"{file.name}{place}: {error}", hint=_KEEP_ONE) from error
     except ValueError as error:
         raise DataError(f"{file.name}:{line}: not valid JSON: {error}") from error
 
@@ -122,7 +126,7 @@ def turn_lists(file: DataFile, items: str) -> str:
 def _item(window: _Window, file: DataFile, number: int) -> Any:
     while True:
         try:
-            value, end = _DECODER.raw_decode(window.text, window.at)
+            value, end = DECODER.raw_decode(window.text, window.at)
             complete = isinstance(value, dict | list | str) or end < len(window.text) - _LOOSE_END
             if complete or window.ended:  # 12 may be the beginning of 12.5
                 window.at = end
@@ -143,6 +147,8 @@ def _item(window: _Window, file: DataFile, number: int) -> Any:
             raise DataError(
                 f"{file.name}: item {number} is nested too deeply to be a row"
             ) from None
+        except TwoValuesError as error:
+            raise DataError(f"{file.name}: item {number}: {error}", hint=_KEEP_ONE) from error
         except ValueError as error:
             raise DataError(f"{file.name}: item {number}: not valid JSON: {error}") from error
 

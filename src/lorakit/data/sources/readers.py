@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.json_values import DECODER, loads
 from lorakit.data.sources.files import (
     LONGEST_LINE,
     LineErrors,
@@ -128,6 +129,11 @@ def _read_json(file: DataFile) -> Iterator[Row]:
             f"{file.name}: begins with a comment, and JSON has none",
             hint="remove what begins with // or #, to the end of its line",
         )
+    if _is_spread(file):
+        raise DataError(
+            f"{file.name}: rows over several lines each, expected one row a line",
+            hint="write each row on one line: " + file.rewritten_by("jq -c ."),
+        )
     if file.kind == ".json" and _is_one_object(file):
         yield from _listed(_wrapped(file), file)
         return
@@ -136,7 +142,7 @@ def _read_json(file: DataFile) -> Iterator[Row]:
             if line.isspace():
                 continue
             try:
-                value = json.loads(line)
+                value = loads(line)
             except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, dict):
@@ -166,6 +172,19 @@ def _no_row(line: str, file: DataFile, number: int) -> DataError:
 def _is_list_of_objects(value: Any) -> bool:
     """True for a list with objects only: rows, or the turns of one conversation."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _is_spread(file: DataFile) -> bool:
+    """True if the file begins with an object over several lines that is not all of it."""
+    start = _start(file).lstrip()
+    first, _, rest = start.partition("\n")
+    if first.rstrip().endswith("}") and rest:  # a row on one line: not parsed twice
+        return False
+    try:
+        _, end = DECODER.raw_decode(start)
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in start[:end] and (file.kind != ".json" or start[end:].lstrip()[:1] == "{")
 
 
 def _is_one_object(file: DataFile) -> bool:
@@ -380,9 +399,25 @@ def _header(cells: list[str], file: DataFile, line: int) -> list[str]:
     return names
 
 
+# Columns by which a table that was saved as a text is known.
+_COLUMNS = {"instruction", "input", "output", "question", "answer", "prompt", "completion"}
+_COLUMNS |= {"response", "messages", "conversations"}
+
+
+def _is_table(start: str) -> bool:
+    """True if the first line of a text names two or more columns of rows."""
+    first = start.lstrip("\ufeff").partition("\n")[0].strip()
+    names = [cell.strip().strip('"') for cell in re.split(r"[,;\t|]", first)]
+    return len(_COLUMNS.intersection(names)) > 1 and all(re.fullmatch(r"\w*", n) for n in names)
+
+
 def _read_text(file: DataFile) -> Iterator[Row]:
-    if _is_json(_start(file)):  # JSON lines saved as .txt
+    start = _start(file)
+    if _is_json(start):  # JSON lines saved as .txt
         yield from _read_json(file)
+        return
+    if _is_table(start):
+        yield from _read_csv(file)
         return
     yield Row({"text": read_text(file)}, Origin(file.name, 1))
 

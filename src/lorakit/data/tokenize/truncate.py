@@ -30,15 +30,32 @@ def split_conversation(
     def piece(begin: int, end: int) -> Conversation:
         return replace(conversation, messages=head + messages[borders[begin] : borders[end]])
 
-    begin, last = 0, len(borders) - 1
+    begin, size, last = 0, 2, len(borders) - 1
     while begin < last:
-        # Double the step while the piece fits, then halve it: log2(n) trials for n exchanges.
-        good, step = begin + 1, 1
-        while good + step <= last and fits(piece(begin, good + step)):
-            good, step = good + step, 2 * step
-        while step > 1:
-            step //= 2
-            if good + step <= last and fits(piece(begin, good + step)):
-                good += step
-        yield piece(begin, good)
-        begin = good
+
+        def ends_well(end: int, begin: int = begin) -> bool:
+            return fits(piece(begin, end))
+
+        end = _last_that_fits(begin + 1, last, begin + size, ends_well)
+        yield piece(begin, end)
+        # Pieces are about as long as their neighbors, so that the next one takes few trials.
+        begin, size = end, end - begin
+
+
+def _last_that_fits(low: int, high: int, near: int, fits: Callable[[int], bool]) -> int:
+    """Find the largest number up to `high` that fits; `low` is taken without a trial.
+
+    Args:
+        near: the number to try first. From there the steps double, and are halved at the end.
+    """
+    step, grows = 1, None
+    while low < high:
+        at = min(max(near, low + 1), high)
+        fit = fits(at)
+        low, high = (at, high) if fit else (low, at - 1)
+        if grows not in (None, fit):  # the border is passed
+            step = 0
+        grows = fit
+        near = at + (step if fit else -step) if step else (low + high + 1) // 2
+        step *= 2
+    return low
