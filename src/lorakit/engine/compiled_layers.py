@@ -3,7 +3,7 @@
 For families without hand-written gradients. torch.compile fuses what transformers' layers do
 between their products (norms, rotations, gates) and chooses which activations to save; attention
 and the linear layers with their adapters are operators that it does not look into
-(`engine/compiled_attention.py`, `ops/lora_linear.py`).
+(`engine/compiled_attention.py`, `ops/lora_operator.py`).
 
 Only training passes are compiled: generation, evaluation and probes run the layers as they are.
 """
@@ -25,7 +25,7 @@ from lorakit.engine.lora_linear import FusedLoraLinear, Unsupported, refresh
 from lorakit.model.base_class import text_decoder
 from lorakit.model.kernel_functions import kernel_functions
 from lorakit.ops.dropout_mask import draw_keys
-from lorakit.ops.lora_linear import LinearSpec, lora_linear, nf4_tensors
+from lorakit.ops.lora_operator import LinearSpec, lora_linear, nf4_tensors
 
 # Kinds of layers in a model times kinds of batches; torch stops at 8.
 RECOMPILE_LIMIT = 64

@@ -24,7 +24,7 @@ from lorakit.engine.attach_compiled import attach_compiled
 from lorakit.engine.attention import Segments
 from lorakit.engine.compiled_layers import CompiledLayers
 from lorakit.errors import WorkError
-from lorakit.model.architectures import changes_logits, transform_logits
+from lorakit.model.architectures import COMPILED_FAMILIES, changes_logits, transform_logits
 from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.ops.backend import has_matrix_kernels
@@ -149,10 +149,13 @@ def compile_layers(base: Any, unfused: str, asked: str) -> tuple[CompiledLayers 
     """Compile the layers of a model without fused ones; (None, the reasons) if that fails.
 
     Args:
-        asked: "auto" compiles on GPUs with matrix kernels, "on" on any device.
+        asked: "auto" compiles the families that were measured on a GPU, "on" every family.
     """
-    if asked == "auto" and not has_matrix_kernels(torch.empty(0, device=base.device)):
+    measured = base.config.get_text_config().model_type in COMPILED_FAMILIES
+    if not has_matrix_kernels(torch.empty(0, device=base.device)):
         return None, unfused
+    if asked == "auto" and not measured:
+        return None, f"{unfused} (fused_layers: on compiles its layers)"
     compiled, layers = attach_compiled(base)
     return compiled, layers if compiled is not None else f"{unfused}; {layers}"
 
