@@ -312,7 +312,7 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give(inner):
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config)
     for layer in base.model.layers:
-        _quantize(layer, device)
+        _quantize(layer, device, "", set())
     base.is_loaded_in_4bit = True
     from peft import LoraConfig, get_peft_model
 

@@ -111,24 +111,28 @@ def test_a_kernel_gets_the_borders_and_isolates_by_itself(monkeypatch):
     monkeypatch.setattr(KernelFunction, "plain_on", ())
     model = model_of("lfm2")
     assert kernel_functions(model)
-    arguments = document_arguments(BORDERS, LENGTHS_OF)
+    arguments = document_arguments(BORDERS, 12, LENGTHS_OF)
     model.model(torch.arange(12).unsqueeze(0), use_cache=False, **arguments)
     assert [s.tolist() for s in seen] == [[[0, 0, 0, 1] + [2] * 8]] * 3
 
 
 def test_the_arguments_of_a_packed_row():
-    given = document_arguments(BORDERS, LENGTHS_OF)
+    given = document_arguments(BORDERS, 12, LENGTHS_OF)
     assert given[LENGTHS] == LENGTHS_OF
     assert given["cu_seq_lens_q"] is BORDERS
     assert given["seq_idx"].dtype == torch.int32
     assert given["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2]]
+    # Without lengths on the host, and with documents of no tokens that fill up the borders.
+    filled = document_arguments(torch.nn.functional.pad(BORDERS, (0, 2), value=12), 12)
+    assert LENGTHS not in filled
+    assert filled["seq_idx"].tolist() == given["seq_idx"].tolist()
 
 
 def test_documents_are_known_by_their_numbers_alone():
     """LFM2's layers in transformers 5.17 hand down `seq_idx` and nothing else."""
     kernel_functions(model_of("lfm2"))
     x, weight = torch.randn(1, 4, 12), torch.randn(4, 3)
-    numbers = document_arguments(BORDERS, LENGTHS_OF)["seq_idx"]
+    numbers = document_arguments(BORDERS, 12, LENGTHS_OF)["seq_idx"]
     found = lfm2.causal_conv1d_fn(x, weight, None, seq_idx=numbers)
     parts = [lfm2.causal_conv1d_fn(part, weight) for part in x.split(LENGTHS_OF, dim=2)]
     torch.testing.assert_close(found, torch.cat(parts, dim=2))

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -42,10 +41,8 @@ def serving(runs, engine, folder):
         else:
             pytest.fail("".join(lines))
         yield process, found.group(1), "".join(lines)
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert time.monotonic() - began < 30
+        assert process.wait(300) == 0
         rest = process.stderr.read()
         assert "stopped" in rest
         assert "Traceback" not in rest, rest

@@ -48,7 +48,7 @@ def attach_compiled(base: Any, backend: str = "inductor") -> tuple[CompiledLayer
         compiled = None
         try:
             compiled = CompiledLayers(base, sharing, own_attention, backend)
-            states, gradients = compare(compiled, probe)
+            states, gradients = differences(compiled, probe)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # from the compiler or the model's code: its type is unknown
@@ -79,7 +79,7 @@ def probe_inputs(base: Any) -> dict[str, Tensor]:
     return {"input_ids": ((place * 7919 + 13) % (config.vocab_size - 1) + 1).unsqueeze(0)}
 
 
-def compare(compiled: CompiledLayers, inputs: dict[str, Tensor]) -> tuple[float, float]:
+def differences(compiled: CompiledLayers, inputs: dict[str, Tensor]) -> tuple[float, float]:
     """Largest relative differences of a layer's output and of its gradients.
 
     An output's difference is relative to what the layer adds to its input.

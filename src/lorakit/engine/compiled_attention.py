@@ -147,7 +147,8 @@ def _varlen(
         key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
-    return out.view(rows, length, heads, width)  # type: ignore[no-any-return]
+    shaped: Tensor = out.view(rows, length, heads, width)
+    return shaped
 
 
 def register(device: torch.device) -> str:

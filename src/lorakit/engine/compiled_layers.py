@@ -150,7 +150,7 @@ def _compiled(backend: str) -> Callable[..., Any]:
 
     # Gradients of a group's outputs are concatenated: as one pointwise kernel that computes both
     # branches of each element, a gate's backward took 174 us instead of 75 (H200, Gemma 3 12B).
-    options = {"max_pointwise_cat_inputs": 0} if backend == "inductor" else None
+    options: Any = {"max_pointwise_cat_inputs": 0} if backend == "inductor" else None
     return torch.compile(run, fullgraph=True, backend=backend, options=options)
 
 
@@ -171,7 +171,7 @@ class LinearGroup:
         fused.merge()
         self.keys: Tensor | None = None
         self.outputs: tuple[Tensor, ...] | None = None
-        blocks, self.frozen = (0, 0), [fused.merged]
+        blocks, self.frozen = (0, 0), fused.base_tensors()
         if fused.four_bit:
             state = fused.bases[0].weight.quant_state
             blocks = (state.blocksize, state.state2.blocksize)
@@ -217,8 +217,17 @@ class _GroupMember:
         return part
 
 
-@functools.cache
-def _with(kind: Any) -> type:
+_CLASSES: dict[type, type] = {}
+
+
+def _with(kind: type) -> type:
+    """The class of a module in a pass; one for each kind, since compiled code depends on it."""
+    if kind not in _CLASSES:
+        _CLASSES[kind] = _mixed(kind)
+    return _CLASSES[kind]
+
+
+def _mixed(kind: type) -> type:
     return type(kind.__name__, (_GroupMember, kind), {"__module__": kind.__module__})
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -87,15 +86,16 @@ def dense_weight(
     """W [N, K] of all modules, dequantized if it is NF4."""
     if not blocks[0]:
         return frozen[0]
+    from bitsandbytes.functional import QuantState
+
     out = torch.empty(sum(sizes), inputs, dtype=like.dtype, device=like.device)
     for number, rows in enumerate(out.split(list(sizes))):
         start = number * NF4_TENSORS
         packed, code, absmax, code2, absmax2, offset = frozen[start : start + NF4_TENSORS]
-        second = SimpleNamespace(code=code2, absmax=absmax2, blocksize=blocks[1])
-        state = SimpleNamespace(
-            code=code, absmax=absmax, blocksize=blocks[0], state2=second, offset=offset,
-            nested=True, quant_type="nf4", shape=rows.shape, dtype=like.dtype,
-        )  # fmt: skip
+        second = QuantState(absmax2, code=code2, blocksize=blocks[1], dtype=torch.float32)
+        state = QuantState(
+            absmax, rows.shape, code, blocks[0], "nf4", like.dtype, offset=offset, state2=second
+        )
         dequantize_nf4(packed, state, rows)
     return out
 

@@ -23,10 +23,12 @@ PACKED = "documents share micro-batches without padding"
 # Raised by models whose modules have other names or signatures than a probe expects.
 PROBE_ERRORS = (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError)
 
-# Sums in another order: gradients differ by 3e-6 in float32, and in bfloat16 by 0.8% with 4 layers,
-# by 2.7% with 36. Dependence on another document is not a matter of rounding: its gradient is zero.
-_ROUNDING = {torch.float32: 1e-3}
-_ROUNDING_16_BITS = 5e-2
+# Largest differences of a packed document from the same one alone that sums in another order
+# explain: of its states, and of its gradient. In bfloat16 states differ by up to 3% with 36 layers,
+# gradients by up to 20% (Gemma 4's experts, AVX2). Dependence on another document is not a matter
+# of rounding: its gradient is zero.
+_ROUNDING = {torch.float32: (1e-3, 1e-3)}
+_ROUNDING_16_BITS = (5e-2, 5e-1)
 
 
 class PackedRows:
@@ -119,9 +121,11 @@ def isolates_documents(base: Any, compiled: CompiledLayers | None = None) -> str
         return "off: the gradient of two packed documents is not finite"
     if gradient[:, :5].any():
         return "off: this model's layers mix packed documents"
-    difference = max(_distance(states, alone), _distance(gradient[:, 5:], expected))
-    if not difference < _ROUNDING.get(states.dtype, _ROUNDING_16_BITS):
-        return f"off: a packed document differs from the same one alone by {difference:.0%}"
+    limits = _ROUNDING.get(states.dtype, _ROUNDING_16_BITS)
+    found = _distance(states, alone), _distance(gradient[:, 5:], expected)
+    for difference, limit in zip(found, limits, strict=True):
+        if not difference < limit:
+            return f"off: a packed document differs from the same one alone by {difference:.0%}"
     return PACKED
 
 
