@@ -292,8 +292,8 @@ class Recipe(BaseModel):
     )
     fused_layers: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="`auto`: lorakit's fused layers on suitable GPUs, once verified. `on`: "
-        "wherever they are supported. `off`: PEFT's layers.",
+        description="`auto`: lorakit's fused or compiled layers on suitable GPUs, once verified. "
+        "`on`: wherever they are supported. `off`: PEFT's layers.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the frozen base; adapters are always float32."
