@@ -37,6 +37,9 @@ MODULES = {
 NAMES = {
     "_C": "torch._C: if a driver is there, without starting CUDA",
     "_attn_implementation": "each class chooses its attention",
+    "_call_impl": "torch.nn.Module: a call, compiled with its layer",
+    "_compiled_call_impl": "torch.nn.Module: what a call runs instead, for compiled layers",
+    "_dynamo": "torch._dynamo: which sizes compiled code may not fix, how often it is compiled",
     "_buffers": "torch.nn.Module: all tensors of a layer",
     "_cdata": "identity of a storage, for the memory plan",
     "_compile_jinja_template": "the chat template in transformers' environment",
@@ -77,6 +80,12 @@ def test_names_are_there(tiny_model_dir):
     layer = torch.nn.Linear(1, 1)
     assert set(layer._parameters) == {"weight", "bias"}
     assert layer._buffers == {}
+    layer._compiled_call_impl = lambda x: x + layer._call_impl(x)
+    assert layer(torch.ones(1, 1)) == 1 + layer._call_impl(torch.ones(1, 1))
+    dynamo = importlib.import_module("torch._dynamo")
+    assert dynamo.config.recompile_limit > 0
+    assert callable(dynamo.maybe_mark_dynamic)
+    assert callable(dynamo.mark_static)
     assert isinstance(torch.zeros(1).untyped_storage()._cdata, int)
     schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(layer.parameters()), lambda _: 1.0)
     assert schedule._last_lr == schedule.get_last_lr()

@@ -19,7 +19,7 @@ def plain_of(name):
 
 
 def row():
-    given = document_arguments(BORDERS, LENGTHS_OF)
+    given = document_arguments(BORDERS, sum(LENGTHS_OF), LENGTHS_OF)
     return {"cu_seqlens": given.pop("cu_seq_lens_q"), **given}
 
 

@@ -167,9 +167,9 @@ def register(device: torch.device) -> str:
 @contextlib.contextmanager
 def attention_of(config: Any, name: str) -> Iterator[None]:
     """Select an attention function for the layers that read this config, and restore it."""
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = name
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation_internal = before
+        config._attn_implementation = before
