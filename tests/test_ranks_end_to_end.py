@@ -423,7 +423,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_run_resumes(in_trouble, faul
     assert running.process.returncode == 1
     assert "rank 1 (cpu:1 on" in said, said
     assert f"process {victim}" in said
-    assert said.count("error:") == 1
+    assert said.count("error:") == 1, said
     if fault == signal.SIGSTOP:  # torchrun adds the stack of its own exception
         assert "Traceback" not in said
     assert not psutil.pid_exists(victim)

@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -121,11 +122,14 @@ SINGLE_PROCESS = DistributedContext()
 def _collective(name: str, *arguments: Any, **more: Any) -> None:
     import torch.distributed as dist
 
-    try:
-        getattr(dist, name)(*arguments, **more)
-    except RuntimeError:
-        time.sleep(LOST_SECONDS)  # a rank is lost: the watch names it, and ends this process
-        raise
+    getattr(dist, name)(*arguments, **more)
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    """True if a collective operation raised the error, ours or the trainer's: a rank is lost."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = (frame.f_globals.get("__name__", "") for frame, _ in frames)
+    return isinstance(error, RuntimeError) and any(n.startswith("torch.distributed") for n in names)
 
 
 @contextmanager
@@ -144,8 +148,10 @@ def init_distributed() -> Iterator[DistributedContext]:
     ranks = _join()
     try:
         yield ranks
-    except BaseException:
+    except BaseException as error:
         if ranks.watch is not None:
+            if _of_a_collective(error):
+                time.sleep(LOST_SECONDS)  # the watch names the lost rank, and ends this process
             ranks.watch.fail()
         raise
     ranks.run_on_main_and_broadcast(lambda: None)  # no rank ends before the others

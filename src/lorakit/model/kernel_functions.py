@@ -54,11 +54,12 @@ class KernelFunction:
 
     plain_on: ClassVar[tuple[str, ...]] = ("cpu",)
 
-    def __init__(self, bound: Callable[..., Any], plain: Callable[..., Any]) -> None:
+    def __init__(self, bound: Any, plain: Callable[..., Any]) -> None:
         functools.update_wrapper(self, plain)
         self.name: str = plain.__name__
-        self.bound, self.plain = bound, plain
-        self.has_kernel = _has_kernel(bound) and _PAST_OUT_PROJ not in self.name
+        self.bound: Callable[..., Any] = getattr(bound, "bound", bound)
+        self.plain = plain
+        self.has_kernel = _has_kernel(self.bound) and _PAST_OUT_PROJ not in self.name
         self.use_kernel = self.has_kernel
         self.own = OWN.get(self.name)
         self.parameters = tuple(inspect.signature(plain).parameters)
