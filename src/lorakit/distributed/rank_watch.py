@@ -67,6 +67,7 @@ class RankWatch(threading.Thread):
         self.rounds, self.last = 0, sys.maxsize
         self.parent = os.getppid()
         self.failing = False
+        self.stopped: list[int] = []
 
     def finish(self, gather: Callable[[int], list[int]]) -> None:
         """End the threads of all ranks after the same barrier."""
@@ -167,8 +168,7 @@ class RankWatch(threading.Thread):
             return "has ended or does not answer"
         with suppress(psutil.Error):
             if psutil.Process(member.pid).status() != psutil.STATUS_ZOMBIE:
-                # A stopped process would outlive all; torchrun waits 30 s for it.
-                os.kill(member.pid, signal.SIGKILL)
+                self.stopped.append(member.pid)
                 return f"has not answered for {SILENT.seconds} s"
         return "ended without an error message"
 
@@ -183,4 +183,9 @@ class RankWatch(threading.Thread):
         if message:
             os.write(2, f"\n{message}\n".encode())
         time.sleep(GRACE_SECONDS)
+        for pid in self.stopped:
+            # It would outlive all: torchrun waits 30 s for it. Killed earlier, it is the first
+            # that the launcher finds, which reports it once more.
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         os._exit(1)
