@@ -175,9 +175,7 @@ def _equal_masks(compiled: CompiledLayers) -> Iterator[None]:
     if len(compiled.keys):
         compiled.keys.copy_(draw_keys(len(compiled.keys), compiled.keys.device))
     for group in compiled.linear:
-        slots = {
-            slot: module for module, slot in zip(group.modules, group.fused.slots, strict=True)
-        }
+        slots = dict(zip(group.fused.slots, group.modules, strict=True))
         for slot, key in enumerate(group.keys if group.keys is not None else ()):
             dropouts = slots[slot].lora_dropout
             replaced.append((dropouts, dropouts["default"]))

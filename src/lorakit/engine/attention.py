@@ -60,7 +60,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
     if segments is None:
         return _dense(q, k, v, scale)
     if has_matrix_kernels(q) and q.dtype != torch.float32 and q.shape[-1] <= 256:
-        return _varlen(q, k, v, scale, segments)
+        packed = varlen(q[0], k[0], v[0], scale, segments.borders, segments.longest)
+        return packed.unsqueeze(0)
     documents = zip(*(t.split(segments.lengths, dim=1) for t in (q, k, v)), strict=True)
     return torch.cat([_dense(a, b, c, scale) for a, b, c in documents], dim=1)
 
@@ -86,22 +87,50 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+def _accepted() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+_ACCEPTED = _accepted()
+# torch 2.10's varlen attention is causal or not, without a window.
+HAS_WINDOWS = "window_size" in _ACCEPTED
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    borders: Tensor,
+    longest: int,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention within documents by FlashAttention-2; [tokens, heads, d].
+
+    Args:
+        borders: cumulative lengths [n + 1] int32 of the documents.
+        longest: length of the longest document.
+        window: tokens that each token attends to, itself included; needs `HAS_WINDOWS`.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    accepted = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"scale": scale}
-    # torch 2.10 spells causality is_causal; 2.11 and later give a window.
-    options |= {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
-    if "enable_gqa" in accepted:
-        options["enable_gqa"] = q.shape[2] != k.shape[2]
-    elif q.shape[2] != k.shape[2]:
-        repeat = q.shape[2] // k.shape[2]
-        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
-    borders, longest = segments.borders, segments.longest
-    out: Any = varlen_attn(q[0], k[0], v[0], borders, borders, longest, longest, **options)
-    packed: Tensor = out.unsqueeze(0)
-    return packed
+    if HAS_WINDOWS:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in _ACCEPTED:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+    attended: Tensor = out
+    return attended
 
 
 Angles = tuple[Tensor, Tensor]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lorakit.engine.attention import HAS_WINDOWS, varlen
 from lorakit.engine.lora_linear import Unsupported
 from lorakit.ops.backend import has_matrix_kernels
 
@@ -29,7 +29,7 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def _attention(
-    varlen: bool,
+    kernels: bool,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -44,7 +44,7 @@ def _attention(
     """Causal attention of a training pass: no cache, rows padded on the right or packed.
 
     Args:
-        varlen: use the kernel for windows and documents, else masks.
+        kernels: use the kernel for windows and documents, else masks.
         query: [B, H, T, d]; key and value: [B, Hk, T, d].
         attention_mask: not used; a token never attends to padding on its right.
         sliding_window: tokens that each token attends to, itself included; None for all.
@@ -66,9 +66,9 @@ def _attention(
             window = None
         if window is None:
             return _dense(query, key, value, scaling), None
-    if not varlen or query.dtype == torch.float32:
+    if not kernels or query.dtype == torch.float32:
         return _masked(query, key, value, scaling, window, cu_seq_lens_q), None
-    if query.shape[-1] > WIDEST_HEAD or (window is not None and not _WINDOWS):
+    if query.shape[-1] > WIDEST_HEAD or (window is not None and not HAS_WINDOWS):
         raise Unsupported(f"windows or packed documents with heads {query.shape[-1]} wide")
     return _varlen(query, key, value, scaling, window, cu_seq_lens_q, max_length_q), None
 
@@ -103,19 +103,6 @@ def _masked(
     return out.transpose(1, 2)
 
 
-def _parameters() -> set[str]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return set()
-    return set(inspect.signature(varlen_attn).parameters)
-
-
-_ACCEPTED = _parameters()
-# torch 2.10's varlen attention is causal or not, without a window.
-_WINDOWS = "window_size" in _ACCEPTED
-
-
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -125,8 +112,6 @@ def _varlen(
     borders: Tensor | None,
     longest: int | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     rows, heads, length, width = query.shape
     if borders is None:
         borders = torch.arange(
@@ -135,20 +120,8 @@ def _varlen(
         longest = length
     elif longest is None:
         longest = length
-    options: dict[str, Any] = {"scale": scaling}
-    if _WINDOWS:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
-    if "enable_gqa" in _ACCEPTED:
-        options["enable_gqa"] = heads != key.shape[1]
-    elif heads != key.shape[1]:
-        share = heads // key.shape[1]
-        key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-    out: Any = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
-    shaped: Tensor = out.view(rows, length, heads, width)
-    return shaped
+    return varlen(q, k, v, scaling, borders, longest, window).view(rows, length, heads, width)
 
 
 def register(device: torch.device) -> str:
@@ -158,9 +131,9 @@ def register(device: torch.device) -> str:
     """
     from transformers import AttentionInterface
 
-    varlen = has_matrix_kernels(torch.empty(0, device=device))
-    name = KERNELS if varlen else DEFINITION
-    AttentionInterface.register(name, functools.partial(_attention, varlen))
+    kernels = has_matrix_kernels(torch.empty(0, device=device))
+    name = KERNELS if kernels else DEFINITION
+    AttentionInterface.register(name, functools.partial(_attention, kernels))
     return name
 
 
