@@ -77,8 +77,11 @@ def test_rank_0_names_those_that_missed_the_barrier_with_the_way_to_continue():
 
 def test_a_stopped_rank_of_this_machine_is_ended(monkeypatch):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    said = end(watch(pids=(1, sleeper.pid, 3)), "Rank 1 failed to pass monitoredBarrier in 5 ms")
+    made = watch(pids=(1, sleeper.pid, 3))
+    said = end(made, "Rank 1 failed to pass monitoredBarrier in 5 ms")
     assert "has not answered for 30 s" in said
+    assert sleeper.poll() is None  # the reason is printed first
+    made._kill_stopped()
     assert sleeper.wait(60) == -9
 
 

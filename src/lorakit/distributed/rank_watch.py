@@ -183,9 +183,15 @@ class RankWatch(threading.Thread):
         if message:
             os.write(2, f"\n{message}\n".encode())
         time.sleep(GRACE_SECONDS)
+        self._kill_stopped()
+        os._exit(1)
+
+    def _kill_stopped(self) -> None:
+        """Kill the stopped ranks of this machine, which torchrun would wait 30 s for.
+
+        Called last: the launcher reports the first process that it finds ended, and this one has
+        said the reason.
+        """
         for pid in self.stopped:
-            # It would outlive all: torchrun waits 30 s for it. Killed earlier, it is the first
-            # that the launcher finds, which reports it once more.
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        os._exit(1)
