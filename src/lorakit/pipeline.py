@@ -35,6 +35,7 @@ from lorakit.export.checkpoint_keys import misfit
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.inference.evaluate import evaluate
 from lorakit.model.base_fingerprint import check_base, remember_base
+from lorakit.model.eva import eva_weights, set_lora_a
 from lorakit.model.load import (
     check_vocabulary,
     load_base,
@@ -270,6 +271,8 @@ def _fit(
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
     model = _model(start, console, checkpoint is None, objects.base)
+    if recipe.init_lora_weights == "eva" and checkpoint is None and not recipe.from_adapter:
+        set_lora_a(model, ranks.run_on_main_and_broadcast(lambda: _eva(model, start, console)))
     if recipe.fsdp is not None:
         with oom_as_error("sharding the base model", OOM_HINT):
             shard_base(model, recipe.fsdp, device)
@@ -360,6 +363,20 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     return model
+
+
+def _eva(model: Any, start: PreparedRun, console: Console) -> dict[str, torch.Tensor]:
+    """Compute lora_A from the data, on the GPU."""
+    if start.plan.placement.base_offloaded:
+        raise RunError(
+            "init_lora_weights: eva needs the complete base on the GPU, and the plan keeps it in "
+            "host memory",
+            hint="set init_lora_weights: true, or give the run more GPU memory",
+        )
+    with oom_as_error("initializing the adapter from data", OOM_HINT):
+        weights = eva_weights(model, start.prepared.train, start.resolved.recipe.seed)
+    console.print(f"adapter  {len(weights)} layers start from their inputs in the data (EVA)")
+    return weights
 
 
 def _check_start(recipe: Recipe, location: str, modules: Sequence[str], console: Console) -> None:

@@ -90,6 +90,8 @@ def lora_config(recipe: Recipe) -> Any:
     from peft import LoraConfig
 
     values = recipe.model_dump()
+    if recipe.init_lora_weights == "eva":
+        values["init_lora_weights"] = True  # until `eva_weights` has seen the data
     named = {field: values[key] for field, key in LORA_KEYS.items()}
     return LoraConfig(task_type="CAUSAL_LM", **named, **values["lora"])
 
