@@ -22,7 +22,7 @@ dataset_path: x
 def test_folders_by_name_and_what_a_users_files_mention(tmp_path):
     for place, text in {
         "one/a.yaml": "task: a",
-        "one/deep/_b_yaml": "task: b",
+        "one/deep/_b": "task: b",
         "two/c.yaml": "group: g\ntask: [a, b]",
     }.items():
         path = tmp_path / place

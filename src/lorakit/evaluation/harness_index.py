@@ -7,7 +7,7 @@ searched for names, in a second, and only the folders that hold the wanted tasks
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # A key with one name, with names in brackets, or with a list of names below it.
@@ -34,7 +34,7 @@ def names_in(text: str) -> list[str]:
 def task_folders(root: Path) -> dict[str, set[Path]]:
     """Folders directly under `root` whose task files have a name, by name."""
     found: dict[str, set[Path]] = {}
-    for path in root.rglob("*yaml"):  # parts that other files include end with _yaml
+    for path in _files(root):
         text = path.read_text(encoding="utf-8", errors="replace")
         top = path.relative_to(root).parts[0]
         for name in names_in(text):
@@ -48,5 +48,8 @@ def mentioned(folders: Sequence[Path]) -> set[str]:
     return {name for text in texts for name in names_in(text)}
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    return sorted(folder.rglob("*yaml"))
+def _files(folder: Path) -> Iterator[Path]:
+    """Task files, and the parts that they include, which have no suffix."""
+    for path in folder.rglob("*"):
+        if path.suffix in ("", ".yaml", ".yml") and path.is_file():
+            yield path
