@@ -19,7 +19,7 @@ KINDS = {
     "array": "list",
 }
 # Commands in the order of a run, and the doors of Python; what is not named comes after them.
-ORDER = ["demo", "inspect", "plan", "train", "eval", "chat", "export", "serve", "report"]
+ORDER = ["demo", "inspect", "plan", "train", "eval", "chat", "export", "serve", "report", "compare"]
 FIRST = ["finetune", "plan", "inspect", "open_run", "Run"]
 # The first key of each part of a recipe, and what the part is called.
 PARTS = {

@@ -24,7 +24,7 @@ from lorakit.dependencies import installed_version
 from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
-from lorakit.recipe.schema import RENAMED, Recipe
+from lorakit.recipe.schema import RENAMED, EvalTask, Recipe
 from lorakit.storage.atomic_dir import existing_parent
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
@@ -127,7 +127,7 @@ def write_run_files(
     device: Device,
 ) -> None:
     """Write recipe.yaml, data_report.json, plan.json and environment.json without local paths."""
-    portable = {
+    portable: dict[str, Any] = {
         "model": _portable(resolved.recipe.model, resolved, run),
         "data": [
             {"source": _portable(source, resolved, run), "weight": weight}
@@ -140,6 +140,9 @@ def write_run_files(
     for key in ("val_data", "from_adapter"):
         if value := getattr(resolved.recipe, key):
             portable[key] = _portable(value, resolved, run)
+    portable["eval_tasks"] = [
+        _portable_task(each, resolved, run) for each in resolved.recipe.eval_tasks
+    ]
     origins = dict(resolved.origins)
     saved = resolved.derive("", **portable)
     write_json(run.data_report, report)
@@ -210,6 +213,25 @@ def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
     return text
 
 
+def _portable_task(entry: str | EvalTask, resolved: ResolvedRecipe, run: RunDir) -> Any:
+    """One of `eval_tasks` with the paths of its files relative to the run directory."""
+
+    def moved(name: str) -> str:
+        return _portable(name, resolved, run) if "/" in name or "." in name else name
+
+    def metric(text: str) -> str:
+        name, _, argument = text.partition(":")
+        if name.endswith(".py"):
+            return f"{moved(name)}:{argument}"
+        return f"{name}:{moved(argument)}" if name == "json_schema" else text
+
+    if isinstance(entry, str):
+        name, colon, tail = entry.rpartition(":")
+        return f"{moved(name)}:{tail}" if colon and tail.isdigit() else moved(entry)
+    changed = {"task": moved(entry.task), "metrics": [metric(each) for each in entry.metrics]}
+    return {**entry.model_dump(), **changed}
+
+
 # Settings that do not alter the steps already taken. Model and data are compared by content; a
 # micro-batch may shrink after an OOM if a step keeps its examples.
 CHANGEABLE_ON_RESUME = {
@@ -231,7 +253,7 @@ CHANGEABLE_ON_RESUME = {
     "save_every",
     "keep_checkpoints",
     "eval_every",
-    "metric_for_best_model",
+    "eval_tasks",
     "load_best_model_at_end",
     "early_stopping_patience",
     "log_every",
