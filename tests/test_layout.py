@@ -29,6 +29,7 @@ LAYERS = [
     {"pipeline"},
     {"results"},
     {"run"},
+    {"sweeps"},
     {"api"},
     {"cli", "__main__"},
 ]

@@ -127,26 +127,31 @@ def write_run_files(
     device: Device,
 ) -> None:
     """Write recipe.yaml, data_report.json, plan.json and environment.json without local paths."""
-    portable = {
-        "model": _portable(resolved.recipe.model, resolved, run),
-        "data": [
-            {"source": _portable(source, resolved, run), "weight": weight}
-            if weight != 1
-            else _portable(source, resolved, run)
-            for source, weight in zip(resolved.recipe.sources, resolved.recipe.weights, strict=True)
-        ],
-        "output_dir": run.path.name,
-    }
-    for key in ("val_data", "from_adapter"):
-        if value := getattr(resolved.recipe, key):
-            portable[key] = _portable(value, resolved, run)
-    origins = dict(resolved.origins)
-    saved = resolved.derive("", **portable)
+    saved = portable(resolved, run.path)
     write_json(run.data_report, report)
     write_json(run.plan, plan)
     write_json(run.environment, environment(device))
     # The recipe is written last: it marks the folder as a run.
-    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
+    write_text(run.recipe, saved.to_yaml())
+
+
+def portable(resolved: ResolvedRecipe, folder: Path) -> ResolvedRecipe:
+    """Copy a recipe with its local paths relative to `folder`, into which it will be written."""
+    recipe = resolved.recipe
+    values: dict[str, Any] = {
+        "model": _portable(recipe.model, resolved, folder),
+        "data": [
+            {"source": _portable(source, resolved, folder), "weight": weight}
+            if weight != 1
+            else _portable(source, resolved, folder)
+            for source, weight in zip(recipe.sources, recipe.weights, strict=True)
+        ],
+        "output_dir": folder.name,
+    }
+    for key in ("val_data", "from_adapter"):
+        if value := getattr(recipe, key):
+            values[key] = _portable(value, resolved, folder)
+    return ResolvedRecipe(resolved.derive("", **values).recipe, dict(resolved.origins))
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -199,14 +204,14 @@ def _check_writable(run: RunDir) -> None:
         )
 
 
-def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
-    """A local path relative to the run directory; names of hub repositories are unchanged."""
+def _portable(text: str, resolved: ResolvedRecipe, target: Path) -> str:
+    """A local path relative to `target`; names of hub repositories are unchanged."""
     if text.split(":")[0] == "demo":
         return text
     for folder in resolved.folders:
         path = folder / Path(text).expanduser()
         if path.exists():
-            return os.path.relpath(path.resolve(), run.path.resolve())
+            return os.path.relpath(path.resolve(), target.resolve())
     return text
 
 
