@@ -12,6 +12,7 @@ it was trained alone (--alone).
 
 import argparse
 import json
+import resource
 import shlex
 import shutil
 import subprocess
@@ -48,11 +49,14 @@ def write_rows(path, count=256):
 
 
 def timed(*words):
-    began = time.perf_counter()
+    """(seconds, seconds of processor time) of one command; other programs change only the first."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "lorakit", *map(str, words)], capture_output=True)
     if done.returncode:
         raise SystemExit(done.stderr.decode()[-3000:])
-    return round(time.perf_counter() - began, 1)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return round(time.perf_counter() - began, 1), round(used, 1)
 
 
 def memory_of(folder):
@@ -96,16 +100,18 @@ def main():
         full = timed("sweep", *common, *vary, "--output", folder / "full")
         halved = timed("sweep", *common, *vary, "--output", folder / "halved", "--halving")
         runs = json.loads((folder / "full" / "sweep.json").read_text())["runs"]
-        one = sum(alone) / len(alone)
+        one, one_used = (sum(times) / len(alone) for times in zip(*alone, strict=True))
         result = {
             "shape": given.shape or "demo",
             "adapters": given.adapters,
-            "one_run_seconds": alone,
-            "sweep_seconds": full,
-            "halving_seconds": halved,
-            "times_one_run": round(full / one, 2),
-            "halving_times_one_run": round(halved / one, 2),
-            "faster_than_one_by_one": round(given.adapters * one / full, 2),
+            "one_run_seconds_and_processor": alone,
+            "sweep_seconds_and_processor": full,
+            "halving_seconds_and_processor": halved,
+            "times_one_run": round(full[0] / one, 2),
+            "times_one_run_processor": round(full[1] / one_used, 2),
+            "halving_times_one_run": round(halved[0] / one, 2),
+            "halving_times_one_run_processor": round(halved[1] / one_used, 2),
+            "faster_than_one_by_one": round(given.adapters * one / full[0], 2),
             "equal_bits": [
                 adapter(folder / f"alone{i}") == adapter(folder / "full" / runs[i]["name"])
                 for i in range(len(alone))

@@ -25,10 +25,8 @@ def request_of(tiny_recipe, tiny_model_dir, tiny_data, tmp_path):
     """`request_of(vary, settings, **options)`: a sweep of tiny runs."""
 
     def build(vary, settings=None, **options):
-        values = {**SMALL, "output_dir": None, **(settings or {})}
-        recipe = tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "sweep", **values)
-        if recipe.recipe.output_dir is None:
-            recipe = recipe.derive("test", output_dir=str(tmp_path / "sweep"))
+        values = {"data": tiny_data, **SMALL, **(settings or {})}
+        recipe = tiny_recipe(tiny_model_dir, folder=tmp_path / "sweep", **values)
         return SweepRequest(recipe, vary, **options)
 
     return build

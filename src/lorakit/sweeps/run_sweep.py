@@ -30,6 +30,7 @@ from lorakit.storage.run_dir import pasted, write_json, write_text
 from lorakit.storage.run_lock import LOCK, only_writer
 from lorakit.sweeps.halving import mean_loss, rung_shares, rung_step, survivors
 from lorakit.sweeps.range_search import propose
+from lorakit.sweeps.sweep_page import renew_sweep_page
 from lorakit.sweeps.sweep_plan import SweepPlan, SweepRequest, plan_sweep, require_sweep_space
 from lorakit.sweeps.sweep_record import RunRecord, SweepDir, SweepRecord, read_record
 from lorakit.sweeps.variations import Varied, runs_of, with_settings
@@ -148,6 +149,7 @@ class _Sweep:
             exit_code = stop.exit_code
         finally:
             self.shared.release()
+        renew_sweep_page(self.folder, self.record, self.console.print)
         if not exit_code and any(run.state == "failed" for run in self.record.runs):
             exit_code = 1
         return SweepResult(self.folder, self.record, exit_code, self.shared.loads)
