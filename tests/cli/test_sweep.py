@@ -24,7 +24,7 @@ def test_a_sweep_is_planned_trained_and_resumed(lorakit, words, tmp_path):
     code, out, err = lorakit(*words, *vary)
     assert code == 0, err
     assert "best     2-learning_rate_0.02 *" in out
-    assert "stopped by the sweep at step 1 of 2" in out
+    assert "Stopped by the sweep at step 1 of 2" in out
     assert "lorakit chat s/2-learning_rate_0.02" in " ".join(out.split())
     code, out, _ = lorakit("sweep", "s", "--resume", "--json")
     assert code == 0

@@ -70,7 +70,8 @@ def test_halving_stops_the_worse_half_and_names_the_reason(swept, alone):
     assert result.record.best() is runs[1]
     assert numbers_of(result.folder.run(runs[1].name)) == alone(max_steps=8, learning_rate=2e-2)
     stopped = read_json(result.folder.run(runs[3].name).stopped)
-    assert stopped["reason"].startswith("stopped by the sweep at step 4 of 8: held-out loss ")
+    assert stopped["reason"].startswith("Stopped by the sweep at step 4 of 8: held-out loss ")
+    assert stopped["reason"] in result.folder.run(runs[3].name).report.read_text()
     # Nothing is lost: a stopped run goes on as any other.
     fitted = pipeline.fit(load_recipe(result.folder.run(runs[3].name).recipe), QUIET, True)
     assert fitted.steps == 8
@@ -134,7 +135,7 @@ def test_a_failed_configuration_does_not_survive_a_rung(request_of, monkeypatch)
 
     monkeypatch.setattr(run_sweep, "fit", fit)
     vary = {"learning_rate": [2e-2, 1e-3, 1e-5]}
-    result = start_sweep(request_of(vary, {"max_steps": 3}, halving=True), QUIET)
+    result = start_sweep(request_of(vary, {"max_steps": 4}, halving=True), QUIET)
     assert states(result) == ["failed", "finished", "stopped"]
     assert result.record.runs[0].reason == "ValueError: a bug"
     assert result.exit_code == 1

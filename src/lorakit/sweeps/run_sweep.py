@@ -25,6 +25,7 @@ from lorakit.objects import Objects
 from lorakit.pipeline import TrainResult, fit
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.redact import redacted
+from lorakit.report.page import renew_report
 from lorakit.storage.atomic_dir import remove_leftovers
 from lorakit.storage.run_dir import pasted, write_json, write_text
 from lorakit.storage.run_lock import LOCK, only_writer
@@ -190,11 +191,12 @@ class _Sweep:
             loss = losses[run.configuration]
             found = f"held-out loss {loss:.4f}" if math.isfinite(loss) else "a seed of it failed"
             run.state = "stopped"
-            run.reason = f"stopped by the sweep at step {run.step} of {run.steps}: {found}, {limit}"
+            run.reason = f"Stopped by the sweep at step {run.step} of {run.steps}: {found}, {limit}"
             target = self.folder.run(run.name)
             if target.path.is_dir():
                 values = {"step": run.step, "steps": run.steps, "reason": run.reason}
                 write_json(target.stopped, values)
+                renew_report(target, self.console.print)
             self.console.print(f"{run.describe()}: {run.reason}")
 
     def _search(self, trials: int) -> None:
@@ -225,6 +227,8 @@ class _Sweep:
         self.console.print(f"\nrun {number} of {count}{goal}: {run.describe()}")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+            # Layers compiled for the modules of earlier runs would count against torch's limit.
+            torch.compiler.reset()
         began = time.perf_counter()
         try:
             resolved = with_settings(self.recipe, run.settings)
@@ -266,7 +270,8 @@ def _note_outcome(run: RunRecord, outcome: TrainResult, until: int | None) -> No
         run.rungs[str(until)] = _finite(outcome.paused.loss)
         return
     run.state, run.steps = "finished", run.steps or run.step
-    run.held_out = _finite(outcome.evaluation.tuned.loss) if outcome.evaluation else None
+    tuned = outcome.evaluation.tuned if outcome.evaluation else None
+    run.held_out = _finite(tuned.loss) if tuned else None
 
 
 def _rung_loss(run: RunRecord, share: float) -> float | None:
