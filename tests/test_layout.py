@@ -24,6 +24,7 @@ LAYERS = [
     {"bench", "display"},
     {"report"},
     {"inference"},
+    {"evaluation"},
     {"export"},
     {"objects", "serve"},
     {"pipeline"},

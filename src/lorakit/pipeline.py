@@ -31,11 +31,16 @@ from lorakit.distributed.process_group import (
     init_distributed,
 )
 from lorakit.errors import LorakitError, RunError
+from lorakit.evaluation.answer_store import AnswerStore
+from lorakit.evaluation.eval_progress import EvalProgress
+from lorakit.evaluation.evaluate_run import RunStores, score_tasks
+from lorakit.evaluation.training_scores import TrainingScorer
 from lorakit.export.checkpoint_keys import misfit
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.inference.evaluate import evaluate
 from lorakit.model.base_fingerprint import check_base, remember_base
 from lorakit.model.load import (
+    LoadedRun,
     check_vocabulary,
     load_base,
     load_config,
@@ -66,7 +71,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
-from lorakit.train.best_step import BestStep
+from lorakit.train.best_step import BestStep, metric_direction
 from lorakit.train.callbacks import PauseAtStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.fsdp import check_launch, shard_base, with_launcher_settings
@@ -100,6 +105,7 @@ class PreparedRun:
     prepared: Prepared
     plan: MemoryPlan
     tokens_per_second: float | None
+    scorer: TrainingScorer | None = None
 
     def plan_as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `plan.json`."""
@@ -183,6 +189,11 @@ def _prologue(
         resolved = resolved.derive("today, which the chat template prints", template_date=today)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
     check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
+    scorer = None
+    if resolved.recipe.eval_tasks:
+        scorer = TrainingScorer(resolved.recipe, tokenizer, folders, console.print)
+        console.print(f"tasks    {', '.join(scorer.directions)}")
+    metric_direction(resolved.recipe, scorer)
     steps = total_steps(resolved.recipe, len(prepared.train))
     check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
     check_launch(resolved.recipe, device)
@@ -199,7 +210,7 @@ def _prologue(
     console.print(f"speed    {estimate}")
     if not force:
         require_plan_fits(planned, config, device, plan)
-    return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed)
+    return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed, scorer)
 
 
 def fit(
@@ -302,6 +313,7 @@ def _fit(
             fingerprint,
             ranks,
             [*objects.callbacks, *([PauseAtStep(until)] if until else [])],
+            start.scorer,
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
@@ -455,6 +467,14 @@ def _evaluate(
         metrics=objects.metrics,
         note=console.print,
     )
+    if start.scorer is not None:
+        loaded = LoadedRun(run, start.resolved.recipe, start.device, model, start.tokenizer)
+        stores = RunStores(run, loaded)
+        # Ranks that share the base ask together, and only rank 0 writes.
+        store_of = stores.of if ranks.world_size == 1 else lambda side, task: AnswerStore()
+        tasks, note = start.scorer.listed.tasks, console.print
+        scores, _ = score_tasks(tasks, loaded, store_of, EvalProgress(None), note)
+        result = replace(result, tasks=tuple(scores), adapter=stores.adapter)
     if ranks.is_main:
         write_json(run.eval, result.as_dict())
     return result

@@ -302,14 +302,52 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Scores of base and tuned on the same held-out tokens, as in `eval.json`."""
+class TaskScore:
+    """Mean of one metric of a task for base and tuned, over the same rows.
 
-    base: EvalScore
-    tuned: EvalScore
+    `low` and `high` bound the change (tuned minus base) with 95% confidence, from the differences
+    of the rows; None where a metric is no mean over rows. `failed` rows are left out of all means.
+    """
+
+    task: str
+    metric: str
+    rows: int
+    base: float
+    tuned: float
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool = True
+    failed: int = 0
+
+    @property
+    def change(self) -> float:
+        """Tuned minus base."""
+        return self.tuned - self.base
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` if the interval excludes no change, else `unclear`."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "unclear"
+        return "better" if (self.low > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Scores of base and tuned on the same rows, as in `eval.json`.
+
+    `base` and `tuned` are the held-out losses; None if no rows are held out. `judge` has the counts
+    of a pairwise comparison. `adapter` is the hash of the weights that were evaluated.
+    """
+
+    base: EvalScore | None
+    tuned: EvalScore | None
     data: str
     samples: tuple[Sample, ...] = ()
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    tasks: tuple[TaskScore, ...] = ()
+    judge: dict[str, Any] | None = None
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, as printed by `lorakit eval --json`."""

@@ -241,7 +241,7 @@ def _measures(records: Sequence[Record]) -> tuple[Measure, ...]:
         values = tuple(None if s is None else finite(s["tuned"]) for s in scores)
         found.append(Measure(name, values, shown, _best(values, lowest=not higher)))
     best = [float(r.best.step) if r.best else None for r in records]
-    losses = [(r.numbers("loss") or [None])[-1] for r in records]
+    losses = [next(reversed(r.numbers("loss")), None) for r in records]
     found += [
         _measure("best step", best, "{:,.0f}".format),
         _measure("training loss", losses, "{:.4f}".format),

@@ -51,6 +51,11 @@ class Record:
         return [y for _, y in self.column(key) if y is not None]
 
     @property
+    def scored(self) -> dict[str, Any] | None:
+        """The evaluation if it has held-out losses; `evaluation` may have tasks alone."""
+        return self.evaluation if (self.evaluation or {}).get("base") else None
+
+    @property
     def versions(self) -> dict[str, str]:
         """Versions of the packages that the run had installed."""
         return {k: v for k, v in self.environment.get("versions", {}).items() if v is not None}

@@ -71,6 +71,11 @@ class RunDir:
         return self.path / "eval.json"
 
     @property
+    def answers(self) -> Path:
+        """Answers of base and tuned to tasks, so that an evaluation continues."""
+        return self.path / "evaluation"
+
+    @property
     def base(self) -> Path:
         """Sizes and hashes of the base model's weights, to detect later changes."""
         return self.path / "base.json"

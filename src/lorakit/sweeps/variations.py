@@ -40,6 +40,7 @@ CANNOT_VARY = {
             "save_every",
             "keep_checkpoints",
             "eval_every",
+            "eval_tasks",
             "metric_for_best_model",
             "memory_limit",
             "memory_probe",

@@ -35,11 +35,13 @@ class MetricsCallback(TrainerCallback):
         if not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         if "eval_loss" in logs:
-            held = {k: _finite(logs[k]) for k in ("eval_loss", "eval_perplexity")}
+            held = {k: _finite(v) for k, v in logs.items() if k.startswith("eval_")}
             self.progress.held_out({"step": state.global_step, **held})
+            scores = [k for k in held if k not in ("eval_loss", "eval_perplexity")]
             self.progress.note(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"
+                + "".join(f", {k.removeprefix('eval_')} {logs[k]:.3f}" for k in scores)
             )
             return
         tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0

@@ -97,7 +97,7 @@ class ResumableTrainer(SFTTrainer):
             rotate(self.run, self.recipe.keep_checkpoints, step, best)
 
     def load_best_step(self) -> BestStep | None:
-        """Make the step with the lowest held-out loss the model, if the recipe asks for it.
+        """Make the best step the model, if the recipe asks for it.
 
         Returns:
             The best step, or None if the run did not compare steps.
@@ -119,7 +119,8 @@ class ResumableTrainer(SFTTrainer):
                     hint="resume with --set load_best_model_at_end=false to keep the last step",
                 ) from fault
             self._load_adapter(folder)
-        return BestStep(best, float(self.state.best_metric), last, used)
+        value, metric = float(self.state.best_metric), self.recipe.metric_for_best_model
+        return BestStep(best, value, last, used, metric)
 
     def _load_adapter(self, folder: Path) -> None:
         engine = self.attached.engine

@@ -24,7 +24,7 @@ from lorakit.dependencies import installed_version
 from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
-from lorakit.recipe.schema import RENAMED, Recipe
+from lorakit.recipe.schema import RENAMED, EvalTask, Recipe
 from lorakit.storage.atomic_dir import existing_parent
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
@@ -151,6 +151,7 @@ def portable(resolved: ResolvedRecipe, folder: Path) -> ResolvedRecipe:
     for key in ("val_data", "from_adapter"):
         if value := getattr(recipe, key):
             values[key] = _portable(value, resolved, folder)
+    values["eval_tasks"] = [_portable_task(each, resolved, folder) for each in recipe.eval_tasks]
     return ResolvedRecipe(resolved.derive("", **values).recipe, dict(resolved.origins))
 
 
@@ -215,6 +216,25 @@ def _portable(text: str, resolved: ResolvedRecipe, target: Path) -> str:
     return text
 
 
+def _portable_task(entry: str | EvalTask, resolved: ResolvedRecipe, target: Path) -> Any:
+    """One of `eval_tasks` with the paths of its files relative to `target`."""
+
+    def moved(name: str) -> str:
+        return _portable(name, resolved, target) if "/" in name or "." in name else name
+
+    def metric(text: str) -> str:
+        name, _, argument = text.partition(":")
+        if name.endswith(".py"):
+            return f"{moved(name)}:{argument}"
+        return f"{name}:{moved(argument)}" if name == "json_schema" else text
+
+    if isinstance(entry, str):
+        name, colon, tail = entry.rpartition(":")
+        return f"{moved(name)}:{tail}" if colon and tail.isdigit() else moved(entry)
+    changed = {"task": moved(entry.task), "metrics": [metric(each) for each in entry.metrics]}
+    return {**entry.model_dump(), **changed}
+
+
 # Settings that do not alter the steps already taken. Model and data are compared by content; a
 # micro-batch may shrink after an OOM if a step keeps its examples.
 CHANGEABLE_ON_RESUME = {
@@ -236,7 +256,7 @@ CHANGEABLE_ON_RESUME = {
     "save_every",
     "keep_checkpoints",
     "eval_every",
-    "metric_for_best_model",
+    "eval_tasks",
     "load_best_model_at_end",
     "early_stopping_patience",
     "log_every",
