@@ -1,6 +1,7 @@
 """A sweep's runs are those of `lorakit train`, bit by bit, also halved, killed and resumed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,29 @@ def test_several_ranks_are_refused(request_of, monkeypatch):
     monkeypatch.setattr(run_sweep, "launch_environment", lambda: {"RANK": "0"})
     with pytest.raises(RunError, match="trains in one process"):
         start_sweep(request_of({"lora_r": [4, 8]}), QUIET)
+
+
+def test_another_file_of_the_same_name_is_not_trained(
+    request_of, tiny_data, tmp_path, monkeypatch, alone
+):
+    """`data: ../rows.jsonl` of the sweep's folder is a file of the current folder's parent, too."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "rows.jsonl").write_text(tiny_data.read_text())
+    (tmp_path / "rows.jsonl").write_text('{"question": "Wrong?", "answer": "Yes."}\n' * 9)
+    monkeypatch.chdir(here)
+    settings = {"data": "rows.jsonl", "output_dir": "sweep", "max_steps": 1, "val_size": 2}
+    result = start_sweep(request_of({"lora_r": [4, 8]}, settings), QUIET)
+    assert "../rows.jsonl" in result.folder.recipe.read_text()
+    for run in result.record.runs:
+        report = read_json(result.folder.run(run.name).data_report)
+        assert report["rows_read"] == 30
+    result.record.runs[1].state = "waiting"
+    result.record.write(result.folder)
+    shutil.rmtree(result.folder.run(result.record.runs[1].name).path)
+    again = resume_sweep(result.folder.path, QUIET)
+    report = read_json(again.folder.run(again.record.runs[1].name).data_report)
+    assert report["rows_read"] == 30
 
 
 def test_the_recipe_in_the_folder_names_no_place(swept, tmp_path):

@@ -33,8 +33,8 @@ def test_the_page_compares_the_runs_and_gives_reasons(tiny_model_dir, tmp_path):
     page = folder.page.read_text()
     assert "Sweep mine" in page
     assert page.index("2-b") < page.index("1-a")
-    assert "the best run is 2-b" in page
-    assert "1-a: stopped &lt;by&gt; it" in page
+    assert "The best run is 2-b, with a held-out loss of 1.2500" in page
+    assert "stopped &lt;by&gt; it" in page
     assert "Held-out loss" in page  # of the rungs
     assert "3-c" not in page
 

@@ -36,7 +36,7 @@ from lorakit.sweeps.sweep_plan import SweepPlan, SweepRequest, plan_sweep, requi
 from lorakit.sweeps.sweep_record import RunRecord, SweepDir, SweepRecord, read_record
 from lorakit.sweeps.variations import Varied, runs_of, with_settings
 from lorakit.train.oom import free_caches
-from lorakit.train.resume import portable
+from lorakit.train.resume import anchored, portable
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def resume_sweep(
     with only_writer(folder.run(""), console.print):
         record = read_record(folder)
         remove_leftovers(folder.path)
-        recipe = load_recipe(folder.recipe)
+        recipe = anchored(load_recipe(folder.recipe))
         alive = record.kept[-1] if record.kept else [run.configuration for run in record.runs]
         for run in record.runs:
             if run.state == "failed" and run.configuration in alive:
@@ -308,7 +308,7 @@ def _write_recipe(resolved: ResolvedRecipe, folder: SweepDir, plan: SweepPlan) -
     text = "\n".join(lines) + "\n"
     write_text(folder.recipe, text)
     # Secrets, as in an address, are not written; this session still needs them.
-    return load_recipe(folder.recipe) if redacted(text) == text else resolved
+    return anchored(load_recipe(folder.recipe)) if redacted(text) == text else resolved
 
 
 def _free_folder(resolved: ResolvedRecipe) -> SweepDir:

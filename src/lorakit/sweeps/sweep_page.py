@@ -25,12 +25,16 @@ def write_sweep_page(folder: SweepDir, record: SweepRecord) -> bool:
         return False
     found = compare_runs([folder.run(run.name) for run in begun])
     records = tuple(map(_with_rungs, found.records, begun))
-    notes = [f"{run.name}: {run.reason}" for run in record.runs if run.reason]
+    ends = [(run.name, run.reason) for run in record.runs if run.reason]
+    verdict = ""
     if (best := record.best()) is not None:
-        seeds = ", of the configuration with the lowest mean over its seeds"
-        notes.insert(0, f"the best run is {best.name}{seeds if record.seeds > 1 else ''}")
-    compared = replace(found, records=records, notes=(*found.notes, *notes))
-    write_comparison(compared, folder.page, f"Sweep {folder.path.resolve().name}")
+        verdict = f"The best run is {best.name}, with a held-out loss of {best.held_out:.4f}"
+        if record.seeds > 1:
+            mean = record.ranking()[0][0]
+            verdict += f"; the mean over the {record.seeds} seeds of its settings is {mean:.4f}"
+    compared = replace(found, records=records)
+    title = f"Sweep {folder.path.resolve().name}"
+    write_comparison(compared, folder.page, title, verdict, ends)
     return True
 
 

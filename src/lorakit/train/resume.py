@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +138,38 @@ def write_run_files(
 
 def portable(resolved: ResolvedRecipe, folder: Path) -> ResolvedRecipe:
     """Copy a recipe with its local paths relative to `folder`, into which it will be written."""
+    moved = _with_paths(resolved, lambda text: _portable(text, resolved, folder))
+    return ResolvedRecipe(moved.derive("", output_dir=folder.name).recipe, moved.origins)
+
+
+def anchored(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """Copy a recipe whose paths are relative to its own folder, with absolute paths.
+
+    Other relative paths are looked up in the current folder first, where another file may be.
+    """
+    folder = resolved.folder or Path()
+
+    def change(text: str) -> str:
+        found = text.split(":")[0] != "demo" and (folder / Path(text).expanduser()).exists()
+        return str((folder / text).resolve()) if found else text
+
+    return replace(_with_paths(resolved, change), folder=resolved.folder)
+
+
+def _with_paths(resolved: ResolvedRecipe, change: Callable[[str], str]) -> ResolvedRecipe:
+    """Copy a recipe with each value that may be a local path changed; origins stay."""
     recipe = resolved.recipe
     values: dict[str, Any] = {
-        "model": _portable(recipe.model, resolved, folder),
+        "model": change(recipe.model),
         "data": [
-            {"source": _portable(source, resolved, folder), "weight": weight}
-            if weight != 1
-            else _portable(source, resolved, folder)
+            {"source": change(source), "weight": weight} if weight != 1 else change(source)
             for source, weight in zip(recipe.sources, recipe.weights, strict=True)
         ],
-        "output_dir": folder.name,
     }
     for key in ("val_data", "from_adapter"):
         if value := getattr(recipe, key):
-            values[key] = _portable(value, resolved, folder)
-    values["eval_tasks"] = [_portable_task(each, resolved, folder) for each in recipe.eval_tasks]
+            values[key] = change(value)
+    values["eval_tasks"] = [_task_with_paths(each, change) for each in recipe.eval_tasks]
     return ResolvedRecipe(resolved.derive("", **values).recipe, dict(resolved.origins))
 
 
@@ -216,11 +234,11 @@ def _portable(text: str, resolved: ResolvedRecipe, target: Path) -> str:
     return text
 
 
-def _portable_task(entry: str | EvalTask, resolved: ResolvedRecipe, target: Path) -> Any:
-    """One of `eval_tasks` with the paths of its files relative to `target`."""
+def _task_with_paths(entry: str | EvalTask, change: Callable[[str], str]) -> Any:
+    """One of `eval_tasks` with the paths of its files changed."""
 
     def moved(name: str) -> str:
-        return _portable(name, resolved, target) if "/" in name or "." in name else name
+        return change(name) if "/" in name or "." in name else name
 
     def metric(text: str) -> str:
         name, _, argument = text.partition(":")
