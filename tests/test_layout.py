@@ -30,6 +30,7 @@ LAYERS = [
     {"pipeline"},
     {"results"},
     {"run"},
+    {"sweeps"},
     {"api"},
     {"cli", "__main__"},
 ]

@@ -73,6 +73,7 @@ from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
 from lorakit.train.best_step import BestStep, metric_direction
+from lorakit.train.callbacks import PauseAtStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.fsdp import check_launch, shard_base, with_launcher_settings
 from lorakit.train.gradient_sync import seed_per_rank
@@ -89,7 +90,7 @@ from lorakit.train.resume import (
 from lorakit.train.signals import catch_signals
 from lorakit.train.trainer import LoraTrainer
 from lorakit.train.training_args import check_training_settings, total_steps
-from lorakit.types import Device, EvalResult, MemoryPlan
+from lorakit.types import Device, EvalResult, EvalScore, MemoryPlan
 
 OOM_HINT = "stop other programs on this device, set method: qlora, or use a smaller model"
 
@@ -125,6 +126,7 @@ class TrainResult:
     ranks: int = 1
     unfit: str | None = None  # reason why engines cannot use the adapter on its base
     best: BestStep | None = None  # of a run that compared steps
+    paused: EvalScore | None = None  # held-out score of a run that ended at `until`
 
 
 def prepare_run(
@@ -218,6 +220,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     objects: Objects = NO_OBJECTS,
+    until: int | None = None,
 ) -> TrainResult:
     """Train, save and evaluate one run; Ctrl-C and SIGTERM save a checkpoint and return.
 
@@ -225,6 +228,8 @@ def fit(
         resume: continue from the last checkpoint.
         force: train even if the plan does not fit into memory.
         objects: of a Python program, used instead of what the recipe names.
+        until: save a checkpoint after this optimizer step, score the held-out rows and return; a
+            resume continues from there.
 
     Raises:
         LorakitError: the recipe, data or model cannot be used (raised before training starts), the
@@ -237,9 +242,9 @@ def fit(
         )
         if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
-                return _fit(run, resolved, console, resume, force, ranks, objects)
+                return _fit(run, resolved, console, resume, force, ranks, objects, until)
         silent = Console(file=io.StringIO(), quiet=True)
-        return _fit(run, resolved, silent, resume, force, ranks, objects)
+        return _fit(run, resolved, silent, resume, force, ranks, objects, until)
 
 
 def _written(path: Path) -> int | None:
@@ -268,6 +273,7 @@ def _fit(
     force: bool,
     ranks: DistributedContext,
     objects: Objects,
+    until: int | None,
 ) -> TrainResult:
     start = prepare_run(resolved, console, force, ranks, resume=resume, tokenizer=objects.tokenizer)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
@@ -281,7 +287,7 @@ def _fit(
     if start.plan.placement.shards > 1 or recipe.fsdp is not None:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
-    model = _model(start, console, checkpoint is None, objects.base)
+    model = _model(start, console, checkpoint is None, objects)
     if recipe.init_lora_weights == "eva" and checkpoint is None and not recipe.from_adapter:
         set_lora_a(model, ranks.run_on_main_and_broadcast(lambda: _eva(model, start, console)))
     if recipe.fsdp is not None:
@@ -309,7 +315,7 @@ def _fit(
             stop,
             fingerprint,
             ranks,
-            objects.callbacks,
+            [*objects.callbacks, *([PauseAtStep(until)] if until else [])],
             start.scorer,
         )
         console.print(f"layers   {trainer.attached.layers}")
@@ -317,17 +323,21 @@ def _fit(
         console.print(f"packing  {trainer.packing}")
         seed_per_rank(recipe.seed, ranks)
         try:
-            trainer.take_steps(checkpoint)
+            trainer.take_steps(checkpoint, until)
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
     steps, sync = trainer.state.global_step, trainer.sync
-    stopped = sync.should_stop and steps < trainer.state.max_steps
+    ended = steps >= trainer.state.max_steps
+    paused = until is not None and steps >= until and not ended
+    stopped = paused or (sync.should_stop and not ended)
+    score = trainer.score(prepared.val) if paused and not sync.should_stop else None
     best = None if stopped else trainer.load_best_step()
     model = trainer.close()
     final_loss = _final_loss(run) if ranks.is_main else None
     if stopped:
-        return TrainResult(run, steps, seconds, final_loss, None, sync.exit_code, ranks.world_size)
+        code, count = sync.exit_code, ranks.world_size
+        return TrainResult(run, steps, seconds, final_loss, None, code, count, paused=score)
     unfit = _save(run, model, start) if ranks.is_main else None
     if best and ranks.is_main:
         best.write(run)
@@ -345,12 +355,12 @@ def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None) -> Any:
+def _model(start: PreparedRun, console: Console, fresh: bool, objects: Objects) -> Any:
     """Load the base, on the GPU or in host memory as planned, and attach the adapter.
 
     Args:
         fresh: no checkpoint is loaded afterwards.
-        given: a loaded base.
+        objects: may have a loaded base.
     """
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
@@ -359,10 +369,12 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
         on_host = start.plan.placement.base_offloaded or recipe.fsdp is not None
-        if given is None:
-            base = load_base(recipe, start.location, device, on_host)
+        if objects.shared is not None:
+            base = objects.shared.take(recipe, start.location, device, on_host)
+        elif objects.base is not None:
+            base = take_base(objects.base, recipe, start.location, device, on_host)
         else:
-            base = take_base(given, recipe, start.location, device, on_host)
+            base = load_base(recipe, start.location, device, on_host)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe, token_rows(start.tokenizer, recipe))
     if recipe.from_adapter and fresh:
@@ -434,7 +446,8 @@ def _write_run_files(
     """Write the files before training; return the folder of the checkpoint to resume from."""
     recipe, prepared = start.resolved.recipe, start.prepared
     steps = total_steps(recipe, len(prepared.train))
-    run.best.unlink(missing_ok=True)
+    for earlier in (run.best, run.stopped):
+        earlier.unlink(missing_ok=True)
     resumed = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
     if resumed is None:
         run.metrics.unlink(missing_ok=True)

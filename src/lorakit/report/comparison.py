@@ -95,8 +95,19 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
     )
 
 
-def write_comparison(comparison: Comparison, path: Path, title: str = "") -> None:
-    """Write the comparison as one HTML page; the folder of `path` is created."""
+def write_comparison(
+    comparison: Comparison,
+    path: Path,
+    title: str = "",
+    verdict: str = "",
+    ends: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the comparison as one HTML page; the folder of `path` is created.
+
+    Args:
+        verdict: the result in one sentence, of a page that has one.
+        ends: names of runs that ended early, with the reason.
+    """
     compared = comparison
     wide = len(compared.settings) < len(compared.names)
     page = render_page(
@@ -109,6 +120,8 @@ def write_comparison(comparison: Comparison, path: Path, title: str = "") -> Non
         settings=_setting_rows(compared, wide),
         wide=wide,
         notes=compared.notes,
+        verdict=verdict,
+        ends=ends,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

@@ -40,6 +40,7 @@ class Record:
     finished: bool
     best: BestStep | None = None
     start: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[str, Any] = field(default_factory=dict)
 
     def column(self, key: str) -> list[tuple[float, float | None]]:
         """(step, value) of each row that has the key; None for values that are not finite."""
@@ -99,6 +100,7 @@ def read_run(run: RunDir) -> Record:
         finished=run.has_adapter(),
         best=best_step(run),
         start=_read(run.start),
+        stopped=_read(run.stopped),
     )
 
 

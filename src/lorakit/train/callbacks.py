@@ -1,4 +1,4 @@
-"""Trainer callbacks: metrics, stop after a signal, timed checkpoints, and isolated trackers."""
+"""Trainer callbacks: metrics, stop after a signal or a step, timed checkpoints, trackers."""
 
 from __future__ import annotations
 
@@ -80,6 +80,19 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.sync.should_stop:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class PauseAtStep(TrainerCallback):
+    """Save a checkpoint and stop after optimizer step `step`, as after a signal."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if state.global_step >= self.step:
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,29 +128,49 @@ def write_run_files(
     device: Device,
 ) -> None:
     """Write recipe.yaml, data_report.json, plan.json and environment.json without local paths."""
-    portable: dict[str, Any] = {
-        "model": _portable(resolved.recipe.model, resolved, run),
-        "data": [
-            {"source": _portable(source, resolved, run), "weight": weight}
-            if weight != 1
-            else _portable(source, resolved, run)
-            for source, weight in zip(resolved.recipe.sources, resolved.recipe.weights, strict=True)
-        ],
-        "output_dir": run.path.name,
-    }
-    for key in ("val_data", "from_adapter"):
-        if value := getattr(resolved.recipe, key):
-            portable[key] = _portable(value, resolved, run)
-    portable["eval_tasks"] = [
-        _portable_task(each, resolved, run) for each in resolved.recipe.eval_tasks
-    ]
-    origins = dict(resolved.origins)
-    saved = resolved.derive("", **portable)
+    saved = portable(resolved, run.path)
     write_json(run.data_report, report)
     write_json(run.plan, plan)
     write_json(run.environment, environment(device))
     # The recipe is written last: it marks the folder as a run.
-    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
+    write_text(run.recipe, saved.to_yaml())
+
+
+def portable(resolved: ResolvedRecipe, folder: Path) -> ResolvedRecipe:
+    """Copy a recipe with its local paths relative to `folder`, into which it will be written."""
+    moved = _with_paths(resolved, lambda text: _portable(text, resolved, folder))
+    return ResolvedRecipe(moved.derive("", output_dir=folder.name).recipe, moved.origins)
+
+
+def anchored(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """Copy a recipe whose paths are relative to its own folder, with absolute paths.
+
+    Other relative paths are looked up in the current folder first, where another file may be.
+    """
+    folder = resolved.folder or Path()
+
+    def change(text: str) -> str:
+        found = text.split(":")[0] != "demo" and (folder / Path(text).expanduser()).exists()
+        return str((folder / text).resolve()) if found else text
+
+    return replace(_with_paths(resolved, change), folder=resolved.folder)
+
+
+def _with_paths(resolved: ResolvedRecipe, change: Callable[[str], str]) -> ResolvedRecipe:
+    """Copy a recipe with each value that may be a local path changed; origins stay."""
+    recipe = resolved.recipe
+    values: dict[str, Any] = {
+        "model": change(recipe.model),
+        "data": [
+            {"source": change(source), "weight": weight} if weight != 1 else change(source)
+            for source, weight in zip(recipe.sources, recipe.weights, strict=True)
+        ],
+    }
+    for key in ("val_data", "from_adapter"):
+        if value := getattr(recipe, key):
+            values[key] = change(value)
+    values["eval_tasks"] = [_task_with_paths(each, change) for each in recipe.eval_tasks]
+    return ResolvedRecipe(resolved.derive("", **values).recipe, dict(resolved.origins))
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -202,22 +223,22 @@ def _check_writable(run: RunDir) -> None:
         )
 
 
-def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
-    """A local path relative to the run directory; names of hub repositories are unchanged."""
+def _portable(text: str, resolved: ResolvedRecipe, target: Path) -> str:
+    """A local path relative to `target`; names of hub repositories are unchanged."""
     if text.split(":")[0] == "demo":
         return text
     for folder in resolved.folders:
         path = folder / Path(text).expanduser()
         if path.exists():
-            return os.path.relpath(path.resolve(), run.path.resolve())
+            return os.path.relpath(path.resolve(), target.resolve())
     return text
 
 
-def _portable_task(entry: str | EvalTask, resolved: ResolvedRecipe, run: RunDir) -> Any:
-    """One of `eval_tasks` with the paths of its files relative to the run directory."""
+def _task_with_paths(entry: str | EvalTask, change: Callable[[str], str]) -> Any:
+    """One of `eval_tasks` with the paths of its files changed."""
 
     def moved(name: str) -> str:
-        return _portable(name, resolved, run) if "/" in name or "." in name else name
+        return change(name) if "/" in name or "." in name else name
 
     def metric(text: str) -> str:
         name, _, argument = text.partition(":")
