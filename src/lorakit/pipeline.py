@@ -35,6 +35,7 @@ from lorakit.export.checkpoint_keys import misfit
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.inference.evaluate import evaluate
 from lorakit.model.base_fingerprint import check_base, remember_base
+from lorakit.model.expert_settings import expert_notes
 from lorakit.model.load import (
     check_vocabulary,
     load_base,
@@ -170,6 +171,8 @@ def _prologue(
             f"frozen   {', '.join(sides)}: outside the text decoder; trained on text only"
         )
     check_adapter_settings(resolved.recipe, config)
+    for note in expert_notes(resolved.recipe, config):
+        console.print(f"experts  {note}")
     _check_start(resolved.recipe, location, count(config).modules, console)
     if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
@@ -343,7 +346,7 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
         console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        on_host = start.plan.placement.base_offloaded or recipe.fsdp is not None
+        on_host = start.plan.placement.loaded_on_host or recipe.fsdp is not None
         if given is None:
             base = load_base(recipe, start.location, device, on_host)
         else:

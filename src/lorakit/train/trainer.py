@@ -116,7 +116,12 @@ class LoraTrainer(ResumableTrainer):
         keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
         self.attached = attach_loss(
-            self.model, recipe.layers, torch.device(device.kind), plan.placement, ranks
+            self.model,
+            recipe.layers,
+            torch.device(device.kind),
+            plan.placement,
+            ranks,
+            recipe.router_aux_loss_coef,
         )
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
