@@ -8,6 +8,8 @@ import torch
 from lorakit.ops import grouped_product
 from lorakit.ops.dropout_mask import keep_mask
 from lorakit.ops.grouped_product import (
+    Combine,
+    Dispatch,
     FrozenProduct,
     LowRankUpdate,
     grouped_mm,
@@ -55,7 +57,8 @@ def test_the_frozen_product_equals_a_loop(monkeypatch, most):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_the_low_rank_update_equals_a_loop(p):
+def test_the_low_rank_update_equals_a_loop(p, monkeypatch):
+    monkeypatch.setattr(grouped_product, "MASKED_AT_ONCE", 20)  # four rows at a time
     a, b = torch.randn(6, 2, 5), torch.randn(6, 7, 2)
     key = torch.tensor([12345, 678], dtype=torch.int32) if p else None
     mask = keep_mask(key, sum(COUNTS), 5, p).float() if p else torch.ones(sum(COUNTS), 5)
@@ -75,6 +78,36 @@ def test_the_low_rank_update_equals_a_loop(p):
     unused = [e for e, count in enumerate(COUNTS) if not count]
     assert inputs[1].grad[unused].abs().max() == inputs[2].grad[unused].abs().max() == 0
     assert (inputs[2].grad.abs().amax((1, 2)) > 0).tolist() == [bool(c) for c in COUNTS]
+
+
+def test_rows_are_sorted_and_summed_as_by_indexing():
+    torch.manual_seed(0)
+    index = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1]])
+    _, order = torch.sort(index.flatten(), stable=True)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(8)
+    results = []
+    for own in (True, False):
+        torch.manual_seed(1)
+        tokens, scores = torch.randn(4, 5).requires_grad_(), torch.rand(4, 2).requires_grad_()
+        if own:
+            x = Dispatch.apply(tokens, order, back, 2)
+            out = Combine.apply(x.sin(), scores, order, back)
+        else:
+            x = tokens[order // 2]
+            out = (x.sin() * scores.flatten()[order, None])[back].view(4, 2, 5).sum(1)
+        (out * torch.randn(4, 5)).sum().backward()
+        results.append((x.detach(), out.detach(), tokens.grad, scores.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_evenly_spread_rows_are_one_product():
+    x, y, weights = rows(16)[:12], rows(8, 1)[:12], torch.randn(3, 16, 8)
+    parts = zip(x.split(4), y.split(4), weights, strict=True)
+    each = [(a @ w, a.t() @ b) for a, b, w in parts]
+    torch.testing.assert_close(grouped_mm(x, weights, [4] * 3), torch.cat([m for m, _ in each]))
+    torch.testing.assert_close(grouped_outer(x, y, [4] * 3), torch.stack([o for _, o in each]))
 
 
 def test_torch_computes_the_same_grouped_products(monkeypatch):

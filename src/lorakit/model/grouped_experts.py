@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.model.layer_widths import expert_elements
-from lorakit.ops.grouped_product import FrozenProduct
+from lorakit.ops.grouped_product import Combine, Dispatch, FrozenProduct
 from lorakit.ops.nf4_experts import Nf4Experts, dequantize_experts, quantize_experts, rows_of
 
 # Parts of NF4 experts, one per expert.
@@ -42,7 +42,10 @@ class GroupedExperts(nn.Module):
         chosen = top_k_index.shape[-1]
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         counts = self.tokens_per_expert(experts)
-        x = hidden_states[order // chosen].to(self.compute_dtype)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        tokens = hidden_states.to(self.compute_dtype)
+        x: Tensor = Dispatch.apply(tokens, order, back, chosen)
         own: Any = self  # attributes of the class that this one is mixed into
         if own.has_gate:
             inner = own._apply_gate(self._product("gate_up_proj", x, experts, counts))
@@ -51,11 +54,8 @@ class GroupedExperts(nn.Module):
         y = self._product("down_proj", inner, experts, counts)
         if getattr(own, "has_post_expert_norm", False):
             y = own.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        rows = y[back].view(-1, chosen, y.shape[-1])
-        return rows.sum(dim=1).to(hidden_states.dtype)
+        combined: Tensor = Combine.apply(y, top_k_weights, order, back)
+        return combined.to(hidden_states.dtype)
 
     def tokens_per_expert(self, experts: Tensor) -> list[int]:
         """Count the rows of each expert, on the host: only experts with rows are dequantized."""
@@ -86,9 +86,11 @@ class GroupedExperts(nn.Module):
         x = x.to(self.compute_dtype)
         y: Tensor = FrozenProduct.apply(x, dense, counts, self.sizes(name)[0])
         if self.has_bias:
-            y = y + getattr(self, f"{name}_bias")[experts].to(y.dtype)
+            y += getattr(self, f"{name}_bias")[experts].to(y.dtype)
         update = self.updates.get(name)
-        return y if update is None else y + update(x, counts)
+        if update is not None:
+            y += update(x, counts)
+        return y
 
     def quantize_(self, name: str, weights: Tensor) -> nn.Parameter:
         """Keep `weights` [E, ., .] as NF4; returns the parameter with the packed values."""

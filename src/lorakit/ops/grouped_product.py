@@ -8,6 +8,8 @@ m on the adapter's input (LoRA, arXiv 2106.09685, eq. 3; f = alpha / r, over 1 -
     ds = du B_e                   dB_e = du^T s
     dA_e = f ds^T (m * x)         dx += m * (ds A'_e)
 
+`Dispatch` and `Combine` sort the rows of tokens and add them up again.
+
 Frozen weights are made for a group of experts at a time, only for experts that have rows, and again
 in backward; they may be dequantized or copied each time. The mask is recomputed from its key.
 Shapes: S rows, E experts, K inputs, N outputs, rank R; A [E, R, K], B [E, N, R].
@@ -16,7 +18,7 @@ Shapes: S rows, E experts, K inputs, N outputs, rank R; A [E, R, K], B [E, N, R]
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,9 @@ from lorakit.ops.nf4_experts import rows_of
 # Dense weights that exist at once: gate and up of 42 of Qwen3-30B-A3B's 128 experts. All of a layer
 # are 1.2 GB.
 GROUP_BYTES = 256 * 1024**2
+
+# Elements of a mask made in plain torch, which takes 8 bytes for each.
+MASKED_AT_ONCE = 2**24
 
 # Dense weights [G, N, K] of the experts of these numbers.
 Dense = Callable[[Sequence[int]], Tensor]
@@ -60,6 +65,8 @@ def grouped_mm(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
     if _has_grouped_mm(x, weights):
         ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)
         return torch.nn.functional.grouped_mm(x, weights, offs=ends.to(x.device))
+    if len(set(counts)) == 1:  # rows spread evenly, as in a memory plan
+        return torch.bmm(x.reshape(len(counts), counts[0], -1), weights).flatten(0, 1)
     out = x.new_empty(x.shape[0], weights.shape[2])
     for rows, weight, place in zip(
         x.split(list(counts)), weights, out.split(list(counts)), strict=True
@@ -74,6 +81,9 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
         ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)
         product = torch.nn.functional.grouped_mm(left.t(), right, offs=ends.to(left.device))
         return product.float()
+    if len(set(counts)) == 1:
+        a, b = (t.reshape(len(counts), counts[0], -1) for t in (left, right))
+        return torch.bmm(a.transpose(1, 2), b).float()
     out = torch.empty(
         len(counts), left.shape[1], right.shape[1], dtype=torch.float32, device=left.device
     )
@@ -99,21 +109,23 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dense: Dense, counts: Sequence[int], outputs: int) -> Tensor:
-        ctx.dense, ctx.counts = dense, counts
+        ctx.dense, ctx.counts, ctx.inputs = dense, counts, x.shape[1]
         ctx.most = experts_at_once(outputs, x.shape[1], x.dtype)
-        return _joined(
-            grouped_mm(x[group.rows], dense(group.experts).transpose(1, 2), group.counts)
-            for group in groups_of(counts, ctx.most)
-        )
+
+        def product(group: Group) -> Tensor:
+            weights = dense(group.experts).transpose(1, 2)
+            return grouped_mm(x[group.rows], weights, group.counts)
+
+        return _by_group(product, counts, ctx.most, x, outputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         dy = dy.contiguous()
-        dx = _joined(
-            grouped_mm(dy[group.rows], ctx.dense(group.experts), group.counts)
-            for group in groups_of(ctx.counts, ctx.most)
-        )
-        return dx, None, None, None
+
+        def product(group: Group) -> Tensor:
+            return grouped_mm(dy[group.rows], ctx.dense(group.experts), group.counts)
+
+        return _by_group(product, ctx.counts, ctx.most, dy, ctx.inputs), None, None, None
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -153,9 +165,54 @@ class LowRankUpdate(torch.autograd.Function):
         return dx, da, db, None, None, None, None
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
-    products = list(parts)
-    return products[0] if len(products) == 1 else torch.cat(products)
+class Dispatch(torch.autograd.Function):
+    """Rows of tokens [T, D], once for each of their k experts, sorted: [T k, D].
+
+    `order` [T k] has the choice, token * k + number, of each sorted row; `back` is its inverse. The
+    backward pass sums in a fixed order, as indexing would not on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, back: Tensor, chosen: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.chosen = chosen
+        return tokens[order // chosen]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (back,) = ctx.saved_tensors
+        rows = grad[back].view(-1, ctx.chosen, grad.shape[-1])
+        return rows.sum(dim=1), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """Sum of each token's rows, weighted by the router: y [T k, D], scores [T, k] -> [T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scores: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scores, order, back)
+        weighted = (y * scores.reshape(-1)[order, None])[back]
+        return weighted.view(*scores.shape, y.shape[-1]).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        y, scores, order, back = ctx.saved_tensors
+        rows = grad[order // scores.shape[-1]]
+        of_scores = (rows * y).sum(dim=-1)[back].view_as(scores).to(scores.dtype)
+        return (rows * scores.reshape(-1)[order, None]).to(y.dtype), of_scores, None, None
+
+
+def _by_group(
+    product: Callable[[Group], Tensor], counts: Sequence[int], most: int, like: Tensor, width: int
+) -> Tensor:
+    """Products of all groups; each is made beside the result, which `cat` would hold twice."""
+    groups = list(groups_of(counts, most))
+    if len(groups) == 1:
+        return product(groups[0])
+    out = like.new_empty(like.shape[0], width)
+    for group in groups:
+        out[group.rows] = product(group)
+    return out
 
 
 def _copies(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,4 +228,10 @@ def _masked(x: Tensor, key: Tensor | None, p: float) -> Tensor:
         from lorakit.ops.dropout_mask_triton import masked_triton
 
         return masked_triton(x, key, p)
-    return x * keep_mask(key, x.shape[0], x.shape[1], p).to(x.dtype)
+    out = torch.empty_like(x)
+    step = max(1, MASKED_AT_ONCE // x.shape[1])
+    for first in range(0, len(x), step):
+        rows = x[first : first + step]
+        mask = keep_mask(key, len(rows), x.shape[1], p, first)
+        torch.mul(rows, mask, out=out[first : first + step])
+    return out

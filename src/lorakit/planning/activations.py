@@ -150,7 +150,9 @@ def _run(question: _Question, layers: int) -> _Pass:
             kept, in_heap = live.bytes - before, live.small() - small_before
             forward, live.peak = live.peak, live.bytes
             loss.backward()
-        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # The copies of experts' adapters are not autocast's.
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        adapters = sum(p.numel() for n, p in trained.items() if ".experts." not in n)
         base = before + kept
         return _Pass(kept, forward - base, live.peak - base, in_heap, adapters)
 
@@ -368,8 +370,10 @@ def _plan_experts(model: Any, four_bit: bool) -> None:
 
 
 def _even_counts(number: int, experts: Any) -> list[int]:
+    """All rows spread evenly over as many experts as that is possible for."""
     rows = experts.numel()
-    return [rows // number + (expert < rows % number) for expert in range(number)]
+    used = next(count for count in range(number, 0, -1) if rows % count == 0)
+    return [rows // used] * used + [0] * (number - used)
 
 
 def _made_weights(module: Any, name: str, experts: Any) -> Any:
