@@ -83,6 +83,24 @@ def test_each_layer_is_copied_twice_a_micro_batch_and_two_are_resident(monkeypat
     assert buffers == 2 * max(room.size for room in slots.rooms)
 
 
+def test_plain_experts_of_a_run_that_adapts_others_are_streamed_too():
+    torch.manual_seed(0)
+    config = tiny_config("qwen3_moe", num_hidden_layers=3)
+    base = declared_class(config)(config)
+    recipe = Recipe(model="m", data="d", target_modules=["q_proj"], lora_dropout=0.0)
+    model = add_adapter(base, recipe).train()
+    base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    attach_loss(model)
+    loss, gradients = step(model)
+    attach_loss(model, placement=Placement(experts_on_host=True))
+    assert len(base.lorakit_experts.experts) == 3
+    own_loss, own = step(model)
+    torch.testing.assert_close(own_loss, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_the_model_has_no_experts_of_its_own_on_the_device():
     model = model_of()
     streamed = StreamedExperts(base_of(model), CPU)

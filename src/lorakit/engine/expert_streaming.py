@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from lorakit.engine.weight_streaming import StreamedBase
-from lorakit.model.grouped_experts import GroupedExperts, expert_modules
+from lorakit.model.grouped_experts import GroupedExperts, expert_modules, group_experts
 
 
 class StreamedExperts:
     """The experts of one model in host memory, with hooks that bring each layer's to `device`."""
 
     def __init__(self, base: Any, device: torch.device) -> None:
+        group_experts(base, next(p.dtype for p in base.parameters() if p.is_floating_point()))
         self.experts = [m for _, m in expert_modules(base) if isinstance(m, GroupedExperts)]
         for module in base.modules():
             if not isinstance(module, GroupedExperts):

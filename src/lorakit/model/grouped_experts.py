@@ -151,7 +151,7 @@ class GroupedExperts(nn.Module):
             del self.nf4[name]
         for attribute in ("expert_shapes", "nf4", "compute_dtype", "updates"):
             delattr(self, attribute)
-        self.__class__ = type(self).__mro__[2]  # type: ignore[assignment]
+        self.__class__ = type(self).__mro__[2]
 
 
 _CLASSES: dict[type, type] = {}

@@ -73,7 +73,7 @@ class Nf4Loader(Bnb4BitHfQuantizer):
         return super()._dequantize(model, dtype=dtype)
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """Quantize the weight of an experts module, or of a linear layer by bitsandbytes' operation."""
 
     def __init__(self, linear: Any) -> None:
@@ -81,19 +81,20 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **more: Any) -> dict[str, Any]:
         """Replace each tensor by its quantized parameter."""
-        result = {}
+        result: dict[str, Any] = {}
         for full_name, value in input_dict.items():
+            module: Any
             module, name = get_module_from_name(model, full_name)
             if not isinstance(module, GroupedExperts):
                 result |= self.linear.convert({full_name: value}, model=model, **more)
                 continue
             weights = value[0] if isinstance(value, list) else value
             result[full_name] = module.quantize_(name, weights)
-            module._is_hf_initialized = True
+            setattr(module, "_is_hf_initialized", True)  # noqa: B010
         return result
 
 
-class _FromMxfp4(ConversionOps):  # type: ignore[misc]
+class _FromMxfp4(ConversionOps):
     """Dequantize MXFP4 blocks and scales to the dtype of the parameter they load into."""
 
     def convert(

@@ -362,9 +362,14 @@ def _plan_experts(model: Any, four_bit: bool) -> None:
     for module in model.modules():
         if not isinstance(module, GroupedExperts):
             continue
-        module.tokens_per_expert = functools.partial(_even_counts, module.number)
+        planned: dict[str, Any] = {
+            "tokens_per_expert": functools.partial(_even_counts, module.number)
+        }
+        if four_bit:
+            planned["dense"] = functools.partial(_made_weights, module)
+        for name, function in planned.items():
+            setattr(module, name, function)
         for name, shape in module.expert_shapes.items() if four_bit else ():
-            module.dense = functools.partial(_made_weights, module)
             meta = torch.empty(shape[0], 1, dtype=torch.uint8, device="meta")
             setattr(module, name, torch.nn.Parameter(meta, requires_grad=False))
 

@@ -196,7 +196,8 @@ def _forward(
             kwargs |= rows.arguments(borders, lengths, kwargs["position_ids"], longest)
         balanced = balance if self.training else None
         mask = kwargs.get("attention_mask") if borders is None else None
-        with balanced.collecting() if balanced else contextlib.nullcontext([]) as logits:
+        collecting: Any = balanced.collecting() if balanced else contextlib.nullcontext([])
+        with collecting as logits:
             if head is None:
                 states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
             else:
