@@ -40,6 +40,7 @@ from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.inference.evaluate import evaluate
 from lorakit.model.base_fingerprint import check_base, remember_base
 from lorakit.model.eva import eva_weights, set_lora_a
+from lorakit.model.expert_settings import expert_notes
 from lorakit.model.load import (
     LoadedRun,
     check_vocabulary,
@@ -179,6 +180,8 @@ def _prologue(
             f"frozen   {', '.join(sides)}: outside the text decoder; trained on text only"
         )
     check_adapter_settings(resolved.recipe, config)
+    for note in expert_notes(resolved.recipe, config):
+        console.print(f"experts  {note}")
     _check_start(resolved.recipe, location, count(config).modules, console)
     if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
@@ -368,7 +371,7 @@ def _model(start: PreparedRun, console: Console, fresh: bool, objects: Objects) 
         console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        on_host = start.plan.placement.base_offloaded or recipe.fsdp is not None
+        on_host = start.plan.placement.loaded_on_host or recipe.fsdp is not None
         if objects.shared is not None:
             base = objects.shared.take(recipe, start.location, device, on_host)
         elif objects.base is not None:
@@ -391,7 +394,7 @@ def _model(start: PreparedRun, console: Console, fresh: bool, objects: Objects) 
 
 def _eva(model: Any, start: PreparedRun, console: Console) -> dict[str, torch.Tensor]:
     """Compute lora_A from the data, on the GPU."""
-    if start.plan.placement.base_offloaded:
+    if start.plan.placement.loaded_on_host:
         raise RunError(
             "init_lora_weights: eva needs the complete base on the GPU, and the plan keeps it in "
             "host memory",

@@ -198,6 +198,7 @@ class Placement:
     its products for `tokens_at_once` tokens and attention for `heads_at_once` key heads at a time;
     the inputs of the last `inputs_on_gpu` layers stay on the GPU. With `shards` above 1, that many
     ranks of a machine each hold a part of every layer's frozen weights, gathered for the layer.
+    `experts_on_host`: of a model's own layers, only the frozen experts are copied layer by layer.
     """
 
     layerwise: bool = False
@@ -208,11 +209,17 @@ class Placement:
     tokens_at_once: int = 0
     heads_at_once: int = 0
     shards: int = 1
+    experts_on_host: bool = False
 
     @property
     def base_offloaded(self) -> bool:
         """True if the layers' frozen weights are copied to the GPU one layer at a time."""
         return self.base_on_host or self.shards > 1
+
+    @property
+    def loaded_on_host(self) -> bool:
+        """True if the base is loaded into host memory, to be placed from there."""
+        return self.base_offloaded or self.experts_on_host
 
     def describe(self, layers: int) -> list[str]:
         """List the parts in host memory, for a model with this many layers."""
@@ -220,6 +227,7 @@ class Placement:
         inputs = "layer inputs" if away == layers else f"the inputs of {away} layers"
         named = {
             "the base": self.base_on_host,
+            "experts": self.experts_on_host,
             "adapters and optimizer": self.adapters_on_host,
             inputs: away > 0,
             "the embedding": self.embedding_on_host,

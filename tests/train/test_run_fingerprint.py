@@ -117,6 +117,8 @@ MAY_NOT_CHANGE = {
     "lora_alpha": 5,
     "lora_dropout": 0.5,
     "target_modules": ["q_proj"],
+    "expert_adapters": "all",
+    "router_aux_loss_coef": 0.01,
     "use_dora": True,
     "use_rslora": True,
     "init_lora_weights": "gaussian",

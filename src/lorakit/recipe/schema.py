@@ -217,6 +217,18 @@ class Recipe(BaseModel):
         "auto",
         description="Layers that get an adapter: `auto` (by model family), `all-linear`, or names.",
     )
+    expert_adapters: Literal["none", "shared", "all"] = Field(
+        "shared",
+        description="Mixtures of experts: `shared`: the layers that every token passes (attention "
+        "and shared MLPs); `none`: of these, no MLPs; `all`: every expert too, in PEFT's "
+        "`target_parameters`. `none` and `shared` choose among the layers of `target_modules: "
+        "auto`; the router is frozen unless `modules_to_save` names it.",
+    )
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Weight of the loss that balances tokens over experts (arXiv 2101.03961, "
+        "equation 4). Default 0: the router is frozen, and balance is that of its pretraining.",
+    )
     use_dora: bool = Field(False, description="Weight-decomposed LoRA: better at low rank, slower.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_r) instead.")
     init_lora_weights: bool | str = Field(

@@ -121,9 +121,8 @@ class LoraTrainer(ResumableTrainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
-        self.attached = attach_loss(
-            self.model, recipe.layers, torch.device(device.kind), plan.placement, ranks
-        )
+        on, aux = torch.device(device.kind), recipe.router_aux_loss_coef
+        self.attached = attach_loss(self.model, recipe.layers, on, plan.placement, ranks, aux)
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
         self.oom_retry.layout = replace(self.layout, packed=packed)
