@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorakit.recipe.schema import Recipe
     from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
+    from lorakit.web.notebook import ui
 
 _MODULES = {
     "Evaluation": "results",
@@ -38,6 +39,7 @@ _MODULES = {
     "plan": "api",
     "prepare": "api",
     "recipe_schema": "recipe.loader",
+    "ui": "web.notebook",
 }
 __all__ = [
     "Evaluation",
@@ -56,6 +58,7 @@ __all__ = [
     "plan",
     "prepare",
     "recipe_schema",
+    "ui",
 ]
 
 
