@@ -13,7 +13,9 @@ from lorakit.web.workspace import Workspace, folder_size, read_settings, total_o
 
 
 def runs_of(folder):
-    return {run.name: run for run in Workspace(folder).summaries()}
+    workspace = Workspace(folder)
+    found = workspace.folders().items()
+    return {name: workspace.summary(name, path) for name, path in found}
 
 
 def test_runs_are_found_with_their_numbers(folder):
@@ -106,7 +108,8 @@ def test_only_a_process_that_holds_the_lock_counts(folder):
     path = folder / "runs" / "half"
     (path / ".lock").write_text(f"{os.getpid()}\n")
     assert writer_of(path) is None
-    code = f"import time; h = open({str(path / '.lock')!r}, 'a'); print('on', flush=True); time.sleep(60)"
+    lock = str(path / ".lock")
+    code = f"import time; h = open({lock!r}, 'a'); print('on', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         (path / ".lock").write_text(f"{other.pid}\n")

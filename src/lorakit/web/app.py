@@ -135,7 +135,7 @@ async def _bug_page(_: Request, error: Exception) -> Response:
 async def runs_page(request: Request) -> Response:
     """List of runs; with `?part=1` the table alone, which the page asks for while it is open."""
     context = context_of(request)
-    runs = await in_thread(context.workspace.summaries)
+    runs = await in_thread(context.summaries)
     pending = await in_thread(context.launcher.pending)
     values = {"runs": runs, "pending": pending, "progress": progress_text}
     if "part" in request.query_params:
@@ -162,7 +162,7 @@ async def run_page(request: Request) -> Response:
                 "starting.html.jinja", refresh=refresh, page="", run=waiting[name], log=log
             )
     run = context.workspace.find(name)
-    summary = await in_thread(context.workspace.summary, name, run.path)
+    summary = await in_thread(context.summary, name, run.path)
     values = await in_thread(run_values, context.workspace, run, summary)
     process = await in_thread(launcher.process_of, name)
     log = launcher.log(name)
@@ -232,14 +232,14 @@ async def _changes(
         if points := metrics.since(known, 200):
             yield "points", {"curves": points, "counts": metrics.counts()}
             known, quiet = metrics.counts(), 0
-        state = state_of(await in_thread(workspace.summary, name, run.path))
+        state = state_of(await in_thread(context.summary, name, run.path))
         if state != seen:
             yield "state", state
             seen, quiet = state, 0
         if (text := context.launcher.log(name)[-LOG_CHARACTERS:]) != log:
             yield "log", text
             log = text
-        if state["status"] != "running" and not context.launcher.process_of(name):
+        if state["status"] != "running":
             yield "end", state["status"]
             return
         if (quiet := quiet + 1) % 15 == 0:
@@ -299,7 +299,7 @@ async def compare_page(request: Request) -> Response:
 async def models_page(request: Request) -> Response:
     """Models that are on this machine or known by name, and the adapters of the folder."""
     context = context_of(request)
-    runs = [r for r in await in_thread(context.workspace.summaries) if r.status == "finished"]
+    runs = [r for r in await in_thread(context.summaries) if r.status == "finished"]
     local = await in_thread(context.workspace.local_models)
     return html_page(
         "models.html.jinja",

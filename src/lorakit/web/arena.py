@@ -42,7 +42,7 @@ def arena_routes() -> list[Route]:
 async def chat_page(request: Request) -> Response:
     """Choose runs, and ask them and their base the same question."""
     context = context_of(request)
-    summaries = await in_thread(context.workspace.summaries)
+    summaries = await in_thread(context.summaries)
     known = [run for run in summaries if (run.path / "adapter").is_dir()]
     names = [run.name for run in known]
     chosen = [name for name in request.query_params.getlist("run") if name in names]

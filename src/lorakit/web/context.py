@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from lorakit.errors import DataError
 from lorakit.web.launch import Launcher
 from lorakit.web.worker_client import WorkerClient
-from lorakit.web.workspace import Workspace
+from lorakit.web.workspace import Summary, Workspace
 
 T = TypeVar("T")
 PATIENCE = 2.0  # seconds that a page waits for work before it answers that it waits
@@ -30,6 +31,18 @@ class Context:
     study: WorkerClient  # plans and prepared data
     chat: WorkerClient  # models: a long answer must not delay a plan
     jobs: dict[str, asyncio.Task[Any]] = field(default_factory=dict)
+
+    def summary(self, name: str, path: Path) -> Summary:
+        """Summary of a run, which runs from the start of its process on."""
+        found = self.workspace.summary(name, path)
+        if found.status in ("stopped", "damaged") and self.launcher.process_of(name):
+            return replace(found, status="running", fault="")
+        return found
+
+    def summaries(self) -> list[Summary]:
+        """Summaries of all runs: running ones first, then the last changed."""
+        found = [self.summary(name, path) for name, path in self.workspace.folders().items()]
+        return sorted(found, key=lambda run: (run.status != "running", -run.changed))
 
     async def job(self, key: str, make: Callable[[], Awaitable[T]]) -> tuple[bool, T | None]:
         """Result of a job of this key, which is started once and kept; (done, result).

@@ -1,7 +1,7 @@
 """Child process that does what needs torch or transformers: plans, prepared data, answers.
 
 Requests are JSON lines on stdin, `{"id", "do", ...}`, answered on stdout under the same id:
-`{"id", "piece"}` for parts of an answer, then `{"id", "result"}` or `{"id", "error", "hint"}`.
+`piece` for parts of an answer, then `result`, or `error` and `hint`.
 `{"cancel": id}` ends an answer. The process ends with its stdin, or after MINUTES without a request.
 """
 

@@ -88,7 +88,7 @@ def run_values(workspace: Workspace, run: RunDir, summary: Summary) -> dict[str,
 def settings_of(run: RunDir) -> Settings:
     """Settings of a run; none if its recipe is not written yet, or damaged."""
     try:
-        return readsettings_of(run)
+        return read_settings(run)
     except LorakitError:
         return Settings({}, {})
 
@@ -133,10 +133,7 @@ def run_notes(
     for row in metrics.rows[:5]:
         kind = "was skipped: no finite number" if row.get("skipped") else "has a spike in the loss"
         notes.append(f"Step {row['step']:,} {kind}.")
-    for fault in report.get("faults") or []:
-        kind = str(fault.get("kind", "")) if isinstance(fault, dict) else ""
-        if "duplicate" in kind or "repeat" in kind or "also in" in kind or "copies" in kind:
-            notes.append(f"Data: {fault.get('count')} × {kind}: {fault.get('action')}.")
+    notes += section(lambda: _fault_notes(report), [])
     return list(dict.fromkeys(notes))
 
 
@@ -174,11 +171,23 @@ def _mask_notes(report: dict[str, Any], settings: Settings) -> list[str]:
     return []
 
 
+def _fault_notes(report: dict[str, Any]) -> list[str]:
+    """Faults of the data that concern at least a tenth of the examples, or more held-out rows."""
+    sizes = {True: report["examples_val"], False: report["examples_train"]}
+    return [
+        f"Data: {fault['count']:,} × {fault['kind']}: {fault['action']}."
+        for fault in report["faults"]
+        if fault["count"] >= 0.1 * sizes[fault["kind"].startswith("held-out")]
+    ]
+
+
 def _loss_notes(settings: Settings, metrics: Metrics) -> list[str]:
     """Note a loss that rises, in training or on held-out rows."""
     losses = [y for y in metrics.values["loss"] if y == y]
-    held = [(x, y) for x, y in zip(*(m.get("eval_loss", []) for m in (metrics.steps, metrics.values)),
-                                   strict=True) if y == y]  # fmt: skip
+    pairs = zip(
+        metrics.steps.get("eval_loss", []), metrics.values.get("eval_loss", []), strict=True
+    )
+    held = [(x, y) for x, y in pairs if y == y]
     notes, part = [], max(1, len(losses) // 5)
     first, last = (sum(side) / part for side in (losses[:part], losses[-part:]))
     if len(losses) >= 10 and last > 1.05 * first:
@@ -191,8 +200,8 @@ def _loss_notes(settings: Settings, metrics: Metrics) -> list[str]:
         if held[-1][1] > 1.03 * best[1]:
             notes.append(
                 f"The held-out loss rises since step {best[0]:,.0f} ({best[1]:.3f} to "
-                f"{held[-1][1]:.3f}): the model learns its data by heart. Train fewer epochs, or set "
-                "load_best_model_at_end."
+                f"{held[-1][1]:.3f}): the model learns its data by heart. Train fewer epochs, or "
+                "set load_best_model_at_end."
             )
     return notes
 

@@ -140,11 +140,6 @@ class Workspace:
             )
         return RunDir(path)
 
-    def summaries(self) -> list[Summary]:
-        """Summaries of all runs, the last changed first."""
-        found = [self.summary(name, path) for name, path in self.folders().items()]
-        return sorted(found, key=lambda run: (run.status != "running", -run.changed))
-
     def summary(self, name: str, path: Path) -> Summary:
         """Summary of one run, read again if one of its files changed."""
         process = writer_of(path)
@@ -355,11 +350,23 @@ def _summarize(name: str, run: RunDir, process: int | None) -> Summary:
     with suppress(OSError):
         changed = (run.metrics if run.metrics.exists() else run.path).stat().st_mtime
         return Summary(
-            name, run.path, status, fault, _short(values.get("model")), _short(values.get("method")),
-            int(last.get("step") or 0), total_of(values, read_facts(run.data_report)),
-            _real(last.get("loss")), best, best_name, _real(last.get("tokens_per_second")),
-            _real(last.get("seconds")), folder_size(run.path), changed, process,
-        )  # fmt: skip
+            name=name,
+            path=run.path,
+            status=status,
+            fault=fault,
+            model=_short(values.get("model")),
+            method=_short(values.get("method")),
+            step=int(last.get("step") or 0),
+            steps=total_of(values, read_facts(run.data_report)),
+            loss=_real(last.get("loss")),
+            best=best,
+            best_name=best_name,
+            speed=_real(last.get("tokens_per_second")),
+            seconds=_real(last.get("seconds")),
+            size=folder_size(run.path),
+            changed=changed,
+            process=process,
+        )
     return Summary(name, run.path, "damaged", "The folder is gone: reload the list.")
 
 

@@ -53,7 +53,7 @@ class Curves {
     }
     return {
       width: this.place.clientWidth || 320, height: 220, scales: { x: { time: false } }, cursor: { points: { size: 6 } },
-      axes: [axis, { ...axis, size: 62, values: (_, all) => all.map((v) => (Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-2) ? v.toExponential(0) : +v.toPrecision(4))) }],
+      axes: [axis, { ...axis, size: 62, values: (_, all) => all.map((v) => (Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-2) ? v.toExponential(1) : +v.toPrecision(4))) }],
       series: [{ label: "step", value: number }, ...series],
     };
   }
