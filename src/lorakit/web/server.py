@@ -67,6 +67,7 @@ def _bound(host: str, port: int | None) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, wanted))
+            listener.listen()  # who opens the printed address at once waits, and is not refused
             return listener
         except OSError as error:
             listener.close()

@@ -64,14 +64,12 @@ def recipe_of(workspace: Workspace, fields: dict[str, str]) -> ResolvedRecipe:
                     f"{line.strip()[:80]!a}: expected `key: value`", hint="write one setting a line"
                 )
             pairs.append(f"{key.strip()}={value.strip()}")
-    for pair in pairs:
-        if (key := pair.partition("=")[0]) in NOT_HERE:
+    resolved = load_recipe(None, pairs)
+    for key in NOT_HERE:  # under whatever name it was given
+        if not resolved.origins[key].startswith("default"):
             raise RecipeError(
                 f"{key}: cannot be set on a page", hint="train with a recipe file in a terminal"
             )
-    resolved = load_recipe(None, pairs)
-    if resolved.recipe.trust_remote_code:
-        raise RecipeError("trust_remote_code: cannot be set on a page", hint="use a terminal")
     check_paths(workspace, resolved)
     return resolved
 
