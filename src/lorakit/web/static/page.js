@@ -12,7 +12,8 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 // -- charts ---------------------------------------------------------------------------------------
 
 class Curves {
-  constructor(figure, labels) {
+  constructor(figure, labels, looks = labels.map((_, i) => ({ color: i }))) {
+    this.looks = looks;
     this.place = figure.querySelector(".plot");
     this.labels = labels;
     this.data = labels.map(() => [[], []]);
@@ -44,8 +45,8 @@ class Curves {
   options(shown, bounds) {
     const number = (_, value) => (value === null || value === undefined ? "–" : +value.toPrecision(5));
     const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line") } };
-    const series = shown.map((label, i) => ({
-      label, stroke: color(`--c${this.labels.indexOf(label) % 8}`), width: 1.5, value: number,
+    const series = shown.map((label) => ({
+      label, stroke: color(`--c${this.looks[this.labels.indexOf(label)].color % 8}`), dash: this.looks[this.labels.indexOf(label)].dash, width: 1.5, value: number,
       points: { show: (chart, s) => chart.data[s].filter((y) => y != null).length < 30 },
     }));
     for (const bound of bounds) {
@@ -140,7 +141,8 @@ async function compareRuns(page) {
   document.querySelectorAll(".chart").forEach((figure) => {
     const [key, held] = keysOf(figure);
     const labels = held ? names.flatMap((name) => [name, `${name}, held out`]) : names;
-    const curves = new Curves(figure, labels);
+    const looks = names.flatMap((_, i) => (held ? [{ color: i }, { color: i, dash: [3, 3] }] : [{ color: i }]));
+    const curves = new Curves(figure, labels, looks);
     const of = (found, k) => found.curves[k] || [[], []];
     curves.data = held ? all.flatMap((found) => [of(found, key), of(found, held)]) : all.map((found) => of(found, key));
     drawn.push(curves);
