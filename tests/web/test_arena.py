@@ -62,7 +62,8 @@ def test_a_fault_of_the_model_is_a_line_of_the_answer(client, asked):
         {"runs": ["../x"], "column": "base"}, {"runs": ["runs/half"], "column": "base"},
         {"runs": ["runs/good"], "column": "runs/half", "messages": ASKED},
         {"runs": ["runs/good"], "column": "base", "messages": []},
-        {"runs": ["runs/good"], "column": "base", "messages": ASKED, "settings": {"top_p": 2}},
+        {"runs": ["runs/good"], "column": "base", "messages": ASKED,
+         "settings": {"top_p": 2}},
     ],
 )  # fmt: skip
 def test_other_requests_are_refused(client, asked, body):
@@ -107,8 +108,8 @@ def test_votes_can_be_trained_on(folder, tokenizer):
     """By TRL as they are, and by lorakit with the column of the chosen conversations named."""
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
-    from lorakit.recipe.loader import load_recipe
     from lorakit.data.prepare import prepare_data
+    from lorakit.recipe.loader import load_recipe
 
     answers = {"base": "a rock", "runs/good": "a lamp"}
     rows = preference_rows({"messages": ASKED, "answers": answers, "winner": "runs/good"})

@@ -1,4 +1,7 @@
-"""The page in a real browser: a run started, watched, stopped, resumed, compared, chatted with."""
+"""The page in a real browser: a run started, watched, stopped, compared; each page checked by axe.
+
+`benchmarks/ui_demo.py` does the same with the demo model, resumes and chats.
+"""
 
 import re
 import shutil
@@ -64,6 +67,7 @@ def open_page(browser, address):
             page.goto(address.partition("?")[0] + path)
         return page
 
+    build.messages = messages
     yield build
     for context in contexts:
         context.close()
@@ -77,7 +81,7 @@ def violations(page):
 
 
 @pytest.mark.slow
-def test_a_run_from_its_start_to_a_chat_in_a_browser(open_page, workspace):
+def test_a_run_is_started_watched_stopped_and_compared(open_page):
     page = open_page()
     page.click("nav >> text=New run")
     for name, value in {"model": "tiny", "data": "colors.jsonl", "learning_rate": "0.02"}.items():
@@ -103,34 +107,58 @@ def test_a_run_from_its_start_to_a_chat_in_a_browser(open_page, workspace):
     other.click("button:text-is('Start')")
     assert "mine" in other.inner_text(".fault")
     other.close()
+    open_page.messages.clear()  # the status of the refusal
     page.click("button:text-is('Stop')")
     assert "saved first" in page.inner_text(".note")
     page.wait_for_selector("button:text-is('Resume')")
-    stopped_at = int(page.inner_text("#state").split("step ")[1].split()[0].replace(",", ""))
-    # Resumed with fewer steps to go: the recipe is the run's own.
-    recipe = workspace / "runs" / "mine" / "recipe.yaml"
-    text = recipe.read_text().replace("max_steps: 3000", f"max_steps: {stopped_at + 5}")
-    recipe.write_text(text)
-    page.click("button:text-is('Resume')")
-    page.wait_for_selector("#run .badge.finished", timeout=90_000)
-    assert f"step {stopped_at + 5:,}" in page.inner_text("#state")
     page.click("nav >> text=Runs")
     page.check("input[value='runs/mine']")
     page.check("input[value='runs/old']")
     page.click("text=Compare the chosen runs")
     page.wait_for_selector("#compared .u-legend >> text=runs/mine")
     assert "max_steps" in page.inner_text("main")
-    page.goto(page.url.partition("compare")[0] + "chat?run=runs/mine")
-    page.fill("#question", "What color is box 1?")
-    page.click("summary:has-text('Sampling')")
-    page.fill("#max_new_tokens", "8")
-    page.click("text=Ask all")
-    page.wait_for_selector(".best:not([disabled])", timeout=90_000)
-    base, tuned = (each.inner_text() for each in page.query_selector_all(".turns"))
-    assert base != tuned
-    page.click("section[data-column='runs/mine'] .best")
-    sync_api.expect(page.locator("#said")).to_contain_text("saved")
-    assert (workspace / "preferences.jsonl").read_text().count("\n") == 1
+
+
+def test_answers_stream_side_by_side_and_a_vote_is_kept(open_page, workspace, monkeypatch):
+    """The script of the chat; `tests/web/test_model_worker.py` has the models' answers."""
+    import threading
+
+    import uvicorn
+
+    from lorakit.web.app import create_app
+    from lorakit.web.server import _bound
+
+    app = create_app(workspace, "secret")
+
+    async def stream(do, run, messages, settings, **_):
+        for piece in (f"{len(messages)} turns, ", "tuned" if run else "base"):
+            yield piece
+
+    async def start():
+        pass
+
+    for name, value in (("stream", stream), ("start", start)):
+        monkeypatch.setattr(app.app.state.context.chat, name, value)
+    listener = _bound("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    page = open_page()
+    page.goto(f"http://127.0.0.1:{listener.getsockname()[1]}/?t=secret")
+    page.wait_for_url(lambda url: "t=" not in url)
+    page.goto(page.url + "chat?run=runs/old")
+    for turns in (1, 3):
+        page.fill("#question", "What color?")
+        page.click("text=Ask all")
+        page.wait_for_selector(".best:not([disabled])")
+        for name, place in (("base", "base"), ("tuned", "runs/old")):
+            answers = page.inner_text(f"[data-column='{place}'] .turns")
+            assert answers.endswith(f"{turns} turns, {name}")
+    page.click("[data-column='runs/old'] .best")
+    sync_api.expect(page.locator("#said")).to_contain_text("saved: 1 rows")
+    server.should_exit = True
+    thread.join()
+    assert "3 turns, tuned" in (workspace / "preferences.jsonl").read_text()
 
 
 PAGES = [

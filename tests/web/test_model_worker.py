@@ -1,4 +1,4 @@
-"""The worker's answers equal those of the commands, and a fault ends one request, not the worker."""
+"""The worker's answers are those of the commands, and a fault ends one request only."""
 
 import io
 import json

@@ -137,7 +137,7 @@ async def runs_page(request: Request) -> Response:
     context = context_of(request)
     runs = await in_thread(context.summaries)
     pending = await in_thread(context.launcher.pending)
-    values = {"runs": runs, "pending": pending, "progress": progress_text}
+    values: dict[str, Any] = {"runs": runs, "pending": pending, "progress": progress_text}
     if "part" in request.query_params:
         return html_page("runs_table.html.jinja", **values)
     root, home = context.workspace.root, context.workspace.home

@@ -40,7 +40,8 @@ class Metrics:
             replaced = found.st_ino != self._file or found.st_size < self._offset
             if replaced:
                 self.steps, self.values, self.last, self.rows = {}, {}, {}, []
-                self._offset, self._file, self.version = 0, found.st_ino, self.version + 1
+                self.version += self._file != 0
+                self._offset, self._file = 0, found.st_ino
             if found.st_size == self._offset:
                 return replaced
             handle.seek(self._offset)

@@ -2,7 +2,7 @@
 
 Requests are JSON lines on stdin, `{"id", "do", ...}`, answered on stdout under the same id:
 `piece` for parts of an answer, then `result`, or `error` and `hint`.
-`{"cancel": id}` ends an answer. The process ends with its stdin, or after MINUTES without a request.
+`{"cancel": id}` ends an answer. It ends with its stdin, or after MINUTES without a request.
 """
 
 from __future__ import annotations
@@ -203,9 +203,8 @@ def serve_requests(stdin: TextIO, answer: Callable[[dict[str, Any]], None]) -> N
                     answer({"id": number, "piece": piece})
                 answer({"id": number, "result": None})
             else:
-                result = {"plan": worker.plan, "data": worker.data, "rows": worker.rows}[do](
-                    **request
-                )
+                handler = {"plan": worker.plan, "data": worker.data, "rows": worker.rows}[do]
+                result = handler(**request)  # type: ignore[operator]
                 answer({"id": number, "result": result})
         except LorakitError as error:
             answer({"id": number, "error": error.message, "hint": error.hint})

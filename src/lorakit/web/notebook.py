@@ -35,7 +35,7 @@ def ui(folder: str | Path = ".", height: int = 800) -> Any:
         print(address)
         return address
     if "google.colab" in sys.modules:
-        from google.colab import output
+        from google.colab import output  # type: ignore[import-untyped]
 
         place = urlsplit(address)
         output.serve_kernel_port_as_iframe(place.port, path=place.path, height=str(height))

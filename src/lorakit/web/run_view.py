@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.recipe.schema import Recipe
@@ -26,7 +26,6 @@ from lorakit.web.workspace import (
     total_of,
 )
 
-T = TypeVar("T")
 CHARTS = (
     ("loss", "Loss", "nats a token", ("loss", "eval_loss")),
     ("rate", "Learning rate", "", ("learning_rate",)),
@@ -53,7 +52,7 @@ NEARLY_ALL = 0.97
 TABLE_ROWS = 20
 
 
-def section(build: Callable[[], T], default: T) -> T:
+def section(build: Callable[[], Any], default: Any) -> Any:
     """Value of `build`, or `default` if a file has unexpected contents."""
     try:
         return build()
@@ -109,10 +108,10 @@ def bounds_of(settings: Settings, plan: dict[str, Any]) -> dict[str, dict[str, A
 
 def table_rows(metrics: Metrics) -> list[tuple[str, ...]]:
     """Evenly spaced rows of the curves as text, for a reader without charts."""
-    steps = metrics.steps.get("loss", [])
+    steps = list(metrics.steps.get("loss", ()))
     chosen = sorted({round(i * (len(steps) - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)})
     keys = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb")
-    columns = [metrics.values.get(key, []) for key in keys]
+    columns = [list(metrics.values.get(key, ())) for key in keys]
     return [
         (
             f"{steps[i]:,.0f}",
@@ -127,7 +126,7 @@ def run_notes(
     run: RunDir, settings: Settings, metrics: Metrics, report: dict[str, Any]
 ) -> list[str]:
     """Sentences about what looks wrong in a run, with the likeliest cause."""
-    notes = section(lambda: _monitor_notes(run, settings, metrics, report), [])
+    notes: list[str] = section(lambda: _monitor_notes(run, settings, metrics, report), [])
     notes += section(lambda: _mask_notes(report, settings), [])
     notes += section(lambda: _loss_notes(settings, metrics), [])
     for row in metrics.rows[:5]:
@@ -262,7 +261,7 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
     evaluations = [read_facts(run.eval) for _, run in runs]
     answers: dict[str, list[str]] = {}
     for number, evaluation in enumerate(evaluations):
-        for sample in section(lambda e=evaluation: _samples(e), []):  # type: ignore[misc]
+        for sample in section(lambda e=evaluation: _samples(e), []):
             answers.setdefault(sample["prompt"], [""] * len(runs))[number] = sample["tuned"]
     return {
         "runs": summaries,
@@ -272,7 +271,7 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
             ("steps", [f"{run.step:,}" for run in summaries]),
             ("last loss", [_shown(run.loss) for run in summaries]),
             ("best held-out loss", [_shown(run.best) for run in summaries]),
-            ("perplexity", [section(lambda e=e: f"{e['tuned']['perplexity']:.4g}", "–")  # type: ignore[misc]
+            ("perplexity", [section(lambda e=e: f"{e['tuned']['perplexity']:.4g}", "–")
                             for e in evaluations]),
             ("tokens/s", [_shown(run.speed) for run in summaries]),
             ("size", [f"{run.size / 1e6:,.1f} MB" for run in summaries]),
