@@ -78,7 +78,8 @@ def test_messages_are_turns_that_end_with_a_question():
     answer = {"role": "assistant", "content": "red"}
     assert messages_of([*ASKED, answer, *ASKED])[1] == answer
     for bad in (None, [], [answer], [*ASKED, answer], [{"role": "system", "content": "x"}],
-                ["x"], [{"role": "user"}], ASKED * 201, [{"role": "user", "content": "x" * 10**6}]):  # fmt: skip
+                ["x"], [{"role": "user"}], ASKED * 201,
+                [{"role": "user", "content": "x" * 10**6}]):  # fmt: skip
         with pytest.raises(DataError):
             messages_of(bad)
 

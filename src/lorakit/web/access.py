@@ -118,7 +118,10 @@ class Access:
         rest = urlencode([pair for pair in query if pair[0] != "t"])
         address = f"./{quote(scope['path'].rsplit('/', 1)[-1])}" + (f"?{rest}" if rest else "")
         # Not a redirect: after a click on another site a browser follows it without the cookie.
-        link = f'<!doctype html><title>lorakit</title><a href="{html.escape(address)}">lorakit</a>'
+        link = (
+            '<!doctype html><title>lorakit</title><link rel="icon" href="static/icon.svg">'
+            f'<a href="{html.escape(address)}">lorakit</a>'
+        )
         answer = HTMLResponse(link, headers={"Refresh": f"0; url={address}"})
         answer.set_cookie(
             self.cookie, self.token, httponly=True, samesite="strict", path=self.prefix or "/"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
     evaluations = [read_facts(run.eval) for _, run in runs]
     answers: dict[str, list[str]] = {}
     for number, evaluation in enumerate(evaluations):
-        for sample in section(lambda e=evaluation: _samples(e), []):
+        for sample in section(partial(_samples, evaluation), []):
             answers.setdefault(sample["prompt"], [""] * len(runs))[number] = sample["tuned"]
     return {
         "runs": summaries,
@@ -271,8 +272,7 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
             ("steps", [f"{run.step:,}" for run in summaries]),
             ("last loss", [_shown(run.loss) for run in summaries]),
             ("best held-out loss", [_shown(run.best) for run in summaries]),
-            ("perplexity", [section(lambda e=e: f"{e['tuned']['perplexity']:.4g}", "–")
-                            for e in evaluations]),
+            ("perplexity", [section(partial(_perplexity, e), "–") for e in evaluations]),
             ("tokens/s", [_shown(run.speed) for run in summaries]),
             ("size", [f"{run.size / 1e6:,.1f} MB" for run in summaries]),
         ],
@@ -280,6 +280,10 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
         "charts": CHARTS[:3],
         "names": NAMES,
     }  # fmt: skip
+
+
+def _perplexity(evaluation: dict[str, Any]) -> str:
+    return f"{evaluation['tuned']['perplexity']:.4g}"
 
 
 def _shown(value: float | None) -> str:
