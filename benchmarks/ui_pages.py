@@ -41,7 +41,6 @@ def main():
         shutil.rmtree(folder)
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
         "cores": psutil.cpu_count(),
         **result,
     }

@@ -31,6 +31,7 @@ NAMES = [
     "plan",
     "prepare",
     "recipe_schema",
+    "ui",
 ]
 
 

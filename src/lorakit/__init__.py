@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorakit.recipe.schema import Recipe
     from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
-    from lorakit.web.notebook import ui
+    from lorakit.web.server import ui
 
 _MODULES = {
     "Evaluation": "results",
@@ -39,7 +39,7 @@ _MODULES = {
     "plan": "api",
     "prepare": "api",
     "recipe_schema": "recipe.loader",
-    "ui": "web.notebook",
+    "ui": "web.server",
 }
 __all__ = [
     "Evaluation",

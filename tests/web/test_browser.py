@@ -116,7 +116,7 @@ def test_a_run_is_started_watched_stopped_and_compared(open_page):
     page.check("input[value='runs/old']")
     page.click("text=Compare the chosen runs")
     page.wait_for_selector("#compared .u-legend >> text=runs/mine")
-    assert "max_steps" in page.inner_text("main")
+    assert "learning_rate" in page.inner_text("main")
 
 
 def test_answers_stream_side_by_side_and_a_vote_is_kept(open_page, workspace, monkeypatch):

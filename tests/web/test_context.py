@@ -7,7 +7,7 @@ import pytest
 
 from lorakit.errors import DataError
 from lorakit.web import context
-from lorakit.web.context import Context, number_of, posted, posted_json
+from lorakit.web.context import Context, html_page, number_of, posted, posted_json
 
 
 @pytest.fixture
@@ -78,3 +78,14 @@ def test_forms_and_json():
 
 def test_numbers_of_a_query():
     assert [number_of(t, 7) for t in ("", "5", "-1", "x", "٣", "1" * 400)] == [7, 5, 7, 7, 7, 10**9]
+
+
+def test_values_are_escaped():
+    page = html_page("message.html.jinja", 400, page="", text="<b>\x1b[2J\ud800</b>")
+    assert page.status_code == 400
+    assert b"&lt;b&gt;\\x1b[2J?&lt;/b&gt;" in page.body
+
+
+def test_a_page_that_waits_asks_again():
+    page = html_page("doctor.html.jinja", refresh=2, page="doctor", findings=None)
+    assert page.headers["refresh"] == "2"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.storage.run_dir import RunDir
-from lorakit.web.run_view import download_of, run_notes, run_values, section, table_rows
+from lorakit.web.run_view import download_of, run_notes, run_values, section, curve_rows
 from lorakit.web.workspace import Workspace, read_facts, read_settings
 
 
@@ -77,7 +77,7 @@ def test_a_slow_run_is_named(tmp_path, make_run):
 
 def test_the_table_of_a_long_run_is_short(tmp_path, make_run):
     folder = make_run(tmp_path / "a", steps=500)
-    rows = table_rows(Workspace(tmp_path).metrics(RunDir(folder)))
+    rows = curve_rows(Workspace(tmp_path).metrics(RunDir(folder)))
     assert len(rows) == 20
     assert (rows[0][0], rows[-1][0]) == ("1", "500")
     assert rows[0][2] == "0.0001"

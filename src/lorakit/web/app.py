@@ -30,9 +30,8 @@ from lorakit.planning.known_models import REPOSITORIES
 from lorakit.storage.run_dir import RunDir
 from lorakit.web.access import Access
 from lorakit.web.arena import arena_routes
-from lorakit.web.context import Context, context_of, in_thread, number_of, posted
+from lorakit.web.context import Context, context_of, html_page, in_thread, number_of, posted
 from lorakit.web.launch import Launcher
-from lorakit.web.rendering import html_page
 from lorakit.web.run_view import (
     bounds_of,
     compare_values,
@@ -40,17 +39,12 @@ from lorakit.web.run_view import (
     progress_text,
     run_values,
     section,
-    settings_of,
+    recipe_settings,
     state_of,
 )
 from lorakit.web.study import study_routes
 from lorakit.web.worker_client import WorkerClient
-from lorakit.web.workspace import (
-    Workspace,
-    cached_models,
-    read_facts,
-    sentence,
-)
+from lorakit.web.workspace import Workspace, cached_models, read_facts, sentence
 
 SECONDS = 1.0  # between looks at a run that a page watches
 MOST_WATCHERS, MOST_COMPARED = 32, 8
@@ -58,11 +52,7 @@ LOG_CHARACTERS = 20_000
 
 
 def create_app(
-    folder: Path,
-    token: str,
-    hosts: tuple[str, ...] = (),
-    prefix: str = "",
-    framed: bool = False,
+    folder: Path, token: str, hosts: tuple[str, ...] = (), prefix: str = "", framed: bool = False
 ) -> Access:
     """Build the application for one folder, behind its check of each request.
 
@@ -93,43 +83,26 @@ def create_app(
         *arena_routes(),
         Mount("/static", StaticFiles(packages=[("lorakit.web", "static")])),
     ]
-    handlers: dict[Any, Any] = {
-        LorakitError: _refused_page,
-        HTTPException: _http_page,
-        OSError: _system_page,
-        Exception: _bug_page,
-    }
+    kinds = (LorakitError, HTTPException, OSError, Exception)
+    handlers: dict[Any, Any] = dict.fromkeys(kinds, fault_page)
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.state.context, app.state.watchers = context, 0
     return Access(app, token, hosts, prefix, framed)
 
 
-async def _refused_page(_: Request, error: Exception) -> Response:
-    assert isinstance(error, LorakitError)
-    return html_page("message.html.jinja", 400, page="", text=sentence(error))
-
-
-async def _http_page(_: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    text = (
-        "This page does not exist: choose one in the menu."
-        if status == 404
-        else ("This address takes no such request: choose a page in the menu.")
-    )
+async def fault_page(_: Request, error: Exception) -> Response:
+    """One sentence about an error, with what to do; the terminal has the traceback of a bug."""
+    status = 500
+    if isinstance(error, LorakitError):
+        status, text = 400, sentence(error)
+    elif isinstance(error, HTTPException):
+        status, text = error.status_code, "This page does not exist: choose one in the menu."
+    elif isinstance(error, OSError):
+        reason = error.strerror or type(error).__name__
+        text = f"The system refused it ({reason}): free space or correct the folder's rights."
+    else:
+        text = f"A fault of lorakit ({type(error).__name__}): report what the terminal shows."
     return html_page("message.html.jinja", status, page="", text=text)
-
-
-async def _system_page(_: Request, error: Exception) -> Response:
-    reason = getattr(error, "strerror", None) or type(error).__name__
-    text = (
-        f"The system refused it ({reason}): free space or correct the folder's rights, and retry."
-    )
-    return html_page("message.html.jinja", 500, page="", text=text)
-
-
-async def _bug_page(_: Request, error: Exception) -> Response:
-    text = f"A fault of lorakit ({type(error).__name__}): the terminal has the details to report."
-    return html_page("message.html.jinja", 500, page="", text=text)
 
 
 async def runs_page(request: Request) -> Response:
@@ -189,7 +162,7 @@ async def run_curves(request: Request) -> Response:
             "curves": metrics.since({}, max(points, 10)),
             "counts": metrics.counts(),
             "version": metrics.version,
-            "bounds": section(lambda: bounds_of(settings_of(run), plan), {}),
+            "bounds": section(lambda: bounds_of(recipe_settings(run), plan), {}),
         }
     )
 

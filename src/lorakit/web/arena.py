@@ -13,9 +13,8 @@ from starlette.routing import Route
 from lorakit.errors import DataError, LorakitError, RunError
 from lorakit.redact import redacted
 from lorakit.storage.atomic_dir import write_error
-from lorakit.web.context import Context, context_of, in_thread, posted_json
+from lorakit.web.context import Context, context_of, html_page, in_thread, posted_json
 from lorakit.web.launch import refuse_code
-from lorakit.web.rendering import html_page
 from lorakit.web.workspace import Workspace, sentence
 
 VOTES = "preferences.jsonl"

@@ -1,4 +1,7 @@
-"""Objects that all routes share, and the reading of requests."""
+"""Objects that all routes share, the reading of requests, and the rendering of templates.
+
+Every value of a template is escaped, and control characters in it are visible.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,20 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
+from starlette.responses import HTMLResponse
 
 from lorakit.errors import DataError
+from lorakit.redact import visible
+from lorakit.report.tables import duration
 from lorakit.web.launch import Launcher
 from lorakit.web.worker_client import WorkerClient
 from lorakit.web.workspace import Summary, Workspace
@@ -105,3 +114,42 @@ async def posted_json(request: Request) -> dict[str, Any]:
 def number_of(text: str, default: int, largest: int = 10**9) -> int:
     """Whole number of a query, within bounds."""
     return min(largest, int(text)) if text.isascii() and text.isdigit() else default
+
+
+def html_page(template: str, status: int = 200, refresh: int = 0, **values: Any) -> HTMLResponse:
+    """Response with a rendered template.
+
+    Args:
+        refresh: seconds after which the browser asks again, for a page that waits for work.
+    """
+    text = _environment().get_template(template).render(values)
+    headers = {"Refresh": str(refresh)} if refresh else {}
+    return HTMLResponse(text.encode(errors="replace"), status, headers)
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("lorakit.web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: (
+            visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "duration": duration,
+        "size": _size,
+        "number": lambda value: "–" if value is None else f"{value:,.4g}",
+    }
+    return made
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit in ("B", "kB") else f"{count:,.1f} {unit}"
+        count /= 1000
+    return ""

@@ -213,7 +213,7 @@ def serve_requests(stdin: TextIO, answer: Callable[[dict[str, Any]], None]) -> N
             answer({"id": number, "error": text, "hint": "report it as a bug of lorakit"})
 
 
-def main() -> None:
+def run_worker() -> None:
     """Serve requests; what libraries print goes to stderr."""
     from lorakit.console import quiet
 
@@ -230,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_worker()

@@ -18,14 +18,7 @@ from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir
 from lorakit.storage.units import GIB
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.web.curves import Metrics
-from lorakit.web.workspace import (
-    Settings,
-    Summary,
-    Workspace,
-    read_facts,
-    read_settings,
-    total_of,
-)
+from lorakit.web.workspace import Settings, Summary, Workspace, read_facts, read_settings, total_of
 
 CHARTS = (
     ("loss", "Loss", "nats a token", ("loss", "eval_loss")),
@@ -63,7 +56,7 @@ def section(build: Callable[[], Any], default: Any) -> Any:
 
 def run_values(workspace: Workspace, run: RunDir, summary: Summary) -> dict[str, Any]:
     """Values of the page of one run."""
-    settings = settings_of(run)
+    settings = recipe_settings(run)
     metrics = workspace.metrics(run)
     report, plan = read_facts(run.data_report), read_facts(run.plan)
     evaluation = read_facts(run.eval)
@@ -74,7 +67,7 @@ def run_values(workspace: Workspace, run: RunDir, summary: Summary) -> dict[str,
         "charts": CHARTS,
         "names": NAMES,
         "bounds": section(lambda: bounds_of(settings, plan), {}),
-        "rows": table_rows(metrics),
+        "rows": curve_rows(metrics),
         "scores": section(lambda: _scores(evaluation), []),
         "samples": section(lambda: _samples(evaluation), []),
         "exports": section(lambda: export_rows(read_facts(run.export / "verify.json")), []),
@@ -85,7 +78,7 @@ def run_values(workspace: Workspace, run: RunDir, summary: Summary) -> dict[str,
     }
 
 
-def settings_of(run: RunDir) -> Settings:
+def recipe_settings(run: RunDir) -> Settings:
     """Settings of a run; none if its recipe is not written yet, or damaged."""
     try:
         return read_settings(run)
@@ -107,7 +100,7 @@ def bounds_of(settings: Settings, plan: dict[str, Any]) -> dict[str, dict[str, A
     }
 
 
-def table_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+def curve_rows(metrics: Metrics) -> list[tuple[str, ...]]:
     """Evenly spaced rows of the curves as text, for a reader without charts."""
     steps = list(metrics.steps.get("loss", ()))
     chosen = sorted({round(i * (len(steps) - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)})
@@ -256,7 +249,7 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
     """Values of the page that compares runs: settings that differ, results, answers."""
     runs = [(name, workspace.find(name)) for name in names]
     summaries = [workspace.summary(name, run.path) for name, run in runs]
-    settings = [settings_of(run).values for _, run in runs]
+    settings = [recipe_settings(run).values for _, run in runs]
     keys = dict.fromkeys(key for values in settings for key in values if key != "output_dir")
     rows = [(key, [_text(values.get(key)) for values in settings]) for key in keys]
     evaluations = [read_facts(run.eval) for _, run in runs]

@@ -17,9 +17,8 @@ from lorakit.planning.known_models import REPOSITORIES
 from lorakit.recipe.demo import demo_recipe
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
 from lorakit.storage.units import GIB
-from lorakit.web.context import Context, context_of, in_thread, number_of, posted
+from lorakit.web.context import Context, context_of, html_page, in_thread, number_of, posted
 from lorakit.web.launch import as_yaml, refuse_code
-from lorakit.web.rendering import html_page
 from lorakit.web.workspace import Workspace, read_settings, sentence
 
 # Fields of the form that are keys of a recipe.

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ RUNS_HOME = "runs"
 # Each of these files marks a folder as a run; recipe.yaml alone may be a project's.
 RUN_FILES = ("environment.json", "metrics.jsonl", "data_report.json", LOCK)
 MOST_RUNS, MOST_FOLDERS = 2000, 5000
-TAIL_BYTES = 2**14
+TAIL_BYTES = 2**13
 _LINE = re.compile(r"^(\w+): (.*?)(?:  # ([^\n]*))?$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.%\[\]:-]*)*")
 _PATTERN = re.compile(r"[*?\[]")
@@ -64,7 +65,6 @@ class Summary:
     steps: int | None = None
     loss: float | None = None
     best: float | None = None
-    best_name: str = ""
     speed: float | None = None
     seconds: float | None = None
     size: int = 0
@@ -124,7 +124,7 @@ class Workspace:
     def contains(self, path: Path) -> bool:
         """True if `path`, with links resolved, is below the root."""
         with suppress(OSError, ValueError, RuntimeError):
-            return path.resolve().is_relative_to(self.root)
+            return f"{os.path.realpath(path)}/".startswith(f"{self.root}/".replace("//", "/"))
         return False
 
     def find(self, name: str) -> RunDir:
@@ -287,11 +287,16 @@ def writer_of(path: Path) -> int | None:
     return process if same else None
 
 
+@cache
+def _version() -> str:
+    return installed_version("lorakit") or "0"
+
+
 def version_fault(run: RunDir) -> str:
     """Sentence for a run of a newer version of lorakit; an empty text for others."""
     versions = read_facts(run.environment).get("versions")
     written = str(versions.get("lorakit") or "") if isinstance(versions, dict) else ""
-    here = installed_version("lorakit") or "0"
+    here = _version()
     with suppress(InvalidVersion):
         if written and Version(written) > Version(here):
             return (
@@ -346,7 +351,6 @@ def _summarize(name: str, run: RunDir, process: int | None) -> Summary:
     if not fault and (damaged := damaged_files(run)):
         fault = f"Damaged: {', '.join(damaged)}; remove the file, the page works without it."
     last, held = _tail(run.metrics)
-    best, best_name = _best(run, held)
     with suppress(OSError):
         changed = (run.metrics if run.metrics.exists() else run.path).stat().st_mtime
         return Summary(
@@ -359,8 +363,7 @@ def _summarize(name: str, run: RunDir, process: int | None) -> Summary:
             step=int(last.get("step") or 0),
             steps=total_of(values, read_facts(run.data_report)),
             loss=_real(last.get("loss")),
-            best=best,
-            best_name=best_name,
+            best=_best(run, held),
             speed=_real(last.get("tokens_per_second")),
             seconds=_real(last.get("seconds")),
             size=folder_size(run.path),
@@ -370,16 +373,14 @@ def _summarize(name: str, run: RunDir, process: int | None) -> Summary:
     return Summary(name, run.path, "damaged", "The folder is gone: reload the list.")
 
 
-def _best(run: RunDir, held: list[dict[str, Any]]) -> tuple[float | None, str]:
-    best = _real(read_facts(run.best).get("eval_loss"))
-    if best is not None:
-        return best, "held-out loss of the best step"
+def _best(run: RunDir, held: list[dict[str, Any]]) -> float | None:
+    """Held-out loss of the best step, or of the result, or the lowest so far."""
     tuned = read_facts(run.eval).get("tuned")
-    scored = _real(tuned.get("loss")) if isinstance(tuned, dict) else None
-    if scored is not None:
-        return scored, "held-out loss"
-    losses = [v for row in held if (v := _real(row.get("eval_loss"))) is not None]
-    return (min(losses), "held-out loss so far") if losses else (None, "")
+    scored = tuned.get("loss") if isinstance(tuned, dict) else None
+    for value in (read_facts(run.best).get("eval_loss"), scored):
+        if (found := _real(value)) is not None:
+            return found
+    return min((v for row in held if (v := _real(row["eval_loss"])) is not None), default=None)
 
 
 def _tail(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
