@@ -33,6 +33,7 @@ NAMES = [
     "prepare",
     "recipe_schema",
     "sweep",
+    "ui",
 ]
 
 

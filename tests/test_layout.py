@@ -32,6 +32,7 @@ LAYERS = [
     {"run"},
     {"sweeps"},
     {"api"},
+    {"web"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
     from lorakit.sweeps.sweep import Sweep
+    from lorakit.web.server import ui
 
 _MODULES = {
     "Evaluation": "results",
@@ -41,6 +42,7 @@ _MODULES = {
     "prepare": "api",
     "recipe_schema": "recipe.loader",
     "sweep": "api",
+    "ui": "web.server",
 }
 __all__ = [
     "Evaluation",
@@ -61,6 +63,7 @@ __all__ = [
     "prepare",
     "recipe_schema",
     "sweep",
+    "ui",
 ]
 
 

@@ -240,7 +240,7 @@ def inspect(
     from lorakit.model.start_adapter import resolve_start
 
     resolved = resolve_start(_with_datasets(recipe, train_dataset, eval_dataset, settings))
-    tokenizer, prepared = _prepared(resolved, say=say, inspecting=True)
+    tokenizer, prepared = load_prepared(resolved, say=say, inspecting=True)
     name = public_name(resolved.recipe.model)
     return Inspected.of(inspect_prepared(prepared, tokenizer, resolved.recipe, name, examples))
 
@@ -277,7 +277,7 @@ def prepare(
     from datasets import DatasetDict
 
     resolved = _with_datasets(recipe, train_dataset, eval_dataset, settings)
-    _, prepared = _prepared(resolved, tokenizer)
+    _, prepared = load_prepared(resolved, tokenizer)
     parts = {"train": prepared.train, "validation": prepared.val}
     return DatasetDict({name: part.dataset for name, part in parts.items() if len(part)})
 
@@ -291,7 +291,7 @@ def _with_datasets(
     return load_recipe(recipe, objects=taken, **settings)
 
 
-def _prepared(
+def load_prepared(
     resolved: ResolvedRecipe,
     tokenizer: Any = None,
     say: Callable[[str], None] | None = None,

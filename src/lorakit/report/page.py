@@ -17,6 +17,7 @@ from lorakit.errors import LorakitError, RunError
 from lorakit.model.load import public_name
 from lorakit.report.html import render_page
 from lorakit.report.load_run import PATHS, Record, finite, read_run, without_path
+from lorakit.report.tables import duration, export_rows, settings_rows
 from lorakit.storage.run_dir import RunDir, write_text
 from lorakit.storage.units import GIB
 from lorakit.train.best_step import LOSS
@@ -93,9 +94,9 @@ def report_page(record: Record) -> str:
             for f in data.get("faults", [])
         ],
         score_heads=SCORE_HEADS,
-        exports=_exports(record),
+        exports=export_rows(record.exports),
         base_distance=next(filter(None, distances), None),
-        settings=_settings(record),
+        settings=settings_rows(record.shown, record.origins),
         reproduce=_reproduce(record),
     )
 
@@ -109,14 +110,6 @@ def loss_series(record: Record) -> list[Series]:
             last = record.best.step
         held = [p for p in held if p[0] != last] + [(last, finite(record.scored["tuned"]["loss"]))]
     return [*trend(record.column("loss")), Series(held, "held", "held out")]
-
-
-def duration(seconds: float) -> str:
-    """Format a duration in at most two units."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _change(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -218,46 +211,6 @@ def _memory(record: Record) -> dict[str, Any] | None:
         "measured": bool(used),
         "off": sizes.get("measured", planned) / planned - 1,
     }
-
-
-def _exports(record: Record) -> list[tuple[str, ...]]:
-    """Table rows of each export, and of each nested form."""
-    rows = []
-    for name, facts in record.exports.items():
-        rows.append(_compared(name, facts))
-        inner = {f"{name}: {k}": v for k, v in facts.items() if isinstance(v, dict)}
-        rows += [_compared(k, v) for k, v in inner.items() if {"kl_per_token", "tensors"} & set(v)]
-    return rows
-
-
-def _compared(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
-    if "tensors" in facts:
-        checked = f"all {facts['tensors']} tensors equal the sum of base and adapter; "
-        return (
-            name,
-            f"{checked}{facts['update_kept']:.1%} of the update is left after the cast",
-            "",
-            "",
-        )
-    if "kl_per_token" not in facts:
-        return name, f"not compared: {facts.get('skipped', 'no figures')}", "", ""
-    return (
-        name,
-        f"{facts['kl_per_token']:.2e}" if facts["kl_per_token"] else "0",
-        f"{facts['top1_agreement']:.1%} of {facts['positions']:,}",
-        f"{facts['greedy_equal']:.0%} of {facts['prompts']:,}",
-    )
-
-
-def _settings(record: Record) -> dict[str, list[tuple[str, str, str]]]:
-    """(key, value, origin) of chosen and derived settings, and separately of the defaults."""
-    rows: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "derived": [], "default": []}
-    for key, value in record.shown.items():
-        origin = record.origins.get(key, "default")
-        group = next((k for k in ("default", "derived") if origin.startswith(k)), "chosen")
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        rows[group].append((key, text, origin.removeprefix("default").strip()))
-    return {"chosen": rows["chosen"] + rows["derived"], "default": rows["default"]}
 
 
 def _reproduce(record: Record) -> dict[str, Any]:

@@ -72,9 +72,11 @@ class RunMonitor:
         )
 
     def _slow(self, row: dict[str, Any]) -> str | None:
+        if self.planned is None or len(self.rates) == UNTIMED_ROWS + TIMED_ROWS:
+            return None
         self.rates.append(row["tokens_per_second"])
         timed = self.rates[UNTIMED_ROWS:]
-        if self.planned is None or len(timed) != TIMED_ROWS:
+        if len(timed) != TIMED_ROWS:
             return None
         rate = statistics.median(timed)
         if rate >= SLOW * self.planned:
