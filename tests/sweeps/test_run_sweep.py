@@ -1,5 +1,6 @@
 """A sweep's runs are those of `lorakit train`, bit by bit, also halved, killed and resumed."""
 
+import io
 import json
 import shutil
 import signal
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 from tests.sweeps.conftest import QUIET, SMALL, numbers_of
 
 from lorakit import pipeline
@@ -260,3 +263,18 @@ def test_the_recipe_in_the_folder_names_no_place(swept, tmp_path):
     result = swept({"lora_r": [4, 8]}, {"max_steps": 1})
     for path in (result.folder.recipe, result.folder.record):
         assert str(tmp_path) not in path.read_text()
+
+
+def test_lines_about_the_start_are_printed_once_and_warnings_each_time():
+    out, printed = io.StringIO(), set()
+    console = Console(file=out)
+    for rate in ("0.1", "0.2"):
+        with run_sweep.without_repeats(console, printed) as inner:
+            inner.print("device   a CPU")
+            inner.print(Text("data     rows.jsonl: 30 rows"))
+            inner.print(f"memory   {rate}")
+            inner.print("note: a warning")
+    console.print("device   a CPU")
+    lines = out.getvalue().splitlines()
+    first = ["device   a CPU", "data     rows.jsonl: 30 rows", "memory   0.1", "note: a warning"]
+    assert lines == [*first, "memory   0.2", "note: a warning", "device   a CPU"]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,6 +39,12 @@ from lorakit.sweeps.sweep_record import RunRecord, SweepDir, SweepRecord, read_r
 from lorakit.sweeps.variations import Varied, runs_of, with_settings
 from lorakit.train.oom import free_caches
 from lorakit.train.resume import anchored, portable
+
+# First words of the lines that a run prints before its first step, and that describe it.
+START_LINES = {
+    *("device", "dtype", "bits", "adapters", "frozen", "start", "data", "memory", "speed"),
+    *("training", "layers", "loss", "packing", "tasks"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,9 @@ def start_sweep(request: SweepRequest, console: Console, force: bool = False) ->
         )
     if _holds_files(folder.path):
         raise RunError(f"{folder.path}: is not empty", hint="give a new folder with --output")
-    plan = plan_sweep(request, console, force)
+    printed: set[str] = set()
+    with without_repeats(console, printed) as shown:
+        plan = plan_sweep(request, shown, force)
     require_sweep_space(plan, folder.path)
     with only_writer(folder.run(""), console.print):
         recipe = _write_recipe(request.recipe, folder, plan)
@@ -83,7 +93,7 @@ def start_sweep(request: SweepRequest, console: Console, force: bool = False) ->
                 for p in plan.runs
             ]
         record.write(folder)
-        return _Sweep(folder, record, recipe, console, force).train()
+        return _Sweep(folder, record, recipe, console, force, printed).train()
 
 
 def resume_sweep(
@@ -110,7 +120,7 @@ def resume_sweep(
         for run in record.runs:
             if run.state == "failed" and run.configuration in alive:
                 run.state, run.reason = "waiting", None
-        return _Sweep(folder, record, recipe, console, force).train()
+        return _Sweep(folder, record, recipe, console, force, set()).train()
 
 
 class _Interrupted(Exception):
@@ -130,10 +140,12 @@ class _Sweep:
         recipe: ResolvedRecipe,
         console: Console,
         force: bool,
+        printed: set[str],
     ) -> None:
         self.folder, self.record, self.recipe = folder, record, recipe
         self.console, self.force = console, force
         self.shared = SharedBase()
+        self.printed = printed
 
     def train(self) -> SweepResult:
         """Train what is left."""
@@ -233,8 +245,9 @@ class _Sweep:
         try:
             resolved = with_settings(self.recipe, run.settings)
             resolved = resolved.derive("the sweep", output_dir=str(target.path))
-            objects = Objects(shared=self.shared)
-            outcome = fit(resolved, self.console, target.path.is_dir(), self.force, objects, until)
+            objects, resume = Objects(shared=self.shared), target.path.is_dir()
+            with without_repeats(self.console, self.printed) as console:
+                outcome = fit(resolved, console, resume, self.force, objects, until)
         except Exception as error:
             self._failed(run, error)
             outcome = None
@@ -260,6 +273,30 @@ class _Sweep:
         run.reason = f"{type(error).__name__}: {first_line(error)}"
         self.console.print(f"failed: {run.describe()}: {run.reason}")
         self.console.print_exception()
+
+
+@contextmanager
+def without_repeats(console: Console, printed: set[str]) -> Iterator[Console]:
+    """Leave out the lines about a run's start that an earlier run has printed.
+
+    Args:
+        printed: the lines so far, to which new ones are added.
+    """
+    plain = console.print
+
+    def print_new(*objects: Any, **settings: Any) -> None:
+        text = str(objects[0]) if len(objects) == 1 else ""
+        if text.partition(" ")[0] in START_LINES:
+            if text in printed:
+                return
+            printed.add(text)
+        plain(*objects, **settings)
+
+    console.print = print_new  # type: ignore[method-assign]
+    try:
+        yield console
+    finally:
+        del console.print
 
 
 def _note_outcome(run: RunRecord, outcome: TrainResult, until: int | None) -> None:

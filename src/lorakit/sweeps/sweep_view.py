@@ -19,7 +19,8 @@ def sweep_plan_view(plan: SweepPlan, request: SweepRequest) -> RenderableType:
     keys = list(dict.fromkeys(key for p in plan.runs for key in p.run.settings))
     table = Table(title="the ends of the ranges" if searched else "runs")
     for column in ("run", *keys, "steps", "memory GiB"):
-        table.add_column(column, justify="right" if column in ("steps", "memory GiB") else "left")
+        right = column in ("steps", "memory GiB")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for p in plan.runs:
         values = [show_value(p.run.settings.get(key, "")) for key in keys]
         memory = f"{p.plan.total_bytes / GIB:.2f}"
@@ -56,7 +57,8 @@ def sweep_view(record: SweepRecord) -> RenderableType:
     best = record.best()
     table = Table()
     for column in ("run", *keys, "step", "held-out loss", "state"):
-        table.add_column(column, justify="right" if column in ("step", "held-out loss") else "left")
+        right = column in ("step", "held-out loss")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     order = {number: place for place, (_, number) in enumerate(record.ranking())}
     ranked = sorted(record.runs, key=lambda run: order.get(run.configuration, len(order)))
     for run in ranked if record.comparable else record.runs:
