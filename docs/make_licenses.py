@@ -1,4 +1,4 @@
-"""The pinned packages enter; docs/licenses.md leaves: what each says of its own license.
+"""Write docs/licenses.md: what each pinned package says of its own license.
 
 python docs/make_licenses.py > docs/licenses.md
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEAD = """\
-# Licenses of what lorakit stands on
+# Licenses of the packages that lorakit uses
 
 From the metadata of the packages in `constraints.txt`, by `make licenses`. lorakit itself is
 Apache-2.0; the models you tune have their own.
@@ -35,13 +35,16 @@ def pinned():
 
 
 def license_of(name):
-    """What the package says: an SPDX expression, else its field, else its classifier."""
+    """What the package says: an SPDX expression, field, classifier, or head of its license file."""
     about = importlib.metadata.metadata(name)
     field = (about.get("License") or "").strip()
     told = 0 < len(field) < 60 and field != "UNKNOWN"
     found = about.get("License-Expression") or (field if told else None)
     classes = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if "License ::" in c]
     said = found or (classes[0] if classes else field.split("\n")[0][:60])
+    if not said:
+        texts = [f for f in importlib.metadata.files(name) or [] if "licenses/" in str(f)]
+        said = texts[0].read_text().strip().split("\n")[0] if texts else ""
     return SPELLED.get(said, said)
 
 

@@ -290,9 +290,7 @@ def _fit(
     if start.plan.placement.shards > 1 or recipe.fsdp is not None:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
-    model = _model(start, console, checkpoint is None, objects)
-    if recipe.init_lora_weights == "eva" and checkpoint is None and not recipe.from_adapter:
-        set_lora_a(model, ranks.run_on_main_and_broadcast(lambda: _eva(model, start, console)))
+    model = _model(start, console, checkpoint is None, objects, ranks)
     if recipe.fsdp is not None:
         with oom_as_error("sharding the base model", OOM_HINT):
             shard_base(model, recipe.fsdp, device)
@@ -358,7 +356,9 @@ def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: PreparedRun, console: Console, fresh: bool, objects: Objects) -> Any:
+def _model(
+    start: PreparedRun, console: Console, fresh: bool, objects: Objects, ranks: DistributedContext
+) -> Any:
     """Load the base, on the GPU or in host memory as planned, and attach the adapter.
 
     Args:
@@ -387,6 +387,8 @@ def _model(start: PreparedRun, console: Console, fresh: bool, objects: Objects) 
                 hint="restore the adapter, or start a new run with --output",
             )
         load_adapter(model, Path(recipe.from_adapter))
+    elif recipe.init_lora_weights == "eva" and fresh:
+        set_lora_a(model, ranks.run_on_main_and_broadcast(lambda: _eva(model, start, console)))
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     return model
