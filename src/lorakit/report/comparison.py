@@ -149,15 +149,15 @@ def comparison_view(comparison: Comparison) -> Group:
         ]
         for m in compared.measures
     ]
-    heads, firsts = compared.names, [measure.name for measure in compared.measures]
+    heads, firsts = list(compared.names), [measure.name for measure in compared.measures]
     if compared.runs_as_rows:
         cells, heads, firsts = [list(row) for row in zip(*cells, strict=True)], firsts, heads
     results = Table(title="results (* best, in parentheses the change)", title_justify="left")
     results.add_column("run" if compared.runs_as_rows else "", overflow="fold")
     for head in heads:
         results.add_column(Text(visible(head)), justify="right", overflow="fold")
-    for first, row in zip(firsts, cells, strict=True):
-        results.add_row(Text(visible(first)), *row)
+    for first, texts in zip(firsts, cells, strict=True):
+        results.add_row(Text(visible(first)), *texts)
     views: list[RenderableType] = [results]
     wide = len(compared.settings) < len(compared.names)
     rows = _setting_rows(compared, wide)
