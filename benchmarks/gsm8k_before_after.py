@@ -30,7 +30,7 @@ from lorakit.export.exporters import export_run
 from lorakit.model.demo_model import demo_model_dir
 from lorakit.pipeline import fit
 from lorakit.recipe.loader import load_recipe
-from lorakit.storage.run_dir import write_json, write_text
+from lorakit.storage.run_dir import RunDir, read_json, write_json, write_text
 
 TASK = """\
 include: {original}
@@ -58,7 +58,7 @@ def write_task(folder, rows, documents, shots, tokens):
     return train
 
 
-def by_hand(location, folder):
+def by_hand(location, folder, documents):
     """Scores by document of lm-eval's own class, as `lm-eval --model hf` runs it."""
     tokenizer = AutoTokenizer.from_pretrained(location)
     model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
@@ -69,9 +69,10 @@ def by_hand(location, folder):
         apply_chat_template=True,
         fewshot_as_multiturn=True,
         bootstrap_iters=0,
+        limit=documents,
     )
     return {
-        (sample["doc_id"], sample["filter"]): (sample["exact_match"], sample["resps"][0][0])
+        (sample["doc_id"], sample["filter"]): (float(sample["exact_match"]), sample["resps"][0][0])
         for sample in found["samples"]["gsm8k_local"]
     }
 
@@ -82,7 +83,10 @@ def watch_ours(seen):
 
     def rows_of(name, task, samples):
         seen.append(
-            {(s["doc_id"], s["filter"]): (s["exact_match"], s["resps"][0][0]) for s in samples}
+            {
+                (s["doc_id"], s["filter"]): (float(s["exact_match"]), s["resps"][0][0])
+                for s in samples
+            }
         )
         return original(name, task, samples)
 
@@ -101,6 +105,7 @@ def main():
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8, help="examples a step")
+    parser.add_argument("--by-hand", type=int, default=None, help="documents to run by hand, too")
     parser.add_argument("--tokens", type=int, default=200, help="longest answer")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=None, help="keep the files here")
@@ -123,7 +128,9 @@ def main():
     recipe = {"model": "demo", "data": str(data), "output_dir": str(folder / "run"),
               "max_steps": given.steps, "gradient_accumulation_steps": given.batch,
               "learning_rate": 5e-4, "offline": True, "cutoff_len": 512, "val_size": 0}  # fmt: skip
-    run = fit(load_recipe(recipe), console).run
+    run = RunDir(folder / "run")
+    if not run.has_adapter():  # with --work, a second start goes on
+        run = fit(load_recipe(recipe), console).run
     # Trained in the CPU's type; compared in float32, in which merging rounds no answer away.
     write_text(
         run.recipe,
@@ -137,18 +144,20 @@ def main():
     seconds = time.perf_counter() - began
     assert not failed, failed
     ours = dict(zip(("tuned", "base"), seen, strict=True))
-    merged = export_run(run, "merged", folder / "merged", console, dtype="float32")
+    if not (folder / "merged").exists():
+        export_run(run, "merged", folder / "merged", console, dtype="float32")
+    (merged,) = read_json(run.export / "verify.json").values()
     places = {"tuned": folder / "merged", "base": demo_model_dir(None, True)}
     sides = {}
     for side, location in places.items():
-        own = by_hand(str(location), folder)
-        assert own.keys() == ours[side].keys()
+        own = by_hand(str(location), folder, given.by_hand)
+        assert own.keys() <= ours[side].keys()
         sides[side] = {
             "scores_equal": sum(own[k][0] == ours[side][k][0] for k in own),
             "answers_equal": sum(own[k][1] == ours[side][k][1] for k in own),
             "of": len(own),
             "by_hand": {
-                name: sum(v[0] for (_, f), v in own.items() if f == name) / given.documents
+                name: 2 * sum(v[0] for (_, f), v in own.items() if f == name) / len(own)
                 for name in ("strict-match", "flexible-extract")
             },
         }
@@ -160,7 +169,7 @@ def main():
             "settings": {
                 k: str(v)
                 for k, v in vars(given).items()
-                if k in ("documents", "train_rows", "batch", "shots", "steps", "tokens")
+                if k in ("documents", "by_hand", "train_rows", "batch", "shots", "steps", "tokens")
             },
             "scores": result.as_dict()["tasks"],
             "compared_by_document": sides,
