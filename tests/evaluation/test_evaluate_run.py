@@ -14,6 +14,7 @@ from lorakit.evaluation import evaluate_run as module
 from lorakit.evaluation import model_side, task_list
 from lorakit.evaluation.evaluate_run import EvalRequest, evaluate_run
 from lorakit.evaluation.file_task import FileTask
+from lorakit.evaluation.harness_tasks import check_name
 from lorakit.evaluation.judge import JudgeEndpoint
 from lorakit.report.load_run import read_run
 from lorakit.run import open_run
@@ -21,7 +22,12 @@ from lorakit.run import open_run
 
 @pytest.fixture(autouse=True)
 def own_tasks_only(monkeypatch, manager):
-    monkeypatch.setattr(task_list, "task_manager", lambda include: manager)
+    def found(names, include):
+        for name in names:
+            check_name(name, manager.all_tasks)
+        return manager
+
+    monkeypatch.setattr(task_list, "task_manager", found)
 
 
 @pytest.fixture

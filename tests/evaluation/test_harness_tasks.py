@@ -84,11 +84,11 @@ def test_a_metric_that_raises_on_a_document_costs_that_document_alone(loaded, ma
 
 def test_unknown_names_are_suggested(manager, tmp_path):
     with pytest.raises(RecipeError, match=r"colrs: no such task .*did you mean colors\?"):
-        check_name("colrs", manager)
-    check_name("both", manager)
+        check_name("colrs", manager.all_tasks)
+    check_name("both", manager.all_tasks)
     path = tmp_path / "one.yaml"
     path.write_text("task: one")
-    check_name(str(path), manager)
+    check_name(str(path), manager.all_tasks)
 
 
 def test_data_that_is_not_available_is_named_with_a_way_out(manager, monkeypatch):
@@ -114,8 +114,25 @@ def test_a_refused_task_is_named(loaded, manager):
 
 def test_lm_eval_that_is_not_installed_and_a_folder_that_is_not_there(monkeypatch, tmp_path):
     with pytest.raises(RecipeError, match=r"none: no such folder"):
-        task_manager([tmp_path / "none"])
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+        task_manager([], [tmp_path / "none"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(DependencyError, match="need the package lm-eval") as caught:
-        task_manager()
+        task_manager([])
     assert "lorakit[eval]" in caught.value.hint
+
+
+def test_the_real_index_has_the_named_tasks_alone(harness_folder):
+    with pytest.raises(RecipeError, match=r"gsm8kk: no such task .*did you mean gsm8k\?"):
+        task_manager(["gsm8kk"])
+    found = task_manager(["gsm8k", "colors"], [harness_folder])
+    assert {"gsm8k", "colors", "boxes"} <= set(found.all_tasks)
+    assert len(found.all_tasks) < 100
+
+
+def test_a_package_that_a_task_needs_is_named():
+    def missing(names):
+        raise ModuleNotFoundError("No module named 'langdetect'", name="langdetect")
+
+    with pytest.raises(DependencyError, match="No module named 'langdetect'") as caught:
+        HarnessTask("ifeval", SimpleNamespace(load=missing))
+    assert "pip install langdetect" in caught.value.hint

@@ -4,6 +4,7 @@ import pytest
 
 from lorakit.errors import DataError, RecipeError
 from lorakit.evaluation import task_list
+from lorakit.evaluation.harness_tasks import check_name
 from lorakit.evaluation.task_list import TaskSpec, build_tasks, parse_specs, recipe_specs
 from lorakit.recipe.schema import Recipe
 
@@ -12,7 +13,12 @@ RECIPE = Recipe(model="m", data="d")
 
 @pytest.fixture(autouse=True)
 def own_tasks_only(monkeypatch, manager):
-    monkeypatch.setattr(task_list, "task_manager", lambda include: manager)
+    def found(names, include):
+        for name in names:
+            check_name(name, manager.all_tasks)
+        return manager
+
+    monkeypatch.setattr(task_list, "task_manager", found)
 
 
 def test_names_limits_and_files():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from lorakit.errors import DataError, DependencyError, RecipeError, first_line
 from lorakit.evaluation.answer_metrics import EVAL_INSTALL
+from lorakit.evaluation.harness_index import mentioned, task_folders
 from lorakit.evaluation.model_side import ModelSide
 from lorakit.evaluation.task_rows import MetricRows
 from lorakit.recipe.loader import suggest
@@ -23,12 +24,12 @@ from lorakit.recipe.loader import suggest
 SEED, OTHER_SEED = 0, 1234
 
 
-def task_manager(include: Sequence[Path] = ()) -> Any:
-    """lm-eval's index of tasks, with those of the folders `include`.
+def task_manager(names: Sequence[str], include: Sequence[Path] = ()) -> Any:
+    """lm-eval's index of the folders that hold the named tasks, and of the folders `include`.
 
     Raises:
         DependencyError: lm-eval is not installed or cannot be imported.
-        RecipeError: a folder does not exist.
+        RecipeError: a folder does not exist, or there is no such task; the nearest is suggested.
     """
     for folder in include:
         if not folder.is_dir():
@@ -36,28 +37,35 @@ def task_manager(include: Sequence[Path] = ()) -> Any:
                 f"--include-path: {folder}: no such folder",
                 hint="give a folder with task files (*.yaml) of lm-eval",
             )
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars are not ours
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval import tasks as shipped
     except ImportError as error:
         raise DependencyError(
             f"tasks of lm-eval need the package lm-eval: {first_line(error)}", hint=EVAL_INSTALL
         ) from error
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return TaskManager(include_path=[str(folder) for folder in include] or None)
+    own = mentioned(include)
+    known = task_folders(Path(shipped.__file__).parent)
+    for name in names:
+        check_name(name, [*own, *known])
+    folders = {folder for name in {*names, *own} for folder in known.get(name, ())}
+    return shipped.TaskManager(
+        include_path=[str(folder) for folder in (*sorted(folders), *include)],
+        include_defaults=False,
+    )
 
 
-def check_name(name: str, manager: Any) -> None:
+def check_name(name: str, known: Collection[str]) -> None:
     """Check that lm-eval has a task, group or tag of this name, or that it is a task file.
 
     Raises:
         RecipeError: it has not; the nearest name is suggested.
     """
-    if name in manager.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+    if name in known or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
         return
     raise RecipeError(
-        f"--tasks: {name}: no such task of lm-eval, and no file{suggest(name, manager.all_tasks)}",
+        f"--tasks: {name}: no such task of lm-eval, and no file{suggest(name, known)}",
         hint="`lm-eval ls tasks` lists the tasks; --include-path adds a folder of your own; "
         "a file is a task too: --tasks mine.jsonl",
     )
@@ -107,15 +115,16 @@ class HarnessTask:
             task.set_fewshot_seed(seed=OTHER_SEED)
             task.lorakit_failures.clear()
         try:
-            found = run_tasks(
-                lm=HarnessModel(side),
-                task_dict=self.loaded,
-                limit=self.limit,
-                bootstrap_iters=0,
-                system_instruction=self.system,
-                apply_chat_template=True,
-                fewshot_as_multiturn=True,
-            )
+            with _without_bars():
+                found = run_tasks(
+                    lm=HarnessModel(side),
+                    task_dict=self.loaded,
+                    limit=self.limit,
+                    bootstrap_iters=0,
+                    system_instruction=self.system,
+                    apply_chat_template=True,
+                    fewshot_as_multiturn=True,
+                )
         except (ValueError, KeyError, AssertionError) as error:
             raise DataError(
                 f"task {self.name}: lm-eval cannot run it: {first_line(error)}",
@@ -129,14 +138,34 @@ class HarnessTask:
         return rows if len(self.loaded["tasks"]) == 1 else _pooled(self.name, rows)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the bars with which lm-eval builds requests, among our own progress."""
+    from lm_eval.api import task as module
+
+    original = module.tqdm
+    module.tqdm = lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        module.tqdm = original
+
+
 def _load(name: str, manager: Any) -> Any:
     """Load a task with its data.
 
     Raises:
         DataError: the data is not available here.
+        DependencyError: the task needs a package that is not installed.
     """
     try:
         loaded = manager.load([name])
+    except ImportError as error:
+        raise DependencyError(
+            f"task {name} needs a package that is not installed: {first_line(error)}",
+            hint=f"pip install {error.name or 'it'}; lm-eval's extras name what its tasks need, "
+            "such as pip install 'lm-eval[ifeval]'",
+        ) from error
     except Exception as error:  # datasets and task files of others raise many types
         raise DataError(
             f"task {name}: its data ({_dataset_of(name, manager)}) cannot be loaded: "

@@ -12,7 +12,7 @@ from lorakit.errors import LorakitError, RecipeError
 from lorakit.evaluation.answer_metrics import parse_metric
 from lorakit.evaluation.file_task import FileTask
 from lorakit.evaluation.general_skills import GeneralSkills
-from lorakit.evaluation.harness_tasks import HarnessTask, check_name, task_manager
+from lorakit.evaluation.harness_tasks import HarnessTask, task_manager
 from lorakit.evaluation.task_rows import EvaluationTask
 from lorakit.recipe.schema import Recipe
 
@@ -98,10 +98,8 @@ def build_tasks(
     Raises:
         LorakitError: a task or metric is unknown, or a file is missing or has no usable row.
     """
-    of_harness = [each for each in specs if not _is_own(each.name)]
-    manager: Any = task_manager(include) if of_harness else None
-    for spec in of_harness:
-        check_name(spec.name, manager)
+    of_harness = [each.name for each in specs if not _is_own(each.name)]
+    manager: Any = task_manager(of_harness, include) if of_harness else None
     tasks: list[EvaluationTask] = []
     failed: dict[str, str] = {}
     for spec in specs:
