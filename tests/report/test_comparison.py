@@ -44,7 +44,7 @@ def test_settings_that_differ_and_the_best_of_each_result_are_shown(pair):
     assert measures["steps"].shown == ("8", "8")
     assert not found.notes
     text = as_text(found, width=160)
-    assert "1.2500 *" in text
+    assert "1.2500 (-0.7500) *" in text
     assert "0.75 (+0.5) *" in text
     assert "lora_r" in text
     value = json.loads(json.dumps(found.as_dict()))
@@ -68,6 +68,16 @@ def test_the_page_has_both_runs_and_is_closed(pair, tmp_path, read_page):
     assert "one" in page.text
     assert "0.75 (+0.5) ★" in page.text
     assert "script" not in {tag for tag, _ in page.tags}
+
+
+def test_many_runs_are_rows(make_run, edit, tmp_path):
+    runs = [scores(make_run(f"run{i}", seed=i), edit, 1.0 + i) for i in range(9)]
+    found = compare_runs(runs)
+    assert found.runs_as_rows
+    lines = as_text(found, width=120).splitlines()
+    assert any("run0" in line and "1.0000 (-1.0000) *" in line for line in lines)
+    write_comparison(found, tmp_path / "c.html", title="A sweep")
+    assert "<h1>A sweep</h1>" in (tmp_path / "c.html").read_text()
 
 
 def test_results_of_different_rows_are_named(make_run, edit):
@@ -98,7 +108,7 @@ def test_runs_of_one_name_and_runs_that_stopped(make_run, tmp_path):
     append_metrics(stopped, [row(1, loss=float("nan")), row(2)])
     found = compare_runs([run, stopped])
     assert found.names == (f"{tmp_path.name}/a", "other/a")
-    assert {m.name: m.shown for m in found.measures}["held-out loss"] == ("1.0000", "–")
+    assert {m.name: m.shown for m in found.measures}["held-out loss"] == ("1.0000 (-1.0000)", "–")
 
 
 def test_one_run_or_one_twice_is_refused(make_run):

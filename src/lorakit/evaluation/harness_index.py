@@ -12,7 +12,8 @@ from pathlib import Path
 
 # A key with one name, with names in brackets, or with a list of names below it.
 _NAMED = re.compile(
-    r"^[\"']?(?:task|group|tag)[\"']?:[ \t]*(?:\[([^\]]*)\]|([^\s#\[].*)|\n((?:[ \t]*-[ \t]+\S.*\n?)+))",
+    r"^[\"']?(?:task|group|tag)[\"']?:[ \t]*"
+    r"(?:\[([^\]]*)\]|([^\s#\[].*)|\n((?:[ \t]*-[ \t]+\S.*\n?)+))",
     re.MULTILINE,
 )
 

@@ -57,6 +57,11 @@ class Comparison:
     def __rich__(self) -> RenderableType:
         return comparison_view(self)
 
+    @property
+    def runs_as_rows(self) -> bool:
+        """True if the table of results is narrower with a row for each run."""
+        return len(self.names) > len(self.measures)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form: settings and results of each run."""
         return {
@@ -117,6 +122,7 @@ def write_comparison(
         names=compared.names,
         charts=comparison_charts(compared),
         measures=compared.measures,
+        runs_as_rows=compared.runs_as_rows,
         settings=_setting_rows(compared, wide),
         wide=wide,
         notes=compared.notes,
@@ -131,7 +137,7 @@ def comparison_charts(comparison: Comparison) -> list[tuple[str, str, Chart]]:
     """Draw the charts as (name, unit, chart); each run has one color in all of them."""
     records = comparison.records
     found: list[tuple[str, str, Chart | None]] = [
-        ("Loss", "nats a token, smoothed", _chart("Loss", [_smooth(r) for r in records])),
+        ("Loss", "nats a token", _chart("Loss", [_smooth(r) for r in records])),
     ]
     keys = dict.fromkeys(k for r in records for row in r.held for k in row if k.startswith("eval_"))
     for key in keys:
@@ -149,16 +155,22 @@ def comparison_charts(comparison: Comparison) -> list[tuple[str, str, Chart]]:
 def comparison_view(comparison: Comparison) -> Group:
     """Render results and differing settings as tables for a terminal."""
     compared = comparison
-    results = Table(title="results (* best)", title_justify="left")
-    results.add_column("run", overflow="fold")
-    for measure in compared.measures:
-        results.add_column(visible(measure.name), justify="right")
-    for place, name in enumerate(compared.names):
-        cells = [
-            Text(m.shown[place] + (" *" if m.best == place else ""), style=_bold(m, place))
-            for m in compared.measures
+    cells = [
+        [
+            Text(text + (" *" if m.best == i else ""), style=_bold(m, i))
+            for i, text in enumerate(m.shown)
         ]
-        results.add_row(Text(visible(name)), *cells)
+        for m in compared.measures
+    ]
+    heads, firsts = list(compared.names), [measure.name for measure in compared.measures]
+    if compared.runs_as_rows:
+        cells, heads, firsts = [list(row) for row in zip(*cells, strict=True)], firsts, heads
+    results = Table(title="results (* best, in parentheses the change)", title_justify="left")
+    results.add_column("run" if compared.runs_as_rows else "", overflow="fold")
+    for head in heads:
+        results.add_column(Text(visible(head)), justify="right", overflow="fold")
+    for first, texts in zip(firsts, cells, strict=True):
+        results.add_row(Text(visible(first)), *texts)
     views: list[RenderableType] = [results]
     wide = len(compared.settings) < len(compared.names)
     rows = _setting_rows(compared, wide)
@@ -239,12 +251,13 @@ def _text(value: Any) -> str:
 
 
 def _measures(records: Sequence[Record]) -> tuple[Measure, ...]:
-    found = [
-        _measure(
-            "held-out loss", [_loss(r, "tuned") for r in records], "{:.4f}".format, lowest=True
-        ),
-        _measure("base's loss", [_loss(r, "base") for r in records], "{:.4f}".format),
-    ]
+    losses = [_loss(record, "tuned") for record in records]
+    bases = [_loss(record, "base") for record in records]
+    shown = tuple(
+        ABSENT if tuned is None else f"{tuned:.4f}" + (f" ({tuned - base:+.4f})" if base else "")
+        for tuned, base in zip(losses, bases, strict=True)
+    )
+    found = [Measure("held-out loss", tuple(losses), shown, _best(losses, lowest=True))]
     for name, higher in _task_names(records):
         scores = [_task(record, name) for record in records]
         shown = tuple(
@@ -254,10 +267,10 @@ def _measures(records: Sequence[Record]) -> tuple[Measure, ...]:
         values = tuple(None if s is None else finite(s["tuned"]) for s in scores)
         found.append(Measure(name, values, shown, _best(values, lowest=not higher)))
     best = [float(r.best.step) if r.best else None for r in records]
-    losses = [next(reversed(r.numbers("loss")), None) for r in records]
+    last = [next(reversed(r.numbers("loss")), None) for r in records]
     found += [
         _measure("best step", best, "{:,.0f}".format),
-        _measure("training loss", losses, "{:.4f}".format),
+        _measure("training loss", last, "{:.4f}".format),
         _measure("steps", [float(r.steps[-1]["step"]) if r.steps else None for r in records]),
         _measure("time", [r.seconds or None for r in records], duration),
         _measure("tokens/s", [_speed(r) for r in records], "{:,.0f}".format),
