@@ -13,7 +13,7 @@ HEAD = """\
 # Licenses of what lorakit stands on
 
 From the metadata of the packages in `constraints.txt`, by `make licenses`. lorakit itself is
-Apache-2.0; the models you tune have their own.
+Apache-2.0; the models you tune have their own. Shipped with lorakit: uPlot (MIT, `web/static`).
 
 | package | version | license |
 |---|---|---|
@@ -25,6 +25,10 @@ SPELLED = {
     "BSD License": "BSD-3-Clause", "3-Clause BSD License": "BSD-3-Clause", "ISC License": "ISC",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
 }  # fmt: skip
+
+
+# Read in the package's own files, since its metadata names none.
+IN_FILES = {"axe-playwright-python": "MIT AND MPL-2.0"}
 
 
 def pinned():
@@ -40,7 +44,7 @@ def license_of(name):
     told = 0 < len(field) < 60 and field != "UNKNOWN"
     found = about.get("License-Expression") or (field if told else None)
     classes = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if "License ::" in c]
-    said = found or (classes[0] if classes else "")
+    said = found or (classes[0] if classes else IN_FILES.get(name, ""))
     return SPELLED.get(said, said)
 
 

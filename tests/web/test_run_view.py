@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.storage.run_dir import RunDir
-from lorakit.web.run_view import download_of, run_notes, run_values, section, curve_rows
+from lorakit.web.run_view import curve_rows, download_of, run_notes, run_values, section
 from lorakit.web.workspace import Workspace, read_facts, read_settings
 
 

@@ -37,9 +37,9 @@ from lorakit.web.run_view import (
     compare_values,
     download_of,
     progress_text,
+    recipe_settings,
     run_values,
     section,
-    recipe_settings,
     state_of,
 )
 from lorakit.web.study import study_routes
