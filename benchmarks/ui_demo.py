@@ -66,7 +66,7 @@ def session(page, address, steps):
     page.click("button:text-is('Resume')")
     page.wait_for_selector("#run .badge.finished")
     found |= {"finished": state.inner_text(), "finished_seconds": since(begin)}
-    page.click("text=Compare")
+    page.click("main a:text-is('Compare')")
     page.wait_for_selector("#compared .u-legend")
     page.goto(page.url.partition("compare")[0] + "chat?run=runs/demo-lora")
     page.fill("#question", QUESTION)

@@ -23,6 +23,7 @@ SPELLED = {
     "Apache": "Apache-2.0", "Apache 2.0": "Apache-2.0", "Apache 2.0 License": "Apache-2.0",
     "Apache Software License": "Apache-2.0", "MIT License": "MIT", "BSD": "BSD-3-Clause",
     "BSD License": "BSD-3-Clause", "3-Clause BSD License": "BSD-3-Clause", "ISC License": "ISC",
+    "The MIT License (MIT)": "MIT", "Apache License, Version 2.0": "Apache-2.0", "PSFL": "PSF-2.0",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
 }  # fmt: skip
 
@@ -44,7 +45,7 @@ def license_of(name):
     told = 0 < len(field) < 60 and field != "UNKNOWN"
     found = about.get("License-Expression") or (field if told else None)
     classes = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if "License ::" in c]
-    said = found or (classes[0] if classes else IN_FILES.get(name, ""))
+    said = found or (classes[0] if classes else IN_FILES.get(name, field.split("\n")[0][:60]))
     return SPELLED.get(said, said)
 
 

@@ -19,8 +19,9 @@ KINDS = {
     "array": "list",
 }
 # Commands in the order of a run, and the doors of Python; what is not named comes after them.
-ORDER = ["demo", "inspect", "plan", "train", "eval", "chat", "export", "serve", "report"]
-FIRST = ["finetune", "plan", "inspect", "open_run", "Run"]
+ORDER = ["demo", "inspect", "plan", "train", "sweep", "eval", "chat", "export", "serve", "report"]
+ORDER += ["compare"]
+FIRST = ["finetune", "plan", "inspect", "open_run", "Run", "sweep", "Sweep"]
 # The first key of each part of a recipe, and what the part is called.
 PARTS = {
     "model": "Model",

@@ -22,6 +22,7 @@ NAMES = [
     "Recipe",
     "ResolvedRecipe",
     "Run",
+    "Sweep",
     "accelerate",
     "detect_device",
     "finetune",
@@ -31,6 +32,7 @@ NAMES = [
     "plan",
     "prepare",
     "recipe_schema",
+    "sweep",
     "ui",
 ]
 

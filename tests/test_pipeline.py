@@ -255,3 +255,23 @@ def test_memory_that_ends_before_step_1_says_where(
     with pytest.raises(WorkError, match=rf"out of memory {doing} .* more requested") as error:
         fit(tiny_recipe(tiny_model_dir, tiny_data, tmp_path / "r"), QUIET)
     assert "method: qlora" in error.value.hint
+
+
+def test_a_run_pauses_at_a_step_and_goes_on_to_the_same_bits(
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+):
+    def recipe(name):
+        return tiny_recipe(tiny_model_dir, tiny_data, tmp_path / name, max_steps=4)
+
+    def adapter(outcome):
+        return (outcome.run.adapter / "adapter_model.safetensors").read_bytes()
+
+    first = fit(recipe("paused"), QUIET, until=2)
+    assert (first.steps, first.exit_code, first.evaluation) == (2, 0, None)
+    assert not first.run.has_adapter()
+    # Killed before its loss was noted: nothing is trained again.
+    again = fit(recipe("paused"), QUIET, resume=True, until=2)
+    assert (again.steps, again.paused) == (2, first.paused)
+    last = fit(recipe("paused"), QUIET, resume=True, until=9)
+    assert (last.steps, last.paused) == (4, None)
+    assert adapter(last) == adapter(fit(recipe("alone"), QUIET))

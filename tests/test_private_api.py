@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+import transformers.core_model_loading
 from accelerate import Accelerator
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     Trainer,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from trl import SFTTrainer
 
 import lorakit
@@ -36,6 +40,7 @@ MODULES = {
 }
 NAMES = {
     "_C": "torch._C: if a driver is there, without starting CUDA",
+    "_apply_gate": "what transformers' experts do between their two products",
     "_attn_implementation": "each class chooses its attention",
     "_call_impl": "torch.nn.Module: a call, compiled with its layer",
     "_compiled_call_impl": "torch.nn.Module: what a call runs instead, for compiled layers",
@@ -46,11 +51,13 @@ NAMES = {
     "_foreach_copy_": "one kernel for many tensors",
     "_foreach_mul_": "one kernel for many tensors",
     "_foreach_norm": "one kernel for many tensors",
+    "_is_hf_initialized": "experts that the loader has quantized are not made at random",
     "_last_lr": "a resumed schedule's rate in the log",
     "_model_mapping": "the class that is built for a config",
     "_name_or_path": "the files of a model that a program loaded",
     "_no_split_modules": "classes of the layers that FSDP shards one by one",
     "_parameters": "torch.nn.Module: all tensors of a layer",
+    "_register_custom_module": "PEFT's way to a layer of one's own, for adapters of experts",
     "_set_allocator_settings": "expandable segments after torch was imported",
     "_tokenizer": "added words of a tokenizer",
     "_weight_conversions": "hub names of renamed tensors",
@@ -99,6 +106,11 @@ def test_names_are_there(tiny_model_dir):
     arguments = inspect.signature(Accelerator.prepare_model).parameters
     assert {"device_placement", "evaluation_mode"} <= set(arguments)
     assert "device_placement" in inspect.signature(Accelerator.prepare_data_loader).parameters
+    assert callable(Qwen3MoeExperts._apply_gate)
+    settings = LoraConfig()
+    settings._register_custom_module({torch.nn.Linear: torch.nn.Identity})
+    assert settings._custom_modules == {torch.nn.Linear: torch.nn.Identity}
+    assert "_is_hf_initialized" in inspect.getsource(transformers.core_model_loading)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     assert tokenizer._tokenizer.token_to_id(tokenizer.eos_token) == tokenizer.eos_token_id
     from transformers.utils.chat_template_utils import _compile_jinja_template

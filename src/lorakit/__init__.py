@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.api import finetune, inspect, plan, prepare
+    from lorakit.api import finetune, inspect, plan, prepare, sweep
     from lorakit.engine.decoder_forward import accelerate
     from lorakit.errors import LorakitError
     from lorakit.hardware import detect_device
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorakit.recipe.schema import Recipe
     from lorakit.results import Evaluation, Inspected, Plan
     from lorakit.run import Run, open_run
+    from lorakit.sweeps.sweep import Sweep
     from lorakit.web.server import ui
 
 _MODULES = {
@@ -30,6 +31,7 @@ _MODULES = {
     "Recipe": "recipe.schema",
     "ResolvedRecipe": "recipe.loader",
     "Run": "run",
+    "Sweep": "sweeps.sweep",
     "accelerate": "engine.decoder_forward",
     "detect_device": "hardware",
     "finetune": "api",
@@ -39,6 +41,7 @@ _MODULES = {
     "plan": "api",
     "prepare": "api",
     "recipe_schema": "recipe.loader",
+    "sweep": "api",
     "ui": "web.server",
 }
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "Recipe",
     "ResolvedRecipe",
     "Run",
+    "Sweep",
     "accelerate",
     "detect_device",
     "finetune",
@@ -58,6 +62,7 @@ __all__ = [
     "plan",
     "prepare",
     "recipe_schema",
+    "sweep",
     "ui",
 ]
 

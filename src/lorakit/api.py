@@ -1,4 +1,4 @@
-"""Functions for notebooks and scripts: plan, inspect and finetune.
+"""Functions for notebooks and scripts: plan, inspect, finetune and sweep.
 
     plan(model="llama-2-7b", method="qlora", gpu="t4")        does it fit?
     inspect(model="demo", data="my.jsonl")                    what will be trained?
@@ -19,9 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from lorakit.console import literal, plain_console, silence_libraries
+from lorakit.errors import RecipeError
 from lorakit.recipe.loader import RecipeInput, ResolvedRecipe, load_recipe
 from lorakit.results import Inspected, Plan
 from lorakit.run import Run
+from lorakit.sweeps.sweep import Sweep
 
 
 def finetune(
@@ -100,6 +102,66 @@ def finetune(
         else:
             show_outcome(outcome, console, next_steps=False)
     return Run(outcome.run.path)
+
+
+def sweep(
+    recipe: RecipeInput = None,
+    *,
+    vary: Mapping[str, Any] | None = None,
+    seeds: int = 1,
+    halving: bool = False,
+    trials: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    console: Console | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    **settings: Any,
+) -> Sweep:
+    """Train several adapters on one frozen base, and compare them by held-out loss.
+
+    Each run equals the same run alone, bit by bit, and has its own folder. Interrupting the cell
+    saves a checkpoint and returns; `sweep(folder, resume=True)` continues.
+
+    Args:
+        recipe: a YAML file, a dict of settings or a recipe; with `resume` the sweep's folder.
+        vary: values to combine by key, `{"learning_rate": [5e-5, 1e-4], "lora_r": [8, 16]}`, or a
+            range to search, `{"learning_rate": "1e-5..1e-3"}`.
+        seeds: train each combination with this many seeds, from the recipe's on.
+        halving: stop the worse half after parts of the steps.
+        trials: number of combinations that Optuna proposes, for ranges.
+        resume: continue a stopped sweep; runs that failed are tried again.
+        force: train even if a plan does not fit into memory.
+        console: prints progress; `Console(quiet=True)` is silent.
+        train_dataset: rows of a Python program, as in `finetune`.
+        eval_dataset: held-out rows of a Python program.
+        settings: keys of a recipe that all runs share; `output_dir` is the sweep's folder.
+
+    Raises:
+        LorakitError: a setting cannot vary, or a combination cannot be trained. Runs that fail
+            later are recorded in the result, and the others go on.
+    """
+    from lorakit.sweeps.run_sweep import resume_sweep, start_sweep
+    from lorakit.sweeps.sweep_plan import SweepRequest
+    from lorakit.sweeps.variations import given_vary
+
+    console = console or plain_console(file=sys.stdout, force_jupyter=False, soft_wrap=True)
+    with literal(console):
+        if resume:
+            folder = _sweep_folder(recipe, settings.get("output_dir"))
+            with silence_libraries():
+                return Sweep(resume_sweep(folder, console, force).folder.path)
+        resolved = _with_datasets(recipe, train_dataset, eval_dataset, settings)
+        request = SweepRequest(resolved, given_vary(vary or {}), seeds, halving, trials)
+        with silence_libraries(resolved.recipe.offline):
+            return Sweep(start_sweep(request, console, force).folder.path)
+
+
+def _sweep_folder(recipe: RecipeInput, output: Any) -> Path:
+    found = output or recipe
+    if not isinstance(found, str | Path):
+        raise RecipeError("resume needs the folder of a sweep", hint="sweep(folder, resume=True)")
+    return Path(found)
 
 
 def plan(

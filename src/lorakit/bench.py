@@ -134,7 +134,7 @@ def _model(job: _Job) -> Any:
         job.ranks.wait_for_load_turn()
     MemoryCap(job.recipe.memory_limit_bytes, job.device)
     four_bit = job.recipe.method == "qlora"
-    base = random_model(job.config, job.device, four_bit, placement.base_offloaded)
+    base = random_model(job.config, job.device, four_bit, placement.loaded_on_host)
     return add_adapter(base, job.recipe)
 
 

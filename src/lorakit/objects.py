@@ -18,6 +18,7 @@ from lorakit.data import cache
 from lorakit.data.sources.python_rows import write_rows
 from lorakit.errors import LorakitError, ModelError, RecipeError
 from lorakit.model.loaded_base import settings_of
+from lorakit.model.shared_base import SharedBase
 from lorakit.model.start_adapter import weights_sha256
 from lorakit.recipe.aliases import LORA_KEYS, TRAINING_KEYS
 from lorakit.storage.user_cache import writable_cache
@@ -31,12 +32,14 @@ class Objects:
 
     Attributes:
         base: a loaded base model, instead of the one that `model` names.
+        shared: the base of a sweep, loaded once for all of its runs.
         tokenizer: instead of the model's.
         callbacks: transformers' TrainerCallback objects.
         metrics: functions of (answer, reference) by name, see `inference/evaluate.py`.
     """
 
     base: Any = None
+    shared: SharedBase | None = None
     tokenizer: Any = None
     callbacks: Sequence[Any] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -76,7 +79,7 @@ def take_objects(
     if tokenizer is not None and not hasattr(tokenizer, "apply_chat_template"):
         raise ModelError(f"tokenizer is a {type(tokenizer).__name__}, expected a tokenizer")
     return (
-        Objects(base, tokenizer, _callbacks(callbacks), _metrics(metrics or {})),
+        Objects(base, None, tokenizer, _callbacks(callbacks), _metrics(metrics or {})),
         settings,
     )
 

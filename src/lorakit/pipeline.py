@@ -31,11 +31,18 @@ from lorakit.distributed.process_group import (
     init_distributed,
 )
 from lorakit.errors import LorakitError, RunError
+from lorakit.evaluation.answer_store import AnswerStore
+from lorakit.evaluation.eval_progress import EvalProgress
+from lorakit.evaluation.evaluate_run import RunStores, score_tasks
+from lorakit.evaluation.training_scores import TrainingScorer
 from lorakit.export.checkpoint_keys import misfit
 from lorakit.hardware import MemoryCap, detect_device, measure_context
 from lorakit.inference.evaluate import evaluate
 from lorakit.model.base_fingerprint import check_base, remember_base
+from lorakit.model.eva import eva_weights, set_lora_a
+from lorakit.model.expert_settings import expert_notes
 from lorakit.model.load import (
+    LoadedRun,
     check_vocabulary,
     load_base,
     load_config,
@@ -66,7 +73,8 @@ from lorakit.recipe.schema import Recipe
 from lorakit.report.page import renew_report
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
-from lorakit.train.best_step import BestStep
+from lorakit.train.best_step import BestStep, metric_direction
+from lorakit.train.callbacks import PauseAtStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.fsdp import check_launch, shard_base, with_launcher_settings
 from lorakit.train.gradient_sync import seed_per_rank
@@ -83,7 +91,7 @@ from lorakit.train.resume import (
 from lorakit.train.signals import catch_signals
 from lorakit.train.trainer import LoraTrainer
 from lorakit.train.training_args import check_training_settings, total_steps
-from lorakit.types import Device, EvalResult, MemoryPlan
+from lorakit.types import Device, EvalResult, EvalScore, MemoryPlan
 
 OOM_HINT = "stop other programs on this device, set method: qlora, or use a smaller model"
 
@@ -99,6 +107,7 @@ class PreparedRun:
     prepared: Prepared
     plan: MemoryPlan
     tokens_per_second: float | None
+    scorer: TrainingScorer | None = None
 
     def plan_as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `plan.json`."""
@@ -118,6 +127,7 @@ class TrainResult:
     ranks: int = 1
     unfit: str | None = None  # reason why engines cannot use the adapter on its base
     best: BestStep | None = None  # of a run that compared steps
+    paused: EvalScore | None = None  # held-out score of a run that ended at `until`
 
 
 def prepare_run(
@@ -170,6 +180,8 @@ def _prologue(
             f"frozen   {', '.join(sides)}: outside the text decoder; trained on text only"
         )
     check_adapter_settings(resolved.recipe, config)
+    for note in expert_notes(resolved.recipe, config):
+        console.print(f"experts  {note}")
     _check_start(resolved.recipe, location, count(config).modules, console)
     if any(Path(location).glob("*.safetensors")):
         check_weights(Path(location))
@@ -181,6 +193,11 @@ def _prologue(
         resolved = resolved.derive("today, which the chat template prints", template_date=today)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
     check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
+    scorer = None
+    if resolved.recipe.eval_tasks:
+        scorer = TrainingScorer(resolved.recipe, tokenizer, folders, console.print)
+        console.print(f"tasks    {', '.join(scorer.directions)}")
+    metric_direction(resolved.recipe, scorer)
     steps = total_steps(resolved.recipe, len(prepared.train))
     check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
     check_launch(resolved.recipe, device)
@@ -197,7 +214,7 @@ def _prologue(
     console.print(f"speed    {estimate}")
     if not force:
         require_plan_fits(planned, config, device, plan)
-    return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed)
+    return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed, scorer)
 
 
 def fit(
@@ -206,6 +223,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     objects: Objects = NO_OBJECTS,
+    until: int | None = None,
 ) -> TrainResult:
     """Train, save and evaluate one run; Ctrl-C and SIGTERM save a checkpoint and return.
 
@@ -213,6 +231,8 @@ def fit(
         resume: continue from the last checkpoint.
         force: train even if the plan does not fit into memory.
         objects: of a Python program, used instead of what the recipe names.
+        until: save a checkpoint after this optimizer step, score the held-out rows and return; a
+            resume continues from there.
 
     Raises:
         LorakitError: the recipe, data or model cannot be used (raised before training starts), the
@@ -225,9 +245,9 @@ def fit(
         )
         if ranks.is_main:
             with only_writer(run, console.print), _report_on_exit(run, console):
-                return _fit(run, resolved, console, resume, force, ranks, objects)
+                return _fit(run, resolved, console, resume, force, ranks, objects, until)
         silent = Console(file=io.StringIO(), quiet=True)
-        return _fit(run, resolved, silent, resume, force, ranks, objects)
+        return _fit(run, resolved, silent, resume, force, ranks, objects, until)
 
 
 def _written(path: Path) -> int | None:
@@ -256,6 +276,7 @@ def _fit(
     force: bool,
     ranks: DistributedContext,
     objects: Objects,
+    until: int | None,
 ) -> TrainResult:
     start = prepare_run(resolved, console, force, ranks, resume=resume, tokenizer=objects.tokenizer)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
@@ -269,7 +290,9 @@ def _fit(
     if start.plan.placement.shards > 1 or recipe.fsdp is not None:
         # Host memory holds one complete base; `attach_engine` passes the turn to the next rank.
         ranks.wait_for_load_turn()
-    model = _model(start, console, checkpoint is None, objects.base)
+    model = _model(start, console, checkpoint is None, objects)
+    if recipe.init_lora_weights == "eva" and checkpoint is None and not recipe.from_adapter:
+        set_lora_a(model, ranks.run_on_main_and_broadcast(lambda: _eva(model, start, console)))
     if recipe.fsdp is not None:
         with oom_as_error("sharding the base model", OOM_HINT):
             shard_base(model, recipe.fsdp, device)
@@ -295,24 +318,29 @@ def _fit(
             stop,
             fingerprint,
             ranks,
-            objects.callbacks,
+            [*objects.callbacks, *([PauseAtStep(until)] if until else [])],
+            start.scorer,
         )
         console.print(f"layers   {trainer.attached.layers}")
         console.print(f"loss     {trainer.attached.loss}")
         console.print(f"packing  {trainer.packing}")
         seed_per_rank(recipe.seed, ranks)
         try:
-            trainer.take_steps(checkpoint)
+            trainer.take_steps(checkpoint, until)
         finally:
             progress.stop()
     seconds = time.perf_counter() - began
     steps, sync = trainer.state.global_step, trainer.sync
-    stopped = sync.should_stop and steps < trainer.state.max_steps
+    ended = steps >= trainer.state.max_steps
+    paused = until is not None and steps >= until and not ended
+    stopped = paused or (sync.should_stop and not ended)
+    score = trainer.score(prepared.val) if paused and not sync.should_stop else None
     best = None if stopped else trainer.load_best_step()
     model = trainer.close()
     final_loss = _final_loss(run) if ranks.is_main else None
     if stopped:
-        return TrainResult(run, steps, seconds, final_loss, None, sync.exit_code, ranks.world_size)
+        code, count = sync.exit_code, ranks.world_size
+        return TrainResult(run, steps, seconds, final_loss, None, code, count, paused=score)
     unfit = _save(run, model, start) if ranks.is_main else None
     if best and ranks.is_main:
         best.write(run)
@@ -330,12 +358,12 @@ def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     return misfit(run, load_config(recipe, start.location))
 
 
-def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None) -> Any:
+def _model(start: PreparedRun, console: Console, fresh: bool, objects: Objects) -> Any:
     """Load the base, on the GPU or in host memory as planned, and attach the adapter.
 
     Args:
         fresh: no checkpoint is loaded afterwards.
-        given: a loaded base.
+        objects: may have a loaded base.
     """
     recipe, device = start.resolved.recipe, start.device
     seed_everything(recipe.seed, recipe.deterministic)
@@ -343,11 +371,13 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
         console.print("bits     equal in each run on this device with these versions; slower")
     MemoryCap(recipe.memory_limit_bytes, device)
     with oom_as_error("loading the base model", OOM_HINT):
-        on_host = start.plan.placement.base_offloaded or recipe.fsdp is not None
-        if given is None:
-            base = load_base(recipe, start.location, device, on_host)
+        on_host = start.plan.placement.loaded_on_host or recipe.fsdp is not None
+        if objects.shared is not None:
+            base = objects.shared.take(recipe, start.location, device, on_host)
+        elif objects.base is not None:
+            base = take_base(objects.base, recipe, start.location, device, on_host)
         else:
-            base = take_base(given, recipe, start.location, device, on_host)
+            base = load_base(recipe, start.location, device, on_host)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe, token_rows(start.tokenizer, recipe))
     if recipe.from_adapter and fresh:
@@ -360,6 +390,20 @@ def _model(start: PreparedRun, console: Console, fresh: bool, given: Any = None)
     trainable, total = count_parameters(model)
     console.print(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     return model
+
+
+def _eva(model: Any, start: PreparedRun, console: Console) -> dict[str, torch.Tensor]:
+    """Compute lora_A from the data, on the GPU."""
+    if start.plan.placement.loaded_on_host:
+        raise RunError(
+            "init_lora_weights: eva needs the complete base on the GPU, and the plan keeps it in "
+            "host memory",
+            hint="set init_lora_weights: true, or give the run more GPU memory",
+        )
+    with oom_as_error("initializing the adapter from data", OOM_HINT):
+        weights = eva_weights(model, start.prepared.train, start.resolved.recipe.seed)
+    console.print(f"adapter  {len(weights)} layers start from their inputs in the data (EVA)")
+    return weights
 
 
 def _check_start(recipe: Recipe, location: str, modules: Sequence[str], console: Console) -> None:
@@ -405,7 +449,8 @@ def _write_run_files(
     """Write the files before training; return the folder of the checkpoint to resume from."""
     recipe, prepared = start.resolved.recipe, start.prepared
     steps = total_steps(recipe, len(prepared.train))
-    run.best.unlink(missing_ok=True)
+    for earlier in (run.best, run.stopped):
+        earlier.unlink(missing_ok=True)
     resumed = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None
     if resumed is None:
         run.metrics.unlink(missing_ok=True)
@@ -442,6 +487,14 @@ def _evaluate(
         metrics=objects.metrics,
         note=console.print,
     )
+    if start.scorer is not None:
+        loaded = LoadedRun(run, start.resolved.recipe, start.device, model, start.tokenizer)
+        stores = RunStores(run, loaded)
+        # Ranks that share the base ask together, and only rank 0 writes.
+        store_of = stores.of if ranks.world_size == 1 else lambda side, task: AnswerStore()
+        tasks, note = start.scorer.listed.tasks, console.print
+        scores, _ = score_tasks(tasks, loaded, store_of, EvalProgress(None), note)
+        result = replace(result, tasks=tuple(scores), adapter=stores.adapter)
     if ranks.is_main:
         write_json(run.eval, result.as_dict())
     return result

@@ -15,7 +15,7 @@ from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
 from lorakit.results import Evaluation
 from lorakit.storage.run_dir import RunDir, find_run, read_metrics
-from lorakit.types import EvalScore, Message, Sample
+from lorakit.types import EvalScore, Message, Sample, TaskScore
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerState
@@ -89,30 +89,66 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The last evaluation on the run's held-out rows, or None."""
+        """The last evaluation on the run's held-out rows and on tasks, or None."""
         if not self.folder.eval.exists():
             return None
         value = json.loads(self.folder.eval.read_text(encoding="utf-8"))
         samples = tuple(Sample(**sample) for sample in value["samples"])
-        base, tuned = EvalScore(**value["base"]), EvalScore(**value["tuned"])
-        return Evaluation(base, tuned, value["data"], samples, value.get("metrics", {}))
+        tasks = tuple(TaskScore(**score) for score in value.get("tasks") or ())
+        base, tuned = (
+            EvalScore(**value[side]) if value.get(side) else None for side in ("base", "tuned")
+        )
+        metrics, judge = value.get("metrics", {}), value.get("judge")
+        return Evaluation(
+            base, tuned, value["data"], samples, metrics, tasks, judge, value.get("adapter")
+        )
 
-    def evaluate(self, data: str | Path | None = None, samples: int = 4) -> Evaluation:
-        """Compare base and tuned: held-out loss, perplexity and answers.
+    def evaluate(
+        self,
+        data: str | Path | None = None,
+        samples: int = 4,
+        *,
+        tasks: str | Sequence[str] = (),
+        metrics: str | Sequence[str] = (),
+        include_path: str | Path | None = None,
+        general: bool = True,
+        judge: str | None = None,
+        judge_model: str | None = None,
+        console: Console | None = None,
+    ) -> Evaluation:
+        """Compare base and tuned: held-out loss, tasks, general skills and answers.
+
+        A task that cannot run is named on the console, and the others go on.
 
         Args:
             data: data to use instead of the run's held-out rows.
             samples: number of answers to show.
+            tasks: tasks of lm-eval or files, each with an optional limit: "gsm8k:200".
+            metrics: metrics of the files, as in `lorakit eval --metric`.
+            include_path: folder with further task files of lm-eval.
+            general: check for forgotten general skills.
+            judge: address with OpenAI's routes whose `judge_model` compares answers.
 
         Raises:
-            LorakitError: the adapter is missing, or there are no held-out rows and no `data`.
+            LorakitError: the adapter is missing, a task or metric is unknown, or there is nothing
+                to evaluate on.
         """
-        from lorakit.inference.evaluate import evaluate_loaded
+        from lorakit.evaluation.evaluate_run import EvalRequest, evaluate_run
+        from lorakit.evaluation.judge import endpoint_of
 
+        request = EvalRequest(
+            str(data) if data else None,
+            samples,
+            (tasks,) if isinstance(tasks, str) else tuple(tasks),
+            (metrics,) if isinstance(metrics, str) else tuple(metrics),
+            (Path(include_path),) if include_path else (),
+            general,
+            endpoint_of(judge, judge_model),
+        )
+        console = console or plain_console(file=sys.stdout, force_jupyter=False)
         loaded = self._model().loaded
-        with silence_libraries(loaded.recipe.offline):
-            result = evaluate_loaded(loaded, str(data) if data else None, samples, print)
-        return Evaluation.of(result)
+        with silence_libraries(loaded.recipe.offline), literal(console):
+            return Evaluation.of(evaluate_run(self.folder, request, console, loaded)[0])
 
     def chat(
         self,

@@ -198,6 +198,7 @@ class Placement:
     its products for `tokens_at_once` tokens and attention for `heads_at_once` key heads at a time;
     the inputs of the last `inputs_on_gpu` layers stay on the GPU. With `shards` above 1, that many
     ranks of a machine each hold a part of every layer's frozen weights, gathered for the layer.
+    `experts_on_host`: of a model's own layers, only the frozen experts are copied layer by layer.
     """
 
     layerwise: bool = False
@@ -208,11 +209,17 @@ class Placement:
     tokens_at_once: int = 0
     heads_at_once: int = 0
     shards: int = 1
+    experts_on_host: bool = False
 
     @property
     def base_offloaded(self) -> bool:
         """True if the layers' frozen weights are copied to the GPU one layer at a time."""
         return self.base_on_host or self.shards > 1
+
+    @property
+    def loaded_on_host(self) -> bool:
+        """True if the base is loaded into host memory, to be placed from there."""
+        return self.base_offloaded or self.experts_on_host
 
     def describe(self, layers: int) -> list[str]:
         """List the parts in host memory, for a model with this many layers."""
@@ -220,6 +227,7 @@ class Placement:
         inputs = "layer inputs" if away == layers else f"the inputs of {away} layers"
         named = {
             "the base": self.base_on_host,
+            "experts": self.experts_on_host,
             "adapters and optimizer": self.adapters_on_host,
             inputs: away > 0,
             "the embedding": self.embedding_on_host,
@@ -302,14 +310,52 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Scores of base and tuned on the same held-out tokens, as in `eval.json`."""
+class TaskScore:
+    """Mean of one metric of a task for base and tuned, over the same rows.
 
-    base: EvalScore
-    tuned: EvalScore
+    `low` and `high` bound the change (tuned minus base) with 95% confidence, from the differences
+    of the rows; None where a metric is no mean over rows. `failed` rows are left out of all means.
+    """
+
+    task: str
+    metric: str
+    rows: int
+    base: float
+    tuned: float
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool = True
+    failed: int = 0
+
+    @property
+    def change(self) -> float:
+        """Tuned minus base."""
+        return self.tuned - self.base
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` if the interval excludes no change, else `unclear`."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "unclear"
+        return "better" if (self.low > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Scores of base and tuned on the same rows, as in `eval.json`.
+
+    `base` and `tuned` are the held-out losses; None if no rows are held out. `judge` has the counts
+    of a pairwise comparison. `adapter` is the hash of the weights that were evaluated.
+    """
+
+    base: EvalScore | None
+    tuned: EvalScore | None
     data: str
     samples: tuple[Sample, ...] = ()
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    tasks: tuple[TaskScore, ...] = ()
+    judge: dict[str, Any] | None = None
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, as printed by `lorakit eval --json`."""

@@ -5,7 +5,7 @@ import sys
 import pytest
 from tests.in_process import exit_code
 
-from lorakit.cli import app, inspect, main, run_commands, train
+from lorakit.cli import app, inspect, main, run_commands, sweep, train
 from lorakit.console import plain_console
 
 
@@ -20,7 +20,7 @@ def run_cli(monkeypatch, capsys, *words):
 @pytest.fixture
 def lorakit(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for place in (main, app, inspect, train, run_commands):
+    for place in (main, app, inspect, sweep, train, run_commands):
         console = plain_console(stderr=True, soft_wrap=True)
         monkeypatch.setattr(place, "log", console)
     return lambda *words: run_cli(monkeypatch, capsys, *words)

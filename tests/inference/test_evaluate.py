@@ -33,7 +33,7 @@ def test_the_run_learned_and_eval_json_says_so(finish):
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_reloaded_run_scores_like_the_trained_model(finish, method):
     outcome = finish(method)
-    again = evaluate_loaded(load_run(outcome.run), None, 1, print)
+    again = evaluate_loaded(load_run(outcome.run), None, 1)
     assert again.tuned.loss == pytest.approx(outcome.evaluation.tuned.loss, rel=1e-3)
     assert again.base.loss == pytest.approx(outcome.evaluation.base.loss, rel=1e-3)
     # What a random model says hangs on how the CPU rounds; what it was asked does not.
@@ -47,7 +47,7 @@ def test_the_answers_of_base_and_tuned_are_told_apart(speaker, tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     loaded = load_run(speaker("fruit"))
     for _ in range(2):  # the adapter is on again afterwards
-        found = evaluate_loaded(loaded, str(path), 2, print).samples
+        found = evaluate_loaded(loaded, str(path), 2).samples
         assert [s.reference for s in found] == ["It is 3.", "It is 8."]
         for side, speaks in (("base", "base"), ("tuned", "fruit")):
             whole = [answer(speaks, i, module.ANSWER_TOKENS) for i in (3, 8)]
@@ -60,7 +60,7 @@ def test_other_data_can_be_scored(finish, tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = finish().run
     before = run.eval.read_text()
-    result = evaluate_loaded(load_run(run), str(path), 0, print)
+    result = evaluate_loaded(load_run(run), str(path), 0)
     assert result.data == str(path)
     assert result.tuned.loss < result.base.loss
     assert run.eval.read_text() == before
@@ -73,7 +73,7 @@ def test_all_rows_of_other_data_are_scored(finish, tmp_path):
         rows = [{"prompt": f"Box {i}?", "completion": "It is gray."} for i in range(count)]
         path = tmp_path / f"{count}.jsonl"
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        tokens[count] = evaluate_loaded(loaded, str(path), 0, print).tuned.tokens
+        tokens[count] = evaluate_loaded(loaded, str(path), 0).tuned.tokens
     assert tokens[40] == 40 * tokens[1] > 0
 
 
@@ -128,7 +128,7 @@ def test_the_base_of_a_run_with_trained_biases_is_still_the_base(finish, tokeniz
     trained = [p.data for n, p in loaded.model.named_parameters() if n.endswith("bias")]
     assert trained
     assert all(p.abs().max() > 1e-3 for p in trained)
-    assert evaluate_loaded(loaded, None, 1, print).base.loss == pytest.approx(loss, rel=1e-6)
+    assert evaluate_loaded(loaded, None, 1).base.loss == pytest.approx(loss, rel=1e-6)
 
 
 def test_nothing_to_evaluate_on_is_said(finish):

@@ -30,7 +30,7 @@ def test_a_supported_scheme_is_taken_and_initializes(scheme):
         if getattr(layer, "lora_A", None)
     ]
     assert products
-    starts_at_zero = scheme in (True, "gaussian", "orthogonal")
+    starts_at_zero = scheme in (True, "gaussian", "orthogonal", "eva")
     # The orthogonal scheme makes the product zero up to rounding.
     assert all((float(p.detach().abs().max()) < 1e-6) == starts_at_zero for p in products)
 
@@ -67,5 +67,5 @@ def test_unusable_schemes_are_refused_with_the_reason(values, message):
 
 
 def test_a_wrong_name_and_a_wrong_scheme_come_in_one_error():
-    with pytest.raises(RecipeError, match=r"(?s)qproj.*init_lora_weights: eva"):
-        check_adapter_settings(recipe("eva", target_modules=["qproj"]), tiny_config("qwen3"))
+    with pytest.raises(RecipeError, match=r"(?s)qproj.*init_lora_weights: corda"):
+        check_adapter_settings(recipe("corda", target_modules=["qproj"]), tiny_config("qwen3"))

@@ -17,6 +17,7 @@ from tests.families import FAMILIES, MORE, declared_class, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lorakit.export.checkpoint_keys import adapter_keys, folder_keys
+from lorakit.export.expert_tensors import find_parts
 from lorakit.export.merge_weights import STREAMED, write_merged
 from lorakit.export.tuned_run import open_source
 from lorakit.export.verify_tensors import compare_tensors
@@ -27,6 +28,7 @@ from lorakit.model.load import load_base, load_config
 from lorakit.model.lora_config import add_adapter, lora_config, resolve_targets
 from lorakit.model.matching import check_adapter_settings
 from lorakit.model.param_counts import count, lora_target_layers
+from lorakit.model.safetensors_io import stored_tensors
 from lorakit.planning.forecast import forecast
 from lorakit.planning.gpus import GPUS, card_device
 from lorakit.recipe.loader import load_recipe
@@ -206,7 +208,12 @@ def test_qlora_quantizes_the_decoder_alone_and_merges_what_it_trained_on(name, t
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-3)
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
     same = {n for n in before if torch.equal(before[n], after[n])}
-    assert len(before) - len(same) == len(inside)  # 4-bit values, with an adapter or without
+    experts = find_parts(empty_base(source.config), stored_tensors(base))
+    assert not experts.keys() & same
+    # 4-bit values, with an adapter or without
+    assert len(before) - len(same) == len(inside) + len(experts)
+    dense = {n for n, p in plain.named_parameters() if p.dim() == 3 and "expert" in n}
+    assert not dense or name == "llama4"
 
 
 # GLM-5's indexer picks positions by value, which fake tensors lack: its activations are estimated.

@@ -26,7 +26,13 @@ def recipe_of(method):
 
 @pytest.mark.parametrize(
     ("values", "method"),
-    [(None, "lora"), (None, "qlora"), (FOUR_BIT, "qlora"), ({"quant_method": "mxfp4"}, "lora")],
+    [
+        (None, "lora"),
+        (None, "qlora"),
+        (FOUR_BIT, "qlora"),
+        ({"quant_method": "mxfp4"}, "lora"),
+        ({"quant_method": "mxfp4"}, "qlora"),
+    ],
 )
 def test_what_the_method_can_train_on_passes(values, method):
     require_trainable_weights(recipe_of(method), config_of(values))
@@ -36,7 +42,6 @@ def test_what_the_method_can_train_on_passes(values, method):
     ("values", "method", "way_out"),
     [
         (FOUR_BIT, "lora", "set method: qlora"),
-        ({"quant_method": "mxfp4"}, "qlora", "set method: lora"),
         *(
             (values, method, "name the 16-bit original")
             for values in (

@@ -12,6 +12,7 @@ import pytest
 from lorakit.errors import RecipeError
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import LIBRARIES_BYTES, longest_rows, plan_for_data, plan_training
+from lorakit.planning.rank_workload import NF4_BYTES
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
@@ -67,11 +68,44 @@ def test_a_cpu_run_with_the_engine_counts_python_too():
 
 
 def test_models_without_fast_layers_are_counted_on_a_card():
-    asked = recipe(target_modules=["q_proj", "v_proj"])
+    asked = recipe(target_modules=["q_proj", "v_proj"], weight_offload="off")
     plan = plan_training(asked, shape_config("qwen3-30b-a3b"), CARD)
     assert "activations (estimate)" not in plan.parts
-    assert plan.parts["experts (not quantized)"] == 2 * 48 * 128 * 3 * 2048 * 768
+    assert plan.parts["experts (not quantized)"] == 2 * 48 * EXPERTS_OF_A_LAYER
     assert "Python and libraries" not in plan.parts
+
+
+EXPERTS_OF_A_LAYER = 128 * 3 * 2048 * 768
+
+
+def test_experts_are_in_4_bits_or_streamed_where_the_card_cannot_hold_them():
+    asked = recipe(
+        method="qlora", target_modules=["q_proj"], micro_batch_size=1, memory_limit="24GiB"
+    )
+    config = shape_config("qwen3-30b-a3b")
+    held = plan_training(asked, config, CARD)
+    packed = int(48 * EXPERTS_OF_A_LAYER * NF4_BYTES)
+    assert held.fits
+    assert held.parts["experts (NF4)"] == packed
+    assert not held.placement.loaded_on_host
+    small = plan_training(asked.model_copy(update={"memory_limit": "12GiB"}), config, CARD)
+    assert small.fits
+    assert small.placement.experts_on_host
+    assert small.placement.loaded_on_host
+    assert small.parts["experts of two layers"] == pytest.approx(packed / 24, abs=2)
+    assert small.host_parts == {"experts": packed}
+    assert all(small.keep)
+    assert "in host memory: experts" in small.describe()
+    asked_for = asked.model_copy(update={"weight_offload": "on"})
+    assert plan_training(asked_for, config, CARD).placement.experts_on_host
+
+
+def test_adapters_of_all_experts_are_planned():
+    asked = recipe(method="qlora", target_modules=["q_proj"], expert_adapters="all", lora_r=16)
+    plan = plan_training(asked, shape_config("qwen3-30b-a3b"), CARD)
+    each = 16 * 128 * ((2048 + 1536) + (768 + 2048))
+    attention = 16 * (2048 + 32 * 128)
+    assert plan.parts["adapters (float32)"] == 4 * 48 * (each + attention)
 
 
 OLD_CARD = replace(CARD, dtype="float16", kernels=False)

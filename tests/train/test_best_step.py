@@ -65,7 +65,7 @@ def test_the_best_step_is_kept_used_and_named(train, tmp_path):
     best = min(losses, key=losses.get)
     assert 2 < best < STEPS  # neither the first nor the last evaluation
     assert STEPS in losses  # the last step is scored too
-    assert (outcome.best.step, outcome.best.eval_loss, outcome.best.used) == (
+    assert (outcome.best.step, outcome.best.value, outcome.best.used) == (
         best,
         losses[best],
         True,

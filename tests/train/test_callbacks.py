@@ -11,7 +11,7 @@ from lorakit.distributed.process_group import SINGLE_PROCESS
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir, read_metrics
 from lorakit.train import callbacks
-from lorakit.train.callbacks import MetricsCallback, StopOnSignal
+from lorakit.train.callbacks import MetricsCallback, PauseAtStep, StopOnSignal
 from lorakit.train.diagnostics import RunMonitor
 from lorakit.train.gradient_sync import GradientSync
 from lorakit.train.progress import TrainingProgress
@@ -80,3 +80,11 @@ def test_a_stop_saves_after_the_step_it_came_in():
     asked = stopper.on_step_end(None, state(1), asked)
     assert asked.should_save
     assert asked.should_training_stop
+
+
+def test_a_pause_saves_and_stops_at_its_step():
+    pause = PauseAtStep(3)
+    assert pause.on_step_end(None, state(2), control()) == control()
+    for step in (3, 4):
+        found = pause.on_step_end(None, state(step), control())
+        assert found == SimpleNamespace(should_save=True, should_training_stop=True)

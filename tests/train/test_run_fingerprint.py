@@ -89,7 +89,7 @@ MAY_CHANGE = {
     "save_every": "10min",
     "keep_checkpoints": 5,
     "eval_every": 3,
-    "metric_for_best_model": "eval_loss",
+    "eval_tasks": ["general:5"],
     "load_best_model_at_end": True,
     "early_stopping_patience": 2,
     "from_adapter": "elsewhere",
@@ -117,6 +117,8 @@ MAY_NOT_CHANGE = {
     "lora_alpha": 5,
     "lora_dropout": 0.5,
     "target_modules": ["q_proj"],
+    "expert_adapters": "all",
+    "router_aux_loss_coef": 0.01,
     "use_dora": True,
     "use_rslora": True,
     "init_lora_weights": "gaussian",
@@ -142,6 +144,7 @@ MAY_NOT_CHANGE = {
     "lora": {"lora_bias": True},
     "loraplus_lr_ratio": 4.0,
     "training_args": {"adam_beta2": 0.9},
+    "metric_for_best_model": "eval_general_skills_accuracy",
 }
 # Their product may not change.
 TOGETHER = {"micro_batch_size", "gradient_accumulation_steps"}

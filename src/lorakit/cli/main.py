@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from lorakit.cli import doctor, import_recipe, inspect, plan, run_commands, train, ui
+from lorakit.cli import doctor, import_recipe, inspect, plan, run_commands, sweep, train, ui
 from lorakit.cli.app import app, log
 from lorakit.console import keep_streams_going
 from lorakit.distributed.launch_env import launched_rank, prepare_rank
 from lorakit.errors import LorakitError
 
 # The commands register themselves when these are imported.
-__all__ = ["doctor", "import_recipe", "inspect", "main", "plan", "run_commands", "train", "ui"]
+__all__ = [
+    "doctor",
+    "import_recipe",
+    "inspect",
+    "main",
+    "plan",
+    "run_commands",
+    "sweep",
+    "train",
+    "ui",
+]
 
 
 WINDOWS = (

@@ -28,23 +28,61 @@ def evaluate_run(
         str | None, typer.Option(help="Data to use instead of the run's held-out rows.")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Answers to show side by side.")] = 4,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-eval or files, with a limit: gsm8k:200,mine.jsonl."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For files: exact_match, contains, numeric, regex[:PATTERN], json, "
+            "json_schema:FILE, tool_calls, rouge, FILE.py:FUNCTION."
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder with further task files of lm-eval.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For files and the judge.")] = 256,
+    general: Annotated[
+        bool, typer.Option("--general/--no-general", help="Check for forgotten general skills.")
+    ] = True,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Endpoint with OpenAI's routes that compares answers."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Model of the judge.")] = None,
+    judge_rows: Annotated[int, typer.Option(min=1, help="Questions to judge.")] = 32,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Compare base and tuned: held-out loss, perplexity and answers."""
+    """Compare base and tuned: held-out loss, tasks, general skills and answers."""
     from lorakit.storage.run_dir import find_run
 
     opened = find_run(run)
     quiet(offline or _is_offline(opened))
     from lorakit.display.evaluation_view import evaluation_view
-    from lorakit.inference.evaluate import evaluate_loaded
-    from lorakit.model.load import load_run
+    from lorakit.evaluation.evaluate_run import EvalRequest, evaluate_run
+    from lorakit.evaluation.judge import endpoint_of
 
-    result = evaluate_loaded(load_run(opened), data, samples, log.print)
+    request = EvalRequest(
+        data,
+        samples,
+        tuple(tasks or ()),
+        tuple(metric or ()),
+        tuple(include_path or ()),
+        general,
+        endpoint_of(judge, judge_model),
+        judge_rows,
+        max_new_tokens,
+    )
+    result, failed = evaluate_run(opened, request, log)
     if as_json:
-        print_json(result.as_dict())
+        print_json({**result.as_dict(), "failed": failed})
     else:
         out.print(evaluation_view(result))
+    if failed:
+        log.print(f"error: not evaluated: {', '.join(failed)} (reasons above)")
+        raise typer.Exit(1)
 
 
 def best_title(run: Any) -> str:
@@ -184,3 +222,27 @@ def report(
         print_json({"report": str(target)})
     else:
         out.print(str(target), soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Two or more run directories.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the comparison as this HTML page.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare runs: curves, settings that differ, and evaluations side by side."""
+    from lorakit.report.comparison import compare_runs, write_comparison
+    from lorakit.storage.run_dir import find_run
+
+    found = compare_runs([find_run(run, trained=False) for run in runs])
+    if output:
+        write_comparison(found, output)
+        log.print(f"page: {output}")
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        out.print(found)

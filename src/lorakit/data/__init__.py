@@ -18,7 +18,7 @@ The stages in order; `prepare_data` runs them:
     chat_template/sandbox    limits on the time and memory that a template may take
     tokenize/spans           character spans of the answers in a rendered text
     tokenize/batch_tokenizer texts -> ids in batches
-    tokenize/encode          conversations -> ids and loss mask: the only place that makes a mask
+    tokenize/encode          conversations -> ids and loss mask (plain text: tokenize/documents)
     tokenize/truncate        a conversation that is too long -> several
     tokenize/documents       long texts -> windows or instruction pairs
     tokenize/example_checks  refuse an example that would spoil a run

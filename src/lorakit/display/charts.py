@@ -27,6 +27,8 @@ WIDTH, HEIGHT = 380, 210
 MAX_POINTS = 600
 # Readable on white and on black. INK is replaced by currentColor, the page's text color.
 INK, BLUE, ORANGE, RED = "#010203", "#2f7fd6", "#d9681c", "#e0453a"
+# Colors of the runs in one chart, in order; all readable on white and on black.
+RUN_COLORS = (BLUE, ORANGE, "#2f9e5f", "#b65fc7", "#b08a00", "#1b9aaa", "#d6497f", "#7d8590")
 Point = tuple[float, float | None]
 Kind = Literal["curve", "noisy", "held", "bound"]
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -45,11 +47,15 @@ _DRAWING = threading.Lock()  # rcParams are global, and a live curve draws in a 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points in order of x; y is None for values that were not finite."""
+    """Points in order of x; y is None for values that were not finite.
+
+    `color` replaces that of the kind, where several runs are in one chart.
+    """
 
     points: Sequence[Point]
     kind: Kind = "curve"
     label: str = ""
+    color: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ def _plot(axes: Any, line: Series) -> None:
     # A value between two missing ones has no line, so it gets a marker.
     alone = np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])
     dots = {"marker": ".", "markevery": alone.tolist(), "markersize": 7} if len(alone) else {}
-    look = {**dots, **_LOOKS[line.kind]}
+    look = {**dots, **_LOOKS[line.kind]} | ({"color": line.color} if line.color else {})
     if line.kind == "held":
         look["markevery"] = None
     label = line.label or "_"

@@ -1,4 +1,4 @@
-"""Stream the frozen weights of fused layers from host memory, or gather them from all ranks.
+"""Stream frozen weights of layers or experts from host memory, or gather them from all ranks.
 
 Weights are kept in pinned host memory, one buffer a layer, or sharded over the GPUs of a machine.
 `load_layer(n)` points the modules of layer n at their copy on the GPU (`DoubleBuffer`); the modules
@@ -12,14 +12,29 @@ raw bytes: packed NF4 weights and their scales are sent like any others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from lorakit.distributed.process_group import DistributedContext
 from lorakit.engine.host_memory import DoubleBuffer, PageLocked, view_of
-from lorakit.engine.lora_linear import FusedLoraLinear
 
 _ALIGNED = 256
+
+
+class FrozenGroup(Protocol):
+    """Frozen weights that are used together: fused linear layers, or the experts of a layer."""
+
+    def base_tensors(self) -> list[Tensor]:
+        """The tensors to stream."""
+
+    def set_base_storage(self, tensors: Sequence[Tensor]) -> None:
+        """Use `tensors`, in the order of `base_tensors`."""
+
+    def constants_to_device(self) -> None:
+        """Copy what is not streamed to the compute device."""
 
 
 class StreamedBase:
@@ -31,7 +46,7 @@ class StreamedBase:
 
     def __init__(
         self,
-        layers: list[list[FusedLoraLinear]],
+        layers: Sequence[Sequence[FrozenGroup]],
         device: torch.device,
         spread: DistributedContext | None = None,
     ) -> None:

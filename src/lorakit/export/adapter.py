@@ -22,6 +22,10 @@ from lorakit.export.verify_outputs import agreement, check_exported_tokenizer, m
 from lorakit.storage.atomic_dir import atomic_directory
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS
 
+# PEFT's layout of all experts in two matrices is one that engines read differently, or not at all
+# (vllm#41384, #52194, sglang#25528); none was tried here.
+EXPERTS_IN_PEFT = "its experts are adapted in PEFT's target_parameters, which only PEFT reads"
+
 
 def export_adapter(job: Job) -> dict[str, Any]:
     """Write the adapter, tokenizer and template for PEFT, then load and verify them.
@@ -67,7 +71,7 @@ def why_not_portable(source: TunedRun) -> str | None:
     names = " ".join(source.names)
     if reason is None and ("embed_tokens" in names or "lm_head" in names):
         return "it adapts the embedding or the head"
-    return reason
+    return reason or (EXPERTS_IN_PEFT if source.adapter.get("target_parameters") else None)
 
 
 def beyond_updates(source: TunedRun) -> str | None:

@@ -18,12 +18,22 @@ from typing import Any
 
 from lorakit.errors import ModelError, WorkError
 from lorakit.export import finite
+from lorakit.export.expert_tensors import (
+    ExpertPart,
+    ExpertWeights,
+    expert_places,
+    expert_update,
+    find_parts,
+    wrapper_of,
+)
 from lorakit.export.hf_files import write_config, write_tokenizer
 from lorakit.export.hub_names import loaded_names, stored_names
 from lorakit.export.tuned_run import TunedRun, float32_model
 from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, name_of, text_decoder
+from lorakit.model.grouped_experts import expert_modules
 from lorakit.model.safetensors_io import Stored, stored_tensors, write_shards
 from lorakit.model.stored_quantization import stored_quantization
+from lorakit.ops.nf4_experts import dequantize_experts, quantize_experts
 from lorakit.storage.atomic_dir import free_bytes
 
 Entry = tuple[str, int, Callable[[], Any]]
@@ -92,19 +102,29 @@ def _reason_against_streaming(source: TunedRun) -> str | None:
         return f"{source.base_changing_init} changes the base as it loads"
     if source.adapter.get("trainable_token_indices"):
         return "single tokens were trained"
-    if source.adapter.get("target_parameters"):
-        return "raw tensors have adapters"
+    empty, stored = skeleton(source), stored_tensors(source.folder)
     changed = {f"{name}.weight" for name in adapted_modules(source)} | set(trained_in_full(source))
-    renamed, _ = loaded_names(skeleton(source), stored_tensors(source.folder))
-    missing = changed - set(renamed.values())
+    changed |= changed_experts(source, empty)
+    renamed, _ = loaded_names(empty, stored)
+    parts = {part.place for part in find_parts(empty, stored).values()}
+    missing = changed - set(renamed.values()) - parts
     head = {n for n in missing if "head" in n or "embed_out" in n} if source.tied else set()
     return f"the base's files have no {min(missing - head)}" if missing - head else None
 
 
 def adapted_modules(source: TunedRun) -> set[str]:
-    """Names of the base's modules with a low-rank adapter."""
+    """Names of the base's modules with a low-rank adapter, experts aside."""
     names = (name.removeprefix("base_model.model.") for name in source.names)
-    return {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    found = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    experts = {path for path, _ in expert_modules(skeleton(source))}
+    return {name for name in found if name.removesuffix(".base_layer") not in experts}
+
+
+def changed_experts(source: TunedRun, empty: Any, merge_base: str = "quantized") -> set[str]:
+    """Names of the base's raw tensors of experts that training had in 4 bits, or adapted."""
+    four_bit = source.recipe.method == "qlora" and merge_base == "quantized"
+    adapted = bool(source.adapter.get("target_parameters"))
+    return set(expert_places(empty)) if four_bit or adapted else set()
 
 
 def skeleton(source: TunedRun) -> Any:
@@ -121,8 +141,9 @@ def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list
         shape = empty.get_input_embeddings().weight.shape
         empty.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(shape, device="meta"))
         empty.config.tie_word_embeddings = False
-    model = _with_adapter(empty, source)
-    merger = _Merger(source, model, dtype, four_bit, trained_in_full(source), wider)
+    model = with_adapter(empty, source)
+    experts = expert_weights(source, base, model.get_base_model(), merge_base)
+    merger = _Merger(source, model, dtype, four_bit, trained_in_full(source), wider, experts)
     width = BYTES[dtype]
     return [
         (
@@ -136,10 +157,14 @@ def _streamed(source: TunedRun, merge_base: str, dtype: str, wider: str) -> list
 
 @dataclass(frozen=True, slots=True)
 class BaseTensor:
-    """A tensor of the base's files; `place`: its name in the model, "" if it passes unchanged."""
+    """A tensor of the base's files; `place`: its name in the model, "" if it passes unchanged.
+
+    `part`: what it is of a raw tensor of experts, if anything.
+    """
 
     stored: Stored
     place: str
+    part: ExpertPart | None = None
 
     @property
     def module(self) -> str:
@@ -154,7 +179,10 @@ def base_tensors(source: TunedRun, empty: Any) -> dict[str, BaseTensor]:
     stored = stored_tensors(source.folder)
     stored = {n: s for n, s in stored.items() if not n.endswith(".inv_freq")}
     renamed, _ = loaded_names(empty, stored)
-    tensors = {name: BaseTensor(s, renamed.get(name, "")) for name, s in stored.items()}
+    parts = find_parts(empty, stored)
+    tensors = {
+        name: BaseTensor(s, renamed.get(name, ""), parts.get(name)) for name, s in stored.items()
+    }
     if source.tied:
         head = f"{name_of(empty, empty.get_output_embeddings())}.weight"
         table = f"{name_of(empty, empty.get_input_embeddings())}.weight"
@@ -168,7 +196,25 @@ def base_tensors(source: TunedRun, empty: Any) -> dict[str, BaseTensor]:
     return tensors
 
 
-def _with_adapter(empty: Any, source: TunedRun) -> Any:
+def expert_weights(
+    source: TunedRun, base: dict[str, BaseTensor], empty: Any, merge_base: str
+) -> ExpertWeights | None:
+    """The base's experts as training had them; None if they were neither in 4 bits nor adapted."""
+    import torch
+
+    if not changed_experts(source, empty, merge_base):
+        return None
+    dtype, place = getattr(torch, source.device.dtype), source.device.kind
+    four_bit = source.recipe.method == "qlora" and merge_base == "quantized"
+    return ExpertWeights(
+        {name: t.part for name, t in base.items() if t.part is not None},
+        {name: t.stored for name, t in base.items()},
+        lambda value: value.to(place).to(dtype),
+        _expert_round_trip if four_bit else None,
+    )
+
+
+def with_adapter(empty: Any, source: TunedRun) -> Any:
     """Attach the adapter in memory to a base on "meta"; peft would load it to "meta" too."""
     from peft import PeftConfig, get_peft_model
 
@@ -207,6 +253,7 @@ class _Merger:
         four_bit: set[str],
         whole: dict[str, Any],
         wider: str,
+        experts: ExpertWeights | None,
     ) -> None:
         import torch
 
@@ -214,16 +261,26 @@ class _Merger:
         self.dtype, self.wider = getattr(torch, dtype), wider
         self.compute, self.place = getattr(torch, source.device.dtype), source.device.kind
         self.decoder = name_of(self.model, text_decoder(self.model))
+        self.experts = experts
 
     def tensor(self, name: str, base: BaseTensor) -> Any:
         """Return the merged tensor of this name in the output dtype, in host memory."""
         whole = self.whole.get(base.place)
+        if self.experts is not None and base.part is not None:
+            value = self._merged_experts(name, base.part)
+            return finite.cast(name, value, self.dtype, self.wider).cpu().contiguous()
         value = base.stored.read() if whole is None else whole
         if whole is None and value.is_floating_point():
             value = self._merged(base, value.to(self.place))
         if not base.place.startswith(self.decoder) and not finite.is_finite(value):
             return value.to(self.dtype).cpu()  # no limit of a tower's activations (Gemma 4's audio)
         return finite.cast(name, value, self.dtype, self.wider).cpu().contiguous()
+
+    def _merged_experts(self, name: str, part: ExpertPart) -> Any:
+        assert self.experts is not None
+        wrapper = wrapper_of(self.model, part.place)
+        update = None if wrapper is None else partial(expert_update, wrapper)
+        return self.experts.read(name, part, update)
 
     def _merged(self, base: BaseTensor, value: Any) -> Any:
         value = value.to(self.compute)  # the dtype in which training loaded the base
@@ -270,6 +327,10 @@ def nf4_round_trip(weight: Any) -> Any:
 
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return functional.dequantize_4bit(packed, state)
+
+
+def _expert_round_trip(weight: Any) -> Any:
+    return dequantize_experts(quantize_experts(weight[None]), [0], weight.dtype)[0]
 
 
 def trained_in_full(source: TunedRun) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.export.adapter import beyond_updates, export_adapter
+from lorakit.export.adapter import EXPERTS_IN_PEFT, beyond_updates, export_adapter
 from lorakit.export.gguf import llama_server, write_gguf
 from lorakit.export.merged import export_merged
 from lorakit.export.tuned_run import Job, TunedRun
@@ -31,6 +31,8 @@ def why_vllm_cannot(source: TunedRun) -> str | None:
     reason = beyond_updates(source)
     if reason:
         return reason
+    if source.adapter.get("target_parameters"):
+        return EXPERTS_IN_PEFT
     if source.recipe.method == "qlora":
         return "a QLoRA adapter fits the dequantized 4-bit base, which is not the one on the hub"
     if largest_rank(source) > VLLM_RANKS[-1]:

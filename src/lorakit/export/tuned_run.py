@@ -221,6 +221,8 @@ def float32_model(
 
     recipe = source.recipe
     quantized = recipe.method == "qlora" and merge_base == "quantized"
+    # Experts are those of transformers, with PEFT's adapters: the reference of ours.
+    recipe = recipe.model_copy(update={"expert_adapters": "shared"})
     if not quantized:
         recipe = recipe.model_copy(update={"method": "lora"})
     base = load_base(recipe, source.location, source.device, model_class=model_class)

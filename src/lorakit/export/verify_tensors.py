@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import WorkError
+from lorakit.export.expert_tensors import ExpertPart, wrapper_of
 from lorakit.export.merge_weights import (
     base_tensors,
+    expert_weights,
     four_bit_modules,
     nf4_round_trip,
     skeleton,
     trained_in_full,
+    with_adapter,
 )
 from lorakit.export.tuned_run import TunedRun, scale_of
 from lorakit.model.safetensors_io import stored_tensors
@@ -91,6 +94,22 @@ def _same(found: Any, expected: Any, noise: float) -> bool:
     return found.dtype == torch.float32 or different <= 4 + LARGEST_SHARE * found.numel()
 
 
+def _all_experts(wrapper: Any) -> Any:
+    """s B A of every expert [E, ., .], by the formula of PEFT's `ParamWrapper`."""
+    import torch
+
+    number, rank = wrapper.num_experts, wrapper.r["default"]
+    a = wrapper.lora_A["default"].weight.float().cpu()
+    b = wrapper.lora_B["default"].weight.float().cpu()
+    transposed = getattr(wrapper.get_base_layer(), "is_transposed", False)
+    update = torch.einsum(
+        f"ore,eri->e{'io' if transposed else 'oi'}",
+        b.view(len(b), rank, number),
+        a.view(number, rank, -1),
+    )
+    return update * wrapper.scaling["default"]
+
+
 class ExpectedTensors:
     """Compute the expected value of each merged tensor."""
 
@@ -104,6 +123,10 @@ class ExpectedTensors:
         self.config = source.adapter
         self.compute, self.device = getattr(torch, source.device.dtype), source.device.kind
         self.four_bit = four_bit_modules(source, empty, merge_base)
+        self.experts = expert_weights(source, self.base, empty, merge_base)
+        adapted = self.experts is not None and source.adapter.get("target_parameters")
+        self.model = with_adapter(empty, source).get_base_model() if adapted else None
+        self.updates: dict[str, Any] = {}  # of the last raw tensor of experts
 
     def of(self, name: str) -> tuple[Any, Any]:
         """Return (base, float32 sum) of this name; (base, base) if nothing is added."""
@@ -111,6 +134,8 @@ class ExpectedTensors:
         base, module = found.stored.read(), found.module
         if found.place in self.whole:
             return base, self.whole[found.place].float()
+        if self.experts is not None and found.part is not None:
+            return self._expert(name, found.part)
         if not base.is_floating_point():
             return base, base
         base = base.to(self.compute)
@@ -125,6 +150,17 @@ class ExpectedTensors:
         if magnitude is not None:
             merged = merged * (magnitude.float() / merged.norm(dim=1))[:, None]
         return base, merged
+
+    def _expert(self, name: str, part: ExpertPart) -> tuple[Any, Any]:
+        """As `of`, for experts; their update is computed for all at once, as PEFT does."""
+        assert self.experts is not None
+        base = self.experts.read(name, part, None).cpu()
+        if self.model is None:
+            return base, base
+        if part.place not in self.updates:
+            self.updates = {part.place: _all_experts(wrapper_of(self.model, part.place))}
+        update = self.updates[part.place]
+        return base, base.float() + (update if part.expert < 0 else update[part.expert, part.rows])
 
     def _update(self, module: str) -> Any:
         """Compute s B A of a module [D_out, D_in] or an embedding [V, D]; None without one."""

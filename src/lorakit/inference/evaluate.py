@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,6 @@ from lorakit.errors import DataError, first_line
 from lorakit.inference.generate import GenerationSettings, base_answers, replies
 from lorakit.model.load import LoadedRun
 from lorakit.recipe.schema import Recipe
-from lorakit.report.page import renew_report
-from lorakit.storage.run_dir import write_json
 from lorakit.train.eval_loss import score
 from lorakit.train.trainer import pad_token_id
 from lorakit.types import Conversation, EvalResult, Example, Message, Sample
@@ -95,12 +94,18 @@ def _means(
     return {side: total / len(answers) for side, total in sums.items()} | {"rows": len(answers)}
 
 
+def questions_of(records: Sequence[Item], count: int) -> list[Conversation]:
+    """The first conversations that end with an answer."""
+    conversations = (r for r in records if isinstance(r, Conversation))
+    answered = (c for c in conversations if c.messages[-1].role == "assistant")
+    return list(itertools.islice(answered, count))
+
+
 def _answer(
     model: Any, tokenizer: Any, records: Sequence[Item], samples: int
 ) -> tuple[Sample, ...]:
     """Generate greedy answers, which are the same each time."""
-    conversations = [r for r in records if isinstance(r, Conversation)]
-    questions = [c for c in conversations if c.messages[-1].role == "assistant"][:samples]
+    questions = questions_of(records, samples)
     prompts: list[Sequence[Message]] = [c.messages[:-1] for c in questions]
     if not prompts:
         return ()
@@ -125,12 +130,8 @@ def encode_held_out(tokenizer: Any, records: Sequence[Item], recipe: Recipe) -> 
     return examples
 
 
-def evaluate_loaded(
-    loaded: LoadedRun, data: str | None, samples: int, note: Callable[[str], None]
-) -> EvalResult:
+def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalResult:
     """Evaluate a finished run on its held-out rows, or on `data`.
-
-    For its held-out rows, eval.json and the report are rewritten.
 
     Raises:
         DataError: the run has no held-out rows and `data` is None, or `data` cannot be used.
@@ -146,8 +147,4 @@ def evaluate_loaded(
         prepared = prepare_data(held_out, loaded.tokenizer, [Path()])
         records, examples = prepared.train_conversations, prepared.train
     label = data or "the run's held-out rows"
-    result = evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
-    if data is None:
-        write_json(run.eval, result.as_dict())
-        renew_report(run, note)
-    return result
+    return evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)

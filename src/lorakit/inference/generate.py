@@ -83,10 +83,10 @@ def replies(
     with evaluating(model):
         while len(answers) < len(prompts):
             batch = prompts[len(answers) : len(answers) + batch_size]
-            generate_batch = functools.partial(_answers, model, tokenizer, batch, settings)
+            generate_batch = functools.partial(answer_batch, model, tokenizer, batch, settings)
             texts, fault = run_catching_oom(generate_batch)
             if texts is not None:
-                answers += texts
+                answers += [text.strip() for text in texts]
             elif len(batch) == 1:
                 raise _too_long(len(batch[0]), settings, fault)
             else:
@@ -94,14 +94,26 @@ def replies(
     return answers
 
 
-def _answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationSettings
+def answer_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    settings: GenerationSettings,
+    until: Sequence[str] = (),
 ) -> list[str]:
-    """Generate one answer to each prompt, in one batch."""
+    """Generate one answer to each prompt, in one batch.
+
+    Args:
+        until: texts at which an answer ends, in addition to the end-of-turn tokens; what follows
+            the first of them in the returned text is not removed.
+    """
     batch = left_padded(prompts, _pad_id(tokenizer), device_of(model))
-    out = model.generate(**batch, **_arguments(model, tokenizer, settings))
-    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    stops = {"stop_strings": list(until), "tokenizer": tokenizer} if until else {}
+    out = model.generate(**batch, **stops, **_arguments(model, tokenizer, settings))
+    texts: list[str] = tokenizer.batch_decode(
+        out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return texts
 
 
 def _too_long(prompt: int, settings: GenerationSettings, fault: str | None) -> WorkError:

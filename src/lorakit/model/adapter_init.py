@@ -13,11 +13,10 @@ from lorakit.model.param_counts import ParamCounts, is_target, lora_target_layer
 from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
 
-SUPPORTED = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_16")
+SUPPORTED = ("gaussian", "orthogonal", "eva", "olora", "pissa", "pissa_niter_16")
 UNSUPPORTED = {
-    "eva": "needs a pass over data before training, which lorakit does not do",
-    "corda": "needs a pass over data before training, which lorakit does not do",
-    "lora_ga": "needs gradients over data before training, which lorakit does not compute",
+    "corda": "changes the base by its data, which an export could not repeat",
+    "lora_ga": "changes the base by gradients of its data, which an export could not repeat",
     "loftq": "needs a base that is quantized together with the adapter; method: qlora quantizes "
     "the base to NF4 without it",
     "mica": "trains only lora_A, which lorakit does not support",
@@ -45,7 +44,9 @@ def init_faults(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
         if chosen and name not in others:
             yield f"{key} has no effect on {name}, which is not a linear layer"
             break
-    from_weights = scheme.startswith(("pissa", "olora"))
+    from_weights = scheme.startswith(("pissa", "olora", "eva"))
+    if scheme == "eva" and recipe.fsdp is not None:
+        yield f"{key} needs the complete base on each GPU; remove fsdp, or use true"
     if scheme.startswith("pissa") and recipe.method == "qlora":
         yield (
             f"{key} splits the 16-bit weights, which method: qlora does not keep; set "

@@ -16,6 +16,9 @@ class Family:
 
     targets: tuple[str, ...]  # last components of names; one that a model lacks is left out
     without: str = ""  # layers without an adapter, and why
+    # peft 0.21 (`_convert_peft_config_moe`) turns every `gate_proj`, `up_proj` and `down_proj` of
+    # the family into its fused experts; other MLPs cannot be chosen without them.
+    names_experts: bool = False
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -24,10 +27,9 @@ _LLAMA_LIKE = Family((*_ATTENTION, *_MLP))
 # DeepSeek's attention: projections to a narrow space and back.
 _LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
-_EXPERTS = "experts and router get none"
-# peft 0.21 (`_convert_peft_config_moe`) turns every `gate_proj`, `up_proj` and `down_proj` of these
-# families into their fused experts; dense and shared MLPs cannot be chosen without them.
-_ALL_MLPS = "experts get none; nor do dense and shared MLPs, by whose names PEFT adapts the experts"
+# Layers of the MLPs that every token passes, by any family's name: left out with
+# `expert_adapters: none`.
+MLPS = {*_MLP, "gate_up_proj", "input_linear", "output_linear", "w1", "w2", "w3"}
 # PEFT refuses it for Falcon-H1 and Nemotron-H for this reason.
 _MAMBA = "Mamba's out_proj gets none: its kernels multiply by the weight, past an adapter"
 
@@ -53,34 +55,30 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": Family((*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj", *_MLP)),
     "lfm2": Family(("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3")),
     # Mixtures of experts; transformers 5 keeps the experts of a layer in raw tensors.
-    "mixtral": Family(_ATTENTION, _EXPERTS),
-    "qwen2_moe": Family(_ATTENTION, _ALL_MLPS),
-    "qwen3_moe": Family(_ATTENTION, _EXPERTS),
-    "qwen3_vl_moe_text": Family(_ATTENTION, _EXPERTS),
-    "qwen3_next": Family((*_ATTENTION, "in_proj_qkvz", "out_proj"), _ALL_MLPS),
-    "qwen3_5_moe_text": Family(
-        (*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj", *_MLP), _EXPERTS
-    ),
-    "gpt_oss": Family(_ATTENTION, _EXPERTS),
-    "gemma4_text": Family((*_ATTENTION, *_MLP), _EXPERTS),
-    "llama4_text": Family((*_ATTENTION, *_MLP), _EXPERTS),
-    "glm4_moe": Family(_ATTENTION, _ALL_MLPS),
-    "glm4_moe_lite": Family(_LATENT, _ALL_MLPS),
-    "deepseek_v2": Family(_LATENT, _ALL_MLPS),
-    "deepseek_v3": Family(_LATENT, _ALL_MLPS),
-    "mistral4": Family((*_LATENT, *_MLP), _EXPERTS),
+    "mixtral": Family(_ATTENTION),
+    "qwen2_moe": Family(_ATTENTION, names_experts=True),
+    "qwen3_moe": Family(_ATTENTION),
+    "qwen3_vl_moe_text": Family(_ATTENTION),
+    "qwen3_next": Family((*_ATTENTION, "in_proj_qkvz", "out_proj"), names_experts=True),
+    "qwen3_5_moe_text": Family((*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj", *_MLP)),
+    "gpt_oss": Family(_ATTENTION),
+    "gemma4_text": Family((*_ATTENTION, *_MLP)),
+    "llama4_text": Family((*_ATTENTION, *_MLP)),
+    "glm4_moe": Family(_ATTENTION, names_experts=True),
+    "glm4_moe_lite": Family(_LATENT, names_experts=True),
+    "deepseek_v2": Family(_LATENT, names_experts=True),
+    "deepseek_v3": Family(_LATENT, names_experts=True),
+    "mistral4": Family((*_LATENT, *_MLP)),
     # Kimi's delta rule, and latent attention over positions that an indexer picks.
     "glm5_next_text": Family(
         ("k_proj", "v_proj", *_LATENT, *_MLP),
-        f"{_EXPERTS}; nor does the indexer, whose choice has no gradient",
+        "the indexer gets none: its choice has no gradient",
     ),
     # State space layers, some beside attention.
     "falcon_h1": Family((*_ATTENTION, *_MLP, "in_proj"), _MAMBA),
-    "granitemoehybrid": Family(
-        (*_ATTENTION, "input_linear", "output_linear", "in_proj"), f"{_EXPERTS}; {_MAMBA}"
-    ),
+    "granitemoehybrid": Family((*_ATTENTION, "input_linear", "output_linear", "in_proj"), _MAMBA),
     # `up_proj` and `down_proj` are those of shared experts; the routed ones are raw tensors.
-    "nemotron_h": Family((*_ATTENTION, "up_proj", "down_proj", "in_proj"), f"{_EXPERTS}; {_MAMBA}"),
+    "nemotron_h": Family((*_ATTENTION, "up_proj", "down_proj", "in_proj"), _MAMBA),
 }
 
 # Families with Llama's decoder layer, for which `engine/decoder_layer.py` has hand-written

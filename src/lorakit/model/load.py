@@ -23,11 +23,13 @@ from lorakit.model.base_class import (
     kept_in_16_bits,
 )
 from lorakit.model.demo_model import HUB_ID, Progress, demo_model_dir
+from lorakit.model.grouped_experts import group_experts, quantize_all
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.kernel_functions import kernel_functions
 from lorakit.model.safetensors_io import check_weights, read_header
 from lorakit.model.stored_quantization import (
     dequantizing,
+    require_dense_experts,
     require_trainable_weights,
     stored_quantization,
 )
@@ -142,6 +144,7 @@ def load_config(recipe: Recipe, location: str) -> Any:
     require_trainable_weights(recipe, config)
     if Path(location).is_dir():
         untie_if_stored_apart(config, Path(location))
+        require_dense_experts(recipe, config, Path(location))
     return config
 
 
@@ -190,9 +193,14 @@ def load_base(
     if Path(location).is_dir():
         check_weights(Path(location))
     arguments: dict[str, Any] = {"dtype": getattr(torch, device.dtype), **_hub_arguments(recipe)}
-    arguments |= dequantizing(config)
-    if recipe.method == "qlora" and not stored_quantization(config):
-        arguments["quantization_config"] = nf4_config(device, kept_in_16_bits(empty_base(config)))
+    stored = str(stored_quantization(config).get("quant_method", ""))
+    if recipe.method == "qlora" and stored in ("", "mxfp4"):
+        if stored:
+            del config.quantization_config  # experts are read as MXFP4 and kept as NF4
+        kept = kept_in_16_bits(empty_base(config))
+        arguments["quantization_config"] = nf4_config(device, kept, mxfp4=bool(stored))
+    else:
+        arguments |= dequantizing(config)
     # Without a device map transformers puts quantized weights on a CUDA GPU, if there is one.
     if device.kind != "cpu" or "quantization_config" in arguments:
         arguments["device_map"] = {"": "cpu" if on_host else device.kind}
@@ -202,13 +210,22 @@ def load_base(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _load_error(recipe, location, error) from error
-    if dequantizing(config):  # transformers 5.17 leaves them in bfloat16
+    if stored == "mxfp4" and recipe.method == "lora":  # transformers 5.17 leaves them in bfloat16
         model = model.to(arguments["dtype"])
+    prepare_experts(model, recipe, arguments["dtype"])
     finish_base(model, device)
     if on_host:
         # accelerate refuses to train 4-bit models with a device map on the CPU.
         model.__dict__.pop("hf_device_map", None)
     return model
+
+
+def prepare_experts(model: Any, recipe: Recipe, dtype: Any) -> None:
+    """Quantize experts that are in 16 bits yet, or group those that get adapters, in place."""
+    if recipe.method == "qlora":
+        quantize_all(model, dtype)
+    elif recipe.expert_adapters == "all":
+        group_experts(model, dtype)
 
 
 def finish_base(model: Any, device: Device) -> Any:
@@ -224,17 +241,17 @@ def finish_base(model: Any, device: Device) -> Any:
     return model
 
 
-def nf4_config(device: Device, kept: Collection[str]) -> Any:
+def nf4_config(device: Device, kept: Collection[str], mxfp4: bool = False) -> Any:
     """Configure 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314, section 3).
 
     Args:
         kept: names of modules that stay in 16 bits.
+        mxfp4: the stored experts are MXFP4.
 
     Raises:
         DependencyError: bitsandbytes is absent or does not work on this device.
     """
     import torch
-    from transformers import BitsAndBytesConfig
 
     # Without the optional `kernels` package bitsandbytes warns on each import on AVX512_BF16 CPUs.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
@@ -248,7 +265,10 @@ def nf4_config(device: Device, kept: Collection[str]) -> Any:
             f"method: qlora needs bitsandbytes, which does not work here: {first_line(error)}",
             hint=f"{BITSANDBYTES_INSTALL}, or set method: lora",
         ) from error
-    return BitsAndBytesConfig(
+    from lorakit.model.nf4_loader import Nf4Config
+
+    return Nf4Config(
+        mxfp4=mxfp4,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -275,7 +295,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     Raises:
         ModelError: the base is missing or the adapter does not fit it.
     """
-    from peft import PeftModel
+    from lorakit.model.expert_lora import load_tuned
 
     recipe = load_recipe(run.recipe).recipe
     device = detect_device(recipe.dtype, prefer="cpu" if prefer_cpu else "auto")
@@ -286,7 +306,7 @@ def load_run(run: RunDir, prefer_cpu: bool = False) -> LoadedRun:
     tokenizer = load_tokenizer(recipe, str(run.adapter))
     check_adapter(run.adapter, [name for name, _ in base.named_modules() if name])
     try:
-        model = PeftModel.from_pretrained(base, str(run.adapter))
+        model = load_tuned(base, run.adapter)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ModelError(
             f"{run.adapter}: the adapter does not fit {recipe.model}: {first_line(error)}",

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from lorakit.errors import ModelError
 from lorakit.model.base_class import auto_class, base_class
 from lorakit.model.base_fingerprint import base_folder
-from lorakit.model.load import finish_base, nf4_config
+from lorakit.model.load import finish_base, nf4_config, prepare_experts
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
@@ -87,6 +87,7 @@ def take_base(model: Any, recipe: Recipe, location: str, device: Device, on_host
         model.to("cpu" if on_host else device.kind)
     _check_weights(model, recipe, location)
     model.requires_grad_(False)
+    prepare_experts(model, recipe, getattr(torch, device.dtype))
     return finish_base(model, device)
 
 

@@ -25,7 +25,7 @@ _REASONS = {
     "base_model_name_or_path": "model names the base",
     "revision": "it is a key of the recipe",
     "trainable_token_indices": "trainable_tokens names the tokens",
-    "target_parameters": "experts get no adapters yet",
+    "target_parameters": "expert_adapters: all adapts the experts",
     "layer_replication": "the trained model would have other layers than its base",
 }
 
@@ -46,7 +46,7 @@ def resolve_targets(resolved: ResolvedRecipe, config: Any) -> ResolvedRecipe:
         targets = in_decoder(wanted, counted) if matched else wanted
         reason = f"{', '.join(wanted)} of the text decoder"
     elif wanted == "auto":
-        targets, reason = lora_targets(config)
+        targets, reason = lora_targets(config, resolved.recipe.expert_adapters)
     elif wanted == "all-linear":
         targets, reason = all_linear(config)
     else:
@@ -71,7 +71,7 @@ def add_adapter(base: Any, recipe: Recipe, rows: Sequence[int] = ()) -> Any:
     check_patterns(recipe, (name for name, _ in base.named_modules() if name))
     biases = copy_biases(base) if recipe.bias != "none" else {}
     try:
-        config = lora_config(recipe)
+        config = lora_config(recipe, base)
         config.trainable_token_indices = token_indices(base, rows)
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -80,18 +80,32 @@ def add_adapter(base: Any, recipe: Recipe, rows: Sequence[int] = ()) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     remember_biases(model, biases)
+    if recipe.expert_adapters == "all":
+        # PEFT refuses to load an adapter of raw tensors with dropout, which only training uses.
+        model.peft_config["default"].lora_dropout = 0.0
     # peft would save the local path that the base was loaded from.
     model.peft_config["default"].base_model_name_or_path = public_name(recipe.model)
     return model
 
 
-def lora_config(recipe: Recipe) -> Any:
-    """Build peft's LoraConfig from the recipe's adapter settings."""
+def lora_config(recipe: Recipe, base: Any = None) -> Any:
+    """Build peft's LoraConfig from the recipe's adapter settings.
+
+    Args:
+        base: model whose experts get adapters if the recipe says so; its experts are grouped.
+    """
     from peft import LoraConfig
 
     values = recipe.model_dump()
+    if recipe.init_lora_weights == "eva":
+        values["init_lora_weights"] = True  # until `eva_weights` has seen the data
     named = {field: values[key] for field, key in LORA_KEYS.items()}
-    return LoraConfig(task_type="CAUSAL_LM", **named, **values["lora"])
+    config = LoraConfig(task_type="CAUSAL_LM", **named, **values["lora"])
+    if base is not None and recipe.expert_adapters == "all":
+        from lorakit.model.expert_lora import adapt_experts
+
+        adapt_experts(config, base)
+    return config
 
 
 def field_faults(recipe: Recipe) -> Iterator[str]:

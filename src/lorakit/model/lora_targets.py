@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lorakit.model.architectures import FAMILIES
+from lorakit.model.architectures import FAMILIES, MLPS, Family
 from lorakit.model.base_class import STATE_SPACE, empty_base
 from lorakit.model.param_counts import ParamCounts, count, ends
 
 _GATES = {"gate", "shared_expert_gate"}
 
 
-def lora_targets(config: Any) -> tuple[str | list[str], str]:
-    """Target modules for `target_modules: auto`, and a short reason."""
+def lora_targets(config: Any, expert_adapters: str = "shared") -> tuple[str | list[str], str]:
+    """Target modules for `target_modules: auto`, and a short reason.
+
+    Args:
+        expert_adapters: as in the recipe; "none" leaves MLPs out.
+    """
     text_type = getattr(config.get_text_config(), "model_type", "")
     counted = count(config)
     row = FAMILIES.get(text_type)
@@ -29,9 +33,10 @@ def lora_targets(config: Any) -> tuple[str | list[str], str]:
         return targets, f"{unknown}: {reason}"
     inside = [name for name, _, _ in counted.linear]
     leaves = [leaf for leaf in row.targets if any(ends(name, [leaf]) for name in inside)]
-    without = _applies(row.without, counted)
-    reason = f"model family {text_type}" + (f"; {without}" if without else "")
-    return in_decoder(leaves, counted), reason
+    if expert_adapters == "none":
+        leaves = [leaf for leaf in leaves if leaf not in MLPS]
+    notes = [f"model family {text_type}", *_notes(row, counted, expert_adapters)]
+    return in_decoder(leaves, counted), "; ".join(notes)
 
 
 def all_linear(config: Any) -> tuple[str | list[str], str]:
@@ -68,9 +73,17 @@ def in_decoder(leaves: Sequence[str], counted: ParamCounts) -> str | list[str]:
     return rf"{re.escape(counted.decoder)}\.(?:.*\.)?(?:{names})"
 
 
-def _applies(without: str, counted: ParamCounts) -> str:
-    """Drop the note on experts for a model of the family without any (Gemma 4 E2B)."""
-    return without if counted.experts or "expert" not in without else ""
+def _notes(row: Family, counted: ParamCounts, expert_adapters: str) -> Iterator[str]:
+    """Say what gets no adapter, and why; Gemma 4 E2B has no experts."""
+    if counted.experts:
+        every = expert_adapters == "all"
+        yield "every expert gets one, the router none" if every else "experts and router get none"
+        if row.names_experts:
+            yield "nor do dense and shared MLPs, by whose names PEFT adapts the experts"
+        elif expert_adapters == "none":
+            yield "nor do MLPs (expert_adapters: none)"
+    if row.without:
+        yield row.without
 
 
 def _leaf(name: str) -> str:

@@ -9,14 +9,22 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from lorakit.errors import RecipeError, first_line
 from lorakit.model.adapter_init import init_faults
 from lorakit.model.base_class import empty_base, is_inside
+from lorakit.model.expert_settings import expert_faults, pattern_of_experts
 from lorakit.model.lora_config import field_faults, lora_config
-from lorakit.model.param_counts import ParamCounts, count, ends, is_named, is_target, layer_number
+from lorakit.model.param_counts import (
+    ParamCounts,
+    adapted_weights,
+    count,
+    ends,
+    is_named,
+    is_target,
+    layer_number,
+)
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
@@ -36,6 +44,7 @@ def check_adapter_settings(recipe: Recipe, config: Any) -> None:
     counted = count(config)
     check_patterns(recipe, counted.modules)
     faults = [*_targets(recipe, counted), *_others(recipe, counted)]
+    faults += expert_faults(recipe, counted)
     if faults:
         message = "\n".join([*faults, *init_faults(recipe, counted)])
         raise RecipeError(
@@ -93,10 +102,12 @@ def _others(recipe: Recipe, counted: ParamCounts) -> Iterator[str]:
             near = suggest(name, _last_parts(counted.modules))
             yield f"modules_to_save: {name!r} matches no module of this model{near}"
     targets = [name for name in counted.adaptable if is_target(recipe, name)]
+    targets += [weight.name for weight in adapted_weights(recipe, counted)]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(recipe, key):
             if targets and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
                 near = suggest(pattern, _last_parts(targets))
+                near = pattern_of_experts(pattern, recipe, counted) or near
                 yield f"{key}: {pattern!r} matches no layer that gets an adapter{near}"
 
 
@@ -121,7 +132,9 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
     model = empty_base(config)
     try:
         # Initialization from the weights (PiSSA) would need them.
-        settings = replace(lora_config(recipe), init_lora_weights=True)
+        plain = recipe.model_copy(update={"init_lora_weights": True})
+        settings = lora_config(plain, model)
+        wanted = set(settings.target_parameters or ())
         with warnings.catch_warnings(action="ignore"):  # on patterns that match no expert
             tried = get_peft_model(model, settings, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -129,7 +142,7 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
         if "ParamWrapper" in str(error):  # peft's adapter of raw tensors
             hint = (
                 "target_modules names experts, which PEFT adapts only with lora_dropout: 0; "
-                "target_modules: auto leaves them out"
+                "target_modules: auto leaves them out, and expert_adapters: all adapts them"
             )
         elif "Mamba" in str(error):
             hint = "target_modules: auto leaves this layer out"
@@ -138,7 +151,7 @@ def _try_on(recipe: Recipe, config: Any, counted: ParamCounts) -> None:
         ) from error
     # peft 0.21 maps the names of an MLP to raw tensors of the experts in some families, whatever
     # module they are part of, and in a list of complete names or a regex as well.
-    experts = tried.peft_config["default"].target_parameters
+    experts = set(tried.peft_config["default"].target_parameters or ()) - wanted
     if experts:
         raise RecipeError(
             f"target_modules: PEFT adapts the routed experts ({', '.join(sorted(experts))}) of "

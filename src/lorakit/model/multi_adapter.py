@@ -88,6 +88,12 @@ class MultiAdapterModel:
                 hint="adapters that share a model need the same base and method",
             )
         check_base(run, recipe, base)
+        kinds = [r.expert_adapters for r in (recipe, first_recipe)]
+        if kinds.count("all") == 1:
+            raise ModelError(
+                f"{run.path}: expert_adapters: {kinds[0]}, but the first adapter has {kinds[1]}",
+                hint="serve this run alone",
+            )
         if recipe.bias != "none" or recipe.modules_to_save or recipe.trainable_tokens:
             raise ModelError(
                 f"{run.path}: it trained biases, modules or tokens, which cannot be switched",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ from lorakit.model.base_class import (
     side_modules,
     text_decoder,
 )
-from lorakit.model.layer_widths import LayerWidths, expert_elements, layer_widths
+from lorakit.model.grouped_experts import can_group, expert_modules
+from lorakit.model.layer_widths import LayerWidths, layer_widths
 from lorakit.model.regex_limits import check_patterns
 from lorakit.recipe.schema import Recipe
 
@@ -29,11 +30,26 @@ Shape = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeight:
+    """One raw tensor with a weight of all experts of a layer."""
+
+    name: str
+    number: int
+    inputs: int
+    outputs: int
+    grouped: bool  # supported by `model/grouped_experts.py`: in 4 bits with QLoRA, and adaptable
+
+    @property
+    def elements(self) -> int:
+        return self.number * self.inputs * self.outputs
+
+
+@dataclass(frozen=True, slots=True)
 class ParamCounts:
     """Parameter counts of a model, in elements.
 
     Experts in one raw tensor [E, D_out, D_in] are not linear layers: neither bitsandbytes nor
-    peft's `target_modules` finds them, so QLoRA keeps them in 16 bits.
+    peft's `target_modules` finds them.
     """
 
     # (name, D_in, D_out) of the decoder's linear layers that QLoRA quantizes: not the head, towers
@@ -45,16 +61,27 @@ class ParamCounts:
     total: int
     embedding: int
     head: int  # 0 if tied to the embedding
-    experts: int
+    expert_weights: tuple[ExpertWeight, ...]
     width: int  # of an embedding row
     layers: tuple[LayerWidths, ...]  # one per decoder layer
     decoder: str  # name of the module with the text model's layers
     sides: tuple[str, ...]  # names of other parts (towers, projectors), which stay frozen
+    balances: bool  # transformers knows a loss that balances its experts
 
     @property
     def in_linear(self) -> int:
         """Elements of the linear layers."""
         return sum(i * o for _, i, o in self.linear)
+
+    @property
+    def experts(self) -> int:
+        """Elements of raw expert tensors."""
+        return sum(weight.elements for weight in self.expert_weights)
+
+    @property
+    def grouped_experts(self) -> int:
+        """Elements of those that QLoRA quantizes."""
+        return sum(weight.elements for weight in self.expert_weights if weight.grouped)
 
 
 def lora_target_layers(recipe: Recipe, counted: ParamCounts) -> list[Shape]:
@@ -65,6 +92,13 @@ def lora_target_layers(recipe: Recipe, counted: ParamCounts) -> list[Shape]:
     """
     check_patterns(recipe, counted.modules)
     return [shape for shape in counted.linear if is_target(recipe, shape[0])]
+
+
+def adapted_weights(recipe: Recipe, counted: ParamCounts) -> list[ExpertWeight]:
+    """List the raw expert tensors that get an adapter."""
+    if recipe.expert_adapters != "all":
+        return []
+    return [weight for weight in counted.expert_weights if weight.grouped]
 
 
 def is_target(recipe: Recipe, name: str) -> bool:
@@ -104,6 +138,8 @@ def rank_of(recipe: Recipe, name: str) -> int:
 def count_trainable(recipe: Recipe, counted: ParamCounts) -> int:
     """Count trainable elements: two matrices per target, and the modules in `modules_to_save`."""
     pairs = sum(rank_of(recipe, n) * (i + o) for n, i, o in lora_target_layers(recipe, counted))
+    for weight in adapted_weights(recipe, counted):
+        pairs += rank_of(recipe, weight.name) * weight.number * (weight.inputs + weight.outputs)
     full_modules = {"embed_tokens": counted.embedding, "lm_head": counted.head or counted.embedding}
     rows = len(set(recipe.trainable_tokens)) * (1 + (counted.head > 0)) * counted.width
     return pairs + rows + sum(full_modules.get(name, 0) for name in recipe.modules_to_save or [])
@@ -134,7 +170,6 @@ def _count(keyed: _Keyed) -> ParamCounts:
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     adaptable = (torch.nn.Linear, Conv1D, torch.nn.Embedding, *convolutions)
     linear: list[Shape] = []
-    experts = 0
     for name, module in model.named_modules():
         if is_inside(name, kept):
             continue
@@ -142,8 +177,6 @@ def _count(keyed: _Keyed) -> ParamCounts:
             linear.append((name, module.weight.shape[0], module.weight.shape[1]))
         elif isinstance(module, torch.nn.Linear):
             linear.append((name, module.in_features, module.out_features))
-        else:
-            experts += expert_elements(name, module)
     tied = head is None or embedding is None or head.weight is embedding.weight
     return ParamCounts(
         tuple(linear),
@@ -153,9 +186,23 @@ def _count(keyed: _Keyed) -> ParamCounts:
         sum(p.numel() for p in model.parameters()),
         0 if embedding is None else embedding.weight.numel(),
         0 if tied else head.weight.numel(),
-        experts,
+        tuple(_expert_weights(model, kept)),
         0 if embedding is None else int(embedding.weight.shape[-1]),
         layer_widths(model),
         name_of(model, text_decoder(model)),
         tuple(side_modules(model)),
+        hasattr(model.config.get_text_config(), "router_aux_loss_coef"),
     )
+
+
+def _expert_weights(model: Any, kept: set[str]) -> Iterator[ExpertWeight]:
+    for path, module in expert_modules(model):
+        if is_inside(path, kept):
+            continue
+        for name, tensor in module.named_parameters(recurse=False):
+            if tensor.dim() == 3:
+                number, first, second = tensor.shape
+                sizes = (
+                    (first, second) if getattr(module, "is_transposed", False) else (second, first)
+                )
+                yield ExpertWeight(f"{path}.{name}", number, *sizes, can_group(module))

@@ -19,6 +19,7 @@ from lorakit.model.base_class import (
     kept_in_16_bits,
     name_of,
 )
+from lorakit.model.grouped_experts import quantize_all
 from lorakit.model.kernel_check import check_kernels
 from lorakit.model.kernel_functions import kernel_functions
 from lorakit.model.layer_widths import decoder_layers
@@ -29,7 +30,7 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
     """Build the base of this config with random weights in the device's dtype.
 
     Args:
-        four_bit: quantize linear layers to NF4.
+        four_bit: quantize linear layers and experts to NF4.
         on_host: make the layers on the device one by one and keep them in host memory.
     """
     import torch
@@ -45,7 +46,9 @@ def random_model(config: Any, device: Device, four_bit: bool, on_host: bool = Fa
         # A float32 layer first would fragment the GPU's memory.
         layer = layer.to(dtype).to_empty(device=device.kind)
         _randomize(layer)
-        layer = _quantize(layer, device, f"{path}.{index}", kept) if four_bit else layer
+        if four_bit:
+            layer = _quantize(layer, device, f"{path}.{index}", kept)
+            quantize_all(layer, dtype)
         layers[index] = layer.cpu() if on_host else layer
     if four_bit:
         _quantize(model, device, "", kept)  # projections outside of the layers, as Gemma 4's

@@ -23,6 +23,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, read_json
 
 CONFIG = "adapter_config.json"
+EXPERT_WEIGHTS = ("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")
 # Keys of the recipe by their names in adapter_config.json.
 KEYS = {name: key for name, key in LORA_KEYS.items() if name != "lora_dropout"}
 # Not part of what is trained, or written by other versions.
@@ -127,7 +128,7 @@ def resolve_start(resolved: ResolvedRecipe, resume: bool = False) -> ResolvedRec
     taken = _settings(start)
     _refuse_changes(changed, taken, start)
     if not _is_explicit(changed, "lora_dropout"):
-        taken["lora_dropout"] = float(start.config.get("lora_dropout") or 0.0)
+        taken["lora_dropout"] = _dropout(start)
     return changed.derive(reason, **taken)
 
 
@@ -229,6 +230,8 @@ def _settings(start: StartAdapter) -> dict[str, Any]:
         plain = not value if key not in defaults else value in (defaults[key], None)
         if key == "trainable_token_indices" and start.run is not None:
             continue  # the run's recipe names the tokens
+        if key == "target_parameters" and _names_experts(value):
+            continue
         if key not in (*KEYS, *NEUTRAL, *SUPPORTED_FIELDS) and not plain:
             raise ModelError(
                 f"{start.folder / CONFIG}: {key}: {json.dumps(value)[:60]}, which lorakit does not "
@@ -244,8 +247,11 @@ def _settings(start: StartAdapter) -> dict[str, Any]:
     for key in ("target_modules", "exclude_modules"):
         if isinstance(taken[key], list):
             taken[key] = sorted(taken[key])
+    taken["expert_adapters"] = "all" if values.get("target_parameters") else "shared"
     if start.run is not None:
-        taken["trainable_tokens"] = list(load_recipe(start.run.recipe).recipe.trainable_tokens)
+        parent = load_recipe(start.run.recipe).recipe
+        taken["trainable_tokens"] = list(parent.trainable_tokens)
+        taken["expert_adapters"] = parent.expert_adapters
     scheme = taken["init_lora_weights"]
     if isinstance(scheme, str) and scheme.startswith(UNREPEATABLE):
         raise ModelError(
@@ -257,6 +263,19 @@ def _settings(start: StartAdapter) -> dict[str, Any]:
     if not (isinstance(scheme, str) and scheme.startswith(("pissa", "olora"))):
         taken["init_lora_weights"] = True
     return taken
+
+
+def _dropout(start: StartAdapter) -> float:
+    """Dropout of the run that made the adapter; PEFT's config has none beside experts."""
+    if start.run is not None:
+        return load_recipe(start.run.recipe).recipe.lora_dropout
+    return float(start.config.get("lora_dropout") or 0.0)
+
+
+def _names_experts(parameters: Any) -> bool:
+    """True if these are weights of experts, as `expert_adapters: all` adapts them, or none."""
+    names = parameters or []
+    return isinstance(names, list) and all(str(name).endswith(EXPERT_WEIGHTS) for name in names)
 
 
 def _refuse_changes(resolved: ResolvedRecipe, taken: dict[str, Any], start: StartAdapter) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from lorakit.errors import ModelError
+from lorakit.errors import LorakitError, ModelError
+from lorakit.model.safetensors_io import stored_tensors
 from lorakit.recipe.schema import Recipe
 
 
@@ -23,8 +25,8 @@ def stored_quantization(config: Any) -> dict[str, Any]:
 def require_trainable_weights(recipe: Recipe, config: Any) -> None:
     """Refuse a base whose stored weights the recipe's method cannot train on.
 
-    bitsandbytes' 4-bit weights train with QLoRA. gpt-oss's MXFP4 experts become bfloat16 while
-    loading, for LoRA.
+    bitsandbytes' 4-bit weights train with QLoRA. gpt-oss's MXFP4 experts are dequantized while
+    loading, to bfloat16 for LoRA and once more quantized, to NF4, for QLoRA.
 
     Raises:
         UntrainableWeights: names the quantization and what to set or choose instead.
@@ -34,16 +36,11 @@ def require_trainable_weights(recipe: Recipe, config: Any) -> None:
         return
     kind = str(stored.get("quant_method", "unknown"))
     four_bit = kind == "bitsandbytes" and bool(stored.get("load_in_4bit"))
-    if kind == "mxfp4" and recipe.method == "lora":
+    if kind == "mxfp4":
         return
     if four_bit and recipe.method == "qlora":
         return
     found = f"model: {recipe.model}: its weights are already quantized ({kind})"
-    if kind == "mxfp4":
-        raise UntrainableWeights(
-            f"{found}, and qlora would not quantize its experts again",
-            hint="set method: lora, which trains on the weights as bfloat16",
-        )
     if four_bit:
         raise UntrainableWeights(
             f"{found}, expected 16- or 32-bit weights for lora",
@@ -53,6 +50,36 @@ def require_trainable_weights(recipe: Recipe, config: Any) -> None:
         f"{found}, expected 16- or 32-bit weights, or bitsandbytes' 4-bit ones for qlora",
         hint="name the 16-bit original of this model; method: qlora quantizes it while loading",
     )
+
+
+def require_dense_experts(recipe: Recipe, config: Any, folder: Path) -> None:
+    """Refuse bitsandbytes' packed experts, which transformers cannot load into raw tensors.
+
+    Raises:
+        UntrainableWeights: names the first packed tensor.
+    """
+    if stored_quantization(config).get("quant_method") != "bitsandbytes":
+        return
+    try:
+        tensors = stored_tensors(folder)
+    except (LorakitError, OSError):
+        return  # no weights here, or damaged ones, which loading reports
+    for name, stored in tensors.items():
+        if ".experts." in name and stored.dtype == "U8" and name.endswith((".weight", "_proj")):
+            raise UntrainableWeights(
+                f"model: {recipe.model}: {name} is an expert in bitsandbytes' 4 bits, "
+                "expected 16- or 32-bit experts",
+                hint="name the 16-bit original of this model; method: qlora quantizes it, experts "
+                "included, while loading",
+            )
+
+
+def read_once(recipe: Recipe, config: Any) -> str:
+    """Say what becomes of experts that are stored as MXFP4; "" for other bases."""
+    if stored_quantization(config).get("quant_method") != "mxfp4":
+        return ""
+    kept = f"{recipe.dtype}" if recipe.method == "lora" else "NF4"
+    return f"stored as MXFP4, dequantized once while loading and kept as {kept}"
 
 
 def dequantizing(config: Any) -> dict[str, Any]:

@@ -32,9 +32,10 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _LOW)
 
 
-def keep_mask(key: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    """bool [rows, columns]: True with probability 1 - p; `key` [2] int32."""
-    index = torch.arange(rows * columns, dtype=torch.int64, device=key.device)
+def keep_mask(key: Tensor, rows: int, columns: int, p: float, start: int = 0) -> Tensor:
+    """bool [rows, columns]: True with probability 1 - p; `key` [2] int32; rows from `start` on."""
+    begin, end = start * columns, (start + rows) * columns
+    index = torch.arange(begin, end, dtype=torch.int64, device=key.device)
     first, second = key.to(torch.int64).unbind()
     h = ((index + first) & _LOW) * MULTIPLIER_1 & _LOW
     h = h ^ (h >> 15)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, text_decoder
+from lorakit.model.grouped_experts import GroupedExperts, group_experts
 from lorakit.model.layer_widths import decoder_layers
 from lorakit.planning.fake_pass import fake_pass
 from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
@@ -31,7 +32,7 @@ MAPPED_BYTES = 32 * 1024**2
 DECIDING = [
     *("method", "micro_batch_size", "cutoff_len", "lora_r", "lora_dropout", "rank_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"),
-    *("use_dora", "bias"),
+    *("use_dora", "bias", "expert_adapters"),
 ]
 
 
@@ -149,7 +150,9 @@ def _run(question: _Question, layers: int) -> _Pass:
             kept, in_heap = live.bytes - before, live.small() - small_before
             forward, live.peak = live.peak, live.bytes
             loss.backward()
-        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # The copies of experts' adapters are not autocast's.
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        adapters = sum(p.numel() for n, p in trained.items() if ".experts." not in n)
         base = before + kept
         return _Pass(kept, forward - base, live.peak - base, in_heap, adapters)
 
@@ -197,8 +200,11 @@ def _model(question: _Question, layers: int) -> Any:
         del all_layers[layers:]
     if recipe.method == "qlora":
         _mark_four_bit(model)
+        group_experts(model, _type(question.device))
     plain = recipe.model_copy(update={"init_lora_weights": True})
-    peft_model: Any = get_peft_model(model, lora_config(plain), low_cpu_mem_usage=True)
+    settings = lora_config(plain, model)
+    _plan_experts(model, recipe.method == "qlora")
+    peft_model: Any = get_peft_model(model, settings, low_cpu_mem_usage=True)
     for module in list(peft_model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "Linear4bit" and not hasattr(child, "lora_A"):
@@ -347,6 +353,38 @@ def _dequantizing(layer: Any) -> Any:
             return Dequantized.apply(x.to(dtype), self.out_features)
 
     return FourBit()
+
+
+def _plan_experts(model: Any, four_bit: bool) -> None:
+    """Make grouped experts count instead of compute: rows spread evenly, 4-bit weights made."""
+    import torch
+
+    for module in model.modules():
+        if not isinstance(module, GroupedExperts):
+            continue
+        planned: dict[str, Any] = {
+            "tokens_per_expert": functools.partial(_even_counts, module.number)
+        }
+        if four_bit:
+            planned["dense"] = functools.partial(_made_weights, module)
+        for name, function in planned.items():
+            setattr(module, name, function)
+        for name, shape in module.expert_shapes.items() if four_bit else ():
+            meta = torch.empty(shape[0], 1, dtype=torch.uint8, device="meta")
+            setattr(module, name, torch.nn.Parameter(meta, requires_grad=False))
+
+
+def _even_counts(number: int, experts: Any) -> list[int]:
+    """All rows spread evenly over as many experts as that is possible for."""
+    rows = experts.numel()
+    used = next(count for count in range(number, 0, -1) if rows % count == 0)
+    return [rows // used] * used + [0] * (number - used)
+
+
+def _made_weights(module: Any, name: str, experts: Any) -> Any:
+    import torch
+
+    return torch.empty(len(experts), *module.sizes(name), dtype=module.compute_dtype)
 
 
 def _cuda_dropout(share: float) -> Any:

@@ -194,6 +194,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": _decoder("llama", (2048, 5632, 22, 32, 4), 32000, 2048),
     "smollm2-135m": _decoder("llama", (576, 1536, 30, 9, 3), 49152, 8192, True),
     "tiny": _decoder("llama", (64, 128, 2, 4, 2), 512, 2048),
+    "tiny-moe": _decoder(
+        "qwen3_moe",
+        (64, 128, 2, 4, 2),
+        512,
+        2048,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
 }
 
 # Repositories with these shapes: if gated or unreachable they can still be planned.

@@ -16,7 +16,7 @@ from lorakit.hardware import CUDA_CONTEXT_BYTES
 from lorakit.model.architectures import FAST_FAMILIES
 from lorakit.model.param_counts import lora_target_layers
 from lorakit.planning.placement import check_placement, placement_candidates
-from lorakit.planning.rank_workload import RankWorkload
+from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload
 from lorakit.recipe.schema import Recipe
 from lorakit.types import OPTIMIZER_BYTES, Device, MemoryPlan, Placement
 
@@ -128,9 +128,7 @@ def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dic
     }
     if shards > 1:
         parts["two layers, gathered"] = two_layers
-    if sizes.counted.experts:
-        # Raw tensors, which bitsandbytes 0.50 does not quantize.
-        parts["experts (not quantized)"] = sizes.counted.experts * width
+    parts |= expert_parts(sizes)
     if placement.adapters_on_host:
         # Values and gradients of two layers are double-buffered.
         parts["adapters and gradients of two layers"] = 4 * 4 * sizes.adapter // layers
@@ -145,6 +143,18 @@ def _fixed_parts(sizes: RankWorkload, placement: Placement, engine: bool) -> dic
         parts["CUDA context"] = sizes.context_bytes or CUDA_CONTEXT_BYTES
     if sizes.cuda and sizes.ranks > 1:
         parts["NCCL buffers"] = NCCL_BYTES
+    return parts
+
+
+def expert_parts(sizes: RankWorkload) -> dict[str, int]:
+    """Bytes of raw expert tensors: in NF4 with QLoRA, as far as their products are known."""
+    counted = sizes.counted
+    four_bit = counted.grouped_experts if sizes.recipe.method == "qlora" else 0
+    parts = {}
+    if four_bit:
+        parts["experts (NF4)"] = int(four_bit * NF4_BYTES)
+    if counted.experts > four_bit:
+        parts["experts (not quantized)"] = (counted.experts - four_bit) * sizes.width
     return parts
 
 

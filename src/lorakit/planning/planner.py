@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.engine.cuda_graphs import TOKENS_STEP
+from lorakit.model.param_counts import count
 from lorakit.planning.activations import simulate
 from lorakit.planning.memory import budget_of, engine_supported, plan_memory
 from lorakit.planning.rank_workload import examples_of_rank
@@ -18,6 +19,7 @@ from lorakit.recipe.schema import Recipe
 from lorakit.types import Device, MemoryPlan
 
 # Parts of `planning/memory.py` that the simulation replaces.
+EXPERTS = ("experts (NF4)", "experts (not quantized)")
 ESTIMATED = ("activations (estimate)", "logits of one chunk")
 
 # Resident after the imports of a run: torch 2.13 for CPU, transformers, peft, trl, bitsandbytes.
@@ -36,6 +38,8 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
+    if recipe.weight_offload == "on" and streams_experts(recipe, config, device):
+        return _streamed_experts(recipe, config, device)
     requested = "on" in (recipe.weight_offload, recipe.sharding)
     if requested or engine_supported(recipe, config.get_text_config(), device.fast):
         plan = plan_memory(recipe, config, device)
@@ -57,12 +61,34 @@ def _recomputed(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
     streamed = recipe.model_copy(update={"weight_offload": "on"})
     if recomputed.fits or device.kind != "cuda" or recipe.weight_offload == "off":
         return recomputed
+    if streams_experts(recipe, config, device):
+        return _streamed_experts(recipe, config, device)
     served = engine_supported(streamed, config.get_text_config(), device.fast)
     whole = recipe.modules_to_save is not None or bool(recipe.trainable_tokens)
     if not served or whole or recipe.sharding == "on":
         return recomputed
     plan = plan_memory(streamed, config, device)
     return plan if plan.fits else recomputed
+
+
+def streams_experts(recipe: Recipe, config: Any, device: Device) -> bool:
+    """True if a run can keep its experts in host memory: a mixture on its own layers."""
+    text = config.get_text_config()
+    served = engine_supported(recipe, text, device.fast) or recipe.fsdp is not None
+    return bool(count(config).grouped_experts) and not served and recipe.sharding != "on"
+
+
+def _streamed_experts(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
+    """Plan all layers recomputed, with the experts of two layers in the device's memory."""
+    alone = recipe.model_copy(update={"weight_offload": "off"})
+    plan = _own_layers(alone, config, device, recompute=True)
+    parts, weights = dict(plan.parts), count(config).expert_weights
+    held = sum(parts.pop(name, 0) for name in EXPERTS)
+    layers = len({weight.name.rpartition(".")[0] for weight in weights})
+    parts["experts of two layers"] = 2 * -(-held // layers)
+    plan = replace(plan, placement=replace(plan.placement, experts_on_host=True))
+    host = {**plan.host_parts, "experts": held}
+    return _with_parts(replace(plan, host_parts=host), parts, recipe, device)
 
 
 def plan_for_data(

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.errors import first_line
-from lorakit.model.layer_widths import LayerWidths
-from lorakit.model.param_counts import ParamCounts, count
+from lorakit.model.layer_widths import CHOSEN, LayerWidths, setting
+from lorakit.model.param_counts import ParamCounts, adapted_weights, count
 from lorakit.planning.gpus import Gpu
 from lorakit.planning.memory import engine_supported
 from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload, examples_of_rank
@@ -145,9 +145,14 @@ def _gpu_seconds(work: _Work, card: Gpu) -> float:
 
 
 def _copied_bytes(work: _Work) -> float:
-    """Bytes per step copied from the host: weights twice, inputs of layers once."""
+    """Bytes per step copied from the host: weights twice, inputs of layers once.
+
+    A model's own layers run micro-batch by micro-batch, and so do their experts.
+    """
     host = work.plan.host_parts
-    return 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0)
+    micros = -(-work.step_tokens // work.tokens)
+    experts = 2 * micros * host.get("experts", 0)
+    return 2 * host.get("frozen weights", 0) + host.get("inputs of layers", 0) + experts
 
 
 def _host_seconds(work: _Work) -> float:
@@ -212,6 +217,9 @@ class _Work:
         else:
             again = self.linear * self._share_again
         adapters = 6 * recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
+        chosen = setting(self.config, CHOSEN) or 1
+        for weight in adapted_weights(recipe, self.counted):
+            adapters += 6 * recipe.lora_r * chosen * (weight.inputs + weight.outputs)
         return 4 * self.linear + 2 * again + 4 * c.vocab_size * model + adapters
 
     @property
@@ -239,9 +247,12 @@ class _Work:
         """Bytes besides products: dequantization twice per micro-batch, the optimizer per step."""
         recipe = self.recipe
         trained = recipe.lora_r * sum(i + o for _, i, o in self.counted.linear)
+        for weight in adapted_weights(recipe, self.counted):
+            trained += recipe.lora_r * weight.number * (weight.inputs + weight.outputs)
         moved = trained * 28 / self.step_tokens
         if recipe.method == "qlora":
-            moved += 2 * self.counted.in_linear * (2 + NF4_BYTES) / self.tokens
+            four_bit = self.counted.in_linear + self.counted.grouped_experts
+            moved += 2 * four_bit * (2 + NF4_BYTES) / self.tokens
         return moved
 
 

@@ -137,6 +137,7 @@ TRAINING_KEYS = {
     "gradient_checkpointing": "gradient_checkpointing",
     "packing": "packing",
     "full_determinism": "deterministic",
+    "router_aux_loss_coef": "router_aux_loss_coef",
     "trust_remote_code": "trust_remote_code",
 }
 GROUPS = {"lora": LORA_KEYS, "training_args": TRAINING_KEYS}

@@ -114,6 +114,25 @@ class Source(BaseModel):
     )
 
 
+class EvalTask(BaseModel):
+    """A task that is scored during training, with its settings."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="task"
+    )
+
+    task: str = Field(
+        min_length=1,
+        description="A file with questions and answers, a task of lm-eval, or `general`.",
+    )
+    limit: Positive | None = Field(None, description="Score only the first rows.")
+    metrics: list[str] = Field(
+        default_factory=lambda: ["exact_match", "contains"],
+        description="Metrics of a file, as in `lorakit eval --metric`.",
+    )
+    max_new_tokens: Positive = Field(256, description="Longest answer to a row of a file.")
+
+
 class Recipe(BaseModel):
     """All settings of a run. Unknown keys are errors; values are never coerced."""
 
@@ -197,6 +216,18 @@ class Recipe(BaseModel):
     target_modules: str | list[str] = Field(
         "auto",
         description="Layers that get an adapter: `auto` (by model family), `all-linear`, or names.",
+    )
+    expert_adapters: Literal["none", "shared", "all"] = Field(
+        "shared",
+        description="Mixtures of experts: `shared`: the layers that every token passes (attention "
+        "and shared MLPs); `none`: of these, no MLPs; `all`: every expert too, in PEFT's "
+        "`target_parameters`. `none` and `shared` choose among the layers of `target_modules: "
+        "auto`; the router is frozen unless `modules_to_save` names it.",
+    )
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Weight of the loss that balances tokens over experts (arXiv 2101.03961, "
+        "equation 4). Default 0: the router is frozen, and balance is that of its pretraining.",
     )
     use_dora: bool = Field(False, description="Weight-decomposed LoRA: better at low rank, slower.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(lora_r) instead.")
@@ -318,18 +349,25 @@ class Recipe(BaseModel):
     eval_every: Positive | None = Field(
         None, description="Steps between held-out losses in training; the end is always scored."
     )
-    metric_for_best_model: Literal["eval_loss"] = Field(
-        "eval_loss", description="Measure by which the best step is chosen: the held-out loss."
+    eval_tasks: list[str | EvalTask] = Field(
+        default_factory=list,
+        description="Tasks that are scored every `eval_every` steps and at the end: names or "
+        "files with a limit, mine.jsonl:50, or {task: mine.jsonl, limit: 50, metrics: [numeric]}.",
+    )
+    metric_for_best_model: Annotated[str, Field(pattern=r"^eval_\w+$")] = Field(
+        "eval_loss",
+        description="Measure by which the best step is chosen: `eval_loss`, or a metric of "
+        "`eval_tasks` as in metrics.jsonl, such as eval_mine_numeric.",
     )
     load_best_model_at_end: bool | None = Field(
         None,
-        description="Keep the step with the lowest held-out loss and make it the result. Needs "
+        description="Keep the step that is best by `metric_for_best_model` as the result. Needs "
         "`eval_every`. Default: true with `early_stopping_patience`.",
     )
     early_stopping_patience: Positive | None = Field(
         None,
-        description="Stop after this many evaluations in a row without a lower held-out loss. "
-        "Needs `eval_every`.",
+        description="Stop after this many evaluations in a row without a better "
+        "`metric_for_best_model`. Needs `eval_every`.",
     )
     log_every: Positive = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[Tracker] = Field(
@@ -395,14 +433,14 @@ class Recipe(BaseModel):
 
     @property
     def uses_best_step(self) -> bool:
-        """True if the result is the step with the lowest held-out loss."""
+        """True if the result is the best step."""
         if self.load_best_model_at_end is not None:
             return self.load_best_model_at_end
         return self.early_stopping_patience is not None
 
     @property
     def compares_steps(self) -> bool:
-        """True if the step with the lowest held-out loss is kept."""
+        """True if the best step is kept."""
         return self.uses_best_step or self.early_stopping_patience is not None
 
     @property

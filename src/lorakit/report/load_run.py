@@ -40,6 +40,7 @@ class Record:
     finished: bool
     best: BestStep | None = None
     start: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[str, Any] = field(default_factory=dict)
 
     def column(self, key: str) -> list[tuple[float, float | None]]:
         """(step, value) of each row that has the key; None for values that are not finite."""
@@ -48,6 +49,11 @@ class Record:
     def numbers(self, key: str) -> list[float]:
         """The finite values of a key in order."""
         return [y for _, y in self.column(key) if y is not None]
+
+    @property
+    def scored(self) -> dict[str, Any] | None:
+        """The evaluation if it has held-out losses; `evaluation` may have tasks alone."""
+        return self.evaluation if (self.evaluation or {}).get("base") else None
 
     @property
     def versions(self) -> dict[str, str]:
@@ -94,6 +100,7 @@ def read_run(run: RunDir) -> Record:
         finished=run.has_adapter(),
         best=best_step(run),
         start=_read(run.start),
+        stopped=_read(run.stopped),
     )
 
 

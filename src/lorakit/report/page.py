@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lorakit.display.charts import Chart, Series, line_chart, trend
+from lorakit.display.evaluation_view import SCORE_HEADS, score_cells
 from lorakit.errors import LorakitError, RunError
 from lorakit.model.load import public_name
 from lorakit.report.html import render_page
@@ -18,6 +20,8 @@ from lorakit.report.load_run import PATHS, Record, finite, read_run, without_pat
 from lorakit.report.tables import duration, export_rows, settings_rows
 from lorakit.storage.run_dir import RunDir, write_text
 from lorakit.storage.units import GIB
+from lorakit.train.best_step import LOSS
+from lorakit.types import TaskScore
 
 
 def write_report(run: RunDir, output: Path | None = None) -> Path:
@@ -60,7 +64,7 @@ def renew_report(run: RunDir, note: Callable[[str], None]) -> bool:
 
 def report_page(record: Record) -> str:
     """Render the page of a run."""
-    data, plan, evaluation = record.data, record.plan, record.evaluation
+    data, plan, evaluation = record.data, record.plan, record.scored
     given = record.shown["data"]
     sources = [given] if isinstance(given, str) else given
     adapter_bytes = (plan.get("parts") or {}).get("adapters (float32)")
@@ -76,6 +80,8 @@ def report_page(record: Record) -> str:
             (name, f"{mean['base']:.4g}", f"{mean['tuned']:.4g}", f"{mean['rows']:,}")
             for name, mean in ((evaluation or {}).get("metrics") or {}).items()
         ],
+        tasks=_tasks(record),
+        judge=(record.evaluation or {}).get("judge"),
         tiles=_tiles(record),
         charts=_charts(record) if record.steps else {},
         memory=_memory(record),
@@ -87,6 +93,7 @@ def report_page(record: Record) -> str:
             (f"{f['count']:,} × {f['kind']}", f["action"], ", ".join(f["first_rows"]))
             for f in data.get("faults", [])
         ],
+        score_heads=SCORE_HEADS,
         exports=export_rows(record.exports),
         base_distance=next(filter(None, distances), None),
         settings=settings_rows(record.shown, record.origins),
@@ -97,13 +104,11 @@ def report_page(record: Record) -> str:
 def loss_series(record: Record) -> list[Series]:
     """Series of the loss, its running mean, and the held-out losses if there are any."""
     held = [(row["step"], finite(row["eval_loss"])) for row in record.held]
-    if record.evaluation and record.finished and record.steps:
+    if record.scored and record.finished and record.steps:
         last = record.steps[-1]["step"]
         if record.best and record.best.used:
             last = record.best.step
-        held = [p for p in held if p[0] != last] + [
-            (last, finite(record.evaluation["tuned"]["loss"]))
-        ]
+        held = [p for p in held if p[0] != last] + [(last, finite(record.scored["tuned"]["loss"]))]
     return [*trend(record.column("loss")), Series(held, "held", "held out")]
 
 
@@ -115,13 +120,21 @@ def _change(evaluation: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _tasks(record: Record) -> list[tuple[str, ...]]:
+    """Table rows of the task scores: before, after, change and its interval."""
+    scores = (record.evaluation or {}).get("tasks") or []
+    fields = {field.name for field in dataclasses.fields(TaskScore)}
+    found = [TaskScore(**{k: v for k, v in each.items() if k in fields}) for each in scores]
+    return [score_cells(score) for score in found]
+
+
 def _tiles(record: Record) -> list[tuple[str, str]]:
     """Main numbers of the run, as (name, value)."""
     losses, memory = record.numbers("loss"), record.numbers("memory_gb")
     tokens = sum(record.numbers("tokens"))
     tiles = []
-    if record.evaluation:
-        base_and_tuned = [record.evaluation[k]["loss"] for k in ("base", "tuned")]
+    if record.scored:
+        base_and_tuned = [record.scored[k]["loss"] for k in ("base", "tuned")]
         tiles.append(
             ("held-out loss, base → tuned", " → ".join(f"{loss:.3f}" for loss in base_and_tuned))
         )
@@ -132,7 +145,10 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         tiles.append(("spent in steps", duration(record.seconds)))
     if record.best:
         used = "" if record.best.used else ", not the result"
-        tiles.append(("lowest held-out loss", f"step {record.best.step:,}{used}"))
+        best = (
+            "lowest held-out loss" if record.best.metric == LOSS else f"best {record.best.metric}"
+        )
+        tiles.append((best, f"step {record.best.step:,}{used}"))
     if record.start:
         tiles.append(("started from the adapter", _start_of(record.start)))
     if tokens and record.seconds:

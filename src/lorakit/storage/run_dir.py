@@ -2,7 +2,8 @@
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
                  data_rows.npy · start.json · metrics.jsonl · checkpoints/step_000100/ · best.json
-                 adapter/ · eval.json · export/<format>/ · export/verify.json · report.html
+                 stopped.json · adapter/ · eval.json · export/<format>/ · export/verify.json
+                 report.html
 
 This layout is the contract between commands: eval, chat and export need this folder only.
 """
@@ -70,6 +71,11 @@ class RunDir:
         return self.path / "eval.json"
 
     @property
+    def answers(self) -> Path:
+        """Answers of base and tuned to tasks, so that an evaluation continues."""
+        return self.path / "evaluation"
+
+    @property
     def base(self) -> Path:
         """Sizes and hashes of the base model's weights, to detect later changes."""
         return self.path / "base.json"
@@ -83,6 +89,11 @@ class RunDir:
     def best(self) -> Path:
         """The step with the lowest held-out loss, of a run that compared steps."""
         return self.path / "best.json"
+
+    @property
+    def stopped(self) -> Path:
+        """The reason why a sweep stopped this run before its last step."""
+        return self.path / "stopped.json"
 
     @property
     def rows(self) -> Path:

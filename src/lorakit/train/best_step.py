@@ -1,37 +1,47 @@
-"""Keep the step with the lowest held-out loss, and stop when it no longer falls.
+"""Keep the step that is best by a metric, and stop when the metric no longer improves.
 
-transformers compares the losses (`metric_for_best_model`) and counts the evaluations without
+transformers compares the values (`metric_for_best_model`) and counts the evaluations without
 improvement. Here a new best step is saved at once, the last step is scored too, and the count
 survives a resume.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from lorakit.errors import RecipeError
+from lorakit.recipe.loader import suggest
+from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir, read_json, write_json
+
+LOSS = "eval_loss"
+
+
+def metric_name(key: str) -> str:
+    """Name of a metric in messages."""
+    return "held-out loss" if key == LOSS else key
 
 
 @dataclass(frozen=True, slots=True)
 class BestStep:
-    """The step with the lowest held-out loss; `used` if the run's adapter is of this step."""
+    """The step with the best value of a metric; `used` if the run's adapter is of this step."""
 
     step: int
-    eval_loss: float
+    value: float
     steps: int
     used: bool
+    metric: str = LOSS
 
     def describe(self) -> str:
         """Describe it in one line, for messages."""
         adapter = "this step's" if self.used else f"that of step {self.steps}"
         return (
-            f"step {self.step} of {self.steps}, held-out loss {self.eval_loss:.4f}; the adapter is "
-            f"{adapter}"
+            f"step {self.step} of {self.steps}, {metric_name(self.metric)} {self.value:.4f}; the "
+            f"adapter is {adapter}"
         )
 
     def write(self, run: RunDir) -> None:
@@ -47,16 +57,46 @@ def best_step(run: RunDir) -> BestStep | None:
     try:
         return BestStep(
             int(values["step"]),
-            float(values["eval_loss"]),
+            float(values["value"] if "value" in values else values[LOSS]),  # before 2027
             int(values["steps"]),
             bool(values["used"]),
+            str(values.get("metric", LOSS)),
         )
     except (KeyError, TypeError, ValueError):
         return None
 
 
+class TaskScorer(Protocol):
+    """Scores of a recipe's `eval_tasks` during training, see `evaluation/training_scores.py`."""
+
+    @property
+    def directions(self) -> Mapping[str, bool]:
+        """Key of each metric, and True where higher is better."""
+        ...
+
+    def score(self, model: Any) -> dict[str, float]:
+        """Score the model; one value for each key of `directions`."""
+        ...
+
+
+def metric_direction(recipe: Recipe, scorer: TaskScorer | None) -> bool:
+    """True if a higher `metric_for_best_model` is better.
+
+    Raises:
+        RecipeError: no evaluation gives this metric.
+    """
+    key = recipe.metric_for_best_model
+    known = {LOSS: False, "eval_perplexity": False, **(scorer.directions if scorer else {})}
+    if key not in known:
+        raise RecipeError(
+            f"metric_for_best_model: {key}: no evaluation gives it{suggest(key, known)}",
+            hint=f"metrics of this run: {', '.join(known)}",
+        )
+    return known[key]
+
+
 def evaluations_without_improvement(state: Any) -> int:
-    """Count the last evaluations without a lower held-out loss, as kept in a trainer's state."""
+    """Count the last evaluations without a better value, as kept in a trainer's state."""
     kept = state.stateful_callbacks.get(EarlyStopping.__name__)
     return int(kept["attributes"]["early_stopping_patience_counter"]) if kept else 0
 
@@ -75,7 +115,8 @@ class EarlyStopping(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics)
         if control.should_training_stop and state.global_step < state.max_steps:
             self.note(
-                f"step {state.global_step}: the held-out loss did not fall in "
+                f"step {state.global_step}: the {metric_name(args.metric_for_best_model)} did not "
+                f"{'rise' if args.greater_is_better else 'fall'} in "
                 f"{self.early_stopping_patience_counter} evaluations: stopping early"
             )
 
@@ -89,8 +130,9 @@ class SaveBestStep(TrainerCallback):
         return control
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> Any:
-        loss = metrics[args.metric_for_best_model]
-        best = math.inf if state.best_metric is None else state.best_metric
-        if loss < best or control.should_training_stop:
+        value, best = metrics[args.metric_for_best_model], state.best_metric
+        # A value that is not finite is no improvement, and -inf of a failed task is none either.
+        better = best is None or (value > best if args.greater_is_better else value < best)
+        if better or control.should_training_stop:
             control.should_save = True
         return control

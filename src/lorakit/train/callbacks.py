@@ -1,4 +1,4 @@
-"""Trainer callbacks: metrics, stop after a signal, timed checkpoints, and isolated trackers."""
+"""Trainer callbacks: metrics, stop after a signal or a step, timed checkpoints, trackers."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ class MetricsCallback(TrainerCallback):
         if not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         if "eval_loss" in logs:
-            held = {k: _finite(logs[k]) for k in ("eval_loss", "eval_perplexity")}
+            held = {k: _finite(v) for k, v in logs.items() if k.startswith("eval_")}
             self.progress.held_out({"step": state.global_step, **held})
+            scores = [k for k in held if k not in ("eval_loss", "eval_perplexity")]
             self.progress.note(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
                 f"perplexity {logs['eval_perplexity']:.2f}"
+                + "".join(f", {k.removeprefix('eval_')} {logs[k]:.3f}" for k in scores)
             )
             return
         tokens, self.trainer.step_tokens = self.trainer.step_tokens, 0
@@ -78,6 +80,19 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.sync.should_stop:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class PauseAtStep(TrainerCallback):
+    """Save a checkpoint and stop after optimizer step `step`, as after a signal."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if state.global_step >= self.step:
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -9,6 +9,7 @@ own logits, and left out if they differ.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lorakit.engine.attach import Engine, attach_engine, unfused_reason
 from lorakit.engine.attach_compiled import attach_compiled
 from lorakit.engine.attention import Segments
 from lorakit.engine.compiled_layers import CompiledLayers
+from lorakit.engine.expert_streaming import StreamedExperts
 from lorakit.errors import WorkError
 from lorakit.model.architectures import COMPILED_FAMILIES, changes_logits, transform_logits
 from lorakit.model.base_class import text_decoder
@@ -30,6 +32,7 @@ from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.ops.backend import has_matrix_kernels
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.train.packing import PACKED, PROBE_ERRORS, PackedRows, isolates_documents
+from lorakit.train.router_loss import RouterLoss
 from lorakit.types import ON_CARD, Placement
 
 
@@ -102,6 +105,7 @@ def attach_loss(
     device: torch.device | None = None,
     placement: Placement = ON_CARD,
     ranks: DistributedContext = SINGLE_PROCESS,
+    router_aux_loss_coef: float = 0.0,
 ) -> AttachResult:
     """Give `model`'s base instance the supervised forward.
 
@@ -113,6 +117,7 @@ def attach_loss(
             model, "off" never.
         device: device of the computation; by default that of the model.
         placement: parts to keep in host memory, or to shard over `ranks`.
+        router_aux_loss_coef: weight of the loss that balances experts (`train/router_loss.py`).
 
     Returns:
         The attached parts and the reason for each.
@@ -130,17 +135,20 @@ def attach_loss(
     compiled: CompiledLayers | None = None
     if layers is None:
         attached_engine, layers = attach_engine(base, device, placement, ranks)
-        if attached_engine is None and not placement.layerwise:
+        if attached_engine is None and not (placement.layerwise or placement.experts_on_host):
             compiled, layers = compile_layers(base, layers, asked)
     if placement.layerwise and attached_engine is None:
         raise WorkError(
             f"this run was planned layer by layer, which needs the fast layers ({layers})",
             hint="raise memory_limit, or lower micro_batch_size or cutoff_len",
         )
+    if placement.experts_on_host:
+        base.lorakit_experts = StreamedExperts(base, device)
     head, loss_path = _verified_head(base, own_forward, device)
 
     replacement = attached_engine or compiled
-    base.forward = types.MethodType(_forward(base, own_forward, head, replacement), base)
+    balance = RouterLoss(base, router_aux_loss_coef) if router_aux_loss_coef else None
+    base.forward = types.MethodType(_forward(base, own_forward, head, replacement, balance), base)
     base.lorakit_engine = replacement
     return AttachResult(base, attached_engine, layers, loss_path, head, compiled)
 
@@ -161,7 +169,11 @@ def compile_layers(base: Any, unfused: str, asked: str) -> tuple[CompiledLayers 
 
 
 def _forward(
-    base: Any, own_forward: Any, head: SupervisedHead | None, engine: Engine | CompiledLayers | None
+    base: Any,
+    own_forward: Any,
+    head: SupervisedHead | None,
+    engine: Engine | CompiledLayers | None,
+    balance: RouterLoss | None = None,
 ) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
     compiled = engine if isinstance(engine, CompiledLayers) else None
@@ -182,13 +194,20 @@ def _forward(
         to_logits: Any = head
         if borders is not None and not isinstance(engine, Engine):
             kwargs |= rows.arguments(borders, lengths, kwargs["position_ids"], longest)
-        if head is None:
-            states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
-        else:
-            segments = Segments.of(borders, lengths, longest)
-            states = _hidden(self, engine, segments, **kwargs)
+        balanced = balance if self.training else None
+        mask = kwargs.get("attention_mask") if borders is None else None
+        collecting: Any = balanced.collecting() if balanced else contextlib.nullcontext([])
+        with collecting as logits:
+            if head is None:
+                states, to_logits = own_forward(self, *args, **kwargs).logits, torch.nn.Identity()
+            else:
+                segments = Segments.of(borders, lengths, longest)
+                states = _hidden(self, engine, segments, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
         loss = summed_cross_entropy(picked, targets, to_logits)
+        if balanced is not None:
+            # The step divides the sum by its tokens.
+            loss = loss + balanced(logits, mask) * len(targets)
         return SupervisedLoss(loss_sum=loss)
 
     return forward

@@ -53,21 +53,24 @@ class ResumableTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """Do nothing; TRL would report the model, the GPU and the kind of data."""
 
-    def take_steps(self, checkpoint: str | None) -> None:
+    def take_steps(self, checkpoint: str | None, until: int | None = None) -> None:
         """Train to the end, starting from a checkpoint; one of the last step is only loaded.
 
         transformers would train one step beyond the last one.
+
+        Args:
+            until: the step after which `PauseAtStep` ends this session.
         """
         folder = Path(checkpoint) if checkpoint else None
-        if folder is None or not self._is_last(folder):
+        if folder is None or not self._is_last(folder, until):
             self.train(resume_from_checkpoint=checkpoint)
             return
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
 
-    def _is_last(self, folder: Path) -> bool:
+    def _is_last(self, folder: Path, until: int | None) -> bool:
         """True for a checkpoint of the last step, or of the step where training stopped early."""
-        if checkpoint_step(folder) >= self.args.max_steps:
+        if checkpoint_step(folder) >= min(self.args.max_steps, until or self.args.max_steps):
             return True
         patience = self.recipe.early_stopping_patience
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -94,7 +97,7 @@ class ResumableTrainer(SFTTrainer):
             rotate(self.run, self.recipe.keep_checkpoints, step, best)
 
     def load_best_step(self) -> BestStep | None:
-        """Make the step with the lowest held-out loss the model, if the recipe asks for it.
+        """Make the best step the model, if the recipe asks for it.
 
         Returns:
             The best step, or None if the run did not compare steps.
@@ -116,7 +119,8 @@ class ResumableTrainer(SFTTrainer):
                     hint="resume with --set load_best_model_at_end=false to keep the last step",
                 ) from fault
             self._load_adapter(folder)
-        return BestStep(best, float(self.state.best_metric), last, used)
+        value, metric = float(self.state.best_metric), self.recipe.metric_for_best_model
+        return BestStep(best, value, last, used, metric)
 
     def _load_adapter(self, folder: Path) -> None:
         engine = self.attached.engine

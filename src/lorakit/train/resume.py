@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lorakit.dependencies import installed_version
 from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
-from lorakit.recipe.schema import RENAMED, Recipe
+from lorakit.recipe.schema import RENAMED, EvalTask, Recipe
 from lorakit.storage.atomic_dir import existing_parent
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
@@ -127,26 +128,49 @@ def write_run_files(
     device: Device,
 ) -> None:
     """Write recipe.yaml, data_report.json, plan.json and environment.json without local paths."""
-    portable = {
-        "model": _portable(resolved.recipe.model, resolved, run),
-        "data": [
-            {"source": _portable(source, resolved, run), "weight": weight}
-            if weight != 1
-            else _portable(source, resolved, run)
-            for source, weight in zip(resolved.recipe.sources, resolved.recipe.weights, strict=True)
-        ],
-        "output_dir": run.path.name,
-    }
-    for key in ("val_data", "from_adapter"):
-        if value := getattr(resolved.recipe, key):
-            portable[key] = _portable(value, resolved, run)
-    origins = dict(resolved.origins)
-    saved = resolved.derive("", **portable)
+    saved = portable(resolved, run.path)
     write_json(run.data_report, report)
     write_json(run.plan, plan)
     write_json(run.environment, environment(device))
     # The recipe is written last: it marks the folder as a run.
-    write_text(run.recipe, ResolvedRecipe(saved.recipe, origins).to_yaml())
+    write_text(run.recipe, saved.to_yaml())
+
+
+def portable(resolved: ResolvedRecipe, folder: Path) -> ResolvedRecipe:
+    """Copy a recipe with its local paths relative to `folder`, into which it will be written."""
+    moved = _with_paths(resolved, lambda text: _portable(text, resolved, folder))
+    return ResolvedRecipe(moved.derive("", output_dir=folder.name).recipe, moved.origins)
+
+
+def anchored(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """Copy a recipe whose paths are relative to its own folder, with absolute paths.
+
+    Other relative paths are looked up in the current folder first, where another file may be.
+    """
+    folder = resolved.folder or Path()
+
+    def change(text: str) -> str:
+        found = text.split(":")[0] != "demo" and (folder / Path(text).expanduser()).exists()
+        return str((folder / text).resolve()) if found else text
+
+    return replace(_with_paths(resolved, change), folder=resolved.folder)
+
+
+def _with_paths(resolved: ResolvedRecipe, change: Callable[[str], str]) -> ResolvedRecipe:
+    """Copy a recipe with each value that may be a local path changed; origins stay."""
+    recipe = resolved.recipe
+    values: dict[str, Any] = {
+        "model": change(recipe.model),
+        "data": [
+            {"source": change(source), "weight": weight} if weight != 1 else change(source)
+            for source, weight in zip(recipe.sources, recipe.weights, strict=True)
+        ],
+    }
+    for key in ("val_data", "from_adapter"):
+        if value := getattr(recipe, key):
+            values[key] = change(value)
+    values["eval_tasks"] = [_task_with_paths(each, change) for each in recipe.eval_tasks]
+    return ResolvedRecipe(resolved.derive("", **values).recipe, dict(resolved.origins))
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -199,15 +223,34 @@ def _check_writable(run: RunDir) -> None:
         )
 
 
-def _portable(text: str, resolved: ResolvedRecipe, run: RunDir) -> str:
-    """A local path relative to the run directory; names of hub repositories are unchanged."""
+def _portable(text: str, resolved: ResolvedRecipe, target: Path) -> str:
+    """A local path relative to `target`; names of hub repositories are unchanged."""
     if text.split(":")[0] == "demo":
         return text
     for folder in resolved.folders:
         path = folder / Path(text).expanduser()
         if path.exists():
-            return os.path.relpath(path.resolve(), run.path.resolve())
+            return os.path.relpath(path.resolve(), target.resolve())
     return text
+
+
+def _task_with_paths(entry: str | EvalTask, change: Callable[[str], str]) -> Any:
+    """One of `eval_tasks` with the paths of its files changed."""
+
+    def moved(name: str) -> str:
+        return change(name) if "/" in name or "." in name else name
+
+    def metric(text: str) -> str:
+        name, _, argument = text.partition(":")
+        if name.endswith(".py"):
+            return f"{moved(name)}:{argument}"
+        return f"{name}:{moved(argument)}" if name == "json_schema" else text
+
+    if isinstance(entry, str):
+        name, colon, tail = entry.rpartition(":")
+        return f"{moved(name)}:{tail}" if colon and tail.isdigit() else moved(entry)
+    changed = {"task": moved(entry.task), "metrics": [metric(each) for each in entry.metrics]}
+    return {**entry.model_dump(), **changed}
 
 
 # Settings that do not alter the steps already taken. Model and data are compared by content; a
@@ -231,7 +274,7 @@ CHANGEABLE_ON_RESUME = {
     "save_every",
     "keep_checkpoints",
     "eval_every",
-    "metric_for_best_model",
+    "eval_tasks",
     "load_best_model_at_end",
     "early_stopping_patience",
     "log_every",

@@ -26,7 +26,11 @@ from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.best_step import EarlyStopping, SaveBestStep
+from lorakit.train.best_step import (
+    EarlyStopping,
+    SaveBestStep,
+    TaskScorer,
+)
 from lorakit.train.callbacks import MetricsCallback, SafeTracker, StopOnSignal, TimedCheckpoint
 from lorakit.train.diagnostics import RunMonitor, planned_rate
 from lorakit.train.eval_loss import BATCH_TOKENS, combined, not_finite, score
@@ -35,6 +39,7 @@ from lorakit.train.gradient_sync import GradientSync, keep_steps_complete, local
 from lorakit.train.loss import AttachResult, attach_loss, base_of, detach_loss
 from lorakit.train.oom import (
     OomRetry,
+    RngState,
     describe_oom,
     free_caches,
     longest_scored,
@@ -70,8 +75,9 @@ class LoraTrainer(ResumableTrainer):
         fingerprint: Mapping[str, Any] | None = None,
         ranks: DistributedContext = SINGLE_PROCESS,
         callbacks: Sequence[Any] = (),
+        scorer: TaskScorer | None = None,
     ) -> None:
-        self.sync, self.ranks = GradientSync(ranks, stop), ranks
+        self.sync, self.ranks, self.scorer = GradientSync(ranks, stop), ranks, scorer
         self.run, self.recipe, self.train_rows, self.val, self.plan = run, recipe, train, val, plan
         self.progress = progress
         self.pad_id: int = pad_token_id(tokenizer)
@@ -95,7 +101,7 @@ class LoraTrainer(ResumableTrainer):
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
-            args=training_arguments(recipe, device, run, steps, bool(val)),
+            args=training_arguments(recipe, device, run, steps, bool(val), scorer),
             processing_class=tokenizer,
             train_dataset=as_dataset(train),
             eval_dataset=as_dataset(val) if val else None,
@@ -115,9 +121,8 @@ class LoraTrainer(ResumableTrainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
-        self.attached = attach_loss(
-            self.model, recipe.layers, torch.device(device.kind), plan.placement, ranks
-        )
+        on, aux = torch.device(device.kind), recipe.router_aux_loss_coef
+        self.attached = attach_loss(self.model, recipe.layers, on, plan.placement, ranks, aux)
         recompute(self.model, self.attached, plan, recipe)
         packed, self.packing = self._packing(train, device)
         self.oom_retry.layout = replace(self.layout, packed=packed)
@@ -248,11 +253,24 @@ class LoraTrainer(ResumableTrainer):
         """Token-weighted held-out loss, by the same code as `lorakit eval`."""
         result = self.score(self.val)
         metrics = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        if self.scorer is not None:
+            metrics |= self._score_tasks(self.scorer)
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _score_tasks(self, scorer: TaskScorer) -> dict[str, float]:
+        """Score the recipe's tasks on rank 0, or on all ranks if they share the base."""
+        draws = RngState.capture()
+        model = self.accelerator.unwrap_model(self.model)
+        try:
+            if self.sharded:
+                return scorer.score(model)
+            return self.ranks.run_on_main_and_broadcast(lambda: scorer.score(model))
+        finally:
+            draws.restore()  # dropout of the next step draws as without an evaluation
 
     def score(self, examples: Sequence[Example]) -> EvalScore:
         """Held-out loss; after an OOM batches become smaller for the rest of the run."""

@@ -14,6 +14,7 @@ from lorakit.recipe.aliases import TRAINING_KEYS
 from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
+from lorakit.train.best_step import TaskScorer, metric_direction
 from lorakit.types import Device
 
 # transformers' names, where they differ from ours.
@@ -115,6 +116,11 @@ def check_training_settings(
             f"eval_every: {recipe.eval_every} has no effect, because no rows are held out",
             hint="set val_size or val_data, or leave eval_every out",
         )
+    if recipe.eval_tasks and not recipe.eval_every:
+        raise RecipeError(
+            "eval_tasks: needs eval_every, the steps between scores",
+            hint="set eval_every; `lorakit eval RUN --tasks ...` scores a finished run",
+        )
     warmup = recipe.warmup_steps or 0
     if warmup and recipe.lr_scheduler == "constant":
         raise RecipeError(
@@ -180,7 +186,7 @@ def _check_best_step(recipe: Recipe, steps: int, held_out: bool) -> None:
     if recipe.eval_every is None or recipe.eval_every >= steps:
         found = f"eval_every is {recipe.eval_every}" if recipe.eval_every else "none is asked for"
         raise RecipeError(
-            f"{key} compares held-out losses during training, but {found} in {steps} steps",
+            f"{key} compares scores during training, but {found} in {steps} steps",
             hint=f"set eval_every below {steps}, such as {max(1, steps // 10)}",
         )
 
@@ -200,9 +206,18 @@ class NoDevicePlacementConfig(SFTConfig):
 
 
 def training_arguments(
-    recipe: Recipe, device: Device, run: RunDir, steps: int, held_out: bool = False
+    recipe: Recipe,
+    device: Device,
+    run: RunDir,
+    steps: int,
+    held_out: bool = False,
+    scorer: TaskScorer | None = None,
 ) -> NoDevicePlacementConfig:
-    """Convert the recipe; override every TRL default that would change data or learning rate."""
+    """Convert the recipe; override every TRL default that would change data or learning rate.
+
+    Args:
+        scorer: tasks whose metrics may choose the best step.
+    """
     arguments: dict[str, Any] = {
         "output_dir": str(run.path),
         # One batch of the loader is one optimizer step; `training_step` splits it.
@@ -231,7 +246,7 @@ def training_arguments(
         "eval_steps": recipe.eval_every,
         # `load_best_step` loads it: transformers demands equal intervals of saving and scoring.
         "metric_for_best_model": recipe.metric_for_best_model if recipe.compares_steps else None,
-        "greater_is_better": False,
+        "greater_is_better": metric_direction(recipe, scorer),
         "report_to": list(recipe.report_to),
         "run_name": run.path.name,
         "disable_tqdm": True,

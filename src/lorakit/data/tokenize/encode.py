@@ -1,6 +1,6 @@
 """Encode conversations and documents to token ids and loss masks.
 
-This is the only module that makes loss masks. The text is always that of the tokenizer's chat
+Loss masks of conversations are made here alone. The text is always that of the tokenizer's chat
 template, in which `data/tokenize/spans.py` finds the answers. The ids before an answer, which chat
 and evaluation feed the model, must be a prefix of the training ids: if the template or the
 tokenizer breaks that, an answer becomes a separate example, and is tokenized separately from its

@@ -1,0 +1,1 @@
+"""Evaluate base and tuned on tasks: benchmarks, a user's files, general skills, and a judge."""
