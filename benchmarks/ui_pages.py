@@ -70,8 +70,8 @@ def measured_pages(folder, runs, steps):
                 found[f"{name}_bytes"] = len(answer.read())
             found[f"{name}_seconds"] = round(time.perf_counter() - begin, 3)
         server = psutil.Process(process.pid)
-        # Idle: no page is open; then with a list that asks every 3 s, as an open page does.
-        for name, every in (("idle", None), ("open_list", 3)):
+        # Idle: no page is open; then with a list that asks every 5 s, as an open page does.
+        for name, every in (("idle", None), ("open_list", 5)):
             before, begin = server.cpu_times(), time.perf_counter()
             while time.perf_counter() - begin < IDLE_SECONDS:
                 time.sleep(every or IDLE_SECONDS)

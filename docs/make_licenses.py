@@ -13,7 +13,7 @@ HEAD = """\
 # Licenses of the packages that lorakit uses
 
 From the metadata of the packages in `constraints.txt`, by `make licenses`. lorakit itself is
-Apache-2.0; the models you tune have their own.
+Apache-2.0; the models you tune have their own. Shipped with lorakit: uPlot (MIT, `web/static`).
 
 | package | version | license |
 |---|---|---|
@@ -26,6 +26,10 @@ SPELLED = {
     "The MIT License (MIT)": "MIT", "Apache License, Version 2.0": "Apache-2.0", "PSFL": "PSF-2.0",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
 }  # fmt: skip
+
+
+# Read in the package's own files, since its metadata names none.
+IN_FILES = {"axe-playwright-python": "MIT AND MPL-2.0"}
 
 
 def pinned():
@@ -41,10 +45,7 @@ def license_of(name):
     told = 0 < len(field) < 60 and field != "UNKNOWN"
     found = about.get("License-Expression") or (field if told else None)
     classes = [c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if "License ::" in c]
-    said = found or (classes[0] if classes else field.split("\n")[0][:60])
-    if not said:
-        texts = [f for f in importlib.metadata.files(name) or [] if "licenses/" in str(f)]
-        said = texts[0].read_text().strip().split("\n")[0] if texts else ""
+    said = found or (classes[0] if classes else IN_FILES.get(name, field.split("\n")[0][:60]))
     return SPELLED.get(said, said)
 
 

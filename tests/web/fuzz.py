@@ -8,8 +8,9 @@ from starlette.testclient import TestClient
 from lorakit.web.app import create_app
 
 TOKEN = "secret-of-this-start"
-PAGES = ("", "run", "run-curves", "run-events", "file", "stop", "resume", "forget", "compare",
-         "models", "start", "chat", "answer", "vote", "static/page.css", "data", "new")  # fmt: skip
+PAGES = ("", "run", "run-curves", "run-events", "file", "compare", "models", "chat", "data", "new",
+         "plan", "static/page.css")  # fmt: skip
+FORMS = ("stop", "resume", "forget", "start", "answer", "vote")
 KEYS = ("name", "file", "run", "data", "model", "find", "offset", "part", "like", "more", "preset",
         "points", "version", "loss", "messages", "answers", "winner", "runs", "column", "settings",
         "system", "learning_rate", "gpu", "from_adapter", "val_data", "t", "said")  # fmt: skip
@@ -62,7 +63,9 @@ def fuzz(folder, secret, requests, seed):
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         client.get(f"/?t={TOKEN}")
         for number in range(requests):
-            page = draw.choice(PAGES) if draw.random() < 0.9 else draw.choice(words)[:50]
+            form = draw.random() < 0.5
+            known = FORMS if form else PAGES
+            page = draw.choice(known) if draw.random() < 0.9 else draw.choice(words)[:50]
             page = page.encode(errors="replace").decode().replace("\0", "%00")
             pairs = {draw.choice(KEYS): draw.choice(words) for _ in range(draw.randrange(4))}
             query = {k: v.encode(errors="replace").decode() for k, v in pairs.items()}
@@ -70,7 +73,7 @@ def fuzz(folder, secret, requests, seed):
             if draw.random() < 0.1:
                 headers = {"Origin": "http://evil.example"}
             request = {"params": query, "headers": headers, "follow_redirects": False}
-            if draw.random() < 0.5:
+            if form:
                 method = "POST"
                 kind = draw.randrange(3)
                 if kind == 0:
@@ -81,7 +84,7 @@ def fuzz(folder, secret, requests, seed):
                 else:
                     request["content"] = draw.randbytes(draw.randrange(200))
             else:
-                method = draw.choice(("GET", "GET", "GET", "HEAD", "PUT"))
+                method = draw.choice(("GET", "GET", "GET", "GET", "HEAD", "PUT"))
             try:
                 answer = client.request(method, f"/{page.lstrip('/')}", **request)
             except Exception as error:  # the client itself refuses some addresses

@@ -61,6 +61,17 @@ def test_a_file_with_odd_contents_costs_its_section_only(client, folder, file, t
         assert client.get(page).status_code == 200
 
 
+def test_a_run_whose_process_ended_names_what_to_do(client):
+    text = client.get("/run?name=runs/half").text
+    assert "Its process has ended after step 12: “Resume” continues" in text
+    launcher = client.app.app.state.context.launcher
+    log = launcher.own("runs/half", "log")
+    log.parent.mkdir()
+    log.write_text("error: cannot write x: No space left on device\nhint: free some space\n")
+    text = client.get("/run?name=runs/half").text
+    assert "cannot write x: No space left on device: free some space." in text
+
+
 def test_curves_come_with_the_lines_of_the_plan(client):
     found = client.get("/run-curves?name=runs/good").json()
     assert len(found["curves"]["loss"][0]) == 12

@@ -118,6 +118,21 @@ def test_a_recorded_process_of_another_time_is_not_stopped(launcher, folder, mon
     assert (os.getpid(), signal.SIGTERM) not in sent
 
 
+def test_a_run_outside_the_folder_is_not_stopped(launcher, folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    lock = str(outside / ".lock")
+    code = f"import time; h = open({lock!r}, 'a'); print('on', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        (outside / ".lock").write_text(f"{other.pid}\n")
+        (folder / "runs" / "link").symlink_to(outside)
+        for name in (str(outside), os.path.relpath(outside, folder), "runs/link"):
+            with pytest.raises(RunError, match="is not running"):
+                launcher.stop(name)
+        assert other.poll() is None
+        other.kill()
+
+
 def test_a_run_that_did_not_start_shows_its_error_and_can_be_removed(launcher, folder):
     log = launcher.own("runs/new", "log")
     log.parent.mkdir()

@@ -116,6 +116,8 @@ class Launcher:
                 return started.pid
             del self._started[name]
         folder = self.workspace.root / name
+        if not self.workspace.contains(folder):
+            return None
         if (found := writer_of(folder)) is not None:
             return found
         record = read_json(self.own(name, "json"))
