@@ -80,6 +80,17 @@ def test_the_low_rank_update_equals_a_loop(p, monkeypatch):
     assert (inputs[2].grad.abs().amax((1, 2)) > 0).tolist() == [bool(c) for c in COUNTS]
 
 
+@pytest.mark.parametrize("counts", [[4, 4, 4], [12, 0, 0], [5, 0, 7]])
+def test_an_update_may_be_added_in_place(counts):
+    weights = torch.randn(3, 7, 5)
+    x = rows(5)[:12].clone().requires_grad_()
+    y = FrozenProduct.apply(x, lambda experts: weights[list(experts)], counts, 7)
+    y += x.sum(dim=1, keepdim=True)
+    y.sum().backward()
+    pieces = torch.cat([w.sum(0).expand(n, 5) for w, n in zip(weights, counts, strict=True)])
+    torch.testing.assert_close(x.grad, pieces + 7)
+
+
 def test_rows_are_sorted_and_summed_as_by_indexing():
     torch.manual_seed(0)
     index = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1]])

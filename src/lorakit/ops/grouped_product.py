@@ -65,9 +65,11 @@ def grouped_mm(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
     if _has_grouped_mm(x, weights):
         ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)
         return torch.nn.functional.grouped_mm(x, weights, offs=ends.to(x.device))
-    if len(set(counts)) == 1:  # rows spread evenly, as in a memory plan
-        return torch.bmm(x.reshape(len(counts), counts[0], -1), weights).flatten(0, 1)
     out = x.new_empty(x.shape[0], weights.shape[2])
+    if len(set(counts)) == 1:  # rows spread evenly, as in a memory plan
+        even = (len(counts), counts[0], -1)
+        torch.bmm(x.reshape(even), weights, out=out.view(even))
+        return out  # no view, so that autograd lets it be changed in place
     for rows, weight, place in zip(
         x.split(list(counts)), weights, out.split(list(counts)), strict=True
     ):
