@@ -90,7 +90,8 @@ class _Quantize(ConversionOps):
                 continue
             weights = value[0] if isinstance(value, list) else value
             result[full_name] = module.quantize_(name, weights)
-            setattr(module, "_is_hf_initialized", True)  # noqa: B010
+            loaded: Any = module
+            loaded._is_hf_initialized = True
         return result
 
 
