@@ -150,6 +150,7 @@ _ONLY_IF_SET = {
     *("gradient_checkpointing", "output_dir", "report_to", "bf16", "fp16", "packing"),
     *("logging_steps", "save_steps", "save_total_limit", "eval_steps", "trust_remote_code"),
     *("load_best_model_at_end", "metric_for_best_model", "full_determinism", "max_steps"),
+    "router_aux_loss_coef",
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from lorakit.api import _prepared, inspect, plan
+from lorakit.api import inspect, load_prepared, plan
 from lorakit.errors import LorakitError, ModelError, RecipeError, RunError
 from lorakit.model.load import load_run
 from lorakit.model.start_adapter import find_start, resolve_start
@@ -83,7 +83,7 @@ def test_the_tuned_model_is_the_parents(parent, more_data, tmp_path, tiny_model_
     assert len(inspected.shown) == 3
     assert inspected.model == tiny_model_dir.name
     losses = []
-    _, prepared = _prepared(load_recipe(run.recipe))
+    _, prepared = load_prepared(load_recipe(run.recipe))
     for each in (parent, run):
         loaded = load_run(each)
         losses.append(score(loaded.model, prepared.train, 0).loss)

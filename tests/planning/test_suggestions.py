@@ -85,7 +85,7 @@ def test_qlora_is_offered_with_no_more_rows_than_now():
 
 def test_the_nearest_is_given_where_nothing_fits():
     asked, config = recipe(), shape_config("qwen3-30b-a3b")
-    device = card_device(None, 8 * 2**30, "auto")
+    device = card_device(None, 3 * 2**30, "auto")
     plan = plan_training(asked, config, device)
     found = find_changes(asked, config, device, plan, None)
     assert len(found) == 1

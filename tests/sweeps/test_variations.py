@@ -107,7 +107,7 @@ VARIES = {
     *("learning_rate", "loraplus_lr_ratio", "lr_scheduler", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "optimizer", "epochs", "max_steps", "micro_batch_size"),
     *("gradient_accumulation_steps", "packing", "seed", "load_best_model_at_end"),
-    *("early_stopping_patience", "training_args"),
+    *("early_stopping_patience", "training_args", "router_aux_loss_coef"),
 }
 
 

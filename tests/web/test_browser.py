@@ -140,7 +140,7 @@ def test_answers_stream_side_by_side_and_a_vote_is_kept(open_page, workspace, mo
     for name, value in (("stream", stream), ("start", start)):
         monkeypatch.setattr(app.app.state.context.chat, name, value)
     listener = _bound("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="error"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     page = open_page()

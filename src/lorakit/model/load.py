@@ -231,7 +231,7 @@ def prepare_experts(model: Any, recipe: Recipe, dtype: Any) -> None:
 def finish_base(model: Any, device: Device) -> Any:
     """Prepare a loaded base for training on `device`, in place; return it."""
     guard_quantized_cpu_weights(model)
-    # Router logits only serve the load-balancing loss, which lorakit does not train.
+    # They only serve the loss that balances experts; `train/router_loss.py` collects its own.
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         text.output_router_logits = False

@@ -254,8 +254,8 @@ def training_arguments(
         "dataloader_pin_memory": device.kind == "cuda",
         "max_length": None,
         "packing": False,
-        # The router is frozen, so the load-balancing loss of experts would train nothing; its mask
-        # does not fit batches of generation (an exception in evaluation).
+        # transformers' own: its mask does not fit batches of generation (an exception in
+        # evaluation). `train/router_loss.py` computes the recipe's.
         "router_aux_loss_coef": 0.0,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }

@@ -59,9 +59,10 @@ def serve_ui(
     base = f"http://{place}:{listener.getsockname()[1]}{prefix.rstrip('/')}"
     console.print(f"{ADDRESS}{base}{path}", soft_wrap=True)
     console.print("Ctrl-C ends this page; runs that it started continue")
+    # Without its own logging, which closes the handlers of other packages in this process.
     config = uvicorn.Config(
-        app, log_level="warning", server_header=False, proxy_headers=False, ws="none",
-        timeout_graceful_shutdown=2,
+        app, log_config=None, log_level="warning", server_header=False, proxy_headers=False,
+        ws="none", timeout_graceful_shutdown=2,
     )  # fmt: skip
     uvicorn.Server(config).run([listener])
 
