@@ -5,6 +5,9 @@ import json
 import pytest
 from tests.made_runs import answer
 
+from lorakit.evaluation import task_list
+from lorakit.evaluation.harness_tasks import check_name
+
 BOXES = """\
 task: boxes
 dataset_path: json
@@ -66,3 +69,15 @@ def manager(harness_folder):
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(harness_folder), include_defaults=False)
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch, manager):
+    """The tasks of this file are the only ones that lm-eval has."""
+
+    def found(names, include):
+        for name in names:
+            check_name(name, manager.all_tasks)
+        return manager
+
+    monkeypatch.setattr(task_list, "task_manager", found)

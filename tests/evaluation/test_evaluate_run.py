@@ -11,23 +11,14 @@ from lorakit.display.evaluation_view import evaluation_view
 from lorakit.display.rich_output import as_text
 from lorakit.errors import DataError, WorkError
 from lorakit.evaluation import evaluate_run as module
-from lorakit.evaluation import model_side, task_list
+from lorakit.evaluation import model_side
 from lorakit.evaluation.evaluate_run import EvalRequest, evaluate_run
 from lorakit.evaluation.file_task import FileTask
-from lorakit.evaluation.harness_tasks import check_name
 from lorakit.evaluation.judge import JudgeEndpoint
 from lorakit.report.load_run import read_run
 from lorakit.run import open_run
 
-
-@pytest.fixture(autouse=True)
-def own_tasks_only(monkeypatch, manager):
-    def found(names, include):
-        for name in names:
-            check_name(name, manager.all_tasks)
-        return manager
-
-    monkeypatch.setattr(task_list, "task_manager", found)
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
 
 
 @pytest.fixture

@@ -3,22 +3,13 @@
 import pytest
 
 from lorakit.errors import DataError, RecipeError
-from lorakit.evaluation import task_list
-from lorakit.evaluation.harness_tasks import check_name
 from lorakit.evaluation.task_list import TaskSpec, build_tasks, parse_specs, recipe_specs
 from lorakit.recipe.schema import Recipe
 
 RECIPE = Recipe(model="m", data="d")
 
 
-@pytest.fixture(autouse=True)
-def own_tasks_only(monkeypatch, manager):
-    def found(names, include):
-        for name in names:
-            check_name(name, manager.all_tasks)
-        return manager
-
-    monkeypatch.setattr(task_list, "task_manager", found)
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
 
 
 def test_names_limits_and_files():

@@ -6,9 +6,7 @@ import pytest
 from rich.console import Console
 
 from lorakit.errors import LorakitError, RecipeError
-from lorakit.evaluation import task_list
 from lorakit.evaluation.file_task import FileTask
-from lorakit.evaluation.harness_tasks import check_name
 from lorakit.evaluation.training_scores import TrainingScorer, metric_key
 from lorakit.model.load import load_run
 from lorakit.pipeline import fit, prepare_run
@@ -20,14 +18,7 @@ from lorakit.train.best_step import best_step
 QUIET = Console(quiet=True, stderr=True)
 
 
-@pytest.fixture(autouse=True)
-def own_tasks_only(monkeypatch, manager):
-    def found(names, include):
-        for name in names:
-            check_name(name, manager.all_tasks)
-        return manager
-
-    monkeypatch.setattr(task_list, "task_manager", found)
+pytestmark = pytest.mark.usefixtures("own_tasks_only")
 
 
 @pytest.fixture
