@@ -111,7 +111,7 @@ def test_packages_that_would_bring_kernels_are_named(caplog):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_our_own_kernels_are_checked_too(model, monkeypatch, caplog, right):
-    def own(arguments):
+    def own(arguments, only_kernels):
         if not kernel_check.has_kernels(arguments["value"]) or backend._kept_to_definitions:
             return None
         given = {k: v for k, v in arguments.items() if k != "kwargs"}
@@ -124,8 +124,44 @@ def test_our_own_kernels_are_checked_too(model, monkeypatch, caplog, right):
     monkeypatch.setattr(function, "use_own", True)
     monkeypatch.setattr(kernel_check, "has_kernels", lambda _: True)
     with caplog.at_level(logging.WARNING, logger="lorakit"):
-        assert check_kernels(model, "cpu") is None
+        found = check_kernels(model, "cpu")
+    assert (found is None) == right
     assert function.use_own == right
-    assert ("our kernels for Qwen3_5GatedDeltaNet are replaced by" in caplog.text) != right
+    assert ("Qwen3_5GatedDeltaNet are replaced by plain torch" in caplog.text) != right
     for other in kernel_functions(model):
         other.use_own = other.own is not None
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_our_kernel_comes_before_a_packages_which_replaces_it_where_it_is_wrong(
+    model, bind, monkeypatch, caplog, right
+):
+    """Another package's kernel is not launched, or autotuned, where ours is right."""
+    launched, only = [], []
+
+    def others(query, key, value, g, beta, **more):
+        launched.append(query)
+        return plain(query, key, value, g=g, beta=beta, **more)
+
+    def own(arguments, only_kernels):
+        if backend._kept_to_definitions:
+            return None
+        only.append(only_kernels)
+        given = {k: v for k, v in arguments.items() if k != "kwargs"}
+        out, state = plain(**given)
+        return (out if right else 1.5 * out), state
+
+    plain = bind(others)
+    function = next(f for f in kernel_functions(model) if f.name == NAME)
+    monkeypatch.setattr(function, "own", own)
+    monkeypatch.setattr(kernel_check, "has_kernels", lambda _: True)
+    with caplog.at_level(logging.WARNING, logger="lorakit"):
+        found = check_kernels(model, "cpu")
+    assert (found is None) == right
+    assert bool(launched) != right
+    assert function.use_own == right
+    assert function.use_kernel
+    assert only[0]
+    assert ("are replaced by those of other packages, which is slower" in caplog.text) != right
+    for f in kernel_functions(model):
+        f.use_own = f.own is not None

@@ -60,12 +60,15 @@ def test_the_convolution_of_a_packed_row():
 def test_what_we_do_not_compute_is_left_to_transformers():
     q, k, v, g, beta = inputs(10, batch=1, dtype=torch.float32)
     given = {"query": q, "key": k, "value": v, "g": g, "beta": beta}
-    assert own_kernels.delta_rule(given) is None  # plain torch on a CPU, without documents
+    assert own_kernels.delta_rule(given, False) is None  # plain torch on a CPU, without documents
     packed = given | {"seq_idx": torch.zeros(1, 10, dtype=torch.int32)}
-    assert own_kernels.delta_rule(packed) is not None
-    assert own_kernels.delta_rule(packed | {"output_final_state": True}) is None
-    assert own_kernels.delta_rule(packed | {"initial_state": torch.zeros(1, 4, 16, 32)}) is None
+    assert own_kernels.delta_rule(packed, False) is not None
+    assert own_kernels.delta_rule(packed, True) is None  # beside a package's kernel
+    assert own_kernels.delta_rule(packed | {"output_final_state": True}, False) is None
+    assert (
+        own_kernels.delta_rule(packed | {"initial_state": torch.zeros(1, 4, 16, 32)}, False) is None
+    )
     conv = {"hidden_states": torch.randn(1, 2, 10), "weight": torch.randn(2, 4)}
     conv |= {"seq_idx": torch.zeros(1, 10, dtype=torch.int32), LENGTHS: (10,)}
-    assert own_kernels.convolution(conv | {"activation": "silu"}) is not None
-    assert own_kernels.convolution(conv | {"activation": "gelu"}) is None
+    assert own_kernels.convolution(conv | {"activation": "silu"}, False) is not None
+    assert own_kernels.convolution(conv | {"activation": "gelu"}, False) is None

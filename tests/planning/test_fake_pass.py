@@ -141,7 +141,8 @@ def test_layers_bound_to_a_package_are_counted_in_plain_torch(monkeypatch):
     function = qwen.torch_chunk_gated_delta_rule
     assert function.bound is bound
     with pytest.raises(AssertionError, match="launched"):  # a real run still takes it
-        function(torch.zeros(1, device="meta"), key=1, value=1, g=1, beta=1)
+        one = torch.zeros(1, 1, 1, 1, device="meta")
+        function(one, key=one, value=one, g=one, beta=one)
 
 
 def test_a_function_made_a_module_is_seen_through(monkeypatch):

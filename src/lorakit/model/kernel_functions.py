@@ -2,7 +2,7 @@
 
 transformers binds functions of Qwen3.5, LFM2, Falcon-H1 and others at import to
 flash-linear-attention, causal-conv1d or mamba-ssm, if these are installed. Each is replaced by a
-`KernelFunction`, which calls the kernel, our own operation (`own_kernels`) or the torch
+`KernelFunction`, which calls our own operation (`own_kernels`), the kernel or the torch
 implementation.
 
 Convolutions and recurrent layers read earlier tokens whatever a mask says, so a packed row needs
@@ -46,7 +46,7 @@ _PACKAGES = {
 
 
 class KernelFunction:
-    """A function of a modeling module: its kernel where there is one, else ours or plain torch.
+    """A function of a modeling module: our kernel, else the bound one, else plain torch.
 
     Triton's kernels cannot read tensors on the CPU, and on a machine with a GPU they are bound at
     import, whatever device a model is loaded on.
@@ -80,19 +80,20 @@ class KernelFunction:
         lengths = kwargs.pop(LENGTHS, None)
         if self.own is not None and self.use_own and torch.compiler.is_compiling():
             given = dict(zip(self.parameters, args, strict=False))
-            return self.own({**given, **kwargs})
+            return self.own({**given, **kwargs}, False)
         if lengths is None and kwargs.get("seq_idx") is not None:  # LFM2 in transformers 5.17
             lengths = torch.bincount(kwargs["seq_idx"].flatten()).tolist()
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next(tensors, None)
         unreadable = first is not None and first.device.type in self.plain_on
-        if self.use_kernel and not unreadable:
-            return self.bound(*args, **kwargs)
+        other = self.use_kernel and not unreadable
         call = inspect.signature(self.plain).bind(*args, **kwargs)
         if self.own is not None and self.use_own:
-            found = self.own({**call.arguments, **call.arguments.get("kwargs", {})})
+            found = self.own({**call.arguments, **call.arguments.get("kwargs", {})}, other)
             if found is not None:
                 return found
+        if other:
+            return self.bound(*args, **kwargs)
         return (
             self.plain(*args, **kwargs) if lengths is None else self._each_document(lengths, call)
         )

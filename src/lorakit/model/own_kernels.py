@@ -1,7 +1,8 @@
 """Our operations in place of functions of a model's layers.
 
 Each takes the arguments that a layer gives to transformers' torch implementation, and returns None
-for a call that it does not compute: with a cache, or of another signature.
+for a call that it does not compute: with a cache, of another signature, or (`only_kernels`) one for
+which it has no Triton kernel.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ def _wanted(faster: Callable[..., bool], *tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or faster(*tensors)
 
 
-def delta_rule(arguments: Mapping[str, Any]) -> Any:
+def delta_rule(arguments: Mapping[str, Any], only_kernels: bool) -> Any:
     """`torch_chunk_gated_delta_rule` by ours."""
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     documents = documents_of(arguments, value.shape[1], value.device)
     cached = arguments.get("initial_state") is not None or arguments.get("output_final_state")
-    if cached or (documents is None and not _wanted(uses_delta_kernels, key, value)):
+    plain = only_kernels or documents is None
+    if cached or (plain and not _wanted(uses_delta_kernels, key, value)):
         return None
     out = gated_delta_rule(
         query, key, value, arguments["g"], arguments["beta"], documents,
@@ -49,19 +51,20 @@ def delta_rule(arguments: Mapping[str, Any]) -> Any:
     return out, None
 
 
-def convolution(arguments: Mapping[str, Any]) -> Any:
+def convolution(arguments: Mapping[str, Any], only_kernels: bool) -> Any:
     """`causal_conv1d_fn` by ours."""
     x, weight = arguments["hidden_states"], arguments["weight"]
     documents = documents_of(arguments, x.shape[-1], x.device)
     activation = arguments.get("activation")
     known = activation in _SILU and x.dim() == 3 and weight.dim() == 2
-    if not known or (documents is None and not _wanted(has_kernels, x)):
+    plain = only_kernels or documents is None
+    if not known or (plain and not _wanted(has_kernels, x)):
         return None
     return causal_conv(x, weight, arguments.get("bias"), _SILU[activation], documents)
 
 
 # By the name of the torch implementation.
-OWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+OWN: dict[str, Callable[[Mapping[str, Any], bool], Any]] = {
     "torch_chunk_gated_delta_rule": delta_rule,
     "causal_conv1d_fn": convolution,
 }
