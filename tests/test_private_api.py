@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     Trainer,
 )
+from transformers.integrations import moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from trl import SFTTrainer
 
@@ -44,6 +45,7 @@ NAMES = {
     "_attn_implementation": "each class chooses its attention",
     "_call_impl": "torch.nn.Module: a call, compiled with its layer",
     "_compiled_call_impl": "torch.nn.Module: what a call runs instead, for compiled layers",
+    "_default_apply_gate": "the gate of transformers' experts that have no other",
     "_dynamo": "torch._dynamo: which sizes compiled code may not fix, how often it is compiled",
     "_buffers": "torch.nn.Module: all tensors of a layer",
     "_cdata": "identity of a storage, for the memory plan",
@@ -106,7 +108,7 @@ def test_names_are_there(tiny_model_dir):
     arguments = inspect.signature(Accelerator.prepare_model).parameters
     assert {"device_placement", "evaluation_mode"} <= set(arguments)
     assert "device_placement" in inspect.signature(Accelerator.prepare_data_loader).parameters
-    assert callable(Qwen3MoeExperts._apply_gate)
+    assert Qwen3MoeExperts._apply_gate is moe._default_apply_gate
     settings = LoraConfig()
     settings._register_custom_module({torch.nn.Linear: torch.nn.Identity})
     assert settings._custom_modules == {torch.nn.Linear: torch.nn.Identity}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.families import declared_class, tiny_config
 
+from lorakit.model import grouped_experts
 from lorakit.model.grouped_experts import (
     GroupedExperts,
     can_group,
@@ -11,6 +12,7 @@ from lorakit.model.grouped_experts import (
     group_experts,
     quantize_all,
     release_experts,
+    set_dense_bytes,
 )
 
 NAMES = ["qwen3_moe", "qwen3_5_moe", "gpt_oss", "gemma4_moe", "glm4_moe_lite", "deepseek_v3",
@@ -91,3 +93,35 @@ def test_experts_of_another_kind_are_left_alone():
     (first, *_) = [module for _, module in expert_modules(model)]
     assert not can_group(first)
     assert group_experts(model, torch.float32) == []
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_all_experts_at_once_need_no_count_on_the_host(monkeypatch, four_bit):
+    experts = experts_of("qwen3_moe")
+    (grouped,) = group_experts(experts, torch.float32)
+    if four_bit:
+        quantize_all(experts, torch.float32)
+    counted = []
+    count = grouped.tokens_per_expert
+    monkeypatch.setattr(grouped, "tokens_per_expert", lambda e: counted.append(1) or count(e))
+    monkeypatch.setattr(grouped_experts, "has_grouped_mm", lambda *_: True)
+    few, enough = 3, 8 * grouped.number  # two rows a token, 16 an expert
+    expected = call(grouped, tokens=few)
+    assert len(counted) == 1
+    assert all(torch.isfinite(t).all() for t in expected)
+    own = call(grouped, tokens=enough)
+    assert len(counted) == 1
+    monkeypatch.setattr(grouped, "dense_bytes", 4 * grouped.sizes("down_proj")[0])
+    for one, other in zip(own, call(grouped, tokens=enough), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert len(counted) == 2  # their dense weights are too large
+
+
+def test_dense_weights_take_a_hundredth_of_the_memory():
+    experts = experts_of("qwen3_moe")
+    (grouped,) = group_experts(experts, torch.float32)
+    assert grouped.dense_bytes == grouped_experts.GROUP_BYTES
+    set_dense_bytes(experts, 140 * 2**30)
+    assert grouped.dense_bytes == 140 * 2**30 // 100
+    set_dense_bytes(experts, 8 * 2**30)
+    assert grouped.dense_bytes == grouped_experts.GROUP_BYTES

@@ -22,6 +22,7 @@ from lorakit.ops import (
     causal_conv_triton,
     cross_entropy_triton,
     dropout_mask_triton,
+    expert_rows_triton,
     gated_delta_rule_triton,
     glu_triton,
     lora_output_triton,
@@ -111,6 +112,10 @@ def launch_rest(kind):
     glu_triton.gated_triton(both, "silu")
     glu_triton.gated_backward_triton(inner, both, "silu")
     dropout_mask_triton.masked_triton(x, torch.empty(2, dtype=torch.int32, device="meta"), 0.1)
+    order = torch.empty(512, dtype=torch.int64, device="meta")
+    expert_rows_triton.sum_rows_triton(x, order, make(64, 8), 8)
+    expert_rows_triton.sum_rows_triton(x, order, None, 8)
+    expert_rows_triton.weighted_rows_triton(make(64, MODEL), x, make(64, 8), order)
     angles, heads = (make(1, 512, HEAD),) * 2, make(1, 512, HEADS, HEAD)
     rope_triton.rope_triton(heads, *angles, heads)
     rope_triton.rotate_qkv_triton_(make(512, 3 * MODEL), (HEADS,) * 3, HEAD, angles, None)

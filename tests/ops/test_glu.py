@@ -10,6 +10,7 @@ from torch.nn import functional
 from lorakit.ops import glu
 from lorakit.ops.glu import (
     ACTIVATIONS,
+    GatedActivation,
     gated,
     gated_backward,
     gated_backward_reference,
@@ -61,3 +62,13 @@ def test_without_matrix_kernels_adapters_are_added_by_separate_products(older_gp
     dgu, h = gated_backward_reference(dh + down.ds @ down.a, gu, "silu", update)
     found = gated_backward(dh.clone(), gu.clone(), "silu", update, down)
     torch.testing.assert_close(found, (dgu, h))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_autograd_keeps_gate_and_up_only(activation):
+    torch.manual_seed(0)
+    gu = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: GatedActivation.apply(x.float(), activation).double(),
+        gu.requires_grad_(), eps=1e-3, atol=1e-3,
+    )  # fmt: skip

@@ -8,8 +8,6 @@ import torch
 from lorakit.ops import grouped_product
 from lorakit.ops.dropout_mask import keep_mask
 from lorakit.ops.grouped_product import (
-    Combine,
-    Dispatch,
     FrozenProduct,
     LowRankUpdate,
     grouped_mm,
@@ -33,16 +31,15 @@ def test_groups_hold_only_experts_with_rows_and_cover_all_rows():
 
 
 @pytest.mark.parametrize("most", [1, 2, 6])
-def test_the_frozen_product_equals_a_loop(monkeypatch, most):
+def test_the_frozen_product_equals_a_loop(most):
     weights, made = torch.randn(6, 7, 5), []
-    monkeypatch.setattr(grouped_product, "GROUP_BYTES", most * 7 * 5 * 4)
 
     def dense(experts):
         made.append(list(experts))
         return weights[list(experts)]
 
     x, target = rows(5).requires_grad_(), rows(7, 1)
-    y = FrozenProduct.apply(x, dense, COUNTS, 7)
+    y = FrozenProduct.apply(x, dense, COUNTS, 7, most)
     (y * target).sum().backward()
     reference = rows(5).requires_grad_()
     pieces = reference.split(COUNTS)
@@ -84,33 +81,11 @@ def test_the_low_rank_update_equals_a_loop(p, monkeypatch):
 def test_an_update_may_be_added_in_place(counts):
     weights = torch.randn(3, 7, 5)
     x = rows(5)[:12].clone().requires_grad_()
-    y = FrozenProduct.apply(x, lambda experts: weights[list(experts)], counts, 7)
+    y = FrozenProduct.apply(x, lambda experts: weights[list(experts)], counts, 7, 8)
     y += x.sum(dim=1, keepdim=True)
     y.sum().backward()
     pieces = torch.cat([w.sum(0).expand(n, 5) for w, n in zip(weights, counts, strict=True)])
     torch.testing.assert_close(x.grad, pieces + 7)
-
-
-def test_rows_are_sorted_and_summed_as_by_indexing():
-    torch.manual_seed(0)
-    index = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1]])
-    _, order = torch.sort(index.flatten(), stable=True)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(8)
-    results = []
-    for own in (True, False):
-        torch.manual_seed(1)
-        tokens, scores = torch.randn(4, 5).requires_grad_(), torch.rand(4, 2).requires_grad_()
-        if own:
-            x = Dispatch.apply(tokens, order, back, 2)
-            out = Combine.apply(x.sin(), scores, order, back)
-        else:
-            x = tokens[order // 2]
-            out = (x.sin() * scores.flatten()[order, None])[back].view(4, 2, 5).sum(1)
-        (out * torch.randn(4, 5)).sum().backward()
-        results.append((x.detach(), out.detach(), tokens.grad, scores.grad))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
 
 
 def test_evenly_spread_rows_are_one_product():
@@ -132,3 +107,22 @@ def test_torch_computes_the_same_grouped_products(monkeypatch):
     for own, their in zip(plain, theirs, strict=True):
         torch.testing.assert_close(own, their, rtol=2e-2, atol=2e-2)
         assert own.dtype == their.dtype
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_with_the_rows_ends_on_the_gpu_the_products_are_the_same(monkeypatch, rank):
+    """Without a count on the host, except for ranks that torch's kernel cannot align."""
+    monkeypatch.setattr(grouped_product, "has_matrix_kernels", lambda _: True)
+    weights, key = torch.randn(6, 8, 16).bfloat16(), torch.tensor([12345, 678], dtype=torch.int32)
+    a, b = torch.randn(6, rank, 16), torch.randn(6, 8, rank)
+    ends = torch.tensor(list(itertools.accumulate(COUNTS)), dtype=torch.int32)
+    results = []
+    for counts in (COUNTS, ends):
+        inputs = [t.clone().requires_grad_() for t in (rows(16).bfloat16(), a, b)]
+        dense = lambda experts: weights[list(experts)]  # noqa: E731
+        y = FrozenProduct.apply(inputs[0], dense, counts, 8, 6)
+        y += LowRankUpdate.apply(*inputs, key, 0.3, 0.7, counts)
+        (y * rows(8, 1)).sum().backward()
+        results.append((y.detach(), *(t.grad for t in inputs)))
+    for host, gpu in zip(*results, strict=True):
+        torch.testing.assert_close(gpu, host, rtol=2e-2, atol=2e-2)

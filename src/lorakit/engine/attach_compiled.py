@@ -9,7 +9,7 @@ is ignored shows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lorakit.engine.self_test import GRADIENT_TOLERANCE, TOLERANCE
 from lorakit.errors import first_line
 from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import evaluating
+from lorakit.model.grouped_experts import GroupedExperts
 from lorakit.ops.dropout_mask import draw_keys, keep_mask
 
 PROBE_TOKENS = 72
@@ -89,11 +90,13 @@ def differences(compiled: CompiledLayers, inputs: dict[str, Tensor]) -> tuple[fl
     with _random_factors(compiled), _equal_masks(compiled), _training(compiled.base):
         refresh(compiled.groups, training=True)
         for layer, (args, kwargs) in zip(compiled.layers, calls, strict=True):
-            own, expected = _gradients(layer, args, kwargs)
-            if not compiled.own_attention:
-                kwargs = {**kwargs, "attention_mask": None}
-            with compiled.active():
-                states, found = _gradients(layer, args, kwargs)
+            with _equal_routing(layer) as again:
+                own, expected = _gradients(layer, args, kwargs)
+                again()
+                if not compiled.own_attention:
+                    kwargs = {**kwargs, "attention_mask": None}
+                with compiled.active():
+                    states, found = _gradients(layer, args, kwargs)
             of_states.append((states - own).float().norm() / (own - args[0]).float().norm())
             pairs = zip(found, expected, strict=True)
             of_gradients += [(f - e).float().norm() / e.float().norm() for f, e in pairs]
@@ -185,6 +188,29 @@ def _equal_masks(compiled: CompiledLayers) -> Iterator[None]:
     finally:
         for dropouts, own in replaced:
             dropouts["default"] = own
+
+
+@contextlib.contextmanager
+def _equal_routing(layer: Any) -> Iterator[Callable[[], None]]:
+    """Let the next calls choose the first one's experts, and its masks after each `again()`."""
+    experts = [module for module in layer.modules() if isinstance(module, GroupedExperts)]
+    device = next(layer.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        state = torch.get_rng_state()
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+        def again() -> None:
+            torch.set_rng_state(state)
+            if on_gpu is not None:
+                torch.cuda.set_rng_state(on_gpu, device)
+
+        for module in experts:
+            module.routing = {}
+        try:
+            yield again
+        finally:
+            for module in experts:
+                module.routing = None
 
 
 class _KeyedDropout(nn.Module):

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.engine.compiled_attention import attention_of, register
 from lorakit.engine.lora_linear import FusedLoraLinear, Unsupported, refresh
 from lorakit.model.base_class import text_decoder
+from lorakit.model.expert_lora import ExpertLora
+from lorakit.model.grouped_experts import GroupedExperts
 from lorakit.model.kernel_functions import kernel_functions
 from lorakit.ops.dropout_mask import draw_keys
 from lorakit.ops.lora_operator import LinearSpec, lora_linear, nf4_tensors
@@ -68,7 +70,7 @@ class CompiledLayers:
             group.keys = keys
         for tensor in (tensor for group in self.linear for tensor in group.tensors()):
             torch._dynamo.mark_static(tensor)  # parameters are static, other tensors not
-        self.run = _compiled(backend)
+        self.run = _compiled(backend, whole=not _leave_out_experts(self.decoder))
         self.attention = self.config._attn_implementation if own_attention else register(device)
 
     def __call__(self, inputs: dict[str, Any], compiled: bool = True) -> Tensor:
@@ -139,8 +141,25 @@ def _set_classes(modules: Sequence[tuple[Any, type]]) -> None:
         module.__class__ = kind
 
 
-def _compiled(backend: str) -> Callable[..., Any]:
-    """A function that calls a layer; layers of one kind share its compiled code."""
+def _leave_out_experts(decoder: Any) -> bool:
+    """Run experts with our products between compiled code; False if there are none.
+
+    Their sorting and products are few launches already, and torch.compile would keep the dense
+    weights of 4-bit experts from forward to backward.
+    """
+    found = [m for m in decoder.layers.modules() if isinstance(m, GroupedExperts)]
+    for kind in {type(m) for m in found} | ({ExpertLora} if found else set()):
+        if not hasattr(kind.forward, "_torchdynamo_disable"):
+            kind.forward = torch.compiler.disable(kind.forward)
+    return bool(found)
+
+
+def _compiled(backend: str, whole: bool) -> Callable[..., Any]:
+    """A function that calls a layer; layers of one kind share its compiled code.
+
+    Args:
+        whole: a layer that cannot be compiled in one piece is an error.
+    """
     torch._dynamo.config.recompile_limit = max(
         torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT
     )
@@ -151,7 +170,7 @@ def _compiled(backend: str) -> Callable[..., Any]:
     # Gradients of a group's outputs are concatenated: as one pointwise kernel that computes both
     # branches of each element, a gate's backward took 174 us instead of 75 (H200, Gemma 3 12B).
     options: Any = {"max_pointwise_cat_inputs": 0} if backend == "inductor" else None
-    return torch.compile(run, fullgraph=True, backend=backend, options=options)
+    return torch.compile(run, fullgraph=whole, backend=backend, options=options)
 
 
 def _mark_tokens(tokens: int, arguments: Any) -> None:
@@ -263,6 +282,7 @@ def shared_inputs(decoder: Any, run: Callable[[], Any]) -> list[list[nn.Module]]
         module
         for module in decoder.layers.modules()
         if id(module) not in inside
+        and not isinstance(module, ExpertLora)
         and (hasattr(module, "lora_A") or type(module).__name__ == "Linear4bit")
     ]
     inputs: list[Tensor] = []

@@ -10,7 +10,6 @@ of each expert.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lorakit.model.grouped_experts import GroupedExperts, can_group, expert_modules, group_experts
 from lorakit.ops.dropout_mask import draw_keys
-from lorakit.ops.grouped_product import LowRankUpdate
+from lorakit.ops.grouped_product import Counts, LowRankUpdate
 
 
 class ExpertLora(ParamWrapper):
@@ -60,7 +59,7 @@ class ExpertLora(ParamWrapper):
             raise ValueError("experts in 4 bits cannot be merged; dequantize the base first")
         super().merge(*args, **kwargs)
 
-    def _update(self, name: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def _update(self, name: str, rows: Tensor, counts: Counts) -> Tensor:
         experts, rank = self.num_experts, self.r[name]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         p = self.p if self.training else 0.0

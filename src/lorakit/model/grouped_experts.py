@@ -15,9 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
 
 from lorakit.model.layer_widths import expert_elements
-from lorakit.ops.grouped_product import Combine, Dispatch, FrozenProduct
+from lorakit.ops.expert_rows import Combine, Dispatch
+from lorakit.ops.glu import GatedActivation
+from lorakit.ops.grouped_product import (
+    GROUP_BYTES,
+    Counts,
+    FrozenProduct,
+    experts_at_once,
+    has_grouped_mm,
+)
 from lorakit.ops.nf4_experts import Nf4Experts, dequantize_experts, quantize_experts, rows_of
 
 # Parts of NF4 experts, one per expert.
@@ -26,6 +35,10 @@ WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 # Set by transformers' `use_experts_implementation`; experts without them compute in another way
 # (Llama 4's get the same number of rows each).
 _LAYOUT = ("has_gate", "has_bias", "is_transposed")
+# Rows per expert from which almost every expert has some.
+ROWS_FOR_ALL = 16
+# Activations that `ops/glu.py` computes, by their classes in transformers and torch.
+_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 
 
 class GroupedExperts(nn.Module):
@@ -36,19 +49,24 @@ class GroupedExperts(nn.Module):
     compute_dtype: torch.dtype
     updates: dict[str, Any]  # adapters that are active in this call, by weight
     compute_device: torch.device  # of streamed experts
+    dense_bytes: int  # most bytes of dense weights at once
+    # In a comparison of two computations: the experts chosen in the first call, for all others.
+    # Rounding may exchange two experts of nearly equal scores, and that is no fault.
+    routing: dict[str, Tensor] | None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum over each token's experts, weighted by the router: [T, D] -> [T, D]."""
-        chosen = top_k_index.shape[-1]
+        if self.routing is not None:
+            top_k_index = self.routing.setdefault("index", top_k_index)
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        counts = self.tokens_per_expert(experts)
+        counts = self.rows_of_experts(experts, hidden_states)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         tokens = hidden_states.to(self.compute_dtype)
-        x: Tensor = Dispatch.apply(tokens, order, back, chosen)
+        x: Tensor = Dispatch.apply(tokens, order, back, top_k_index.shape[-1])
         own: Any = self  # attributes of the class that this one is mixed into
         if own.has_gate:
-            inner = own._apply_gate(self._product("gate_up_proj", x, experts, counts))
+            inner = self._gated(self._product("gate_up_proj", x, experts, counts))
         else:
             inner = own.act_fn(self._product("up_proj", x, experts, counts))
         y = self._product("down_proj", inner, experts, counts)
@@ -57,10 +75,42 @@ class GroupedExperts(nn.Module):
         combined: Tensor = Combine.apply(y, top_k_weights, order, back)
         return combined.to(hidden_states.dtype)
 
+    def rows_of_experts(self, experts: Tensor, tokens: Tensor) -> Counts:
+        """The number of rows of each expert, from the sorted experts of all rows.
+
+        The GPU's own numbers, if the products can work without the host; else only experts with
+        rows are dequantized.
+        """
+        if self._all_at_once(len(experts), tokens):
+            numbers = torch.arange(self.number, device=experts.device)
+            return torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        return self.tokens_per_expert(experts)
+
     def tokens_per_expert(self, experts: Tensor) -> list[int]:
-        """Count the rows of each expert, on the host: only experts with rows are dequantized."""
+        """Count the rows of each expert, on the host."""
         counts: list[int] = torch.bincount(experts, minlength=self.number).tolist()
         return counts
+
+    def _all_at_once(self, rows: int, tokens: Tensor) -> bool:
+        """True if the dense weights of all experts are made together, whatever their rows."""
+        sizes = [self.sizes(name) for name in self.expert_shapes]
+        probe = tokens.new_empty(0, 8, dtype=self.compute_dtype)
+        return (
+            rows >= ROWS_FOR_ALL * self.number
+            and all(self._most(name) >= self.number for name in self.expert_shapes)
+            and has_grouped_mm(probe, *(size for pair in sizes for size in pair))
+        )
+
+    def _most(self, name: str) -> int:
+        return experts_at_once(*self.sizes(name), self.compute_dtype, self.dense_bytes)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        own: Any = self
+        known = _ACTIVATIONS.get(type(getattr(own, "act_fn", None)).__name__)
+        if known and type(self)._apply_gate is _default_apply_gate:  # type: ignore[attr-defined]
+            inner: Tensor = GatedActivation.apply(gate_up, known)
+            return inner
+        return own._apply_gate(gate_up)  # type: ignore[no-any-return]
 
     @property
     def number(self) -> int:
@@ -81,10 +131,10 @@ class GroupedExperts(nn.Module):
             weights = rows_of(getattr(self, name).detach(), experts)
         return weights.transpose(1, 2) if self.is_transposed else weights
 
-    def _product(self, name: str, x: Tensor, experts: Tensor, counts: Sequence[int]) -> Tensor:
+    def _product(self, name: str, x: Tensor, experts: Tensor, counts: Counts) -> Tensor:
         dense = functools.partial(self.dense, name)
         x = x.to(self.compute_dtype)
-        y: Tensor = FrozenProduct.apply(x, dense, counts, self.sizes(name)[0])
+        y: Tensor = FrozenProduct.apply(x, dense, counts, self.sizes(name)[0], self._most(name))
         if self.has_bias:
             y += getattr(self, f"{name}_bias")[experts].to(y.dtype)
         update = self.updates.get(name)
@@ -149,8 +199,8 @@ class GroupedExperts(nn.Module):
             weights = dequantize_experts(self.nf4[name], range(self.number), self.compute_dtype)
             setattr(self, name, nn.Parameter(weights, requires_grad=False))
             del self.nf4[name]
-        for attribute in ("expert_shapes", "nf4", "compute_dtype", "updates"):
-            delattr(self, attribute)
+        for attribute in GroupedExperts.__annotations__:
+            self.__dict__.pop(attribute, None)
         self.__class__ = type(self).__mro__[2]
 
 
@@ -195,6 +245,7 @@ def group_experts(model: Any, dtype: torch.dtype) -> list[Any]:
         module.__class__ = _grouped(type(module))
         module.expert_shapes = {name: tuple(p.shape) for name, p in weights.items()}
         module.nf4, module.updates, module.compute_dtype = {}, {}, dtype
+        module.dense_bytes, module.routing = GROUP_BYTES, None
         grouped.append(module)
     return grouped
 
@@ -214,3 +265,16 @@ def release_experts(model: Any) -> None:
     for module in list(model.modules()):
         if isinstance(module, GroupedExperts):
             module.release()
+
+
+def set_dense_bytes(model: Any, memory_bytes: int) -> None:
+    """Let experts make 1% of the memory as dense weights at once, if that is more than 256 MiB.
+
+    Those of all 128 experts of Qwen3-30B-A3B's gate and up take 0.8 GB.
+
+    Args:
+        memory_bytes: of the device, or the run's limit.
+    """
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.dense_bytes = max(GROUP_BYTES, memory_bytes // 100)

@@ -12,6 +12,7 @@ Shapes: gu [M, 2I] holds g in its first I columns and u in the rest; h, dh [M, I
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,3 +116,18 @@ def _slope(g: Tensor, activation: str) -> Tensor:
     t = torch.tanh(GELU_SCALE * (g + GELU_CUBIC * g**3))
     inner = GELU_SCALE * (1 + 3 * GELU_CUBIC * g * g)
     return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * inner
+
+
+class GatedActivation(torch.autograd.Function):
+    """h [M, I] of gu [M, 2I] for autograd, which keeps gu only."""
+
+    @staticmethod
+    def forward(ctx: Any, gu: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gu)
+        ctx.activation = activation
+        return gated(gu, activation)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
+        (gu,) = ctx.saved_tensors
+        return gated_backward(dh.contiguous(), gu, ctx.activation)[0], None

@@ -8,10 +8,12 @@ m on the adapter's input (LoRA, arXiv 2106.09685, eq. 3; f = alpha / r, over 1 -
     ds = du B_e                   dB_e = du^T s
     dA_e = f ds^T (m * x)         dx += m * (ds A'_e)
 
-`Dispatch` and `Combine` sort the rows of tokens and add them up again.
-
 Frozen weights are made for a group of experts at a time, only for experts that have rows, and again
 in backward; they may be dequantized or copied each time. The mask is recomputed from its key.
+
+`Counts` are the experts' numbers of rows on the host; or, on the GPU, the end of each expert's
+rows: then all experts' weights are made at once, nothing waits for the host, and CUDA graphs can be
+captured.
 Shapes: S rows, E experts, K inputs, N outputs, rank R; A [E, R, K], B [E, N, R].
 """
 
@@ -38,6 +40,8 @@ MASKED_AT_ONCE = 2**24
 
 # Dense weights [G, N, K] of the experts of these numbers.
 Dense = Callable[[Sequence[int]], Tensor]
+# Rows of each expert, or the ends int32 [E] of their rows on the GPU.
+Counts = Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +64,12 @@ def groups_of(counts: Sequence[int], most: int) -> Iterator[Group]:
         start += sum(sizes)
 
 
-def grouped_mm(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_mm(x: Tensor, weights: Tensor, counts: Counts) -> Tensor:
     """Rows of x [S, K] times the matrix of their group in `weights` [G, K, N]: [S, N]."""
-    if _has_grouped_mm(x, weights):
-        ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)
-        return torch.nn.functional.grouped_mm(x, weights, offs=ends.to(x.device))
+    if isinstance(counts, Tensor):
+        return torch.nn.functional.grouped_mm(x, weights, offs=counts)
+    if has_grouped_mm(x, *weights.shape[1:]):
+        return torch.nn.functional.grouped_mm(x, weights, offs=_ends(counts, x.device))
     out = x.new_empty(x.shape[0], weights.shape[2])
     if len(set(counts)) == 1:  # rows spread evenly, as in a memory plan
         even = (len(counts), counts[0], -1)
@@ -77,12 +82,11 @@ def grouped_mm(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
     return out
 
 
-def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_outer(left: Tensor, right: Tensor, counts: Counts) -> Tensor:
     """left_e^T right_e for the rows of each group, [S, N] and [S, K]: float32 [G, N, K]."""
-    if _has_grouped_mm(left, right):
-        ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)
-        product = torch.nn.functional.grouped_mm(left.t(), right, offs=ends.to(left.device))
-        return product.float()
+    if isinstance(counts, Tensor) or has_grouped_mm(left, right.shape[1]):
+        ends = counts if isinstance(counts, Tensor) else _ends(counts, left.device)
+        return torch.nn.functional.grouped_mm(left.t(), right, offs=ends).float()
     if len(set(counts)) == 1:
         a, b = (t.reshape(len(counts), counts[0], -1) for t in (left, right))
         return torch.bmm(a.transpose(1, 2), b).float()
@@ -94,25 +98,40 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Sequence[int]) -> Tensor:
     return out
 
 
-def _has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
-    """True for bfloat16 on GPUs from compute capability 8.0, rows aligned to 16 bytes."""
+def has_grouped_mm(x: Tensor, *sizes: int) -> bool:
+    """True for bfloat16 on GPUs from compute capability 8.0, rows aligned to 16 bytes.
+
+    Args:
+        sizes: of the other matrix.
+    """
     if x.dtype != torch.bfloat16 or not has_matrix_kernels(x):
         return False
-    return not any(size % 8 for size in (*x.shape[1:], *weights.shape[1:]))
+    return not any(size % 8 for size in (*x.shape[1:], *sizes))
 
 
-def experts_at_once(outputs: int, inputs: int, dtype: torch.dtype) -> int:
+def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=device)
+
+
+def experts_at_once(outputs: int, inputs: int, dtype: torch.dtype, most_bytes: int) -> int:
     """Number of experts [N, K] whose dense weights are made at once."""
-    return max(1, GROUP_BYTES // (outputs * inputs * dtype.itemsize))
+    return max(1, most_bytes // (outputs * inputs * dtype.itemsize))
 
 
 class FrozenProduct(torch.autograd.Function):
-    """y = x W_e^T; x [S, K] -> [S, N]."""
+    """y = x W_e^T; x [S, K] -> [S, N].
+
+    Args:
+        most: experts whose weights are made at once; all, if `counts` are on the GPU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dense: Dense, counts: Sequence[int], outputs: int) -> Tensor:
-        ctx.dense, ctx.counts, ctx.inputs = dense, counts, x.shape[1]
-        ctx.most = experts_at_once(outputs, x.shape[1], x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, dense: Dense, counts: Counts, outputs: int, most: int
+    ) -> Tensor:
+        ctx.dense, ctx.counts, ctx.inputs, ctx.most = dense, counts, x.shape[1], most
+        if isinstance(counts, Tensor):
+            return grouped_mm(x, dense(range(len(counts))).transpose(1, 2), counts)
 
         def product(group: Group) -> Tensor:
             weights = dense(group.experts).transpose(1, 2)
@@ -122,12 +141,15 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        dy = dy.contiguous()
+        dy, counts = dy.contiguous(), ctx.counts
+        if isinstance(counts, Tensor):
+            dx = grouped_mm(dy, ctx.dense(range(len(counts))), counts)
+            return dx, None, None, None, None
 
         def product(group: Group) -> Tensor:
             return grouped_mm(dy[group.rows], ctx.dense(group.experts), group.counts)
 
-        return _by_group(product, ctx.counts, ctx.most, dy, ctx.inputs), None, None, None
+        return _by_group(product, counts, ctx.most, dy, ctx.inputs), None, None, None, None
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -142,10 +164,15 @@ class LowRankUpdate(torch.autograd.Function):
         key: Tensor | None,
         p: float,
         factor: float,
-        counts: Sequence[int],
+        counts: Counts,
     ) -> Tensor:
-        used = [expert for expert, count in enumerate(counts) if count]
-        ctx.used, ctx.counts = used, [counts[expert] for expert in used]
+        if isinstance(counts, Tensor) and not has_grouped_mm(x, a.shape[1]):
+            counts = torch.diff(counts, prepend=counts.new_zeros(1)).tolist()
+        if isinstance(counts, Tensor):
+            ctx.used, ctx.counts = None, counts
+        else:
+            ctx.used = [expert for expert, count in enumerate(counts) if count]
+            ctx.counts = [counts[expert] for expert in ctx.used]
         ctx.p, ctx.factor = p, factor
         down, up = _copies(ctx, x, a, b)
         s = grouped_mm(_masked(x, key, p), down.transpose(1, 2), ctx.counts)
@@ -159,49 +186,14 @@ class LowRankUpdate(torch.autograd.Function):
         down, up = _copies(ctx, x, a, b)
         ds = grouped_mm(du, up, ctx.counts)
         dx = _masked(grouped_mm(ds, down, ctx.counts), key, ctx.p)
+        of_a = grouped_outer(ds, _masked(x, key, ctx.p), ctx.counts).mul_(ctx.factor)
+        of_b = grouped_outer(du, s, ctx.counts)
+        if ctx.used is None:
+            return dx, of_a, of_b, None, None, None, None
         da, db = torch.zeros_like(a), torch.zeros_like(b)
         used = torch.tensor(ctx.used, device=x.device)
-        masked = _masked(x, key, ctx.p)
-        da[used] = grouped_outer(ds, masked, ctx.counts).mul_(ctx.factor)
-        db[used] = grouped_outer(du, s, ctx.counts)
+        da[used], db[used] = of_a, of_b
         return dx, da, db, None, None, None, None
-
-
-class Dispatch(torch.autograd.Function):
-    """Rows of tokens [T, D], once for each of their k experts, sorted: [T k, D].
-
-    `order` [T k] has the choice, token * k + number, of each sorted row; `back` is its inverse. The
-    backward pass sums in a fixed order, as indexing would not on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, back: Tensor, chosen: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.chosen = chosen
-        return tokens[order // chosen]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (back,) = ctx.saved_tensors
-        rows = grad[back].view(-1, ctx.chosen, grad.shape[-1])
-        return rows.sum(dim=1), None, None, None
-
-
-class Combine(torch.autograd.Function):
-    """Sum of each token's rows, weighted by the router: y [T k, D], scores [T, k] -> [T, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, scores: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(y, scores, order, back)
-        weighted = (y * scores.reshape(-1)[order, None])[back]
-        return weighted.view(*scores.shape, y.shape[-1]).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        y, scores, order, back = ctx.saved_tensors
-        rows = grad[order // scores.shape[-1]]
-        of_scores = (rows * y).sum(dim=-1)[back].view_as(scores).to(scores.dtype)
-        return (rows * scores.reshape(-1)[order, None]).to(y.dtype), of_scores, None, None
 
 
 def _by_group(
@@ -219,8 +211,9 @@ def _by_group(
 
 def _copies(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A' [G, R, K] and B [G, N, R] of the experts with rows, in the dtype of x, contiguous."""
-    down = (rows_of(a, ctx.used) * ctx.factor).to(x.dtype)
-    return down.contiguous(), rows_of(b, ctx.used).to(x.dtype).contiguous()
+    if ctx.used is not None:
+        a, b = rows_of(a, ctx.used), rows_of(b, ctx.used)
+    return (a * ctx.factor).to(x.dtype).contiguous(), b.to(x.dtype).contiguous()
 
 
 def _masked(x: Tensor, key: Tensor | None, p: float) -> Tensor:

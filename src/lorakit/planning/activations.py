@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.model.base_class import empty_base, is_inside, kept_in_16_bits, text_decoder
-from lorakit.model.grouped_experts import GroupedExperts, group_experts
+from lorakit.model.grouped_experts import GroupedExperts, group_experts, set_dense_bytes
 from lorakit.model.layer_widths import decoder_layers
 from lorakit.planning.fake_pass import fake_pass
 from lorakit.planning.layer_kinds import depths_to_run, layer_kinds
@@ -64,7 +64,8 @@ def simulate(recipe: Recipe, config: Any, device: Device, recompute: bool) -> Ac
         The bytes, or None if the model cannot be run on fake tensors.
     """
     values = {key: getattr(recipe, key) for key in DECIDING}
-    question = [values, config.to_dict(), device.kind, device.dtype, recompute]
+    memory = recipe.memory_limit_bytes or device.rank_bytes
+    question = [values, config.to_dict(), device.kind, device.dtype, recompute, memory]
     return _answer(_Question(json.dumps(question, default=str), recipe, config, device, recompute))
 
 
@@ -204,6 +205,7 @@ def _model(question: _Question, layers: int) -> Any:
     plain = recipe.model_copy(update={"init_lora_weights": True})
     settings = lora_config(plain, model)
     _plan_experts(model, recipe.method == "qlora")
+    set_dense_bytes(model, recipe.memory_limit_bytes or question.device.rank_bytes)
     peft_model: Any = get_peft_model(model, settings, low_cpu_mem_usage=True)
     for module in list(peft_model.modules()):
         for name, child in list(module.named_children()):

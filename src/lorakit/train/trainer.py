@@ -24,6 +24,7 @@ from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.decoder_layer import SavedActivations
 from lorakit.errors import WorkError
 from lorakit.hardware import MemoryCap
+from lorakit.model.grouped_experts import set_dense_bytes
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.best_step import (
@@ -121,6 +122,7 @@ class LoraTrainer(ResumableTrainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         keep_steps_complete(self.accelerator, ranks)
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
+        set_dense_bytes(self.model, recipe.memory_limit_bytes or device.rank_bytes)
         on, aux = torch.device(device.kind), recipe.router_aux_loss_coef
         self.attached = attach_loss(self.model, recipe.layers, on, plan.placement, ranks, aux)
         recompute(self.model, self.attached, plan, recipe)
