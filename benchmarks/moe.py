@@ -36,6 +36,7 @@ def measure(name, options):
         "lora_r=16",
         "lora_alpha=32",
         f"lora_dropout={options.dropout}",
+        *options.set,
     ]
     if job["memory"] and not options.tiny:
         overrides.append(f"memory_limit={job['memory']}")
@@ -54,6 +55,7 @@ def main():
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--set", action="append", default=[], help="a recipe key, as key=value")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -37,6 +37,7 @@ MODULES = {
     "torch._subclasses.fake_tensor": "tensors without data, for the memory plan",
     "torch.utils._python_dispatch": "sizes of all tensors that a pass makes, for the memory plan",
     "torch.utils._pytree": "the tensors among the results of an operation",
+    "transformers.integrations.moe": "_default_apply_gate: experts whose gate ours computes",
     "transformers.utils.chat_template_utils": "_compile_jinja_template: the sandbox that renders",
 }
 NAMES = {

@@ -141,16 +141,20 @@ def _set_classes(modules: Sequence[tuple[Any, type]]) -> None:
         module.__class__ = kind
 
 
+_LEFT_OUT: set[type] = set()
+
+
 def _leave_out_experts(decoder: Any) -> bool:
     """Run experts with our products between compiled code; False if there are none.
 
     Their sorting and products are few launches already, and torch.compile would keep the dense
     weights of 4-bit experts from forward to backward.
     """
-    found = [m for m in decoder.layers.modules() if isinstance(m, GroupedExperts)]
-    for kind in {type(m) for m in found} | ({ExpertLora} if found else set()):
-        if not hasattr(kind.forward, "_torchdynamo_disable"):
-            kind.forward = torch.compiler.disable(kind.forward)
+    kinds = (GroupedExperts, ExpertLora)
+    found = [module for module in decoder.layers.modules() if isinstance(module, kinds)]
+    for kind in {type(module) for module in found} - _LEFT_OUT:
+        kind.forward = torch.compiler.disable(kind.forward)  # type: ignore[method-assign]
+        _LEFT_OUT.add(kind)
     return bool(found)
 
 

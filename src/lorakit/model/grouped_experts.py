@@ -105,12 +105,13 @@ class GroupedExperts(nn.Module):
         return experts_at_once(*self.sizes(name), self.compute_dtype, self.dense_bytes)
 
     def _gated(self, gate_up: Tensor) -> Tensor:
-        own: Any = self
+        own, kind = self, type(self)  # type: Any, Any
         known = _ACTIVATIONS.get(type(getattr(own, "act_fn", None)).__name__)
-        if known and type(self)._apply_gate is _default_apply_gate:  # type: ignore[attr-defined]
+        if known and kind._apply_gate is _default_apply_gate:
             inner: Tensor = GatedActivation.apply(gate_up, known)
-            return inner
-        return own._apply_gate(gate_up)  # type: ignore[no-any-return]
+        else:
+            inner = own._apply_gate(gate_up)
+        return inner
 
     @property
     def number(self) -> int:
