@@ -4,17 +4,19 @@ import pytest
 import torch
 from tests.families import declared_class, tiny_config
 
+from lorakit.engine.attach_compiled import attach_compiled
 from lorakit.engine.expert_streaming import StreamedExperts
 from lorakit.model.grouped_experts import expert_modules, group_experts, quantize_all
 from lorakit.model.lora_config import add_adapter
 from lorakit.recipe.schema import Recipe
+from lorakit.train import loss as loss_module
 from lorakit.train.loss import attach_loss, base_of
 from lorakit.types import Placement
 
 CPU = torch.device("cpu")
 
 
-def model_of(name="qwen3_moe", four_bit=True, layers=4):
+def model_of(name="qwen3_moe", four_bit=True, layers=4, dropout=0.0):
     torch.manual_seed(0)
     config = tiny_config(name, num_hidden_layers=layers)
     base = declared_class(config)(config)
@@ -23,7 +25,7 @@ def model_of(name="qwen3_moe", four_bit=True, layers=4):
     else:
         group_experts(base, torch.float32)
     recipe = Recipe(
-        model="m", data="d", expert_adapters="all", target_modules=["q_proj"], lora_dropout=0.0
+        model="m", data="d", expert_adapters="all", target_modules=["q_proj"], lora_dropout=dropout
     )
     model = add_adapter(base, recipe).train()
     for parameter_name, parameter in model.named_parameters():
@@ -57,6 +59,27 @@ def test_streamed_experts_give_the_same_gradients(name, four_bit):
         assert torch.equal(own_loss, loss)
         assert own.keys() == gradients.keys()
         assert all(torch.equal(own[n], gradients[n]) for n in own)
+
+
+def test_streamed_experts_work_between_compiled_code(monkeypatch):
+    """Each fetches its weights, and draws its masks again, also where its layer is recomputed."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(loss_module, "unfused_reason", lambda *_: None)
+    monkeypatch.setattr(loss_module, "has_matrix_kernels", lambda _: True)
+    monkeypatch.setattr(loss_module, "attach_compiled", lambda base: attach_compiled(base, "eager"))
+    model = model_of(layers=3, dropout=0.3)
+    base_of(model).gradient_checkpointing_disable()
+    attached = attach_loss(model, "on", placement=Placement(experts_on_host=True))
+    assert attached.compiled is not None, attached.layers
+    results = []
+    for recompute in (False, True):
+        attached.compiled.recompute = recompute
+        torch.manual_seed(1)
+        results.append(step(model))
+    (loss, gradients), (again, repeated) = results
+    assert torch.equal(loss, again)
+    assert all(torch.equal(repeated[name], gradients[name]) for name in gradients)
+    torch._dynamo.reset()
 
 
 def test_each_layer_is_copied_twice_a_micro_batch_and_two_are_resident(monkeypatch):

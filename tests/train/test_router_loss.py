@@ -5,7 +5,7 @@ import torch
 from tests.families import declared_class, tiny_config
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from lorakit.train.loss import attach_loss
+from lorakit.train.loss import attach_loss, compile_layers
 from lorakit.train.router_loss import RouterLoss, balance, find_routers
 
 
@@ -71,3 +71,10 @@ def test_padding_does_not_count_and_recomputation_counts_once():
     torch.testing.assert_close(again, kept)
     torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight.grad, gradient)
     assert (loss_of(model, 0.5) - kept).abs() > 1e-4
+
+
+def test_layers_are_not_compiled_with_it():
+    """Compiled layers have no mask, and their routers no hooks."""
+    compiled, reason = compile_layers(model_of("qwen3_moe"), "no fast path", "on", 0.1)
+    assert compiled is None
+    assert reason == "no fast path; router_aux_loss_coef needs the model's own layers"

@@ -70,7 +70,8 @@ class CompiledLayers:
             group.keys = keys
         for tensor in (tensor for group in self.linear for tensor in group.tensors()):
             torch._dynamo.mark_static(tensor)  # parameters are static, other tensors not
-        self.run = _compiled(backend, whole=not _leave_out_experts(self.decoder))
+        self.has_experts = _leave_out_experts(self.decoder)
+        self.run = _compiled(backend, whole=not self.has_experts)
         self.attention = self.config._attn_implementation if own_attention else register(device)
 
     def __call__(self, inputs: dict[str, Any], compiled: bool = True) -> Tensor:
@@ -114,8 +115,8 @@ class CompiledLayers:
             functools.partial(self.run, layer, **kwargs),
             *args,
             use_reentrant=False,
-            # Masks come from keys that stay until the next micro-batch.
-            preserve_rng_state=False,
+            # Masks come from keys that stay until the next micro-batch; experts draw theirs.
+            preserve_rng_state=self.has_experts,
             context_fn=lambda: (contextlib.nullcontext(), self.active()),
         )
 

@@ -18,7 +18,7 @@ from lorakit.model.grouped_experts import GroupedExperts, expert_modules, group_
 
 
 class StreamedExperts:
-    """The experts of one model in host memory, with hooks that bring each layer's to `device`."""
+    """The experts of one model in host memory; each call of a layer's brings them to `device`."""
 
     def __init__(self, base: Any, device: torch.device) -> None:
         group_experts(base, next(p.dtype for p in base.parameters() if p.is_floating_point()))
@@ -33,12 +33,10 @@ class StreamedExperts:
                     parameter.data = parameter.data.to(device)
         self.streamed = StreamedBase([[module] for module in self.experts], device)
         self.last = -1
-        self.hooks = [
-            module.register_forward_pre_hook(functools.partial(self._before, number))
-            for number, module in enumerate(self.experts)
-        ]
+        for number, module in enumerate(self.experts):
+            module.fetch = functools.partial(self._fetch, number)
 
-    def _before(self, number: int, *_: Any) -> None:
+    def _fetch(self, number: int) -> None:
         """Make the experts of this layer available, and prefetch those that will be next."""
         # Recomputation runs from the last layer to the first, and begins with the last one.
         backward = number < self.last or (number == self.last and number > 0)

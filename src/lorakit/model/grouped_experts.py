@@ -10,7 +10,7 @@ Adapters are added by `model/expert_lora.py`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,15 @@ class GroupedExperts(nn.Module):
     updates: dict[str, Any]  # adapters that are active in this call, by weight
     compute_device: torch.device  # of streamed experts
     dense_bytes: int  # most bytes of dense weights at once
+    fetch: Callable[[], None] | None  # copies streamed weights to the GPU, before each forward
     # In a comparison of two computations: the experts chosen in the first call, for all others.
     # Rounding may exchange two experts of nearly equal scores, and that is no fault.
     routing: dict[str, Tensor] | None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum over each token's experts, weighted by the router: [T, D] -> [T, D]."""
+        if self.fetch is not None:
+            self.fetch()
         if self.routing is not None:
             top_k_index = self.routing.setdefault("index", top_k_index)
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -246,7 +249,7 @@ def group_experts(model: Any, dtype: torch.dtype) -> list[Any]:
         module.__class__ = _grouped(type(module))
         module.expert_shapes = {name: tuple(p.shape) for name, p in weights.items()}
         module.nf4, module.updates, module.compute_dtype = {}, {}, dtype
-        module.dense_bytes, module.routing = GROUP_BYTES, None
+        module.dense_bytes, module.routing, module.fetch = GROUP_BYTES, None, None
         grouped.append(module)
     return grouped
 

@@ -133,10 +133,9 @@ def attach_loss(
     asked = "on" if engine == "auto" and placement.layerwise else engine
     layers = unfused_reason(asked, device)
     compiled: CompiledLayers | None = None
+    fusing = layers is None
     if layers is None:
         attached_engine, layers = attach_engine(base, device, placement, ranks)
-        if attached_engine is None and not (placement.layerwise or placement.experts_on_host):
-            compiled, layers = compile_layers(base, layers, asked)
     if placement.layerwise and attached_engine is None:
         raise WorkError(
             f"this run was planned layer by layer, which needs the fast layers ({layers})",
@@ -144,6 +143,8 @@ def attach_loss(
         )
     if placement.experts_on_host:
         base.lorakit_experts = StreamedExperts(base, device)
+    if fusing and attached_engine is None:
+        compiled, layers = compile_layers(base, layers, asked, router_aux_loss_coef)
     head, loss_path = _verified_head(base, own_forward, device)
 
     replacement = attached_engine or compiled
@@ -153,12 +154,17 @@ def attach_loss(
     return AttachResult(base, attached_engine, layers, loss_path, head, compiled)
 
 
-def compile_layers(base: Any, unfused: str, asked: str) -> tuple[CompiledLayers | None, str]:
+def compile_layers(
+    base: Any, unfused: str, asked: str, router_aux_loss_coef: float = 0.0
+) -> tuple[CompiledLayers | None, str]:
     """Compile the layers of a model without fused ones; (None, the reasons) if that fails.
 
     Args:
         asked: "auto" compiles the families that were measured on a GPU, "on" every family.
+        router_aux_loss_coef: above 0, router logits are collected from the model's own layers.
     """
+    if router_aux_loss_coef:
+        return None, f"{unfused}; router_aux_loss_coef needs the model's own layers"
     measured = base.config.get_text_config().model_type in COMPILED_FAMILIES
     if not has_matrix_kernels(torch.empty(0, device=base.device)):
         return None, unfused

@@ -112,9 +112,11 @@ def choose_step_runner(
         return to_device(micro, device) if engine is None else engine.to_device(micro)
 
     groups = [] if engine is None else engine.groups
-    # Graphs need fixed shapes: packed documents in float32 attend one by one.
+    # Graphs need fixed shapes: packed documents in float32 attend one by one. Streamed experts are
+    # copied to one of two buffers, chosen on the host.
     if (
         not attached.own_layers
+        and not placement.experts_on_host
         and attached.frozen_head
         and not loss_scaler
         and has_matrix_kernels(parameters[0])
