@@ -14,7 +14,7 @@ PLAN = {
     "tokens_per_second": None, "speed_basis": None, "speed_missing": "unknown GPU",
     "training": {"parts": {"frozen weights": 2**34}, "total_bytes": 2**34,
                  "available_bytes": 2**33},
-    "device": {"name": "T4"}, "smallest_card": "A100", "fewest_gpus": 2,
+    "device": {"name": "T4"}, "smallest_gpu": "A100", "fewest_gpus": 2,
     "changes": [{"settings": {"method": "qlora"}, "price": "4-bit base", "total_bytes": 2**32,
                  "fits": True}],
 }  # fmt: skip

@@ -131,7 +131,7 @@ class SaveBestStep(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> Any:
         value, best = metrics[args.metric_for_best_model], state.best_metric
-        # A value that is not finite is no improvement, and -inf of a failed task is none either.
+        # A value that is not finite is no improvement, and neither is -inf of a failed task.
         better = best is None or (value > best if args.greater_is_better else value < best)
         if better or control.should_training_stop:
             control.should_save = True
