@@ -47,7 +47,7 @@ def data_notes(report: Mapping[str, Any], recipe: Recipe) -> list[str]:
             "in the training data, too. Their loss and scores do not measure new questions; hold "
             "out other rows."
         )
-    rows = report["rows_read"]
+    rows = report.get("rows_read") or sides[0]  # old reports lack it
     return notes + [
         f"{_share(fault['count'], rows)} of the rows: {fault['kind']}: {fault['action']}."
         for fault in faults

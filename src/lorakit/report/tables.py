@@ -65,11 +65,11 @@ def settings_rows(
     return {"chosen": rows["chosen"] + rows["derived"], "default": rows["default"]}
 
 
-def score_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def score_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """(measure, base, tuned, change) of the held-out rows: loss, perplexity, further metrics."""
     base, tuned = evaluation["base"], evaluation["tuned"]
     change, ratio = tuned["loss"] - base["loss"], tuned["perplexity"] / base["perplexity"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("loss, nats a token", f"{base['loss']:.4f}", f"{tuned['loss']:.4f}", f"{change:+.4f}"),
     ]
     values = (f"{side['perplexity']:,.2f}" for side in (base, tuned))

@@ -102,7 +102,7 @@ async def runs_page(request: Request) -> Response:
     pending = await in_thread(context.launcher.pending)
     if "part" in request.query_params:
         return html_page("runs_table.html.jinja", runs=runs, pending=pending)
-    values = {"workspace": context.workspace, "runs": runs, "pending": pending}
+    values: dict[str, Any] = {"workspace": context.workspace, "runs": runs, "pending": pending}
     return html_page("runs.html.jinja", page="runs", **values)
 
 
@@ -118,9 +118,9 @@ async def run_page(request: Request) -> Response:
     if name not in context.workspace.folders():
         waiting = {run["name"]: run for run in await in_thread(launcher.pending)}
         if name in waiting:
-            values = {"run": waiting[name], "log": launcher.log(name)[-LOG_CHARACTERS:]}
-            refresh = 2 if waiting[name]["alive"] else 0
-            return html_page("starting.html.jinja", refresh=refresh, page="", **values)
+            pending, log = waiting[name], launcher.log(name)[-LOG_CHARACTERS:]
+            refresh = 2 if pending["alive"] else 0
+            return html_page("starting.html.jinja", refresh=refresh, page="", run=pending, log=log)
     context, run, name = _run(request)
     summary = await in_thread(context.summary, name, run.path)
     values = await in_thread(run_values, context.workspace, run, summary)

@@ -33,10 +33,10 @@ class Turn(BaseModel):
 class Sampling(BaseModel):
     """Sampling settings of the page, with their bounds."""
 
-    temperature: float = Field(0.7, ge=0, le=10)
-    top_p: float = Field(0.9, ge=0.01, le=1)
-    max_new_tokens: int = Field(256, ge=1, le=10**6)
-    seed: int = Field(0, ge=0, le=2**31)
+    temperature: float = Field(default=0.7, ge=0, le=10)
+    top_p: float = Field(default=0.9, ge=0.01, le=1)
+    max_new_tokens: int = Field(default=256, ge=1, le=10**6)
+    seed: int = Field(default=0, ge=0, le=2**31)
 
 
 class Conversation(BaseModel):
@@ -59,7 +59,7 @@ class Question(Conversation):
 
     runs: list[str] = Field(min_length=1, max_length=MOST_RUNS)
     column: str
-    settings: Sampling = Sampling()
+    settings: Sampling = Field(default_factory=Sampling)
 
 
 class Vote(Conversation):

@@ -6,6 +6,7 @@ Each section is made on its own: a file with unexpected contents costs its secti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,13 @@ def notes_of(
     if resolved is None:
         return []
     planned, held = finite(plan.get("tokens_per_second")), metrics.held_out()
-    for known in ((data, scored), ({}, {})):
-        notes = section(
-            lambda known=known: run_notes(resolved.recipe, metrics.steps(), held, *known, planned),
-            None,
-        )
-        if notes is not None:
-            return list(notes)
-    return []
+
+    def notes(data: dict[str, Any], scored: dict[str, Any]) -> list[str]:
+        return run_notes(resolved.recipe, metrics.steps(), held, data, scored, planned)
+
+    without = section(partial(notes, {}, {}), [])
+    found: list[str] = section(partial(notes, data, scored), without)
+    return found
 
 
 def bounds_of(run: RunDir) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,7 @@ def compare_values(workspace: Workspace, names: list[str]) -> dict[str, Any]:
     settings = [each.recipe.model_dump(mode="json") if each else {} for each in recipes]
     answers: dict[str, list[str]] = {}
     for number, (_, run) in enumerate(runs):
-        for sample in section(lambda run=run: _samples(read_facts(run.eval)), []):
+        for sample in section(partial(_samples, read_facts(run.eval)), []):
             answers.setdefault(sample["prompt"], [""] * len(runs))[number] = sample["tuned"]
     results = {
         "status": [run.status for run in summaries],

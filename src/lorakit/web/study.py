@@ -210,6 +210,7 @@ async def data_page(request: Request) -> Response:
     try:
         source, stamp = await in_thread(_source, context.workspace, dict(query))
         given = {"source": source, "stamp": stamp}
+        found: Any
         done, found = await context.job(
             "data " + json.dumps(given), lambda: context.study.ask("data", **given)
         )
