@@ -145,6 +145,7 @@ def _environment() -> Environment:
         extensions=["jinja2.ext.do"],
     )
     made.globals["zip"] = zip
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False}
     made.filters |= {
         "duration": duration,
         "size": _size,

@@ -276,6 +276,6 @@ function openArena(page) {
 // -- start ----------------------------------------------------------------------------------------
 
 for (const [id, start] of [["run", watchRun], ["compared", compareRuns], ["arena", openArena]]) {
-  const page = document.getElementById(id);
+  const page = document.querySelector(`div#${id}`);
   if (page) Promise.resolve(start(page)).catch((error) => console.error(error));
 }
