@@ -56,8 +56,8 @@ def one(row, steps):
     began = time.perf_counter()
     quiet = Console(quiet=True)
     result = run_bench(shape, method, seq, micro, accumulation, steps, sets, None, quiet)
-    on_card = result["device"] == "cuda"
-    measured = result["peak_process_gib" if on_card else "peak_host_gib"]
+    on_gpu = result["device"] == "cuda"
+    measured = result["peak_process_gib" if on_gpu else "peak_host_gib"]
     kept = ("gpu", "plan", "planned_gib", "planned_parts", "tokens_per_second", "layers")
     return {
         "row": " ".join([shape, method, f"{micro} x {accumulation} x {seq}", *sets]),

@@ -1,10 +1,12 @@
-"""Measure `lorakit ui`: pages of 200 runs, 100,000-step curves, idle CPU, 5,000 odd requests.
+"""Measure `lorakit ui`: pages of 200 runs, 100,000-step curves, idle CPU, 5,000 odd requests, and
+examples of a file of a million rows.
 
 python benchmarks/ui_pages.py --output benchmarks/results/ui_pages.json
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,14 +31,16 @@ def main():
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--only-rows", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ui-"))
     try:
-        result = {
-            **measured_pages(folder, given.runs, given.steps),
-            **fuzzed(folder, given.requests),
-        }
+        result = {} if given.only_rows else measured_pages(folder, given.runs, given.steps)
+        if not given.only_rows:
+            result |= fuzzed(folder, given.requests)
+        result["data"] = measured_rows(folder / "data", given.rows)
     finally:
         shutil.rmtree(folder)
     result = {
@@ -81,6 +85,40 @@ def measured_pages(folder, runs, steps):
             used = sum(after[:2]) - sum(before[:2])
             found[f"{name}_cpu_percent"] = round(100 * used / (time.perf_counter() - begin), 2)
         found["memory_mb"] = round(server.memory_info().rss / 1e6)
+        process.terminate()
+    return found
+
+
+def measured_rows(folder, rows):
+    """Seconds until the first examples of a new file, then of other pages; memory of the worker."""
+    folder.mkdir(parents=True)
+    with (folder / "rows.jsonl").open("w") as handle:
+        for i in range(rows):
+            row = {"question": f"What is box {i} of shelf {i % 977}?", "answer": f"A {i * 7919}."}
+            handle.write(json.dumps(row) + "\n")
+    found = {"rows": rows, "file_mb": round((folder / "rows.jsonl").stat().st_size / 1e6)}
+    words = [sys.executable, "-m", "lorakit", "ui", str(folder), "--port", "0", "--framed"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        data = process.stdout.readline().split()[1] + "data?model=demo&data="
+        server, peak = psutil.Process(process.pid), 0
+        for name, query, words_ in (
+            ("demo", "demo", "1 to 10"),  # unpacks the model, imports torch
+            ("first", "rows.jsonl", "1 to 10"), ("next", "rows.jsonl&offset=10", "11 to 20"),
+            ("middle", f"rows.jsonl&offset={rows // 2}", f"{rows // 2 + 1:,} to"),
+            ("search", f"rows.jsonl&find=box {rows - 3} of", "1 found"),
+            ("row", f"rows.jsonl&find=rows.jsonl:{rows // 3}", "1 found"),
+        ):  # fmt: skip
+            begin, text = time.perf_counter(), ""
+            while words_ not in text:
+                with urllib.request.urlopen(data + query.replace(" ", "%20")) as answer:
+                    text = answer.read().decode()
+                assert 'class="fault"' not in text, text[-500:]
+                children = server.children(recursive=True)
+                peak = max([peak, *(child.memory_info().rss for child in children)])
+            found[f"{name}_seconds"] = round(time.perf_counter() - begin, 2)
+        found["worker_peak_mb"] = round(peak / 1e6)
+        found["server_mb"] = round(server.memory_info().rss / 1e6)
         process.terminate()
     return found
 

@@ -51,7 +51,7 @@ def test_layers_that_share_keys_and_models_with_towers_are_measured(family, meth
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_card_runs_both_types_with_paged_optimizer_and_recomputation(method, dtype):
+def test_a_gpu_runs_both_types_with_paged_optimizer_and_recomputation(method, dtype):
     """float16 is what a T4 gets: with loss scaling, and adapters in float32."""
     sets = [f"dtype={dtype}", "optimizer=paged_adamw_8bit", "gradient_checkpointing=true"]
     row = run_bench("tiny", method, 64, 2, 2, 4, sets, None, Console(quiet=True))

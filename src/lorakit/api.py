@@ -194,20 +194,20 @@ def plan(
     from lorakit.model.matching import check_adapter_settings
     from lorakit.model.start_adapter import resolve_start
     from lorakit.planning.forecast import find_config, forecast
-    from lorakit.planning.gpus import card_device, find_card, parse_memory, with_gpu_count
+    from lorakit.planning.gpus import find_gpu, gpu_device, parse_memory, with_gpu_count
 
     if recipe is None:
         settings = {"data": "not read", **settings}
     resolved = resolve_start(load_recipe(recipe, **settings))
-    card = find_card(gpu) if gpu else None
+    known = find_gpu(gpu) if gpu else None
     size = parse_memory(memory) if memory else None
     with silence_libraries(resolved.recipe.offline):
         config, source, local = find_config(resolved.recipe, resolved.folders)
     final = resolve_targets(resolved, config).recipe
     check_adapter_settings(final, config)
-    device = card_device(card, size, final.dtype) if card or size else detect_device(final.dtype)
+    device = gpu_device(known, size, final.dtype) if known or size else detect_device(final.dtype)
     device = with_gpu_count(device, gpus, nodes, network)
-    return Plan.of(forecast(final, config, device, card, source, local))
+    return Plan.of(forecast(final, config, device, known, source, local))
 
 
 def inspect(

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from lorakit.data.chat_template.defaults import prints_today
+from lorakit.data.data_notes import data_notes
 from lorakit.data.dataset import write_validation
 from lorakit.data.inspection import measure_prepared
 from lorakit.data.prepare import Prepared, prepare_data
@@ -71,9 +72,10 @@ from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
 from lorakit.recipe.schema import Recipe
 from lorakit.report.page import renew_report
+from lorakit.storage.best_record import BestStep
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
 from lorakit.storage.run_lock import only_writer
-from lorakit.train.best_step import BestStep, metric_direction
+from lorakit.train.best_step import metric_direction
 from lorakit.train.callbacks import PauseAtStep
 from lorakit.train.checkpoint import load_adapter, require_space, save_adapter, saves_embeddings
 from lorakit.train.fsdp import check_launch, shard_base, with_launcher_settings
@@ -90,7 +92,7 @@ from lorakit.train.resume import (
 )
 from lorakit.train.signals import catch_signals
 from lorakit.train.trainer import LoraTrainer
-from lorakit.train.training_args import check_training_settings, total_steps
+from lorakit.train.training_args import check_training_settings
 from lorakit.types import Device, EvalResult, EvalScore, MemoryPlan
 
 OOM_HINT = "stop other programs on this device, set method: qlora, or use a smaller model"
@@ -198,10 +200,12 @@ def _prologue(
         scorer = TrainingScorer(resolved.recipe, tokenizer, folders, console.print)
         console.print(f"tasks    {', '.join(scorer.directions)}")
     metric_direction(resolved.recipe, scorer)
-    steps = total_steps(resolved.recipe, len(prepared.train))
+    steps = resolved.recipe.total_steps(len(prepared.train))
     check_training_settings(resolved.recipe, device, steps, bool(prepared.val))
     check_launch(resolved.recipe, device)
     console.print(report_view(prepared.report))
+    for note in data_notes(prepared.report.as_dict(), resolved.recipe):
+        console.print(f"note     {note}")
     longest = prepared.report.longest_example
     planned, plan = plan_for_data(resolved.recipe, config, device, longest)
     has, needs = device.memory_bytes / 2**30, plan.total_bytes / 2**30
@@ -450,7 +454,7 @@ def _write_run_files(
 ) -> str | None:
     """Write the files before training; return the folder of the checkpoint to resume from."""
     recipe, prepared = start.resolved.recipe, start.prepared
-    steps = total_steps(recipe, len(prepared.train))
+    steps = recipe.total_steps(len(prepared.train))
     for earlier in (run.best, run.stopped):
         earlier.unlink(missing_ok=True)
     resumed = prepare_resume(run, fingerprint, prepared.train, steps, console) if resume else None

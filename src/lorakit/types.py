@@ -235,7 +235,7 @@ class Placement:
         return [name for name, on_host in named.items() if on_host]
 
 
-ON_CARD = Placement()
+ON_GPU = Placement()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ class MemoryPlan:
     available_bytes: int
     fits: bool
     keep: tuple[int, ...] = ()
-    placement: Placement = ON_CARD
+    placement: Placement = ON_GPU
     host_parts: dict[str, int] = field(default_factory=dict)
     engine: bool = False
 

@@ -28,7 +28,7 @@ def test_more_gpus_than_there_are_is_one_clear_error(monkeypatch):
     assert caught.value.hint.startswith("--gpus 2")
 
 
-def test_without_a_card_the_cpu_is_shared_only_where_it_is_meant(monkeypatch):
+def test_without_a_gpu_the_cpu_is_shared_only_where_it_is_meant(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

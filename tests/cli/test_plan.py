@@ -23,7 +23,7 @@ def test_every_recipe_of_ours_is_planned_without_a_network(lorakit, path):
     assert json.loads(out)["fits"]
 
 
-def test_names_cards_and_lengths(lorakit):
+def test_names_gpus_and_lengths(lorakit):
     words = ("plan", "--model", "llama-2-7b", "--method", "qlora", "--seq", "1024", "--json")
     code, out, _ = lorakit(*words, "--gpu", "4090")
     value = json.loads(out)
@@ -33,7 +33,7 @@ def test_names_cards_and_lengths(lorakit):
     assert code == 1
     assert not small["fits"]
     assert small["changes"]
-    assert small["smallest_card"]
+    assert small["smallest_gpu"]
     assert small["tokens_per_second"] is None
 
 

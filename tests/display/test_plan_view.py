@@ -11,14 +11,14 @@ from rich.console import Console
 from lorakit.display.plan_view import plan_view
 from lorakit.display.rich_output import as_html, as_text
 from lorakit.planning.forecast import forecast
-from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
+from lorakit.planning.gpus import GPUS, gpu_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.recipe.schema import Recipe
 
 
 def screen(width, name, card, gpus=None, nodes=None, **values):
     asked = Recipe(**{"model": name, "data": "d", "target_modules": "all-linear", **values})
-    device = with_gpu_count(card_device(GPUS[card], None, "auto"), gpus, nodes, None)
+    device = with_gpu_count(gpu_device(GPUS[card], None, "auto"), gpus, nodes, None)
     found = forecast(asked, shape_config(name), device, GPUS[card])
     console = Console(file=io.StringIO(), width=width)
     console.print(plan_view(found))
@@ -47,7 +47,7 @@ def test_the_verdict_says_what_it_counts_with():
     assert "rows are longer than the model's context of 4,096 tokens" in text
 
 
-def test_inputs_that_stay_on_the_card_are_not_said_to_be_on_the_host():
+def test_inputs_that_stay_on_the_gpu_are_not_said_to_be_on_the_host():
     found, text = screen(120, "llama-2-7b", "v100")
     assert "in host memory: the base, the embedding" in " ".join(text.split())
     assert not found.host.get("inputs of layers")

@@ -38,7 +38,7 @@ def test_a_process_by_itself_is_alone(environment):
     ("shown", "local", "then"),
     [(None, "1", "1"), ("4,6", "1", "6"), ("4,6", "2", ""), ("6", "1", "6"), ("", "1", "")],
 )
-def test_each_rank_sees_its_own_card(environment, shown, local, then):
+def test_each_rank_sees_its_own_gpu(environment, shown, local, then):
     environment(RANK=local, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
     environment(LOCAL_RANK=local, LOCAL_WORLD_SIZE="2")
     if shown is not None:
@@ -56,12 +56,12 @@ def test_one_process_of_torchrun_is_alone_for_the_libraries_too(environment):
     assert os.environ["LOCAL_RANK"] == "0"
 
 
-def test_one_process_keeps_the_cards_it_sees(environment):
+def test_one_process_keeps_the_gpus_it_sees(environment):
     prepare_rank()
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-def test_a_rank_without_a_card_among_others_with_one_is_named():
+def test_a_rank_without_a_gpu_among_others_with_one_is_named():
     members = [Member(0, "cuda:0", "a", "", 1), Member(1, "cpu:1", "a", "", 2)]
     with pytest.raises(WorkError, match=r"no CUDA GPU for rank 1 \(cpu:1 on a, process 2\)"):
         check_members(members)

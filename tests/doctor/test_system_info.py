@@ -11,6 +11,7 @@ from lorakit.doctor.system_info import (
     Driver,
     ask_hub,
     cache_folder,
+    cached_models,
     installed_versions,
     read_driver,
     writable,
@@ -114,3 +115,12 @@ def test_everything_is_gathered(monkeypatch):
     assert found.free_disk["here"] > 0
     assert installed_versions()["torch"] == found.packages["torch"]
     assert found.hub == "not asked"
+
+
+def test_models_of_the_cache_have_their_names_and_sizes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert cached_models() == []
+    for name in ("models--owner--some-model", "datasets--a--b"):
+        (tmp_path / name / "blobs").mkdir(parents=True)
+        (tmp_path / name / "blobs" / "x").write_bytes(b"0" * 9)
+    assert cached_models() == [("owner/some-model", 9)]

@@ -9,9 +9,9 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("on_card", [0, 1, 3])
-def test_every_tensor_comes_back_as_it_was(device, on_card):
-    inputs = LayerInputs(3, on_card, torch.device(device))
+@pytest.mark.parametrize("on_gpu", [0, 1, 3])
+def test_every_tensor_comes_back_as_it_was(device, on_gpu):
+    inputs = LayerInputs(3, on_gpu, torch.device(device))
     generator = torch.Generator().manual_seed(0)
     for rows in (5, 9, 7):  # steps of other sizes find the room of the last one
         sent = {}

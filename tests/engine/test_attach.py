@@ -337,7 +337,7 @@ def test_four_bit_weights_give_what_bitsandbytes_own_layers_give(inner):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_gradients_on_a_card_are_as_near_the_truth_as_the_models_own(family):
+def test_bf16_gradients_on_a_gpu_are_as_near_the_truth_as_the_models_own(family):
     wide = {
         "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4,
     }  # fmt: skip

@@ -42,7 +42,7 @@ def test_the_longest_document_may_be_anywhere():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lengths", [[256], [100, 1, 57]], ids=str)
-def test_kernels_of_a_card_compute_the_same(lengths):
+def test_kernels_of_a_gpu_compute_the_same(lengths):
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, sum(lengths), h, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2)

@@ -138,7 +138,7 @@ def test_a_checkpoint_loaded_beside_the_host_copy_is_taken_in():
     "where", [{}, {"base_on_host": True, "adapters_on_host": True, "embedding_on_host": True}]
 )
 @pytest.mark.parametrize("cut", [WHOLE, ChunkSize(64, 1)])
-def test_on_a_card_the_gradients_are_near_those_in_float32(where, cut):
+def test_on_a_gpu_the_gradients_are_near_those_in_float32(where, cut):
     """bfloat16 on the card against float32 micro by micro there; PEFT's bfloat16 is the measure."""
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     batches = [pack(examples([200, 90, 33])), collate(examples([128, 128]), 0)]

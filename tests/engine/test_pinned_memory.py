@@ -17,7 +17,7 @@ def test_a_view_is_the_bytes_from_its_start_on():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_it_is_locked_for_a_card_and_let_go_with_the_object():
+def test_it_is_locked_for_a_gpu_and_let_go_with_the_object():
     room = PageLocked(3 * 2**20 + 16, torch.device("cuda"))
     assert room.locked
     assert room.bytes.is_pinned()

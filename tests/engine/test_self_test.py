@@ -83,7 +83,7 @@ def test_a_t4_multiplies_no_matrix_in_a_kernel(card, monkeypatch):
 
 
 @pytest.mark.parametrize("card", ["a card of 8.0"], indirect=True)
-def test_a_kernel_that_goes_wrong_on_this_card_is_found(card, monkeypatch):
+def test_a_kernel_that_goes_wrong_on_this_gpu_is_found(card, monkeypatch):
     right = lora.lora_a_grad_reference
     monkeypatch.setattr(
         "lorakit.ops.lora_triton.lora_a_grad_triton",
@@ -95,7 +95,7 @@ def test_a_kernel_that_goes_wrong_on_this_card_is_found(card, monkeypatch):
 
 
 @pytest.mark.parametrize("card", ["a card of 8.0"], indirect=True)
-def test_a_kernel_that_does_not_run_on_this_card_is_no_end(card, monkeypatch):
+def test_a_kernel_that_does_not_run_on_this_gpu_is_no_end(card, monkeypatch):
     def no_such_instruction(*_, **__):
         raise RuntimeError("PassManager::run failed\nand a page of intermediate code")
 

@@ -21,7 +21,7 @@ def layers_of(model):
     return layers
 
 
-def test_modules_point_at_the_card_while_entered_and_home_afterwards():
+def test_modules_point_at_the_gpu_while_entered_and_home_afterwards():
     model = tiny()
     layers = layers_of(model)
     weights = [x.self_attn.k_proj.base_layer.weight for x in model.get_base_model().model.layers]

@@ -12,8 +12,8 @@ from lorakit.model.load import load_run
 from lorakit.pipeline import fit, prepare_run
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
+from lorakit.storage.best_record import best_step
 from lorakit.storage.run_dir import read_metrics
-from lorakit.train.best_step import best_step
 
 QUIET = Console(quiet=True, stderr=True)
 

@@ -30,7 +30,7 @@ from lorakit.model.matching import check_adapter_settings
 from lorakit.model.param_counts import count, lora_target_layers
 from lorakit.model.safetensors_io import stored_tensors
 from lorakit.planning.forecast import forecast
-from lorakit.planning.gpus import GPUS, card_device
+from lorakit.planning.gpus import GPUS, gpu_device
 from lorakit.recipe.loader import load_recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.checkpoint import save_adapter
@@ -229,7 +229,7 @@ def test_every_family_is_planned_for_a_cpu_and_a_gpu_of_the_table(name):
     parameters = sum(p.numel() for p in base.parameters())
     flags = {"model": "m", "data": "d", "cutoff_len": 64, "lora_r": 4, "micro_batch_size": 1}
     cpu = Device("cpu", "CPU", 16 * 2**30, "bfloat16")
-    t4 = card_device(GPUS["t4"], None, "auto")
+    t4 = gpu_device(GPUS["t4"], None, "auto")
     for device, method in ((cpu, "lora"), (t4, "qlora")):
         resolved = load_recipe(None, [], {**flags, "method": method})
         recipe = resolve_targets(resolved, config).recipe

@@ -8,7 +8,7 @@ from lorakit.ops import backend
 from lorakit.ops.backend import definitions_only, has_kernels, has_matrix_kernels, kernels_reason
 
 
-class OnACard:
+class OnAGpu:
     """A tensor, as far as the choice looks at it."""
 
     is_cuda = True
@@ -44,29 +44,29 @@ def test_a_tensor_on_the_cpu_takes_plain_torch():
         ((12, 0), True, True, "Triton kernels"),
     ],
 )
-def test_what_a_card_runs(card, capability, kernels, products, words):
+def test_what_a_gpu_runs(card, capability, kernels, products, words):
     pytest.importorskip("triton", reason="the triton package is not installed")
     card(capability)
-    assert has_kernels(OnACard()) is kernels
-    assert has_matrix_kernels(OnACard()) is products
+    assert has_kernels(OnAGpu()) is kernels
+    assert has_matrix_kernels(OnAGpu()) is products
     assert kernels_reason("cuda") == words
     assert runs_kernels(capability) is kernels
     with definitions_only():
-        assert not has_kernels(OnACard())
-    assert has_kernels(OnACard()) is kernels
+        assert not has_kernels(OnAGpu())
+    assert has_kernels(OnAGpu()) is kernels
 
 
 def test_an_amd_gpu_runs_the_kernels_without_matrix_products(card, monkeypatch):
     pytest.importorskip("triton", reason="the triton package is not installed")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     card((9, 4))  # an MI300
-    assert has_kernels(OnACard())
-    assert not has_matrix_kernels(OnACard())
+    assert has_kernels(OnAGpu())
+    assert not has_matrix_kernels(OnAGpu())
     assert kernels_reason("cuda").startswith("Triton kernels, matrix products by hipBLAS")
 
 
 def test_without_triton_there_are_no_kernels(card, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     card((9, 0))
-    assert not has_kernels(OnACard())
+    assert not has_kernels(OnAGpu())
     assert kernels_reason("cuda") == "plain torch (the triton package is missing)"

@@ -25,7 +25,7 @@ CARDS = {75: 65536, 80: 166912, 86: 101376, 90: 232448, 120: 101376}
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its assembler for Linux only")
 @pytest.mark.parametrize("capability", CARDS)
-def test_every_kernel_compiles_for_the_card_and_fits_it(capability):
+def test_every_kernel_compiles_for_the_gpu_and_fits_it(capability):
     """At ranks 8, 64 and 256, for few rows and for many; no card is needed to compile."""
     command = [sys.executable, str(SCRIPT), str(capability), str(CARDS[capability])]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

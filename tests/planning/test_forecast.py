@@ -15,15 +15,15 @@ from lorakit.planning.forecast import (
     require_plan_fits,
     saving,
 )
-from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
+from lorakit.planning.gpus import GPUS, gpu_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.stages import disk_parts, host_parts, merge_parts, phases
 from lorakit.planning.suggestions import Suggestion, smallest_gpu
 from lorakit.recipe.schema import Recipe
 
-H100 = card_device(GPUS["h100"], None, "auto")
-T4 = card_device(GPUS["t4"], None, "auto")
+H100 = gpu_device(GPUS["h100"], None, "auto")
+T4 = gpu_device(GPUS["t4"], None, "auto")
 
 
 def recipe(**values):
@@ -52,7 +52,7 @@ def test_each_part_of_a_forecast_is_under_its_own_name():
     assert value["disk_bytes"] == disk_parts(asked, config, local=True)
     assert value["speed_basis"] == "an estimate from its data sheet"
     assert (value["fits"], value["fewest_gpus"]) == (False, 2)
-    assert value["smallest_card"] == smallest_gpu(asked, config, T4).name
+    assert value["smallest_gpu"] == smallest_gpu(asked, config, T4).name
     assert value["context"] == 4096
     assert value["changes"]
     assert value["scale"] is None
@@ -82,7 +82,7 @@ def test_what_a_change_saves_and_costs(slower, words):
 def test_streaming_that_fits_is_told_with_what_would_be_faster():
     # 512 tokens do not hide a copy of 26 GB.
     asked, card = recipe(gradient_accumulation_steps=1, cutoff_len=512), GPUS["4090"]
-    found = forecast(asked, shape_config("llama-2-13b"), card_device(card, None, "auto"), card)
+    found = forecast(asked, shape_config("llama-2-13b"), gpu_device(card, None, "auto"), card)
     assert found.fits
     assert found.training.placement.base_on_host
     assert all(change.fits and change.slower < -0.05 for change in found.changes)

@@ -6,8 +6,8 @@ from lorakit.errors import RecipeError
 from lorakit.planning.gpus import (
     GIB,
     GPUS,
-    card_device,
-    find_card,
+    find_gpu,
+    gpu_device,
     match_gpu,
     parse_memory,
     with_gpu_count,
@@ -30,30 +30,30 @@ from lorakit.planning.gpus import (
     ],
 )
 def test_names(said, name):
-    assert find_card(said).name == name
+    assert find_gpu(said).name == name
 
 
 @pytest.mark.parametrize("said", ["GeForce RTX 4090 Laptop GPU", "RTX 3060 Ti", "rtx4900", "", "x"])
-def test_other_cards_are_not_taken_for_them(said):
+def test_other_gpus_are_not_taken_for_them(said):
     assert match_gpu(said) is None
     with pytest.raises(RecipeError, match="not in the table") as caught:
-        find_card(said)
+        find_gpu(said)
     assert "a100-80" in caught.value.hint
     assert "--memory" in caught.value.hint
 
 
-def test_memory_tells_two_cards_of_one_name_apart():
+def test_memory_tells_two_gpus_of_one_name_apart():
     assert match_gpu("NVIDIA A100", 79 * GIB).name == "a100-80"
     assert match_gpu("NVIDIA A100", 39 * GIB).name == "a100-40"
 
 
 @pytest.mark.parametrize("card", GPUS.values(), ids=lambda c: c.name)
-def test_a_card_is_a_device_with_a_type_it_can_multiply(card):
-    device = card_device(card, None, "auto")
+def test_a_gpu_is_a_device_with_a_type_it_can_multiply(card):
+    device = gpu_device(card, None, "auto")
     assert device.dtype == ("bfloat16" if card.capability >= (8, 0) else "float16")
     assert device.memory_bytes == int(card.memory_gib * GIB)
-    assert card_device(card, None, "bfloat16").dtype == device.dtype
-    assert card_device(card, 5 * GIB, "float16").memory_bytes == 5 * GIB
+    assert gpu_device(card, None, "bfloat16").dtype == device.dtype
+    assert gpu_device(card, 5 * GIB, "float16").memory_bytes == 5 * GIB
     assert 0.3 < card.utilization < 0.8
 
 
@@ -75,7 +75,7 @@ def test_a_ring_is_no_faster_than_its_wires(card):
 
 
 def test_several_devices_of_one_kind():
-    one = card_device(GPUS["h100"], None, "auto")
+    one = gpu_device(GPUS["h100"], None, "auto")
     assert with_gpu_count(one, None, None, None) == one
     found = with_gpu_count(one, 8, 4, 400)
     assert (found.ranks, found.nodes, found.per_node, found.network_gbits) == (32, 4, 8, 400)

@@ -19,7 +19,7 @@ from lorakit.planning.memory import _planned, budget_of, plan_memory
 from lorakit.planning.rank_workload import NF4_BYTES, RankWorkload
 from lorakit.recipe.schema import Recipe
 from lorakit.train.training_args import OPTIMIZERS
-from lorakit.types import ON_CARD, OPTIMIZER_BYTES, Device, Placement
+from lorakit.types import ON_GPU, OPTIMIZER_BYTES, Device, Placement
 
 H100 = Device("cuda", "H100", 80 * 2**30, "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,7 +56,7 @@ def test_nf4_takes_about_a_quarter_of_bf16():
     assert qlora == pytest.approx(3.341e9, rel=1e-3)
 
 
-def test_tied_embeddings_are_counted_once_and_small_cards_are_refused():
+def test_tied_embeddings_are_counted_once_and_small_gpus_are_refused():
     small = Device("cuda", "small", 2**30, "bfloat16")
     plan = plan_memory(recipe(), shape_config("smollm2-135m"), small)
     weights = plan.parts["frozen weights"] + plan.parts["embeddings, head and norms"]
@@ -92,7 +92,7 @@ def test_optimizer_state_is_that_of_the_real_optimizer(name, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_plan_fits_only_what_the_card_has(method):
+def test_a_plan_fits_only_what_the_gpu_has(method):
     config = shape_config("llama-2-7b")
     takes = plan_memory(recipe(method), config, H100).total_bytes
     for share, fits in ((1.2, True), (0.99, False)):
@@ -149,7 +149,7 @@ def test_work_is_that_of_the_layer_with_most(order):
     asked = recipe(micro_batch_size=4)
 
     def work(keep):
-        return plan_of(asked, config, H100, keep, ON_CARD).parts["work of one layer, or the loss"]
+        return plan_of(asked, config, H100, keep, ON_GPU).parts["work of one layer, or the loss"]
 
     least, _, _, most = (work([level] * 32) for level in range(4))
     assert least < most
@@ -160,7 +160,7 @@ def test_what_is_kept_is_the_sum_over_the_layers():
     config = shape_config("llama-2-7b")
 
     def kept(keep):
-        parts = plan_of(recipe(), config, H100, keep, ON_CARD).parts
+        parts = plan_of(recipe(), config, H100, keep, ON_GPU).parts
         return parts["activations kept for backward"]
 
     each = [kept([level] * 32) / 32 for level in range(4)]
@@ -192,7 +192,7 @@ def test_inputs_of_layers_lie_here_or_there():
         assert plan.parts["inputs of layers"] == max(kept * layer, 3 * layer // 2)
 
 
-def test_adapters_on_the_host_come_to_the_card_two_layers_at_a_time():
+def test_adapters_on_the_host_come_to_the_gpu_two_layers_at_a_time():
     config = shape_config("llama-2-7b")
     placement = Placement(True, True, True, True, 0, 8192, 32)
     plan = plan_of(recipe(), config, H100, [3] * 32, placement)

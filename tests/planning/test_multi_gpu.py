@@ -9,7 +9,7 @@ import pytest
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.errors import WorkError
 from lorakit.planning.forecast import forecast
-from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
+from lorakit.planning.gpus import GPUS, gpu_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.multi_gpu import describe_split, idle_share, shared_device
 from lorakit.recipe.schema import Recipe
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def found(shape="llama-2-7b", card="h100", gpus=1, nodes=1, network=None, **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
-    device = with_gpu_count(card_device(GPUS[card], None, recipe.dtype), gpus, nodes, network)
+    device = with_gpu_count(gpu_device(GPUS[card], None, recipe.dtype), gpus, nodes, network)
     return forecast(recipe, shape_config(shape), device, GPUS[card])
 
 
@@ -51,7 +51,7 @@ def test_idle_time():
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_gain_of_two_cards_is_what_was_measured(method):
+def test_the_gain_of_two_gpus_is_what_was_measured(method):
     one, two = (
         json.loads((RESULTS / f"scale_{method}-{count}.json").read_text()) for count in (1, 2)
     )
@@ -139,7 +139,7 @@ def test_weights_that_a_slot_cannot_carry_are_waited_for():
 
 def test_nothing_is_said_of_unknown_wires():
     recipe = Recipe(model="m", data="d", target_modules="all-linear")
-    device = with_gpu_count(card_device(None, 40 * 2**30, "auto"), 2, None, None)
+    device = with_gpu_count(gpu_device(None, 40 * 2**30, "auto"), 2, None, None)
     value = forecast(recipe, shape_config("llama-2-7b"), device)
     assert value.scale.traffic.gradients_bytes > 0
     assert value.scale.efficiency is None
@@ -158,7 +158,7 @@ class Gathered(DistributedContext):
         return self.found
 
 
-def test_the_plan_is_for_the_smallest_card_of_all():
+def test_the_plan_is_for_the_smallest_gpu_of_all():
     assert shared_device(H100, SINGLE_PROCESS) is H100
     small = replace(H100, name="A100", memory_bytes=40 * 2**30)
     device = shared_device(H100, Gathered([H100, small]))

@@ -7,7 +7,7 @@ from lorakit.planning.known_models import shape_config
 from lorakit.planning.placement import check_placement, placement_candidates
 from lorakit.planning.rank_workload import RankWorkload
 from lorakit.recipe.schema import Recipe
-from lorakit.types import ON_CARD, Device
+from lorakit.types import ON_GPU, Device
 
 
 def sizes(ranks=1, nodes=1, kind="cuda", shape="llama-2-7b", **values):
@@ -23,14 +23,14 @@ def places(found):
         word = "card"
         if placement.layerwise:
             word = "host" if placement.base_on_host else f"spread {placement.shards}"
-        elif placement != ON_CARD:
+        elif placement != ON_GPU:
             word = "embedding"
         if not order or order[-1] != word:
             order.append(word)
     return order
 
 
-def test_on_the_card_then_spread_then_in_host_memory():
+def test_on_the_gpu_then_spread_then_in_host_memory():
     assert places(sizes(4)) == ["card", "embedding", "spread 4", *["spread 1", "host"] * 4]
     assert places(sizes()) == ["card", "embedding", *["spread 1", "host"] * 4]
     assert places(sizes(8, nodes=2))[2] == "spread 4"
@@ -55,7 +55,7 @@ def test_long_rows_go_through_attention_in_groups_of_heads(length, heads):
     assert {placement.heads_at_once for _, placement in found} == {heads}
 
 
-def test_an_optimizer_of_cards_stays_there():
+def test_an_optimizer_of_gpus_stays_there():
     found = list(placement_candidates(sizes(2, sharding="on", optimizer="adamw_8bit"), engine=True))
     assert not any(placement.adapters_on_host for _, placement in found)
     plain = list(placement_candidates(sizes(2, sharding="on"), engine=True))

@@ -67,7 +67,7 @@ def test_a_cpu_run_with_the_engine_counts_python_too():
     assert plan.parts["Python and libraries"] == LIBRARIES_BYTES
 
 
-def test_models_without_fast_layers_are_counted_on_a_card():
+def test_models_without_fast_layers_are_counted_on_a_gpu():
     asked = recipe(target_modules=["q_proj", "v_proj"], weight_offload="off")
     plan = plan_training(asked, shape_config("qwen3-30b-a3b"), CARD)
     assert "activations (estimate)" not in plan.parts
@@ -78,7 +78,7 @@ def test_models_without_fast_layers_are_counted_on_a_card():
 EXPERTS_OF_A_LAYER = 128 * 3 * 2048 * 768
 
 
-def test_experts_are_in_4_bits_or_streamed_where_the_card_cannot_hold_them():
+def test_experts_are_in_4_bits_or_streamed_where_the_gpu_cannot_hold_them():
     asked = recipe(
         method="qlora", target_modules=["q_proj"], micro_batch_size=1, memory_limit="24GiB"
     )
@@ -111,7 +111,7 @@ def test_adapters_of_all_experts_are_planned():
 OLD_CARD = replace(CARD, dtype="float16", kernels=False)
 
 
-def test_a_card_without_kernels_is_planned_with_the_models_own_layers():
+def test_a_gpu_without_kernels_is_planned_with_the_models_own_layers():
     asked = recipe(method="qlora", micro_batch_size=2)
     config = shape_config("llama-2-7b")
     plan = plan_training(asked, config, OLD_CARD)
@@ -139,7 +139,7 @@ def test_short_data_makes_short_rows():
     assert longest_rows(asked, 0, CPU) == asked
 
 
-def test_on_a_card_rows_are_as_long_as_cuda_graphs_make_them():
+def test_on_a_gpu_rows_are_as_long_as_cuda_graphs_make_them():
     asked = recipe(cutoff_len=2048, gradient_accumulation_steps=4)
     assert longest_rows(asked, 96, CARD).cutoff_len == 384
     assert longest_rows(asked, 97, CARD).cutoff_len == 512

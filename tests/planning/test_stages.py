@@ -7,7 +7,7 @@ import pytest
 from tests.families import FAMILIES, tiny_config
 
 from lorakit.model.param_counts import count
-from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
+from lorakit.planning.gpus import GPUS, gpu_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.memory import plan_memory
 from lorakit.planning.planner import LIBRARIES_BYTES, plan_training
@@ -15,7 +15,7 @@ from lorakit.planning.stages import disk_parts, host_parts, merge_parts, phases,
 from lorakit.recipe.schema import Recipe
 from lorakit.types import Device
 
-H100 = card_device(GPUS["h100"], None, "auto")
+H100 = gpu_device(GPUS["h100"], None, "auto")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from lorakit.planning.gpus import GPUS, card_device
+from lorakit.planning.gpus import GPUS, gpu_device
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.suggestions import _with, fewest_gpus, find_changes, smallest_gpu
@@ -30,7 +30,7 @@ def recipe(**values):
 def changes(case):
     name, card, values = CASES[case]
     asked, config = recipe(**values), shape_config(name)
-    device = card_device(GPUS[card], None, "auto")
+    device = gpu_device(GPUS[card], None, "auto")
     plan = plan_training(asked, config, device)
     return asked, config, device, plan, find_changes(asked, config, device, plan, GPUS[card])
 
@@ -85,7 +85,7 @@ def test_qlora_is_offered_with_no_more_rows_than_now():
 
 def test_the_nearest_is_given_where_nothing_fits():
     asked, config = recipe(), shape_config("qwen3-30b-a3b")
-    device = card_device(None, 3 * 2**30, "auto")
+    device = gpu_device(None, 3 * 2**30, "auto")
     plan = plan_training(asked, config, device)
     found = find_changes(asked, config, device, plan, None)
     assert len(found) == 1
@@ -94,8 +94,8 @@ def test_the_nearest_is_given_where_nothing_fits():
     assert found[0].slower is None
 
 
-def test_the_smallest_card():
-    one = card_device(GPUS["t4"], None, "auto")
+def test_the_smallest_gpu():
+    one = gpu_device(GPUS["t4"], None, "auto")
     tight = recipe(weight_offload="off")
     assert smallest_gpu(tight, shape_config("llama-3.1-8b"), one).name == "l4"
     assert smallest_gpu(recipe(), shape_config("smollm2-135m"), one).memory_gib < 12
@@ -108,7 +108,7 @@ def test_the_smallest_card():
 
 def test_sharding_is_offered_where_it_was_forbidden():
     asked = recipe(weight_offload="off", sharding="off")
-    device = replace(card_device(GPUS["t4"], None, "auto"), ranks=2)
+    device = replace(gpu_device(GPUS["t4"], None, "auto"), ranks=2)
     config = shape_config("llama-2-7b")
     found = find_changes(asked, config, device, plan_training(asked, config, device), GPUS["t4"])
     assert {"sharding": "auto"} in [change.settings for change in found]
@@ -116,7 +116,7 @@ def test_sharding_is_offered_where_it_was_forbidden():
 
 def test_more_gpus_are_counted():
     asked, config = recipe(weight_offload="off"), shape_config("llama-2-13b")
-    one = card_device(GPUS["4080"], None, "auto")
+    one = gpu_device(GPUS["4080"], None, "auto")
     assert not plan_training(asked, config, one).fits
     count = fewest_gpus(asked, config, one)
     assert plan_training(asked, config, replace(one, ranks=count)).fits

@@ -9,7 +9,7 @@ from tests.families import FAMILIES, tiny_config
 from tests.measured import recipe_of
 
 from lorakit.planning import throughput
-from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
+from lorakit.planning.gpus import GPUS, gpu_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import estimate_speed, expected_speed
@@ -22,7 +22,7 @@ ROWS = [path for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json")
 
 
 def speed(recipe, shape, card, gpus=1):
-    config, device = shape_config(shape), card_device(GPUS[card], None, recipe.dtype)
+    config, device = shape_config(shape), gpu_device(GPUS[card], None, recipe.dtype)
     device = with_gpu_count(device, gpus, None, None)
     plan = plan_training(recipe, config, device)
     return expected_speed(recipe, config, device, plan, GPUS[card])
@@ -48,7 +48,7 @@ def recipe(**values):
     return Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
 
 
-def test_other_cards_are_estimates_in_the_order_of_their_rates():
+def test_other_gpus_are_estimates_in_the_order_of_their_rates():
     order = ["3060", "4070", "4090", "a100-80", "h100", "b200"]
     found = [speed(recipe(method="qlora"), "llama-2-7b", card) for card in order]
     rates = [s.tokens_per_second for s in found]
@@ -76,7 +76,7 @@ TRAINED = 39_976_960  # LoRA r16 of Llama-2-7B
 def planned(card="h100", gpus=1, **values):
     """What `expected_speed` takes, for llama-2-7b."""
     asked, config = recipe(**values), shape_config("llama-2-7b")
-    device = with_gpu_count(card_device(GPUS[card], None, asked.dtype), gpus, None, None)
+    device = with_gpu_count(gpu_device(GPUS[card], None, asked.dtype), gpus, None, None)
     return asked, config, device, plan_training(asked, config, device), GPUS[card]
 
 
@@ -98,8 +98,8 @@ def test_adapters_on_the_host_cost_an_update_there():
     asked, config, device, plan, card = planned(memory_limit="3GiB")
     assert plan.placement.adapters_on_host
     there = expected_speed(asked, config, device, plan, card)
-    on_card = replace(plan, placement=replace(plan.placement, adapters_on_host=False))
-    here = expected_speed(asked, config, device, on_card, card)
+    on_gpu = replace(plan, placement=replace(plan.placement, adapters_on_host=False))
+    here = expected_speed(asked, config, device, on_gpu, card)
     update = 28 * TRAINED / 20e9
     assert there.step_seconds - here.step_seconds == pytest.approx(update, rel=1e-6)
 
@@ -119,15 +119,15 @@ def test_a_token_meets_few_experts():
     assert sparse > dense
 
 
-def test_nothing_is_said_of_an_unknown_card():
-    device = card_device(None, 24 * 2**30, "auto")
+def test_nothing_is_said_of_an_unknown_gpu():
+    device = gpu_device(None, 24 * 2**30, "auto")
     config = shape_config("llama-2-7b")
     asked = recipe()
     assert expected_speed(asked, config, device, plan_training(asked, config, device), None) is None
 
 
 CPU = Device("cpu", "CPU", 16 * 2**30, "float32")
-H100 = card_device(GPUS["h100"], None, "auto")
+H100 = gpu_device(GPUS["h100"], None, "auto")
 PLAN = MemoryPlan({}, 2**40, True, keep=(0,) * 4)
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_estimated_is_left_out_with_the_reason(monkeypatch):
 
 
 def test_an_unknown_gpu_is_named_in_the_reason():
-    device = card_device(None, 24 * 2**30, "auto")
+    device = gpu_device(None, 24 * 2**30, "auto")
     found, why = estimate_speed(recipe(), tiny_config("qwen3"), device, PLAN, None)
     assert found is None
     assert device.name in why

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorakit.planning.gpus import GPUS, card_device, with_gpu_count
+from lorakit.planning.gpus import GPUS, gpu_device, with_gpu_count
 from lorakit.planning.known_models import shape_config
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import NONE, traffic
@@ -17,7 +17,7 @@ LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 def sent(card="h100", gpus=1, nodes=1, network=None, **values):
     recipe = Recipe(**{"model": "m", "data": "d", "target_modules": "all-linear", **values})
     config = shape_config("llama-2-7b")
-    device = with_gpu_count(card_device(GPUS[card], None, "auto"), gpus, nodes, network)
+    device = with_gpu_count(gpu_device(GPUS[card], None, "auto"), gpus, nodes, network)
     return traffic(recipe, config, device, plan_training(recipe, config, device), GPUS[card])
 
 
@@ -60,7 +60,7 @@ def test_weights_are_gathered_twice_a_step_within_a_node(method, width):
 def test_seconds_of_unknown_wires_are_not_told():
     recipe = Recipe(model="m", data="d", target_modules="all-linear")
     config = shape_config("llama-2-7b")
-    device = replace(card_device(None, 40 * 2**30, "auto"), ranks=2)
+    device = replace(gpu_device(None, 40 * 2**30, "auto"), ranks=2)
     found = traffic(recipe, config, device, plan_training(recipe, config, device), None)
     assert found.gradients_bytes == 4 * TRAINED
     assert found.gradients_seconds is None

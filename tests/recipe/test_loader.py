@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import RecipeError
-from lorakit.recipe.loader import load_recipe, recipe_schema, suggest
+from lorakit.recipe.loader import load_recipe, read_resolved, recipe_schema, suggest
 from lorakit.recipe.schema import RENAMED, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -208,3 +208,25 @@ def test_the_recipe_of_a_run_is_read_by_the_names_of_its_time(tmp_path):
     path.write_text("model: demo\ndata: x.jsonl\nstreaming: 'off'\ntoo_long: split\n")
     recipe = load_recipe(path).recipe
     assert (recipe.weight_offload, recipe.on_overlength) == ("off", "split")
+
+
+def test_the_recipe_of_a_run_is_read_with_the_origins_in_its_comments(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    written = load_recipe({"model": "m", "data": "d", "system": "a  # b: c", "lora_r": 4})
+    written = written.derive("a CPU", dtype="float32")
+    path.write_text(written.to_yaml())
+    found = read_resolved(path)
+    assert (found.recipe, found.origins) == (written.recipe, written.origins)
+    assert found.given() == {"model": "m", "data": "d", "system": "a  # b: c", "lora_r": 4}
+
+
+def test_the_recipe_of_a_run_that_was_edited_is_read_as_yaml(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("# by hand\nmodel: demo\ndata:\n  - demo\n")
+    assert read_resolved(path).recipe.data == ["demo"]
+    for text in ("model: [", 'model: "m"  # argument\nsurprise: 1  # argument\n', "\0"):
+        path.write_text(text)
+        with pytest.raises(RecipeError):
+            read_resolved(path)
+    with pytest.raises(RecipeError):
+        read_resolved(tmp_path / "none.yaml")

@@ -116,3 +116,18 @@ def test_a_number_without_measure_is_refused(key, value):
 def test_numbers_beyond_all_use_are_refused(key, value):
     with pytest.raises(ValidationError, match=key):
         Recipe(model="m", data="d", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "examples", "steps"),
+    [
+        ({"epochs": 2.5}, 20, 8),  # half an epoch is a step and a half
+        ({"epochs": 1.0}, 16, 2),
+        ({"epochs": 1.0}, 17, 3),
+        ({"epochs": 3.0}, 20, 9),  # 20 rows, 8 a step: 3 steps an epoch
+        ({"epochs": 0.1}, 20, 1),
+        ({"max_steps": 7}, 20, 7),
+    ],
+)
+def test_steps_cover_the_epochs(values, examples, steps):
+    assert Recipe(model="m", data="d", **values).total_steps(examples) == steps

@@ -102,7 +102,7 @@ def test_rows_without_a_number_are_told_and_marked(make_run, read_page):
     text = report_page(read_run(make_run(rows=rows)))
     read = sound(text, read_page)
     assert "2 steps without a finite loss" in read.text
-    assert "skipped: no finite number: step 2" in read.text
+    assert "Steps skipped, since loss or gradient was not finite: 2." in read.text
     assert 'class="missing"' in text
     only = sound(report_page(read_run(make_run("bad", rows=[row(1, loss=None)]))), read_page)
     assert "1 step without a finite loss" in only.text
@@ -133,7 +133,7 @@ def test_an_old_run_lacks_files_and_still_has_its_page(make_run, read_page, edit
     assert "no plan.json" in read.text
     again = make_run("lengthless")
     edit(again.data_report, lengths=None)
-    assert "Longest example: 30 tokens." in report_page(read_run(again))
+    assert "30 tokens; cutoff_len" in report_page(read_run(again))
 
 
 def test_durations_are_read_at_a_glance():
@@ -145,7 +145,7 @@ def test_scores_and_each_questions_three_answers(make_run, edit):
     sample = {"prompt": "<q>", "base": "<b>", "tuned": " <t>\n", "reference": "<r>"}
     edit(run.eval, samples=[sample], data="/home/me/held.jsonl")
     text = report_page(read_run(run))
-    assert "<td>tuned</td>" in text
+    assert "<th>tuned</th>" in text
     for part in ("2.0000", "1.0000", "-1.0000", "7.39", "-63.2%"):
         assert f">{part}</td>" in text
     assert "Held out: held.jsonl, 40 trained tokens." in text

@@ -11,6 +11,7 @@ from lorakit.storage.run_dir import (
     RunDir,
     append_metrics,
     find_run,
+    folder_size,
     read_metrics,
     write_json,
     write_text,
@@ -124,3 +125,13 @@ def test_rows_that_do_not_fit_on_the_disk_leave_the_file_as_it_was(tmp_path):
     assert run.metrics.read_text() == '{"step": 1}\n'
     append_metrics(run, [{"step": 2}, {"step": 3}])
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3]
+
+
+def test_the_size_of_a_folder_has_its_files_but_not_those_behind_links(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x").write_bytes(b"0" * 70)
+    (tmp_path / "a" / "y").write_bytes(b"0" * 5)
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "big")
+    (tmp_path / "big").write_bytes(b"0" * 1000)
+    assert folder_size(tmp_path / "a") == 75
+    assert folder_size(tmp_path / "none") == 0

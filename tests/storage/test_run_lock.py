@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.errors import RunError, WorkError
 from lorakit.storage.run_dir import RunDir
-from lorakit.storage.run_lock import LOCK, only_writer
+from lorakit.storage.run_lock import LOCK, lock_owner, only_writer
 
 HOLD = """
 import sys
@@ -120,3 +120,18 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     with only_writer(RunDir(tmp_path / "a"), said.append):
         pass
     assert "this file system has no locks" in said[0]
+
+
+def test_only_a_process_that_holds_the_lock_owns_it(tmp_path):
+    """The number in a lock file may be anyone's."""
+    lock = tmp_path / LOCK
+    assert lock_owner(tmp_path) is None
+    for text in ("", "x", "-1", "9" * 30, "\0", f"{os.getpid()}\n"):
+        lock.write_text(text)
+        assert lock_owner(tmp_path) is None
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert lock_owner(tmp_path) == holder.pid
+        holder.kill()
+    assert lock_owner(tmp_path) is None

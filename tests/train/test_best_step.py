@@ -16,8 +16,9 @@ from lorakit.hardware import detect_device
 from lorakit.pipeline import fit
 from lorakit.recipe.loader import load_recipe
 from lorakit.recipe.schema import Recipe
+from lorakit.storage.best_record import best_step
 from lorakit.storage.run_dir import ADAPTER_WEIGHTS, read_metrics
-from lorakit.train.best_step import EarlyStopping, SaveBestStep, best_step
+from lorakit.train.best_step import EarlyStopping, SaveBestStep
 from lorakit.train.training_args import check_training_settings
 
 STEPS = 16

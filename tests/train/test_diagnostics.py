@@ -6,7 +6,14 @@ import pytest
 
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.diagnostics import FLAT_STEPS, TIMED_ROWS, UNTIMED_ROWS, RunMonitor, planned_rate
+from lorakit.train.diagnostics import (
+    FLAT_STEPS,
+    TIMED_ROWS,
+    UNTIMED_ROWS,
+    RunMonitor,
+    planned_rate,
+    run_notes,
+)
 
 from .faults import examples, said, trainer_of
 
@@ -118,3 +125,71 @@ def test_a_trainer_far_slower_than_its_plan_says_so(tiny_model_dir, tmp_path):
     assert (
         said(trainer).count("tokens/s, the plan expects 1,000,000,000,000: check for another") == 1
     )
+
+
+DATA = {
+    "rows_read": 280, "examples_train": 240, "examples_val": 40, "tokens_train": 9000,
+    "trained_tokens_train": 4000, "sources": [], "faults": [],
+}  # fmt: skip
+
+
+def notes(losses, held=(), scored=None, planned=None, marks=None, **values):
+    recipe = Recipe(**{"model": "m", "data": "d", "max_steps": len(losses), **values})
+    steps = [
+        {"step": i + 1, "loss": loss, "grad_norm": 0.5, "learning_rate": 1e-4,
+         "tokens_per_second": 900.0, **(marks or {}).get(i + 1, {})}
+        for i, loss in enumerate(losses)
+    ]  # fmt: skip
+    rows = [{"step": step, "eval_loss": loss} for step, loss in held]
+    return run_notes(recipe, steps, rows, DATA, scored or {}, planned)
+
+
+def test_a_good_run_has_no_notes():
+    scored = {"base": {"loss": 3.0}, "tuned": {"loss": 1.0}}
+    assert notes(noisy(3, 1, 40), [(20, 1.5), (40, 1.51)], scored) == []
+    assert run_notes(Recipe(model="m", data="d"), [], [], {}, {}) == []
+
+
+def test_a_short_run_whose_loss_rises_blames_the_rate():
+    rate = {"learning_rate": 0.05}
+    (note,) = notes([2 + i / 10 for i in range(30)], **rate)
+    assert "the loss rose from" in note
+    assert note.endswith("likely learning_rate is too high (0.05; LoRA is used to 1e-4).")
+    # It diverged at once, then fell a little: compared with its first row, the base's loss.
+    (note,) = notes([3.0, 9.0, 8.5, *[8.0] * 12, *[7.0] * 5], **rate)
+    assert "rose from 3.000 at the start to 7" in note
+
+
+def test_a_held_out_loss_that_rises_or_is_above_the_base_is_named():
+    (note,) = notes(noisy(3, 1, 40), [(10, 1.5), (20, 1.2), (40, 2.0)])
+    assert note.startswith("The held-out loss rises since step 20, from 1.200 to 2.000: overfit")
+    scored = {"base": {"loss": 2.5}, "tuned": {"loss": 4.0}}
+    (note,) = notes(noisy(3, 1, 40), scored=scored)
+    assert note == "The adapter is worse than its base: held-out loss 4.000 against 2.500."
+
+
+def test_answers_that_are_questions_are_named():
+    pair = {"prompt": "The baker is Berta.", "reference": "Who is the baker?"}
+    scored = {"base": {"loss": 3.0}, "tuned": {"loss": 1.0}, "samples": [pair] * 4}
+    (note,) = notes(noisy(3, 1, 40), scored=scored)
+    assert "may be swapped" in note
+    scored["samples"] = [pair, {"prompt": "Who?", "reference": "Berta."}, pair]
+    assert notes(noisy(3, 1, 40), scored=scored) == []
+
+
+def test_skipped_steps_spikes_and_a_low_speed_are_named():
+    marks = {i: {"skipped": True, "loss": None} for i in range(5, 15)} | {20: {"spike": True}}
+    found = notes(noisy(3, 1, 40), marks=marks, planned=90000.0)
+    assert "900 tokens/s, the plan expects 90,000" in found[0]
+    assert found[1].endswith("not finite: 5, 6, 7, 8, 9, 10, 11, 12 ....")
+    assert found[2] == "Steps with a sudden peak of the loss: 20."
+
+
+def test_the_end_of_training_reports_a_loss_that_was_not_judged_yet():
+    watch = RunMonitor(Recipe(model="m", data="d"), None, str)
+    watch.start(30)
+    for i in range(30):
+        assert watch.row({"step": i + 1, "loss": 2 + i / 10, "learning_rate": 1e-4}) == []
+    (line,) = watch.finish()
+    assert "learning_rate is too high" in line
+    assert watch.finish() == []

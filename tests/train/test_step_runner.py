@@ -11,13 +11,13 @@ from lorakit.engine.cuda_graphs import GraphedMicroSteps
 from lorakit.engine.layerwise import LayerwiseSchedule
 from lorakit.train.loss import attach_loss
 from lorakit.train.step_runner import MicroSteps, choose_step_runner
-from lorakit.types import ON_CARD, Placement
+from lorakit.types import ON_GPU, Placement
 
 CPU = torch.device("cpu")
 LAYERWISE = Placement(layerwise=True, tokens_at_once=16, heads_at_once=1)
 WAYS = [
-    ("off", ON_CARD, MicroSteps, 1),
-    ("on", ON_CARD, MicroSteps, 1),
+    ("off", ON_GPU, MicroSteps, 1),
+    ("on", ON_GPU, MicroSteps, 1),
     ("on", LAYERWISE, LayerwiseSchedule, 1),
     ("on", replace(LAYERWISE, adapters_on_host=True), LayerwiseSchedule, 3),  # one a layer
 ]
@@ -51,7 +51,7 @@ def gradients(trained):
 
 @pytest.mark.parametrize(("engine", "placement", "kind", "buffers"), WAYS)
 def test_every_way_gives_the_gradients_of_plain_autograd(engine, placement, kind, buffers):
-    plain, expected = runner_of("off", ON_CARD, ranks=1)
+    plain, expected = runner_of("off", ON_GPU, ranks=1)
     loss = plain(micro_batches(), 0.01)
     runner, trained = runner_of(engine, placement)
     assert type(runner) is kind
@@ -75,7 +75,7 @@ def test_a_step_after_a_reset_equals_the_first(engine, placement, kind, buffers)
 
 
 def test_a_single_rank_needs_no_buffer_and_nothing_is_kept_after_a_reset():
-    runner, trained = runner_of("off", ON_CARD, ranks=1)
+    runner, trained = runner_of("off", ON_GPU, ranks=1)
     runner(micro_batches(), 0.01)
     assert runner.gradients == []
     runner.reset()
@@ -85,7 +85,7 @@ def test_a_single_rank_needs_no_buffer_and_nothing_is_kept_after_a_reset():
 def test_each_way_describes_itself():
     assert runner_of("on", LAYERWISE)[0].describe() == "layer by layer"
     assert "PCIe" in runner_of("on", LAYERWISE)[0].slow_reason
-    plain = runner_of("off", ON_CARD)[0]
+    plain = runner_of("off", ON_GPU)[0]
     assert (plain.describe(), plain.slow_reason) == ("no CUDA graphs", None)
     graphs = GraphedMicroSteps(
         lambda *_: None, [torch.nn.Parameter(torch.ones(2))], [], lambda m: m

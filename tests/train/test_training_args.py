@@ -18,7 +18,6 @@ from lorakit.train.training_args import (
     FORWARDED,
     OPTIMIZERS,
     check_training_settings,
-    total_steps,
     training_arguments,
 )
 from lorakit.types import OPTIMIZER_BYTES, Device
@@ -109,15 +108,6 @@ def test_nothing_is_scored_between_steps_without_held_out_rows_or_without_asking
 def test_by_the_clock_only_the_last_step_is_saved_for_its_number(tmp_path):
     asked = recipe(save_every="10min")
     assert training_arguments(asked, CPU, RunDir(tmp_path), 123).save_steps == 123
-
-
-def test_steps_cover_the_epochs():
-    assert total_steps(recipe(epochs=2.5), 20) == 8  # half an epoch is a step and a half
-    assert total_steps(recipe(epochs=1.0), 16) == 2
-    assert total_steps(recipe(epochs=1.0), 17) == 3
-    assert total_steps(recipe(epochs=3.0), 20) == 9  # 20 rows, 8 a step: 3 steps an epoch
-    assert total_steps(recipe(epochs=0.1), 20) == 1
-    assert total_steps(recipe(max_steps=7), 20) == 7
 
 
 def test_eight_bit_optimizers_need_cuda():

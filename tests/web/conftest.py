@@ -29,7 +29,8 @@ def write_run(folder, steps=12, total=None, finished=True, loss=lambda i: 3 / (1
         "plan": {"parts": {"frozen weights": 10**9}, "total_bytes": 10**9, "available_bytes": 2**34,
                  "tokens_per_second": 2000.0},
         "data_report": {"sources": [{"source": "demo", "rows": 240, "format": "question, answer"}],
-                        "examples_train": 240, "examples_val": 40, "tokens_train": 9000,
+                        "rows_read": 280, "examples_train": 240, "examples_val": 40,
+                        "template": "the tokenizer's", "tokens_train": 9000,
                         "trained_tokens_train": 4000, "longest_example": 60, "cutoff_len": 256,
                         "faults": []},
     }  # fmt: skip

@@ -10,10 +10,11 @@ from lorakit.web.app import create_app
 TOKEN = "secret-of-this-start"
 PAGES = ("", "run", "run-curves", "run-events", "file", "compare", "models", "chat", "data", "new",
          "plan", "static/page.css")  # fmt: skip
-FORMS = ("stop", "resume", "forget", "start", "answer", "vote")
+FORMS = ("stop", "resume", "export", "forget", "start", "answer", "vote")
 KEYS = ("name", "file", "run", "data", "model", "find", "offset", "part", "like", "more", "preset",
         "points", "version", "loss", "messages", "answers", "winner", "runs", "column", "settings",
-        "system", "learning_rate", "gpu", "from_adapter", "val_data", "t", "said")  # fmt: skip
+        "system", "form", "quant", "verb", "learning_rate", "gpu", "from_adapter", "val_data", "t",
+        "said")  # fmt: skip
 
 
 def texts(secret):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import urllib.parse
 
 import pytest
 from starlette.testclient import TestClient
@@ -19,7 +18,7 @@ def test_the_list_shows_all_runs(client):
     assert "runs/half" in text
     assert "finished" in text
     part = client.get("/?part=1").text
-    assert part.startswith("<table")
+    assert part.startswith("<div><table")
     assert "<html" not in part
 
 
@@ -65,7 +64,7 @@ def test_a_run_whose_process_ended_names_what_to_do(client):
     text = client.get("/run?name=runs/half").text
     assert "Its process has ended after step 12: “Resume” continues" in text
     launcher = client.app.app.state.context.launcher
-    log = launcher.own("runs/half", "log")
+    log = launcher.own("runs/half", "train", "log")
     log.parent.mkdir()
     log.write_text("error: cannot write x: No space left on device\nhint: free some space\n")
     text = client.get("/run?name=runs/half").text
@@ -79,17 +78,21 @@ def test_curves_come_with_the_lines_of_the_plan(client):
     assert found["bounds"]["memory_gb"]["value"] == 1.0
 
 
-def test_live_updates_end_with_the_run(client, folder):
-    counts = client.get("/run-curves?name=runs/half").json()
-    with (folder / "runs" / "half" / "metrics.jsonl").open("a") as handle:
-        handle.write('{"step": 13, "loss": 0.125}\n')
-    query = urllib.parse.urlencode({**counts["counts"], "version": counts["version"]})
-    text = client.get(f"/run-events?name=runs/half&{query}").text
-    events = dict(re.findall(r"event: (\w+)\ndata: (.*)\n", text))
-    assert json.loads(events["points"])["curves"] == {"loss": [[13.0], [0.125]]}
-    assert json.loads(events["state"])["step"] == 13
-    assert json.loads(events["end"]) == "stopped"
-    assert "event: reload" in client.get("/run-events?name=runs/half&version=99").text
+def test_live_updates_end_with_the_run(client, monkeypatch):
+    """Each state comes once; the last one has no process, and the page loads anew."""
+    monkeypatch.setattr(web_app, "SECONDS", 0)
+    launcher = client.app.app.state.context.launcher
+    processes = iter([5, None, 5, None, None, None])
+    monkeypatch.setattr(launcher, "process_of", lambda *_: next(processes))
+    monkeypatch.setattr(launcher, "log", lambda name, verb: f"log of {verb}")
+    text = client.get("/run-events?name=runs/good").text
+    states = [json.loads(line) for line in re.findall(r"data: (.*)\n", text)]
+    assert [(state["train"], state["export"]) for state in states] == [
+        (True, False),
+        (False, False),
+    ]
+    assert states[0]["logs"] == {"train": "log of train", "export": "log of export"}
+    assert states[0]["rows"] == 14  # steps and held-out losses
 
 
 def test_comparison_shows_what_differs(client):
@@ -119,7 +122,26 @@ def test_stop_and_resume_answer_in_a_sentence(client):
         assert answer.status_code == 400
         assert words in answer.text
     assert client.get("/stop").status_code == 405
+    assert "not a format" in client.post("/export", data={"name": "runs/good", "form": "x"}).text
     assert client.post("/forget", data={"name": "runs/good"}).status_code == 200
+
+
+def test_an_export_that_failed_is_a_sentence(client, monkeypatch):
+    launcher = client.app.app.state.context.launcher
+    started = []
+    monkeypatch.setattr(launcher, "_launch", lambda *words: started.append(words))
+    page = client.post("/export", data={"name": "runs/good", "form": "merged", "quant": ""}).text
+    assert started[0][1:] == (
+        "export",
+        str(launcher.workspace.root / "runs/good"),
+        "--to",
+        "merged",
+    )
+    assert "it is compared with the adapter before it is kept" in page
+    log = launcher.own("runs/good", "export", "log")
+    log.parent.mkdir()
+    log.write_text("error: merged: exists already\nhint: remove it\n")
+    assert "merged: exists already: remove it." in client.get("/run?name=runs/good").text
 
 
 def test_models_lists_adapters_and_known_names(client):

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from pydantic import ValidationError
 
-from lorakit.errors import DataError, LorakitError
-from lorakit.web.arena import messages_of, preference_rows, sampling_of
+from lorakit.errors import LorakitError
+from lorakit.web.arena import Conversation, Sampling, Vote, preference_rows
 
 ASKED = [{"role": "user", "content": "What color?"}]
 
@@ -74,22 +75,22 @@ def test_other_requests_are_refused(client, asked, body):
 
 
 def test_messages_are_turns_that_end_with_a_question():
-    assert messages_of(ASKED) == ASKED
     answer = {"role": "assistant", "content": "red"}
-    assert messages_of([*ASKED, answer, *ASKED])[1] == answer
+    made = Conversation(messages=[*ASKED, answer, *ASKED])
+    assert [turn.role for turn in made.messages] == ["user", "assistant", "user"]
     for bad in (None, [], [answer], [*ASKED, answer], [{"role": "system", "content": "x"}],
                 ["x"], [{"role": "user"}], ASKED * 201,
                 [{"role": "user", "content": "x" * 10**6}]):  # fmt: skip
-        with pytest.raises(DataError):
-            messages_of(bad)
+        with pytest.raises(ValidationError):
+            Conversation(messages=bad)
 
 
 def test_sampling_has_bounds():
-    assert sampling_of(None)["temperature"] == 0.7
-    assert sampling_of({"seed": 5.0})["seed"] == 5
-    for bad in ({"temperature": -1}, {"seed": "x"}, {"top_p": True}, {"top_p": float("nan")}):
-        with pytest.raises(DataError):
-            sampling_of(bad)
+    assert Sampling().temperature == 0.7
+    assert Sampling(seed=5.0).seed == 5
+    for bad in ({"temperature": -1}, {"seed": "x"}, {"top_p": 2}, {"top_p": float("nan")}):
+        with pytest.raises(ValidationError):
+            Sampling(**bad)
 
 
 def test_votes_are_preference_data(client, folder):
@@ -113,7 +114,7 @@ def test_votes_can_be_trained_on(folder, tokenizer):
     from lorakit.recipe.loader import load_recipe
 
     answers = {"base": "a rock", "runs/good": "a lamp"}
-    rows = preference_rows({"messages": ASKED, "answers": answers, "winner": "runs/good"})
+    rows = preference_rows(Vote(messages=ASKED, answers=answers, winner="runs/good"))
     assert is_conversational(rows[0])
     split = maybe_extract_prompt(rows[0])
     assert split["prompt"] == ASKED

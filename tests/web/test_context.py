@@ -4,6 +4,7 @@ import asyncio
 import types
 
 import pytest
+from pydantic import BaseModel
 
 from lorakit.errors import DataError
 from lorakit.web import context
@@ -70,10 +71,16 @@ def test_forms_and_json():
     assert asyncio.run(posted(request(b"a=1&b=&a=%C3%A9"))) == {"a": "é", "b": ""}
     with pytest.raises(DataError):
         asyncio.run(posted(request(b"&".join([b"a=1"] * 300))))
-    assert asyncio.run(posted_json(request(b'{"a": 1}'))) == {"a": 1}
-    for bad in (b"", b"[1]", b"\xff", b"[" * 100_000):
+
+    class Body(BaseModel):
+        a: int
+
+    assert asyncio.run(posted_json(request(b'{"a": 1}'), Body)).a == 1
+    for bad in (b"", b"[1]", b"\xff", b"[" * 100_000, b"{}"):
         with pytest.raises(DataError):
-            asyncio.run(posted_json(request(bad)))
+            asyncio.run(posted_json(request(bad), Body))
+    with pytest.raises(DataError, match="a: Input should be a valid integer"):
+        asyncio.run(posted_json(request(b'{"a": "x"}'), Body))
 
 
 def test_numbers_of_a_query():

@@ -95,6 +95,29 @@ def test_resume_and_stop(launcher, commands, folder):
         launcher.resume("runs/good")
 
 
+def test_an_export_is_lorakit_export(launcher, commands, folder):
+    for form, quantization in (("hub", ""), ("x", ""), ("gguf", "--to=hub"), ("gguf", "x" * 13)):
+        with pytest.raises(RunError, match="not a format of this page"):
+            launcher.export("runs/good", form, quantization)
+    with pytest.raises(RunError, match="has no adapter yet"):
+        launcher.export("runs/half", "merged")
+    assert not commands
+    launcher.export("runs/good", "gguf", "Q8_0")
+    path = str(folder / "runs" / "good")
+    assert commands[0][3:] == ["export", path, "--to", "gguf", "--quant=Q8_0"]
+    assert launcher.process_of("runs/good") is None  # it does not count as training
+    with pytest.raises(RunError, match="an export is running"):
+        launcher.export("runs/good", "merged")
+    assert launcher.pending() == []
+    assert "the export is stopped" in launcher.stop("runs/good", "export")
+
+
+def test_formats_are_those_of_the_command():
+    from lorakit.export.exporters import EXPORTERS
+
+    assert {*launch.FORMATS, "hub"} == set(EXPORTERS)
+
+
 def test_a_recipe_that_runs_code_is_not_resumed(launcher, folder, commands):
     recipe = folder / "runs" / "half" / "recipe.yaml"
     recipe.write_text(
@@ -109,7 +132,7 @@ def test_a_recorded_process_of_another_time_is_not_stopped(launcher, folder, mon
     """Process numbers are used again, and a record may come with the folder."""
     sent = []
     monkeypatch.setattr(os, "kill", lambda *pair: sent.append(pair))
-    record = launcher.own("runs/half", "json")
+    record = launcher.own("runs/half", "train", "json")
     record.parent.mkdir()
     for began in (0, time.time(), "x", None):
         record.write_text(json.dumps({"name": "runs/half", "process": os.getpid(), "began": began}))
@@ -134,10 +157,12 @@ def test_a_run_outside_the_folder_is_not_stopped(launcher, folder, tmp_path_fact
 
 
 def test_a_run_that_did_not_start_shows_its_error_and_can_be_removed(launcher, folder):
-    log = launcher.own("runs/new", "log")
+    log = launcher.own("runs/new", "train", "log")
     log.parent.mkdir()
     log.write_text("device   CPU\nerror: data: no rows\n  a.jsonl:3\nhint: add rows\n")
-    launcher.own("runs/new", "json").write_text('{"name": "runs/new", "process": 1, "began": 0}')
+    launcher.own("runs/new", "train", "json").write_text(
+        '{"name": "runs/new", "process": 1, "began": 0}'
+    )
     (found,) = launcher.pending()
     assert found["reason"] == "data: no rows a.jsonl:3: add rows."
     launcher.forget("runs/new")
@@ -153,7 +178,7 @@ def test_the_end_of_a_log():
 def test_a_log_that_is_a_link_out_is_not_read(launcher, tmp_path_factory):
     secret = tmp_path_factory.mktemp("outside") / "secret"
     secret.write_text("password")
-    path = launcher.own("runs/half", "log")
+    path = launcher.own("runs/half", "train", "log")
     path.parent.mkdir()
     path.symlink_to(secret)
     assert launcher.log("runs/half") == ""

@@ -76,6 +76,23 @@ def recipe_and_overrides(
     return (Path(files[0]) if files else None), pairs
 
 
+def recipe_flags(
+    model: str | None,
+    data: Sequence[str] | None,
+    method: str | None,
+    output: str | None,
+    offline: bool,
+) -> dict[str, Any]:
+    """Settings of the flags that train and sweep share, for `load_recipe`; None means not given."""
+    return {
+        "model": model,
+        "data": data[0] if data and len(data) == 1 else data or None,
+        "method": method,
+        "output_dir": output,
+        "offline": offline or None,
+    }
+
+
 def _show_version(requested: bool) -> None:
     if requested:
         out.print(f"lorakit {importlib.metadata.version('lorakit')}")

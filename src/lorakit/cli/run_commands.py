@@ -87,7 +87,7 @@ def evaluate_run(
 
 def best_title(run: Any) -> str:
     """Name the step of the adapter, if the run compared steps, for the title of a chat."""
-    from lorakit.train.best_step import best_step
+    from lorakit.storage.best_record import best_step
 
     best = best_step(run)
     return f" (best step: {best.describe()})" if best else ""

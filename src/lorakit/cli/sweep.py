@@ -21,6 +21,7 @@ from lorakit.cli.app import (
     out,
     print_json,
     recipe_and_overrides,
+    recipe_flags,
 )
 from lorakit.console import quiet
 from lorakit.errors import RecipeError
@@ -72,9 +73,7 @@ def sweep(
     from lorakit.recipe.loader import load_recipe
     from lorakit.sweeps.variations import read_vary
 
-    flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
-    flags["data"] = data[0] if data and len(data) == 1 else data or None
-    flags["offline"] = True if offline else None
+    flags = recipe_flags(model, data, method, output, offline)
     recipe, overrides = recipe_and_overrides(context, recipe, set_)
     varied = read_vary(vary or [])
     if resume:

@@ -25,6 +25,7 @@ from lorakit.cli.app import (
     out,
     print_json,
     recipe_and_overrides,
+    recipe_flags,
 )
 from lorakit.console import quiet
 
@@ -69,9 +70,7 @@ def train(
     """Fine-tune a model with a recipe and flags, and write a run directory."""
     from lorakit.recipe.loader import load_recipe
 
-    flags: dict[str, Any] = {"model": model, "method": method, "output_dir": output}
-    flags["data"] = data[0] if data and len(data) == 1 else data or None
-    flags["offline"] = True if offline else None
+    flags = recipe_flags(model, data, method, output, offline)
     recipe, overrides = recipe_and_overrides(context, recipe, set_)
     resolved = load_recipe(recipe, overrides, flags)
     if gpus and gpus > 1 and not dry_run:

@@ -22,6 +22,7 @@ The stages in order; `prepare_data` runs them:
     tokenize/truncate        a conversation that is too long -> several
     tokenize/documents       long texts -> windows or instruction pairs
     tokenize/example_checks  refuse an example that would spoil a run
+    data_notes               sentences on the loss mask and on repeated rows
     dedup                    duplicates and overlap, exact and near (MinHash)
     split                    the seeded held-out split
     batching                 lengths -> micro-batches; examples -> tensors, packed or padded

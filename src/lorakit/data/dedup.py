@@ -14,7 +14,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.issues import SHOWN_ROWS, IssueLog
+from lorakit.data.issues import (
+    EXACT_DUPLICATE,
+    NEAR_DUPLICATE,
+    OVERLAP,
+    OVERLAP_NEAR,
+    SHOWN_ROWS,
+    IssueLog,
+)
 from lorakit.types import Origin
 
 OriginOf = Callable[[int], Origin]
@@ -111,8 +118,8 @@ def report_duplicates(
     copies = np.ones(len(marks), bool)
     copies[np.unique(marks, return_index=True)[1]] = False
     near = (near_twins(signatures) >= 0) & ~copies
-    _add(np.flatnonzero(copies), "exact duplicate", place, log)
-    _add(np.flatnonzero(near), "near duplicate", place, log)
+    _add(np.flatnonzero(copies), EXACT_DUPLICATE, place, log)
+    _add(np.flatnonzero(near), NEAR_DUPLICATE, place, log)
 
 
 def report_overlap(
@@ -134,8 +141,8 @@ def report_overlap(
     first = len(trained[1])
     twins = near_twins(np.concatenate([trained[1], held[1]]))[first:]
     near = (twins >= 0) & (twins < first) & ~both
-    _add(np.flatnonzero(both), "held-out row is also in the training data", place, log)
-    _add(np.flatnonzero(near), "held-out row is nearly one of the training data", place, log)
+    _add(np.flatnonzero(both), OVERLAP, place, log)
+    _add(np.flatnonzero(near), OVERLAP_NEAR, place, log)
 
 
 def _add(rows: NDArray[np.int64], kind: str, origin_of: OriginOf, log: IssueLog) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.batching import best_fit, saved_share
+from lorakit.data.data_notes import data_notes
 from lorakit.data.dataset import Examples
 from lorakit.data.issues import INFO_ONLY
 from lorakit.data.prepare import Prepared
@@ -51,6 +52,7 @@ class Inspection:
     lengths: Lengths
     shown: tuple[Shown, ...]
     strict: bool = False
+    notes: tuple[str, ...] = ()  # of `data_notes`
 
     @property
     def stopping(self) -> tuple[Fault, ...]:
@@ -77,6 +79,7 @@ class Inspection:
         return {
             "model": self.model,
             "spoils": bool(self.stopping),
+            "notes": list(self.notes),
             "report": self.report.as_dict(),
             "lengths": asdict(self.lengths),
             "examples": examples,
@@ -100,6 +103,7 @@ def inspect_prepared(
             for why, example in _choose(prepared.train, count)
         ),
         strict=recipe.strict,
+        notes=tuple(data_notes(prepared.report.as_dict(), recipe)),
     )
 
 

@@ -17,6 +17,10 @@ from lorakit.types import Conversation, Document, Fault, Message, Origin
 
 SHOWN_ROWS = 5
 LEFT_OUT = "left out"
+# Kinds of rows that occur twice, see `data/dedup.py`.
+EXACT_DUPLICATE, NEAR_DUPLICATE = "exact duplicate", "near duplicate"
+OVERLAP = "held-out row is also in the training data"
+OVERLAP_NEAR = "held-out row is nearly one of the training data"
 # Actions that follow from the recipe and are only reported: not faults for `strict: true`.
 HELD_OUT = "scored, not trained on; val_data, val_size or smaller files change it"
 INFO_ONLY = ("its end is held out", "not drawn", HELD_OUT)

@@ -129,12 +129,14 @@ def running_mean(points: Sequence[Point]) -> list[Point]:
     ]
 
 
-def thinned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Reduce more than MAX_POINTS points to the lowest and the highest of each segment."""
-    if len(x) <= MAX_POINTS:
+def thinned(
+    x: NDArray[Any], y: NDArray[Any], most: int = MAX_POINTS
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Reduce more than `most` points to the lowest and highest of each segment, and the ends."""
+    if len(x) <= most:
         return x, y
-    kept: set[int] = set()
-    segment_size = math.ceil(2 * len(x) / MAX_POINTS)
+    kept = {0, len(x) - 1}
+    segment_size = math.ceil(2 * len(x) / (most - 2))
     for begin in range(0, len(x), segment_size):
         segment = y[begin : begin + segment_size]
         missing = np.isnan(segment).all()

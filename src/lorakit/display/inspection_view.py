@@ -125,6 +125,7 @@ def inspection_view(inspection: Inspection, limit: int | None = SHOWN_CHARS) -> 
         Text("\nlength of an example in tokens"),
         _length_table(inspection.lengths),
         _lines(*length_lines(inspection.lengths), ""),
+        *(Text(visible(f"note: {note}"), style="bold") for note in inspection.notes),
         legend,
         *(example_view(shown, limit) for shown in inspection.shown),
         Text(f"\n{visible(verdict(inspection))}", style="bold"),

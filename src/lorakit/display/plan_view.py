@@ -36,8 +36,8 @@ def plan_view(found: Forecast) -> Group:
         )
     if found.fewest_gpus:
         views.append(Text(f" Unchanged, it fits on more GPUs: --gpus {found.fewest_gpus}."))
-    if found.smallest_card:
-        views.append(Text(f" Unchanged, it fits on: {found.smallest_card} (--gpu)."))
+    if found.smallest_gpu:
+        views.append(Text(f" Unchanged, it fits on: {found.smallest_gpu} (--gpu)."))
     return Group(*views)
 
 
@@ -53,8 +53,8 @@ def _headline(found: Forecast) -> Panel:
             text.append(f" with {plan.describe()}")
     limit = f", memory_limit {recipe.memory_limit}" if recipe.memory_limit else ""
     each = f"each of {found.device.ranks} " if found.scale else ""
-    card = f"{each}{found.device.name}{limit}{reserve_note(recipe, found.device, plan)}"
-    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {card}\n")
+    place = f"{each}{found.device.name}{limit}{reserve_note(recipe, found.device, plan)}"
+    text.append(f"\n{needs:.1f} GiB needed, {has:.1f} GiB on {place}\n")
     if found.context and recipe.cutoff_len > found.context:
         text.append(f"rows are longer than the model's context of {found.context:,} tokens\n")
     text.append(

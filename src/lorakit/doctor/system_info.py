@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lorakit.dependencies import installed_version
 from lorakit.errors import first_line
 from lorakit.hardware import host_memory
 from lorakit.storage.atomic_dir import existing_parent, free_bytes
+from lorakit.storage.run_dir import folder_size
 
 PACKAGES = (
     *("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate"),
@@ -142,6 +144,17 @@ def cache_folder() -> Path:
     """Folder in which huggingface_hub caches models."""
     home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def cached_models() -> list[tuple[str, int]]:
+    """Hub models in this machine's cache, with their bytes."""
+    found = []
+    with suppress(OSError), os.scandir(cache_folder()) as entries:
+        for entry in entries:
+            kind, _, name = entry.name.partition("--")
+            if kind == "models" and name:
+                found.append((name.replace("--", "/", 1), folder_size(Path(entry.path))))
+    return sorted(found)
 
 
 def writable(folder: Path) -> bool:

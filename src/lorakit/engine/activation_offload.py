@@ -23,11 +23,11 @@ class LayerInputs:
     """A store of layer inputs by (layer, micro-batch).
 
     Args:
-        on_card: number of last layers whose inputs stay on the GPU.
+        on_gpu: number of last layers whose inputs stay on the GPU.
     """
 
-    def __init__(self, layers: int, on_card: int, device: torch.device) -> None:
-        self.first_on_card = layers - on_card
+    def __init__(self, layers: int, on_gpu: int, device: torch.device) -> None:
+        self.first_on_gpu = layers - on_gpu
         self.device = device
         self.cuda = device.type == "cuda"
         self.rooms: dict[Key, PageLocked] = {}
@@ -40,7 +40,7 @@ class LayerInputs:
 
     def put(self, key: Key, x: Tensor) -> None:
         """Store x, which must not be modified afterwards."""
-        if key[0] >= self.first_on_card or not self.cuda:
+        if key[0] >= self.first_on_gpu or not self.cuda:
             self.kept[key] = x
             return
         target = self._host_view(key, x)

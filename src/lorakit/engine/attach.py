@@ -32,7 +32,7 @@ from lorakit.model.architectures import FAST_FAMILIES
 from lorakit.model.base_class import text_decoder
 from lorakit.ops.backend import has_kernels, kernels_reason
 from lorakit.ops.dropout_mask import draw_keys
-from lorakit.types import ON_CARD, Placement
+from lorakit.types import ON_GPU, Placement
 
 
 @dataclass
@@ -208,7 +208,7 @@ def unfused_reason(fused_layers: str, device: torch.device) -> str | None:
 def attach_engine(
     base: Any,
     device: torch.device,
-    placement: Placement = ON_CARD,
+    placement: Placement = ON_GPU,
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Engine | None, str]:
     """Build the engine for the transformers model inside a PEFT model, and verify it.

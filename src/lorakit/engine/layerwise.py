@@ -48,7 +48,7 @@ class LayerwiseSchedule:
         head: hidden states [n, D] to logits, see `summed_cross_entropy`.
         parameters: all trained parameters.
         cut: tokens and heads that pass through a layer at once.
-        on_card: layers whose inputs stay on the GPU.
+        on_gpu: layers whose inputs stay on the GPU.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class LayerwiseSchedule:
         head: Any,
         parameters: Sequence[nn.Parameter],
         cut: ChunkSize,
-        on_card: int = 0,
+        on_gpu: int = 0,
     ) -> None:
-        self.engine, self.head, self.cut, self.on_card = engine, head, cut, on_card
+        self.engine, self.head, self.cut, self.on_gpu = engine, head, cut, on_gpu
         self.slow_reason = (
             "check whether the PCIe link or the GPU is shared with another program (nvidia-smi)"
         )
@@ -70,7 +70,7 @@ class LayerwiseSchedule:
 
     def reset(self) -> None:
         """Discard the kept inputs of all layers."""
-        self.inputs = LayerInputs(len(self.engine.layers), self.on_card, self.engine.device)
+        self.inputs = LayerInputs(len(self.engine.layers), self.on_gpu, self.engine.device)
 
     @property
     def gradients(self) -> list[Tensor]:

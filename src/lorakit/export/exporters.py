@@ -22,8 +22,8 @@ from lorakit.export.verify_outputs import record, show
 from lorakit.recipe.loader import suggest
 from lorakit.report.page import renew_report
 from lorakit.storage.atomic_dir import megabytes
-from lorakit.storage.run_dir import RunDir
-from lorakit.train.best_step import best_step
+from lorakit.storage.best_record import best_step
+from lorakit.storage.run_dir import RunDir, folder_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,8 @@ def export_run(
     record(run, name, {"format": to, **facts})
     renew_report(run, console.print)
     show({target.name: facts, **_inner(target.name, facts)}, console)
-    size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     seconds = time.monotonic() - began
-    console.print(f"wrote    {target}, {megabytes(size)}, in {seconds:,.0f} s")
+    console.print(f"wrote    {target}, {megabytes(folder_size(target))}, in {seconds:,.0f} s")
     for line in job.next_steps:  # not wrapped, since commands are copied
         console.print(line, soft_wrap=True)
     return {"format": to, "path": str(target), **facts}

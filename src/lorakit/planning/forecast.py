@@ -54,7 +54,7 @@ class Forecast:
     speed: Speed | None
     no_speed: str  # reason if there is no estimate
     changes: tuple[Suggestion, ...]
-    smallest_card: str | None
+    smallest_gpu: str | None
     fewest_gpus: int | None = None
     scale: Scale | None = None
     context: int | None = None
@@ -83,7 +83,7 @@ class Forecast:
             "speed_basis": self.speed.basis if self.speed else None,
             "speed_missing": self.no_speed or None,
             "changes": [change.as_dict() for change in self.changes],
-            "smallest_card": self.smallest_card,
+            "smallest_gpu": self.smallest_gpu,
             "fewest_gpus": self.fewest_gpus,
             "scale": asdict(self.scale) if self.scale else None,
             "context": self.context,
@@ -94,7 +94,7 @@ def forecast(
     recipe: Recipe,
     config: Any,
     device: Device,
-    card: Gpu | None = None,
+    gpu: Gpu | None = None,
     config_from: str = "config.json",
     local: bool = False,
 ) -> Forecast:
@@ -102,14 +102,14 @@ def forecast(
 
     Args:
         recipe: with `target_modules` resolved.
-        card: GPU type of `device`; by default derived from its name.
+        gpu: GPU type of `device`; by default derived from its name.
         local: True if the weights are already on this machine.
     """
-    card = card or match_gpu(device.name, device.memory_bytes)
+    gpu = gpu or match_gpu(device.name, device.memory_bytes)
     plan = plan_training(recipe, config, device)
     fits = plan.fits
     small = None if fits or device.kind != "cuda" else smallest_gpu(recipe, config, device)
-    speed, no_speed = estimate_speed(recipe, config, device, plan, card)
+    speed, no_speed = estimate_speed(recipe, config, device, plan, gpu)
     return Forecast(
         recipe=recipe,
         device=device,
@@ -124,20 +124,20 @@ def forecast(
         disk=disk_parts(recipe, config, local),
         speed=speed,
         no_speed=no_speed,
-        changes=_changes(recipe, config, device, plan, card),
-        smallest_card=small.name if small else None,
+        changes=_changes(recipe, config, device, plan, gpu),
+        smallest_gpu=small.name if small else None,
         fewest_gpus=None if fits else fewest_gpus(recipe, config, device),
-        scale=scale(recipe, config, device, plan, card, speed),
+        scale=scale(recipe, config, device, plan, gpu, speed),
     )
 
 
 def _changes(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, gpu: Gpu | None
 ) -> tuple[Suggestion, ...]:
     """Changes that make the run fit; if it fits only by streaming, changes that make it faster."""
     if plan.fits and not plan.placement.layerwise:
         return ()
-    changes = find_changes(recipe, config, device, plan, card)
+    changes = find_changes(recipe, config, device, plan, gpu)
     if not plan.fits:
         return changes
     return tuple(c for c in changes if c.fits and c.slower is not None and c.slower < -0.05)
@@ -147,8 +147,8 @@ def planned_speed(
     recipe: Recipe, config: Any, device: Device, plan: MemoryPlan
 ) -> tuple[float | None, str]:
     """(tokens per second for `plan.json`, why there is no estimate)."""
-    card = match_gpu(device.name, device.memory_bytes)
-    speed, why = estimate_speed(recipe, config, device, plan, card)
+    gpu = match_gpu(device.name, device.memory_bytes)
+    speed, why = estimate_speed(recipe, config, device, plan, gpu)
     return _rounded(speed), why
 
 
@@ -161,8 +161,8 @@ def require_plan_fits(recipe: Recipe, config: Any, device: Device, plan: MemoryP
     if plan.fits:
         _refuse_host(recipe, device, plan)
         return
-    card = match_gpu(device.name, device.memory_bytes)
-    ways = find_changes(recipe, config, device, plan, card)
+    gpu = match_gpu(device.name, device.memory_bytes)
+    ways = find_changes(recipe, config, device, plan, gpu)
     lines = [f"\n  {way.flags}  ({saving(way)})" for way in ways if way.fits]
     more = fewest_gpus(recipe, config, device)
     lines += [f"\n  --gpus {more}  (the same result, the base sharded over them)"] if more else []

@@ -80,24 +80,24 @@ _TABLE = [
     Gpu("h200", 139.7, (9, 0), 989, 4800, 50, 0.77, 240),
     Gpu("b200", 178.3, (10, 0), 2250, 8000, 50, nvlink_gbs=480),
 ]
-GPUS: dict[str, Gpu] = {card.name: card for card in _TABLE}
+GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _TABLE}
 # Common short names, and names in drivers' reports ("NVIDIA GeForce RTX 3060").
 ALIASES = {"a100": "a100-40", "a10g": "a10"}
 
 
-def find_card(asked: str) -> Gpu:
+def find_gpu(asked: str) -> Gpu:
     """Find the GPU of this name: `t4`, `RTX 4090`, `NVIDIA A100-SXM4-80GB`.
 
     Raises:
         RecipeError: the name is not in the table.
     """
-    card = match_gpu(asked)
-    if card is None:
+    gpu = match_gpu(asked)
+    if gpu is None:
         raise RecipeError(
             f"--gpu {asked}: not in the table{suggest(asked.lower(), GPUS)}",
             hint=f"known: {', '.join(GPUS)}; for another GPU give its memory: --memory 12GB",
         )
-    return card
+    return gpu
 
 
 def match_gpu(name: str, memory_bytes: int | None = None) -> Gpu | None:
@@ -114,16 +114,16 @@ def match_gpu(name: str, memory_bytes: int | None = None) -> Gpu | None:
     return None
 
 
-def card_device(card: Gpu | None, memory_bytes: int | None, dtype: str) -> Device:
+def gpu_device(gpu: Gpu | None, memory_bytes: int | None, dtype: str) -> Device:
     """The Device that `hardware.py` would detect with this GPU in the machine."""
-    name = card.name.upper() if card else "a GPU"
-    memory = memory_bytes or int((card.memory_gib if card else 0) * GIB)
-    bf16 = card is None or card.bf16
+    name = gpu.name.upper() if gpu else "a GPU"
+    memory = memory_bytes or int((gpu.memory_gib if gpu else 0) * GIB)
+    bf16 = gpu is None or gpu.bf16
     chosen = dtype
     if dtype == "auto" or (dtype == "bfloat16" and not bf16):
         chosen = "bfloat16" if bf16 else "float16"
     reasons = {"kind": "asked for", "dtype": "the GPU"}
-    kernels = card is None or card.capability >= KERNELS_FROM
+    kernels = gpu is None or gpu.capability >= KERNELS_FROM
     return Device("cuda", name, memory, chosen, reasons, kernels=kernels)
 
 

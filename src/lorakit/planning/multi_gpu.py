@@ -44,7 +44,7 @@ def scale(
     config: Any,
     device: Device,
     plan: MemoryPlan,
-    card: Gpu | None,
+    gpu: Gpu | None,
     speed: Speed | None,
 ) -> Scale | None:
     """Cost and gain of sharing a step; None for one GPU."""
@@ -53,7 +53,7 @@ def scale(
     alone = replace(device, ranks=1, nodes=1)
     unsharded = recipe.model_copy(update={"sharding": "auto"})
     single = plan_training(unsharded, config, alone)
-    rate = expected_speed(unsharded, config, alone, single, card) if single.fits else None
+    rate = expected_speed(unsharded, config, alone, single, gpu) if single.fits else None
     efficiency = None
     if speed is not None and rate is not None:
         efficiency = speed.tokens_per_second / rate.tokens_per_second / device.ranks
@@ -66,7 +66,7 @@ def scale(
         base=_base(recipe, config, device, plan),
         split=split,
         idle_share=idle,
-        traffic=traffic(recipe, config, device, plan, card),
+        traffic=traffic(recipe, config, device, plan, gpu),
         step_seconds=speed.step_seconds if speed else None,
         waited_share=_share(speed),
         one_gpu=rate.tokens_per_second if rate else None,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lorakit.errors import RecipeError
 from lorakit.planning.rank_workload import RankWorkload
-from lorakit.types import ON_CARD, Placement
+from lorakit.types import ON_GPU, Placement
 
 # From this length on attention processes heads in groups: buffers for all heads would take GBs, and
 # one group saturates a GPU (benchmarks/results/time_link.json).
@@ -63,16 +63,16 @@ def placement_candidates(sizes: RankWorkload, engine: bool) -> Iterator[Choice]:
         return
     chosen = recipe.gradient_checkpointing
     if chosen != "auto":
-        yield (3 if chosen else 0,) * layers, ON_CARD
+        yield (3 if chosen else 0,) * layers, ON_GPU
         return
     if not engine:
-        yield (0,) * layers, ON_CARD
-        yield (3,) * layers, ON_CARD
+        yield (0,) * layers, ON_GPU
+        yield (3,) * layers, ON_GPU
         return
-    yield (0,) * layers, ON_CARD
+    yield (0,) * layers, ON_GPU
     for level in range(3):
         for more in range(1, layers + 1):
-            yield (level + 1,) * more + (level,) * (layers - more), ON_CARD
+            yield (level + 1,) * more + (level,) * (layers - more), ON_GPU
     if sizes.cuda and sizes.counted.head and not recipe.trainable_tokens:
         yield (3,) * layers, Placement(embedding_on_host=True)
     if not sizes.cuda or recipe.modules_to_save is not None or recipe.trainable_tokens:

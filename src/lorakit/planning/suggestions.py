@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorakit.planning.gpus import GPUS, Gpu, card_device
+from lorakit.planning.gpus import GPUS, Gpu, gpu_device
 from lorakit.planning.memory import engine_supported
 from lorakit.planning.planner import plan_training
 from lorakit.planning.throughput import expected_speed
@@ -48,7 +48,7 @@ class Suggestion:
 
 
 def find_changes(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, gpu: Gpu | None
 ) -> tuple[Suggestion, ...]:
     """Find single changes that fit, cheapest first; otherwise the shortest combination that fits.
 
@@ -69,10 +69,10 @@ def find_changes(
             slower(changed, changed_plan),
         )
 
-    before = expected_speed(recipe, config, device, plan, card)
+    before = expected_speed(recipe, config, device, plan, gpu)
 
     def slower(changed: Recipe, changed_plan: MemoryPlan) -> float | None:
-        after = expected_speed(changed, config, device, changed_plan, card)
+        after = expected_speed(changed, config, device, changed_plan, gpu)
         if before is None or after is None:
             return None
         return 1 - after.tokens_per_second / before.tokens_per_second
@@ -203,11 +203,11 @@ def _with(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 def smallest_gpu(recipe: Recipe, config: Any, like: Device) -> Gpu | None:
     """The smallest GPU that fits the unchanged recipe, with as many ranks as `like`."""
-    for card in sorted(GPUS.values(), key=lambda c: c.memory_gib):
-        device = card_device(card, None, recipe.dtype)
+    for gpu in sorted(GPUS.values(), key=lambda c: c.memory_gib):
+        device = gpu_device(gpu, None, recipe.dtype)
         device = replace(device, ranks=like.ranks, nodes=like.nodes)
         if plan_training(recipe, config, device).fits:
-            return card
+            return gpu
     return None
 
 

@@ -63,14 +63,14 @@ class Speed:
 
 
 def expected_speed(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, gpu: Gpu | None
 ) -> Speed | None:
     """Tokens per second of full rows; None if they cannot be estimated."""
-    return estimate_speed(recipe, config, device, plan, card)[0]
+    return estimate_speed(recipe, config, device, plan, gpu)[0]
 
 
 def estimate_speed(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, gpu: Gpu | None
 ) -> tuple[Speed | None, str]:
     """Estimate tokens per second of full rows, or explain why that is not possible.
 
@@ -79,41 +79,39 @@ def estimate_speed(
     Returns:
         (speed, reason): either the speed is None or the reason is empty.
     """
-    if device.kind != "cpu" and (device.kind != "cuda" or card is None):
+    if device.kind != "cpu" and (device.kind != "cuda" or gpu is None):
         return None, f"{device.name} is not in the table of GPUs (lorakit plan --gpu names one)"
     try:
-        return _speed(recipe, config, device, plan, card), ""
+        return _speed(recipe, config, device, plan, gpu), ""
     except Exception as error:  # from the config or a module of an unknown family
         return None, f"the layers of {config.model_type} cannot be read: {first_line(error)}"
 
 
-def _speed(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
-) -> Speed:
+def _speed(recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, gpu: Gpu | None) -> Speed:
     work = _Work(recipe, config.get_text_config(), count(config), plan, device)
     tokens = recipe.examples_per_step * recipe.cutoff_len
     if device.kind == "cpu":
         seconds = _cpu_seconds(work, device) * work.step_tokens
         waited = 0.0 if device.ranks == 1 else None
         return Speed(tokens / seconds, "a rough estimate for a CPU", seconds, waited)
-    assert card is not None
-    sent = traffic(recipe, config, device, plan, card)
-    worked = _gpu_seconds(work, card) * work.step_tokens
+    assert gpu is not None
+    sent = traffic(recipe, config, device, plan, gpu)
+    worked = _gpu_seconds(work, gpu) * work.step_tokens
     # Without NVLink, layer inputs and gathered weights share the PCIe slot.
-    copied, gathered = _copied_bytes(work) / (card.link_gbs * 1e9), sent.weights_seconds or 0.0
-    wires = max(copied, gathered) if card.nvlink_gbs else copied + gathered
+    copied, gathered = _copied_bytes(work) / (gpu.link_gbs * 1e9), sent.weights_seconds or 0.0
+    wires = max(copied, gathered) if gpu.nvlink_gbs else copied + gathered
     waited = max(worked, wires) - max(worked, copied) + (sent.gradients_seconds or 0.0)
     waited += MEETING_SECONDS if device.ranks > 1 else 0.0
     seconds = max(worked, copied) + _host_seconds(work) + waited
-    return Speed(tokens / seconds, _basis(work, card), seconds, waited)
+    return Speed(tokens / seconds, _basis(work, gpu), seconds, waited)
 
 
-def _basis(work: _Work, card: Gpu) -> str:
+def _basis(work: _Work, gpu: Gpu) -> str:
     device, plan = work.device, work.plan
     if plan.placement.layerwise:
         moved = "gathered" if plan.placement.shards > 1 else "streamed"
         return f"an estimate: data sheet, and weights are {moved}"
-    if not card.measured:
+    if not gpu.measured:
         return "an estimate from its data sheet"
     if not all(layer.plain for layer in work.counted.layers):
         return "an estimate: no such layers were measured"
@@ -131,13 +129,13 @@ def _cpu_seconds(work: _Work, device: Device) -> float:
     return (work.products + work.attention) / rate
 
 
-def _gpu_seconds(work: _Work, card: Gpu) -> float:
+def _gpu_seconds(work: _Work, gpu: Gpu) -> float:
     """GPU seconds per token."""
     passes, overhead = (
         (ENGINE_TRAFFIC, ENGINE_OVERHEAD) if work.engine else (OWN_TRAFFIC, OWN_OVERHEAD)
     )
-    rate, bandwidth = card.tflops * 1e12, card.memory_gbs * 1e9
-    seconds = work.products / (rate * card.utilization)
+    rate, bandwidth = gpu.tflops * 1e12, gpu.memory_gbs * 1e9
+    seconds = work.products / (rate * gpu.utilization)
     seconds += ATTENTION * work.attention / rate
     seconds += passes * work.traffic / bandwidth
     seconds += overhead * work.layers / work.tokens
@@ -280,7 +278,7 @@ NONE = Traffic(0, 0, 0.0, 0.0, "")
 
 
 def traffic(
-    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, card: Gpu | None
+    recipe: Recipe, config: Any, device: Device, plan: MemoryPlan, gpu: Gpu | None
 ) -> Traffic:
     """Traffic per step; zero for one rank."""
     if device.ranks == 1:
@@ -288,14 +286,14 @@ def traffic(
     sizes, shards = RankWorkload.of(recipe, config, device), plan.placement.shards
     gradients = int(2 * (device.ranks - 1) / device.ranks * 4 * sizes.adapter)
     weights = int(2 * (shards - 1) / shards * sizes.frozen_bytes)
-    if device.kind != "cuda" or card is None:
+    if device.kind != "cuda" or gpu is None:
         return Traffic(gradients, weights, None, None, "unknown")
-    inside, network = card.ring_gbs * 1e9, device.network_gbits / 8 * 1e9
+    inside, network = gpu.ring_gbs * 1e9, device.network_gbits / 8 * 1e9
     between = device.nodes > 1 and (device.per_node == 1 or network < inside)
     slowest = network if between else inside
     link = (
         f"network, {device.network_gbits:g} Gbit/s a node"
         if between
-        else f"{card.ring}, {card.ring_gbs:g} GB/s"
+        else f"{gpu.ring}, {gpu.ring_gbs:g} GB/s"
     )
     return Traffic(gradients, weights, gradients / slowest, weights / inside, link)

@@ -8,6 +8,7 @@ reference page are derived from it. Loading a recipe reports all its mistakes at
 from __future__ import annotations
 
 import datetime
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -470,3 +471,10 @@ class Recipe(BaseModel):
     def examples_per_step(self) -> int:
         """Effective batch: examples behind one optimizer step, over all devices."""
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps over `examples` examples; the last step of an epoch may be short."""
+        if self.max_steps is not None:
+            return self.max_steps
+        per_epoch = math.ceil(examples / self.examples_per_step)
+        return max(1, math.ceil(per_epoch * self.epochs))

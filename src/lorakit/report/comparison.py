@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,9 @@ from lorakit.display.charts import RUN_COLORS, Chart, Point, Series, line_chart,
 from lorakit.errors import RunError
 from lorakit.redact import visible
 from lorakit.report.html import render_page
-from lorakit.report.load_run import Record, finite, read_run
-from lorakit.report.page import duration
+from lorakit.report.load_run import Record, finite, held_out_loss, read_run
+from lorakit.report.tables import ABSENT, differing, duration
 from lorakit.storage.run_dir import RunDir, write_text
-
-ABSENT = "–"
-# Keys that differ between any two runs.
-_ALWAYS_DIFFERENT = {"output_dir"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,44 +210,18 @@ def _names(paths: Sequence[Path]) -> tuple[str, ...]:
 def _settings_that_differ(records: Sequence[Record]) -> tuple[Setting, ...]:
     """Settings, device and versions that are not equal in all runs."""
     recipes = [record.recipe.model_dump(mode="json") for record in records]
-    found = []
-    for key in recipes[0]:
-        values = [recipe[key] for recipe in recipes]
-        texts = [_text(record.shown[key]) for record in records]
-        if key not in _ALWAYS_DIFFERENT and any(value != values[0] for value in values):
-            found.append(Setting(key, _distinct(texts, values)))
     facts = [
         {"device": r.environment.get("device"), "dtype used": r.environment.get("dtype")}
         | r.versions
         for r in records
     ]
-    for key in dict.fromkeys(key for each in facts for key in each):
-        texts = [_text(each.get(key)) for each in facts]
-        if len(set(texts)) > 1:
-            found.append(Setting(key, tuple(texts)))
-    return tuple(found)
-
-
-def _distinct(texts: Sequence[str], values: Sequence[Any]) -> tuple[str, ...]:
-    """Number equal texts of different values, such as files of one name in two folders."""
-    if len(set(texts)) > 1:
-        return tuple(texts)
-    kinds: list[Any] = []
-    for value in values:
-        if value not in kinds:
-            kinds.append(value)
-    return tuple(f"{text} #{kinds.index(v) + 1}" for text, v in zip(texts, values, strict=True))
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ABSENT
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    found = differing(recipes, [record.shown for record in records]) | differing(facts)
+    return tuple(Setting(key, shown) for key, shown in found.items())
 
 
 def _measures(records: Sequence[Record]) -> tuple[Measure, ...]:
-    losses = [_loss(record, "tuned") for record in records]
-    bases = [_loss(record, "base") for record in records]
+    losses = [held_out_loss(record.evaluation or {}, record.held) for record in records]
+    bases = [_base_loss(record) for record in records]
     shown = tuple(
         ABSENT if tuned is None else f"{tuned:.4f}" + (f" ({tuned - base:+.4f})" if base else "")
         for tuned, base in zip(losses, bases, strict=True)
@@ -301,9 +270,8 @@ def _best(values: Sequence[float | None], lowest: bool) -> int | None:
     return values.index(top) if known.count(top) == 1 else None
 
 
-def _loss(record: Record, side: str) -> float | None:
-    score = (record.evaluation or {}).get(side) or {}
-    return finite(score.get("loss"))
+def _base_loss(record: Record) -> float | None:
+    return finite(((record.evaluation or {}).get("base") or {}).get("loss"))
 
 
 def _scores(record: Record) -> list[Mapping[str, Any]]:
@@ -333,7 +301,7 @@ def _notes(records: Sequence[Record]) -> tuple[str, ...]:
     """Reasons for which numbers of these runs cannot be compared."""
     notes = []
     tokens = {((r.evaluation or {}).get("tuned") or {}).get("tokens") for r in records} - {None}
-    bases = [loss for r in records if (loss := _loss(r, "base")) is not None]
+    bases = [loss for r in records if (loss := _base_loss(r)) is not None]
     if len(tokens) > 1:
         notes.append("the held-out losses are not of the same rows")
     elif bases and not math.isclose(min(bases), max(bases), rel_tol=1e-3):

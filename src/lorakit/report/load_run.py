@@ -6,16 +6,16 @@ A stopped run has no evaluation, an old one no lengths, a diverged one rows with
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorakit.errors import RunError
-from lorakit.recipe.loader import load_recipe
+from lorakit.recipe.loader import read_resolved
 from lorakit.recipe.schema import Recipe
+from lorakit.storage.best_record import BestStep, best_step
 from lorakit.storage.run_dir import RunDir, read_metrics
-from lorakit.train.best_step import BestStep, best_step
 
 ReportRow = dict[str, Any]
 LARGEST = 1e100  # an axis of matplotlib overflows near 1e308
@@ -77,19 +77,20 @@ def read_run(run: RunDir) -> Record:
         RecipeError: its recipe is damaged.
         RunError: one of its JSON files is damaged.
     """
-    recipe = load_recipe(run.recipe).recipe
+    resolved = read_resolved(run.recipe)
     steps, held = (
         tuple(row for row in read_metrics(run, held_out) if _is_step(row.get("step")))
         for held_out in (False, True)
     )
     shown = {
-        k: without_path(v) if k in PATHS else v for k, v in recipe.model_dump(mode="json").items()
+        k: without_path(v) if k in PATHS else v
+        for k, v in resolved.recipe.model_dump(mode="json").items()
     }
     return Record(
         name=run.path.resolve().name,
-        recipe=recipe,
+        recipe=resolved.recipe,
         shown=shown,
-        origins=_origins(run.recipe),
+        origins=resolved.origins,
         data=_read(run.data_report),
         plan=_read(run.plan),
         environment=_read(run.environment),
@@ -111,6 +112,15 @@ def finite(value: Any) -> float | None:
     return float(value) if abs(value) <= LARGEST else None
 
 
+def held_out_loss(evaluation: Mapping[str, Any], held: Iterable[ReportRow]) -> float | None:
+    """Held-out loss of the adapter by eval.json; without one, the lowest of the training so far."""
+    tuned = evaluation.get("tuned")
+    if isinstance(tuned, dict) and (loss := finite(tuned.get("loss"))) is not None:
+        return loss
+    losses = (finite(row.get("eval_loss")) for row in held)
+    return min((loss for loss in losses if loss is not None), default=None)
+
+
 def _is_step(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
@@ -123,17 +133,6 @@ def without_path(value: Any) -> Any:
         return {key: without_path(entry) for key, entry in value.items()}
     local = isinstance(value, str) and value.startswith(("/", ".", "~"))
     return PurePosixPath(value).name or value if local else value
-
-
-def _origins(path: Path) -> dict[str, str]:
-    """Read the origins from a resolved recipe: the text after the last "  # " of each line."""
-    origins = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        key, _, _ = line.partition(":")
-        _, comment, origin = line.rpartition("  # ")
-        if comment and re.fullmatch(r"\w+", key):
-            origins[key] = origin
-    return origins
 
 
 def _read(path: Path) -> dict[str, Any]:

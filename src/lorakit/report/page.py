@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -12,16 +11,26 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lorakit.display.charts import Chart, Series, line_chart, trend
-from lorakit.display.evaluation_view import SCORE_HEADS, score_cells
+from lorakit.display.evaluation_view import SCORE_HEADS
 from lorakit.errors import LorakitError, RunError
 from lorakit.model.load import public_name
 from lorakit.report.html import render_page
 from lorakit.report.load_run import PATHS, Record, finite, read_run, without_path
-from lorakit.report.tables import duration, export_rows, settings_rows
+from lorakit.report.tables import (
+    data_rows,
+    duration,
+    export_rows,
+    fault_rows,
+    length_rows,
+    memory_rows,
+    score_rows,
+    settings_rows,
+    task_rows,
+)
+from lorakit.storage.best_record import LOSS
 from lorakit.storage.run_dir import RunDir, write_text
 from lorakit.storage.units import GIB
-from lorakit.train.best_step import LOSS
-from lorakit.types import TaskScore
+from lorakit.train.diagnostics import run_notes
 
 
 def write_report(run: RunDir, output: Path | None = None) -> Path:
@@ -75,29 +84,28 @@ def report_page(record: Record) -> str:
         model=public_name(str(record.shown["model"])),
         sources=[s["source"] if isinstance(s, dict) else s for s in sources],
         trained=adapter_bytes and adapter_bytes / 4,
-        change=_change(evaluation) if evaluation else {},
-        metrics=[
-            (name, f"{mean['base']:.4g}", f"{mean['tuned']:.4g}", f"{mean['rows']:,}")
-            for name, mean in ((evaluation or {}).get("metrics") or {}).items()
-        ],
-        tasks=_tasks(record),
+        scores=score_rows(evaluation) if evaluation else [],
+        tasks=task_rows(record.evaluation or {}),
         judge=(record.evaluation or {}).get("judge"),
         tiles=_tiles(record),
         charts=_charts(record) if record.steps else {},
         memory=_memory(record),
-        length_bars=[
-            (f"{bar['begin']:,}–{bar['end']:,}", bar["count"], f"{bar['count']:,}")
-            for bar in (data.get("lengths") or {}).get("bars", [])
-        ],
-        faults=[
-            (f"{f['count']:,} × {f['kind']}", f["action"], ", ".join(f["first_rows"]))
-            for f in data.get("faults", [])
-        ],
+        notes=_notes(record),
+        facts=data_rows(data) if data else [],
+        length_bars=length_rows(data),
+        faults=fault_rows(data),
         score_heads=SCORE_HEADS,
         exports=export_rows(record.exports),
         base_distance=next(filter(None, distances), None),
         settings=settings_rows(record.shown, record.origins),
         reproduce=_reproduce(record),
+    )
+
+
+def _notes(record: Record) -> list[str]:
+    planned = finite(record.plan.get("tokens_per_second"))
+    return run_notes(
+        record.recipe, record.steps, record.held, record.data, record.scored or {}, planned
     )
 
 
@@ -110,22 +118,6 @@ def loss_series(record: Record) -> list[Series]:
             last = record.best.step
         held = [p for p in held if p[0] != last] + [(last, finite(record.scored["tuned"]["loss"]))]
     return [*trend(record.column("loss")), Series(held, "held", "held out")]
-
-
-def _change(evaluation: dict[str, Any]) -> dict[str, float]:
-    base, tuned = evaluation["base"], evaluation["tuned"]
-    return {
-        "loss": tuned["loss"] - base["loss"],
-        "perplexity": tuned["perplexity"] / base["perplexity"] - 1,
-    }
-
-
-def _tasks(record: Record) -> list[tuple[str, ...]]:
-    """Table rows of the task scores: before, after, change and its interval."""
-    scores = (record.evaluation or {}).get("tasks") or []
-    fields = {field.name for field in dataclasses.fields(TaskScore)}
-    found = [TaskScore(**{k: v for k, v in each.items() if k in fields}) for each in scores]
-    return [score_cells(score) for score in found]
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
@@ -201,15 +193,11 @@ def _memory(record: Record) -> dict[str, Any] | None:
     parts, planned = record.plan.get("parts"), finite(record.plan.get("total_bytes"))
     if not parts or not planned:
         return None
-    used = record.numbers("memory_gb")
-    sizes = {name: float(size) for name, size in parts.items() if float(size) >= planned / 500}
-    sizes["planned"] = planned
-    if used:
-        sizes["measured"] = max(used) * 1e9
+    peak = max(record.numbers("memory_gb"), default=None)
     return {
-        "bars": [(name, size, f"{size / GIB:.2f} GiB") for name, size in sizes.items()],
-        "measured": bool(used),
-        "off": sizes.get("measured", planned) / planned - 1,
+        "bars": memory_rows(record.plan, peak),
+        "measured": peak is not None,
+        "off": (planned if peak is None else peak * 1e9) / planned - 1,
     }
 
 

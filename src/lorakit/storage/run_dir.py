@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,20 @@ def write_text(path: Path, text: str) -> None:
         flush(path.parent)
     except OSError as error:
         raise write_error(path, error, len(text.encode())) from error
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files below `path`, without links."""
+    total, pending = 0, [path]
+    while pending:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Path(entry.path))
+                    elif not entry.is_symlink():
+                        total += entry.stat(follow_symlinks=False).st_size
+    return total
 
 
 def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,7 +10,9 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from lorakit.errors import RunError
@@ -56,6 +58,21 @@ def only_writer(run: RunDir, say: Callable[[str], None]) -> Iterator[None]:
         for folder in created:
             with suppress(OSError):  # not empty: the run wrote files
                 folder.rmdir()
+
+
+def lock_owner(folder: Path) -> int | None:
+    """Process that holds the lock of a run directory, or None.
+
+    The lock file may come from anyone: only a process that has this very file open counts.
+    """
+    lock = folder / LOCK
+    try:
+        process = int(lock.read_text(encoding="utf-8"))
+        opened = psutil.Process(process).open_files()
+        same = any(os.path.samefile(found.path, lock) for found in opened if LOCK in found.path)
+    except (OSError, ValueError, OverflowError, psutil.Error):
+        return None
+    return process if same else None
 
 
 def _acquire(lock: FileLock, run: RunDir) -> None:

@@ -25,7 +25,6 @@ from lorakit.sweeps.variations import (
     runs_of,
 )
 from lorakit.train.checkpoint import SMALL_FILES, checkpoint_bytes
-from lorakit.train.training_args import total_steps
 from lorakit.types import MemoryPlan
 
 
@@ -203,7 +202,7 @@ def _planned(run: Variation, start: PreparedRun) -> PlannedRun:
     disk = (recipe.kept_checkpoints + 1) * checkpoint_bytes(recipe, adapter // 4)
     return PlannedRun(
         run,
-        total_steps(recipe, len(prepared.train)),
+        recipe.total_steps(len(prepared.train)),
         start.plan,
         prepared.val.digest() if len(prepared.val) else "",
         disk + adapter + SMALL_FILES,

@@ -8,7 +8,6 @@ survives a resume.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -16,54 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from lorakit.errors import RecipeError
 from lorakit.recipe.loader import suggest
 from lorakit.recipe.schema import Recipe
-from lorakit.storage.run_dir import RunDir, read_json, write_json
-
-LOSS = "eval_loss"
-
-
-def metric_name(key: str) -> str:
-    """Name of a metric in messages."""
-    return "held-out loss" if key == LOSS else key
-
-
-@dataclass(frozen=True, slots=True)
-class BestStep:
-    """The step with the best value of a metric; `used` if the run's adapter is of this step."""
-
-    step: int
-    value: float
-    steps: int
-    used: bool
-    metric: str = LOSS
-
-    def describe(self) -> str:
-        """Describe it in one line, for messages."""
-        adapter = "this step's" if self.used else f"that of step {self.steps}"
-        return (
-            f"step {self.step} of {self.steps}, {metric_name(self.metric)} {self.value:.4f}; the "
-            f"adapter is {adapter}"
-        )
-
-    def write(self, run: RunDir) -> None:
-        """Write `best.json`."""
-        write_json(run.best, asdict(self))
-
-
-def best_step(run: RunDir) -> BestStep | None:
-    """Read `best.json` of a finished run; None if the run did not compare steps."""
-    values = read_json(run.best)
-    if not isinstance(values, dict):
-        return None
-    try:
-        return BestStep(
-            int(values["step"]),
-            float(values["value"] if "value" in values else values[LOSS]),  # before 2027
-            int(values["steps"]),
-            bool(values["used"]),
-            str(values.get("metric", LOSS)),
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
+from lorakit.storage.best_record import LOSS, metric_name
 
 
 class TaskScorer(Protocol):
@@ -131,7 +83,7 @@ class SaveBestStep(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> Any:
         value, best = metrics[args.metric_for_best_model], state.best_metric
-        # A value that is not finite is no improvement, and -inf of a failed task is none either.
+        # A value that is not finite is no improvement, and neither is -inf of a failed task.
         better = best is None or (value > best if args.greater_is_better else value < best)
         if better or control.should_training_stop:
             control.should_save = True

@@ -64,6 +64,8 @@ class MetricsCallback(TrainerCallback):
             self.progress.note(warning)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for warning in self.watch.finish():
+            self.progress.note(warning)
         self.progress.stop()
 
 

@@ -33,7 +33,7 @@ from lorakit.ops.backend import has_matrix_kernels
 from lorakit.ops.cross_entropy import summed_cross_entropy
 from lorakit.train.packing import PACKED, PROBE_ERRORS, PackedRows, isolates_documents
 from lorakit.train.router_loss import RouterLoss
-from lorakit.types import ON_CARD, Placement
+from lorakit.types import ON_GPU, Placement
 
 
 @dataclass
@@ -103,7 +103,7 @@ def attach_loss(
     model: Any,
     engine: str = "off",
     device: torch.device | None = None,
-    placement: Placement = ON_CARD,
+    placement: Placement = ON_GPU,
     ranks: DistributedContext = SINGLE_PROCESS,
     router_aux_loss_coef: float = 0.0,
 ) -> AttachResult:

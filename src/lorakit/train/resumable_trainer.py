@@ -16,8 +16,9 @@ from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.atomic_dir import CorruptedError, atomic_directory
+from lorakit.storage.best_record import BestStep
 from lorakit.storage.run_dir import RunDir
-from lorakit.train.best_step import BestStep, evaluations_without_improvement
+from lorakit.train.best_step import evaluations_without_improvement
 from lorakit.train.checkpoint import (
     checkpoint_bytes,
     checkpoint_step,

@@ -54,7 +54,7 @@ from lorakit.train.signals import StopRequest
 from lorakit.train.stability import StepGuard
 from lorakit.train.step_inputs import StepInputs, step_inputs
 from lorakit.train.step_runner import StepRunner, choose_step_runner
-from lorakit.train.training_args import total_steps, training_arguments
+from lorakit.train.training_args import training_arguments
 from lorakit.types import Device, EvalScore, Example, MemoryPlan
 
 
@@ -97,7 +97,7 @@ class LoraTrainer(ResumableTrainer):
         )
         monitor = RunMonitor(recipe, planned_rate(run), self._why_slow)
         self.fingerprint, self.loaded = fingerprint, dict[str, Any]()
-        steps = total_steps(recipe, len(train))
+        steps = recipe.total_steps(len(train))
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; restore their float32 values.
         masters = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import fields
 from typing import Any
 
@@ -67,14 +66,6 @@ _REASONS = {
     "torch_compile": "fused_layers decides it",
     "use_liger_kernel": "fused_layers decides it",
 }
-
-
-def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run over `examples` examples; the last step of an epoch may be short."""
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    per_epoch = math.ceil(examples / recipe.examples_per_step)
-    return max(1, math.ceil(per_epoch * recipe.epochs))
 
 
 def check_training_settings(

@@ -24,30 +24,22 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lorakit.doctor.checks import examine
-from lorakit.doctor.system_info import collect_system_info
+from lorakit.doctor.system_info import cached_models, collect_system_info
 from lorakit.errors import LorakitError, RunError
 from lorakit.planning.known_models import REPOSITORIES
 from lorakit.storage.run_dir import RunDir
 from lorakit.web.access import Access
 from lorakit.web.arena import arena_routes
 from lorakit.web.context import Context, context_of, html_page, in_thread, number_of, posted
-from lorakit.web.launch import Launcher
-from lorakit.web.run_view import (
-    bounds_of,
-    compare_values,
-    download_of,
-    progress_text,
-    recipe_settings,
-    run_values,
-    section,
-    state_of,
-)
+from lorakit.web.launch import EXPORT, FORMATS, TRAIN, VERBS, Launcher
+from lorakit.web.run_view import bounds_of, compare_values, download_of, progress_text, run_values
 from lorakit.web.study import study_routes
 from lorakit.web.worker_client import WorkerClient
-from lorakit.web.workspace import Workspace, cached_models, read_facts, sentence
+from lorakit.web.workspace import Workspace, sentence
 
 SECONDS = 1.0  # between looks at a run that a page watches
 MOST_WATCHERS, MOST_COMPARED = 32, 8
+ACTIONS = ("stop", "resume", "export", "forget")
 LOG_CHARACTERS = 20_000
 
 
@@ -73,9 +65,7 @@ def create_app(
         Route("/run-curves", run_curves),
         Route("/run-events", run_events),
         Route("/file", file_download),
-        Route("/stop", stop_run, methods=["POST"]),
-        Route("/resume", resume_run, methods=["POST"]),
-        Route("/forget", forget_run, methods=["POST"]),
+        *(Route(f"/{action}", act, methods=["POST"]) for action in ACTIONS),
         Route("/compare", compare_page),
         Route("/models", models_page),
         Route("/doctor", doctor_page, methods=["GET", "POST"]),
@@ -110,11 +100,10 @@ async def runs_page(request: Request) -> Response:
     context = context_of(request)
     runs = await in_thread(context.summaries)
     pending = await in_thread(context.launcher.pending)
-    values: dict[str, Any] = {"runs": runs, "pending": pending, "progress": progress_text}
     if "part" in request.query_params:
-        return html_page("runs_table.html.jinja", **values)
-    root, home = context.workspace.root, context.workspace.home
-    return html_page("runs.html.jinja", page="runs", root=root, home=home, **values)
+        return html_page("runs_table.html.jinja", runs=runs, pending=pending)
+    values: dict[str, Any] = {"workspace": context.workspace, "runs": runs, "pending": pending}
+    return html_page("runs.html.jinja", page="runs", **values)
 
 
 def _run(request: Request) -> tuple[Context, RunDir, str]:
@@ -129,26 +118,37 @@ async def run_page(request: Request) -> Response:
     if name not in context.workspace.folders():
         waiting = {run["name"]: run for run in await in_thread(launcher.pending)}
         if name in waiting:
-            refresh = 2 if waiting[name]["alive"] else 0
-            log = launcher.log(name)[-LOG_CHARACTERS:]
-            return html_page(
-                "starting.html.jinja", refresh=refresh, page="", run=waiting[name], log=log
-            )
-    run = context.workspace.find(name)
+            pending, log = waiting[name], launcher.log(name)[-LOG_CHARACTERS:]
+            refresh = 2 if pending["alive"] else 0
+            return html_page("starting.html.jinja", refresh=refresh, page="", run=pending, log=log)
+    context, run, name = _run(request)
     summary = await in_thread(context.summary, name, run.path)
     values = await in_thread(run_values, context.workspace, run, summary)
-    process = await in_thread(launcher.process_of, name)
-    log = launcher.log(name)
+    state = await in_thread(_state, context, run, name)
+    ended = [verb for verb in VERBS if not state[verb]]
     return html_page(
         "run.html.jinja",
         page="",
-        progress=progress_text(summary),
-        process=process,
-        ended=launcher.ending(name) if not process and summary.status == "stopped" else "",
-        log=log[-LOG_CHARACTERS:],
+        state=state,
+        endings={verb: launcher.ending(name, verb) for verb in ended},
         said=request.query_params.get("said", "")[:200],
+        formats=FORMATS,
         **values,
     )
+
+
+def _state(context: Context, run: RunDir, name: str) -> dict[str, Any]:
+    """What changes on the page of a run: its processes, progress, curves and logs."""
+    summary, launcher = context.summary(name, run.path), context.launcher
+    processes = {verb: launcher.process_of(name, verb) is not None for verb in VERBS}
+    return {
+        **processes,
+        "status": summary.status,
+        "share": summary.share,
+        "text": progress_text(summary),
+        "rows": context.workspace.metrics(run).rows,
+        "logs": {verb: launcher.log(name, verb)[-LOG_CHARACTERS:] for verb in VERBS},
+    }
 
 
 async def run_curves(request: Request) -> Response:
@@ -156,68 +156,35 @@ async def run_curves(request: Request) -> Response:
     context, run, _ = _run(request)
     points = number_of(request.query_params.get("points", ""), 1000, 4000)
     metrics = await in_thread(context.workspace.metrics, run)
-    plan = read_facts(run.plan)
-    return JSONResponse(
-        {
-            "curves": metrics.since({}, max(points, 10)),
-            "counts": metrics.counts(),
-            "version": metrics.version,
-            "bounds": section(lambda: bounds_of(recipe_settings(run), plan), {}),
-        }
-    )
+    curves = await in_thread(metrics.curves, max(points, 10))
+    return JSONResponse({"curves": curves, "bounds": bounds_of(run)})
 
 
 async def run_events(request: Request) -> Response:
-    """Server-sent events of a run: new points, state, and new text of its log."""
+    """Server-sent events: the state of a run, each time that it changes, until it has ended."""
     context, run, name = _run(request)
     state = request.app.state
     if state.watchers >= MOST_WATCHERS:
         raise RunError("too many pages watch runs", hint="close some of them and reload")
-    known = {
-        key: number_of(count, 0)
-        for key, count in request.query_params.items()
-        if key not in ("name", "version")
-    }
-    version = number_of(request.query_params.get("version", ""), 0)
 
     async def events() -> AsyncIterator[str]:
         state.watchers += 1
+        seen, quiet = None, 0
         try:
-            async for kind, value in _changes(context, run, name, known, version):
-                yield f"event: {kind}\ndata: {json.dumps(value)}\n\n"
+            while True:
+                found = await in_thread(_state, context, run, name)
+                quiet += 1
+                if found != seen or quiet == 15:  # also keeps proxies from closing the connection
+                    yield f"data: {json.dumps(found)}\n\n"
+                    seen, quiet = found, 0
+                if not any(found[verb] for verb in VERBS):
+                    return
+                await asyncio.sleep(SECONDS)
         finally:
             state.watchers -= 1
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
-
-
-async def _changes(
-    context: Context, run: RunDir, name: str, known: dict[str, int], version: int
-) -> AsyncIterator[tuple[str, Any]]:
-    """Yield what changes in a run until it has ended."""
-    workspace, seen, log, quiet = context.workspace, None, "", 0
-    while True:
-        metrics = await in_thread(workspace.metrics, run)
-        if metrics.version != version:
-            yield "reload", "the metrics were written again"
-            return
-        if points := metrics.since(known, 200):
-            yield "points", {"curves": points, "counts": metrics.counts()}
-            known, quiet = metrics.counts(), 0
-        state = state_of(await in_thread(context.summary, name, run.path))
-        if state != seen:
-            yield "state", state
-            seen, quiet = state, 0
-        if (text := context.launcher.log(name)[-LOG_CHARACTERS:]) != log:
-            yield "log", text
-            log = text
-        if state["status"] != "running":
-            yield "end", state["status"]
-            return
-        if (quiet := quiet + 1) % 15 == 0:
-            yield "state", state  # keeps proxies from closing the connection
-        await asyncio.sleep(SECONDS)
 
 
 async def file_download(request: Request) -> Response:
@@ -233,28 +200,24 @@ async def file_download(request: Request) -> Response:
     return FileResponse(path, media_type="application/octet-stream", filename=saved)
 
 
-async def stop_run(request: Request) -> Response:
-    """Send the run SIGTERM."""
-    name = (await posted(request)).get("name", "")
-    said = await in_thread(context_of(request).launcher.stop, name)
-    return _to_run(name, said)
-
-
-async def resume_run(request: Request) -> Response:
-    """Continue a stopped run."""
-    name = (await posted(request)).get("name", "")
-    await in_thread(context_of(request).launcher.resume, name)
-    return _to_run(name, "resuming from the last checkpoint")
-
-
-async def forget_run(request: Request) -> Response:
-    """Delete recipe and log of a run that ended without a folder."""
-    name = (await posted(request)).get("name", "")
-    await in_thread(context_of(request).launcher.forget, name)
-    return RedirectResponse("./", 303)
-
-
-def _to_run(name: str, said: str) -> Response:
+async def act(request: Request) -> Response:
+    """Stop, resume or export a run, or forget one that has no folder."""
+    fields, launcher = await posted(request), context_of(request).launcher
+    name, action = fields.get("name", ""), request.url.path.rpartition("/")[2]
+    said = ""
+    if action == "stop":
+        verb = EXPORT if fields.get("verb") == EXPORT else TRAIN
+        said = await in_thread(launcher.stop, name, verb)
+    elif action == "resume":
+        await in_thread(launcher.resume, name)
+        said = "resuming from the last checkpoint"
+    elif action == "export":
+        form, quantization = fields.get("form", ""), fields.get("quant", "").strip()
+        await in_thread(launcher.export, name, form, quantization)
+        said = f"exporting to {form}; it is compared with the adapter before it is kept"
+    else:
+        await in_thread(launcher.forget, name)
+        return RedirectResponse("./", 303)
     return RedirectResponse(f"run?name={quote(name)}&said={quote(said)}", 303)
 
 
@@ -291,9 +254,8 @@ async def doctor_page(request: Request) -> Response:
         context.jobs.pop("doctor", None)
         return RedirectResponse("doctor", 303)
     done, findings = await context.job("doctor", lambda: in_thread(_findings))
-    return html_page(
-        "doctor.html.jinja", refresh=0 if done else 2, page="doctor", findings=findings
-    )
+    refresh = 0 if done else 2
+    return html_page("doctor.html.jinja", refresh=refresh, page="doctor", findings=findings)
 
 
 def _findings() -> list[Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, Field, field_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -19,14 +20,53 @@ from lorakit.web.workspace import Workspace, sentence
 
 VOTES = "preferences.jsonl"
 BASE = "base"
-MOST_COLUMNS, MOST_TURNS, MOST_CHARACTERS = 4, 200, 2**19
-# Sampling settings of the page: default, lowest, highest.
-SAMPLING = {
-    "temperature": (0.7, 0.0, 10.0),
-    "top_p": (0.9, 0.01, 1.0),
-    "max_new_tokens": (256, 1, 10**6),
-    "seed": (0, 0, 2**31),
-}
+MOST_RUNS, MOST_CHARACTERS = 3, 2**19
+
+
+class Turn(BaseModel):
+    """A question or an answer."""
+
+    role: Literal["user", "assistant"]
+    content: str = Field(max_length=MOST_CHARACTERS)
+
+
+class Sampling(BaseModel):
+    """Sampling settings of the page, with their bounds."""
+
+    temperature: float = Field(default=0.7, ge=0, le=10)
+    top_p: float = Field(default=0.9, ge=0.01, le=1)
+    max_new_tokens: int = Field(default=256, ge=1, le=10**6)
+    seed: int = Field(default=0, ge=0, le=2**31)
+
+
+class Conversation(BaseModel):
+    """A conversation that ends with a question."""
+
+    messages: list[Turn] = Field(min_length=1, max_length=200)
+    system: str | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def ends_with_a_question(cls, turns: list[Turn]) -> list[Turn]:
+        """Refuse a conversation whose last turn is an answer."""
+        if turns[-1].role != "user":
+            raise ValueError("the last one is not a question")
+        return turns
+
+
+class Question(Conversation):
+    """A conversation to continue: by a run, or by the base of the first of several runs."""
+
+    runs: list[str] = Field(min_length=1, max_length=MOST_RUNS)
+    column: str
+    settings: Sampling = Field(default_factory=Sampling)
+
+
+class Vote(Conversation):
+    """Answers to a conversation by their column, and the column of the best one."""
+
+    answers: dict[str, str]
+    winner: str
 
 
 def arena_routes() -> list[Route]:
@@ -45,36 +85,28 @@ async def chat_page(request: Request) -> Response:
     known = [run for run in summaries if (run.path / "adapter").is_dir()]
     names = [run.name for run in known]
     chosen = [name for name in request.query_params.getlist("run") if name in names]
-    chosen = list(dict.fromkeys(chosen))[: MOST_COLUMNS - 1]
+    chosen = list(dict.fromkeys(chosen))[:MOST_RUNS]
     if chosen:
         await context.chat.start()
     return html_page(
         "chat.html.jinja",
         page="chat",
-        known=known,
+        known=names,
         chosen=chosen,
         columns=[BASE, *chosen] if chosen else [],
-        sampling=SAMPLING,
+        sampling=Sampling.model_json_schema()["properties"],
         votes=VOTES,
     )
 
 
 async def answer(request: Request) -> Response:
     """Stream the answer of one column as JSON lines: pieces, then `done` or `error`."""
-    context, body = context_of(request), await posted_json(request)
-    runs, column = body.get("runs"), body.get("column")
-    if not isinstance(runs, list) or not runs or len(runs) >= MOST_COLUMNS:
-        raise DataError("runs: expected one to three names", hint="choose runs on the chat page")
-    paths = {str(name): await in_thread(_tuned, context.workspace, str(name)) for name in runs}
-    if column != BASE and column not in paths:
+    context, asked = context_of(request), await posted_json(request, Question)
+    paths = {name: await in_thread(_tuned, context.workspace, name) for name in asked.runs}
+    if asked.column != BASE and asked.column not in paths:
         raise DataError("column: not one of the chosen runs", hint="reload the page")
-    values = {
-        "runs": list(paths.values()),
-        "run": None if column == BASE else paths[column],
-        "messages": messages_of(body.get("messages")),
-        "settings": sampling_of(body.get("settings")),
-        "system": body["system"] if isinstance(body.get("system"), str) else None,
-    }
+    values = asked.model_dump(include={"messages", "settings", "system"})
+    values |= {"runs": list(paths.values()), "run": paths.get(asked.column)}
     return StreamingResponse(_pieces(context, values), media_type="application/x-ndjson")
 
 
@@ -98,80 +130,30 @@ def _tuned(workspace: Workspace, name: str) -> str:
     return str(run.path)
 
 
-def messages_of(value: Any) -> list[dict[str, str]]:
-    """Turns of a conversation that ends with a question.
-
-    Raises:
-        DataError: it has another form, or is too long.
-    """
-    roles = ("user", "assistant")
-    turns = value if isinstance(value, list) else []
-    good = [
-        {"role": turn["role"], "content": turn["content"]}
-        for turn in turns
-        if isinstance(turn, dict) and turn.get("role") in roles
-        and isinstance(turn.get("content"), str)
-    ]  # fmt: skip
-    size = sum(len(turn["content"]) for turn in good)
-    if not good or len(good) != len(turns) or len(good) > MOST_TURNS or size > MOST_CHARACTERS:
-        raise DataError(
-            "messages: expected turns of user and assistant, not too long", hint="begin a new chat"
-        )
-    if good[-1]["role"] != "user":
-        raise DataError("messages: the last one is not a question", hint="ask something")
-    return good
-
-
-def sampling_of(value: Any) -> dict[str, Any]:
-    """Sampling settings within their bounds.
-
-    Raises:
-        DataError: a value is not a number within its bounds.
-    """
-    given, found = value if isinstance(value, dict) else {}, {}
-    for key, (default, low, high) in SAMPLING.items():
-        number = given.get(key, default)
-        real = isinstance(number, int | float) and not isinstance(number, bool)
-        if not real or not low <= number <= high:
-            raise DataError(f"{key}: {number!r}, expected {low:g} to {high:g}", hint="correct it")
-        found[key] = float(number) if isinstance(default, float) else int(number)
-    return found
-
-
 async def vote(request: Request) -> Response:
     """Keep that one answer is better than each of the others."""
-    context, body = context_of(request), await posted_json(request)
-    rows = preference_rows(body)
-    total = await in_thread(_append, context.workspace, rows)
+    context, given = context_of(request), await posted_json(request, Vote)
+    total = await in_thread(_append, context.workspace, preference_rows(given))
     return JSONResponse({"said": f"saved: {total:,} rows in {VOTES}"})
 
 
-def preference_rows(body: dict[str, Any]) -> list[dict[str, Any]]:
+def preference_rows(vote: Vote) -> list[dict[str, Any]]:
     """Rows of preference data, the chosen and a rejected conversation each, as TRL reads them.
 
     `columns: {messages: chosen}` trains on the chosen ones with lorakit.
 
     Raises:
-        DataError: an answer or the winner is missing.
+        DataError: there are no two different answers.
     """
-    answers, winner = body.get("answers"), body.get("winner")
-    head = messages_of(body.get("messages"))
-    if isinstance(body.get("system"), str) and body["system"]:
-        head = [{"role": "system", "content": body["system"]}, *head]
-    if not isinstance(answers, dict) or not all(isinstance(a, str) for a in answers.values()):
-        raise DataError("answers: expected a text of each column", hint="reload the page")
-    best = answers.get(winner) if isinstance(winner, str) else None
-    others = [text for text in answers.values() if text.strip() and text != best]
-    if not best or not best.strip() or not others:
+    best = vote.answers.get(vote.winner, "").strip()
+    others = dict.fromkeys(text.strip() for text in vote.answers.values())
+    rejected = [text for text in others if text and text != best]
+    if not best or not rejected:
         raise DataError("two different answers are needed", hint="ask again, and wait for both")
-
-    def with_answer(text: str) -> list[dict[str, str]]:
-        return [*head, {"role": "assistant", "content": text.strip()}]
-
-    return [
-        {"chosen": with_answer(best), "rejected": with_answer(text)}
-        for text in dict.fromkeys(others)
-    ]
+    head = [{"role": "system", "content": vote.system}] if vote.system else []
+    head += [turn.model_dump() for turn in vote.messages]
+    rows = [[*head, {"role": "assistant", "content": text}] for text in (best, *rejected)]
+    return [{"chosen": rows[0], "rejected": row} for row in rows[1:]]
 
 
 def _append(workspace: Workspace, rows: list[dict[str, Any]]) -> int:

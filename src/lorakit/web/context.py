@@ -6,7 +6,6 @@ Every value of a template is escaped, and control characters in it are visible.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,6 +15,7 @@ from urllib.parse import parse_qs
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
@@ -28,6 +28,7 @@ from lorakit.web.worker_client import WorkerClient
 from lorakit.web.workspace import Summary, Workspace
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
 PATIENCE = 2.0  # seconds that a page waits for work before it answers that it waits
 
 
@@ -100,15 +101,18 @@ async def posted(request: Request) -> dict[str, str]:
     return {key: values[-1] for key, values in fields.items()}
 
 
-async def posted_json(request: Request) -> dict[str, Any]:
-    """Object of a JSON body."""
+async def posted_json(request: Request, kind: type[Body]) -> Body:
+    """JSON body of the given form.
+
+    Raises:
+        DataError: it has another form; names the first fault.
+    """
     try:
-        value = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise DataError("the request is not a JSON object", hint="reload the page")
-    return value
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{place or 'request'}: {first['msg']}", hint="correct it") from error
 
 
 def number_of(text: str, default: int, largest: int = 10**9) -> int:
@@ -138,7 +142,10 @@ def _environment() -> Environment:
         ),
         trim_blocks=True,
         lstrip_blocks=True,
+        extensions=["jinja2.ext.do"],
     )
+    made.globals["zip"] = zip
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False}
     made.filters |= {
         "duration": duration,
         "size": _size,

@@ -7,6 +7,7 @@ Requests are JSON lines on stdin, `{"id", "do", ...}`, answered on stdout under 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -43,24 +44,17 @@ class ModelWorker:
             source: settings, or the path of a run's recipe.
             stamp: changes with the files of the source.
         """
-        from dataclasses import asdict
-
-        from lorakit.data.inspection import Inspection, measure_prepared
+        from lorakit.data.inspection import inspect_prepared
         from lorakit.display.inspection_view import length_lines, verdict
         from lorakit.model.load import public_name
 
-        _, prepared, recipe = self._prepared(source, stamp)
-        lengths = measure_prepared(prepared, recipe)
-        name = public_name(recipe.model)
-        found = Inspection(name, prepared.report, lengths, (), recipe.strict)
-        faults = [{**asdict(f), "stops": found.stops(f)} for f in prepared.report.faults]
+        tokenizer, prepared, recipe = self._prepared(source, stamp)
+        found = inspect_prepared(prepared, tokenizer, recipe, public_name(recipe.model), 0)
         return {
-            "model": name,
-            "report": {**prepared.report.as_dict(), "faults": faults},
-            "lengths": asdict(lengths),
-            "notes": length_lines(lengths),
+            **found.as_dict(),
+            "stopping": [fault.kind for fault in found.stopping],
+            "lines": length_lines(found.lengths),
             "verdict": verdict(found),
-            "stops": bool(found.stopping),
             "counts": {"train": len(prepared.train), "val": len(prepared.val)},
         }
 
@@ -158,17 +152,15 @@ def _tokens(tokenizer: Any, example: Any) -> dict[str, Any]:
     """Decoded tokens of an example as [text, trained, special], the first SHOWN_TOKENS."""
     from lorakit.data.inspection import token_texts
 
-    pieces = []
-    for piece in token_texts(tokenizer, example):
-        pieces.append([piece.text, piece.trained, piece.special])
-        if len(pieces) == SHOWN_TOKENS:
-            break
+    pieces = itertools.islice(token_texts(tokenizer, example), SHOWN_TOKENS)
     size = len(example.input_ids)
-    trained = example.trained_tokens
     return {
-        "row": str(example.origin), "size": size, "trained": trained, "tokens": pieces,
+        "row": str(example.origin),
+        "size": size,
+        "trained": example.trained_tokens,
+        "tokens": [(piece.text, piece.trained, piece.special) for piece in pieces],
         "left_out": max(0, size - SHOWN_TOKENS),
-    }  # fmt: skip
+    }
 
 
 def serve_requests(stdin: TextIO, answer: Callable[[dict[str, Any]], None]) -> None:
@@ -194,18 +186,16 @@ def serve_requests(stdin: TextIO, answer: Callable[[dict[str, Any]], None]) -> N
             return
         if request is None:
             return
-        number, do = request.pop("id"), request.pop("do")
+        number, handler = request.pop("id"), getattr(worker, request.pop("do"))
         try:
-            if do == "chat":
-                for piece in worker.chat(**request):
+            result = handler(**request)
+            if isinstance(result, Iterator):
+                for piece in result:
                     if number in cancelled:
                         break
                     answer({"id": number, "piece": piece})
-                answer({"id": number, "result": None})
-            else:
-                handler = {"plan": worker.plan, "data": worker.data, "rows": worker.rows}[do]
-                result = handler(**request)  # type: ignore[operator]
-                answer({"id": number, "result": result})
+                result = None
+            answer({"id": number, "result": result})
         except LorakitError as error:
             answer({"id": number, "error": error.message, "hint": error.hint})
         except Exception as error:  # the page shows it, and the next request is served

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -15,22 +16,34 @@ from lorakit.errors import DataError, LorakitError, RecipeError
 from lorakit.planning.gpus import GPUS
 from lorakit.planning.known_models import REPOSITORIES
 from lorakit.recipe.demo import demo_recipe
-from lorakit.recipe.loader import ResolvedRecipe, load_recipe
+from lorakit.recipe.loader import ResolvedRecipe, load_recipe, read_resolved
+from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
+from lorakit.report.tables import data_rows, length_rows, memory_rows
 from lorakit.storage.units import GIB
 from lorakit.web.context import Context, context_of, html_page, in_thread, number_of, posted
 from lorakit.web.launch import as_yaml, refuse_code
-from lorakit.web.workspace import Workspace, read_settings, sentence
+from lorakit.web.workspace import Workspace, sentence
 
-# Fields of the form that are keys of a recipe.
-FIELDS = (
-    *("model", "data", "val_data", "method", "epochs", "max_steps", "learning_rate", "lora_r"),
-    *("lora_alpha", "cutoff_len", "micro_batch_size", "gradient_accumulation_steps", "eval_every"),
-    "memory_limit",
-)
+# Fields of the form that are keys of a recipe; small ones with their label.
+SMALL = {
+    "epochs": "Epochs",
+    "max_steps": "At most steps",
+    "learning_rate": "Learning rate",
+    "lora_r": "Rank",
+    "lora_alpha": "Alpha",
+    "cutoff_len": "Longest example",
+    "micro_batch_size": "Micro-batch",
+    "gradient_accumulation_steps": "Accumulation",
+    "eval_every": "Evaluate every",
+    "memory_limit": "Memory limit",
+}
+HINTS = {"eval_every": "steps; empty: at the end", "memory_limit": "such as 12GiB"}
+FIELDS = ("model", "data", "val_data", "method", *SMALL)
 # Keys that no page sets: a model's own code, where files are written, what other programs do.
 NOT_HERE = ("trust_remote_code", "output_dir", "training_args", "report_to")
 PATHS = ("model", "data", "val_data", "from_adapter")
 ROWS = 10
+NO_PLAN = {"waiting": False, "fault": "", "plan": None, "memory": [], "yaml": "", "gib": GIB}
 
 
 def study_routes() -> list[Route]:
@@ -69,58 +82,38 @@ def recipe_of(workspace: Workspace, fields: dict[str, str]) -> ResolvedRecipe:
             raise RecipeError(
                 f"{key}: cannot be set on a page", hint="train with a recipe file in a terminal"
             )
-    check_paths(workspace, resolved)
+    for source in resolved.recipe.sources:
+        workspace.check_source(source, "data")
+    for key in ("model", "val_data", "from_adapter"):
+        if value := getattr(resolved.recipe, key):
+            workspace.check_source(value, key)
     return resolved
 
 
-def check_paths(workspace: Workspace, resolved: ResolvedRecipe) -> None:
-    """Refuse settings that name a path outside the workspace."""
-    recipe = resolved.recipe
-    for source in recipe.sources:
-        workspace.check_source(source, "data")
-    for key in ("model", "val_data", "from_adapter"):
-        if value := getattr(recipe, key):
-            workspace.check_source(value, key)
-
-
-def _preset(workspace: Workspace, query: Any) -> dict[str, str]:
-    """Values that the form begins with: those of the query, the demo or another run."""
+def _preset(workspace: Workspace, query: Mapping[str, str]) -> dict[str, str]:
+    """Values that the form begins with: those of the query, the demo, or another run."""
     values: dict[str, Any] = {}
     if query.get("preset") == "demo":
-        resolved = demo_recipe("lora")
-        values = {k: v for k, v in resolved.recipe.model_dump(mode="json").items()
-                  if k in FIELDS and not resolved.origins[k].startswith("default")}  # fmt: skip
-        values.pop("output_dir", None)
-        more: dict[str, Any] = {"lora_dropout": resolved.recipe.lora_dropout}
-        values["more"] = as_yaml(more)
+        values = demo_recipe("lora").given()
     elif name := query.get("like"):
-        settings = read_settings(workspace.find(name))
-        chosen = {
-            k: v
-            for k, v in settings.values.items()
-            if not settings.origins.get(k, "default").startswith(("default", "derived"))
-            and k not in NOT_HERE
-        }
-        values = {k: chosen.pop(k) for k in FIELDS if k in chosen}
-        for key in ("data", "val_data", "model"):
+        values = read_resolved(workspace.find(name).recipe).given()
+        for key in PATHS:
             if key in values:
                 values[key] = _from_root(workspace, name, values[key])
-        values["more"] = as_yaml(chosen)
-    found = {k: _field(v) for k, v in values.items() if v is not None}
-    for key in (*FIELDS, "more", "name", "gpu"):
-        if key in query:
-            found[key] = query[key][:5000]
-    if query.get("from_adapter"):
-        found["more"] = f"from_adapter: {query['from_adapter'][:500]}\n"
-        found.setdefault("model", query["from_adapter"][:500])
-    return found
+    elif name := query.get("from_adapter"):
+        values = {"model": name[:500], "from_adapter": name[:500]}
+    fields = {key: values.pop(key) for key in FIELDS if key in values}
+    fields["more"] = as_yaml({k: v for k, v in values.items() if k not in NOT_HERE})
+    found = {key: _field(value) for key, value in fields.items() if value is not None}
+    return found | {k: query[k][:5000] for k in (*FIELDS, "more", "name", "gpu") if k in query}
 
 
 def _from_root(workspace: Workspace, name: str, value: Any) -> Any:
     """Paths of a run's recipe, which are relative to the run, as paths below the root."""
     if isinstance(value, list):
-        return [_from_root(workspace, name, v["source"] if isinstance(v, dict) else v)
-                for v in value]  # fmt: skip
+        return [
+            _from_root(workspace, name, v["source"] if isinstance(v, dict) else v) for v in value
+        ]
     path = workspace.root / name / str(value)
     if path.exists() and workspace.contains(path):
         return path.resolve().relative_to(workspace.root).as_posix()
@@ -141,17 +134,27 @@ async def new_page(request: Request) -> Response:
     fields.setdefault("name", await in_thread(_free_name, context.workspace, fields))
     # Only the button "Update the plan" sends a name; a script asks for the plan of a new page.
     planned = "name" in request.query_params
-    values = await _plan_values(context, fields) if planned else {"waiting": True}
+    values = await _plan_values(context, fields) if planned else {**NO_PLAN, "waiting": True}
     return html_page(
         "new.html.jinja",
         page="new",
         fields=fields,
-        gpus=list(GPUS),
+        numbers=[(key, label, HINTS.get(key) or _default(key)) for key, label in SMALL.items()],
+        gpus=[(name, name) for name in GPUS],
         models=["demo", *REPOSITORIES, *await in_thread(context.workspace.local_models)],
         files=["demo", *await in_thread(context.workspace.data_files)],
         home=context.workspace.home,
-        **_plan_defaults(values),
+        **values,
     )
+
+
+def _default(key: str) -> str:
+    """Default of a setting as the hint of its field, of each method if they differ."""
+    own = Recipe.model_fields[key].default
+    lora, qlora = (METHOD_DEFAULTS[method].get(key, own) for method in ("lora", "qlora"))
+    if lora is None:
+        return "no limit"
+    return f"{lora:g}" if lora == qlora else f"{lora:g}; QLoRA {qlora:g}"
 
 
 def _free_name(workspace: Workspace, fields: dict[str, str]) -> str:
@@ -164,32 +167,22 @@ def _free_name(workspace: Workspace, fields: dict[str, str]) -> str:
 async def plan_part(request: Request) -> Response:
     """Plan and YAML of the form's present values, for the page's script."""
     values = await _plan_values(context_of(request), dict(request.query_params))
-    return html_page("plan.html.jinja", **_plan_defaults(values))
-
-
-def _plan_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    return {"waiting": False, "fault": "", "plan": None, "yaml": "", "gib": GIB, **values}
+    return html_page("plan.html.jinja", **values)
 
 
 async def _plan_values(context: Context, fields: dict[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {**NO_PLAN}
     try:
         if not fields.get("data", "").strip():
             fields = {**fields, "data": "demo"}
         resolved = await in_thread(recipe_of, context.workspace, fields)
+        values["yaml"] = as_yaml(resolved.given())
+        gpu = fields.get("gpu") or None
+        values["plan"] = plan = await context.study.ask("plan", settings=resolved.given(), gpu=gpu)
+        values["memory"] = memory_rows(plan["training"], None)
     except LorakitError as error:
-        return {"fault": sentence(error)}
-    settings = _given(resolved)
-    yaml = as_yaml(settings)
-    try:
-        plan = await context.study.ask("plan", settings=settings, gpu=fields.get("gpu") or None)
-    except LorakitError as error:
-        return {"fault": sentence(error), "yaml": yaml}
-    return {"plan": plan, "yaml": yaml}
-
-
-def _given(resolved: ResolvedRecipe) -> dict[str, Any]:
-    dumped = resolved.recipe.model_dump(mode="json")
-    return {k: v for k, v in dumped.items() if not resolved.origins[k].startswith("default")}
+        values["fault"] = sentence(error)
+    return values
 
 
 async def start_run(request: Request) -> Response:
@@ -209,7 +202,7 @@ async def data_page(request: Request) -> Response:
         "page": "data",
         "query": {k: query.get(k, "")[:500] for k in ("model", "data", "run", "part", "find")},
         "files": ["demo", *await in_thread(context.workspace.data_files)],
-        "runs": list(await in_thread(context.workspace.folders)),
+        "runs": [(name, name) for name in await in_thread(context.workspace.folders)],
         "found": None, "rows": None, "fault": "", "waiting": False, "offset": 0, "count": ROWS,
     }  # fmt: skip
     if not (query.get("data") or query.get("run")):
@@ -217,6 +210,7 @@ async def data_page(request: Request) -> Response:
     try:
         source, stamp = await in_thread(_source, context.workspace, dict(query))
         given = {"source": source, "stamp": stamp}
+        found: Any
         done, found = await context.job(
             "data " + json.dumps(given), lambda: context.study.ask("data", **given)
         )
@@ -231,7 +225,9 @@ async def data_page(request: Request) -> Response:
             count=ROWS,
             find=query.get("find", "")[:500],
         )
-        values |= {"found": found, "offset": offset}
+        report = found["report"]
+        values |= {"found": found, "offset": offset, "facts": data_rows(report)}
+        values["lengths"] = length_rows({"lengths": found["lengths"]})
     except LorakitError as error:
         values["fault"] = sentence(error)
     return html_page("data.html.jinja", 400 if values["fault"] else 200, **values)
@@ -242,18 +238,12 @@ def _source(workspace: Workspace, query: dict[str, str]) -> tuple[Any, str]:
     if name := query.get("run"):
         run = workspace.find(name)
         refuse_code(run)
-        given = read_settings(run).values
-        paths = [_from_root(workspace, name, source) for source in _sources(given)]
+        recipe = read_resolved(run.recipe).recipe
+        sources = [*recipe.sources, *([recipe.val_data] if recipe.val_data else [])]
+        paths = [_from_root(workspace, name, source) for source in sources]
         for path in paths:
             workspace.check_source(path, "data")
         return str(run.recipe), "".join(map(workspace.stamp, [*paths, f"{name}/recipe.yaml"]))
     fields = {k: query.get(k, "") for k in ("model", "data", "more")}
     resolved = recipe_of(workspace, {**fields, "model": fields["model"].strip() or "demo"})
-    return _given(resolved), "".join(map(workspace.stamp, resolved.recipe.sources))
-
-
-def _sources(values: dict[str, Any]) -> list[str]:
-    """Training and held-out sources of a recipe's values."""
-    given = values.get("data")
-    entries = [*(given if isinstance(given, list) else [given]), values.get("val_data")]
-    return [str(e["source"] if isinstance(e, dict) else e) for e in entries if e]
+    return resolved.given(), "".join(map(workspace.stamp, resolved.recipe.sources))

@@ -7,24 +7,27 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError, WorkError
 
+Message = dict[str, Any]
 LINE_BYTES = 2**26  # of one answer: a page of long examples
 
 
 class WorkerClient:
-    """One child process, started at the first request and again after it ended."""
+    """One child process, started at the first request and again after it ended.
+
+    It answers one request at a time; what is left of an answer that nobody reads is skipped.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._process: asyncio.subprocess.Process | None = None
-        self._waiting: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
-        self._starting = asyncio.Lock()
+        self._starting, self._turn = asyncio.Lock(), asyncio.Lock()
 
     async def ask(self, do: str, **values: Any) -> Any:
         """Result of one request.
@@ -32,9 +35,9 @@ class WorkerClient:
         Raises:
             LorakitError: the worker refused it, or ended.
         """
-        result = None
-        async for message in self._exchange(do, values):
-            result = message.get("result")
+        async for message in self._messages(do, values):
+            if "result" in message:
+                result = message["result"]
         return result
 
     async def stream(self, do: str, **values: Any) -> AsyncIterator[str]:
@@ -43,7 +46,7 @@ class WorkerClient:
         Raises:
             LorakitError: the worker refused it, or ended.
         """
-        messages = self._exchange(do, values)
+        messages = self._messages(do, values)
         try:
             async for message in messages:
                 if "piece" in message:
@@ -51,20 +54,18 @@ class WorkerClient:
         finally:
             await messages.aclose()
 
-    async def start(self) -> None:
+    async def start(self) -> asyncio.subprocess.Process:
         """Start the process if it does not run, so that its imports are done when it is asked."""
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    "lorakit.web.model_worker",
+                    *(sys.executable, "-m", "lorakit.web.model_worker"),
                     cwd=self.folder,
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     limit=LINE_BYTES,
                 )
-                self._reader = asyncio.create_task(self._read(self._process))
+            return self._process
 
     async def close(self) -> None:
         """End the process."""
@@ -74,48 +75,45 @@ class WorkerClient:
                 process.kill()
             await process.wait()
 
-    async def _exchange(self, do: str, values: dict[str, Any]) -> Any:
-        await self.start()
-        process, number = self._process, next(self._numbers)
-        assert process
-        messages = self._waiting[number] = asyncio.Queue()
-        done = False
-        try:
-            await self._send(process, {"id": number, "do": do, **values})
-            while not done:
-                message = await messages.get()
-                if "error" in message:
-                    done = True
-                    raise WorkError(message["error"], message.get("hint"))
-                done = "result" in message
-                yield message
-        finally:
-            self._waiting.pop(number, None)
-            if not done:
-                with contextlib.suppress(LorakitError):
-                    await self._send(process, {"cancel": number})
+    async def _messages(self, do: str, values: Message) -> AsyncGenerator[Message, None]:
+        """Messages of one request, the last of which has its result."""
+        number, done = next(self._numbers), False
+        async with self._turn:
+            process = await self.start()
+            try:
+                await self._send(process, {"id": number, "do": do, **values})
+                while not done:
+                    message = await self._read(process)
+                    if message["id"] != number:
+                        continue
+                    done = "result" in message or "error" in message
+                    if "error" in message:
+                        raise WorkError(message["error"], message.get("hint"))
+                    yield message
+            finally:
+                if not done:
+                    with contextlib.suppress(LorakitError):
+                        await self._send(process, {"cancel": number})
 
-    async def _send(self, process: asyncio.subprocess.Process, message: dict[str, Any]) -> None:
+    async def _send(self, process: asyncio.subprocess.Process, message: Message) -> None:
         assert process.stdin is not None
         try:
             process.stdin.write((json.dumps(message) + "\n").encode())
             await process.stdin.drain()
-        except (ConnectionError, BrokenPipeError) as error:
+        except ConnectionError as error:
             raise _ended(process.returncode) from error
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        """Hand each line to the request that waits for it; at the end, an error to all."""
+    async def _read(self, process: asyncio.subprocess.Process) -> Message:
         assert process.stdout is not None
+        line = b""
         with contextlib.suppress(ValueError):  # a line that is too long
-            while line := await process.stdout.readline():
-                message = json.loads(line)
-                if found := self._waiting.get(message["id"]):
-                    found.put_nowait(message)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        fault = _ended(await process.wait())
-        for waiting in self._waiting.values():
-            waiting.put_nowait({"error": fault.message, "hint": fault.hint})
+            line = await process.stdout.readline()
+        if not line:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            raise _ended(await process.wait())
+        message: Message = json.loads(line)
+        return message
 
 
 def _ended(code: int | None) -> WorkError:

@@ -7,7 +7,6 @@ changed.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -17,17 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 from packaging.version import InvalidVersion, Version
 
 from lorakit.dependencies import installed_version
-from lorakit.doctor.system_info import cache_folder
 from lorakit.errors import DataError, LorakitError, RunError
-from lorakit.recipe.loader import load_recipe
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.loader import read_resolved
 from lorakit.redact import visible
-from lorakit.storage.run_dir import RunDir, read_json
-from lorakit.storage.run_lock import LOCK
+from lorakit.report.load_run import finite, held_out_loss
+from lorakit.storage.run_dir import RunDir, folder_size, read_json
+from lorakit.storage.run_lock import LOCK, lock_owner
 from lorakit.web.curves import Metrics
 
 OWN = ".lorakit-ui"  # recipes and logs of runs that were started from a page
@@ -36,19 +33,11 @@ RUNS_HOME = "runs"
 RUN_FILES = ("environment.json", "metrics.jsonl", "data_report.json", LOCK)
 MOST_RUNS, MOST_FOLDERS = 2000, 5000
 TAIL_BYTES = 2**13
-_LINE = re.compile(r"^(\w+): (.*?)(?:  # ([^\n]*))?$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.%\[\]:-]*)*")
 _PATTERN = re.compile(r"[*?\[]")
+_version = cache(installed_version)
 PACKAGED = ("demo", "demo:heldout")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Values of a run's recipe.yaml, and where each came from."""
-
-    values: dict[str, Any]
-    origins: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +53,11 @@ class Summary:
     step: int = 0
     steps: int | None = None
     loss: float | None = None
-    best: float | None = None
+    held_out: float | None = None
     speed: float | None = None
     seconds: float | None = None
     size: int = 0
     changed: float = 0.0
-    process: int | None = None
 
     @property
     def share(self) -> float:
@@ -142,7 +130,7 @@ class Workspace:
 
     def summary(self, name: str, path: Path) -> Summary:
         """Summary of one run, read again if one of its files changed."""
-        process = writer_of(path)
+        process = lock_owner(path)
         stamp = (process, *_stamps(path))
         known = self._known.get(path)
         if known and known[0] == stamp:
@@ -224,32 +212,6 @@ class Workspace:
         ]
 
 
-def read_settings(run: RunDir) -> Settings:
-    """Read a recipe.yaml: quickly if lorakit wrote it (one JSON value a line), else as YAML.
-
-    Raises:
-        LorakitError: the recipe is damaged, or has keys that this version does not know.
-    """
-    try:
-        lines = run.recipe.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{run.recipe}: cannot be read: {error}", hint="restore recipe.yaml from a backup"
-        ) from error
-    values, origins = {}, {}
-    try:
-        for line in lines:
-            if line.strip() and not line.startswith("#"):
-                key, text, origin = _LINE.fullmatch(line).groups()  # type: ignore[union-attr]
-                values[key], origins[key] = json.loads(text), origin or ""
-    except (ValueError, AttributeError, RecursionError):
-        values = {"": None}
-    if not values.keys() <= Recipe.model_fields.keys() or not {"model", "data"} <= values.keys():
-        resolved = load_recipe(run.recipe)
-        return Settings(resolved.recipe.model_dump(mode="json"), resolved.origins)
-    return Settings(values, origins)
-
-
 def read_facts(path: Path) -> dict[str, Any]:
     """Read a JSON object of a run; an empty one if the file is missing or damaged."""
     value = read_json(path)
@@ -262,41 +224,11 @@ def damaged_files(run: RunDir) -> list[str]:
     return [p.relative_to(run.path).as_posix() for p in paths if p.exists() and not read_facts(p)]
 
 
-def total_of(values: dict[str, Any], report: dict[str, Any]) -> int | None:
-    """Steps that a recipe trains on the data of a report; None if a number is missing."""
-    with suppress(KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
-        if values.get("max_steps"):
-            return int(values["max_steps"])
-        batch = values["micro_batch_size"] * values["gradient_accumulation_steps"]
-        return max(1, math.ceil(math.ceil(report["examples_train"] / batch) * values["epochs"]))
-    return None
-
-
-def writer_of(path: Path) -> int | None:
-    """Process that holds the lock of a run, or None.
-
-    The lock file may come from anyone: only a process that has this very file open counts.
-    """
-    lock = path / LOCK
-    try:
-        process = int(lock.read_text(encoding="utf-8"))
-        opened = psutil.Process(process).open_files()
-        same = any(os.path.samefile(found.path, lock) for found in opened if LOCK in found.path)
-    except (OSError, ValueError, OverflowError, psutil.Error):
-        return None
-    return process if same else None
-
-
-@cache
-def _version() -> str:
-    return installed_version("lorakit") or "0"
-
-
 def version_fault(run: RunDir) -> str:
     """Sentence for a run of a newer version of lorakit; an empty text for others."""
     versions = read_facts(run.environment).get("versions")
     written = str(versions.get("lorakit") or "") if isinstance(versions, dict) else ""
-    here = _version()
+    here = _version("lorakit") or "0"
     with suppress(InvalidVersion):
         if written and Version(written) > Version(here):
             return (
@@ -312,75 +244,42 @@ def sentence(error: LorakitError) -> str:
     return f"{first}: {error.hint}." if error.hint else f"{first}."
 
 
-def cached_models() -> list[tuple[str, int]]:
-    """Hub models in this machine's cache, with their bytes."""
-    found = []
-    with suppress(OSError), os.scandir(cache_folder()) as entries:
-        for entry in entries:
-            kind, _, name = entry.name.partition("--")
-            if kind == "models" and name:
-                found.append((name.replace("--", "/", 1), folder_size(Path(entry.path))))
-    return sorted(found)
-
-
-def folder_size(path: Path) -> int:
-    """Bytes of all files below `path`; links are not followed."""
-    total, pending = 0, [path]
-    while pending:
-        with suppress(OSError), os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                with suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(Path(entry.path))
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-    return total
-
-
 def _summarize(name: str, run: RunDir, process: int | None) -> Summary:
-    fault, values = version_fault(run), {}
+    """Summary of a run from its small files; each of them may be missing or damaged."""
+    fault, recipe, steps = version_fault(run), None, None
     status = "running" if process else "finished" if run.has_adapter() else "stopped"
-    if run.recipe.exists():
-        try:
-            values = read_settings(run).values
-        except LorakitError as error:
-            fault, status = fault or f"Damaged: {sentence(error)}", status if process else "damaged"
-    elif not process:
-        status = "damaged"
-        fault = fault or "No recipe.yaml: the run ended before its first step, or lost the file."
+    try:
+        recipe = read_resolved(run.recipe).recipe
+    except LorakitError as error:
+        status = status if process else "damaged"
+        found = f"Damaged: {sentence(error)}"
+        if not run.recipe.exists():
+            found = "No recipe.yaml: the run ended before its first step, or lost the file."
+        fault = fault or ("" if process and not run.recipe.exists() else found)
     if not fault and (damaged := damaged_files(run)):
         fault = f"Damaged: {', '.join(damaged)}; remove the file, the page works without it."
     last, held = _tail(run.metrics)
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
+        examples = read_facts(run.data_report)["examples_train"]
+        steps = recipe.total_steps(examples) if recipe else None
     with suppress(OSError):
-        changed = (run.metrics if run.metrics.exists() else run.path).stat().st_mtime
         return Summary(
             name=name,
             path=run.path,
             status=status,
             fault=fault,
-            model=_short(values.get("model")),
-            method=_short(values.get("method")),
+            model=recipe.model[:200] if recipe else "",
+            method=recipe.method if recipe else "",
             step=int(last.get("step") or 0),
-            steps=total_of(values, read_facts(run.data_report)),
-            loss=_real(last.get("loss")),
-            best=_best(run, held),
-            speed=_real(last.get("tokens_per_second")),
-            seconds=_real(last.get("seconds")),
+            steps=steps,
+            loss=finite(last.get("loss")),
+            held_out=held_out_loss(read_facts(run.eval), held),
+            speed=finite(last.get("tokens_per_second")),
+            seconds=finite(last.get("seconds")),
             size=folder_size(run.path),
-            changed=changed,
-            process=process,
+            changed=(run.metrics if run.metrics.exists() else run.path).stat().st_mtime,
         )
     return Summary(name, run.path, "damaged", "The folder is gone: reload the list.")
-
-
-def _best(run: RunDir, held: list[dict[str, Any]]) -> float | None:
-    """Held-out loss of the best step, or of the result, or the lowest so far."""
-    tuned = read_facts(run.eval).get("tuned")
-    scored = tuned.get("loss") if isinstance(tuned, dict) else None
-    for value in (read_facts(run.best).get("eval_loss"), scored):
-        if (found := _real(value)) is not None:
-            return found
-    return min((v for row in held if (v := _real(row["eval_loss"])) is not None), default=None)
 
 
 def _tail(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -398,17 +297,6 @@ def _tail(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                     else:
                         last = row
     return last, held
-
-
-def _real(value: Any) -> float | None:
-    """A finite number as a float; None for everything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < 1e100 else None
-
-
-def _short(value: Any) -> str:
-    return str(value or "")[:200]
 
 
 def _is_run(folder: Path) -> bool:

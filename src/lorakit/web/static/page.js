@@ -71,64 +71,59 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw
   curves.draw();
 }));
 
-const keysOf = (figure) => figure.dataset.keys.split(",");
+// Names of the curves of a chart by their keys.
+const namesOf = (figure) => Object.entries(JSON.parse(figure.dataset.names));
 
 async function curvesOf(name) {
   const answer = await fetch(`run-curves?name=${encodeURIComponent(name)}`);
-  return answer.ok ? answer.json() : { curves: {}, counts: {}, bounds: {}, version: 0 };
+  return answer.ok ? answer.json() : { curves: {}, bounds: {} };
 }
+
+const noPoints = [[], []];
 
 // -- one run --------------------------------------------------------------------------------------
 
 async function watchRun(page) {
-  const { name, status } = page.dataset;
+  const { name, live } = page.dataset;
   const charts = [...document.querySelectorAll(".chart")].map((figure) => {
-    const curves = new Curves(figure, figure.dataset.names.split("|"));
+    const names = namesOf(figure);
+    const curves = new Curves(figure, names.map(([, label]) => label));
     drawn.push(curves);
-    return [keysOf(figure), curves];
+    return [names.map(([key]) => key), curves];
   });
-  const found = await curvesOf(name);
-  const put = (points, first) => charts.forEach(([keys, curves]) => {
-    keys.forEach((key, i) => {
-      if (!points[key]) return;
-      if (first) curves.data[i] = points[key];
-      else [0, 1].forEach((axis) => curves.data[i][axis].push(...points[key][axis]));
+  const show = async () => {
+    const found = await curvesOf(name);
+    charts.forEach(([keys, curves]) => {
+      curves.bounds = keys.map((key) => found.bounds[key]);
+      curves.data = keys.map((key) => found.curves[key] || noPoints);
+      curves.draw();
     });
-    curves.draw();
-  });
-  charts.forEach(([keys, curves]) => { curves.bounds = keys.map((key) => found.bounds[key]); });
-  put(found.curves, true);
-  const log = document.getElementById("log");
-  log.scrollTop = log.scrollHeight;
-  if (status !== "running") return;
-  const query = new URLSearchParams({ ...found.counts, name, version: found.version });
-  const events = new EventSource(`run-events?${query}`);
-  let added = 0;
-  events.addEventListener("points", (event) => {
-    const { curves } = JSON.parse(event.data);
-    put(curves, false);
-    added += Object.values(curves)[0][0].length;
-    if (added > 4000) location.reload();
-  });
-  events.addEventListener("state", (event) => {
+  };
+  await show();
+  const logs = [...document.querySelectorAll("[data-log]")];
+  logs.forEach((log) => { log.scrollTop = log.scrollHeight; });
+  if (live === undefined) return;
+  const events = new EventSource(`run-events?${new URLSearchParams({ name })}`);
+  let [rows, busy] = [null, false];
+  events.onmessage = async (event) => {
     const state = JSON.parse(event.data);
     document.getElementById("state").textContent = state.text;
-    if (state.steps) document.getElementById("progress").value = state.step / state.steps;
-  });
-  events.addEventListener("log", (event) => {
-    const below = log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-    log.textContent = JSON.parse(event.data);
-    if (below) log.scrollTop = log.scrollHeight;
-  });
-  for (const kind of ["end", "reload"]) {
-    events.addEventListener(kind, () => {
+    document.getElementById("progress").value = state.share;
+    for (const log of logs) {
+      const below = log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+      if (state.logs[log.dataset.log]) log.textContent = state.logs[log.dataset.log];
+      if (below) log.scrollTop = log.scrollHeight;
+    }
+    if (!state.train && !state.export) {
       events.close();
       location.replace(`run?name=${encodeURIComponent(name)}`);
-    });
-  }
-  // A broken connection is opened again with the old counts: start over from the whole curves.
+    } else if (state.rows !== rows && !busy) {
+      [rows, busy] = [state.rows, true];
+      await show().finally(() => { busy = false; });
+    }
+  };
+  // The browser connects again by itself; the first event has the complete state.
   events.onerror = () => {
-    events.close();
     document.getElementById("state").textContent += " – the connection was lost; reload the page";
   };
 }
@@ -139,12 +134,13 @@ async function compareRuns(page) {
   const names = JSON.parse(page.dataset.runs);
   const all = await Promise.all(names.map(curvesOf));
   document.querySelectorAll(".chart").forEach((figure) => {
-    const [key, held] = keysOf(figure);
-    const labels = held ? names.flatMap((name) => [name, `${name}, held out`]) : names;
-    const looks = names.flatMap((_, i) => (held ? [{ color: i }, { color: i, dash: [3, 3] }] : [{ color: i }]));
-    const curves = new Curves(figure, labels, looks);
-    const of = (found, k) => found.curves[k] || [[], []];
-    curves.data = held ? all.flatMap((found) => [of(found, key), of(found, held)]) : all.map((found) => of(found, key));
+    const [[key], held] = namesOf(figure);
+    const lines = names.flatMap((name, i) => [
+      [name, { color: i }, all[i].curves[key]],
+      ...(held ? [[`${name}, held out`, { color: i, dash: [3, 3] }, all[i].curves[held[0]]]] : []),
+    ]);
+    const curves = new Curves(figure, lines.map(([label]) => label), lines.map(([, look]) => look));
+    curves.data = lines.map(([, , points]) => points || noPoints);
     drawn.push(curves);
     curves.draw();
   });
@@ -280,6 +276,6 @@ function openArena(page) {
 // -- start ----------------------------------------------------------------------------------------
 
 for (const [id, start] of [["run", watchRun], ["compared", compareRuns], ["arena", openArena]]) {
-  const page = document.getElementById(id);
+  const page = document.querySelector(`div#${id}`);
   if (page) Promise.resolve(start(page)).catch((error) => console.error(error));
 }
