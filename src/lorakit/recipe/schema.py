@@ -35,6 +35,20 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Defaults of `beta`, by objective: TRL's, and for SimPO that of its paper (TRL: 0.1).
+BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "grpo": 0.0}
+# Objectives on pairs of a chosen and a rejected answer; KTO's rows have one answer and a label.
+PAIR_OBJECTIVES = ("dpo", "ipo", "orpo", "simpo")
+PREFERENCE_OBJECTIVES = (*PAIR_OBJECTIVES, "kto")
+# Keys that only some objectives read.
+OBJECTIVE_KEYS = {
+    "beta": tuple(BETA),
+    "label_smoothing": ("dpo",),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+
 # Former names of keys; recipes in run directories may still use them.
 RENAMED = {
     "engine": "fused_layers",
@@ -153,6 +167,29 @@ class Recipe(BaseModel):
     )
     method: Literal["lora", "qlora"] = Field(
         "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
+    )
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "grpo"] = Field(
+        "sft",
+        description="Loss of training. `sft`: imitate the answers. `dpo`, `ipo`, `orpo`, `simpo`: "
+        "prefer a chosen answer to a rejected one. `kto`: answers labeled good or bad.",
+    )
+    beta: Annotated[float, Field(ge=0, le=1e3)] | None = Field(
+        None,
+        description="Strength of the objective as in TRL: a higher one stays closer to the "
+        "reference (`dpo`, `ipo`, `kto`), weighs the odds ratio (`orpo`) or scales the rewards "
+        "(`simpo`). Default: 0.1; for `simpo` 2.0.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="`dpo`: probability that a pair's label is wrong (arXiv 2305.18290)."
+    )
+    simpo_gamma: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        0.5, description="`simpo`: margin of the rewards that a pair should reach."
+    )
+    desirable_weight: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        1.0, description="`kto`: weight of the answers labeled good."
+    )
+    undesirable_weight: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        1.0, description="`kto`: weight of the answers labeled bad."
     )
     data: str | list[str | Source] = Field(
         description="Training data: a file, folder, glob, address, hub dataset id, or `demo`; or a "
@@ -407,6 +444,23 @@ class Recipe(BaseModel):
                 ) from None
         return self
 
+    @model_validator(mode="after")
+    def _check_objective(self) -> Recipe:
+        if self.objective == "grpo":
+            raise ValueError("objective: grpo is not built yet; choose another one")
+        for key, objectives in OBJECTIVE_KEYS.items():
+            if self.objective not in objectives and getattr(self, key) != _default(key):
+                raise ValueError(
+                    f"{key} has no effect with objective: {self.objective}; remove it (it belongs "
+                    f"to {', '.join(objectives)})"
+                )
+        return self
+
+    @property
+    def beta_value(self) -> float:
+        """`beta`, or the default of the objective."""
+        return BETA.get(self.objective, 0.0) if self.beta is None else self.beta
+
     @property
     def layers(self) -> str:
         """`fused_layers`, or "off" where FSDP shards the model's own layers."""
@@ -470,3 +524,7 @@ class Recipe(BaseModel):
     def examples_per_step(self) -> int:
         """Effective batch: examples behind one optimizer step, over all devices."""
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+def _default(key: str) -> Any:
+    return Recipe.model_fields[key].get_default(call_default_factory=True)
