@@ -35,11 +35,21 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One example to display, and the reason for its choice."""
+    """One example to display, and the reason for its choice.
+
+    Of a pair `pieces` are those of the chosen sequence, and `rejected` those of the other one.
+    """
 
     example: Example
     why: str
     pieces: tuple[Piece, ...]
+    rejected: tuple[Piece, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        """Number of pieces that both sequences of a pair begin with and that are not trained."""
+        pairs = enumerate(zip(self.pieces, self.rejected, strict=False))
+        return next((i for i, (a, b) in pairs if a != b or a.trained), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,8 @@ class Inspection:
                 "input_ids": shown.example.input_ids,
                 "labels": shown.example.labels,
                 "text": "".join(piece.text for piece in shown.pieces),
-                "trained": ["".join(p.text for p in run) for on, run in runs(shown.pieces) if on],
+                "trained": _trained(shown.pieces),
+                **_of_preferences(shown),
             }
             for shown in self.shown
         ]
@@ -96,11 +107,32 @@ def inspect_prepared(
         report=prepared.report,
         lengths=measure_prepared(prepared, recipe),
         shown=tuple(
-            Shown(example, why, tuple(token_texts(tokenizer, example)))
+            shown_example(tokenizer, example, why)
             for why, example in _choose(prepared.train, count)
         ),
         strict=recipe.strict,
     )
+
+
+def shown_example(tokenizer: Any, example: Example, why: str = "") -> Shown:
+    """Decode an example to display it."""
+    sides = [tuple(token_texts(tokenizer, sequence)) for sequence in example.sequences]
+    return Shown(example, why, sides[0], sides[1] if len(sides) > 1 else ())
+
+
+def _trained(pieces: Sequence[Piece]) -> list[str]:
+    return ["".join(p.text for p in run) for on, run in runs(pieces) if on]
+
+
+def _of_preferences(shown: Shown) -> dict[str, Any]:
+    """The label, and the rejected sequence, of an example of preference data."""
+    values: dict[str, Any] = {}
+    if shown.rejected:
+        text = "".join(piece.text for piece in shown.rejected)
+        values["rejected"] = {"text": text, "trained": _trained(shown.rejected)}
+    if shown.example.good is not None:
+        values["label"] = shown.example.good
+    return values
 
 
 def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:

@@ -3,8 +3,8 @@
     loss_i = logsumexp(z_i) - z_i[t_i] = -log p(t_i)      z = head(h)     h [N, D], head: D -> V
     dz_i   = softmax(z_i) - onehot(t_i)                   dh = dz W       t [N]
 
-A function of the losses of tokens, such as DPO's, has the gradient g_i dh_i with its own derivatives
-g_i: one pass over the vocabulary is enough for any of them.
+A function of the losses of tokens, such as DPO's, has the gradient g_i dh_i, where g_i is its own
+derivative: one pass over the vocabulary is enough for any of them.
 
 The caller gathers supervised tokens, so prompt and padding positions are not multiplied with the
 vocabulary. Logits exist for one chunk at a time: with V = 32,000 and 2,048 tokens a complete
