@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.batching import best_fit, saved_share
-from lorakit.data.dataset import Examples
+from lorakit.data.dataset import Examples, sequence_lengths
 from lorakit.data.issues import INFO_ONLY
 from lorakit.data.prepare import Prepared
 from lorakit.recipe.schema import Recipe
@@ -136,12 +136,12 @@ def _of_preferences(shown: Shown) -> dict[str, Any]:
 
 
 def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:
-    """Measure the lengths of the training and held-out examples."""
+    """Measure the lengths of the training and held-out examples, those of pairs by sequence."""
     return measure(
-        np.concatenate([prepared.train.lengths, prepared.val.lengths]),
+        sequence_lengths(prepared.train) + sequence_lengths(prepared.val),
         recipe.cutoff_len,
-        recipe.micro_batch_size,
-        recipe.examples_per_step,
+        recipe.micro_batch_size * recipe.sequences,
+        recipe.examples_per_step * recipe.sequences,
         recipe.seed,
         recipe.packing,
     )

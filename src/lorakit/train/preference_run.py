@@ -159,20 +159,18 @@ def preference_scores(
     paired = examples[0].good is None
     reference = np.array([e.reference or (0.0, 0.0) for e in examples], np.float32)
     counts = [s.trained_tokens for e in examples for s in trained_sequences(e)]
-    good = None if paired else torch.tensor([float(bool(e.good)) for e in examples])
+    device = objective.kl.device
+
+    def on_device(values: Any) -> Tensor:
+        return torch.as_tensor(np.ravel(values), dtype=torch.float32, device=device)
+
     if not paired:
         shift = float((logps[:, 1] - reference[:, 1]).mean())
         objective.kl.fill_(max(0.0, shift))
         logps, reference = logps[:, :1], reference[:, :1]
     objective.begin(examples)
-    device = objective.kl.device
-    answers = Answers(
-        *(
-            torch.as_tensor(np.ravel(values), dtype=torch.float32, device=device)
-            for values in (logps, counts, reference)
-        ),
-        good=None if good is None else good.to(device),
-    )
+    good = None if paired else on_device([bool(e.good) for e in examples])
+    answers = Answers(on_device(logps), on_device(counts), on_device(reference), good)
     metrics = {"loss": float(objective.losses(answers).mean())}
     metrics |= metrics_of(objective.sums(answers).tolist(), paired)
     return metrics | ({} if paired else {"kl": float(objective.kl)})
