@@ -323,10 +323,10 @@ def _fit(
             [*objects.callbacks, *([PauseAtStep(until)] if until else [])],
             start.scorer,
         )
-        console.print(f"layers   {trainer.attached.layers}")
-        console.print(f"loss     {trainer.attached.loss}")
-        console.print(f"packing  {trainer.packing}")
+        for name, words in trainer.describe().items():
+            console.print(f"{name:8} {words}")
         seed_per_rank(recipe.seed, ranks)
+        trainer.prepare_reference(resuming=checkpoint is not None)
         try:
             trainer.take_steps(checkpoint, until)
         finally:
@@ -338,6 +338,7 @@ def _fit(
     stopped = paused or (sync.should_stop and not ended)
     score = trainer.score(prepared.val) if paused and not sync.should_stop else None
     best = None if stopped else trainer.load_best_step()
+    preferences = None if stopped else trainer.score_preferences()
     model = trainer.close()
     final_loss = _final_loss(run) if ranks.is_main else None
     if stopped:
@@ -349,7 +350,7 @@ def _fit(
     evaluation = None
     # A sharded base computes on all ranks; otherwise the other ranks wait for rank 0.
     if prepared.val and (ranks.is_main or trainer.sharded):
-        evaluation = _evaluate(run, model, start, ranks, objects, console)
+        evaluation = _evaluate(run, model, start, ranks, objects, console, preferences)
     return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit, best=best)
 
 
@@ -481,6 +482,7 @@ def _evaluate(
     ranks: DistributedContext,
     objects: Objects,
     console: Console,
+    preferences: dict[str, float] | None,
 ) -> EvalResult:
     rows = start.prepared.val_conversations
     label = start.resolved.recipe.val_data or f"{len(rows)} row{'s' * (len(rows) > 1)} of the data"
@@ -492,6 +494,7 @@ def _evaluate(
         label,
         metrics=objects.metrics,
         note=console.print,
+        preferences=preferences,
     )
     if start.scorer is not None:
         loaded = LoadedRun(run, start.resolved.recipe, start.device, model, start.tokenizer)

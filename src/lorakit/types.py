@@ -79,12 +79,21 @@ class Message:
 class Conversation:
     """Turns in order: an optional system turn, then user, assistant and tool turns.
 
-    `tools` are the JSON schemas of the functions that the model may call.
+    `tools` are the JSON schemas of the functions that the model may call. In preference data
+    `rejected` is the same conversation with a worse end, or `good` judges the answer (KTO).
     """
 
     messages: tuple[Message, ...]
     origin: Origin
     tools: tuple[dict[str, Any], ...] = ()
+    rejected: tuple[Message, ...] = ()
+    good: bool | None = None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The turns that are not trained on: those before the first trained answer."""
+        trained = (i for i, m in enumerate(self.messages) if m.role == "assistant" and m.train)
+        return self.messages[: next(trained, len(self.messages))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +110,29 @@ class Example:
 
     `labels[i]` is the id at position i itself (the shift by one happens in the loss), and
     `labels[0]` is always IGNORE because nothing predicts the first token.
+
+    A preference pair is one example: the chosen sequence up to `second`, then the rejected one. An
+    example of KTO has `good`, and after `second` its prompt with the answer of another row.
+    `reference` has the log-probability of each sequence under the reference model.
     """
 
     input_ids: list[int]
     labels: list[int]
     origin: Origin
+    second: int = 0
+    good: bool | None = None
+    reference: tuple[float, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """The sequences, each as an example of its own."""
+        if not self.second:
+            return (self,)
+        cut, origin = self.second, self.origin
+        return (
+            Example(self.input_ids[:cut], self.labels[:cut], origin),
+            Example(self.input_ids[cut:], self.labels[cut:], origin),
+        )
 
     @property
     def trained_tokens(self) -> int:
@@ -345,7 +372,9 @@ class EvalResult:
     """Scores of base and tuned on the same rows, as in `eval.json`.
 
     `base` and `tuned` are the held-out losses; None if no rows are held out. `judge` has the counts
-    of a pairwise comparison. `adapter` is the hash of the weights that were evaluated.
+    of a pairwise comparison. `adapter` is the hash of the weights that were evaluated. For
+    preference data the losses are those of the chosen answers, and `preferences` has the loss,
+    rewards and accuracy of the tuned model.
     """
 
     base: EvalScore | None
@@ -356,6 +385,7 @@ class EvalResult:
     tasks: tuple[TaskScore, ...] = ()
     judge: dict[str, Any] | None = None
     adapter: str | None = None
+    preferences: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, as printed by `lorakit eval --json`."""

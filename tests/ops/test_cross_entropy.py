@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.ops.cross_entropy import reference, summed_cross_entropy
+from lorakit.ops.cross_entropy import reference, summed_cross_entropy, token_cross_entropy
 
 
 def head_of(vocabulary, width, dtype):
@@ -65,6 +65,29 @@ def test_each_chunk_has_its_own_gradient_for_every_token_id(frozen, rows_per_chu
     assert not ours[0][[4, 12]].any()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 13, 1000])
+def test_any_function_of_token_losses_has_its_exact_gradient(frozen, rows_per_chunk):
+    """Each token has another derivative, as in DPO; padded targets have loss and gradient 0."""
+    torch.manual_seed(0)
+    vocabulary, width = 11, 6
+    kind = FrozenHead if frozen else torch.nn.Linear
+    head = kind(width, vocabulary, bias=False).requires_grad_(not frozen)
+    targets = torch.arange(13) % vocabulary
+    targets[4] = targets[12] = -100
+    hidden = torch.randn(13, width, requires_grad=True)
+    found = token_cross_entropy(hidden, targets, head, 4 * vocabulary * rows_per_chunk)
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(found, expected)
+    assert not found[[4, 12]].any()
+    wanted = [hidden] if frozen else [hidden, head.weight]
+    ours, theirs = (
+        torch.autograd.grad(torch.sigmoid(losses[:6].sum() - losses[6:].sum()), wanted)
+        for losses in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_bf16_error_is_that_of_bf16_inputs():
     torch.manual_seed(0)
     head = head_of(97, 32, torch.bfloat16)
@@ -85,6 +108,8 @@ def test_no_tokens_give_zero_and_a_zero_gradient():
     )
     loss.backward()
     assert loss.item() == 0.0
+    none = token_cross_entropy(hidden, torch.zeros(0, dtype=torch.long), torch.nn.Identity())
+    assert none.shape == (0,)
 
 
 def test_reference_is_the_sum_of_negative_log_probabilities():

@@ -71,6 +71,20 @@ def test_loss_and_gradients_equal_the_models_own(tiny_model_dir):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_losses_of_tokens_are_those_of_the_models_own_logits(tiny_model_dir):
+    model = model_of(tiny_model_dir)
+    batch, targets, labels = inputs_and_targets()
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    own = torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    attach_loss(model)
+    found = model(**batch, **targets, use_cache=False, per_token=True)
+    torch.testing.assert_close(found.token_losses, own[labels[:, 1:].flatten() != IGNORE])
+    assert found.loss_sum == found.token_losses.sum()
+    assert model(**batch, **targets, use_cache=False).token_losses is None
+
+
 @pytest.mark.parametrize("sizes", [[1] * 6, [2, 2, 2], [5, 1], [3, 3]])
 def test_loss_is_invariant_to_how_the_batch_is_split(tiny_model_dir, sizes):
     model = model_of(tiny_model_dir)

@@ -102,6 +102,11 @@ MAY_CHANGE = {
 MAY_NOT_CHANGE = {
     "revision": "v2",
     "method": "qlora",
+    "objective": "dpo",
+    "beta": 0.3,
+    "simpo_gamma": 1.0,
+    "desirable_weight": 2.0,
+    "undesirable_weight": 2.0,
     "columns": {"instruction": "q"},
     "system": "Be kind.",
     "val_size": 3,
@@ -146,6 +151,13 @@ MAY_NOT_CHANGE = {
     "training_args": {"adam_beta2": 0.9},
     "metric_for_best_model": "eval_general_skills_accuracy",
 }
+# Settings that belong to an objective.
+BELONGS_TO = {
+    "beta": "dpo",
+    "simpo_gamma": "simpo",
+    "desirable_weight": "kto",
+    "undesirable_weight": "kto",
+}
 # Their product may not change.
 TOGETHER = {"micro_batch_size", "gradient_accumulation_steps"}
 
@@ -168,13 +180,15 @@ def test_every_setting_is_known_to_be_harmless_or_not():
 
 @pytest.mark.parametrize("key", MAY_NOT_CHANGE)
 def test_any_setting_that_alters_a_step_is_refused_by_name(record, tmp_path, key):
-    before, _ = record()
+    same = {"objective": BELONGS_TO[key]} if key in BELONGS_TO else {}
+    before, _ = record(**same)
+    now = record(**same, **{key: MAY_NOT_CHANGE[key]})
     with pytest.raises(RunError) as caught:
-        check_resume_compatible(RunDir(tmp_path), before, *record(**{key: MAY_NOT_CHANGE[key]}))
+        check_resume_compatible(RunDir(tmp_path), before, *now)
     lines = caught.value.message.splitlines()[1:]
     assert f"  {key}: was " in caught.value.message
-    # A method brings its own rank, rate and the like.
-    assert len(lines) == 1 or key == "method"
+    # A method brings its own rank, rate and the like, an objective its rate and dropout.
+    assert len(lines) == 1 or key in ("method", "objective")
 
 
 @pytest.mark.parametrize("key", MAY_CHANGE)

@@ -6,7 +6,8 @@ computed here, on the host, so that the loss does not synchronize with the devic
 
 Packing changes the layout of the examples of an optimizer step, not their choice: the step has the
 recipe's number of examples, in as few micro-batches as hold their tokens, and each document attends
-only to itself.
+only to itself. The two sequences of a preference pair are documents of one micro-batch; such a
+micro-batch also says which sequence each target belongs to.
 """
 
 from __future__ import annotations
@@ -54,14 +55,51 @@ class StepBatch:
 def step_batches(examples: Sequence[Example], layout: Layout) -> StepBatch:
     """Lay out the examples of one optimizer step."""
     if layout.packed:
-        groups = best_fit([len(e.input_ids) for e in examples], layout.capacity)
-        micro = [pack([examples[i] for i in group]) for group in groups]
+        groups = best_fit([tokens_of(e) for e in examples], layout.capacity)
+        micro = [lay_out([examples[i] for i in group], layout) for group in groups]
     else:
         starts = range(0, len(examples), layout.rows)
-        micro = [collate(examples[i : i + layout.rows], layout.pad_id) for i in starts]
+        micro = [lay_out(examples[i : i + layout.rows], layout) for i in starts]
     tokens = sum(len(e.input_ids) for e in examples)
     supervised = sum(e.trained_tokens for e in examples)
     return StepBatch(micro, tokens, supervised, tuple(examples), layout)
+
+
+def lay_out(examples: Sequence[Example], layout: Layout) -> Batch:
+    """Collate or pack the sequences of a few examples; those of a pair follow one another.
+
+    Returns:
+        As `collate` or `pack`. For preference data also `sequence` int64 [N], the sequence of each
+        target; `counts` float32 [S], the targets of each sequence; `reference` float32 [S]; and for
+        KTO `good` float32 [S].
+    """
+    sequences = [s for e in examples for s in trained_sequences(e)]
+    batch = pack(sequences) if layout.packed else collate(sequences, layout.pad_id)
+    if any(example.second or example.good is not None for example in examples):
+        # Position t - 1 predicts token t: the first label of a sequence is never a target.
+        counts = torch.tensor([s.trained_tokens for s in sequences])
+        batch["sequence"] = torch.repeat_interleave(torch.arange(len(sequences)), counts)
+        batch["counts"] = counts.float()
+        reference = [r for e in examples for r in _reference(e)]
+        batch["reference"] = torch.tensor(reference, dtype=torch.float32)
+    if any(example.good is not None for example in examples):
+        batch["good"] = torch.tensor([float(bool(e.good)) for e in examples])
+    return batch
+
+
+def trained_sequences(example: Example) -> tuple[Example, ...]:
+    """The sequences that go through a step: both of a pair, the first one of KTO's."""
+    return example.sequences if example.good is None else example.sequences[:1]
+
+
+def tokens_of(example: Example) -> int:
+    """Tokens of an example in a micro-batch."""
+    return len(example.input_ids) if example.good is None else len(example.sequences[0].input_ids)
+
+
+def _reference(example: Example) -> tuple[float, ...]:
+    count = len(trained_sequences(example))
+    return (example.reference or (0.0, 0.0))[:count]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

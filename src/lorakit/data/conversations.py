@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from lorakit.data.dataset import ConversationDataset, Item, write_items
 from lorakit.data.formats.columns import ColumnWatch
 from lorakit.data.formats.marks import unknown_flags
 from lorakit.data.formats.normalize import clean_item
+from lorakit.data.formats.preferences import guess_preferences, to_preferences
 from lorakit.data.formats.rendered import note_rendered
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.formats.tool_turns import has_null_arguments
 from lorakit.data.issues import IssueLog, RowError, check_turns, refuse_if_empty
 from lorakit.data.sources.locate import left_aside
 from lorakit.data.sources.readers import content_key, read_rows
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import PAIR_OBJECTIVES, PREFERENCE_OBJECTIVES, Recipe
 from lorakit.types import Conversation, Document, Row
 
 
@@ -40,6 +42,8 @@ def read_conversations(
     contents = [content_key(name, folders) for name in names]
     skipped_files = [left_aside(name, folders) for name in names]
     rules = [list(names), skipped_files, recipe.columns, recipe.system]
+    if recipe.objective in PREFERENCE_OBJECTIVES:
+        rules.append("pairs" if recipe.objective in PAIR_OBJECTIVES else "labels")
     key = None if None in contents else key_of("items", contents, rules)
 
     def write(path: Path) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def _read_all(
         for file, group in itertools.groupby(rows, key=lambda row: row.origin.source):
             files.append(file)
             first = list(itertools.islice(group, GUESS_ROWS))
-            guess = guess_format(first, recipe.columns)
+            guess = _guess(first, recipe)
             formats.setdefault(guess.name, guess.reason)
             watch = ColumnWatch(guess.used, guess.columns, recipe.columns)
             for row in itertools.chain(first, group):
@@ -97,17 +101,41 @@ def _read_all(
     meta["faults"] = log.as_dict()
 
 
+def _guess(first: Sequence[Row], recipe: Recipe) -> FormatGuess:
+    if recipe.objective in PREFERENCE_OBJECTIVES:
+        return guess_preferences(first, recipe.columns, recipe.objective)
+    return guess_format(first, recipe.columns)
+
+
 def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Iterator[Item]:
     try:
         for name in unknown_flags(row.values):
             log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
-        item = note_rendered(to_conversation(row, guess, recipe.system), log)
-        item = clean_item(item, log)
-        calls = isinstance(item, Conversation) and any(
-            "tool_calls" in m.extra for m in item.messages
-        )
-        if calls and has_null_arguments(row.values):
-            log.add("null argument of a tool call", row.origin, "the row kept without it")
-        yield item if isinstance(item, Document) else check_turns(item, log)
+        if recipe.objective not in PREFERENCE_OBJECTIVES:
+            yield _cleaned(to_conversation(row, guess, recipe.system), row, log)
+            return
+        for item in to_preferences(row, guess, recipe.system, recipe.objective, log):
+            yield _both_cleaned(item, row, log)
     except RowError as fault:
         log.skip_row(fault)
+
+
+def _cleaned(item: Item, row: Row, log: IssueLog) -> Item:
+    item = clean_item(note_rendered(item, log), log)
+    calls = isinstance(item, Conversation) and any("tool_calls" in m.extra for m in item.messages)
+    if calls and has_null_arguments(row.values):
+        log.add("null argument of a tool call", row.origin, "the row kept without it")
+    return item if isinstance(item, Document) else check_turns(item, log)
+
+
+def _both_cleaned(item: Conversation, row: Row, log: IssueLog) -> Item:
+    """Clean both conversations of a pair; a change of the prompt is counted once."""
+    cleaned = _cleaned(replace(item, rejected=()), row, log)
+    if not item.rejected or isinstance(cleaned, Document):
+        return cleaned
+    other = _cleaned(replace(item, messages=item.rejected, rejected=()), row, IssueLog())
+    if isinstance(other, Document) or other.messages == cleaned.messages:
+        raise RowError(
+            "identical answers", row.origin, "chosen and rejected are equal once they are cleaned"
+        )
+    return replace(cleaned, rejected=other.messages)

@@ -4,7 +4,8 @@ A million short chats are 6 GB as Python objects. Here they are memory-mapped an
 the trainer gets the `datasets.Dataset` of the examples.
 
 Items are JSON lines: OpenAI's `{"messages": [...], "tools": [...]}` or `{"text": ...}`, with
-`"from"` for the source row. The held-out rows of a run have the same form.
+`"from"` for the source row; preference data adds `"rejected"`, or `"label"`. The held-out rows of a
+run have the same form.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ def to_line(item: Item) -> str:
         row: dict[str, Any] = {"text": item.text}
     else:
         row = {"messages": [_turn(message) for message in item.messages]}
+        if item.rejected:
+            row["rejected"] = [_turn(message) for message in item.rejected]
+        if item.good is not None:
+            row["label"] = item.good
         if item.tools:
             row["tools"] = list(item.tools)
     row["from"] = str(item.origin)
@@ -57,7 +62,9 @@ def from_values(values: dict[str, Any], origin: Origin) -> Item:
     if "text" in values:
         return Document(values["text"], origin)
     turns = tuple(_message(turn) for turn in values["messages"])
-    return Conversation(turns, origin, tuple(values.get("tools", ())))
+    rejected = tuple(_message(turn) for turn in values.get("rejected", ()))
+    tools, good = tuple(values.get("tools", ())), values.get("label")
+    return Conversation(turns, origin, tools, rejected, good)
 
 
 def write_validation(path: Path, items: Sequence[Item]) -> None:
@@ -100,6 +107,8 @@ def _origin(row: Row) -> Origin:
     )
 
 
+# Value of `good` in examples that have none.
+NO_LABEL = -1
 # Characters or tokens of a record batch; as Python objects these take 10 MB.
 BATCH_SIZE = 2**18
 _TOKENS = pa.list_(pa.int32())
@@ -109,6 +118,7 @@ _ITEMS = pa.schema(
         ("item", pa.large_string()),
         *_ORIGIN,
         ("content_hash", pa.uint64()),
+        ("prompt_hash", pa.uint64()),
         ("source_index", pa.int32()),
         ("signature", pa.list_(pa.uint8(), BINS)),
     ]
@@ -118,6 +128,8 @@ _EXAMPLES = pa.schema(
         ("input_ids", _TOKENS),
         ("labels", _TOKENS),
         *_ORIGIN,
+        ("second", pa.int32()),
+        ("good", pa.int8()),
         ("content_hash", pa.uint64()),
         ("item_index", pa.int64()),
         ("trained_tokens", pa.int64()),
@@ -218,7 +230,7 @@ class ConversationDataset(ArrowRows[Item]):
 class Examples(ArrowRows[Example]):
     """Tokenized examples that `write_examples` wrote."""
 
-    columns: ClassVar = ["input_ids", "labels", "source", "row"]
+    columns: ClassVar = ["input_ids", "labels", "source", "row", "second", "good"]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -231,6 +243,12 @@ class Examples(ArrowRows[Example]):
         """Supervised tokens of each example, int64 [N]."""
         return self.column("trained_tokens")
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence; 0 without examples."""
+        second = self.column("second")
+        return int(np.maximum(second, self.lengths - second).max(initial=0))
+
     def digest(self) -> str:
         """SHA-256 of all lengths, ids and loss masks in their order."""
         digest = hashlib.sha256(self.lengths.tobytes())
@@ -242,6 +260,10 @@ class Examples(ArrowRows[Example]):
                 digest.update(chunk.flatten().to_numpy())
             for chunk in rows.column("labels").chunks:
                 digest.update(chunk.flatten().to_numpy() != IGNORE)
+        for name, usual in (("second", 0), ("good", NO_LABEL)):
+            values = self.column(name)
+            if (values != usual).any():
+                digest.update(values.tobytes())
         return digest.hexdigest()
 
     def _read(self, row: Mapping[str, Any]) -> Example:
@@ -266,6 +288,7 @@ def write_items(
                 **_origins(made),
                 "source_index": sources,
                 "content_hash": [content_hash(item) for item in made],
+                "prompt_hash": [_prompt_hash(item) for item in made],
                 "signature": pa.FixedSizeListArray.from_arrays(signatures.ravel(), BINS),
             }
 
@@ -326,7 +349,13 @@ def _origins(rows: Sequence[Item | Example]) -> dict[str, Any]:
 
 def _columns(examples: Sequence[Example]) -> dict[str, Any]:
     ids, labels = [e.input_ids for e in examples], [e.labels for e in examples]
-    return {"input_ids": _lists(ids), "labels": _lists(labels), **_origins(examples)}
+    return {
+        "input_ids": _lists(ids),
+        "labels": _lists(labels),
+        **_origins(examples),
+        "second": [e.second for e in examples],
+        "good": [NO_LABEL if e.good is None else int(e.good) for e in examples],
+    }
 
 
 def _lists(rows: Sequence[list[int]]) -> pa.ListArray:
@@ -339,7 +368,7 @@ def _lists(rows: Sequence[list[int]]) -> pa.ListArray:
 
 
 def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """Examples as an Arrow dataset with `input_ids`, `labels`, `source` and `row`.
+    """Examples as an Arrow dataset with the columns of `Examples`.
 
     That of prepared data is on disk; other examples are copied.
     """
@@ -350,18 +379,42 @@ def as_dataset(examples: Sequence[Example]) -> Dataset:
 
 def to_example(row: Mapping[str, Any]) -> Example:
     """Build the example of a row of `as_dataset`."""
-    return Example(row["input_ids"], row["labels"], Origin(row["source"], row["row"]))
+    return Example(
+        row["input_ids"],
+        row["labels"],
+        Origin(row["source"], row["row"]),
+        row.get("second", 0),
+        None if row.get("good", NO_LABEL) == NO_LABEL else bool(row["good"]),
+        tuple(row.get("reference", ())),
+    )
 
 
 def content_of(item: Item) -> str:
     """Text of an item without its system turn, which many items share."""
     if isinstance(item, Conversation):
-        return "\n".join(m.content for m in item.messages if m.role != "system")
+        turns = (*item.messages, *item.rejected)
+        return "\n".join(m.content for m in turns if m.role != "system")
     return item.text
+
+
+def _prompt_hash(item: Item) -> int:
+    """Hash of the prompt of preference data, whose answers must not be split; else of all."""
+    if isinstance(item, Document) or not (item.rejected or item.good is not None):
+        return content_hash(item)
+    return content_hash(Conversation(item.prompt, item.origin))
 
 
 def _thinks(item: Item) -> bool:
     return isinstance(item, Conversation) and any(map(has_thoughts, item.messages))
+
+
+def sequence_lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each sequence: two for a pair, one for any other example."""
+    if isinstance(examples, Examples):
+        second, lengths = examples.column("second"), examples.lengths
+        parts = np.stack([np.where(second, second, lengths), lengths - second], axis=1).ravel()
+        return parts[np.stack([lengths > 0, second > 0], axis=1).ravel()].tolist()
+    return [len(part.input_ids) for example in examples for part in example.sequences]
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:

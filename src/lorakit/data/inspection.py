@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lorakit.data.batching import best_fit, saved_share
 from lorakit.data.data_notes import data_notes
-from lorakit.data.dataset import Examples
+from lorakit.data.dataset import Examples, sequence_lengths
 from lorakit.data.issues import INFO_ONLY
 from lorakit.data.prepare import Prepared
 from lorakit.recipe.schema import Recipe
@@ -36,11 +36,21 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One example to display, and the reason for its choice."""
+    """One example to display, and the reason for its choice.
+
+    Of a pair `pieces` are those of the chosen sequence, and `rejected` those of the other one.
+    """
 
     example: Example
     why: str
     pieces: tuple[Piece, ...]
+    rejected: tuple[Piece, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        """Number of pieces that both sequences of a pair begin with and that are not trained."""
+        pairs = enumerate(zip(self.pieces, self.rejected, strict=False))
+        return next((i for i, (a, b) in pairs if a != b or a.trained), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,8 @@ class Inspection:
                 "input_ids": shown.example.input_ids,
                 "labels": shown.example.labels,
                 "text": "".join(piece.text for piece in shown.pieces),
-                "trained": ["".join(p.text for p in run) for on, run in runs(shown.pieces) if on],
+                "trained": _trained(shown.pieces),
+                **_of_preferences(shown),
             }
             for shown in self.shown
         ]
@@ -99,7 +110,7 @@ def inspect_prepared(
         report=prepared.report,
         lengths=measure_prepared(prepared, recipe),
         shown=tuple(
-            Shown(example, why, tuple(token_texts(tokenizer, example)))
+            shown_example(tokenizer, example, why)
             for why, example in _choose(prepared.train, count)
         ),
         strict=recipe.strict,
@@ -107,13 +118,34 @@ def inspect_prepared(
     )
 
 
+def shown_example(tokenizer: Any, example: Example, why: str = "") -> Shown:
+    """Decode an example to display it."""
+    sides = [tuple(token_texts(tokenizer, sequence)) for sequence in example.sequences]
+    return Shown(example, why, sides[0], sides[1] if len(sides) > 1 else ())
+
+
+def _trained(pieces: Sequence[Piece]) -> list[str]:
+    return ["".join(p.text for p in run) for on, run in runs(pieces) if on]
+
+
+def _of_preferences(shown: Shown) -> dict[str, Any]:
+    """The label, and the rejected sequence, of an example of preference data."""
+    values: dict[str, Any] = {}
+    if shown.rejected:
+        text = "".join(piece.text for piece in shown.rejected)
+        values["rejected"] = {"text": text, "trained": _trained(shown.rejected)}
+    if shown.example.good is not None:
+        values["label"] = shown.example.good
+    return values
+
+
 def measure_prepared(prepared: Prepared, recipe: Recipe) -> Lengths:
-    """Measure the lengths of the training and held-out examples."""
+    """Measure the lengths of the training and held-out examples, those of pairs by sequence."""
     return measure(
-        np.concatenate([prepared.train.lengths, prepared.val.lengths]),
+        sequence_lengths(prepared.train) + sequence_lengths(prepared.val),
         recipe.cutoff_len,
-        recipe.micro_batch_size,
-        recipe.examples_per_step,
+        recipe.micro_batch_size * recipe.sequences,
+        recipe.examples_per_step * recipe.sequences,
         recipe.seed,
         recipe.packing,
     )

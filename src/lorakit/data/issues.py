@@ -178,7 +178,11 @@ def content_hash(item: Conversation | Document) -> int:
     if isinstance(item, Document):
         digest.update(item.text.encode())
     else:
-        for message in item.messages:
+        if item.good is not None:
+            digest.update(f"label {item.good} ".encode())
+        for number, message in enumerate((*item.messages, *item.rejected)):
+            if number == len(item.messages):
+                digest.update(b"rejected ")
             # Lengths keep "a"+"bc" apart from "ab"+"c".
             extra = json.dumps(message.extra, sort_keys=True) if message.extra else ""
             content = (message.content + extra).encode()

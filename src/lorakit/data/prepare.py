@@ -144,7 +144,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         trained_tokens_train=int(examples.trained.sum()),
         tokens_val=int(val.lengths.sum()),
         trained_tokens_val=int(val.trained.sum()),
-        longest_example=int(max(split.lengths.max(initial=0) for split in (examples, val))),
+        longest_example=max(examples.longest_sequence, val.longest_sequence),
         cutoff_len=recipe.cutoff_len,
         template=info.source,
         faults=log.faults(),
@@ -155,7 +155,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
 def _split(side: _Split, recipe: Recipe, log: IssueLog, inspecting: bool) -> NDArray[np.bool_]:
     """True for the items to hold out, bool [chosen items]."""
     try:
-        return split(side.items.content_hashes, recipe.held_out, recipe.seed)
+        return split(side.items.column("prompt_hash"), recipe.held_out, recipe.seed)
     except DataError as error:
         if inspecting and len(side.items):
             # Inspecting a single row is not a reason to stop.

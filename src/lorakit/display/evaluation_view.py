@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -22,6 +22,8 @@ def evaluation_view(result: EvalResult) -> Group:
     if result.base is not None and result.tuned is not None:
         head = f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)"
         views += [Text(visible(head)), _losses(result)]
+    if result.preferences:
+        views.append(Text(preference_line(result.preferences)))
     if result.tasks:
         views += [Text("tasks: 95% interval of the change, by bootstrap over the rows")]
         views += [task_table(result.tasks)]
@@ -39,6 +41,21 @@ def evaluation_view(result: EvalResult) -> Group:
         table.add_row(*answers)
         views.append(table)
     return Group(*views)
+
+
+def preference_line(scores: Mapping[str, float]) -> str:
+    """Describe the scores of preference data in one line."""
+    names = {
+        "rewards/accuracies": "prefers the chosen answer",
+        "rewards/margins": "reward margin",
+        "kl": "KL",
+    }
+    parts = [f"loss {scores['loss']:.4f}"]
+    for key, name in names.items():
+        if key in scores:
+            share = key == "rewards/accuracies"
+            parts.append(f"{name} {scores[key]:.0%}" if share else f"{name} {scores[key]:.4f}")
+    return "preferences of tuned: " + ", ".join(parts) + "; losses above are of chosen answers"
 
 
 def task_table(scores: Sequence[TaskScore]) -> Table:

@@ -137,8 +137,17 @@ def example_view(shown: Shown, limit: int | None = None) -> Group:
     example = shown.example
     why = f", {shown.why}" if shown.why else ""
     size = f"{example.trained_tokens} of {len(example.input_ids)} tokens trained"
-    head = visible(f"\n── {example.origin}{why}: {size}")
-    return Group(Text(head, style="bold"), token_text(shown.pieces, limit))
+    label = "" if example.good is None else f", labeled {'good' if example.good else 'bad'}"
+    head = Text(visible(f"\n── {example.origin}{why}{label}: {size}"), style="bold")
+    if not shown.rejected:
+        return Group(head, token_text(shown.pieces, limit))
+    sides = Table.grid(padding=(0, 2), expand=True)
+    sides.add_column(ratio=1)
+    sides.add_column(ratio=1)
+    sides.add_row(Text("chosen", style="bold"), Text("rejected", style="bold"))
+    answers = (side[shown.shared :] for side in (shown.pieces, shown.rejected))
+    sides.add_row(*(token_text(answer, limit) for answer in answers))
+    return Group(head, token_text(shown.pieces[: shown.shared], limit), sides)
 
 
 def _fault_lines(inspection: Inspection) -> list[Text]:

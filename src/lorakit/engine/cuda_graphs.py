@@ -90,7 +90,7 @@ class GraphedMicroSteps:
         self.scale.fill_(scale)
         total = torch.zeros((), device=self.scale.device)
         for micro in micro_batches:
-            total += self.add(self.place(to_bucket(micro)))
+            total = total + self.add(self.place(to_bucket(micro)))
         return total
 
     def add(self, micro: Batch) -> Tensor:
@@ -159,6 +159,8 @@ def first_tokens(micro: Batch, count: int) -> Batch:
         cut["borders"][1:] = length
     half = min(length // 2, len(cut["targets"]))
     cut["targets"] = cut["targets"][:half]
+    if "sequence" in cut:
+        cut["sequence"] = cut["sequence"][:half]
     cut["positions"] = torch.arange(half, device=cut["targets"].device)
     return cut
 
@@ -193,6 +195,8 @@ def to_bucket(micro: Batch) -> Batch:
     extra = target_count - micro["targets"].numel()
     padded["positions"] = nn.functional.pad(micro["positions"], (0, extra))
     padded["targets"] = nn.functional.pad(micro["targets"], (0, extra), value=IGNORE)
+    if "sequence" in micro:
+        padded["sequence"] = nn.functional.pad(micro["sequence"], (0, extra))
     return padded
 
 

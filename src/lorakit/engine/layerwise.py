@@ -26,7 +26,8 @@ from lorakit.engine.attention import Segments
 from lorakit.engine.chunked_layer import ChunkSize, LayerTask, backward, forward
 from lorakit.engine.decoder_layer import ForwardContext, Weights
 from lorakit.engine.lora_linear import FlatGradients, point_sinks, refresh
-from lorakit.ops.cross_entropy import summed_cross_entropy
+from lorakit.engine.token_objective import TokenObjective
+from lorakit.ops.cross_entropy import summed_cross_entropy, token_cross_entropy
 
 
 @dataclass(slots=True)
@@ -36,8 +37,7 @@ class _Micro:
     call: ForwardContext
     batch: int
     hidden: Tensor
-    targets: Tensor
-    positions: Tensor
+    micro: Batch
 
 
 class LayerwiseSchedule:
@@ -45,10 +45,11 @@ class LayerwiseSchedule:
 
     Args:
         engine: its groups' gradient buffers are reassigned.
-        head: hidden states [n, D] to logits, see `summed_cross_entropy`.
+        head: hidden states [n, D] to logits, see `token_cross_entropy`.
         parameters: all trained parameters.
         cut: tokens and heads that pass through a layer at once.
         on_gpu: layers whose inputs stay on the GPU.
+        objective: loss of a micro-batch from the losses of its tokens; None for their sum.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class LayerwiseSchedule:
         parameters: Sequence[nn.Parameter],
         cut: ChunkSize,
         on_gpu: int = 0,
+        objective: TokenObjective | None = None,
     ) -> None:
         self.engine, self.head, self.cut, self.on_gpu = engine, head, cut, on_gpu
+        self.objective = objective
         self.slow_reason = (
             "check whether the PCIe link or the GPU is shared with another program (nvidia-smi)"
         )
@@ -91,7 +94,8 @@ class LayerwiseSchedule:
             micro_batches: each is copied to the engine's device, and released after its embedding.
 
         Returns:
-            Sum of the micro-batches' losses times `scale`.
+            Sum of the micro-batches' losses times `scale`; with an objective followed by the sums
+            of its metrics.
         """
         if self.engine.host_adapters is not None:
             self.engine.host_adapters.adopt()
@@ -103,7 +107,7 @@ class LayerwiseSchedule:
             self._forward_layers(states)
             loss = torch.zeros((), device=self.engine.device)
             for state in states:
-                loss += self._loss(state, scale)
+                loss = loss + self._loss(state, scale)
             self._backward_layers(states)
         if self.engine.host_adapters is not None:
             self.engine.host_adapters.finish()
@@ -113,7 +117,7 @@ class LayerwiseSchedule:
         segments = Segments.of(micro.get("borders"), micro.get("lengths", ()))
         hidden, call = self.engine.embed_and_context(micro, segments)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return _Micro(call, hidden.shape[0], rows, micro["targets"], micro["positions"])
+        return _Micro(call, hidden.shape[0], rows, micro)
 
     def _forward_layers(self, states: list[_Micro]) -> None:
         count = len(self.engine.layers)
@@ -154,20 +158,33 @@ class LayerwiseSchedule:
     def _loss(self, state: _Micro, scale: float) -> Tensor:
         """The loss times `scale`; the hidden states are overwritten by their gradient."""
         hidden, total = state.hidden, torch.zeros((), device=state.hidden.device)
+        positions, targets = state.micro["positions"], state.micro["targets"]
         untrained = torch.ones(hidden.shape[0], 1, dtype=torch.bool, device=hidden.device)
-        for positions, targets in zip(
-            state.positions.split(self.cut.tokens),
-            state.targets.split(self.cut.tokens),
-            strict=True,
+        untrained[positions] = False
+        losses = []
+        for chosen, target in zip(
+            positions.split(self.cut.tokens), targets.split(self.cut.tokens), strict=True
         ):
             with torch.enable_grad():
-                rows = hidden[positions].requires_grad_()
+                rows = hidden[chosen].requires_grad_()
                 normal = self.engine.decoder.norm(rows)
-                loss = summed_cross_entropy(normal, targets, self.head) * scale
+                if self.objective is None:
+                    loss = summed_cross_entropy(normal, target, self.head) * scale
+                else:
+                    losses.append(token_cross_entropy(normal, target, self.head))
+                    loss = losses[-1].sum()
                 (grad,) = torch.autograd.grad(loss, rows)
             # Each position predicts one token: its hidden state is not needed any longer.
-            hidden[positions] = grad
-            untrained[positions] = False
+            hidden[chosen] = grad
             total += loss.detach()
         hidden.masked_fill_(untrained, 0)
-        return total
+        if self.objective is None:
+            return total
+        # A token's loss depends on its own hidden state only: its gradient is multiplied by the
+        # derivative of the objective.
+        with torch.enable_grad():
+            each = torch.cat(losses).detach().requires_grad_()
+            loss, sums = self.objective(each, state.micro)
+            (weights,) = torch.autograd.grad(loss * scale, each)
+        hidden[positions] = (hidden[positions] * weights.unsqueeze(1)).to(hidden.dtype)
+        return torch.cat([(loss.detach() * scale).view(1), sums])

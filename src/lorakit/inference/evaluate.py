@@ -15,9 +15,15 @@ from lorakit.data.tokenize.encode import EncodeConfig, encode_many
 from lorakit.data.tokenize.spans import answer_text
 from lorakit.errors import DataError, first_line
 from lorakit.inference.generate import GenerationSettings, base_answers, replies
+from lorakit.model.eval_mode import device_of
 from lorakit.model.load import LoadedRun
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import PREFERENCE_OBJECTIVES, Recipe
+from lorakit.storage.run_dir import read_json
 from lorakit.train.eval_loss import score
+from lorakit.train.preference_loss import PreferenceObjective
+from lorakit.train.preference_reference import answer_logps
+from lorakit.train.preference_rows import PreferenceRows
+from lorakit.train.preference_run import chosen_only, preference_scores, reference_store
 from lorakit.train.trainer import pad_token_id
 from lorakit.types import Conversation, EvalResult, Example, Message, Sample
 
@@ -34,6 +40,7 @@ def evaluate(
     samples: int = 4,
     metrics: Mapping[str, Callable[[str, str], float]] | None = None,
     note: Callable[[str], None] = print,
+    preferences: dict[str, float] | None = None,
 ) -> EvalResult:
     """Score base and tuned model on held-out examples, and generate greedy answers of both.
 
@@ -46,16 +53,17 @@ def evaluate(
         metrics: functions of (answer, reference) by name; each gives a number for a conversation,
             and the result has the mean over the first `METRIC_ROWS` of `records`.
         note: called with a line about a metric that failed; the others are computed.
+        preferences: scores of preference data, which the result keeps.
     """
     if not examples:
         raise DataError(
             "there are no held-out examples to evaluate on",
             hint="set --data, or train with val_size above 0",
         )
-    pad_id = pad_token_id(tokenizer)
-    tuned = score(model, examples, pad_id)
+    pad_id, answers_to_score = pad_token_id(tokenizer), chosen_only(examples)
+    tuned = score(model, answers_to_score, pad_id)
     with base_answers(model):
-        base = score(model, examples, pad_id)
+        base = score(model, answers_to_score, pad_id)
     asked = max(samples, METRIC_ROWS) if metrics else samples
     answers = _answer(model, tokenizer, records, asked)
     means = {name: _means(name, metric, answers, note) for name, metric in (metrics or {}).items()}
@@ -65,6 +73,7 @@ def evaluate(
         data=label,
         samples=answers[:samples],
         metrics={name: found for name, found in means.items() if found is not None},
+        preferences=preferences,
     )
 
 
@@ -147,4 +156,29 @@ def evaluate_loaded(loaded: LoadedRun, data: str | None, samples: int) -> EvalRe
         prepared = prepare_data(held_out, loaded.tokenizer, [Path()])
         records, examples = prepared.train_conversations, prepared.train
     label = data or "the run's held-out rows"
-    return evaluate(loaded.model, loaded.tokenizer, examples, records, label, samples)
+    preferences = _preferences(loaded, examples) if examples else None
+    return evaluate(
+        loaded.model, loaded.tokenizer, examples, records, label, samples, preferences=preferences
+    )
+
+
+def _preferences(loaded: LoadedRun, examples: Sequence[Example]) -> dict[str, float] | None:
+    """Scores of a run with a preference objective; None for other runs.
+
+    The reference of a run that started from an adapter is known for its own held-out rows only;
+    for other data it is the base.
+    """
+    recipe, model, pad_id = loaded.recipe, loaded.model, pad_token_id(loaded.tokenizer)
+    if recipe.objective not in PREFERENCE_OBJECTIVES:
+        return None
+    objective = PreferenceObjective(recipe, device_of(model))
+    rows = PreferenceRows(examples, recipe.objective == "kto", held_out=True)
+    if objective.needs_reference:
+        start = read_json(loaded.run.start)
+        store = reference_store(loaded.run, recipe, start.get("sha256") if start else None)
+        known = store.read("val", store.key(rows))
+        if known is None:
+            with base_answers(model):
+                known = answer_logps(model, rows, pad_id)
+        rows.reference = known
+    return preference_scores(objective, rows, answer_logps(model, rows, pad_id))

@@ -1,7 +1,10 @@
-"""Summed cross-entropy of supervised tokens from their hidden states.
+"""Cross-entropy of supervised tokens from their hidden states, summed or of each token.
 
-    loss = sum_i  logsumexp(z_i) - z_i[t_i]       z = head(h)      h [N, D], head: D -> V, t [N]
-    dz_i = softmax(z_i) - onehot(t_i)             dh = dz W
+    loss_i = logsumexp(z_i) - z_i[t_i] = -log p(t_i)      z = head(h)     h [N, D], head: D -> V
+    dz_i   = softmax(z_i) - onehot(t_i)                   dh = dz W       t [N]
+
+A function of the losses of tokens, such as DPO's, has the gradient g_i dh_i, where g_i is its own
+derivative: one pass over the vocabulary is enough for any of them.
 
 The caller gathers supervised tokens, so prompt and padding positions are not multiplied with the
 vocabulary. Logits exist for one chunk at a time: with V = 32,000 and 2,048 tokens a complete
@@ -43,8 +46,8 @@ def summed_cross_entropy(
         return hidden.sum().float() * 0.0
     weight = getattr(head, "frozen_weight", None)
     if weight is not None:
-        loss: Tensor = _FrozenHead.apply(hidden, targets, weight, logits_bytes)
-        return loss
+        losses: Tensor = _FrozenHead.apply(hidden, targets, weight, logits_bytes)
+        return losses.sum()
     rows = max(1, logits_bytes // (4 * _vocabulary_size(head, hidden)))
     if hidden.shape[0] <= rows:
         return reference(hidden, targets, head)
@@ -54,14 +57,39 @@ def summed_cross_entropy(
     return total
 
 
-def reference(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+def token_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: Head, logits_bytes: int = LOGITS_BYTES
+) -> Tensor:
+    """-log p(target) of each token in nats, float32 [N]; 0 for ignored targets.
+
+    Args: as for `summed_cross_entropy`.
+    """
+    if hidden.shape[0] == 0:
+        return hidden.sum(-1).float()
+    weight = getattr(head, "frozen_weight", None)
+    if weight is not None:
+        losses: Tensor = _FrozenHead.apply(hidden, targets, weight, logits_bytes)
+        return losses
+    rows = max(1, logits_bytes // (4 * _vocabulary_size(head, hidden)))
+    if hidden.shape[0] <= rows:
+        return reference(hidden, targets, head, "none")
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat(
+        [checkpoint(reference, h, t, head, "none", use_reentrant=False) for h, t in chunks]
+    )
+
+
+def reference(hidden: Tensor, targets: Tensor, head: Head, reduction: str = "sum") -> Tensor:
     """The definition: all logits at once, in float32."""
-    logits = head(hidden).float()
-    return functional.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+    logits, known = head(hidden).float(), targets.clamp(min=-1)
+    return functional.cross_entropy(logits, known, ignore_index=-1, reduction=reduction)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Loss and dh in one pass over the vocabulary; a chunk's gradient overwrites its logits."""
+    """Losses [N] and dh in one pass over the vocabulary; a chunk's gradient overwrites its logits.
+
+    A loss depends on its own row of `hidden` only, so dh is scaled by row in backward.
+    """
 
     @staticmethod
     def forward(
@@ -81,12 +109,16 @@ class _FrozenHead(torch.autograd.Function):
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.kind = hidden.dtype
-        return torch.cat(losses).sum()
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * scale).to(ctx.kind), None, None, None
+        if len(scale) == 1 or scale.stride(0) == 0:  # of a sum: one factor for all rows
+            return (grad * scale[0]).to(ctx.kind), None, None, None
+        scaled = torch.empty_like(grad, dtype=ctx.kind)
+        torch.mul(grad, scale.unsqueeze(1), out=scaled)  # in float32 without a copy of it
+        return scaled, None, None, None
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:

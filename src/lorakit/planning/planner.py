@@ -38,6 +38,7 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         config: the transformers config of the base model.
         device: where it will run; its memory, or the recipe's `memory_limit`, is the budget.
     """
+    recipe = in_sequences(recipe)
     if recipe.weight_offload == "on" and streams_experts(recipe, config, device):
         return _streamed_experts(recipe, config, device)
     requested = "on" in (recipe.weight_offload, recipe.sharding)
@@ -53,6 +54,12 @@ def plan_training(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:
         return _own_layers(recipe, config, device, chosen)
     kept = _own_layers(recipe, config, device, recompute=False)
     return kept if kept.fits else _recomputed(recipe, config, device)
+
+
+def in_sequences(recipe: Recipe) -> Recipe:
+    """The recipe whose examples are the sequences of its pairs."""
+    rows = recipe.micro_batch_size * recipe.sequences
+    return recipe.model_copy(update={"micro_batch_size": rows, "objective": "sft"})
 
 
 def _recomputed(recipe: Recipe, config: Any, device: Device) -> MemoryPlan:

@@ -36,6 +36,24 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Defaults of `beta`, by objective: TRL's, and for SimPO that of its paper (TRL: 0.1).
+BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "grpo": 0.0}
+# Objectives on pairs of a chosen and a rejected answer; KTO's rows have one answer and a label.
+PAIR_OBJECTIVES = ("dpo", "ipo", "orpo", "simpo")
+PREFERENCE_OBJECTIVES = (*PAIR_OBJECTIVES, "kto")
+# Objectives that compare with a reference model.
+REFERENCE_OBJECTIVES = ("dpo", "ipo", "kto")
+# Instead of the method's: log-probabilities of complete answers have steep gradients, and dropout
+# would blur their comparison with the reference (TRL turns it off as well).
+PREFERENCE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-5, "lora_dropout": 0.0}
+# Keys that only some objectives read.
+OBJECTIVE_KEYS = {
+    "beta": tuple(BETA),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+
 # Former names of keys; recipes in run directories may still use them.
 RENAMED = {
     "engine": "fused_layers",
@@ -154,6 +172,26 @@ class Recipe(BaseModel):
     )
     method: Literal["lora", "qlora"] = Field(
         "lora", description="`lora`: 16-bit base. `qlora`: base in 4-bit NF4, about a third of it."
+    )
+    objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "grpo"] = Field(
+        "sft",
+        description="Loss of training. `sft`: imitate the answers. `dpo`, `ipo`, `orpo`, `simpo`: "
+        "prefer a chosen answer to a rejected one. `kto`: answers labeled good or bad.",
+    )
+    beta: Annotated[float, Field(ge=0, le=1e3)] | None = Field(
+        None,
+        description="Strength of the objective as in TRL: a higher one stays closer to the "
+        "reference (`dpo`, `ipo`, `kto`), weighs the odds ratio (`orpo`) or scales the rewards "
+        "(`simpo`). Default: 0.1; for `simpo` 2.0.",
+    )
+    simpo_gamma: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        0.5, description="`simpo`: margin of the rewards that a pair should reach."
+    )
+    desirable_weight: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        1.0, description="`kto`: weight of the answers labeled good."
+    )
+    undesirable_weight: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        1.0, description="`kto`: weight of the answers labeled bad."
     )
     data: str | list[str | Source] = Field(
         description="Training data: a file, folder, glob, address, hub dataset id, or `demo`; or a "
@@ -355,7 +393,7 @@ class Recipe(BaseModel):
         description="Tasks that are scored every `eval_every` steps and at the end: names or "
         "files with a limit, mine.jsonl:50, or {task: mine.jsonl, limit: 50, metrics: [numeric]}.",
     )
-    metric_for_best_model: Annotated[str, Field(pattern=r"^eval_\w+$")] = Field(
+    metric_for_best_model: Annotated[str, Field(pattern=r"^eval_[\w/]+$")] = Field(
         "eval_loss",
         description="Measure by which the best step is chosen: `eval_loss`, or a metric of "
         "`eval_tasks` as in metrics.jsonl, such as eval_mine_numeric.",
@@ -391,7 +429,10 @@ class Recipe(BaseModel):
             return values
         method = values.get("method", "lora")
         defaults = METHOD_DEFAULTS.get(method if isinstance(method, str) else "lora", {})
-        return {**(defaults or METHOD_DEFAULTS["lora"]), **values}
+        defaults = defaults or METHOD_DEFAULTS["lora"]
+        if values.get("objective") in PREFERENCE_OBJECTIVES:
+            defaults = {**defaults, **PREFERENCE_DEFAULTS}
+        return {**defaults, **values}
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Recipe:
@@ -407,6 +448,38 @@ class Recipe(BaseModel):
                     f"template_date is {self.template_date!r}, expected a day as 2026-01-31"
                 ) from None
         return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Recipe:
+        preferring = self.objective in PREFERENCE_OBJECTIVES
+        if preferring and self.train_on == "all":
+            raise ValueError(
+                f"train_on: all has no effect with objective: {self.objective}, which compares "
+                "answers; set train_on: responses"
+            )
+        if preferring and self.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef is not supported with objective: {self.objective}; remove it"
+            )
+        if self.objective == "grpo":
+            raise ValueError("objective: grpo is not built yet; choose another one")
+        for key, objectives in OBJECTIVE_KEYS.items():
+            if self.objective not in objectives and getattr(self, key) != _default(key):
+                raise ValueError(
+                    f"{key} has no effect with objective: {self.objective}; remove it (it belongs "
+                    f"to {', '.join(objectives)})"
+                )
+        return self
+
+    @property
+    def beta_value(self) -> float:
+        """`beta`, or the default of the objective."""
+        return BETA.get(self.objective, 0.0) if self.beta is None else self.beta
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of an example in a micro-batch: two for a pair."""
+        return 2 if self.objective in PAIR_OBJECTIVES else 1
 
     @property
     def layers(self) -> str:
@@ -478,3 +551,7 @@ class Recipe(BaseModel):
             return self.max_steps
         per_epoch = math.ceil(examples / self.examples_per_step)
         return max(1, math.ceil(per_epoch * self.epochs))
+
+
+def _default(key: str) -> Any:
+    return Recipe.model_fields[key].get_default(call_default_factory=True)

@@ -116,7 +116,8 @@ def loss_series(record: Record) -> list[Series]:
         last = record.steps[-1]["step"]
         if record.best and record.best.used:
             last = record.best.step
-        held = [p for p in held if p[0] != last] + [(last, finite(record.scored["tuned"]["loss"]))]
+        final = record.scored.get("preferences") or record.scored["tuned"]
+        held = [p for p in held if p[0] != last] + [(last, finite(final["loss"]))]
     return [*trend(record.column("loss")), Series(held, "held", "held out")]
 
 
@@ -132,6 +133,11 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         )
     elif losses:
         tiles.append(("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
+    preferences = (record.scored or {}).get("preferences") or {}
+    if (accuracy := preferences.get("rewards/accuracies")) is not None:
+        tiles.append(("held-out pairs with the chosen answer preferred", f"{accuracy:.0%}"))
+    if (margin := preferences.get("rewards/margins")) is not None:
+        tiles.append(("held-out reward margin", f"{margin:.3f}"))
     if record.steps:
         tiles.append(("optimizer steps", f"{record.steps[-1]['step']:,}"))
         tiles.append(("spent in steps", duration(record.seconds)))
@@ -180,7 +186,24 @@ def _charts(record: Record) -> dict[str, Chart | None]:
         "learning_rate": line_chart("Learning rate", rate, zero=True),
         "speed": line_chart("Speed", speed, zero=True),
         "memory": line_chart("Memory", used, zero=True),
+        **_reward_charts(record),
     }
+
+
+def _reward_charts(record: Record) -> dict[str, Chart | None]:
+    """Rewards and accuracy of a run on preference data."""
+    margin = record.column("rewards/margins")
+    if not margin:
+        return {}
+    held = [
+        (row["step"], finite(row["eval_rewards/margins"]))
+        for row in record.held
+        if "eval_rewards/margins" in row
+    ]
+    charts = {"margin": line_chart("Margin", [*trend(margin), Series(held, "held", "held out")])}
+    if accuracy := record.column("rewards/accuracies"):
+        charts["accuracy"] = line_chart("Accuracy", trend(accuracy), zero=True)
+    return charts
 
 
 def _bound(record: Record, value: float, label: str) -> list[Series]:

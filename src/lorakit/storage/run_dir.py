@@ -102,6 +102,11 @@ class RunDir:
         return self.path / "data_rows.npy"
 
     @property
+    def reference(self) -> Path:
+        """Log-probabilities of preference data under the reference model."""
+        return self.path / "reference.safetensors"
+
+    @property
     def report(self) -> Path:
         """HTML report of this run, made from its other files."""
         return self.path / "report.html"
@@ -200,17 +205,26 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         WorkError: the disk is full or the folder cannot be written.
     """
+    write_bytes(path, redacted(text).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary file, flush it and rename it to `path`.
+
+    Raises:
+        WorkError: the disk is full or the folder cannot be written.
+    """
     aside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as handle:
-            handle.write(redacted(text))
+        with aside.open("wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         aside.replace(path)
         flush(path.parent)
     except OSError as error:
-        raise write_error(path, error, len(text.encode())) from error
+        raise write_error(path, error, len(content)) from error
 
 
 def folder_size(path: Path) -> int:

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lorakit.errors import RecipeError
 from lorakit.recipe.loader import suggest
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import PAIR_OBJECTIVES, PREFERENCE_OBJECTIVES, Recipe
 from lorakit.storage.best_record import LOSS, metric_name
 
 
@@ -39,6 +39,10 @@ def metric_direction(recipe: Recipe, scorer: TaskScorer | None) -> bool:
     """
     key = recipe.metric_for_best_model
     known = {LOSS: False, "eval_perplexity": False, **(scorer.directions if scorer else {})}
+    if recipe.objective in PREFERENCE_OBJECTIVES:
+        known["eval_rewards/margins"] = True
+    if recipe.objective in PAIR_OBJECTIVES:
+        known["eval_rewards/accuracies"] = True
     if key not in known:
         raise RecipeError(
             f"metric_for_best_model: {key}: no evaluation gives it{suggest(key, known)}",

@@ -58,6 +58,7 @@ class MetricsCallback(TrainerCallback):
             "seconds": round(seconds / steps, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             **{k: logs[k] for k in ("skipped", "spike") if k in logs},
+            **{k: _finite(v) for k, v in logs.items() if k == "kl" or "/" in k},
         }
         self.progress.step(row)
         for warning in self.watch.row(row):

@@ -45,14 +45,14 @@ def score(
     sizes = lengths_of(examples)
     order = sorted(range(len(examples)), key=lambda i: -sizes[i])
     loss, tokens, start = 0.0, 0, 0
-    with _scoring(model):
+    with scoring(model):
         while start < len(order):
             size = max(1, batch_tokens // sizes[order[start]])
             rows = [examples[i] for i in order[start : start + size]]
             batch_loss, fault = run_catching_oom(functools.partial(_summed, model, rows, pad_id))
             if batch_loss is None:
                 if len(rows) == 1:
-                    raise _too_long(rows[0], fault)
+                    raise too_long(rows[0], fault)
                 batch_tokens = sizes[order[start]] * (len(rows) // 2)
                 if on_smaller:
                     on_smaller(batch_tokens)
@@ -77,12 +77,12 @@ def _mean(loss: float, tokens: int) -> EvalScore:
 
 def not_finite(model: Any, examples: Sequence[Example], pad_id: int) -> list[Example]:
     """Those of `examples` whose loss alone is NaN or infinite; the model's mode is restored."""
-    with _scoring(model):
+    with scoring(model):
         return [e for e in examples if not math.isfinite(_summed(model, [e], pad_id))]
 
 
 @contextmanager
-def _scoring(model: Any) -> Iterator[None]:
+def scoring(model: Any) -> Iterator[None]:
     """Attach the supervised loss and switch to evaluation mode."""
     attached = "forward" in base_of(model).__dict__
     if not attached:
@@ -97,11 +97,13 @@ def _scoring(model: Any) -> Iterator[None]:
 
 def _summed(model: Any, rows: Sequence[Example], pad_id: int) -> float:
     """Summed loss of a few examples, in nats."""
-    batch = {k: v.to(device_of(model)) for k, v in collate(rows, pad_id).items()}
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    batch = {k: v.to(device_of(model)) for k, v in collate(sequences, pad_id).items()}
     return float(model(**batch, use_cache=False).loss_sum)
 
 
-def _too_long(row: Example, fault: str | None) -> WorkError:
+def too_long(row: Example, fault: str | None) -> WorkError:
+    """Build the error for an example that alone is too long to score."""
     return WorkError(
         f"out of memory scoring {row.origin} alone ({len(row.input_ids)} tokens): {fault}",
         hint="give shorter held-out rows (val_data), or none (val_size: 0)",

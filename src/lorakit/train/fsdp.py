@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorakit.data.batching import Batch, Layout, collate, step_batches
+from lorakit.data.batching import Batch, Layout, lay_out, step_batches, tokens_of
 from lorakit.distributed.launch_env import launch_environment
 from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import RecipeError, RunError
@@ -174,16 +174,17 @@ def with_equal_micro_batches(
     ready: StepInputs, layout: Layout, ranks: DistributedContext
 ) -> StepInputs:
     """Add micro-batches without targets, so that every rank runs as many forward passes."""
-    lengths = [len(example.input_ids) for example in ready.examples]
+    lengths = [tokens_of(example) for example in ready.examples]
     counts = [
         len(step_batches([ready.examples[i] for i in part], layout).micro)
         for part in partition_examples(lengths, ranks.world_size)
     ]
-    shortest = min(ready.examples, key=lambda example: len(example.input_ids))
+    shortest = min(ready.examples, key=tokens_of)
     missing = max(counts) - counts[ranks.rank]
-    idle = [_without_targets(collate([shortest], layout.pad_id))] * missing
+    idle = [_without_targets(lay_out([shortest], replace(layout, packed=False)))] * missing
     return replace(ready, own=replace(ready.own, micro=[*ready.own.micro, *idle]))
 
 
 def _without_targets(batch: Batch) -> Batch:
-    return {**batch, "positions": batch["positions"][:0], "targets": batch["targets"][:0]}
+    about_targets = ("positions", "targets", "sequence", "counts", "reference", "good")
+    return {k: v[:0] if k in about_targets else v for k, v in batch.items()}

@@ -18,6 +18,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 
+from lorakit.data.batching import tokens_of
 from lorakit.distributed.process_group import DistributedContext
 from lorakit.errors import WorkError
 from lorakit.train.signals import StopRequest
@@ -49,7 +50,7 @@ def local_examples(examples: Sequence[Example], ranks: DistributedContext) -> li
     """The examples of a step that this rank computes."""
     if ranks.world_size == 1:
         return list(examples)
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = [tokens_of(example) for example in examples]
     return [examples[i] for i in partition_examples(lengths, ranks.world_size)[ranks.rank]]
 
 

@@ -1,4 +1,4 @@
-"""Compute the summed loss over supervised tokens of a micro-batch.
+"""Compute the loss over supervised tokens of a micro-batch, summed or of each token.
 
 `attach_loss` gives one model instance a forward that, when targets are present, runs the decoder
 (the engine's, if supported), takes the hidden states of supervised positions and applies the head
@@ -30,7 +30,7 @@ from lorakit.model.architectures import COMPILED_FAMILIES, changes_logits, trans
 from lorakit.model.base_class import text_decoder
 from lorakit.model.eval_mode import device_of, evaluating
 from lorakit.ops.backend import has_matrix_kernels
-from lorakit.ops.cross_entropy import summed_cross_entropy
+from lorakit.ops.cross_entropy import summed_cross_entropy, token_cross_entropy
 from lorakit.train.packing import PACKED, PROBE_ERRORS, PackedRows, isolates_documents
 from lorakit.train.router_loss import RouterLoss
 from lorakit.types import ON_GPU, Placement
@@ -38,9 +38,14 @@ from lorakit.types import ON_GPU, Placement
 
 @dataclass
 class SupervisedLoss(ModelOutput):
-    """`loss_sum`: nats over the micro-batch's supervised tokens; divide by the step's count."""
+    """Losses over the micro-batch's supervised tokens, in nats.
+
+    `loss_sum`: their sum; divide by the step's count. `token_losses`: float32 [N], -log p of each
+    of `targets`, and 0 for ignored ones; only if the forward was called with `per_token=True`.
+    """
 
     loss_sum: Tensor | None = None
+    token_losses: Tensor | None = None
 
 
 class SupervisedHead:
@@ -193,6 +198,7 @@ def _forward(
         borders: Tensor | None = None,
         lengths: tuple[int, ...] = (),
         longest: int | None = None,
+        per_token: bool = False,
         **kwargs: Any,
     ) -> Any:
         if targets is None or positions is None:
@@ -210,11 +216,12 @@ def _forward(
                 segments = Segments.of(borders, lengths, longest)
                 states = _hidden(self, engine, segments, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
-        loss = summed_cross_entropy(picked, targets, to_logits)
+        losses = token_cross_entropy(picked, targets, to_logits) if per_token else None
+        loss = summed_cross_entropy(picked, targets, to_logits) if losses is None else losses.sum()
         if balanced is not None:
             # The step divides the sum by its tokens.
             loss = loss + balanced(logits, mask) * len(targets)
-        return SupervisedLoss(loss_sum=loss)
+        return SupervisedLoss(loss_sum=loss, token_losses=losses)
 
     return forward
 

@@ -54,6 +54,8 @@ class TrainingProgress:
         if self.run is not None:
             self._write(self.run, row)
         loss = "no finite loss" if row["loss"] is None else f"loss {row['loss']:.3f}"
+        if row.get("rewards/margins") is not None:
+            loss += f" · margin {row['rewards/margins']:.3f}"
         shown = f"{loss} · {row['tokens_per_second']:,.0f} tok/s · {row['memory_gb']:.1f} GB"
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], shown=shown)

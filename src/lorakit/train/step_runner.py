@@ -21,11 +21,13 @@ from lorakit.engine.chunked_layer import ChunkSize
 from lorakit.engine.cuda_graphs import GraphedMicroSteps
 from lorakit.engine.layerwise import LayerwiseSchedule
 from lorakit.engine.lora_linear import FlatGradients
+from lorakit.engine.token_objective import TokenObjective
 from lorakit.ops.backend import has_matrix_kernels
 from lorakit.train.loss import AttachResult
 from lorakit.types import Placement
 
-# Adds a micro-batch's gradients, and returns its loss times the scale.
+# Adds a micro-batch's gradients, and returns its loss times the scale; an objective with metrics
+# returns a vector that begins with the loss.
 ForwardBackward = Callable[[Batch, Any], Tensor]
 
 
@@ -41,7 +43,10 @@ class StepRunner(Protocol):
         """The reason why this way is slower than planned, if it knows one."""
 
     def __call__(self, micro_batches: Iterable[Batch], scale: float) -> Tensor:
-        """Leave the gradients in the parameters' .grad; return the sum of losses times `scale`."""
+        """Leave the gradients in the parameters' .grad; return the sum of losses times `scale`.
+
+        With an objective that has metrics, their sums follow the loss in a vector.
+        """
 
     def reset(self) -> None:
         """Discard gradients and kept state of a step that ran out of memory."""
@@ -77,7 +82,7 @@ class MicroSteps:
             self.flat.begin()
         total = torch.zeros((), device=self.parameters[0].device)
         for micro in micro_batches:
-            total += self.forward_backward(self.place(micro), scale)
+            total = total + self.forward_backward(self.place(micro), scale)
         return total
 
     def reset(self) -> None:
@@ -96,17 +101,20 @@ def choose_step_runner(
     device: torch.device,
     loss_scaler: bool = False,
     ranks: int = 1,
+    objective: TokenObjective | None = None,
 ) -> StepRunner:
     """Choose the way for a run.
 
     Args:
         parameters: all trained parameters.
         loss_scaler: float16 gradients are scaled; the scaler's factor changes between steps.
+        objective: a loss of token losses, which the layer-by-layer schedule computes itself.
     """
     engine = attached.engine
     if engine is not None and placement.layerwise:
         chunk = ChunkSize(placement.tokens_at_once, placement.heads_at_once)
-        return LayerwiseSchedule(engine, attached.head, parameters, chunk, placement.inputs_on_gpu)
+        on_gpu = placement.inputs_on_gpu
+        return LayerwiseSchedule(engine, attached.head, parameters, chunk, on_gpu, objective)
 
     def place(micro: Batch) -> Batch:
         return to_device(micro, device) if engine is None else engine.to_device(micro)

@@ -180,17 +180,22 @@ class ColumnWatch:
         )
 
 
+def judging_columns(present: Sequence[str]) -> list[str]:
+    """Columns whose name says that they judge answers, such as scores."""
+    return [column for column in present if _words(column) & (_JUDGING | _PREFERENCE)]
+
+
 def preference_data(rows: Sequence[Row], source: str) -> DataError:
     """Build the error for rows that rank two answers, with a `columns:` line that fits them."""
     columns = _better_answers(rows)
-    hint = (
+    hint = "set objective: dpo to learn the preference; or " + (
         f"train on the better answers alone, with columns: {columns}"
         if columns
         else "write the question and the better answer of each row as messages"
     )
     return DataError(
         f"{source}: this is preference data (columns chosen and rejected): it ranks two answers, "
-        "while fine-tuning here learns from one",
+        "while objective: sft learns from one",
         hint=hint,
     )
 

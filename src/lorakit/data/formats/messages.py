@@ -90,8 +90,8 @@ def parse_messages(cells: RowFields, column: str) -> list[Message]:
 
 # Keys of messages between people.
 _SENDERS = {"from_id", "sender", "sender_name", "author", "user", "username", "speaker"}
-# The two columns of one conversation: a system text is added to both together.
-_HALVES = ("prompt", "completion", "history")
+# Columns with parts of one conversation: a system text is added to all together.
+_HALVES = ("prompt", "completion", "history", "chosen", "rejected")
 
 
 def is_turn_list(value: Any) -> bool:

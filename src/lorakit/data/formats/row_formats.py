@@ -186,16 +186,16 @@ def guess_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None) 
     columns = dict(columns or {})
     source = rows[0].origin.source
     present = list(dict.fromkeys(str(key) for row in rows for key in row.values))
-    _check_columns(columns, present, source)
-    renamed = [set(_rename(row.values, columns)) for row in rows]
+    check_columns(columns, present, source, PARTS)
+    keys_of = [set(renamed(row.values, columns)) for row in rows]
     scores = {
-        f.name: sum(set(f.needs) <= keys for keys in renamed)
+        f.name: sum(set(f.needs) <= keys for keys in keys_of)
         for f in FORMATS
         if set(columns) <= {*f.needs, *f.may}
     }
     name = max(scores, key=lambda n: scores[n], default="")
     name = name if scores.get(name) else ""
-    pairs = sum({"chosen", "rejected"} <= keys for keys in renamed)
+    pairs = sum({"chosen", "rejected"} <= keys for keys in keys_of)
     if 2 * pairs > len(rows):
         raise preference_data(rows, source)
     # Messages of people have a column `text` too, which alone would be trained as plain text.
@@ -255,10 +255,10 @@ def to_conversation(row: Row, guess: FormatGuess, system: str | None) -> Convers
     Raises:
         RowError: a column is missing, null, empty or of a wrong type; names row and column.
     """
-    cells = RowFields(_rename(row.values, guess.columns), row.origin, guess.columns)
+    cells = RowFields(renamed(row.values, guess.columns), row.origin, guess.columns)
     fmt = _BY_NAME[guess.name]
     _refuse_other_format(cells, fmt)
-    _refuse_media(cells)
+    refuse_media(cells)
     content = fmt.convert(cells)
     if isinstance(content, str):
         return Document(content, row.origin)
@@ -297,7 +297,7 @@ def _refuse_other_format(cells: RowFields, fmt: RowFormat) -> None:
         )
 
 
-def _refuse_media(cells: RowFields) -> None:
+def refuse_media(cells: RowFields) -> None:
     """Refuse a row with an image, video or sound: without it the answer is about nothing."""
     for column in MEDIA & cells.values.keys():
         if cells.values[column]:
@@ -308,7 +308,8 @@ def _refuse_media(cells: RowFields) -> None:
             )
 
 
-def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Give the cells of a row the names of their parts."""
     taken = set(columns.values())
     # NaN is pandas' empty cell.
     kept = {
@@ -319,13 +320,20 @@ def _rename(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     return kept | {part: values[column] for part, column in columns.items() if column in values}
 
 
-def _check_columns(columns: Mapping[str, str], present: Sequence[str], source: str) -> None:
+def check_columns(
+    columns: Mapping[str, str], present: Sequence[str], source: str, parts: Sequence[str]
+) -> None:
+    """Check the recipe's `columns`: part -> column.
+
+    Raises:
+        DataError: a part is none of `parts`, or a column is not in the source.
+    """
     for part, column in columns.items():
-        if part not in PARTS:
-            swapped = f"; did you mean {{{column}: {part}}}?" if column in PARTS else ""
+        if part not in parts:
+            swapped = f"; did you mean {{{column}: {part}}}?" if column in parts else ""
             raise DataError(
                 f"columns: {part!r} is not a part of a row{swapped}",
-                hint=f"parts: {', '.join(PARTS)}",
+                hint=f"parts: {', '.join(parts)}",
             )
         if column not in present:
             near = difflib.get_close_matches(column, present, n=1)
@@ -339,7 +347,7 @@ def _check_columns(columns: Mapping[str, str], present: Sequence[str], source: s
 def _no_format(
     rows: Sequence[Row], present: Sequence[str], columns: Mapping[str, str], source: str
 ) -> DataError:
-    have = set(_rename(dict.fromkeys(present), columns))
+    have = set(renamed(dict.fromkeys(present), columns))
     nearest = max(FORMATS, key=lambda f: len(have.intersection(f.needs)) / len(f.needs))
     if not have.intersection(nearest.needs):
         nearest = _BY_NAME["instruction/response"]

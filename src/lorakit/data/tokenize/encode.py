@@ -34,6 +34,7 @@ from lorakit.data.tokenize.batch_tokenizer import (
 )
 from lorakit.data.tokenize.documents import as_instructions, encode_document
 from lorakit.data.tokenize.example_checks import verify_example
+from lorakit.data.tokenize.pairs import encode_pairs
 from lorakit.data.tokenize.spans import Draft, Span, find_spans
 from lorakit.data.tokenize.truncate import split_conversation
 from lorakit.recipe.schema import Recipe
@@ -126,8 +127,23 @@ def encode_many(
 ) -> Iterator[tuple[Conversation | Document, list[Example] | RowError]]:
     """Yield each item with its examples, or with the error for which it cannot be used.
 
-    Texts are tokenized in blocks, on all cores, while the next block is rendered.
+    Texts are tokenized in blocks, on all cores, while the next block is rendered. A pair becomes
+    one example, see `tokenize/pairs.py`.
     """
+
+    def encode_sides(
+        sides: Iterable[Conversation | Document], on_overlength: str, counted: IssueLog
+    ) -> Iterator[tuple[Conversation | Document, list[Example] | RowError]]:
+        single = replace(rules, on_overlength=on_overlength)
+        return _encode_each(tokenizer, sides, single, counted)
+
+    yield from encode_pairs(items, encode_sides, rules.on_overlength, rules.train_on_thoughts, log)
+
+
+def _encode_each(
+    tokenizer: Any, items: Iterable[Conversation | Document], rules: EncodeConfig, log: IssueLog
+) -> Iterator[tuple[Conversation | Document, list[Example] | RowError]]:
+    """Encode items without pairs."""
     blocks = (
         [(item, _try_draft(tokenizer, item, rules)) for item in block] for block in _blocks(items)
     )
