@@ -70,9 +70,12 @@ _REASONS = {
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run over `examples` examples; the last step of an epoch may be short."""
+    """Optimizer steps of a run over `examples` rows; the last step of an epoch may be short."""
     if recipe.max_steps is not None:
         return recipe.max_steps
+    if recipe.objective == "grpo":  # the last prompts of an epoch share a step with the next ones
+        rollouts = math.ceil(examples * recipe.epochs / recipe.rows_per_step)
+        return max(1, rollouts) * recipe.num_iterations
     per_epoch = math.ceil(examples / recipe.examples_per_step)
     return max(1, math.ceil(per_epoch * recipe.epochs))
 
@@ -111,6 +114,12 @@ def check_training_settings(
             )
     if recipe.compares_steps:
         _check_best_step(recipe, steps, held_out)
+    if recipe.eval_every and recipe.objective == "grpo":
+        raise RecipeError(
+            f"eval_every: {recipe.eval_every} has no effect with objective: grpo, whose reward is "
+            "measured at each step",
+            hint="leave eval_every out; held-out prompts (val_size) are scored at the end",
+        )
     if recipe.eval_every and not held_out:
         raise RecipeError(
             f"eval_every: {recipe.eval_every} has no effect, because no rows are held out",
@@ -221,7 +230,7 @@ def training_arguments(
     arguments: dict[str, Any] = {
         "output_dir": str(run.path),
         # One batch of the loader is one optimizer step; `training_step` splits it.
-        "per_device_train_batch_size": recipe.examples_per_step,
+        "per_device_train_batch_size": recipe.rows_per_step,
         "gradient_accumulation_steps": 1,
         "max_steps": steps,
         "learning_rate": recipe.learning_rate,
