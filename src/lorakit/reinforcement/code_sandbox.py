@@ -96,7 +96,7 @@ os._exit(0)
 
 
 @dataclass(frozen=True, slots=True)
-class TestRun:
+class SandboxRun:
     """Result of a program with its tests; `isolation` is "all", "network" or "no"."""
 
     passed: bool
@@ -110,7 +110,7 @@ def code_in(text: str) -> str:
     return str(blocks[-1]) if blocks else text
 
 
-def run_tests(code: str, tests: str, seconds: float, memory: int) -> TestRun:
+def run_tests(code: str, tests: str, seconds: float, memory: int) -> SandboxRun:
     """Run code followed by its tests.
 
     Args:
@@ -143,10 +143,10 @@ def run_tests(code: str, tests: str, seconds: float, memory: int) -> TestRun:
                 child.communicate(timeout=GRACE_SECONDS)
     state, _, rest = out.partition(b"\n")
     isolation = str(json.loads(state)) if state else "unknown"
-    return TestRun(rest == word.encode(), late, isolation)
+    return SandboxRun(rest == word.encode(), late, isolation)
 
 
-def tests_of(value: Any) -> str:
+def joined_tests(value: Any) -> str:
     """Tests of a row as a program: a text, or a list of lines such as assert statements."""
     if isinstance(value, list | tuple):
         return "\n".join(map(str, value))
@@ -175,13 +175,13 @@ class UnitTests:
         self._describe([run for run in runs if run is not None])
         return [None if run is None else float(run.passed) for run in runs]
 
-    def _run(self, attempt: Any) -> TestRun | None:
-        tests = tests_of(attempt.fields.get(self.column))
+    def _run(self, attempt: Any) -> SandboxRun | None:
+        tests = joined_tests(attempt.fields.get(self.column))
         if not tests.strip():
             return None
         return run_tests(code_in(attempt.text), tests, self.seconds, self.memory * 2**20)
 
-    def _describe(self, runs: Sequence[TestRun]) -> None:
+    def _describe(self, runs: Sequence[SandboxRun]) -> None:
         known = [run.isolation for run in runs if run.isolation != "unknown"]
         if self.described or not known:
             return

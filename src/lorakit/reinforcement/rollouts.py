@@ -84,7 +84,7 @@ class _Draw(LogitsProcessor):
         top_k, top_p = self.settings.top_k, self.settings.top_p
         if top_k == 0 and top_p == 1:
             return p
-        ordered, index = p.sort(-1, descending=True, stable=True)
+        ordered, index = p.sort(dim=-1, descending=True, stable=True)
         if top_k:
             ordered = ordered.clone()
             ordered[:, top_k:] = 0
