@@ -25,7 +25,6 @@ from transformers.trainer_callback import ExportableState
 from lorakit.data.batching import Batch, step_batches
 from lorakit.engine.attach import to_device
 from lorakit.errors import LorakitError, RunError, WorkError
-from lorakit.reinforcement.alarms import RolloutAlarms
 from lorakit.reinforcement.log_probs import ReferenceWeights, completion_log_probs
 from lorakit.reinforcement.policy_loss import (
     OLD,
@@ -52,6 +51,7 @@ from lorakit.reinforcement.rollouts import Completion, Sampler, SamplingSettings
 from lorakit.storage.run_dir import read_metrics
 from lorakit.train.gradient_sync import local_examples
 from lorakit.train.oom import reserve_optimizer_memory
+from lorakit.train.rollout_alarms import RolloutAlarms
 from lorakit.train.step_inputs import StepInputs
 from lorakit.train.trainer import LoraTrainer
 from lorakit.types import IGNORE, Device, Example, ScoredExample

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lorakit.data.conversations import read_conversations
+from lorakit.data.dataset import Item, read_validation
+from lorakit.data.tokenize.encode import prompt_ids
+from lorakit.inference.evaluate import evaluate_loaded
 from lorakit.inference.generate import base_answers
+from lorakit.model.load import LoadedRun
 from lorakit.recipe.schema import Recipe
-from lorakit.reinforcement.prompt_schedule import PromptRows
+from lorakit.reinforcement.prompt_schedule import Prompt, prompt_of
 from lorakit.reinforcement.rewards import Attempt, RewardSet
 from lorakit.reinforcement.rollouts import Sampler, SamplingSettings, uniform_draws
-from lorakit.types import EvalResult, Sample
+from lorakit.types import Conversation, EvalResult, Sample
 
 # Prompts that are sampled, each once by base and once by tuned, and answers that are shown.
 MOST_PROMPTS, SHOWN = 128, 4
@@ -21,13 +27,38 @@ MOST_PROMPTS, SHOWN = 128, 4
 DRAWS = 2**31 - 1
 
 
+def evaluate_held_out(loaded: LoadedRun, data: str | None, samples: int) -> EvalResult:
+    """Score the held-out rows of a run, or `data`: rewards for `grpo`, else losses.
+
+    Raises:
+        LorakitError: `data` or a reward function cannot be used.
+    """
+    recipe, run, tokenizer = loaded.recipe, loaded.run, loaded.tokenizer
+    if recipe.objective != "grpo":
+        return evaluate_loaded(loaded, data, samples)
+    items: Sequence[Item]
+    if data is None:
+        items = read_validation(run.validation)
+    else:
+        items = read_conversations([data], recipe, [Path()])[0][:MOST_PROMPTS]
+    prompts = [
+        prompt_of(item, prompt_ids(tokenizer, item.messages[:-1], item.tools))
+        for item in items[:MOST_PROMPTS]
+        if isinstance(item, Conversation)
+    ]
+    rewards = RewardSet(recipe, [Path(), run.path], print)
+    label = data or "the run's held-out prompts"
+    return evaluate_rewards(loaded.model, tokenizer, prompts, rewards, recipe, label, samples)
+
+
 def evaluate_rewards(
     model: Any,
     tokenizer: Any,
-    prompts: PromptRows,
+    prompts: Sequence[Prompt],
     rewards: RewardSet,
     recipe: Recipe,
     label: str,
+    shown: int = SHOWN,
 ) -> EvalResult:
     """Sample a completion of base and tuned for each held-out prompt, and score both.
 
@@ -36,7 +67,7 @@ def evaluate_rewards(
     Args:
         label: name of the data in the result.
     """
-    chosen = list(itertools.islice(iter(prompts), MOST_PROMPTS))
+    chosen = list(prompts[:MOST_PROMPTS])
     settings = SamplingSettings(
         recipe.max_completion_length, recipe.temperature, recipe.top_p, recipe.top_k
     )
@@ -72,4 +103,4 @@ def evaluate_rewards(
         for name in tuned
         if name in base
     }
-    return EvalResult(None, None, label, tuple(samples[:SHOWN]), metrics)
+    return EvalResult(None, None, label, tuple(samples[:shown]), metrics)

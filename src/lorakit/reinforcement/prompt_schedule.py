@@ -24,6 +24,12 @@ class Prompt:
     origin: Origin
 
 
+def prompt_of(item: Conversation, ids: list[int]) -> Prompt:
+    """The prompt of a conversation whose last turn has the columns of its row."""
+    turns = [message.as_dict() for message in item.messages[:-1]]
+    return Prompt(turns, ids, item.messages[-1].extra.get(FIELDS, {}), item.origin)
+
+
 class PromptRows(Sequence[Prompt]):
     """Prepared prompts with the columns of their rows, read from disk on access."""
 
@@ -40,9 +46,7 @@ class PromptRows(Sequence[Prompt]):
         place = np.array([self.places[number]], np.int64)
         item = self.items.select(place)[0]
         assert isinstance(item, Conversation)
-        turns = [message.as_dict() for message in item.messages[:-1]]
-        fields = item.messages[-1].extra[FIELDS]
-        return Prompt(turns, self.examples[number].input_ids, fields, item.origin)
+        return prompt_of(item, self.examples[number].input_ids)
 
 
 class PromptSchedule:

@@ -3,7 +3,7 @@
 import pytest
 
 from lorakit.recipe.schema import Recipe
-from lorakit.reinforcement.alarms import WINDOW, RolloutAlarms
+from lorakit.train.rollout_alarms import WINDOW, RolloutAlarms
 
 RECIPE = Recipe.model_validate(
     {
