@@ -31,7 +31,7 @@ from lorakit.planning.known_models import shape_config
 from lorakit.planning.multi_gpu import shared_device
 from lorakit.planning.planner import plan_training
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import PAIR_OBJECTIVES, Recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.storage.units import GIB
 from lorakit.train.progress import TrainingProgress
@@ -62,7 +62,8 @@ def run_bench(
 
     Args:
         lengths: "fixed": every example has exactly `seq` tokens, all of them trained. "mixed":
-            lognormal lengths like those of instruction data (mean 275 tokens), 60% trained.
+            lognormal lengths like those of instruction data (mean 275 tokens), 60% trained. The
+            sequences of preference pairs have `seq` tokens each, half of them a common prompt.
 
     Returns:
         JSON-ready result: tokens_per_second (median over the timed steps), peak_allocated_gib
@@ -166,6 +167,7 @@ def _measured(clock: _Clock, meter: _Meter) -> dict[str, Any]:
         "peak_process_gib": round(meter.process / GIB, 3),
         "peak_host_gib": round(host_peak() / GIB, 3),
         "step_seconds": [round(s, 4) for s in clock.seconds],
+        "reference_seconds": round(clock.reference_seconds, 2),
         "tokens_per_step": round(statistics.mean(clock.tokens)),
     }
 
@@ -174,9 +176,11 @@ def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clo
     """Train and return the clock and the trainer."""
     recipe = job.recipe
     count = (recipe.max_steps or 1) * recipe.examples_per_step
-    examples = _random_examples(
-        count, recipe.cutoff_len, job.config.get_text_config().vocab_size, job.lengths
-    )
+    vocabulary = job.config.get_text_config().vocab_size
+    if recipe.objective in PAIR_OBJECTIVES:
+        examples = random_pairs(count, recipe.cutoff_len, vocabulary)
+    else:
+        examples = _random_examples(count, recipe.cutoff_len, vocabulary, job.lengths)
     with tempfile.TemporaryDirectory() as folder, meter:
         run = RunDir(Path(folder))
         trainer = LoraTrainer(
@@ -195,6 +199,9 @@ def _train(model: Any, job: _Job, meter: _Meter, console: Console) -> tuple[_Clo
         clock = _Clock(job.device, trainer)
         trainer.add_callback(clock)
         trainer.args.save_strategy = "no"
+        began = time.perf_counter()
+        trainer.prepare_reference(resuming=False)
+        clock.reference_seconds = time.perf_counter() - began
         trainer.train()
     return clock, trainer
 
@@ -225,6 +232,21 @@ def _random_examples(count: int, seq: int, vocabulary: int, lengths: str) -> lis
     return examples
 
 
+def random_pairs(count: int, seq: int, vocabulary: int) -> list[Example]:
+    """Preference pairs of random tokens: two sequences of `seq` tokens, half of them a prompt."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    pairs, prompt = [], max(1, seq // 2)
+    for row in range(1, count + 1):
+        asked = generator.integers(10, vocabulary - 10, prompt).tolist()
+        answers = generator.integers(10, vocabulary - 10, (2, seq - prompt)).tolist()
+        ids = [token for answer in answers for token in (*asked, *answer)]
+        labels = [label for answer in answers for label in (*[IGNORE] * prompt, *answer)]
+        pairs.append(Example(ids, labels, Origin("random", row), second=seq))
+    return pairs
+
+
 def _word_tokenizer() -> Any:
     """Make a tokenizer for the trainer, which needs only its pad id for random ids."""
     from tokenizers import Tokenizer
@@ -242,7 +264,7 @@ class _Clock(TrainerCallback):
         self.device, self.trainer = device, trainer
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        self.start = 0.0
+        self.start = self.reference_seconds = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if not self.seconds:

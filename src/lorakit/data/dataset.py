@@ -383,8 +383,8 @@ def to_example(row: Mapping[str, Any]) -> Example:
         row["input_ids"],
         row["labels"],
         Origin(row["source"], row["row"]),
-        row["second"],
-        None if row["good"] == NO_LABEL else bool(row["good"]),
+        row.get("second", 0),
+        None if row.get("good", NO_LABEL) == NO_LABEL else bool(row["good"]),
         tuple(row.get("reference", ())),
     )
 

@@ -20,6 +20,9 @@ from lorakit.train.preference_reference import ReferenceStore, answer_logps, seq
 from lorakit.train.preference_rows import PreferenceRows, TrainerRows
 from lorakit.types import Example
 
+# Rows whose rewards are computed twice to measure rounding.
+ROUNDING_ROWS = 4
+
 
 class PreferenceRun:
     """State of the training with a preference objective.
@@ -43,7 +46,7 @@ class PreferenceRun:
         together: bool,
         note: Callable[[str], None],
     ) -> None:
-        self.objective = PreferenceObjective(recipe, device)
+        self.objective, self.recipe = PreferenceObjective(recipe, device), recipe
         self.paired = recipe.objective in PAIR_OBJECTIVES
         self.pad_id, self.ranks, self.together, self.note = pad_id, ranks, together, note
         self.train = PreferenceRows(train, mismatch=not self.paired)
@@ -84,9 +87,19 @@ class PreferenceRun:
                 self.store.write(values, keys)
             count = sum(len(parts[part]) for part in missing)
             self.note(
-                f"reference log-probabilities of {count:,} rows under the model at the start, in "
-                f"{time.monotonic() - began:.0f} s"
+                f"reference log-probabilities of {count:,} rows in {time.monotonic() - began:.0f} "
+                f"s; {self.recipe.dtype} rounds a reward by about {self._rounding(model):.1g}"
             )
+
+    def _rounding(self, model: Any) -> float:
+        """Mean difference between rewards in a batch and alone, over a few rows.
+
+        Other shapes are computed in another order, in steps as in the reference.
+        """
+        few = [self.train[i] for i in range(min(ROUNDING_ROWS, len(self.train)))]
+        alone = np.concatenate([self._logps(model, [row]) for row in few])
+        difference = np.abs(alone - [row.reference for row in few]).mean()
+        return self.objective.beta * float(difference)
 
     def _logps(self, model: Any, rows: Sequence[Example]) -> NDArray[np.float32]:
         return answer_logps(model, rows, self.pad_id, self.ranks, self.together, self.note)

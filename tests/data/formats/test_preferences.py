@@ -90,9 +90,11 @@ def test_earlier_answers_are_context_and_later_turns_are_compared():
 
 def test_system_texts_and_named_columns():
     value = {"frage": "Which?", "system": "Be kind.", "gut": "This one.", "schlecht": "None."}
-    columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
-    (pair,) = convert(value, columns=columns, system="Unused.")
-    assert pair.messages[0] == pair.rejected[0] == Message("system", "Be kind.")
+    for prompt in ("prompt", "instruction"):
+        columns = {prompt: "frage", "chosen": "gut", "rejected": "schlecht"}
+        (pair,) = convert(value, columns=columns, system="Unused.")
+        assert pair.messages[0] == pair.rejected[0] == Message("system", "Be kind.")
+        assert pair.messages[1] == Message("user", "Which?")
     (pair,) = convert(FORMS["lists"], system="From the recipe.")
     assert pair.messages[0] == pair.rejected[0] == Message("system", "From the recipe.")
 

@@ -267,6 +267,29 @@ def test_a_packed_row_names_the_tokens_of_the_file_or_the_default():
     assert "2048 tokens" in texts["packing (not written)"]
 
 
+@pytest.mark.parametrize(
+    ("tool", "given", "expected"),
+    [
+        ("axolotl", {"rl": "dpo", "rl_beta": 0.3}, {"objective": "dpo", "beta": 0.3}),
+        ("axolotl", {"rl": "simpo", "simpo_gamma": 1.2},
+         {"objective": "simpo", "simpo_gamma": 1.2}),
+        ("llama_factory", {"stage": "dpo", "pref_beta": 0.2}, {"objective": "dpo", "beta": 0.2}),
+        ("llama_factory", {"pref_loss": "orpo", "stage": "dpo"}, {"objective": "orpo"}),
+        ("llama_factory", {"stage": "kto", "kto_chosen_weight": 1.5},
+         {"objective": "kto", "desirable_weight": 1.5}),
+    ],
+)  # fmt: skip
+def test_objectives_are_translated(tool, given, expected):
+    values = imported(tool, **given).values
+    assert expected.items() <= values.items()
+
+
+def test_a_loss_that_lorakit_lacks_is_not_taken_for_dpo():
+    state = imported("llama_factory", stage="dpo", pref_loss="hinge")
+    assert "objective" not in state.values
+    assert "pref_loss hinge" in state.left["stage"]
+
+
 def test_a_refused_value_names_what_stays_and_no_default_takes_its_place():
     state = imported("axolotl", lr_scheduler="rex", lora_dropout=1.5)
     assert state.left["lr_scheduler"].startswith("rex: input should be 'linear'")
@@ -420,7 +443,6 @@ def test_columns_of_dataset_info(tmp_path, columns, stage, expected):
 @pytest.mark.parametrize(
     "entry",
     [
-        {"ranking": True},
         {"columns": {"images": "images"}},
         {"num_samples": 5},
         {"tags": {"role_tag": "who"}},

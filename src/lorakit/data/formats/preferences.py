@@ -44,6 +44,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "context": ("input", "context"),
     "tools": ("functions",),
 }
+# Parts of other formats under which a recipe may name a column.
+_FORMER = {
+    **dict.fromkeys(("instruction", "question", "query"), "prompt"),
+    **dict.fromkeys(("response", "answer", "output", "messages", "conversations"), "completion"),
+    "input": "context",
+}
 _PAIR = ("chosen", "rejected")
 _JUDGED = ("completion", "label")
 _OPTIONAL = ("prompt", "context", "system", "tools", "history")
@@ -64,6 +70,7 @@ def guess_preferences(
     Raises:
         DataError: a column that `objective` needs is missing.
     """
+    columns = {_FORMER.get(part, part): column for part, column in columns.items()}
     source = rows[0].origin.source
     present = list(dict.fromkeys(str(key) for row in rows for key in row.values))
     check_columns(columns, present, source, _PARTS)

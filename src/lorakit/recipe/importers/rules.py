@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from lorakit.errors import RecipeError
-from lorakit.recipe.schema import METHOD_DEFAULTS, Recipe
+from lorakit.recipe.schema import METHOD_DEFAULTS, OBJECTIVE_KEYS, PREFERENCE_OBJECTIVES, Recipe
 
 Status = Literal["translated", "not_needed", "untranslated", "default"]
 # Columns that lorakit recognizes by name, besides those named after their part.
@@ -164,8 +164,11 @@ def to_recipe_type(key: str, value: Any) -> Any:
         if key == "report_to":
             value = [name.lower() for name in value if is_on(name)]
         value = "all-linear" if (key, value) == ("target_modules", ["all-linear"]) else value
+    given = {"model": "-", "data": "-", key: value}
+    if key in OBJECTIVE_KEYS:
+        given["objective"] = OBJECTIVE_KEYS[key][0]
     try:  # unlike in a recipe, numbers may be text: YAML 1.1 reads 1e-4 as text
-        recipe = Recipe.model_validate({"model": "-", "data": "-", key: value}, strict=False)
+        recipe = Recipe.model_validate(given, strict=False)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Value error, ", "").replace("Input", "input", 1)
         raise Unmapped("untranslated", f"{short(value)}: {reason}") from error
@@ -324,7 +327,22 @@ def template_variables(key: str, value: Any, state: Imported) -> dict[str, Any]:
     return {"template_kwargs": state.values.get("template_kwargs", {}) | given}
 
 
+def stage(key: str, value: Any, state: Imported) -> dict[str, Any]:
+    """Map LLaMA-Factory's stage to the objective, or to `documents` for plain texts."""
+    named = normalized_value(value)
+    if named == "pt":
+        return {"documents": "completion"}
+    if named not in PREFERENCE_OBJECTIVES:
+        raise Unmapped("not_needed", "as here")
+    loss = normalized_value(state.source.get("pref_loss") or "sigmoid")
+    objective = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}.get(loss)
+    if named == "dpo" and objective is None:
+        raise Unmapped("untranslated", f"pref_loss {short(loss)}: not an objective of lorakit")
+    return {"objective": objective if named == "dpo" else named}
+
+
 FUNCTIONS = {
+    "stage": stage,
     "data_sets": data_sets,
     "named_data_sets": named_data_sets,
     "template_variables": template_variables,
