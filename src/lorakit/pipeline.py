@@ -291,14 +291,7 @@ def _fit(
 ) -> TrainResult:
     start = prepare_run(resolved, console, force, ranks, resume=resume, tokenizer=objects.tokenizer)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    fingerprint = run_fingerprint(
-        recipe,
-        prepared.train,
-        start.tokenizer,
-        ranks.world_size,
-        _start_hash(run, recipe, resume),
-        start.rewards and start.rewards.digest(prepared.train.content_hashes),
-    )
+    fingerprint = _fingerprint(run, start, resume, ranks)
     checkpoint = ranks.run_on_main_and_broadcast(
         lambda: _write_run_files(run, start, fingerprint, resume, console)
     )
@@ -364,6 +357,21 @@ def _fit(
     if prepared.val and (ranks.is_main or trainer.sharded):
         evaluation = _evaluate(run, model, start, ranks, objects, console, preferences)
     return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit, best=best)
+
+
+def _fingerprint(
+    run: RunDir, start: PreparedRun, resume: bool, ranks: DistributedContext
+) -> dict[str, Any]:
+    """Everything that affects training steps, to compare on a resume."""
+    recipe, train, rewards = start.resolved.recipe, start.prepared.train, start.rewards
+    return run_fingerprint(
+        recipe,
+        train,
+        start.tokenizer,
+        ranks.world_size,
+        _start_hash(run, recipe, resume),
+        None if rewards is None else rewards.digest(train.content_hashes),
+    )
 
 
 def _trainer_class(start: PreparedRun) -> Callable[..., LoraTrainer]:

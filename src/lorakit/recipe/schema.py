@@ -489,7 +489,9 @@ class Recipe(BaseModel):
     def rewards(self) -> list[RewardFunction]:
         """`reward_funcs`, each with its settings."""
         entries = self.reward_funcs
-        return [RewardFunction(name=e) if isinstance(e, str) else e for e in entries]
+        return [
+            RewardFunction.model_validate({"name": e}) if isinstance(e, str) else e for e in entries
+        ]
 
     @property
     def policy_temperature(self) -> float:

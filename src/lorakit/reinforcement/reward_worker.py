@@ -90,7 +90,7 @@ def reply_to(function: Callable[..., Any], values: dict[str, Any], path: Path | 
     return {"values": numbers}
 
 
-def main(requests: int, replies: int, spec: dict[str, str]) -> None:
+def answer_calls(requests: int, replies: int, spec: dict[str, str]) -> None:
     """Answer calls until the pipe closes."""
     path = Path(spec["file"]) if "file" in spec else None
     with os.fdopen(requests, encoding="utf-8") as calls, os.fdopen(replies, "w") as out:
@@ -110,4 +110,4 @@ def main(requests: int, replies: int, spec: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    answer_calls(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -112,7 +112,8 @@ def training_examples(
     lengths = [len(c.ids) for c in completions]
     weights = token_weights(recipe.loss_type, lengths, counted, recipe.max_completion_length)
     rows = zip(batch.completions, batch.advantages, weights, counted, itertools.count())
-    examples, spare = [], []
+    examples: list[ScoredExample] = []
+    spare: list[ScoredExample] = []
     for scored, advantage, weight, kept, number in rows:
         used = kept and (advantage != 0 or recipe.beta_value > 0)
         weight = weight if used else 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -430,7 +430,7 @@ class LoraTrainer(ResumableTrainer):
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A step that is prepared at its first call; accelerate fetches it one step ahead."""
-        self.next_step = functools.cache(functools.partial(self._ready, rows))
+        self.next_step: Callable[[], Any] = functools.cache(functools.partial(self._ready, rows))
         return {"ready": self.next_step}
 
     def _ready(self, rows: Sequence[dict[str, Any]]) -> StepInputs:
