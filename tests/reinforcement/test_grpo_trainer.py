@@ -8,10 +8,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from lorakit.data.prepare import prepare_data
 from lorakit.errors import WorkError
+from lorakit.model.load import load_run
 from lorakit.pipeline import fit
 from lorakit.reinforcement import grpo_trainer
 from lorakit.reinforcement.grpo_trainer import GrpoTrainer
+from lorakit.reinforcement.held_out import evaluate_held_out
+from lorakit.report.page import write_report
 from lorakit.storage.run_dir import RunDir, read_lines, read_metrics
 
 QUIET = Console(stderr=True, quiet=True)
@@ -205,3 +209,25 @@ def test_held_out_prompts_are_scored_for_base_and_tuned(grpo):
     assert scores["metrics"]["reward"]["rows"] == 4
     assert set(scores["metrics"]["reward"]) == {"base", "tuned", "rows"}
     assert scores["samples"][0]["prompt"].startswith("What color")
+    page = write_report(result.run).read_text()
+    assert "reward of held-out prompts" in page
+    assert "of step 3" in page  # its completions
+    again = evaluate_held_out(load_run(result.run), None, 1)
+    assert again.metrics == scores["metrics"]
+    assert len(again.samples) == 1
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(grpo, tokenizer, tiny_data, tmp_path):
+    long = {"question": "why " * 200, "answer": "so"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(tiny_data.read_text() + json.dumps(long) + "\n" + '{"question": "Q"}\n')
+    recipe = grpo("long", reward_funcs=["exact_answer"]).recipe.model_copy(
+        update={"data": str(path)}
+    )
+    prepared = prepare_data(recipe, tokenizer)
+    faults = {fault.kind: fault.first_rows for fault in prepared.report.faults}
+    assert faults["prompt too long"] == ("rows.jsonl:31",)
+    assert faults["no answer"] == ("rows.jsonl:32",)
+    assert len(prepared.train) == 30
+    assert not prepared.train.trained.any()
+    assert prepared.report.longest_example == prepared.train.lengths.max() + 4

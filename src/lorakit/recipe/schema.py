@@ -488,9 +488,9 @@ class Recipe(BaseModel):
     @property
     def rewards(self) -> list[RewardFunction]:
         """`reward_funcs`, each with its settings."""
-        entries = self.reward_funcs
         return [
-            RewardFunction.model_validate({"name": e}) if isinstance(e, str) else e for e in entries
+            RewardFunction.model_validate({"name": entry}) if isinstance(entry, str) else entry
+            for entry in self.reward_funcs
         ]
 
     @property
