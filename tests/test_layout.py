@@ -25,6 +25,7 @@ LAYERS = [
     {"report"},
     {"inference"},
     {"evaluation"},
+    {"reinforcement"},
     {"export"},
     {"objects", "serve"},
     {"pipeline"},

@@ -10,9 +10,10 @@ from __future__ import annotations
 import datetime
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ from lorakit.planning.multi_gpu import shared_device
 from lorakit.planning.planner import plan_for_data
 from lorakit.recipe.loader import ResolvedRecipe
 from lorakit.recipe.schema import Recipe
+from lorakit.reinforcement.grpo_trainer import GrpoTrainer
+from lorakit.reinforcement.held_out import evaluate_rewards
+from lorakit.reinforcement.prompt_schedule import PromptRows
+from lorakit.reinforcement.rewards import RewardSet
 from lorakit.report.page import renew_report
 from lorakit.storage.best_record import BestStep
 from lorakit.storage.run_dir import RunDir, read_metrics, write_json
@@ -110,6 +115,7 @@ class PreparedRun:
     plan: MemoryPlan
     tokens_per_second: float | None
     scorer: TrainingScorer | None = None
+    rewards: RewardSet | None = None
 
     def plan_as_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `plan.json`."""
@@ -195,7 +201,10 @@ def _prologue(
         resolved = resolved.derive("today, which the chat template prints", template_date=today)
     prepared = prepare_data(resolved.recipe, tokenizer, folders)
     check_tokens_occur(tokenizer, resolved.recipe, prepared.train)
-    scorer = None
+    rewards = scorer = None
+    if resolved.recipe.objective == "grpo":
+        rewards = RewardSet(resolved.recipe, folders, console.print)
+        console.print(f"rewards  {rewards.describe()}")
     if resolved.recipe.eval_tasks:
         scorer = TrainingScorer(resolved.recipe, tokenizer, folders, console.print)
         console.print(f"tasks    {', '.join(scorer.directions)}")
@@ -218,7 +227,9 @@ def _prologue(
     console.print(f"speed    {estimate}")
     if not force:
         require_plan_fits(planned, config, device, plan)
-    return PreparedRun(resolved, location, device, tokenizer, prepared, plan, speed, scorer)
+    return PreparedRun(
+        resolved, location, device, tokenizer, prepared, plan, speed, scorer, rewards
+    )
 
 
 def fit(
@@ -284,9 +295,7 @@ def _fit(
 ) -> TrainResult:
     start = prepare_run(resolved, console, force, ranks, resume=resume, tokenizer=objects.tokenizer)
     recipe, device, prepared = start.resolved.recipe, start.device, start.prepared
-    fingerprint = run_fingerprint(
-        recipe, prepared.train, start.tokenizer, ranks.world_size, _start_hash(run, recipe, resume)
-    )
+    fingerprint = _fingerprint(run, start, resume, ranks)
     checkpoint = ranks.run_on_main_and_broadcast(
         lambda: _write_run_files(run, start, fingerprint, resume, console)
     )
@@ -307,7 +316,7 @@ def _fit(
     began = time.perf_counter()
     reported = oom_as_error("placing the model on its device", OOM_HINT)
     with reported, catch_signals(alone=ranks.world_size == 1) as stop:
-        trainer = LoraTrainer(
+        trainer = _trainer_class(start)(
             model,
             start.tokenizer,
             recipe,
@@ -354,6 +363,29 @@ def _fit(
     return TrainResult(run, steps, seconds, final_loss, evaluation, unfit=unfit, best=best)
 
 
+def _fingerprint(
+    run: RunDir, start: PreparedRun, resume: bool, ranks: DistributedContext
+) -> dict[str, Any]:
+    """Everything that affects training steps, to compare on a resume."""
+    recipe, train, rewards = start.resolved.recipe, start.prepared.train, start.rewards
+    return run_fingerprint(
+        recipe,
+        train,
+        start.tokenizer,
+        ranks.world_size,
+        _start_hash(run, recipe, resume),
+        None if rewards is None else rewards.digest(train.content_hashes),
+    )
+
+
+def _trainer_class(start: PreparedRun) -> Callable[..., LoraTrainer]:
+    """The trainer of the recipe's objective."""
+    if start.rewards is None:
+        return LoraTrainer
+    prompts = PromptRows(start.prepared.train, start.prepared.train_conversations)
+    return partial(GrpoTrainer, rewards=start.rewards, prompts=prompts)
+
+
 def _save(run: RunDir, model: Any, start: PreparedRun) -> str | None:
     """Write the adapter; return the reason why engines cannot use it, or None."""
     recipe = start.resolved.recipe
@@ -385,10 +417,12 @@ def _model(
             base = load_base(recipe, start.location, device, on_host)
         check_vocabulary(start.tokenizer, base)
         model = add_adapter(base, recipe, token_rows(start.tokenizer, recipe))
-    if recipe.from_adapter and fresh:
+    referenced = start.rewards is not None and recipe.beta_value > 0
+    if recipe.from_adapter and (fresh or referenced):
         if start_folder(recipe) is None:
             raise RunError(
-                f"from_adapter: {recipe.from_adapter} is gone, and this run has no checkpoint yet",
+                f"from_adapter: {recipe.from_adapter} is gone, and "
+                + ("this run has no checkpoint yet" if fresh else "beta compares with it"),
                 hint="restore the adapter, or start a new run with --output",
             )
         load_adapter(model, Path(recipe.from_adapter))
@@ -486,16 +520,22 @@ def _evaluate(
 ) -> EvalResult:
     rows = start.prepared.val_conversations
     label = start.resolved.recipe.val_data or f"{len(rows)} row{'s' * (len(rows) > 1)} of the data"
-    result = evaluate(
-        model,
-        start.tokenizer,
-        start.prepared.val,
-        rows,
-        label,
-        metrics=objects.metrics,
-        note=console.print,
-        preferences=preferences,
-    )
+    if start.rewards is not None:
+        prompts = PromptRows(start.prepared.val, rows)
+        result = evaluate_rewards(
+            model, start.tokenizer, prompts, start.rewards, start.resolved.recipe, label
+        )
+    else:
+        result = evaluate(
+            model,
+            start.tokenizer,
+            start.prepared.val,
+            rows,
+            label,
+            metrics=objects.metrics,
+            note=console.print,
+            preferences=preferences,
+        )
     if start.scorer is not None:
         loaded = LoadedRun(run, start.resolved.recipe, start.device, model, start.tokenizer)
         stores = RunStores(run, loaded)

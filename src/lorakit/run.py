@@ -135,6 +135,7 @@ class Run:
         """
         from lorakit.evaluation.evaluate_run import EvalRequest, evaluate_run
         from lorakit.evaluation.judge import endpoint_of
+        from lorakit.reinforcement.held_out import evaluate_held_out
 
         request = EvalRequest(
             str(data) if data else None,
@@ -148,7 +149,9 @@ class Run:
         console = console or plain_console(file=sys.stdout, force_jupyter=False)
         loaded = self._model().loaded
         with silence_libraries(loaded.recipe.offline), literal(console):
-            return Evaluation.of(evaluate_run(self.folder, request, console, loaded)[0])
+            return Evaluation.of(
+                evaluate_run(self.folder, request, console, loaded, evaluate_held_out)[0]
+            )
 
     def chat(
         self,

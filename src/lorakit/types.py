@@ -141,6 +141,18 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredExample(Example):
+    """An example with numbers for each of its trained tokens, such as advantages.
+
+    `token_values` has lists of one number per trained token, with the same names in all examples
+    of a step, which begin with `token_`; a micro-batch has them as float32 tensors, in the order of
+    its targets.
+    """
+
+    token_values: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """One kind of fault in the data: its count, first rows, and the action taken."""
 

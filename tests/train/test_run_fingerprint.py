@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lorakit.data.prepare import prepare_data
 from lorakit.errors import RunError
+from lorakit.recipe.grpo_keys import GRPO_KEYS
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.run_dir import RunDir
 from lorakit.train.resume import (
@@ -98,6 +99,7 @@ MAY_CHANGE = {
     "offline": True,
     "memory_probe": True,
     "trust_remote_code": True,
+    "reward_funcs": ["numeric_answer"],  # compared by content
 }
 MAY_NOT_CHANGE = {
     "revision": "v2",
@@ -107,6 +109,21 @@ MAY_NOT_CHANGE = {
     "simpo_gamma": 1.0,
     "desirable_weight": 2.0,
     "undesirable_weight": 2.0,
+    "num_generations": 4,
+    "max_completion_length": 64,
+    "max_prompt_length": 64,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "loss_type": "dr_grpo",
+    "epsilon": 0.1,
+    "epsilon_high": 0.28,
+    "scale_rewards": "none",
+    "num_iterations": 2,
+    "mask_truncated_completions": True,
+    "use_bias_correction_kl": False,
+    "importance_sampling_mode": "token_truncate",
+    "importance_sampling_clip_max": 2.0,
     "columns": {"instruction": "q"},
     "system": "Be kind.",
     "val_size": 3,
@@ -157,9 +174,18 @@ BELONGS_TO = {
     "simpo_gamma": "simpo",
     "desirable_weight": "kto",
     "undesirable_weight": "kto",
+    **dict.fromkeys(GRPO_KEYS, "grpo"),
 }
+# What an objective needs besides.
+NEEDS = {"grpo": {"reward_funcs": ["exact_answer"]}}
 # Their product may not change.
 TOGETHER = {"micro_batch_size", "gradient_accumulation_steps"}
+
+
+def objective_of(key):
+    """Settings of the objective that reads `key`."""
+    name = BELONGS_TO.get(key)
+    return {"objective": name, **NEEDS.get(name, {})} if name else {}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +206,7 @@ def test_every_setting_is_known_to_be_harmless_or_not():
 
 @pytest.mark.parametrize("key", MAY_NOT_CHANGE)
 def test_any_setting_that_alters_a_step_is_refused_by_name(record, tmp_path, key):
-    same = {"objective": BELONGS_TO[key]} if key in BELONGS_TO else {}
+    same = objective_of(key)
     before, _ = record(**same)
     now = record(**same, **{key: MAY_NOT_CHANGE[key]})
     with pytest.raises(RunError) as caught:
@@ -193,8 +219,10 @@ def test_any_setting_that_alters_a_step_is_refused_by_name(record, tmp_path, key
 
 @pytest.mark.parametrize("key", MAY_CHANGE)
 def test_any_setting_that_alters_no_step_may_change(record, tmp_path, key):
-    before, _ = record()
-    check_resume_compatible(RunDir(tmp_path), before, *record(**{key: MAY_CHANGE[key]}))
+    same = objective_of(key)
+    before, _ = record(**same)
+    now = record(**{**same, key: MAY_CHANGE[key]})
+    check_resume_compatible(RunDir(tmp_path), before, *now)
 
 
 @pytest.mark.parametrize(

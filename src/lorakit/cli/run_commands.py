@@ -63,6 +63,7 @@ def evaluate_run(
     from lorakit.display.evaluation_view import evaluation_view
     from lorakit.evaluation.evaluate_run import EvalRequest, evaluate_run
     from lorakit.evaluation.judge import endpoint_of
+    from lorakit.reinforcement.held_out import evaluate_held_out
 
     request = EvalRequest(
         data,
@@ -75,7 +76,7 @@ def evaluate_run(
         judge_rows,
         max_new_tokens,
     )
-    result, failed = evaluate_run(opened, request, log)
+    result, failed = evaluate_run(opened, request, log, held_out=evaluate_held_out)
     if as_json:
         print_json({**result.as_dict(), "failed": failed})
     else:

@@ -18,6 +18,7 @@ from lorakit.data.formats.columns import ColumnWatch
 from lorakit.data.formats.marks import unknown_flags
 from lorakit.data.formats.normalize import clean_item
 from lorakit.data.formats.preferences import guess_preferences, to_preferences
+from lorakit.data.formats.prompts import check_references, guess_prompts, to_prompt
 from lorakit.data.formats.rendered import note_rendered
 from lorakit.data.formats.row_formats import GUESS_ROWS, FormatGuess, guess_format, to_conversation
 from lorakit.data.formats.tool_turns import has_null_arguments
@@ -41,9 +42,11 @@ def read_conversations(
     """
     contents = [content_key(name, folders) for name in names]
     skipped_files = [left_aside(name, folders) for name in names]
-    rules = [list(names), skipped_files, recipe.columns, recipe.system]
+    rules: list[Any] = [list(names), skipped_files, recipe.columns, recipe.system]
     if recipe.objective in PREFERENCE_OBJECTIVES:
         rules.append("pairs" if recipe.objective in PAIR_OBJECTIVES else "labels")
+    if recipe.objective == "grpo":
+        rules.append([entry.model_dump() for entry in recipe.rewards])
     key = None if None in contents else key_of("items", contents, rules)
 
     def write(path: Path) -> dict[str, Any]:
@@ -104,6 +107,8 @@ def _read_all(
 def _guess(first: Sequence[Row], recipe: Recipe) -> FormatGuess:
     if recipe.objective in PREFERENCE_OBJECTIVES:
         return guess_preferences(first, recipe.columns, recipe.objective)
+    if recipe.objective == "grpo":
+        return guess_prompts(first, recipe.columns)
     return guess_format(first, recipe.columns)
 
 
@@ -111,6 +116,10 @@ def _convert(row: Row, guess: FormatGuess, recipe: Recipe, log: IssueLog) -> Ite
     try:
         for name in unknown_flags(row.values):
             log.add(f"flag {name!r} of an answer has no known meaning", row.origin, "not used")
+        if recipe.objective == "grpo":
+            prompt = to_prompt(row, guess, recipe.system)
+            yield _cleaned(check_references(prompt, recipe), row, log)
+            return
         if recipe.objective not in PREFERENCE_OBJECTIVES:
             yield _cleaned(to_conversation(row, guess, recipe.system), row, log)
             return

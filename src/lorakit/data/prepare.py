@@ -144,12 +144,18 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
         trained_tokens_train=int(examples.trained.sum()),
         tokens_val=int(val.lengths.sum()),
         trained_tokens_val=int(val.trained.sum()),
-        longest_example=max(examples.longest_sequence, val.longest_sequence),
+        longest_example=_longest(recipe, examples, val),
         cutoff_len=recipe.cutoff_len,
         template=info.source,
         faults=log.faults(),
     )
     return Prepared(examples, val, train.items, held.items, report)
+
+
+def _longest(recipe: Recipe, *parts: Examples) -> int:
+    """Tokens of the longest example, or of the longest prompt with its longest completion."""
+    longest = int(max(part.lengths.max(initial=0) for part in parts))
+    return longest + recipe.max_completion_length if recipe.objective == "grpo" else longest
 
 
 def _split(side: _Split, recipe: Recipe, log: IssueLog, inspecting: bool) -> NDArray[np.bool_]:

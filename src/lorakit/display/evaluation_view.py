@@ -22,6 +22,11 @@ def evaluation_view(result: EvalResult) -> Group:
     if result.base is not None and result.tuned is not None:
         head = f"held-out: {result.data} ({result.tuned.tokens:,} trained tokens)"
         views += [Text(visible(head)), _losses(result)]
+    if result.base is None and result.metrics:
+        views += [
+            Text(visible(f"held-out: {result.data}")),
+            *map(_metric_line, result.metrics.items()),
+        ]
     if result.preferences:
         views.append(Text(preference_line(result.preferences)))
     if result.tasks:
@@ -41,6 +46,15 @@ def evaluation_view(result: EvalResult) -> Group:
         table.add_row(*answers)
         views.append(table)
     return Group(*views)
+
+
+def _metric_line(entry: tuple[str, Mapping[str, float]]) -> Text:
+    """Describe the means of a metric for base and tuned in one line."""
+    name, mean = entry
+    rows = int(mean["rows"])
+    return Text(
+        visible(f"{name}: base {mean['base']:.4g}, tuned {mean['tuned']:.4g} ({rows} rows)")
+    )
 
 
 def preference_line(scores: Mapping[str, float]) -> str:

@@ -79,8 +79,17 @@ def report_view(report: DataReport) -> Text:
 
 
 def _source_lines(report: DataReport) -> list[str]:
+    sources = [f"data     {source_line(source)}" for source in report.sources]
+    if all(source["format"] == "prompts" for source in report.sources):
+        return [
+            *sources,
+            f"prompts  {report.examples_train:,} to sample completions of, {report.examples_val:,} "
+            f"held out; {report.tokens_train:,} tokens; longest {report.longest_example} of "
+            f"{report.cutoff_len} with its completion",
+            f"template {report.template}",
+        ]
     return [
-        *(f"data     {source_line(source)}" for source in report.sources),
+        *sources,
         f"examples {report.examples_train:,} to train on, {report.examples_val:,} held out; "
         f"{report.trained_tokens_train:,} of {report.tokens_train:,} tokens trained "
         f"({report.trained_share:.0%}); "

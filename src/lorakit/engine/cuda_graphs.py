@@ -159,8 +159,7 @@ def first_tokens(micro: Batch, count: int) -> Batch:
         cut["borders"][1:] = length
     half = min(length // 2, len(cut["targets"]))
     cut["targets"] = cut["targets"][:half]
-    if "sequence" in cut:
-        cut["sequence"] = cut["sequence"][:half]
+    cut |= {name: cut[name][:half] for name in cut if _of_targets(name)}
     cut["positions"] = torch.arange(half, device=cut["targets"].device)
     return cut
 
@@ -195,9 +194,14 @@ def to_bucket(micro: Batch) -> Batch:
     extra = target_count - micro["targets"].numel()
     padded["positions"] = nn.functional.pad(micro["positions"], (0, extra))
     padded["targets"] = nn.functional.pad(micro["targets"], (0, extra), value=IGNORE)
-    if "sequence" in micro:
-        padded["sequence"] = nn.functional.pad(micro["sequence"], (0, extra))
+    for name in filter(_of_targets, micro):
+        padded[name] = nn.functional.pad(micro[name], (0, extra))
     return padded
+
+
+def _of_targets(name: str) -> bool:
+    """True for the values of an objective that a micro-batch has for each target."""
+    return name == "sequence" or name.startswith("token_")
 
 
 def _round_up(value: int, step: int) -> int:

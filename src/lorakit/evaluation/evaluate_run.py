@@ -62,13 +62,22 @@ class EvalRequest:
     max_new_tokens: int = ANSWER_TOKENS
 
 
+# (model, data instead of the run's held-out rows, answers to show) -> scores
+HeldOut = Callable[[LoadedRun, str | None, int], EvalResult]
+
+
 def evaluate_run(
-    run: RunDir, request: EvalRequest, console: Console, loaded: LoadedRun | None = None
+    run: RunDir,
+    request: EvalRequest,
+    console: Console,
+    loaded: LoadedRun | None = None,
+    held_out: HeldOut = evaluate_loaded,
 ) -> tuple[EvalResult, dict[str, str]]:
     """Evaluate a finished run, and write eval.json and the report.
 
     Args:
         loaded: the run's model, if it is already loaded.
+        held_out: scores the held-out rows.
 
     Returns:
         The result, and the message about each task that could not run.
@@ -95,7 +104,7 @@ def evaluate_run(
     if request.data is None and not records:
         console.print("held-out loss: not scored, this run has no held-out rows")
     else:
-        result = evaluate_loaded(loaded, request.data, request.samples)
+        result = held_out(loaded, request.data, request.samples)
     failed = dict(listed.failed)
     scores, more = score_tasks(listed.tasks, loaded, stores.of, progress, console.print)
     failed |= more
@@ -228,7 +237,7 @@ def _write(
     before = read_json(run.eval)
     before = before if isinstance(before, dict) else {}
     value = result.as_dict()
-    if request.data is not None or result.base is None:
+    if request.data is not None or (result.base is None and not result.metrics):
         # Other data does not replace the scores on the run's own rows.
         if not value["tasks"] and result.judge is None:
             return

@@ -97,7 +97,7 @@ def judge_pairs(
     Raises:
         DependencyError: the package openai is not installed.
     """
-    ask = _client(endpoint)
+    ask = ask_endpoint(endpoint)
     note(
         f"judge: sending {len(pairs)} questions with the answers of base and tuned to "
         f"{endpoint.base_url}"
@@ -179,8 +179,12 @@ def _verdict(
     return read_verdict(store.answers[key])
 
 
-def _client(endpoint: JudgeEndpoint) -> Callable[[list[dict[str, str]]], str]:
-    """A function from messages to the reply's text."""
+def ask_endpoint(endpoint: JudgeEndpoint) -> Callable[[list[dict[str, str]]], str]:
+    """Make a function from messages to the text of the endpoint's reply.
+
+    Raises:
+        DependencyError: the package openai is not installed.
+    """
     try:
         import openai
     except ImportError as error:

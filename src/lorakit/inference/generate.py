@@ -109,7 +109,7 @@ def answer_batch(
     """
     batch = left_padded(prompts, _pad_id(tokenizer), device_of(model))
     stops = {"stop_strings": list(until), "tokenizer": tokenizer} if until else {}
-    out = model.generate(**batch, **stops, **_arguments(model, tokenizer, settings))
+    out = model.generate(**batch, **stops, **generation_arguments(model, tokenizer, settings))
     texts: list[str] = tokenizer.batch_decode(
         out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
     )
@@ -158,7 +158,7 @@ def stream_reply(
                     attention_mask=torch.ones_like(ids),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([_ReaderGone(reader_gone)]),
-                    **_arguments(model, tokenizer, settings),
+                    **generation_arguments(model, tokenizer, settings),
                 )
         except BaseException as error:  # raised again in the reading thread
             failure.append(error)
@@ -222,7 +222,10 @@ class _ReaderGone(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-def _arguments(model: Any, tokenizer: Any, settings: GenerationSettings) -> dict[str, Any]:
+def generation_arguments(
+    model: Any, tokenizer: Any, settings: GenerationSettings
+) -> dict[str, Any]:
+    """Arguments of `model.generate` that replace every default of the model's own config."""
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     do_sample = settings.temperature > 0

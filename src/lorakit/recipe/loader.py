@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from lorakit.errors import RecipeError
 from lorakit.recipe.aliases import SYNONYMS, apply_aliases
 from lorakit.recipe.safe_yaml import YamlFault, plain, read_yaml, read_yaml_file
-from lorakit.recipe.schema import METHOD_DEFAULTS, RENAMED, Recipe
+from lorakit.recipe.schema import GRPO_DEFAULTS, METHOD_DEFAULTS, RENAMED, Recipe
 from lorakit.storage.run_dir import RunDir
 
 _NOT_GIVEN = ("default", "derived")  # beginnings of origins
@@ -108,6 +108,8 @@ def load_recipe(
     for key in Recipe.model_fields:
         if key not in origins:
             origins[key] = f"default for {recipe.method}" if key in method_keys else "default"
+            if recipe.objective == "grpo" and key in GRPO_DEFAULTS:
+                origins[key] = "default for grpo"
     return ResolvedRecipe(recipe, origins, folder)
 
 
@@ -140,7 +142,8 @@ def recipe_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["required"] = ["model", "data"]
     for key in METHOD_DEFAULTS["lora"]:
-        texts = [f"{method} {values[key]}" for method, values in METHOD_DEFAULTS.items()]
+        defaults = {**METHOD_DEFAULTS, "grpo": GRPO_DEFAULTS}
+        texts = [f"{name} {values[key]}" for name, values in defaults.items() if key in values]
         schema["properties"][key]["description"] += f" Default: {', '.join(texts)}."
     return schema
 

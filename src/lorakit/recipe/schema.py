@@ -13,6 +13,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lorakit.recipe.entries import LARGEST as LARGEST
+from lorakit.recipe.entries import REQUIRED_KEYS
+from lorakit.recipe.entries import EvalTask as EvalTask
+from lorakit.recipe.entries import Optimizer as Optimizer
+from lorakit.recipe.entries import Positive as Positive
+from lorakit.recipe.entries import RewardFunction as RewardFunction
+from lorakit.recipe.entries import RewardName as RewardName
+from lorakit.recipe.entries import Scheduler as Scheduler
+from lorakit.recipe.entries import Source as Source
+from lorakit.recipe.entries import Tracker as Tracker
+from lorakit.recipe.grpo_keys import GRPO_DEFAULTS as GRPO_DEFAULTS
+from lorakit.recipe.grpo_keys import GRPO_KEYS
 from lorakit.storage.units import parse_size
 
 # The defaults differ because QLoRA's 4-bit base leaves memory for larger batches, and a higher rank
@@ -52,6 +64,7 @@ OBJECTIVE_KEYS = {
     "simpo_gamma": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    **dict.fromkeys(GRPO_KEYS, ("grpo",)),
 }
 
 # Former names of keys; recipes in run directories may still use them.
@@ -61,95 +74,7 @@ RENAMED = {
     "streaming": "weight_offload",
     "too_long": "on_overlength",
 }
-# Upper bound of numbers: 400 digits do not fit a float or a numpy seed.
-LARGEST = 10**9
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Names of transformers. Left out are optimizers of full matrices (GaLore, APOLLO, LOMO) and of
-# other hardware, and schedules that follow a metric, which a resumed run could not repeat.
-Optimizer = Literal[
-    "adamw",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adafactor",
-    "adagrad",
-    "ademamix",
-    "ademamix_8bit",
-    "grokadamw",
-    "lion_32bit",
-    "lion_8bit",
-    "paged_ademamix_32bit",
-    "paged_ademamix_8bit",
-    "paged_lion_32bit",
-    "paged_lion_8bit",
-    "rmsprop",
-    "schedule_free_adamw",
-    "schedule_free_radam",
-    "schedule_free_sgd",
-    "sgd",
-    "stable_adamw",
-]
-Scheduler = Literal[
-    "linear",
-    "cosine",
-    "constant",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "inverse_sqrt",
-    "polynomial",
-    "warmup_stable_decay",
-]
-Tracker = Literal[
-    "azure_ml",
-    "clearml",
-    "codecarbon",
-    "comet_ml",
-    "dagshub",
-    "dvclive",
-    "mlflow",
-    "neptune",
-    "swanlab",
-    "tensorboard",
-    "trackio",
-    "wandb",
-]
-
-
-class Source(BaseModel):
-    """One of several sources, with the weight of its rows."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="source"
-    )
-
-    source: str = Field(min_length=1, description="A file, folder, glob, address or hub id.")
-    weight: Annotated[float, Field(gt=0, le=100)] = Field(
-        1.0,
-        description="How often an epoch trains on each row: 2 is twice; 0.5 is half of the rows, "
-        "chosen by `seed`. Held-out rows are scored once.",
-    )
-
-
-class EvalTask(BaseModel):
-    """A task that is scored during training, with its settings."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, title="task"
-    )
-
-    task: str = Field(
-        min_length=1,
-        description="A file with questions and answers, a task of lm-eval, or `general`.",
-    )
-    limit: Positive | None = Field(None, description="Score only the first rows.")
-    metrics: list[str] = Field(
-        default_factory=lambda: ["exact_match", "contains"],
-        description="Metrics of a file, as in `lorakit eval --metric`.",
-    )
-    max_new_tokens: Positive = Field(256, description="Longest answer to a row of a file.")
 
 
 class Recipe(BaseModel):
@@ -176,13 +101,15 @@ class Recipe(BaseModel):
     objective: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "grpo"] = Field(
         "sft",
         description="Loss of training. `sft`: imitate the answers. `dpo`, `ipo`, `orpo`, `simpo`: "
-        "prefer a chosen answer to a rejected one. `kto`: answers labeled good or bad.",
+        "prefer a chosen answer to a rejected one. `kto`: answers labeled good or bad. `grpo`: "
+        "raise the rewards of sampled completions.",
     )
     beta: Annotated[float, Field(ge=0, le=1e3)] | None = Field(
         None,
         description="Strength of the objective as in TRL: a higher one stays closer to the "
         "reference (`dpo`, `ipo`, `kto`), weighs the odds ratio (`orpo`) or scales the rewards "
-        "(`simpo`). Default: 0.1; for `simpo` 2.0.",
+        "(`simpo`), or weighs the KL to the reference (`grpo`). Default: 0.1; for `simpo` 2.0, "
+        "for `grpo` 0.",
     )
     simpo_gamma: Annotated[float, Field(ge=0, le=1e3)] = Field(
         0.5, description="`simpo`: margin of the rewards that a pair should reach."
@@ -192,6 +119,71 @@ class Recipe(BaseModel):
     )
     undesirable_weight: Annotated[float, Field(ge=0, le=1e3)] = Field(
         1.0, description="`kto`: weight of the answers labeled bad."
+    )
+    reward_funcs: list[RewardName | RewardFunction] = Field(
+        default_factory=list,
+        description="`grpo`: rewards of a completion, summed by weight: names (exact_answer, "
+        "numeric_answer, regex, json_schema, unit_tests, length, judge), or {name: regex, pattern: "
+        "..., weight: 0.5}, or {file: mine.py, function: f}.",
+    )
+    num_generations: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
+        8,
+        description="`grpo`: completions of each prompt. The examples of an optimizer step count "
+        "completions: micro_batch_size x gradient_accumulation_steps is a multiple of it.",
+    )
+    max_completion_length: Positive = Field(
+        512, description="`grpo`: tokens after which a completion is cut."
+    )
+    max_prompt_length: Positive | None = Field(
+        None,
+        description="`grpo`: longer prompts are left out and counted. Default: `cutoff_len` minus "
+        "`max_completion_length`.",
+    )
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="`grpo`: of the sampled completions, and of the policy that is trained."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="`grpo`: sample from the likeliest tokens with this total probability."
+    )
+    top_k: Annotated[int, Field(ge=0, le=LARGEST)] = Field(
+        0, description="`grpo`: sample from this number of likeliest tokens; 0 for all."
+    )
+    loss_type: Literal["dapo", "dr_grpo", "grpo", "bnpo"] = Field(
+        "dapo",
+        description="`grpo`: the sum over tokens is divided by the tokens of the step (`dapo`, "
+        "`bnpo`), by completions x `max_completion_length` (`dr_grpo`), or by the tokens of each "
+        "completion (`grpo`).",
+    )
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2, description="`grpo`: lower bound of the ratio of probabilities is 1 - epsilon."
+    )
+    epsilon_high: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="`grpo`: upper bound is 1 + epsilon_high. Default: `epsilon`."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="`grpo`: advantages are divided by the standard deviation of the rewards of "
+        "their prompt, of the step, or not (Dr. GRPO).",
+    )
+    num_iterations: Positive = Field(
+        1, description="`grpo`: optimizer steps on the completions of a step."
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="`grpo`: leave completions that were cut out of the loss."
+    )
+    use_bias_correction_kl: bool = Field(
+        True,
+        description="`grpo` with `beta`: multiply the KL term by the importance ratio, as TRL.",
+    )
+    importance_sampling_mode: Literal[
+        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
+    ] = Field(
+        "sequence_mask",
+        description="`grpo`: correction of the difference between sampler and trainer: ratios "
+        "above the bound are set to 0 or to the bound, per token or completion.",
+    )
+    importance_sampling_clip_max: Annotated[float, Field(gt=0, le=LARGEST)] = Field(
+        3.0, description="`grpo`: that bound (TRL: vllm_importance_sampling_clip_max)."
     )
     data: str | list[str | Source] = Field(
         description="Training data: a file, folder, glob, address, hub dataset id, or `demo`; or a "
@@ -429,9 +421,11 @@ class Recipe(BaseModel):
             return values
         method = values.get("method", "lora")
         defaults = METHOD_DEFAULTS.get(method if isinstance(method, str) else "lora", {})
-        defaults = defaults or METHOD_DEFAULTS["lora"]
-        if values.get("objective") in PREFERENCE_OBJECTIVES:
+        defaults, objective = defaults or METHOD_DEFAULTS["lora"], values.get("objective")
+        if objective in PREFERENCE_OBJECTIVES:
             defaults = {**defaults, **PREFERENCE_DEFAULTS}
+        if objective == "grpo":
+            defaults = {**defaults, **GRPO_DEFAULTS}
         return {**defaults, **values}
 
     @model_validator(mode="after")
@@ -462,7 +456,7 @@ class Recipe(BaseModel):
                 f"router_aux_loss_coef is not supported with objective: {self.objective}; remove it"
             )
         if self.objective == "grpo":
-            raise ValueError("objective: grpo is not built yet; choose another one")
+            self._check_grpo()
         for key, objectives in OBJECTIVE_KEYS.items():
             if self.objective not in objectives and getattr(self, key) != _default(key):
                 raise ValueError(
@@ -470,6 +464,53 @@ class Recipe(BaseModel):
                     f"to {', '.join(objectives)})"
                 )
         return self
+
+    def _check_grpo(self) -> None:
+        if self.router_aux_loss_coef:
+            raise ValueError("router_aux_loss_coef is not supported with objective: grpo")
+        if not self.reward_funcs:
+            raise ValueError("objective: grpo needs reward_funcs, such as [numeric_answer]")
+        for entry in self.reward_funcs:
+            if isinstance(entry, str) and (keys := REQUIRED_KEYS.get(entry)):
+                example = ", ".join(f"{key}: ..." for key in keys)
+                raise ValueError(f"reward {entry} needs its settings: {{name: {entry}, {example}}}")
+        step, group = self.examples_per_step, self.num_generations
+        if step % group:
+            raise ValueError(
+                f"micro_batch_size x gradient_accumulation_steps is {step} completions, expected "
+                f"a multiple of num_generations ({group})"
+            )
+        if self.longest_prompt < 1:
+            raise ValueError(
+                f"max_completion_length ({self.max_completion_length}) leaves no tokens for a "
+                f"prompt within cutoff_len ({self.cutoff_len})"
+            )
+
+    @property
+    def rewards(self) -> list[RewardFunction]:
+        """`reward_funcs`, each with its settings."""
+        return [
+            RewardFunction.model_validate({"name": entry}) if isinstance(entry, str) else entry
+            for entry in self.reward_funcs
+        ]
+
+    @property
+    def policy_temperature(self) -> float:
+        """Number by which logits are divided in the loss: `temperature` with `objective: grpo`."""
+        return self.temperature if self.objective == "grpo" else 1.0
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens of a prompt, with `objective: grpo`."""
+        left = self.cutoff_len - self.max_completion_length
+        return left if self.max_prompt_length is None else min(left, self.max_prompt_length)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of the data behind one optimizer step: examples, or the prompts of completions."""
+        if self.objective == "grpo":
+            return self.examples_per_step // self.num_generations
+        return self.examples_per_step
 
     @property
     def beta_value(self) -> float:
@@ -491,7 +532,7 @@ class Recipe(BaseModel):
         """Share (below 1) or number of rows of `data` to hold out."""
         if self.val_size is not None:
             return self.val_size
-        return 0.0 if self.val_data is not None else 0.05
+        return 0.0 if self.val_data is not None or self.objective == "grpo" else 0.05
 
     @property
     def sources(self) -> list[str]:
@@ -549,6 +590,9 @@ class Recipe(BaseModel):
         """Optimizer steps over `examples` examples; the last step of an epoch may be short."""
         if self.max_steps is not None:
             return self.max_steps
+        if self.objective == "grpo":  # an epoch's last prompts share a step with the next ones
+            rollouts = math.ceil(examples * self.epochs / self.rows_per_step)
+            return max(1, rollouts) * self.num_iterations
         per_epoch = math.ceil(examples / self.examples_per_step)
         return max(1, math.ceil(per_epoch * self.epochs))
 

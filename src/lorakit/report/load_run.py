@@ -15,11 +15,11 @@ from lorakit.errors import RunError
 from lorakit.recipe.loader import read_resolved
 from lorakit.recipe.schema import Recipe
 from lorakit.storage.best_record import BestStep, best_step
-from lorakit.storage.run_dir import RunDir, read_metrics
+from lorakit.storage.run_dir import RunDir, read_lines, read_metrics
 
 ReportRow = dict[str, Any]
 LARGEST = 1e100  # an axis of matplotlib overflows near 1e308
-PATHS = ("model", "from_adapter", "data", "val_data", "output_dir")
+PATHS = ("model", "from_adapter", "data", "val_data", "output_dir", "reward_funcs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Record:
     best: BestStep | None = None
     start: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, Any] = field(default_factory=dict)
+    rollouts: tuple[ReportRow, ...] = ()
 
     def column(self, key: str) -> list[tuple[float, float | None]]:
         """(step, value) of each row that has the key; None for values that are not finite."""
@@ -102,7 +103,17 @@ def read_run(run: RunDir) -> Record:
         best=best_step(run),
         start=_read(run.start),
         stopped=_read(run.stopped),
+        rollouts=_last_rollouts(run),
     )
+
+
+def _last_rollouts(run: RunDir) -> tuple[dict[str, Any], ...]:
+    """Completions of the last logged step."""
+    if not run.rollouts.exists():
+        return ()
+    rows = read_lines(run.rollouts)
+    last = rows[-1].get("step") if rows else None
+    return tuple(row for row in rows if row.get("step") == last)
 
 
 def finite(value: Any) -> float | None:

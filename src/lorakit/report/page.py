@@ -31,6 +31,7 @@ from lorakit.storage.best_record import LOSS
 from lorakit.storage.run_dir import RunDir, write_text
 from lorakit.storage.units import GIB
 from lorakit.train.diagnostics import run_notes
+from lorakit.train.rollout_alarms import RolloutAlarms
 
 
 def write_report(run: RunDir, output: Path | None = None) -> Path:
@@ -85,6 +86,8 @@ def report_page(record: Record) -> str:
         sources=[s["source"] if isinstance(s, dict) else s for s in sources],
         trained=adapter_bytes and adapter_bytes / 4,
         scores=score_rows(evaluation) if evaluation else [],
+        rollouts=record.rollouts,
+        alarms=_alarms(record),
         tasks=task_rows(record.evaluation or {}),
         judge=(record.evaluation or {}).get("judge"),
         tiles=_tiles(record),
@@ -133,6 +136,12 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         )
     elif losses:
         tiles.append(("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
+    held = ((record.evaluation or {}).get("metrics") or {}).get("reward")
+    if held:
+        values = f"{held['base']:.3f} → {held['tuned']:.3f}"
+        tiles.append(("reward of held-out prompts, base → tuned", values))
+    elif rewards := record.numbers("reward"):
+        tiles.append(("reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}"))
     preferences = (record.scored or {}).get("preferences") or {}
     if (accuracy := preferences.get("rewards/accuracies")) is not None:
         tiles.append(("held-out pairs with the chosen answer preferred", f"{accuracy:.0%}"))
@@ -193,6 +202,8 @@ def _charts(record: Record) -> dict[str, Chart | None]:
 def _reward_charts(record: Record) -> dict[str, Chart | None]:
     """Rewards and accuracy of a run on preference data."""
     margin = record.column("rewards/margins")
+    if reward := record.column("reward"):
+        return _rollout_charts(record, reward)
     if not margin:
         return {}
     held = [
@@ -204,6 +215,33 @@ def _reward_charts(record: Record) -> dict[str, Chart | None]:
     if accuracy := record.column("rewards/accuracies"):
         charts["accuracy"] = line_chart("Accuracy", trend(accuracy), zero=True)
     return charts
+
+
+def _rollout_charts(record: Record, reward: list[Any]) -> dict[str, Chart | None]:
+    """Reward, length, entropy and KL of a run with sampled completions."""
+    names = {name: name.removeprefix("rewards/") for row in record.steps[:1] for name in row
+             if name.startswith("rewards/") and not name.endswith("/std")}  # fmt: skip
+    parts = [Series(record.column(key), "curve", name) for key, name in names.items()]
+    charts = {
+        "reward": line_chart("Reward", [*trend(reward), *(parts if len(parts) > 1 else [])]),
+        "length": line_chart("Length", trend(record.column("completions/mean_length")), zero=True),
+        "entropy": line_chart("Entropy", trend(record.column("entropy")), zero=True),
+    }
+    if kl := record.column("kl"):
+        charts["kl"] = line_chart("KL", trend(kl), zero=True)
+    return charts
+
+
+def _alarms(record: Record) -> list[str]:
+    """Alarms of a run with sampled completions, computed again from its metrics."""
+    if record.recipe.objective != "grpo" or not record.steps:
+        return []
+    names = [key.removeprefix("rewards/").removesuffix("/std") for key in record.steps[0]
+             if key.startswith("rewards/") and key.endswith("/std")]  # fmt: skip
+    if len(names) != len(record.recipe.rewards):
+        return []
+    alarms = RolloutAlarms(record.recipe, names)
+    return [text for row in record.steps for text in alarms.row(dict(row))]
 
 
 def _bound(record: Record, value: float, label: str) -> list[Series]:

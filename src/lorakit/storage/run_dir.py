@@ -1,7 +1,8 @@
 """Paths of the files of a run, and functions to write and read them.
 
     runs/<name>/ recipe.yaml · data_report.json · plan.json · environment.json · base.json
-                 data_rows.npy · start.json · metrics.jsonl · checkpoints/step_000100/ · best.json
+                 data_rows.npy · start.json · metrics.jsonl · rollouts.jsonl
+                 checkpoints/step_000100/ · best.json
                  stopped.json · adapter/ · eval.json · export/<format>/ · export/verify.json
                  report.html
 
@@ -53,6 +54,11 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """Completions of logged steps with their rewards, of a run with `objective: grpo`."""
+        return self.path / "rollouts.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -247,8 +253,17 @@ def append_metrics(run: RunDir, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
         OSError: the file cannot be written; its content is unchanged.
     """
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with run.metrics.open("ab", buffering=0) as handle:
+    append_lines(run.metrics, rows)
+
+
+def append_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append JSON lines to a file, all of them or none.
+
+    Raises:
+        OSError: the file cannot be written; its content is unchanged.
+    """
+    lines = redacted("".join(json.dumps(row) + "\n" for row in rows)).encode()
+    with path.open("ab", buffering=0) as handle:
         before = handle.tell()
         try:
             while lines:
@@ -266,10 +281,15 @@ def read_metrics(run: RunDir, held_out: bool = False) -> list[dict[str, Any]]:
     """
     if not run.metrics.exists():
         return []
+    return [row for row in read_lines(run.metrics) if ("eval_loss" in row) == held_out]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a file of JSON objects; a torn last line is skipped."""
     rows = []
-    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return [row for row in rows if isinstance(row, dict) and ("eval_loss" in row) == held_out]
+    return [row for row in rows if isinstance(row, dict)]

@@ -57,8 +57,7 @@ class MetricsCallback(TrainerCallback):
             "tokens": tokens,
             "seconds": round(seconds / steps, 4),
             "tokens_per_second": round(tokens / seconds, 1),
-            **{k: logs[k] for k in ("skipped", "spike") if k in logs},
-            **{k: _finite(v) for k, v in logs.items() if k == "kl" or "/" in k},
+            **{k: _finite(v) for k, v in logs.items() if k not in _OWN},
         }
         self.progress.step(row)
         for warning in self.watch.row(row):
@@ -68,6 +67,10 @@ class MetricsCallback(TrainerCallback):
         for warning in self.watch.finish():
             self.progress.note(warning)
         self.progress.stop()
+
+
+# Values of transformers that the row has already.
+_OWN = ("loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen", "step")
 
 
 def _finite(value: float | None) -> float | None:

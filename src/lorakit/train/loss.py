@@ -111,6 +111,7 @@ def attach_loss(
     placement: Placement = ON_GPU,
     ranks: DistributedContext = SINGLE_PROCESS,
     router_aux_loss_coef: float = 0.0,
+    temperature: float = 1.0,
 ) -> AttachResult:
     """Give `model`'s base instance the supervised forward.
 
@@ -123,6 +124,7 @@ def attach_loss(
         device: device of the computation; by default that of the model.
         placement: parts to keep in host memory, or to shard over `ranks`.
         router_aux_loss_coef: weight of the loss that balances experts (`train/router_loss.py`).
+        temperature: number by which logits are divided.
 
     Returns:
         The attached parts and the reason for each.
@@ -154,7 +156,9 @@ def attach_loss(
 
     replacement = attached_engine or compiled
     balance = RouterLoss(base, router_aux_loss_coef) if router_aux_loss_coef else None
-    base.forward = types.MethodType(_forward(base, own_forward, head, replacement, balance), base)
+    base.forward = types.MethodType(
+        _forward(base, own_forward, head, replacement, balance, temperature), base
+    )
     base.lorakit_engine = replacement
     return AttachResult(base, attached_engine, layers, loss_path, head, compiled)
 
@@ -185,6 +189,7 @@ def _forward(
     head: SupervisedHead | None,
     engine: Engine | CompiledLayers | None,
     balance: RouterLoss | None = None,
+    temperature: float = 1.0,
 ) -> Any:
     """The forward of one instance: its own without targets, the supervised loss with them."""
     compiled = engine if isinstance(engine, CompiledLayers) else None
@@ -216,6 +221,8 @@ def _forward(
                 segments = Segments.of(borders, lengths, longest)
                 states = _hidden(self, engine, segments, **kwargs)
         picked = states.flatten(0, 1).index_select(0, positions)
+        if temperature != 1:
+            picked, to_logits = divided_logits(picked, to_logits, temperature)
         losses = token_cross_entropy(picked, targets, to_logits) if per_token else None
         loss = summed_cross_entropy(picked, targets, to_logits) if losses is None else losses.sum()
         if balanced is not None:
@@ -224,6 +231,18 @@ def _forward(
         return SupervisedLoss(loss_sum=loss, token_losses=losses)
 
     return forward
+
+
+def divided_logits(hidden: Tensor, head: Any, temperature: float) -> tuple[Tensor, Any]:
+    """Hidden states and a head whose logits are divided by `temperature`."""
+    if getattr(head, "frozen_weight", None) is not None:  # only a product: divide the shorter side
+        return hidden / temperature, head
+
+    def divided(chunk: Tensor) -> Tensor:
+        logits: Tensor = head(chunk)
+        return logits / temperature
+
+    return hidden, divided
 
 
 def detach_loss(model: Any) -> None:

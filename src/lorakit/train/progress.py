@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lorakit.storage.run_dir import RunDir, append_metrics
+from lorakit.storage.run_dir import RunDir, append_lines, append_metrics
 
 # Minimum interval of printed lines without a terminal (a log file, CI, a notebook's pipe).
 SECONDS_BETWEEN_LINES = 10.0
@@ -56,6 +57,7 @@ class TrainingProgress:
         loss = "no finite loss" if row["loss"] is None else f"loss {row['loss']:.3f}"
         if row.get("rewards/margins") is not None:
             loss += f" · margin {row['rewards/margins']:.3f}"
+        loss += f" · reward {row['reward']:.3f}" if "reward" in row else ""
         shown = f"{loss} · {row['tokens_per_second']:,.0f} tok/s · {row['memory_gb']:.1f} GB"
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], shown=shown)
@@ -68,6 +70,12 @@ class TrainingProgress:
         """Record one evaluation between steps."""
         if self.run is not None:
             self._write(self.run, row)
+
+    def examples(self, rows: list[dict[str, Any]]) -> None:
+        """Record rollouts of a logged step; a full disk loses them, and training continues."""
+        if self.run is not None and rows:
+            with contextlib.suppress(OSError):
+                append_lines(self.run.rollouts, rows)
 
     def _write(self, run: RunDir, row: dict[str, Any]) -> None:
         self.unwritten.append(row)

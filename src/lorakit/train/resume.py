@@ -25,9 +25,9 @@ from lorakit.dependencies import installed_version
 from lorakit.errors import RecipeError, RunError, WorkError
 from lorakit.model.load import public_name
 from lorakit.recipe.loader import ResolvedRecipe, load_recipe
-from lorakit.recipe.schema import RENAMED, EvalTask, Recipe
+from lorakit.recipe.schema import RENAMED, EvalTask, Recipe, RewardFunction
 from lorakit.storage.atomic_dir import existing_parent
-from lorakit.storage.run_dir import RunDir, read_metrics, write_json, write_text
+from lorakit.storage.run_dir import RunDir, read_lines, read_metrics, write_json, write_text
 from lorakit.storage.run_lock import LOCK
 from lorakit.train.checkpoint import Checkpoint, require_checkpoint
 from lorakit.train.training_args import FORWARDED
@@ -114,7 +114,10 @@ def prepare_resume(
 
 
 def truncate_metrics(run: RunDir, step: int) -> None:
-    """Drop the rows of metrics.jsonl after `step`, because these steps are repeated."""
+    """Drop the rows of metrics.jsonl and rollouts.jsonl after `step`: they are repeated."""
+    if run.rollouts.exists():
+        kept = [r for r in read_lines(run.rollouts) if r.get("step", 0) <= step]
+        write_text(run.rollouts, "".join(json.dumps(row) + "\n" for row in kept))
     known = [*read_metrics(run), *read_metrics(run, held_out=True)]
     rows = sorted((r for r in known if r.get("step", 0) <= step), key=lambda r: r.get("step", 0))
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -169,6 +172,10 @@ def _with_paths(resolved: ResolvedRecipe, change: Callable[[str], str]) -> Resol
     for key in ("val_data", "from_adapter"):
         if value := getattr(recipe, key):
             values[key] = change(value)
+    values["reward_funcs"] = [
+        entry if isinstance(entry, str) else _reward_with_paths(entry, change)
+        for entry in recipe.reward_funcs
+    ]
     values["eval_tasks"] = [_task_with_paths(each, change) for each in recipe.eval_tasks]
     return ResolvedRecipe(resolved.derive("", **values).recipe, dict(resolved.origins))
 
@@ -234,6 +241,13 @@ def _portable(text: str, resolved: ResolvedRecipe, target: Path) -> str:
     return text
 
 
+def _reward_with_paths(entry: RewardFunction, change: Callable[[str], str]) -> dict[str, Any]:
+    """One of `reward_funcs` with the paths of its files changed."""
+    values = entry.model_dump(exclude_unset=True)
+    paths = {k: change(values[k]) for k in ("file", "schema_file") if values.get(k)}
+    return {**values, **paths}
+
+
 def _task_with_paths(entry: str | EvalTask, change: Callable[[str], str]) -> Any:
     """One of `eval_tasks` with the paths of its files changed."""
 
@@ -258,6 +272,7 @@ def _task_with_paths(entry: str | EvalTask, change: Callable[[str], str]) -> Any
 CHANGEABLE_ON_RESUME = {
     "model",
     "from_adapter",
+    "reward_funcs",  # compared by content, as the data
     "data",
     "val_data",
     "output_dir",
@@ -287,12 +302,18 @@ VERSIONS = ("lorakit", "torch", "transformers", "peft", "trl", "datasets", "bits
 
 
 def run_fingerprint(
-    recipe: Recipe, train: Examples, tokenizer: Any, ranks: int = 1, start: str | None = None
+    recipe: Recipe,
+    train: Examples,
+    tokenizer: Any,
+    ranks: int = 1,
+    start: str | None = None,
+    rewards: str | None = None,
 ) -> dict[str, Any]:
     """Build the fingerprint from JSON values; it contains no path of this machine.
 
     Args:
         start: hash of the weights of the adapter that training started from.
+        rewards: hash of the reward functions and of the columns that they read.
     """
     settings = recipe.model_dump(mode="json")
     forwarded = settings["training_args"]
@@ -306,6 +327,7 @@ def run_fingerprint(
             "tokens": int(train.lengths.sum()),
         },
         **({"start": start} if start else {}),
+        **({"rewards": rewards} if rewards else {}),
         "tokenizer": tokenizer_key(tokenizer),
         "versions": library_versions(),
         "ranks": ranks,
@@ -338,6 +360,11 @@ def check_resume_compatible(
         )
     if before.get("start") != now.get("start"):
         lines.append("from_adapter: the adapter is not the one that this run started from")
+    if before.get("rewards") != now.get("rewards"):
+        lines.append(
+            "reward_funcs: a function, its file or its settings, or the columns that it reads, are "
+            "not those of the steps taken"
+        )
     if lines:
         raise RunError(
             f"{run.path}: these settings would alter steps already taken:\n"

@@ -140,7 +140,7 @@ class StepGuard(TrainerCallback, ExportableState):
         if len(self.norms) < MIN_HISTORY:
             return None
         usual, usual_loss = statistics.median(self.norms), statistics.median(self.losses)
-        if norm > SPIKE * usual:
+        if usual > 0 and norm > SPIKE * usual:  # rewards that are all equal give no gradient
             limit = self.recipe.max_grad_norm
             clipped = f", clipped to {limit:g}" if norm > limit else ""
             return f"gradient norm {norm:.3g}, usually {usual:.3g}{clipped}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,7 +98,6 @@ class LoraTrainer(ResumableTrainer):
             self._save_unsaved,
             alone=not self.sharded,
         )
-        monitor = RunMonitor(recipe, planned_rate(run), self._why_slow)
         self.fingerprint, self.loaded = fingerprint, dict[str, Any]()
         steps = recipe.total_steps(len(train))
         # SFTTrainer rounds the adapters of a 4-bit base to bf16; restore their float32 values.
@@ -113,7 +112,7 @@ class LoraTrainer(ResumableTrainer):
             callbacks=[
                 self.stability,
                 self.oom_retry,
-                MetricsCallback(self, progress, monitor),
+                MetricsCallback(self, progress, self._monitor()),
                 StopOnSignal(self.sync),
                 *callbacks,
             ],
@@ -128,21 +127,30 @@ class LoraTrainer(ResumableTrainer):
         self.accelerator.device_placement = False  # parts may be in host memory on purpose
         set_dense_bytes(self.model, recipe.memory_limit_bytes or device.rank_bytes)
         on, aux = torch.device(device.kind), recipe.router_aux_loss_coef
-        self.attached = attach_loss(self.model, recipe.layers, on, plan.placement, ranks, aux)
+        self.attached = attach_loss(
+            self.model, recipe.layers, on, plan.placement, ranks, aux, recipe.policy_temperature
+        )
         recompute(self.model, self.attached, plan, recipe)
         self.packing = self._packing(train, device)
         self.step_tokens, self.eval_tokens = 0, BATCH_TOKENS
         self.to_probe = (
             device.kind == "cuda" if recipe.memory_probe == "auto" else recipe.memory_probe
         )
-        self.runner: StepRunner = choose_step_runner(
+        self.runner = self._choose_runner()
+
+    def _monitor(self) -> Any:
+        """Checks on the rows of metrics."""
+        return RunMonitor(self.recipe, planned_rate(self.run), self._why_slow)
+
+    def _choose_runner(self) -> StepRunner:
+        return choose_step_runner(
             self._forward_backward,
             self.attached,
             self.trained,
-            plan.placement,
+            self.plan.placement,
             self.args.device,
             loss_scaler=self.args.fp16,
-            ranks=ranks.world_size,
+            ranks=self.ranks.world_size,
             objective=self.objective,
         )
 
@@ -233,23 +241,31 @@ class LoraTrainer(ResumableTrainer):
             self.to_probe = False
             self._probe()
         ready: StepInputs = inputs["ready"]()
-        number, weight = self.state.global_step + 1, ready.supervised
+        number, weight = self.state.global_step + 1, self._loss_divisor(ready)
         if self.preferences is not None:
-            weight = len(ready.examples)
             self.preferences.begin(self.model, ready.examples, ready.own.examples)
         result = self.oom_retry.run(self.runner, ready.own, 1 / max(1, weight), number)
         loss, sums = loss_and_sums(result, self.objective)
         if self.ranks.world_size > 1:
             more = [] if sums is None else [sums]
             loss = self.sync.add([*self.runner.gradients, *more], loss)
-        if self.preferences is not None and sums is not None:
-            self.preferences.add(sums, loss)
+        if sums is not None:
+            self._add_sums(sums, loss)
         self.step_tokens += ready.tokens
         self.step_loss, self.step_examples = loss, ready.examples
         self.next_step()  # while the GPU computes: 4 ms for 8 rows of 2,048 tokens
         self.ranks.at(number, self.last_checkpoint, self.run.path)
         # The log sums losses; the guard counts those that are not finite.
         return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def _loss_divisor(self, ready: StepInputs) -> int:
+        """Number by which the losses of a step are divided: its tokens, or its preferences."""
+        return ready.supervised if self.preferences is None else len(ready.examples)
+
+    def _add_sums(self, sums: Tensor, loss: Tensor) -> None:
+        """Add the objective's sums of a step to those of the next row of metrics."""
+        if self.preferences is not None:
+            self.preferences.add(sums, loss)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """The gradient norm if finite; otherwise the step's gradients are dropped.
@@ -416,7 +432,7 @@ class LoraTrainer(ResumableTrainer):
 
     def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A step that is prepared at its first call; accelerate fetches it one step ahead."""
-        self.next_step = functools.cache(functools.partial(self._ready, rows))
+        self.next_step: Callable[[], Any] = functools.cache(functools.partial(self._ready, rows))
         return {"ready": self.next_step}
 
     def _ready(self, rows: Sequence[dict[str, Any]]) -> StepInputs:

@@ -102,6 +102,12 @@ def check_training_settings(
             )
     if recipe.compares_steps:
         _check_best_step(recipe, steps, held_out)
+    if recipe.eval_every and recipe.objective == "grpo":
+        raise RecipeError(
+            f"eval_every: {recipe.eval_every} has no effect with objective: grpo, whose reward is "
+            "measured at each step",
+            hint="leave eval_every out; held-out prompts (val_size) are scored at the end",
+        )
     if recipe.eval_every and not held_out:
         raise RecipeError(
             f"eval_every: {recipe.eval_every} has no effect, because no rows are held out",
@@ -212,7 +218,7 @@ def training_arguments(
     arguments: dict[str, Any] = {
         "output_dir": str(run.path),
         # One batch of the loader is one optimizer step; `training_step` splits it.
-        "per_device_train_batch_size": recipe.examples_per_step,
+        "per_device_train_batch_size": recipe.rows_per_step,
         "gradient_accumulation_steps": 1,
         "max_steps": steps,
         "learning_rate": recipe.learning_rate,

@@ -37,6 +37,7 @@ from lorakit.data.tokenize.example_checks import verify_example
 from lorakit.data.tokenize.pairs import encode_pairs
 from lorakit.data.tokenize.spans import Draft, Span, find_spans
 from lorakit.data.tokenize.truncate import split_conversation
+from lorakit.errors import DataError
 from lorakit.recipe.schema import Recipe
 from lorakit.types import IGNORE, Conversation, Document, Example, Message
 
@@ -45,7 +46,10 @@ BLOCK, BLOCK_CHARS = 2048, 2**22
 
 @dataclass(frozen=True, slots=True)
 class EncodeConfig:
-    """Settings of a recipe for masks and lengths."""
+    """Settings of a recipe for masks and lengths.
+
+    `longest_prompt`: of prompts alone, without their answers; None for complete conversations.
+    """
 
     train_on: str
     cutoff_len: int
@@ -53,6 +57,7 @@ class EncodeConfig:
     documents: str = "completion"
     overlap: int = 0
     train_on_thoughts: bool = True
+    longest_prompt: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> EncodeConfig:
@@ -64,6 +69,7 @@ class EncodeConfig:
             recipe.documents,
             recipe.document_overlap,
             recipe.train_on_thoughts,
+            recipe.longest_prompt if recipe.objective == "grpo" else None,
         )
 
 
@@ -168,7 +174,7 @@ def _encode_each(
 def _try_draft(
     tokenizer: Any, item: Conversation | Document, rules: EncodeConfig
 ) -> Draft | RowError | None:
-    if isinstance(item, Document):
+    if isinstance(item, Document) or rules.longest_prompt is not None:
         return None
     try:
         return find_spans(
@@ -188,6 +194,8 @@ def _encode_one(
 ) -> list[Example]:
     if isinstance(item, Document):
         return _encode_document(tokenizer, item, rules, log)
+    if rules.longest_prompt is not None:
+        return [_encode_prompt(tokenizer, item, rules.longest_prompt)]
     if not isinstance(drafted, Draft):
         raise drafted or RowError("no answer", item.origin, "nothing to train")
     if drafted.guard.active:
@@ -212,6 +220,23 @@ def _encode_one(
                 example = _shorten(tokenizer, truncated, rules, size, log)
             fitting.append(example)
     return _checked(tokenizer, item, fitting, faults, rules, log)
+
+
+def _encode_prompt(tokenizer: Any, item: Conversation, longest: int) -> Example:
+    """Encode the turns before the reference answer, as generation begins with them."""
+    try:
+        ids = prompt_ids(tokenizer, item.messages[:-1], item.tools)
+    except DataError as error:
+        raise RowError("refused by the template", item.origin, error.message) from error
+    if len(ids) > longest:
+        raise RowError(
+            "prompt too long",
+            item.origin,
+            f"the prompt has {len(ids)} tokens, expected at most {longest} (cutoff_len minus "
+            "max_completion_length, or max_prompt_length)",
+            "raise cutoff_len or max_prompt_length",
+        )
+    return Example(ids, [IGNORE] * len(ids), item.origin)
 
 
 @contextlib.contextmanager

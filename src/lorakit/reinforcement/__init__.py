@@ -1,0 +1,1 @@
+"""Reinforcement learning with checkable rewards: rollouts, rewards, advantages, GRPO."""
