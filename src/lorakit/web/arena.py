@@ -140,7 +140,7 @@ async def vote(request: Request) -> Response:
 def preference_rows(vote: Vote) -> list[dict[str, Any]]:
     """Rows of preference data, the chosen and a rejected conversation each, as TRL reads them.
 
-    `columns: {messages: chosen}` trains on the chosen ones with lorakit.
+    `objective: dpo` trains on them.
 
     Raises:
         DataError: there are no two different answers.
