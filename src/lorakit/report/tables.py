@@ -139,7 +139,9 @@ def differing(
     for key in dict.fromkeys(key for each in values for key in each):
         column = [each.get(key) for each in values]
         if key != "output_dir" and any(value != column[0] for value in column):
-            found[key] = _distinct([as_text(each.get(key)) for each in shown or values], column)
+            found[key] = _distinct(
+                [setting_text(each.get(key)) for each in shown or values], column
+            )
     return found
 
 
@@ -154,7 +156,7 @@ def _distinct(texts: Sequence[str], values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(f"{text} #{kinds.index(v) + 1}" for text, v in zip(texts, values, strict=True))
 
 
-def as_text(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Format a setting: text as it is, other values as JSON, None as a dash."""
     if value is None:
         return ABSENT
