@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from lorakit.errors import LorakitError
-from lorakit.web.arena import Conversation, Sampling, Vote, preference_rows
+from lorakit.web.arena import Dialog, Sampling, Vote, preference_rows
 
 ASKED = [{"role": "user", "content": "What color?"}]
 
@@ -76,13 +76,13 @@ def test_other_requests_are_refused(client, asked, body):
 
 def test_messages_are_turns_that_end_with_a_question():
     answer = {"role": "assistant", "content": "red"}
-    made = Conversation(messages=[*ASKED, answer, *ASKED])
+    made = Dialog(messages=[*ASKED, answer, *ASKED])
     assert [turn.role for turn in made.messages] == ["user", "assistant", "user"]
     for bad in (None, [], [answer], [*ASKED, answer], [{"role": "system", "content": "x"}],
                 ["x"], [{"role": "user"}], ASKED * 201,
                 [{"role": "user", "content": "x" * 10**6}]):  # fmt: skip
         with pytest.raises(ValidationError):
-            Conversation(messages=bad)
+            Dialog(messages=bad)
 
 
 def test_sampling_has_bounds():

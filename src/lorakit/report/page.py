@@ -85,7 +85,7 @@ def report_page(record: Record) -> str:
         model=public_name(str(record.shown["model"])),
         sources=[s["source"] if isinstance(s, dict) else s for s in sources],
         trained=adapter_bytes and adapter_bytes / 4,
-        scores=score_rows(evaluation) if evaluation else [],
+        scores=score_rows(record.evaluation or {}),
         rollouts=record.rollouts,
         alarms=_alarms(record),
         tasks=task_rows(record.evaluation or {}),

@@ -66,14 +66,14 @@ def settings_rows(
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """(measure, base, tuned, change) of the held-out rows: loss, perplexity, further metrics."""
-    base, tuned = evaluation["base"], evaluation["tuned"]
-    change, ratio = tuned["loss"] - base["loss"], tuned["perplexity"] / base["perplexity"]
-    rows: list[tuple[str, ...]] = [
-        ("loss, nats a token", f"{base['loss']:.4f}", f"{tuned['loss']:.4f}", f"{change:+.4f}"),
-    ]
-    values = (f"{side['perplexity']:,.2f}" for side in (base, tuned))
-    rows.append(("perplexity", *values, f"{ratio - 1:+.1%}"))
+    """(measure, base, tuned, change) of held-out rows: loss and perplexity, further metrics."""
+    rows: list[tuple[str, ...]] = []
+    if evaluation.get("base"):
+        base, tuned = evaluation["base"], evaluation["tuned"]
+        change, ratio = tuned["loss"] - base["loss"], tuned["perplexity"] / base["perplexity"]
+        losses = (f"{base['loss']:.4f}", f"{tuned['loss']:.4f}", f"{change:+.4f}")
+        values = (f"{side['perplexity']:,.2f}" for side in (base, tuned))
+        rows += [("loss, nats a token", *losses), ("perplexity", *values, f"{ratio - 1:+.1%}")]
     for name, mean in (evaluation.get("metrics") or {}).items():
         change = mean["tuned"] - mean["base"]
         rows.append((str(name), f"{mean['base']:.4g}", f"{mean['tuned']:.4g}", f"{change:+.4g}"))
@@ -139,7 +139,9 @@ def differing(
     for key in dict.fromkeys(key for each in values for key in each):
         column = [each.get(key) for each in values]
         if key != "output_dir" and any(value != column[0] for value in column):
-            found[key] = _distinct([as_text(each.get(key)) for each in shown or values], column)
+            found[key] = _distinct(
+                [setting_text(each.get(key)) for each in shown or values], column
+            )
     return found
 
 
@@ -154,7 +156,7 @@ def _distinct(texts: Sequence[str], values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(f"{text} #{kinds.index(v) + 1}" for text, v in zip(texts, values, strict=True))
 
 
-def as_text(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Format a setting: text as it is, other values as JSON, None as a dash."""
     if value is None:
         return ABSENT

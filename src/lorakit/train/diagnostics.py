@@ -64,7 +64,7 @@ class RunMonitor:
         """Messages that this row gives rise to."""
         messages = {
             "rate": self._ended_early(row),
-            "slow": self._slow(row),
+            "slow": self.slow_note(row),
             "loss": self._not_falling(row),
         }
         new = {k: message for k, message in messages.items() if message and k not in self.reported}
@@ -80,7 +80,8 @@ class RunMonitor:
             "change nothing. The schedule was made for fewer steps"
         )
 
-    def _slow(self, row: dict[str, Any]) -> str | None:
+    def slow_note(self, row: dict[str, Any]) -> str | None:
+        """Message at the row by which the speed is known, if it is far below the plan's."""
         if self.planned is None or len(self.rates) == UNTIMED_ROWS + TIMED_ROWS:
             return None
         self.rates.append(row.get("tokens_per_second") or 0.0)
@@ -171,12 +172,14 @@ def run_notes(
         data, evaluation: data_report.json and eval.json; empty if they are missing.
         planned: tokens/s of the plan.
     """
-    monitor = RunMonitor(recipe, planned, lambda: "see its log")
+    monitor = RunMonitor(recipe, None, str)
+    speed = RunMonitor(recipe, planned, lambda: "see its log")
     total = recipe.total_steps(data["examples_train"]) if data else recipe.max_steps
     monitor.start(total or 0)
-    notes, marked = [], dict[str, list[str]]()
+    notes, slow, marked = [], list[str | None](), dict[str, list[str]]()
     for row in steps:
         notes += monitor.row(dict(row))
+        slow.append(speed.slow_note(dict(row)))
         for key in ("skipped", "spike"):
             if row.get(key):
                 marked.setdefault(key, []).append(f"{row['step']:,}")
@@ -188,7 +191,8 @@ def run_notes(
             notes.append(f"Steps {fault}: {', '.join(found[:8])}{more}.")
     if not monitor.rose:
         notes += _overfitting(held)
-    return notes + _evaluation_notes(evaluation) + (data_notes(data, recipe) if data else [])
+    notes += _evaluation_notes(evaluation) + (data_notes(data, recipe) if data else [])
+    return notes + [f"{note}." for note in slow if note]
 
 
 def _overfitting(held: Sequence[Mapping[str, Any]]) -> list[str]:

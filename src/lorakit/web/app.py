@@ -138,7 +138,7 @@ async def run_page(request: Request) -> Response:
 
 
 def _state(context: Context, run: RunDir, name: str) -> dict[str, Any]:
-    """What changes on the page of a run: its processes, progress, curves and logs."""
+    """State of a run for its live page: its processes, progress, curves and logs."""
     summary, launcher = context.summary(name, run.path), context.launcher
     processes = {verb: launcher.process_of(name, verb) is not None for verb in VERBS}
     return {

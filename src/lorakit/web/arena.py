@@ -39,7 +39,7 @@ class Sampling(BaseModel):
     seed: int = Field(default=0, ge=0, le=2**31)
 
 
-class Conversation(BaseModel):
+class Dialog(BaseModel):
     """A conversation that ends with a question."""
 
     messages: list[Turn] = Field(min_length=1, max_length=200)
@@ -54,7 +54,7 @@ class Conversation(BaseModel):
         return turns
 
 
-class Question(Conversation):
+class Asked(Dialog):
     """A conversation to continue: by a run, or by the base of the first of several runs."""
 
     runs: list[str] = Field(min_length=1, max_length=MOST_RUNS)
@@ -62,7 +62,7 @@ class Question(Conversation):
     settings: Sampling = Field(default_factory=Sampling)
 
 
-class Vote(Conversation):
+class Vote(Dialog):
     """Answers to a conversation by their column, and the column of the best one."""
 
     answers: dict[str, str]
@@ -101,7 +101,7 @@ async def chat_page(request: Request) -> Response:
 
 async def answer(request: Request) -> Response:
     """Stream the answer of one column as JSON lines: pieces, then `done` or `error`."""
-    context, asked = context_of(request), await posted_json(request, Question)
+    context, asked = context_of(request), await posted_json(request, Asked)
     paths = {name: await in_thread(_tuned, context.workspace, name) for name in asked.runs}
     if asked.column != BASE and asked.column not in paths:
         raise DataError("column: not one of the chosen runs", hint="reload the page")

@@ -95,7 +95,7 @@ def notes_of(
     plan: dict[str, Any],
     scored: dict[str, Any],
 ) -> list[str]:
-    """What looks wrong in a run; a damaged file costs the notes that need it."""
+    """Notes on what looks wrong in a run; a damaged file costs those that need it."""
     if resolved is None:
         return []
     planned, held = finite(plan.get("tokens_per_second")), metrics.held_out()
