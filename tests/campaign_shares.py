@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from tests.in_process import without_charts
+
 import corruption
 import crash
 import disk_full
@@ -36,6 +38,7 @@ def small_disks(out):
 
 def main(asked, folder):
     crash.import_everything()
+    without_charts()
     for name, flags in asked.items():
         out = folder / f"{name}.json"
         try:

@@ -93,6 +93,21 @@ def short_answers():
         yield
 
 
+# Where the charts of a report are drawn; each test of a wheel, notebook or launch draws them, too.
+DRAWN = ("/tests/display/", "/tests/report/", "/tests/test_run.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def empty_charts(request):
+    """Draw no curves but in `DRAWN`: a report's five charts took a third of a tiny run's time."""
+    from tests.in_process import without_charts
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(place in request.path.as_posix() for place in DRAWN):
+            without_charts(patch.setattr)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_model():
     """Folder of SmolLM2-135M-Instruct in safetensors, as `model: demo` uses it."""

@@ -63,7 +63,7 @@ def test_no_module_bears_the_name_of_a_public_function():
 
 
 def test_every_module_may_be_imported_before_the_functions_are_called():
-    """A module of a function's name would replace it; one process for all in test_foreign_system."""
+    """A module of a function's name would replace it."""
     package = Path(lorakit.__file__).parent
     parts = [p.relative_to(package.parent).with_suffix("").parts for p in package.rglob("*.py")]
     names = sorted(".".join(p).removesuffix(".__init__") for p in parts if p[-1] != "__main__")
