@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from tests.in_process import without_charts
+from tests.in_process import quick_ends
 
 import corruption
 import crash
@@ -27,10 +28,11 @@ def small_disks(out):
     """One disk of each kind; `benchmarks/disk_full.py` has 32 sizes of them."""
     with tempfile.TemporaryDirectory() as folder:
         campaign = disk_full.Campaign(Path(folder))
-        half, files = campaign.needs // 2, 4096
-        campaign.trial("asked", 0)
+        half = campaign.needs // 2
+        largest = max(p.stat().st_size for p in (Path(folder) / "whole").rglob("*"))
+        campaign.trial("asked", half)
         campaign.trial("filled since", half, disk_full.unasked)
-        campaign.trial("file limit", files, lambda: disk_full.limit_files(files))
+        campaign.trial("file limit", half, lambda: disk_full.limit_files(largest // 2))
         campaign.read_only()
     ends, messages = sorted(campaign.ends), campaign.said
     crash.finish({"failures": campaign.failures, "ends": ends, "messages": messages}, out, "")
@@ -38,7 +40,7 @@ def small_disks(out):
 
 def main(asked, folder):
     crash.import_everything()
-    without_charts()
+    quick_ends()
     for name, flags in asked.items():
         out = folder / f"{name}.json"
         try:

@@ -29,6 +29,8 @@ if not torch.cuda.is_available():
 # The files that take longest, to be begun first: at the end one process would be alone with them.
 LONG = ("test_ranks_end_to_end.py", "test_crash.py", "export/test_gguf.py", "test_docs_blocks.py")
 LONG += ("test_notebooks.py", "test_end_to_end.py", "test_offline.py", "ops/test_kernel_launch.py")
+LONG += ("model/test_families.py", "web/test_browser.py", "serve/test_child.py")
+LONG += ("sweeps/test_run_sweep.py", "planning/test_planner.py", "test_mixture_of_experts.py")
 
 
 def pytest_collection_modifyitems(items):

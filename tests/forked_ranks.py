@@ -17,7 +17,7 @@ from pathlib import Path
 from in_process import (  # this file runs as a script: its folder is on the path
     exit_code,
     import_libraries,
-    without_charts,
+    quick_ends,
 )
 from rank_ports import free_port
 
@@ -33,7 +33,7 @@ def import_everything():
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401
 
-    without_charts()
+    quick_ends()
 
 
 def keep_rows(path):

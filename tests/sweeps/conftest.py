@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from lorakit.pipeline import fit
-from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, read_metrics
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, read_metrics
 from lorakit.sweeps.run_sweep import start_sweep
 from lorakit.sweeps.sweep_plan import SweepRequest
 
