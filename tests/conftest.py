@@ -29,6 +29,8 @@ if not torch.cuda.is_available():
 # The files that take longest, to be begun first: at the end one process would be alone with them.
 LONG = ("test_ranks_end_to_end.py", "test_crash.py", "export/test_gguf.py", "test_docs_blocks.py")
 LONG += ("test_notebooks.py", "test_end_to_end.py", "test_offline.py", "ops/test_kernel_launch.py")
+LONG += ("model/test_families.py", "web/test_browser.py", "serve/test_child.py")
+LONG += ("sweeps/test_run_sweep.py", "planning/test_planner.py", "test_mixture_of_experts.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -90,6 +92,21 @@ def short_answers():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "ANSWER_TOKENS", 8)
+        yield
+
+
+# Where the charts of a report are drawn; each test of a wheel, notebook or launch draws them, too.
+DRAWN = ("/tests/display/", "/tests/report/", "/tests/test_run.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def empty_charts(request):
+    """Draw no curves but in `DRAWN`: a report's five charts took a third of a tiny run's time."""
+    from tests.in_process import without_charts
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(place in request.path.as_posix() for place in DRAWN):
+            without_charts(patch.setattr)
         yield
 
 

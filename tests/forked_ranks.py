@@ -17,6 +17,7 @@ from pathlib import Path
 from in_process import (  # this file runs as a script: its folder is on the path
     exit_code,
     import_libraries,
+    quick_ends,
 )
 from rank_ports import free_port
 
@@ -31,6 +32,8 @@ def import_everything():
 
     import lorakit.cli.main
     import lorakit.pipeline  # noqa: F401
+
+    quick_ends()
 
 
 def keep_rows(path):

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from tests.in_process import exit_code
 
 from lorakit import pipeline
+from lorakit.cli.main import main
 from lorakit.errors import DataError, LorakitError, RunError, WorkError
 from lorakit.model.load import seed_everything
 from lorakit.pipeline import fit, prepare_run
@@ -207,9 +209,9 @@ main()
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
-    tiny_recipe, tiny_model_dir, tiny_data, tmp_path
+    tiny_recipe, tiny_model_dir, tiny_data, tmp_path, monkeypatch
 ):
-    """A real process, a real signal."""
+    """A real process, a real signal; the resume is in this process."""
     whole = tmp_path / "whole"
     values = {"max_steps": 8, "save_every": 1000, "lora_dropout": 0.1, "dtype": "float32"}
     fit(tiny_recipe(tiny_model_dir, tiny_data, whole, **values), QUIET)
@@ -235,13 +237,11 @@ def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
     assert "resume with: lorakit train cut/recipe.yaml --resume" in out
     assert [p.name for p in RunDir(tmp_path / "cut").list_checkpoints()] == ["step_000004"]
     assert not (tmp_path / "cut" / "adapter").exists()
-    done = subprocess.run(
-        [sys.executable, "-m", "lorakit", "train", "cut/recipe.yaml", "--resume", "--offline"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["lorakit", "train", "cut/recipe.yaml", "--resume", "--offline"]
     )
-    assert done.returncode == 0, done.stderr
+    assert exit_code(main) == 0
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
 

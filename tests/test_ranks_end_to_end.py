@@ -383,7 +383,7 @@ def torchrun(node, port):
 
 @pytest.fixture(scope="module")
 def in_trouble(recipe_file):
-    """Four runs of two ranks side by side; a rank, a rank and the launcher get a signal.
+    """Four runs of two ranks; a rank, a rank and the launcher get a signal.
 
     The fourth is one of `accelerate launch`. The ranks of the run whose rank is killed are on two
     "machines": each has a torchrun of its own.
@@ -392,7 +392,8 @@ def in_trouble(recipe_file):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     accelerated = Running(path, "--offline", launch=[*launch, "--num_processes", "2"])
     ends = {"accelerate": (path, run, accelerated, None)}
-    started = {}
+    started, victims = {}, {}
+    # One after the other: none trains on while another one imports its libraries.
     for fault in (signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM):
         path, run = recipe_file(max_steps=5000, save_every=2, val_size=0, lora_dropout=0.1)
         if fault == signal.SIGKILL:
@@ -401,9 +402,7 @@ def in_trouble(recipe_file):
             started[fault] = path, run, first
         else:
             started[fault] = path, run, Running(path)
-    victims = {}
-    for fault, (_, run, running) in started.items():
-        running.at_step(run, 5)
+        running = started[fault][2].at_step(run, 5)
         if fault == signal.SIGTERM:
             victims[fault] = running.process.pid
         else:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -74,59 +73,46 @@ def test_a_rank_with_other_versions_is_named():
         check_members(members)
 
 
-def run_two(code, tmp_path, **more):
+TWO = """
+import os, time, torch
+from lorakit.distributed.process_group import init_distributed
+
+with init_distributed() as ranks:
+    import accelerate
+    assert accelerate.PartialState().num_processes == 2
+    number = torch.tensor([1.0 + ranks.rank])
+    ranks.all_reduce_(number)
+    assert number.item() == 3
+    assert ranks.all_gather_object(ranks.rank) == [0, 1]
+    assert ranks.run_on_main_and_broadcast(lambda: "only rank 0 works" if ranks.is_main else 1 / 0)
+    seen = []
+    with ranks.main_process_first():
+        time.sleep(0.3 if ranks.is_main else 0)
+        seen.append(time.time())
+    first, second = ranks.all_gather_object(seen[0])
+    assert first <= second
+with init_distributed() as again:
+    assert again.all_gather_object(again.rank) == [0, 1]
+print("well", ranks.rank, ranks.nodes, flush=True)
+with init_distributed() as ranks:
+    if ranks.rank == 1:
+        raise SystemExit("the reason")
+    ranks.all_gather_object(1)
+"""
+
+
+def test_two_processes_meet_add_and_wait_and_one_that_fails_ends_the_other(tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(code))
+    script.write_text(TWO)
     words = ["--standalone", "--nproc-per-node", "2", str(script)]
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
-
-
-def test_two_processes_meet_add_and_wait_for_each_other(tmp_path):
-    code = """
-        import os, time, torch
-        from lorakit.distributed.process_group import init_distributed
-
-        with init_distributed() as ranks:
-            import accelerate
-            assert accelerate.PartialState().num_processes == 2
-            number = torch.tensor([1.0 + ranks.rank])
-            ranks.all_reduce_(number)
-            assert number.item() == 3
-            assert ranks.all_gather_object(ranks.rank) == [0, 1]
-            assert ranks.run_on_main_and_broadcast(
-                lambda: "only rank 0 works" if ranks.is_main else 1 / 0
-            )
-            seen = []
-            with ranks.main_process_first():
-                time.sleep(0.3 if ranks.is_main else 0)
-                seen.append(time.time())
-            first, second = ranks.all_gather_object(seen[0])
-            assert first <= second
-            print("well", ranks.rank, ranks.nodes)
-        with init_distributed() as again:
-            assert again.all_gather_object(again.rank) == [0, 1]
-    """
-    done = run_two(code, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("well") == 2
-
-
-def test_a_rank_that_fails_says_so_itself_and_ends_the_other(tmp_path):
-    code = """
-        from lorakit.distributed.process_group import init_distributed
-
-        with init_distributed() as ranks:
-            if ranks.rank == 1:
-                raise SystemExit("the reason")
-            ranks.all_gather_object(1)
-    """
-    done = run_two(code, tmp_path)
+    assert done.stdout.count("well") == 2, done.stderr
     assert done.returncode != 0
     assert "the reason" in done.stderr
     assert "error: rank" not in done.stderr

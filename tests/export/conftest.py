@@ -56,10 +56,13 @@ VARIANTS = {
         {},
         {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 32.0}},
     ),
-    "biases": ("llama", {"attention_bias": True}, {"bias": "all"}),
+    "biases, rope scaling": (
+        "llama",
+        {"attention_bias": True, "rope_parameters": LLAMA3_ROPE},
+        {"bias": "all"},
+    ),
     "modules_to_save": ("llama", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "sliding window": ("mistral", {"sliding_window": 128}, {}),
-    "rope scaling": ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
     "several stops": ("qwen3", {"head_dim": 16, "stops": [2, 0, 7], "template": THINKING}, {}),
     "qlora": ("llama", {}, {"method": "qlora"}),
 }
@@ -138,21 +141,30 @@ def poisoned(run, folder, value):
     return copy
 
 
-@pytest.fixture(scope="session")
-def variant_run(smollm2_tokenizer, tmp_path_factory):
-    """`variant_run(name)`: the run of that variant, made once."""
-    tokenizer = smollm2_tokenizer
+def _variants(tokenizer, folders):
     made = {}
 
     def build(name):
         if name not in made:
-            folder = tmp_path_factory.mktemp("variant")
+            folder = folders.mktemp("variant")
             model_type, config, values = VARIANTS[name]
             base = make_base(folder / "base", tokenizer, model_type, dict(config))
             made[name] = make_run(folder / f"tuned-{len(made)}", base, **values)
         return made[name]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def variant_run(tokenizer, tmp_path_factory):
+    """`variant_run(name)`: the run of that variant, made once."""
+    return _variants(tokenizer, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def gguf_run(smollm2_tokenizer, tmp_path_factory):
+    """The same with all words of SmolLM2's tokenizer: llama.cpp knows no other one."""
+    return _variants(smollm2_tokenizer, tmp_path_factory)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_a_folded_adapter_predicts_the_same_with_nothing_left_to_misread(
 WHY = {
     "rslora": None,
     "dora": "DoRA",
-    "biases": "biases",
+    "biases, rope scaling": "biases",
     "modules_to_save": "embed_tokens, lm_head were trained in full",
     "tied, head adapted": "the embedding or the head",
 }

@@ -35,11 +35,11 @@ from .conftest import CHATS, THINKING, decided, make_base, make_run
 
 # Variants that change what a GGUF file holds; the others become the same plain merged folder, and
 # that equals the adapter to the bit in `test_merged.py`.
-MERGED = ("tied", "tied, head adapted", "added tokens", "rslora", "biases", "sliding window")
-MERGED = (*MERGED, "rope scaling", "several stops", "qlora")
+MERGED = ("tied", "tied, head adapted", "added tokens", "rslora", "biases, rope scaling")
+MERGED = (*MERGED, "sliding window", "several stops", "qlora")
 # One base: "rslora" and "patterns" differ in their adapters alone.
 ADAPTERS = ("rslora", "patterns")
-UNPORTABLE = ("dora", "biases", "modules_to_save", "tied, head adapted")
+UNPORTABLE = ("dora", "biases, rope scaling", "modules_to_save", "tied, head adapted")
 TOKENS = 3
 # Nats that llama.cpp may turn: it keeps keys and values in 16 bits.
 ROUNDED = 1e-2
@@ -59,7 +59,7 @@ def along(folder, tokenizer, texts):
 
 
 @pytest.fixture(scope="module")
-def heard(variant_run, demo_model, smollm2_tokenizer, tmp_path_factory):
+def heard(gguf_run, demo_model, smollm2_tokenizer, tmp_path_factory):
     """(how, variant) -> comparison, file, adapter's file, source, reference. One conversion, one
     process of llama.cpp for all.
 
@@ -70,7 +70,7 @@ def heard(variant_run, demo_model, smollm2_tokenizer, tmp_path_factory):
     base, base_file = work / "base", work / "base.gguf"
     orders, files, references = [], {}, {}
     for number, variant in enumerate(dict.fromkeys((*MERGED, *ADAPTERS))):
-        source = open_source(variant_run(variant))
+        source = open_source(gguf_run(variant))
         references[variant] = source, make_reference(source, float32_model(source), 2, TOKENS)
         folder, folded = work / f"merged-{number}", work / f"folded-{number}"
         if variant in MERGED:
@@ -125,8 +125,8 @@ def test_characters_of_several_tokens_are_compared_place_by_place(heard, smollm2
     assert 0 < found.kl_per_token < 1e-3
 
 
-def test_an_engine_that_does_not_stop_at_the_end_of_turn_is_refused(variant_run):
-    source = open_source(variant_run("rslora"))
+def test_an_engine_that_does_not_stop_at_the_end_of_turn_is_refused(gguf_run):
+    source = open_source(gguf_run("rslora"))
     deaf = llama_cpp.LlamaOutput(places=[], stops=False, chat_ids=[])
     with pytest.raises(WorkError, match=r"does not stop at '<\|im_end\|>'"):
         compare_output(source, Reference([], [], [], frozenset([2]), 1.0), deaf)
@@ -162,18 +162,18 @@ def test_an_adapter_file_predicts_as_the_adapter(heard, variant):
     assert found.top1_agreement >= decided(reference, ROUNDED)[0]
 
 
-def test_an_adapter_without_effect_is_not_kept(heard, variant_run, job):
+def test_an_adapter_without_effect_is_not_kept(heard, gguf_run, job):
     """Of an adapter that changes less than F16 does, as much is left as of none."""
     _, base, adapter, _, reference = heard["adapter", "rslora"]
     weak = replace(reference, base_kl=1e-12)
     with pytest.raises(WorkError, match=r"adapter.gguf: .* not nearer to the tuned model than its"):
-        run_gguf(job(variant_run("rslora")), weak, base, adapter, "F16")
+        run_gguf(job(gguf_run("rslora")), weak, base, adapter, "F16")
 
 
-def test_a_quantization_that_costs_more_than_tuning_changed_gets_a_hint(heard, variant_run, job):
+def test_a_quantization_that_costs_more_than_tuning_changed_gets_a_hint(heard, gguf_run, job):
     _, path, _, _, reference = heard["merged", "rslora"]
     for effect, hinted in ((1e-12, True), (reference.base_kl, False)):
-        order = job(variant_run("rslora"))
+        order = job(gguf_run("rslora"))
         run_gguf(order, replace(reference, base_kl=effect), path, None, "F32")
         assert (
             any("F32 costs more than the tuning changed" in end for end in order.next_steps)
@@ -182,15 +182,15 @@ def test_a_quantization_that_costs_more_than_tuning_changed_gets_a_hint(heard, v
 
 
 @pytest.mark.parametrize("variant", UNPORTABLE)
-def test_what_a_gguf_adapter_cannot_carry_is_refused_before(variant_run, job, tmp_path, variant):
+def test_what_a_gguf_adapter_cannot_carry_is_refused_before(gguf_run, job, tmp_path, variant):
     with pytest.raises(ModelError, match="cannot be a GGUF adapter") as caught:
-        export_gguf_adapter(job(variant_run(variant)))
+        export_gguf_adapter(job(gguf_run(variant)))
     assert "--to gguf" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
-def test_k_quants_are_written_and_run_in_one_command(variant_run, job):
-    order = job(variant_run("rslora"), quant="q4_k_m")
+def test_k_quants_are_written_and_run_in_one_command(gguf_run, job):
+    order = job(gguf_run("rslora"), quant="q4_k_m")
     facts = export_gguf(order)
     assert facts["quantization"] == "Q4_K_M"
     assert facts["merged"]["rows_not_of_256"] == 16
@@ -198,9 +198,9 @@ def test_k_quants_are_written_and_run_in_one_command(variant_run, job):
     assert [p.name for p in order.target.glob("*.gguf")] == [facts["file"]]
 
 
-def test_an_adapter_is_written_and_run_in_one_command(variant_run, job):
+def test_an_adapter_is_written_and_run_in_one_command(gguf_run, job):
     """Its base, too, asks with an empty thought, though llama.cpp switches thinking on."""
-    order = job(variant_run("several stops"))
+    order = job(gguf_run("several stops"))
     facts = export_gguf_adapter(order)
     assert facts["kl_per_token"] < 1e-3
     assert sorted(p.name for p in order.target.iterdir()) == ["MANIFEST.json", "adapter.gguf"]
@@ -213,24 +213,22 @@ def instead_of_converting(monkeypatch, file):
     )
 
 
-def test_a_file_that_says_something_else_is_not_kept(
-    variant_run, job, heard, tmp_path, monkeypatch
-):
-    instead_of_converting(monkeypatch, heard["merged", "biases"][1])
+def test_a_file_that_says_something_else_is_not_kept(gguf_run, job, heard, tmp_path, monkeypatch):
+    instead_of_converting(monkeypatch, heard["merged", "biases, rope scaling"][1])
     with pytest.raises(WorkError, match="predicts something else"):
-        export_gguf(job(variant_run("rslora")))
+        export_gguf(job(gguf_run("rslora")))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_memory_for_models_chats_are_compared_all_the_same(
-    variant_run, job, heard, monkeypatch
+    gguf_run, job, heard, monkeypatch
 ):
     instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
     monkeypatch.setattr(merged, "memory_missing", lambda _: "too little memory")
-    facts = export_gguf(job(variant_run("rslora"), "right"))
+    facts = export_gguf(job(gguf_run("rslora"), "right"))
     assert "reads chats as training did" in facts["skipped"]
     assert facts["merged"]["tensors"] > 0
-    order = job(variant_run("rslora"), "wrong")
+    order = job(gguf_run("rslora"), "wrong")
     template = order.source.tokenizer.chat_template
     order.source.tokenizer.chat_template = template.replace("<|im_start|>", "<|im_start|> ")
     with pytest.raises(WorkError, match="reads held-out chat 1 otherwise than in training"):
@@ -238,14 +236,12 @@ def test_without_memory_for_models_chats_are_compared_all_the_same(
     assert not order.target.exists()
 
 
-def test_a_file_that_llama_cpp_cannot_load_is_not_kept(
-    variant_run, job, heard, tmp_path, monkeypatch
-):
+def test_a_file_that_llama_cpp_cannot_load_is_not_kept(gguf_run, job, heard, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
-    broken.write_bytes(heard["merged", "biases"][1].read_bytes()[:200_000])
+    broken.write_bytes(heard["merged", "biases, rope scaling"][1].read_bytes()[:200_000])
     instead_of_converting(monkeypatch, broken)
     with pytest.raises(WorkError, match="cannot run"):
-        export_gguf(job(variant_run("rslora")))
+        export_gguf(job(gguf_run("rslora")))
     assert list(tmp_path.iterdir()) == [broken]
 
 
@@ -261,8 +257,8 @@ def test_an_unknown_tokenizer_is_explained(tokenizer, tmp_path, job):
     assert "vllm" in caught.value.hint
 
 
-def test_a_file_is_made_of_a_sum_with_small_steps(variant_run, job):
-    order = job(variant_run("rslora"))
+def test_a_file_is_made_of_a_sum_with_small_steps(gguf_run, job):
+    order = job(gguf_run("rslora"))
     half = replace(
         order, source=replace(order.source, device=replace(order.source.device, dtype="bfloat16"))
     )
@@ -285,12 +281,10 @@ def test_quantizations_by_any_spelling(monkeypatch):
         quantization("Q4_K_M")
 
 
-def test_without_the_engine_the_file_is_written_and_that_is_said(
-    variant_run, job, heard, monkeypatch
-):
+def test_without_the_engine_the_file_is_written_and_that_is_said(gguf_run, job, heard, monkeypatch):
     instead_of_converting(monkeypatch, heard["merged", "rslora"][1])
     monkeypatch.setattr(llama_cpp, "installed", lambda: False)
-    order = job(variant_run("rslora"), quant="Q8_0", verify=False)
+    order = job(gguf_run("rslora"), quant="Q8_0", verify=False)
     assert export_gguf(order)["skipped"] == "xllamacpp is not installed"
     assert list(order.target.glob("*-Q8_0.gguf"))
 

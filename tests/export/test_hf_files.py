@@ -24,7 +24,7 @@ def written(variant_run, tmp_path):
 
 
 def test_old_and_new_spellings_of_rope_mean_the_same(written, tmp_path):
-    written("rope scaling")
+    written("biases, rope scaling")
     config = read_json(tmp_path / "config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50000.0
     assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "llama3"

@@ -68,7 +68,7 @@ def test_the_merge_really_holds_the_update(variant_run, job):
 
 
 def test_a_base_in_memory_gives_the_same_files(variant_run, job, monkeypatch):
-    run = variant_run("biases")
+    run = variant_run("biases, rope scaling")
     streamed, whole = job(run, "streamed"), job(run, "whole")
     export_merged(streamed)
     monkeypatch.setattr(merge_weights, "_reason_against_streaming", lambda _: "a test")

@@ -71,8 +71,8 @@ def test_other_templates_are_proven_or_left_to_jinja(source, template, monkeypat
         assert "jinja" in notes[0]
 
 
-def test_base_and_adapter_in_two_files(variant_run, job):
-    order = job(variant_run("rslora"), adapter=True)
+def test_base_and_adapter_in_two_files(gguf_run, job):
+    order = job(gguf_run("rslora"), adapter=True)
     facts = export_ollama(order)
     text = (order.target / "Modelfile").read_text()
     assert text.startswith("FROM ./base-F16.gguf\nADAPTER ./adapter.gguf\n")

@@ -11,7 +11,7 @@ WHY = {
     "rslora": None,
     "patterns": None,
     "dora": "DoRA",
-    "biases": "biases",
+    "biases, rope scaling": "biases",
     "modules_to_save": "modules_to_save",
     "qlora": "QLoRA",
 }

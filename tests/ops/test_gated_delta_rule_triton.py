@@ -59,7 +59,7 @@ def test_kernels_equal_the_definition(kernel_device, kind, tokens, lengths):
 
 
 def test_one_token(kernel_device):
-    check(inputs(1, dtype=FIRST, device=kernel_device), None, kernel_device)
+    check(inputs(1, (1, 2), dtype=FIRST, device=kernel_device), None, kernel_device)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (1, 3)])
@@ -81,9 +81,9 @@ def test_widths_that_take_several_programs(kernel_device):
 
 def test_strided_inputs(kernel_device):
     """Slices of one tensor, as the layers cut q, k and v."""
-    q, k, v, g, beta = inputs(70, dtype=FIRST, device=kernel_device)
+    q, k, v, g, beta = inputs(70, (1, 2), dtype=FIRST, device=kernel_device)
     row = torch.cat([t.flatten(2) for t in (q, k, v)], 2)
-    parts = row.split([32, 32, 128], 2)
+    parts = row.split([16, 16, 64], 2)
     given = [part.unflatten(2, (-1, w)) for part, w in zip(parts, (16, 16, 32), strict=True)]
     assert not given[0].is_contiguous()
     check([*given, g, beta], None, kernel_device)

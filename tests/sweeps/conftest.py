@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from lorakit.pipeline import fit
-from lorakit.storage.run_dir import ADAPTER_WEIGHTS, RunDir, read_metrics
+from lorakit.storage.run_dir import ADAPTER_WEIGHTS, read_metrics
 from lorakit.sweeps.run_sweep import start_sweep
 from lorakit.sweeps.sweep_plan import SweepRequest
 
@@ -38,14 +38,19 @@ def swept(request_of):
     return lambda *args, **options: start_sweep(request_of(*args, **options), QUIET)
 
 
-@pytest.fixture
-def alone(tiny_recipe, tiny_model_dir, tiny_data, tmp_path):
-    """`alone(**settings)`: the numbers of the same run, trained by itself."""
+@pytest.fixture(scope="session")
+def alone(tiny_recipe, tiny_model_dir, tiny_data, tmp_path_factory):
+    """`alone(**settings)`: the numbers of the same run, trained by itself, once for all tests."""
+    made = {}
 
     def train(**settings):
-        folder = tmp_path / "alone" / repr(sorted(settings.items())).replace("/", "_")
-        values = {**SMALL, **settings}
-        outcome = fit(tiny_recipe(tiny_model_dir, tiny_data, folder, **values), QUIET)
-        return numbers_of(RunDir(outcome.run.path))
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("alone") / "run"
+            values = {**SMALL, **settings}
+            made[key] = numbers_of(
+                fit(tiny_recipe(tiny_model_dir, tiny_data, folder, **values), QUIET).run
+            )
+        return made[key]
 
     return train

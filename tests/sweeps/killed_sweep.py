@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.in_process import import_libraries
+from tests.in_process import import_libraries, quick_ends
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork
@@ -53,6 +53,8 @@ def life(job, kill):
 def main(job):
     import_libraries()
     import lorakit.sweeps.run_sweep  # noqa: F401
+
+    quick_ends()
 
     ends = []
     for kill in [*job["kills"], None]:
