@@ -119,7 +119,7 @@ def theirs(name, options):
         "tokens_per_second": round(2 * seq * PAIRS / statistics.median(timed), 1),
         "reference_seconds": round(reference, 2),
         "step_seconds": [round(each, 4) for each in seconds],
-        "peak_allocated_gib": peak,
+        "peak_reserved_gib": peak,
         **provenance(device, " ".join(["python", *sys.argv])),
     }
 
@@ -130,7 +130,7 @@ def in_process(*arguments):
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return {"failed": done.returncode, "command": " ".join(arguments)}
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # TRL prints its metrics before
 
 
 def compare(name, options):

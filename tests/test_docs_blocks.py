@@ -86,6 +86,8 @@ def workplace(tiny_model_dir, tmp_path_factory):
     ]
     for name in ("my.jsonl", "other.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": r["question"], "chosen": r["answer"], "rejected": "No."} for r in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (folder / "recipe.yaml").write_text(
         "model: ./tiny\ndata: my.jsonl\nmax_steps: 2\ncutoff_len: 64\nval_size: 4\n"
     )

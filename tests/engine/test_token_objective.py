@@ -8,7 +8,7 @@ from lorakit.data.batching import collate, pack
 from lorakit.engine.chunked_layer import ChunkSize
 from lorakit.engine.cuda_graphs import to_bucket
 from lorakit.engine.layerwise import LayerwiseSchedule
-from lorakit.engine.token_objective import model_inputs
+from lorakit.engine.token_objective import loss_and_sums, model_inputs
 from lorakit.train.loss import attach_loss
 from lorakit.types import Placement
 
@@ -17,6 +17,7 @@ class Contrast:
     """A curved function of all token losses, and the sum of its inputs as a metric."""
 
     inputs = frozenset({"signs"})
+    metrics = 1
 
     def __call__(self, token_losses, micro):
         value = (token_losses * micro["signs"]).sum()
@@ -34,6 +35,14 @@ def micros():
 def test_the_model_does_not_get_what_the_objective_reads():
     (batch, _), objective = micros(), Contrast()
     assert batch.keys() - model_inputs(objective, batch).keys() == {"signs"}
+
+
+def test_a_rank_without_micro_batches_has_no_metrics():
+    loss, sums = loss_and_sums(torch.zeros(()), Contrast())
+    assert (loss.item(), sums.tolist()) == (0.0, [0.0])
+    loss, sums = loss_and_sums(torch.tensor([2.0, 5.0]), Contrast())
+    assert (loss.item(), sums.tolist()) == (2.0, [5.0])
+    assert loss_and_sums(torch.tensor(3.0), None)[1] is None
 
 
 @pytest.mark.parametrize("cut", [ChunkSize(10_000, 8), ChunkSize(16, 1)])

@@ -188,3 +188,12 @@ def test_sharding_on_a_cpu_is_planned_where_it_is_asked_for():
     assert not plan_training(tight, shape_config("tiny"), replace(CPU, ranks=2)).fits
     with pytest.raises(RecipeError, match="sharding: on needs the fast layers"):
         plan_training(asked, shape_config("gemma-2-9b"), replace(CPU, ranks=2))
+
+
+def test_a_pair_is_planned_as_two_sequences():
+    pairs = recipe(objective="dpo", micro_batch_size=2, lora_dropout=0.05)
+    rows = recipe(micro_batch_size=4)
+    for device in (CPU, CARD):
+        assert plan_training(pairs, shape_config("tiny"), device) == plan_training(
+            rows, shape_config("tiny"), device
+        )

@@ -16,6 +16,7 @@ from lorakit.inference.evaluate import evaluate_loaded
 from lorakit.model.load import load_run, load_tokenizer
 from lorakit.pipeline import fit
 from lorakit.storage.run_dir import RunDir, read_json, read_metrics
+from lorakit.train.trainer import LoraTrainer
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +196,33 @@ def test_defaults_follow_the_objective(tiny_recipe, tmp_path):
     assert Recipe(**values, objective="dpo").beta_value == 0.1
     assert Recipe(**values, objective="dpo", method="qlora").lora_r == 64
     assert RunDir(tmp_path).reference.name == "reference.safetensors"
+
+
+def test_a_step_out_of_memory_is_repeated_with_fewer_pairs_at_once(run_of, monkeypatch):
+    values = {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "objective": "kto"}
+    _, whole = run_of("roomy", **values)
+    compute, tried = LoraTrainer._forward_backward, []
+
+    def small(trainer, micro, scale):
+        tried.append(len(micro["counts"]))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(trainer, micro, scale)
+
+    monkeypatch.setattr(LoraTrainer, "_forward_backward", small)
+    _, run = run_of("narrow", **values)
+    assert tried[0] == 4
+    assert set(tried[1:]) == {2}
+    assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-5)
+    names = ("rewards/chosen", "rewards/margins", "kl", "logps/rejected")
+    for ours, theirs in zip(read_metrics(run), read_metrics(whole), strict=True):
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], abs=1e-4)
+
+
+def test_held_out_scores_choose_the_best_step(run_of):
+    _, run = run_of("scored", eval_every=2, metric_for_best_model="eval_rewards/accuracies",
+                    load_best_model_at_end=True)  # fmt: skip
+    held = read_metrics(run, held_out=True)
+    assert [row["step"] for row in held] == [2, 4]
+    assert {"eval_rewards/margins", "eval_rewards/accuracies", "eval_loss"} <= held[0].keys()
+    assert read_json(run.best)["metric"] == "eval_rewards/accuracies"

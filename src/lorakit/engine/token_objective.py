@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lorakit.data.batching import Batch
@@ -14,9 +15,11 @@ class TokenObjective(Protocol):
 
     Attributes:
         inputs: names of the tensors of a micro-batch that the model does not take.
+        metrics: number of metrics.
     """
 
     inputs: frozenset[str]
+    metrics: int
 
     def __call__(self, token_losses: Tensor, micro: Batch) -> tuple[Tensor, Tensor]:
         """Compute the loss of a micro-batch.
@@ -29,6 +32,18 @@ class TokenObjective(Protocol):
             The loss, summed over the examples, with its gradient, and the sums of metrics [K].
             Neither synchronizes with the host.
         """
+
+
+def loss_and_sums(result: Tensor, objective: TokenObjective | None) -> tuple[Tensor, Tensor | None]:
+    """Divide the result of a step into its loss and the sums of metrics.
+
+    A rank without micro-batches has no vector of sums.
+    """
+    if objective is None:
+        return result, None
+    if not result.dim():
+        return result, torch.zeros(objective.metrics, device=result.device)
+    return result[0], result[1:].clone()
 
 
 def model_inputs(objective: TokenObjective, micro: Batch) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class PreferenceObjective:
     """
 
     inputs = frozenset({"sequence", "counts", "reference", "good"})
+    metrics = len(SUMS)
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.name, self.beta, self.recipe = recipe.objective, recipe.beta_value, recipe

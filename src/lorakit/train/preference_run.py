@@ -46,7 +46,7 @@ class PreferenceRun:
         together: bool,
         note: Callable[[str], None],
     ) -> None:
-        self.objective, self.recipe = PreferenceObjective(recipe, device), recipe
+        self.objective = PreferenceObjective(recipe, device)
         self.paired = recipe.objective in PAIR_OBJECTIVES
         self.pad_id, self.ranks, self.together, self.note = pad_id, ranks, together, note
         self.train = PreferenceRows(train, mismatch=not self.paired)
@@ -86,9 +86,10 @@ class PreferenceRun:
             if self.ranks.is_main:
                 self.store.write(values, keys)
             count = sum(len(parts[part]) for part in missing)
+            rounding = self._rounding(model)
             self.note(
-                f"reference log-probabilities of {count:,} rows in {time.monotonic() - began:.0f} "
-                f"s; {self.recipe.dtype} rounds a reward by about {self._rounding(model):.1g}"
+                f"reference log-probabilities of {count:,} rows in {time.monotonic() - began:.0f} s"
+                + (f"; rounding changes a reward by {rounding:.1g}" if rounding > 1e-3 else "")
             )
 
     def _rounding(self, model: Any) -> float:

@@ -22,7 +22,7 @@ from lorakit.data.batching import Batch, Layout, decide_packing, saved_share
 from lorakit.data.dataset import as_dataset, sequence_lengths
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
 from lorakit.engine.decoder_layer import SavedActivations
-from lorakit.engine.token_objective import TokenObjective, model_inputs
+from lorakit.engine.token_objective import TokenObjective, loss_and_sums, model_inputs
 from lorakit.errors import RunError, WorkError
 from lorakit.hardware import MemoryCap
 from lorakit.model.start_adapter import start_folder
@@ -243,7 +243,7 @@ class LoraTrainer(ResumableTrainer):
         if self.preferences is not None:
             self.preferences.begin(self.model, ready.examples, ready.own.examples)
         result = self.oom_retry.run(self.runner, ready.own, 1 / max(1, weight), number)
-        loss, sums = (result, None) if self.objective is None else (result[0], result[1:].clone())
+        loss, sums = loss_and_sums(result, self.objective)
         if self.ranks.world_size > 1:
             more = [] if sums is None else [sums]
             loss = self.sync.add([*self.runner.gradients, *more], loss)

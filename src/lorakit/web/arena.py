@@ -149,7 +149,7 @@ async def vote(request: Request) -> Response:
 def preference_rows(body: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of preference data, the chosen and a rejected conversation each, as TRL reads them.
 
-    `columns: {messages: chosen}` trains on the chosen ones with lorakit.
+    `objective: dpo` trains on them.
 
     Raises:
         DataError: an answer or the winner is missing.

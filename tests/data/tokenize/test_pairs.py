@@ -1,11 +1,16 @@
 """A pair is one example whose two sequences are those of supervised training."""
 
+import io
+
 import pytest
+from rich.console import Console
 from tests.preferences import pairs, write_rows
 
+from lorakit.data.inspection import shown_example
 from lorakit.data.issues import IssueLog, RowError
 from lorakit.data.prepare import prepare_data
 from lorakit.data.tokenize.encode import EncodeConfig, encode, encode_many
+from lorakit.display.inspection_view import example_view
 from lorakit.errors import DataError
 from lorakit.recipe.schema import Recipe
 from lorakit.types import IGNORE, Conversation, Message, Origin
@@ -126,3 +131,17 @@ def test_data_of_the_other_objective_is_refused(objective, tiny_model_dir, token
         prepare_data(recipe_of(tiny_model_dir, data, objective), tokenizer)
     wanted = "objective: dpo" if objective == "sft" else "objective: sft"
     assert wanted in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_a_pair_is_shown_side_by_side_with_its_prompt_once(tokenizer):
+    (example,), _ = encoded(tokenizer, pair_of("This one.", "None at all."))
+    shown = shown_example(tokenizer, example)
+    assert "".join(p.text for p in shown.pieces[: shown.shared]).endswith("assistant\n")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(example_view(shown))
+    text = console.export_text()
+    assert text.count("Which one?") == 1
+    (line,) = [line for line in text.splitlines() if "This one." in line]
+    assert "⟦This one." in line
+    assert "⟦None at all." in line
+    assert text.index("chosen") < text.index("rejected") < text.index("⟦This one.")
