@@ -1,9 +1,9 @@
-"""GRPO on two CPU cores: SmolLM2-135M-Instruct learns to answer with the name alone.
+"""GRPO on two CPU cores: SmolLM2-135M-Instruct learns to answer briefly.
 
     .venv/bin/python benchmarks/grpo_cpu.py --output benchmarks/results/grpo_cpu.json
 
-The base answers "The capital of France is Paris." and similar; the reward is 1 for the name alone,
-and 0.2 for any completion of at most four words. Prints the reward over the steps, and that of
+The base answers "The capital of France is Paris." and longer; the reward is 1 for a completion of
+at most 30 characters, and 1 more for the name alone. Prints the reward over the steps, and that of
 held-out prompts before and after. The goal: the reward at least doubles within 10 minutes.
 """
 
@@ -51,7 +51,7 @@ def measure(steps: int, generations: int, tokens: int, rate: float) -> dict:
                 "system": "Answer with the name only.",
                 "reward_funcs": [
                     "exact_answer",
-                    {"name": "regex", "pattern": r"^\S+( \S+){0,3}$", "weight": 0.2},
+                    {"name": "regex", "pattern": r"^.{1,30}$", "label": "short"},
                 ],
                 "num_generations": generations,
                 "micro_batch_size": generations,

@@ -54,7 +54,7 @@ from lorakit.train.oom import reserve_optimizer_memory
 from lorakit.train.rollout_alarms import RolloutAlarms
 from lorakit.train.step_inputs import StepInputs
 from lorakit.train.trainer import LoraTrainer
-from lorakit.types import IGNORE, Device, Example, ScoredExample
+from lorakit.types import IGNORE, Device, EvalScore, Example, ScoredExample
 
 # Mean |log p of the trainer - log p of the sampler| in nats above which a run is refused: rounding
 # of bfloat16 gives about 0.01, a wrong mask, position or template 0.5 and more.
@@ -103,6 +103,12 @@ class GrpoTrainer(LoraTrainer):
         self.shown: list[dict[str, Any]] = []
         super().__init__(*args, **kw)
         recipe = self.recipe
+        if self.sharded:
+            raise RunError(
+                "objective: grpo: the base is sharded over the ranks, which sample completions of "
+                "different lengths",
+                hint="set sharding: off, leave fsdp out, or set method: qlora",
+            )
         if self.plan.placement.layerwise and recipe.temperature != 1:
             raise RunError(
                 f"temperature: {recipe.temperature:g}: the plan computes layer by layer from host "
@@ -296,6 +302,15 @@ class GrpoTrainer(LoraTrainer):
             ) from error
 
     # -- what is reported -------------------------------------------------------------------------
+
+    def score(self, examples: Sequence[Example]) -> EvalScore:
+        """Refuse to compare runs by losses, which prompts do not have."""
+        if examples:
+            raise RunError(
+                "objective: grpo: prompts have no held-out loss to compare runs by",
+                hint="sweep without --halving, or leave val_size and val_data out",
+            )
+        return super().score(examples)
 
     def _monitor(self) -> Any:
         alarms = RolloutAlarms(self.recipe, self.rewards.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ MOST_PROMPTS, SHOWN = 128, 4
 DRAWS = 2**31 - 1
 
 
+def _note(text: str) -> None:
+    """Print a line apart from results, which may be JSON."""
+    print(text, file=sys.stderr)
+
+
 def evaluate_held_out(loaded: LoadedRun, data: str | None, samples: int) -> EvalResult:
     """Score the held-out rows of a run, or `data`: rewards for `grpo`, else losses.
 
@@ -46,7 +52,7 @@ def evaluate_held_out(loaded: LoadedRun, data: str | None, samples: int) -> Eval
         for item in items[:MOST_PROMPTS]
         if isinstance(item, Conversation)
     ]
-    rewards = RewardSet(recipe, [Path(), run.path], print)
+    rewards = RewardSet(recipe, [Path(), run.path], _note)
     label = data or "the run's held-out prompts"
     return evaluate_rewards(loaded.model, tokenizer, prompts, rewards, recipe, label, samples)
 
@@ -72,7 +78,7 @@ def evaluate_rewards(
         recipe.max_completion_length, recipe.temperature, recipe.top_p, recipe.top_k
     )
     rows = recipe.examples_per_step
-    sampler = Sampler(model, tokenizer, settings, print, rows, contextlib.nullcontext)
+    sampler = Sampler(model, tokenizer, settings, _note, rows, contextlib.nullcontext)
     draws = uniform_draws(recipe.seed, DRAWS, len(chosen), recipe.max_completion_length)
 
     def scored() -> tuple[list[str], dict[str, float]]:
