@@ -111,7 +111,9 @@ def measured_rows(folder, rows):
         ):  # fmt: skip
             begin, text = time.perf_counter(), ""
             while words_ not in text:
-                with urllib.request.urlopen(data + query.replace(" ", "%20")) as answer:
+                with urllib.request.urlopen(
+                    data + query.replace(" ", "%20"), timeout=120
+                ) as answer:
                     text = answer.read().decode()
                 assert 'class="fault"' not in text, text[-500:]
                 children = server.children(recursive=True)

@@ -4,7 +4,7 @@ import pytest
 
 from lorakit.errors import RecipeError
 from lorakit.recipe.loader import load_recipe
-from lorakit.recipe.schema import Recipe
+from lorakit.recipe.schema import GRPO_KEYS, Recipe
 from lorakit.sweeps.variations import (
     CANNOT_VARY,
     MOST_RUNS,
@@ -107,7 +107,8 @@ VARIES = {
     *("learning_rate", "loraplus_lr_ratio", "lr_scheduler", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "optimizer", "epochs", "max_steps", "micro_batch_size"),
     *("gradient_accumulation_steps", "packing", "seed", "load_best_model_at_end"),
-    *("early_stopping_patience", "training_args", "router_aux_loss_coef"),
+    *("early_stopping_patience", "training_args", "router_aux_loss_coef", "beta", "simpo_gamma"),
+    *("desirable_weight", "undesirable_weight", *GRPO_KEYS),
 }
 
 

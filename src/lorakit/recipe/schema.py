@@ -55,8 +55,7 @@ PAIR_OBJECTIVES = ("dpo", "ipo", "orpo", "simpo")
 PREFERENCE_OBJECTIVES = (*PAIR_OBJECTIVES, "kto")
 # Objectives that compare with a reference model.
 REFERENCE_OBJECTIVES = ("dpo", "ipo", "kto")
-# Instead of the method's: log-probabilities of complete answers have steep gradients, and dropout
-# would blur their comparison with the reference (TRL turns it off as well).
+# Log-probabilities of complete answers have steep gradients; dropout blurs the comparison (TRL too).
 PREFERENCE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-5, "lora_dropout": 0.0}
 # Keys that only some objectives read.
 OBJECTIVE_KEYS = {

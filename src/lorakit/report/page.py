@@ -74,7 +74,7 @@ def renew_report(run: RunDir, note: Callable[[str], None]) -> bool:
 
 def report_page(record: Record) -> str:
     """Render the page of a run."""
-    data, plan, evaluation = record.data, record.plan, record.scored
+    data, plan = record.data, record.plan
     given = record.shown["data"]
     sources = [given] if isinstance(given, str) else given
     adapter_bytes = (plan.get("parts") or {}).get("adapters (float32)")

@@ -29,6 +29,7 @@ _PROCESS = "it does not change the adapter: set it for all runs, in the recipe o
 # Keys whose values cannot differ between runs of a sweep, with the reason.
 CANNOT_VARY = {
     **dict.fromkeys(("model", "revision", "method", "dtype", "from_adapter"), _PER_BASE),
+    "objective": "losses of different objectives cannot be compared: start one sweep for each",
     "expert_adapters": _PER_BASE,  # experts are grouped while the base is loaded
     **dict.fromkeys(("fsdp", "weight_offload", "sharding", "trust_remote_code"), _PER_BASE),
     **dict.fromkeys(
