@@ -130,6 +130,8 @@ def policy_loss(
 class PolicyObjective:
     """`policy_loss` as a `TokenObjective`."""
 
+    metrics = len(SUMS)
+
     def __init__(self, settings: PolicySettings) -> None:
         self.settings = settings
         self.inputs = frozenset(VALUES)
