@@ -28,10 +28,18 @@ def card(request, monkeypatch):
     return request.param
 
 
-# Interpreted kernels take seconds: each family in one dtype.
+# Interpreted kernels take seconds: each family in one dtype, and Qwen3, whose norms of heads are
+# kernels on both, on one card.
 @pytest.mark.parametrize(
-    ("family", "dtype"),
-    [("llama", torch.float32), ("qwen3", torch.float16), ("gemma", torch.float16)],
+    ("card", "family", "dtype"),
+    [
+        ("a card of 8.0", "llama", torch.float32),
+        ("a card of 8.0", "qwen3", torch.float16),
+        ("a card of 8.0", "gemma", torch.float16),
+        ("a T4", "llama", torch.float32),
+        ("a T4", "gemma", torch.float16),
+    ],
+    indirect=["card"],
 )
 def test_kernels_give_the_gradients_of_plain_torch(card, family, dtype):
     model = tiny(family, dtype=dtype, lora_dropout=0.2)
