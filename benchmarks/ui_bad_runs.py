@@ -98,14 +98,15 @@ def pages(given):
         for path in sorted((given.folder / "runs").iterdir()):
             page.goto(f"{base}run?name=runs/{path.name}")
             page.wait_for_selector(".u-legend")
-            found[path.name] = [each.inner_text() for each in page.query_selector_all(".notes li")]
+            notes = [each.inner_text() for each in page.query_selector_all(".notes li")]
+            found[path.name] = {"state": page.inner_text("#state"), "notes": notes}
             if given.screenshots:
                 given.screenshots.mkdir(parents=True, exist_ok=True)
                 page.screenshot(path=given.screenshots / f"{path.name}.png")
                 shot = given.screenshots / f"{path.name}_complete.png"
                 page.screenshot(path=shot, full_page=True)
         server.terminate()
-    return {"notes": found}
+    return {"runs": found}
 
 
 if __name__ == "__main__":
