@@ -55,7 +55,7 @@ PAIR_OBJECTIVES = ("dpo", "ipo", "orpo", "simpo")
 PREFERENCE_OBJECTIVES = (*PAIR_OBJECTIVES, "kto")
 # Objectives that compare with a reference model.
 REFERENCE_OBJECTIVES = ("dpo", "ipo", "kto")
-# Log-probabilities of complete answers have steep gradients; dropout blurs the comparison (TRL too).
+# Log p's of complete answers have steep gradients; dropout blurs the comparison (off in TRL too).
 PREFERENCE_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-5, "lora_dropout": 0.0}
 # Keys that only some objectives read.
 OBJECTIVE_KEYS = {
