@@ -107,6 +107,7 @@ def _origin(row: Row) -> Origin:
     )
 
 
+PREFERENCE_COLUMNS = ["second", "good"]
 # Value of `good` in examples that have none.
 NO_LABEL = -1
 # Characters or tokens of a record batch; as Python objects these take 10 MB.
@@ -230,7 +231,14 @@ class ConversationDataset(ArrowRows[Item]):
 class Examples(ArrowRows[Example]):
     """Tokenized examples that `write_examples` wrote."""
 
-    columns: ClassVar = ["input_ids", "labels", "source", "row", "second", "good"]
+    columns: ClassVar = ["input_ids", "labels", "source", "row", *PREFERENCE_COLUMNS]
+
+    @property
+    def dataset(self) -> Dataset:
+        """The chosen rows; without the columns of preferences where they are of none."""
+        paired = self.column("second").any() or (self.column("good") != NO_LABEL).any()
+        rows = super().dataset
+        return rows if paired else rows.remove_columns(PREFERENCE_COLUMNS)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -368,13 +376,15 @@ def _lists(rows: Sequence[list[int]]) -> pa.ListArray:
 
 
 def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """Examples as an Arrow dataset with the columns of `Examples`.
+    """Examples as an Arrow dataset with the columns of `Examples`, without those of preferences.
 
     That of prepared data is on disk; other examples are copied.
     """
     if isinstance(examples, Examples):
         return examples.dataset
-    return Dataset(pa.table(_columns(examples)))
+    dataset = Dataset(pa.table(_columns(examples)))
+    paired = any(e.second or e.good is not None for e in examples)
+    return dataset if paired else dataset.remove_columns(PREFERENCE_COLUMNS)
 
 
 def to_example(row: Mapping[str, Any]) -> Example:

@@ -154,7 +154,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, folders: Sequence[Path], inspecting
 
 def _longest(recipe: Recipe, *parts: Examples) -> int:
     """Tokens of the longest example, or of the longest prompt with its longest completion."""
-    longest = int(max(part.lengths.max(initial=0) for part in parts))
+    longest = max(part.longest_sequence for part in parts)
     return longest + recipe.max_completion_length if recipe.objective == "grpo" else longest
 
 
