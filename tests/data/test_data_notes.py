@@ -36,6 +36,11 @@ def test_a_mask_with_nearly_all_or_hardly_any_tokens(train_on, trained, words):
     assert words in note
 
 
+def test_prompts_to_sample_from_have_no_mask_to_judge():
+    recipe = Recipe(model="m", data="d", objective="grpo", reward_funcs=["numeric_answer"])
+    assert data_notes({**REPORT, "trained_tokens_train": 0}, recipe) == []
+
+
 def test_repeated_rows_count_from_a_tenth_on():
     assert notes(faults=[fault("exact duplicate", 3)]) == []
     (note,) = notes(faults=[fault("exact duplicate", 180), fault("near duplicate", 30)])

@@ -58,6 +58,8 @@ def data_notes(report: Mapping[str, Any], recipe: Recipe) -> list[str]:
 def _mask_notes(report: Mapping[str, Any], recipe: Recipe) -> list[str]:
     trained, tokens = report["trained_tokens_train"], report["tokens_train"]
     share = trained / max(1, tokens)
+    if recipe.objective == "grpo":  # prompts are read; what is trained is sampled
+        return []
     if share > NEARLY_ALL and recipe.train_on == "all":
         return [
             f"Loss mask: {share:.0%} of the tokens are trained, questions included, since train_on "

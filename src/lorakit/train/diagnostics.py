@@ -178,7 +178,8 @@ def run_notes(
     monitor.start(total or 0)
     notes, slow, marked = [], list[str | None](), dict[str, list[str]]()
     for row in steps:
-        notes += monitor.row(dict(row))
+        if recipe.objective != "grpo":  # its loss says nothing; rewards have alarms of their own
+            notes += monitor.row(dict(row))
         slow.append(speed.slow_note(dict(row)))
         for key in ("skipped", "spike"):
             if row.get(key):
