@@ -144,6 +144,12 @@ def notes(losses, held=(), scored=None, planned=None, marks=None, **values):
     return run_notes(recipe, steps, rows, DATA, scored or {}, planned)
 
 
+def test_the_loss_of_a_policy_has_no_trend_to_judge():
+    rising = noisy(1, 3, 40)
+    assert notes(rising)
+    assert notes(rising, objective="grpo", reward_funcs=["numeric_answer"]) == []
+
+
 def test_a_good_run_has_no_notes():
     scored = {"base": {"loss": 3.0}, "tuned": {"loss": 1.0}}
     assert notes(noisy(3, 1, 40), [(20, 1.5), (40, 1.51)], scored) == []
