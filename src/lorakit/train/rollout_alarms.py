@@ -68,7 +68,7 @@ class RolloutAlarms:
         return [f"step {row['step']}: {text}" for text in new]
 
     def finish(self) -> list[str]:
-        """Nothing more at the end: each row was judged as it came."""
+        """No more messages at the end: each row was judged as it came."""
         return []
 
     def _last(self, key: str) -> float | None:
