@@ -25,7 +25,7 @@ def test_value_and_gradients_equal_the_definition_in_float64(
         h = hidden.clone().requires_grad_()
         head.zero_grad()
         if fast:
-            loss = summed_cross_entropy(h, targets, head, 4 * vocabulary * rows_per_chunk)
+            loss = summed_cross_entropy(h, targets, head, 4 * head.out_features * rows_per_chunk)
         else:
             loss = torch.nn.functional.cross_entropy(head(h), targets, reduction="sum")
         loss.double().backward()
@@ -45,10 +45,8 @@ class FrozenHead(torch.nn.Linear):
         return self.weight.data
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("rows_per_chunk", [1, 5, 13, 1000])
-def test_each_chunk_has_its_own_gradient_for_every_token_id(frozen, rows_per_chunk):
-    """Every id of the vocabulary is a target, 0 too; two rows are padding and have no gradient."""
+def thirteen_tokens(frozen):
+    """Hidden states, targets and head: each of 11 ids is a target, rows 4 and 12 are padding."""
     torch.manual_seed(0)
     vocabulary, width = 11, 6
     kind = FrozenHead if frozen else torch.nn.Linear
@@ -56,7 +54,15 @@ def test_each_chunk_has_its_own_gradient_for_every_token_id(frozen, rows_per_chu
     targets = torch.arange(13) % vocabulary
     targets[4] = targets[12] = -100
     hidden = torch.randn(13, width, requires_grad=True)
-    found = summed_cross_entropy(hidden, targets, head, 4 * vocabulary * rows_per_chunk)
+    return hidden, targets, head
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 13, 1000])
+def test_each_chunk_has_its_own_gradient_for_every_token_id(frozen, rows_per_chunk):
+    """Every id of the vocabulary is a target, 0 too; two rows are padding and have no gradient."""
+    hidden, targets, head = thirteen_tokens(frozen)
+    found = summed_cross_entropy(hidden, targets, head, 4 * head.out_features * rows_per_chunk)
     expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
     torch.testing.assert_close(found, expected)
     wanted = [hidden] if frozen else [hidden, head.weight]
@@ -69,14 +75,8 @@ def test_each_chunk_has_its_own_gradient_for_every_token_id(frozen, rows_per_chu
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 13, 1000])
 def test_any_function_of_token_losses_has_its_exact_gradient(frozen, rows_per_chunk):
     """Each token has another derivative, as in DPO; padded targets have loss and gradient 0."""
-    torch.manual_seed(0)
-    vocabulary, width = 11, 6
-    kind = FrozenHead if frozen else torch.nn.Linear
-    head = kind(width, vocabulary, bias=False).requires_grad_(not frozen)
-    targets = torch.arange(13) % vocabulary
-    targets[4] = targets[12] = -100
-    hidden = torch.randn(13, width, requires_grad=True)
-    found = token_cross_entropy(hidden, targets, head, 4 * vocabulary * rows_per_chunk)
+    hidden, targets, head = thirteen_tokens(frozen)
+    found = token_cross_entropy(hidden, targets, head, 4 * head.out_features * rows_per_chunk)
     expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none")
     torch.testing.assert_close(found, expected)
     assert not found[[4, 12]].any()

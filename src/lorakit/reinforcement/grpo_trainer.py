@@ -23,7 +23,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lorakit.data.batching import Batch, step_batches
-from lorakit.engine.attach import to_device
 from lorakit.errors import LorakitError, RunError, WorkError
 from lorakit.reinforcement.log_probs import ReferenceWeights, completion_log_probs
 from lorakit.reinforcement.policy_loss import (
@@ -171,8 +170,7 @@ class GrpoTrainer(LoraTrainer):
 
     def _place(self, micro: Batch) -> Batch:
         """Copy a micro-batch to the device."""
-        engine = self.attached.engine
-        return to_device(micro, self.args.device) if engine is None else engine.to_device(micro)
+        return self.attached.place(micro, self.args.device)
 
     # -- a rollout --------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from lorakit.distributed.process_group import SINGLE_PROCESS, DistributedContext
-from lorakit.engine.attach import Engine, attach_engine, unfused_reason
+from lorakit.engine.attach import Engine, attach_engine, to_device, unfused_reason
 from lorakit.engine.attach_compiled import attach_compiled
 from lorakit.engine.attention import Segments
 from lorakit.engine.compiled_layers import CompiledLayers
@@ -97,6 +97,10 @@ class AttachResult:
     def own_layers(self) -> bool:
         """True if training runs the model's own layers, neither fused nor compiled."""
         return self.engine is None and self.compiled is None
+
+    def place(self, micro: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Copy a micro-batch to `device`, as the layers need it."""
+        return to_device(micro, device) if self.engine is None else self.engine.to_device(micro)
 
     @property
     def packs(self) -> bool:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data.batching import Batch
-from lorakit.engine.attach import to_device
 from lorakit.engine.chunked_layer import ChunkSize
 from lorakit.engine.cuda_graphs import GraphedMicroSteps
 from lorakit.engine.layerwise import LayerwiseSchedule
@@ -117,7 +116,7 @@ def choose_step_runner(
         return LayerwiseSchedule(engine, attached.head, parameters, chunk, on_gpu, objective)
 
     def place(micro: Batch) -> Batch:
-        return to_device(micro, device) if engine is None else engine.to_device(micro)
+        return attached.place(micro, device)
 
     groups = [] if engine is None else engine.groups
     # Graphs need fixed shapes: packed documents in float32 attend one by one. Streamed experts are
